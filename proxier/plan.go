@@ -1,0 +1,325 @@
+package proxier
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// Family is an IP family. A Plan and a Proxier serve exactly one.
+type Family uint8
+
+// The two IP families, numbered as in the IP header's version field.
+const (
+	IPv4 Family = 4
+	IPv6 Family = 6
+)
+
+// Families lists both families in the order in which they are programmed.
+var Families = []Family{IPv4, IPv6}
+
+// String returns "IPv4" or "IPv6", the spelling of the Service API.
+func (f Family) String() string { return fmt.Sprintf("IPv%d", uint8(f)) }
+
+// HostBits is the length of a prefix that holds one address: 32 or 128.
+func (f Family) HostBits() int {
+	if f == IPv6 {
+		return 128
+	}
+	return 32
+}
+
+// FamilyOf returns the family of a valid address. An IPv4-mapped IPv6 address
+// counts as IPv6: callers unmap first where that matters.
+func FamilyOf(a netip.Addr) Family {
+	if a.Is4() {
+		return IPv4
+	}
+	return IPv6
+}
+
+// Protocol is an IANA protocol number (RFC 5237); only the three that a
+// Service may name are valid.
+type Protocol uint8
+
+// The protocols of the Service API.
+const (
+	TCP  Protocol = 6
+	UDP  Protocol = 17
+	SCTP Protocol = 132
+)
+
+// Protocols lists every valid Protocol in numeric order.
+var Protocols = []Protocol{TCP, UDP, SCTP}
+
+// String returns the lower-case name that nft and iptables print: tcp, udp or
+// sctp.
+func (p Protocol) String() string {
+	switch p {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	case SCTP:
+		return "sctp"
+	}
+	return fmt.Sprintf("protocol-%d", uint8(p))
+}
+
+// ServiceName is the namespace and name of a Service.
+type ServiceName struct{ Namespace, Name string }
+
+// String returns "namespace/name".
+func (n ServiceName) String() string { return n.Namespace + "/" + n.Name }
+
+// ServicePortName identifies one port of one Service. Port is the port's name
+// and is empty for the single port of a Service that has no port names.
+type ServicePortName struct {
+	ServiceName
+	Port     string
+	Protocol Protocol
+}
+
+// String returns "namespace/name:port", or "namespace/name" for an unnamed
+// port, as kube-proxy writes it in rules, comments and logs.
+func (n ServicePortName) String() string {
+	if n.Port == "" {
+		return n.ServiceName.String()
+	}
+	return n.ServiceName.String() + ":" + n.Port
+}
+
+// Compare orders names by namespace, name, port name and protocol.
+func (n ServicePortName) Compare(o ServicePortName) int {
+	return cmp.Or(
+		cmp.Compare(n.Namespace, o.Namespace),
+		cmp.Compare(n.Name, o.Name),
+		cmp.Compare(n.Port, o.Port),
+		cmp.Compare(n.Protocol, o.Protocol),
+	)
+}
+
+// Endpoint is one address and port that connections are sent to.
+type Endpoint struct {
+	netip.AddrPort
+	// MayHairpin says that the endpoint runs on this node, or that its slice
+	// does not say where it runs. Only such an endpoint can be the source of a
+	// connection that this node sends back to it; that connection's source
+	// must be rewritten or the answer would bypass the node.
+	MayHairpin bool
+}
+
+// EndpointSet is a set of endpoints among which new connections are spread
+// evenly. Sets are immutable once resolved and shared by reference: two
+// frontends with the same *EndpointSet send traffic to the same place.
+// Endpoints are sorted by address and port and hold no duplicates.
+type EndpointSet struct {
+	Endpoints []Endpoint
+}
+
+// Len is the number of endpoints; a nil set has none.
+func (s *EndpointSet) Len() int {
+	if s == nil {
+		return 0
+	}
+	return len(s.Endpoints)
+}
+
+// FrontendKind says which field of a Service a frontend comes from. It serves
+// messages and layout (kube-proxy's chains differ by kind); no policy follows
+// from it that the Frontend does not say itself.
+type FrontendKind uint8
+
+// The kinds of frontends.
+const (
+	ClusterIP FrontendKind = iota
+	ExternalIP
+	LoadBalancerIP
+	NodePort
+)
+
+// String returns the words used in messages and rendered rules.
+func (k FrontendKind) String() string {
+	switch k {
+	case ClusterIP:
+		return "cluster IP"
+	case ExternalIP:
+		return "external IP"
+	case LoadBalancerIP:
+		return "load-balancer IP"
+	case NodePort:
+		return "node port"
+	}
+	return fmt.Sprintf("frontend-kind-%d", uint8(k))
+}
+
+// Verdict says what happens to a new connection for which the endpoint set
+// chosen by its origin is empty.
+type Verdict uint8
+
+const (
+	// Reject answers with ICMP port unreachable, which a TCP client sees as
+	// "connection refused". No endpoint exists anywhere.
+	Reject Verdict = iota
+	// Drop discards the packet silently, so that a load balancer retries on
+	// another node. Endpoints exist, but the traffic policy forbids them here.
+	Drop
+)
+
+// String returns the nft word of the verdict.
+func (v Verdict) String() string {
+	if v == Drop {
+		return "drop"
+	}
+	return "reject"
+}
+
+// Origins is a set of places that a connection can come from, as seen by this
+// node.
+type Origins uint8
+
+const (
+	// FromPods is traffic of Pods on this node, as Node.LocalPods tells them
+	// apart. Where it cannot, Pods count as FromOutside.
+	FromPods Origins = 1 << iota
+	// FromNode is traffic of processes in the node's own network namespace:
+	// its source address is one of the node's.
+	FromNode
+	// FromOutside is everything else.
+	FromOutside
+
+	FromNowhere  Origins = 0
+	FromAnywhere         = FromPods | FromNode | FromOutside
+)
+
+// FrontendKey is what a packet is matched by: no two frontends of a Plan share
+// one. The zero Addr stands for every address that serves NodePorts.
+type FrontendKey struct {
+	Addr     netip.Addr
+	Port     uint16
+	Protocol Protocol
+}
+
+// String returns for example "10.96.0.1:443/tcp" or "node:30080/udp".
+func (k FrontendKey) String() string {
+	if !k.Addr.IsValid() {
+		return fmt.Sprintf("node:%d/%s", k.Port, k.Protocol)
+	}
+	return fmt.Sprintf("%s/%s", netip.AddrPortFrom(k.Addr, k.Port), k.Protocol)
+}
+
+// Frontend is one address and port at which a Service is reached.
+type Frontend struct {
+	Kind FrontendKind
+	// Addr is the zero Addr for a NodePort: any address in
+	// Node.NodePortAddrs.
+	Addr netip.Addr
+	Port uint16
+
+	// Internal is where connections FromPods and FromNode go, External where
+	// those FromOutside go. Both are always set and are the same pointer
+	// unless the external traffic policy tells them apart.
+	Internal, External *EndpointSet
+	// WhenEmpty applies where the set chosen by the origin is empty.
+	WhenEmpty Verdict
+	// Masquerade is the set of origins whose source address is rewritten to
+	// the node's. A hairpin connection (source address equal to the chosen
+	// endpoint's) is always rewritten, whatever this says.
+	Masquerade Origins
+	// Sources, where not nil, are the only source addresses that may use this
+	// frontend, wherever they are; all others are dropped, before WhenEmpty is
+	// looked at. A set but empty slice admits nobody.
+	Sources []netip.Prefix
+}
+
+// Key returns what packets to this frontend are matched by.
+func (f *Frontend) Key(p Protocol) FrontendKey {
+	return FrontendKey{Addr: f.Addr, Port: f.Port, Protocol: p}
+}
+
+// ServicePort is everything this node must do for one port of one Service in
+// one IP family. It is a value: never changed once it is in a Plan, only
+// replaced.
+type ServicePort struct {
+	Name ServicePortName
+	// AffinityTimeout, where not zero, keeps a client (by source address,
+	// whichever frontend it uses) on one endpoint until it has opened no new
+	// connection for this long. Whole seconds.
+	AffinityTimeout time.Duration
+	// Frontends in the order cluster IP, external IPs, load-balancer IPs,
+	// node port.
+	Frontends []Frontend
+	// Serving holds every endpoint that still answers, whatever policy,
+	// topology or termination say: the flows to these must not be cut.
+	Serving *EndpointSet
+	// HealthCheckNodePort is the TCP port on which a load balancer asks
+	// whether this node has local endpoints; 0 for none.
+	HealthCheckNodePort uint16
+}
+
+// LocalPods tells connections of this node's Pods from others. The zero value
+// cannot: then nothing is FromPods, and a ClusterIP's Masquerade never depends
+// on it.
+type LocalPods struct {
+	// Prefixes holds the source addresses of local Pods (modes ClusterCIDR
+	// and NodeCIDR).
+	Prefixes []netip.Prefix
+	// Interface is the one interface that local Pods' packets enter by (mode
+	// BridgeInterface).
+	Interface string
+	// InterfacePrefix is what the names of all such interfaces begin with
+	// (mode InterfaceNamePrefix).
+	InterfacePrefix string
+}
+
+// Known says whether local Pods can be told apart at all.
+func (l LocalPods) Known() bool {
+	return len(l.Prefixes) > 0 || l.Interface != "" || l.InterfacePrefix != ""
+}
+
+// NodePortAddrs are the node's addresses at which NodePorts are served.
+type NodePortAddrs struct {
+	// All serves every local address that is not loopback; Addrs is then not
+	// looked at.
+	All bool
+	// Addrs are single addresses of one family. A loopback address is served
+	// only where Node.LocalhostNodePorts is set and the mode can.
+	Addrs []netip.Addr
+}
+
+// Node is what rules need to know about this node in one IP family.
+type Node struct {
+	LocalPods     LocalPods
+	NodePortAddrs NodePortAddrs
+	// LocalhostNodePorts serves NodePorts on 127.0.0.1 (iptables mode, IPv4
+	// only, as kube-proxy).
+	LocalhostNodePorts bool
+	// ServiceCIDRs are the ranges that cluster IPs are given from; an address
+	// in them that no Service holds is dropped.
+	ServiceCIDRs []netip.Prefix
+}
+
+// Plan is what this node must do in one IP family: the whole desired state. It
+// belongs to the goroutine of the Loop; a Proxier must not keep it beyond Sync
+// (the ServicePorts in it, being immutable, it may keep).
+type Plan struct {
+	Family   Family
+	Node     Node
+	Services map[ServicePortName]*ServicePort // by ServicePort.Name
+}
+
+// Change names what differs between a Plan and the one last synced.
+type Change struct {
+	// All asks for everything to be written anew: nothing is known about the
+	// kernel's state.
+	All bool
+	// Node says that Plan.Node changed.
+	Node bool
+	// Services that were added, replaced or (where Plan.Services lacks them)
+	// removed. Each at most once.
+	Services []ServicePortName
+}
+
+// Empty says that there is nothing to do.
+func (c Change) Empty() bool { return !c.All && !c.Node && len(c.Services) == 0 }
