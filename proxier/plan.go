@@ -73,6 +73,10 @@ type ServiceName struct{ Namespace, Name string }
 // String returns "namespace/name".
 func (n ServiceName) String() string { return n.Namespace + "/" + n.Name }
 
+func compareServiceNames(a, b ServiceName) int {
+	return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+}
+
 // ServicePortName identifies one port of one Service. Port is the port's name
 // and is empty for the single port of a Service that has no port names.
 type ServicePortName struct {
@@ -93,8 +97,7 @@ func (n ServicePortName) String() string {
 // Compare orders names by namespace, name, port name and protocol.
 func (n ServicePortName) Compare(o ServicePortName) int {
 	return cmp.Or(
-		cmp.Compare(n.Namespace, o.Namespace),
-		cmp.Compare(n.Name, o.Name),
+		compareServiceNames(n.ServiceName, o.ServiceName),
 		cmp.Compare(n.Port, o.Port),
 		cmp.Compare(n.Protocol, o.Protocol),
 	)

@@ -1,0 +1,157 @@
+package proxier
+
+import (
+	"net/netip"
+	"slices"
+	"unique"
+)
+
+// candidate is an endpoint of one Service port, merged from its slices.
+type candidate struct {
+	addr netip.AddrPort
+	from *sliceEndpoint
+}
+
+// candidates merges the slices of one family for one Service port, sorted by
+// address and port. An address and port that several slices name counts once:
+// an entry that is not terminating goes before one that is, a ready one before
+// one that is not, and otherwise the first slice by name wins.
+func candidates(filed []*endpointSlice, family Family, portName string, protocol Protocol) []candidate {
+	var all []candidate
+	for _, s := range filed {
+		if s.family != family {
+			continue
+		}
+		for _, port := range s.ports {
+			if port.name != portName || port.protocol != protocol {
+				continue
+			}
+			all = slices.Grow(all, len(s.endpoints))
+			for i := range s.endpoints {
+				e := &s.endpoints[i]
+				all = append(all, candidate{netip.AddrPortFrom(e.addr, port.port), e})
+			}
+		}
+	}
+	slices.SortStableFunc(all, func(a, b candidate) int {
+		if c := a.addr.Compare(b.addr); c != 0 {
+			return c
+		}
+		return a.rank() - b.rank()
+	})
+	return slices.CompactFunc(all, func(a, b candidate) bool { return a.addr == b.addr })
+}
+
+func (c candidate) rank() int {
+	switch {
+	case c.from.terminating:
+		return 2
+	case !c.from.ready:
+		return 1
+	}
+	return 0
+}
+
+// draining is an endpoint on its way out that still answers (KEP-1669).
+func (c candidate) draining() bool { return c.from.serving && c.from.terminating }
+
+// selection is what the endpoints of one Service port mean on one node.
+type selection struct {
+	cluster *EndpointSet // for traffic policy Cluster
+	local   *EndpointSet // for traffic policy Local
+	serving *EndpointSet // all that still answer
+	// exists says that some node has an endpoint for new connections.
+	exists bool
+}
+
+// locality is where endpoints are seen from.
+type locality struct {
+	node unique.Handle[string]
+	zone unique.Handle[string]
+}
+
+var unnamed = unique.Make("")
+
+func (l locality) isLocal(c candidate) bool { return c.from.node == l.node && l.node != unnamed }
+
+// choose applies readiness, termination and topology.
+func (l locality) choose(all []candidate) selection {
+	ready := filter(all, func(c candidate) bool { return c.from.ready })
+	draining := filter(all, candidate.draining)
+
+	cluster := l.closest(ready)
+	if len(cluster) == 0 {
+		cluster = draining
+	}
+	local := filter(ready, l.isLocal)
+	if len(local) == 0 {
+		local = filter(draining, l.isLocal)
+	}
+	s := selection{
+		cluster: l.set(cluster),
+		local:   l.set(local),
+		serving: l.set(filter(all, func(c candidate) bool { return c.from.serving || c.from.ready })),
+		exists:  len(ready) > 0 || len(draining) > 0,
+	}
+	s.local = share(s.local, s.cluster)
+	s.serving = share(s.serving, s.cluster)
+	return s
+}
+
+// closest narrows ready endpoints down to those that hints name for this node,
+// else for its zone. A hint counts only where every ready endpoint carries one
+// of its kind: a slice without is still being updated, or too old for it.
+func (l locality) closest(ready []candidate) []candidate {
+	for _, near := range []struct {
+		hints func(candidate) []unique.Handle[string]
+		here  unique.Handle[string]
+	}{
+		{func(c candidate) []unique.Handle[string] { return c.from.nodeHints }, l.node},
+		{func(c candidate) []unique.Handle[string] { return c.from.zoneHints }, l.zone},
+	} {
+		if near.here == unnamed || slices.ContainsFunc(ready, func(c candidate) bool { return len(near.hints(c)) == 0 }) {
+			continue
+		}
+		if chosen := filter(ready, func(c candidate) bool { return slices.Contains(near.hints(c), near.here) }); len(chosen) > 0 {
+			return chosen
+		}
+	}
+	return ready
+}
+
+func (l locality) set(chosen []candidate) *EndpointSet {
+	if len(chosen) == 0 {
+		return noEndpoints
+	}
+	s := &EndpointSet{Endpoints: make([]Endpoint, len(chosen))}
+	for i, c := range chosen {
+		s.Endpoints[i] = Endpoint{AddrPort: c.addr, MayHairpin: c.from.node == l.node || c.from.node == unnamed}
+	}
+	return s
+}
+
+// noEndpoints is every empty set, so that emptiness never tells two apart.
+var noEndpoints = &EndpointSet{}
+
+// share returns known where s holds the same endpoints, else s.
+func share(s, known *EndpointSet) *EndpointSet {
+	if known != nil && slices.Equal(s.Endpoints, known.Endpoints) {
+		return known
+	}
+	return s
+}
+
+// filter returns all itself where everything is kept.
+func filter(all []candidate, keep func(candidate) bool) []candidate {
+	first := slices.IndexFunc(all, func(c candidate) bool { return !keep(c) })
+	if first < 0 {
+		return all
+	}
+	out := slices.Clone(all[:first])
+	for _, c := range all[first+1:] {
+		if keep(c) {
+			out = append(out, c)
+		}
+	}
+	return out
+}

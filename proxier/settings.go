@@ -1,0 +1,102 @@
+package proxier
+
+import (
+	"net/netip"
+	"slices"
+)
+
+// DetectLocal is how Pods of this node are told from other traffic
+// (--detect-local-mode).
+type DetectLocal string
+
+// The four ways of kube-proxy.
+const (
+	DetectLocalClusterCIDR         DetectLocal = "ClusterCIDR"
+	DetectLocalNodeCIDR            DetectLocal = "NodeCIDR"
+	DetectLocalBridgeInterface     DetectLocal = "BridgeInterface"
+	DetectLocalInterfaceNamePrefix DetectLocal = "InterfaceNamePrefix"
+)
+
+// NodePortSelector says at which of the node's addresses NodePorts are served
+// (--nodeport-addresses). The zero value is All.
+type NodePortSelector struct {
+	// Primary serves the Node object's own address of each family only.
+	Primary bool
+	// CIDRs serves the local addresses inside these; a family that none of
+	// them belongs to is served at all local addresses.
+	CIDRs []netip.Prefix
+}
+
+// Settings are the operator's decisions that change what a Service means on
+// this node.
+type Settings struct {
+	// MasqueradeAll rewrites the source address of all traffic to cluster IPs.
+	MasqueradeAll bool
+	// DetectLocal is DetectLocalClusterCIDR when empty.
+	DetectLocal DetectLocal
+	// ClusterCIDRs serves DetectLocalClusterCIDR; the first of each family
+	// counts. Without one of a family, local Pods are not told apart there.
+	ClusterCIDRs           []netip.Prefix
+	PodBridgeInterface     string // serves DetectLocalBridgeInterface
+	PodInterfaceNamePrefix string // serves DetectLocalInterfaceNamePrefix
+	NodePortAddresses      NodePortSelector
+	// LocalhostNodePorts serves NodePorts on 127.0.0.1 too, in the modes that
+	// can, where NodePortAddresses covers it.
+	LocalhostNodePorts bool
+	// IgnoreExternalIPs leaves spec.externalIPs out (KEP-5707).
+	IgnoreExternalIPs bool
+}
+
+// localPods is how this node's Pods are told apart in one family, given the
+// Node's own Pod ranges.
+func (s *Settings) localPods(family Family, podCIDRs []netip.Prefix) LocalPods {
+	switch s.DetectLocal {
+	case DetectLocalBridgeInterface:
+		return LocalPods{Interface: s.PodBridgeInterface}
+	case DetectLocalInterfaceNamePrefix:
+		return LocalPods{InterfacePrefix: s.PodInterfaceNamePrefix}
+	case DetectLocalNodeCIDR:
+		return LocalPods{Prefixes: firstOf(family, podCIDRs)}
+	}
+	return LocalPods{Prefixes: firstOf(family, s.ClusterCIDRs)}
+}
+
+// nodePortAddrs picks from local, the addresses that the node has.
+func (s *NodePortSelector) nodePortAddrs(family Family, primary netip.Addr, local []netip.Addr) NodePortAddrs {
+	local = slices.DeleteFunc(slices.Clone(local), func(a netip.Addr) bool { return FamilyOf(a) != family })
+	if s.Primary {
+		if !primary.IsValid() {
+			i := slices.IndexFunc(local, netip.Addr.IsGlobalUnicast)
+			if i < 0 {
+				return NodePortAddrs{}
+			}
+			primary = local[i]
+		}
+		return NodePortAddrs{Addrs: []netip.Addr{primary}}
+	}
+	cidrs := slices.DeleteFunc(slices.Clone(s.CIDRs), func(p netip.Prefix) bool { return FamilyOf(p.Addr()) != family })
+	if len(cidrs) == 0 || slices.ContainsFunc(cidrs, func(p netip.Prefix) bool { return p.Bits() == 0 }) {
+		return NodePortAddrs{All: true}
+	}
+	local = slices.DeleteFunc(local, func(a netip.Addr) bool { return !contains(cidrs, a) })
+	slices.SortFunc(local, netip.Addr.Compare)
+	return NodePortAddrs{Addrs: slices.Compact(local)}
+}
+
+// servesLoopback says whether NodePorts are wanted on 127.0.0.1.
+func (s *Settings) servesLoopback(addrs NodePortAddrs) bool {
+	return s.LocalhostNodePorts && (addrs.All || slices.ContainsFunc(addrs.Addrs, netip.Addr.IsLoopback))
+}
+
+func firstOf(family Family, prefixes []netip.Prefix) []netip.Prefix {
+	for _, p := range prefixes {
+		if FamilyOf(p.Addr()) == family {
+			return []netip.Prefix{p.Masked()}
+		}
+	}
+	return nil
+}
+
+func contains(prefixes []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+}
