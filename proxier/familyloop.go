@@ -19,30 +19,43 @@ type familyLoop struct {
 	opts    *LoopOptions
 
 	all bool // the kernel's state is unknown
-	// aside holds the Service ports that the mode refused, with its last
-	// answer. They are left out of syncs until they change or are due again.
-	aside   map[ServicePortName]error
+	// aside holds the Service ports that the mode refused. They are left out
+	// of syncs until they change or are due again.
+	aside   map[ServicePortName]refusal
 	retryAt time.Time // zero: nothing is due
 	backoff time.Duration
+}
+
+// refusal is a mode's answer to one Service port alone.
+type refusal struct {
+	err error
+	// proven says that others went in at the same time, so that the fault is
+	// in this Service port and not in the kernel's state.
+	proven bool
 }
 
 const firstRetry = 100 * time.Millisecond
 
 func newFamilyLoop(family Family, p Proxier, opts *LoopOptions) *familyLoop {
-	return &familyLoop{family: family, proxier: p, planner: newPlanner(family), opts: opts, all: true, aside: map[ServicePortName]error{}}
+	return &familyLoop{family: family, proxier: p, planner: newPlanner(family), opts: opts, all: true, aside: map[ServicePortName]refusal{}}
 }
 
 // sync writes what changed, what failed before and is due, or everything.
-func (f *familyLoop) sync(ctx context.Context) error {
+// Unless it is urgent, a family whose kernel state is unknown waits for its
+// next try however much changes in between.
+func (f *familyLoop) sync(ctx context.Context, urgent bool) error {
 	p := f.planner
 	for name := range p.changed {
 		delete(f.aside, name) // it is not what was refused any more
 	}
-	if !f.retryAt.IsZero() && !time.Now().Before(f.retryAt) {
+	due := f.retryAt.IsZero() || urgent || !time.Now().Before(f.retryAt)
+	if f.all && !due {
+		return nil
+	}
+	if due {
 		for name := range f.aside {
 			p.changed[name] = struct{}{}
 		}
-		clear(f.aside)
 	}
 	change := Change{All: f.all, Node: p.node, Services: slices.SortedFunc(maps.Keys(p.changed), ServicePortName.Compare)}
 	if change.Empty() {
@@ -52,10 +65,11 @@ func (f *familyLoop) sync(ctx context.Context) error {
 	err := f.write(ctx, change)
 	f.schedule(err)
 	if f.opts.Synced != nil {
-		f.opts.Synced(SyncReport{
-			Family: f.family, Took: time.Since(began), Services: len(change.Services),
-			All: change.All, SetAside: len(f.aside), Err: err,
-		})
+		report := SyncReport{Family: f.family, Took: time.Since(began), Services: len(change.Services), All: change.All, SetAside: len(f.aside), Err: err}
+		if change.All {
+			report.Services = len(p.plan.Services)
+		}
+		f.opts.Synced(report)
 	}
 	return err
 }
@@ -99,41 +113,62 @@ func (f *familyLoop) write(ctx context.Context, change Change) error {
 // isolate writes the change in ever smaller parts and sets aside what fails
 // alone. It returns false, with nothing set aside, where no part went in: then
 // the Services are not to blame.
+//
+// Where everything must be written anew, the frame without a Service goes in
+// first: what the kernel held is unknown or refused, and from here on each
+// Service that can be served comes back within milliseconds.
 func (f *familyLoop) isolate(ctx context.Context, change Change) bool {
-	base := Change{All: change.All, Node: change.Node}
-	if !base.Empty() {
-		whole := f.planner.plan.Services
-		if base.All {
-			f.planner.plan.Services = map[ServicePortName]*ServicePort{}
-		}
-		err := f.try(ctx, base)
-		f.planner.plan.Services = whole
-		if err != nil {
+	names, proven := change.Services, false
+	if frame := (Change{All: change.All, Node: change.Node}); !frame.Empty() {
+		if err := f.tryFrame(ctx, frame); err != nil {
 			return false
 		}
-		f.done(base)
+		proven = true
 	}
-	names := change.Services
 	if change.All {
 		names = slices.SortedFunc(maps.Keys(f.planner.plan.Services), ServicePortName.Compare)
 	}
 	refused := map[ServicePortName]error{}
-	written := f.bisect(ctx, names, refused)
-	if written == 0 && base.Empty() && len(change.Services) > 1 {
+	if f.bisect(ctx, names, refused) > 0 {
+		proven = true
+	}
+	if ctx.Err() != nil || !proven && len(names) > 1 {
 		return false
 	}
 	for name, err := range refused {
-		if ctx.Err() != nil {
-			return true
-		}
-		f.aside[name] = err
-		delete(f.planner.changed, name)
-		f.opts.Report(Problem{
-			Kind: "Service", Object: name.ServiceName.String(), Field: fmt.Sprintf("port %q", name.Port),
-			Reason: fmt.Sprintf("%s: the rules could not be written: %v; what was served there before still is, and it is tried again", f.family, err),
-		})
+		f.setAside(name, refusal{err, proven || f.aside[name].proven})
 	}
 	return true
+}
+
+// tryFrame writes everything but Services.
+func (f *familyLoop) tryFrame(ctx context.Context, frame Change) error {
+	plan := f.planner.plan
+	services := plan.Services
+	defer func() { plan.Services = services }()
+	if frame.All {
+		plan.Services = map[ServicePortName]*ServicePort{}
+	}
+	err := f.try(ctx, frame)
+	if err == nil {
+		f.done(frame)
+	}
+	return err
+}
+
+// setAside leaves a Service port out of further syncs. One that failed alone,
+// with nothing beside it that went in, may only have been the first to meet a
+// kernel state that somebody else changed: then everything is written anew.
+func (f *familyLoop) setAside(name ServicePortName, r refusal) {
+	f.aside[name] = r
+	delete(f.planner.changed, name)
+	if !r.proven {
+		f.all = true
+	}
+	f.opts.Report(Problem{
+		Kind: "Service", Object: name.ServiceName.String(), Field: fmt.Sprintf("port %q", name.Port),
+		Reason: fmt.Sprintf("%s rules could not be written: %v; what was served there before still is, and it is tried again", f.family, r.err),
+	})
 }
 
 // bisect returns how many Service ports it wrote; those that fail alone are in
@@ -186,17 +221,14 @@ func (f *familyLoop) done(change Change) {
 	if change.All || change.Node {
 		p.node = false
 	}
-	names := change.Services
-	if change.All && len(names) == 0 {
-		names = nil
-	}
-	for _, name := range names {
+	for _, name := range change.Services {
 		delete(p.changed, name)
+		delete(f.aside, name)
 	}
 	if f.opts.Flows == nil {
 		return
 	}
-	if owners := p.flowOwners(names); len(owners) > 0 {
+	if owners := p.flowOwners(change.Services); len(owners) > 0 {
 		f.opts.Flows.Clean(f.family, owners)
 	}
 }
@@ -204,8 +236,8 @@ func (f *familyLoop) done(change Change) {
 // refused is the error of a sync that had to leave Service ports out.
 func (f *familyLoop) refused() error {
 	var failed []error
-	for name, err := range f.aside {
-		failed = append(failed, fmt.Errorf("Service %s: %w", name, err))
+	for name, r := range f.aside {
+		failed = append(failed, fmt.Errorf("Service %s: %w", name, r.err))
 	}
 	return errors.Join(failed...)
 }

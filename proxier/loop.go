@@ -150,7 +150,7 @@ func (l *Loop) Run(ctx context.Context) error {
 		case <-retry.C:
 		}
 		began := time.Now()
-		_ = l.SyncNow(ctx) // each failure was reported where it happened
+		_ = l.sync(ctx, false) // each failure was reported where it happened
 		retry.Stop()
 		if due, ok := l.nextRetry(); ok {
 			retry.Reset(time.Until(due))
@@ -185,13 +185,15 @@ func (l *Loop) nextRetry() (due time.Time, ok bool) {
 // SyncNow takes all that is queued and makes every family's Proxier do it,
 // whatever waiting periods say. It returns what failed, joined; each failure
 // was also reported, and stays due.
-func (l *Loop) SyncNow(ctx context.Context) error {
+func (l *Loop) SyncNow(ctx context.Context) error { return l.sync(ctx, true) }
+
+func (l *Loop) sync(ctx context.Context, urgent bool) error {
 	if !l.take() {
 		return nil
 	}
 	var failed []error
 	for _, f := range l.families {
-		failed = append(failed, f.sync(ctx))
+		failed = append(failed, f.sync(ctx, urgent))
 	}
 	return errors.Join(failed...)
 }
