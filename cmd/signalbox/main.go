@@ -1,0 +1,20 @@
+// Command signalbox makes Kubernetes Services work on a node, in the place of
+// kube-proxy.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := rootCommand().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "signalbox:", err)
+		os.Exit(1)
+	}
+}

@@ -1,0 +1,70 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"signalbox/config"
+	"signalbox/daemon"
+	"signalbox/modes"
+	"signalbox/proxier"
+)
+
+func renderCommand() *cobra.Command {
+	var flags config.Flags
+	var nodeAddresses []string
+	cmd := &cobra.Command{
+		Use:   "render --source DIR --mode MODE",
+		Short: "Print the rules that a mode would write for the manifests of a directory",
+		Long: `Prints what "run" would put into the kernel for the manifests of a directory:
+nothing is written, no privileges are needed, and the same manifests give the
+same text on every machine. Take an nftables rendering as something to read: the
+daemon speaks to the kernel directly.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := flags.Config()
+			if err != nil {
+				return err
+			}
+			addrs, err := parseAddrs(nodeAddresses)
+			if err != nil {
+				return err
+			}
+			if cfg.SourceDir == "" || cfg.Mode == config.ModeAuto {
+				return errors.New("render needs --source and a --mode other than auto: it does not look at this machine")
+			}
+			mode, err := modes.Named(cfg.Mode)
+			if err != nil {
+				return err
+			}
+			plans, err := daemon.Plans(cmd.Context(), cfg, mode, addrs)
+			if err != nil {
+				return err
+			}
+			for _, plan := range plans {
+				fmt.Fprint(cmd.OutOrStdout(), mode.Render(proxier.Options{Family: plan.Family, MasqueradeMark: cfg.MasqueradeMark}, plan))
+			}
+			return nil
+		},
+	}
+	flags.Add(cmd.Flags())
+	cmd.Flags().StringSliceVar(&nodeAddresses, "node-addresses", nil, "addresses that the node's interfaces have, for --nodeport-addresses to choose from")
+	return cmd
+}
+
+func parseAddrs(texts []string) ([]netip.Addr, error) {
+	var out []netip.Addr
+	for _, text := range texts {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			return nil, fmt.Errorf("--node-addresses: %w", err)
+		}
+		out = append(out, a)
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return out, nil
+}

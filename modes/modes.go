@@ -1,0 +1,102 @@
+// Package modes lists the ways in which signalbox can serve Services, so that
+// the daemon, the renderer, the demo and the contract suite know the same ones.
+package modes
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"signalbox/iptables"
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// Mode is one dataplane.
+type Mode struct {
+	Name string
+	// Supported says why the mode cannot serve a family on this machine, or
+	// returns nil. The error is a *proxier.UnsupportedError.
+	Supported func(proxier.Family) error
+	// New makes the mode work in the network namespace of the calling thread.
+	New func(proxier.Options) (proxier.Proxier, error)
+	// Render writes what New's Proxier would put into the kernel for a plan,
+	// as the text that the kernel's own tool for it reads.
+	Render func(proxier.Options, *proxier.Plan) string
+	// Cleanup removes everything that the mode ever put into the kernel.
+	Cleanup func(proxier.Family) error
+}
+
+// All lists the modes, the preferred one first.
+var All = []Mode{
+	{
+		Name:      nftables.Mode,
+		Supported: nftables.Supported,
+		New:       func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
+		Render:    nftables.Render,
+		Cleanup:   nftables.Cleanup,
+	},
+	{
+		Name:      iptables.Mode,
+		Supported: iptables.Supported,
+		New:       func(o proxier.Options) (proxier.Proxier, error) { return iptables.New(o) },
+		Render:    iptables.Render,
+		Cleanup:   iptables.Cleanup,
+	},
+}
+
+// Named finds a mode by its name.
+func Named(name string) (Mode, error) {
+	i := slices.IndexFunc(All, func(m Mode) bool { return m.Name == name })
+	if i < 0 {
+		names := make([]string, len(All))
+		for i, m := range All {
+			names[i] = m.Name
+		}
+		return Mode{}, fmt.Errorf("there is no mode %q; there are %s", name, strings.Join(names, ", "))
+	}
+	return All[i], nil
+}
+
+// Choice is a mode and the families that it can serve on this machine.
+type Choice struct {
+	Mode     Mode
+	Families []proxier.Family
+	// Lost says for each wanted family that cannot be served why not.
+	Lost []error
+}
+
+// Choose returns the named mode, or for "auto" the first that can serve all of
+// the wanted families, else the first that can serve one of them. The error
+// names what every candidate lacks.
+func Choose(name string, wanted []proxier.Family) (Choice, error) {
+	candidates := All
+	if name != "auto" {
+		m, err := Named(name)
+		if err != nil {
+			return Choice{}, err
+		}
+		candidates = []Mode{m}
+	}
+	var best Choice
+	var lacks []error
+	for _, m := range candidates {
+		c := Choice{Mode: m}
+		for _, family := range wanted {
+			if err := m.Supported(family); err != nil {
+				c.Lost = append(c.Lost, err)
+			} else {
+				c.Families = append(c.Families, family)
+			}
+		}
+		lacks = append(lacks, c.Lost...)
+		if len(c.Families) > len(best.Families) {
+			best = c
+		}
+	}
+	if len(best.Families) == 0 {
+		return Choice{}, fmt.Errorf("no mode works on this machine: %w", errors.Join(lacks...))
+	}
+	return best, nil
+}
