@@ -1,0 +1,48 @@
+# The commands of this repository. `make demo` and `make test` need root on a
+# Debian or Ubuntu machine with Go, and nothing else: `make deps` brings the rest.
+
+SHELL := /bin/bash
+GO ?= go
+BIN := bin/signalbox
+# What the tests, the demo and the benchmarks run besides Go. The daemon itself
+# needs none of it in nftables mode.
+PACKAGES := nftables iptables iproute2
+
+.PHONY: build
+build: ## the binary, statically linked
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) ./cmd/signalbox
+
+.PHONY: deps
+deps: ## install what is missing from Debian's packages
+	@hack/deps.sh $(PACKAGES)
+
+.PHONY: test
+test: deps build vet unit contract e2e ## everything
+
+.PHONY: vet
+vet:
+	$(GO) vet ./...
+
+.PHONY: unit
+unit: deps ## all packages but the contract suite
+	$(GO) test $$($(GO) list ./... | grep -v /proxier/proxiertest)
+
+.PHONY: contract
+contract: deps ## every mode against the contract suite, with real packets
+	$(GO) test -timeout 30m ./proxier/proxiertest
+
+.PHONY: e2e
+e2e: deps build ## the real binary against a real kube-apiserver and etcd
+	cd e2e && $(GO) test -timeout 40m ./...
+
+.PHONY: demo
+demo: deps build ## a lab on this machine, every mode, real connections
+	$(BIN) demo
+
+.PHONY: bench
+bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services
+	$(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./proxier ./nftables ./iptables
+
+.PHONY: help
+help:
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12

@@ -1,0 +1,150 @@
+// Package daemon joins the parts of signalbox into a process: a source of
+// objects, the loop that turns them into plans, and one mode that programs
+// each IP family.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"signalbox/config"
+	"signalbox/conntrack"
+	"signalbox/modes"
+	"signalbox/node"
+	"signalbox/proxier"
+	"signalbox/source/apiserver"
+	"signalbox/source/file"
+)
+
+// Source tells a Sink about objects until its context ends.
+type Source interface {
+	Run(ctx context.Context, sink proxier.Sink) error
+}
+
+// Run serves Services until ctx ends, and returns nil then. What is in the
+// kernel at that moment stays and goes on working. An error means that nothing
+// can be served at all: no mode works here, or the source cannot be reached by
+// any retry.
+func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	for _, w := range cfg.Warnings {
+		log.Warn(w)
+	}
+	source, err := newSource(cfg, log)
+	if err != nil {
+		return err
+	}
+	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
+	if err != nil {
+		return err
+	}
+	for _, lost := range choice.Lost {
+		log.Warn("an IP family is not served", "reason", lost)
+	}
+	loop, closeAll, err := newLoop(cfg, choice, log)
+	if err != nil {
+		return err
+	}
+	defer closeAll()
+
+	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
+	group.Go(func() error { return source.Run(ctx, loop) })
+	group.Go(func() error { return loop.Run(ctx) })
+	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	log.Info("stopped; the rules stay in the kernel")
+	return nil
+}
+
+func newSource(cfg *config.Config, log *slog.Logger) (Source, error) {
+	if cfg.SourceDir != "" {
+		return file.New(cfg.SourceDir, log)
+	}
+	client, err := apiserver.Client(apiserver.ClientOptions{
+		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return apiserver.New(client, cfg.NodeName, cfg.ResyncPeriod, log), nil
+}
+
+// usableFamilies leaves out a family that the kernel has not got or that is
+// switched off.
+func usableFamilies(log *slog.Logger) []proxier.Family {
+	var usable []proxier.Family
+	for _, family := range proxier.Families {
+		if err := node.FamilyUsable(family); err != nil {
+			log.Info("an IP family is not served", "family", family.String(), "reason", err)
+			continue
+		}
+		usable = append(usable, family)
+	}
+	return usable
+}
+
+// newLoop makes the mode work in each family and joins it with what removes
+// stale flows. closeAll lets go of all of it.
+func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
+	var closers []func() error
+	closeAll = func() {
+		for _, c := range closers {
+			if err := c(); err != nil {
+				log.Warn("closing", "error", err)
+			}
+		}
+	}
+	opts := proxier.LoopOptions{
+		NodeName: cfg.NodeName, Settings: cfg.ForMode(choice.Mode.Name), MinSyncPeriod: cfg.MinSyncPeriod,
+		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: logSyncs(log),
+	}
+	for _, family := range choice.Families {
+		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark})
+		if err != nil {
+			closeAll()
+			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)
+		}
+		closers = append(closers, p.Close)
+		opts.Proxiers[family] = p
+	}
+	flows, err := conntrack.New(conntrack.Options{
+		Logger:     log,
+		LocalAddrs: node.Addrs,
+	})
+	if err != nil {
+		log.Warn("stale UDP flows are not removed", "reason", err)
+	} else {
+		closers = append(closers, flows.Close)
+		opts.Flows = flows
+	}
+	return proxier.NewLoop(opts), closeAll, nil
+}
+
+// logSyncs says when Services are first served, and each sync at debug level.
+func logSyncs(log *slog.Logger) func(proxier.SyncReport) {
+	served := map[proxier.Family]bool{}
+	return func(r proxier.SyncReport) {
+		level := slog.LevelDebug
+		if r.Err == nil && !served[r.Family] {
+			served[r.Family] = true
+			level = slog.LevelInfo
+		}
+		log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
+			"took", r.Took, "everything", r.All, "setAside", r.SetAside, "failed", r.Err != nil)
+	}
+}
+
+func familyNames(families []proxier.Family) string {
+	names := make([]string, len(families))
+	for i, f := range families {
+		names[i] = f.String()
+	}
+	return strings.Join(names, ",")
+}

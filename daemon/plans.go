@@ -1,0 +1,54 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+
+	"signalbox/config"
+	"signalbox/modes"
+	"signalbox/proxier"
+	"signalbox/source/file"
+)
+
+// Plans reads the manifests of cfg.SourceDir once and returns what the node
+// must do for them in each family, without looking at this machine. local are
+// the addresses that the node's interfaces are taken to have.
+func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []netip.Addr) ([]*proxier.Plan, error) {
+	source, err := file.New(cfg.SourceDir, slog.Default())
+	if err != nil {
+		return nil, err
+	}
+	loop := proxier.NewLoop(proxier.LoopOptions{
+		NodeName: cfg.NodeName, Settings: cfg.ForMode(mode.Name),
+		Proxiers: map[proxier.Family]proxier.Proxier{proxier.IPv4: planOnly{}, proxier.IPv6: planOnly{}},
+	})
+	loop.SetLocalAddrs(local)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := source.Run(ctx, untilSynced{loop, cancel}); err != nil {
+		return nil, fmt.Errorf("reading %s: %w", cfg.SourceDir, err)
+	}
+	if err := loop.SyncNow(context.Background()); err != nil {
+		return nil, err
+	}
+	return []*proxier.Plan{loop.Plan(proxier.IPv4), loop.Plan(proxier.IPv6)}, nil
+}
+
+// planOnly stands where a mode would be when only the plan is asked for.
+type planOnly struct{}
+
+func (planOnly) Sync(context.Context, *proxier.Plan, proxier.Change) error { return nil }
+func (planOnly) Close() error                                             { return nil }
+
+// untilSynced ends the source once all that exists has been told.
+type untilSynced struct {
+	*proxier.Loop
+	stop context.CancelFunc
+}
+
+func (u untilSynced) Synced() {
+	u.Loop.Synced()
+	u.stop()
+}
