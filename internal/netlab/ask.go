@@ -1,0 +1,191 @@
+package netlab
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Answer is what a server said about a connection.
+type Answer struct {
+	// Server is the name of the host that answered.
+	Server string
+	// At is the address and port at which the server was reached.
+	At netip.AddrPort
+	// Seen is the source address and port that the server saw.
+	Seen netip.AddrPort
+}
+
+// String returns for example "pod-a (10.244.1.10:8080), which saw
+// 198.51.100.10:41234".
+func (a Answer) String() string {
+	return fmt.Sprintf("%s (%s), which saw %s", a.Server, a.At, a.Seen)
+}
+
+// Outcome sorts the errors of a connection attempt by what the network did.
+type Outcome uint8
+
+const (
+	// Answered: there is no error.
+	Answered Outcome = iota
+	// Refused: a TCP reset or ICMP port unreachable came back.
+	Refused
+	// Silent: nothing came back in time, or this host itself threw the packet
+	// away.
+	Silent
+	// Unreachable: another ICMP error came back, for example of a routing loop
+	// or a missing route.
+	Unreachable
+	// Broken: an open connection was reset or ended.
+	Broken
+	// Failed: the attempt itself went wrong; nothing can be concluded.
+	Failed
+)
+
+// String returns the word for messages.
+func (o Outcome) String() string {
+	return [...]string{"answered", "refused", "silent", "unreachable", "broken", "failed"}[o]
+}
+
+// OutcomeOf sorts an error of Open, Ask or Conn.Ask.
+func OutcomeOf(err error) Outcome {
+	switch {
+	case err == nil:
+		return Answered
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return Refused
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled),
+		errors.Is(err, syscall.ETIMEDOUT),
+		errors.Is(err, syscall.EPERM): // a firewall's drop of a packet that this host sends
+		return Silent
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EACCES),
+		errors.Is(err, syscall.ENOPROTOOPT), errors.Is(err, syscall.EPROTO):
+		return Unreachable
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, errEnded):
+		return Broken
+	}
+	return Failed
+}
+
+var errEnded = errors.New("the connection ended")
+
+// Conn is a TCP connection or a UDP flow (one source port) from a host.
+type Conn struct {
+	conn    net.Conn
+	in      *bufio.Reader
+	network string
+}
+
+var questions atomic.Uint64
+
+// Open connects to an address and port from a host. network is "tcp" or "udp";
+// source may be the zero AddrPort, or have port 0. A UDP flow sends nothing
+// before its first Ask.
+func (h *Host) Open(ctx context.Context, network string, source, target netip.AddrPort) (*Conn, error) {
+	d := net.Dialer{KeepAlive: -1, Control: reportErrors}
+	if source.Addr().IsValid() {
+		switch network {
+		case "tcp":
+			d.LocalAddr = net.TCPAddrFromAddrPort(source)
+		case "udp":
+			d.LocalAddr = net.UDPAddrFromAddrPort(source)
+		}
+	}
+	var c net.Conn
+	err := h.Do(func() (err error) {
+		// With a literal address the socket is made on this thread, so inside
+		// the host.
+		c, err = d.DialContext(ctx, network, target.String())
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", h.Name, err)
+	}
+	return &Conn{conn: c, in: bufio.NewReader(c), network: network}, nil
+}
+
+// reportErrors makes a UDP socket report every ICMP error that comes back, not
+// only port unreachable.
+func reportErrors(network, _ string, c syscall.RawConn) error {
+	level, option := unix.SOL_IP, unix.IP_RECVERR
+	switch network {
+	case "udp4":
+	case "udp6":
+		level, option = unix.SOL_IPV6, unix.IPV6_RECVERR
+	default:
+		return nil
+	}
+	var err error
+	return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, option, 1) }), err)
+}
+
+// Ask opens a connection, asks once and closes it.
+func (h *Host) Ask(ctx context.Context, network string, source, target netip.AddrPort) (Answer, error) {
+	c, err := h.Open(ctx, network, source, target)
+	if err != nil {
+		return Answer{}, err
+	}
+	defer c.Close()
+	return c.Ask(ctx)
+}
+
+// Local is the connection's own address and port, before any translation.
+func (c *Conn) Local() netip.AddrPort {
+	a, _ := netip.ParseAddrPort(c.conn.LocalAddr().String())
+	return a
+}
+
+// Ask sends one question on the connection and waits for its answer. Answers to
+// earlier questions are passed over.
+func (c *Conn) Ask(ctx context.Context) (Answer, error) {
+	deadline, _ := ctx.Deadline() // the zero time is none
+	c.conn.SetDeadline(deadline)
+	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	token := fmt.Sprintf("q%d", questions.Add(1))
+	if _, err := fmt.Fprintln(c.conn, token); err != nil {
+		return Answer{}, fmt.Errorf("asking: %w", err)
+	}
+	for {
+		line, err := c.in.ReadString('\n')
+		if err != nil {
+			if errors.Is(err, io.EOF) {
+				err = errEnded
+			}
+			return Answer{}, fmt.Errorf("waiting for an answer: %w", err)
+		}
+		words := strings.Fields(line)
+		if len(words) != 4 {
+			return Answer{}, fmt.Errorf("strange answer %q", line)
+		}
+		if words[0] != token {
+			continue
+		}
+		at, err1 := netip.ParseAddrPort(words[2])
+		seen, err2 := netip.ParseAddrPort(words[3])
+		if err := errors.Join(err1, err2); err != nil {
+			return Answer{}, fmt.Errorf("strange answer %q: %w", line, err)
+		}
+		return Answer{Server: words[1], At: unmap(at), Seen: unmap(seen)}, nil
+	}
+}
+
+// Close ends the connection.
+func (c *Conn) Close() error { return c.conn.Close() }
+
+func unmap(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+}
+
+func isClosed(err error) bool { return errors.Is(err, net.ErrClosed) }

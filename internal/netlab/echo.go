@@ -1,0 +1,127 @@
+package netlab
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+)
+
+// server is one listening socket that answers every line (TCP) or datagram
+// (UDP) with "<what was sent> <host's name> <own address> <address of the
+// asker>".
+type server struct{ close func() }
+
+func (l *Lab) serve() error {
+	hosts := []*Host{l.hosts["node1"], l.hosts["node2"]}
+	for _, p := range l.options.Pods {
+		hosts = append(hosts, l.hosts[p.Name])
+	}
+	for _, h := range hosts {
+		for _, port := range append([]uint16{ControlPort}, l.options.Ports...) {
+			for _, a := range []netip.Addr{h.Addr.V4, h.Addr.V6} {
+				if err := h.Serve(netip.AddrPortFrom(a, port)); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// Serve answers on one address and port of the host, over TCP and UDP, until
+// the lab is closed.
+func (h *Host) Serve(at netip.AddrPort) error {
+	var tcp *net.TCPListener
+	var udp *net.UDPConn
+	err := h.Do(func() (err error) {
+		if tcp, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at)); err != nil {
+			return err
+		}
+		udp, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
+		return err
+	})
+	if err != nil {
+		if tcp != nil {
+			tcp.Close()
+		}
+		return fmt.Errorf("serving on %s: %w", h.Name, err)
+	}
+	s := &tcpServer{host: h.Name, listener: tcp, open: map[net.Conn]bool{}}
+	go s.run()
+	go serveUDP(h.Name, udp)
+	h.lab.servers = append(h.lab.servers, server{s.close}, server{func() { udp.Close() }})
+	return nil
+}
+
+type tcpServer struct {
+	host     string
+	listener *net.TCPListener
+
+	mu     sync.Mutex // guards what follows
+	open   map[net.Conn]bool
+	closed bool
+}
+
+func (s *tcpServer) run() {
+	for {
+		c, err := s.listener.Accept()
+		if err != nil {
+			return // closed
+		}
+		s.mu.Lock()
+		if s.closed {
+			c.Close()
+		} else {
+			s.open[c] = true
+			go s.answer(c)
+		}
+		s.mu.Unlock()
+	}
+}
+
+func (s *tcpServer) answer(c net.Conn) {
+	defer func() {
+		c.Close()
+		s.mu.Lock()
+		delete(s.open, c)
+		s.mu.Unlock()
+	}()
+	in := bufio.NewReader(c)
+	for {
+		line, err := in.ReadString('\n')
+		if err != nil {
+			return
+		}
+		if _, err := fmt.Fprintf(c, "%s %s %s %s\n", strings.TrimSpace(line), s.host, c.LocalAddr(), c.RemoteAddr()); err != nil {
+			return
+		}
+	}
+}
+
+func (s *tcpServer) close() {
+	s.listener.Close()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	for c := range s.open {
+		c.Close()
+	}
+}
+
+func serveUDP(host string, c *net.UDPConn) {
+	buf := make([]byte, 512)
+	for {
+		n, from, err := c.ReadFromUDPAddrPort(buf)
+		if err != nil {
+			if isClosed(err) {
+				return
+			}
+			continue // an ICMP error that an earlier answer met
+		}
+		reply := fmt.Sprintf("%s %s %s %s\n", strings.TrimSpace(string(buf[:n])), host, c.LocalAddr(), from)
+		c.WriteToUDPAddrPort([]byte(reply), from)
+	}
+}

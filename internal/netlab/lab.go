@@ -1,0 +1,169 @@
+package netlab
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+)
+
+// PodLink is how Pods are connected to their node.
+type PodLink uint8
+
+const (
+	// Routed gives every Pod a link of its own to the node: all its packets
+	// are routed, also those to a Pod beside it.
+	Routed PodLink = iota
+	// Bridged plugs the Pods of a node into a bridge, cni0, whose ports have
+	// hairpin mode on and whose packets go through netfilter's IP hooks
+	// (br_netfilter), as the bridge CNI plugin sets it up.
+	Bridged
+)
+
+// Underlay is how the Pods of one node reach those of another.
+type Underlay uint8
+
+const (
+	// HostGateway routes a node's Pods by the node itself.
+	HostGateway Underlay = iota
+	// VXLAN carries packets between the nodes in a tunnel, device flannel.1.
+	VXLAN
+)
+
+// PodSpec is one Pod of a lab.
+type PodSpec struct {
+	// Name is at most 10 bytes long, as it becomes part of an interface name.
+	Name string
+	// Node is "node1" or "node2".
+	Node string
+}
+
+// DefaultPods is what Options.Pods nil stands for. pod-x is meant to be a
+// client only.
+var DefaultPods = []PodSpec{
+	{"pod-a", "node1"}, {"pod-b", "node1"}, {"pod-x", "node1"},
+	{"pod-c", "node2"}, {"pod-d", "node2"},
+}
+
+// Options says how a lab is built.
+type Options struct {
+	PodLink  PodLink
+	Underlay Underlay
+	// Pods may be nil for DefaultPods; at most 200.
+	Pods []PodSpec
+	// Ports are the TCP and UDP ports on which Pods and nodes answer; nil for
+	// 8080 and 8081. ControlPort is always answered, too.
+	Ports []uint16
+}
+
+// ControlPort answers on every Pod and node, and no Service should use it: a
+// connection there tells whether the network itself works.
+const ControlPort = 7
+
+// Lab is a network of hosts. It is made by New and ends with Close.
+type Lab struct {
+	hosts   map[string]*Host
+	home    netns.NsHandle // the namespace of the process
+	options Options
+	servers []server
+}
+
+// New builds a lab. A kernel that cannot build it is reported as a
+// *MissingError.
+func New(o Options) (*Lab, error) {
+	if o.Pods == nil {
+		o.Pods = DefaultPods
+	}
+	if o.Ports == nil {
+		o.Ports = []uint16{8080, 8081}
+	}
+	home, err := netns.Get()
+	if err != nil {
+		return nil, fmt.Errorf("the process's network namespace: %w", err)
+	}
+	l := &Lab{hosts: map[string]*Host{}, home: home, options: o}
+	for _, step := range []func() error{l.router, l.nodes, l.clients, l.pods, l.underlay, l.routeVIPs, l.serve} {
+		if err := step(); err != nil {
+			l.Close()
+			return nil, err
+		}
+	}
+	return l, nil
+}
+
+// Host returns a host by its name, or nil: router, node1, node2, client1,
+// client2 and the Pods.
+func (l *Lab) Host(name string) *Host { return l.hosts[name] }
+
+// Hosts returns every host, sorted by name.
+func (l *Lab) Hosts() []*Host {
+	var hs []*Host
+	for _, name := range slices.Sorted(maps.Keys(l.hosts)) {
+		hs = append(hs, l.hosts[name])
+	}
+	return hs
+}
+
+// Close ends the servers and lets go of the namespaces, which the kernel then
+// takes apart. Connections still open keep theirs until they are closed.
+func (l *Lab) Close() error {
+	for _, s := range l.servers {
+		s.close()
+	}
+	for _, h := range l.hosts {
+		h.close()
+	}
+	l.hosts = nil
+	return l.home.Close()
+}
+
+// RouteVIP makes clients reach the addresses of a range by the named node.
+func (l *Lab) RouteVIP(p netip.Prefix, node string) error {
+	n := l.hosts[node]
+	if n == nil {
+		return fmt.Errorf("the lab has no host %s", node)
+	}
+	return l.hosts["router"].route(p, "lan", of(n.Addr, p.Addr()))
+}
+
+// PodCIDR returns a node's range of Pod addresses.
+func (l *Lab) PodCIDR(node string) PrefixPair {
+	if node == "node2" {
+		return podNetworks[1]
+	}
+	return podNetworks[0]
+}
+
+// of picks the address of the same family as like.
+func of(p Pair, like netip.Addr) netip.Addr {
+	if like.Is4() {
+		return p.V4
+	}
+	return p.V6
+}
+
+func (l *Lab) newHost(name string, addr Pair, settings ...[2]string) (*Host, error) {
+	h, err := newHost(l, name, addr)
+	if err != nil {
+		return nil, err
+	}
+	l.hosts[name] = h
+	return h, h.sysctls(append(settings, hostSysctls...))
+}
+
+// connect makes a veth pair between two hosts and sets both ends up.
+func (l *Lab) connect(a *Host, aName string, b *Host, bName string, mtu int) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.MTU = aName, mtu
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: bName, PeerNamespace: netlink.NsFd(int(b.ns)), PeerMTU: uint32(mtu)}
+	if err := a.nl.LinkAdd(veth); err != nil {
+		return &MissingError{"veth", fmt.Errorf("%s to %s: %w", a.Name, b.Name, err)}
+	}
+	if err := a.up(aName); err != nil {
+		return err
+	}
+	return b.up(bName)
+}
