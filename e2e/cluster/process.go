@@ -1,0 +1,108 @@
+package cluster
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Process is a program in the background. It dies with the process that
+// started it, however that ends.
+type Process struct {
+	name string
+	cmd  *exec.Cmd
+	log  string
+	done chan struct{} // closed when the program has ended
+	err  error         // of Wait; read after done
+}
+
+// StartProcess starts cmd, whose output it appends to the file log. enter,
+// where not nil, is called on the thread that starts the program, which is
+// given up afterwards: it may enter a network namespace.
+func StartProcess(cmd *exec.Cmd, log string, enter func() error) (*Process, error) {
+	out, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	p := &Process{name: cmd.Args[0], cmd: cmd, log: log, done: make(chan struct{})}
+	started := make(chan error)
+	go func() {
+		// The kernel sends Pdeathsig when the starting thread ends, so that
+		// thread stays for as long as the program does, and, never being
+		// unlocked, is not used for anything else.
+		runtime.LockOSThread()
+		if enter != nil {
+			if err := enter(); err != nil {
+				started <- err
+				return
+			}
+		}
+		if err := cmd.Start(); err != nil {
+			started <- err
+			return
+		}
+		started <- nil
+		p.err = cmd.Wait()
+		close(p.done)
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start %s: %w", p.name, err)
+	}
+	return p, nil
+}
+
+// Done is closed when the program has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Pid is the program's process id.
+func (p *Process) Pid() int { return p.cmd.Process.Pid }
+
+// Signal sends a signal to the program; one that has ended gets nothing.
+func (p *Process) Signal(s os.Signal) { _ = p.cmd.Process.Signal(s) }
+
+// Stop asks the program to end, makes it end after patience, and returns what
+// Wait said: nil for exit code 0.
+func (p *Process) Stop(patience time.Duration) error {
+	p.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(patience):
+		p.Kill()
+		return fmt.Errorf("%s did not end within %v of SIGTERM; its log ends with\n%s", p.name, patience, p.Tail(20))
+	}
+	return p.err
+}
+
+// Kill ends the program at once, as a crash would.
+func (p *Process) Kill() {
+	p.Signal(syscall.SIGKILL)
+	<-p.done
+}
+
+// Err is what Wait said, once Done is closed.
+func (p *Process) Err() error {
+	<-p.done
+	return p.err
+}
+
+// Log is everything the program has written so far.
+func (p *Process) Log() string {
+	text, err := os.ReadFile(p.log)
+	if err != nil {
+		return err.Error()
+	}
+	return string(text)
+}
+
+// Tail is the last n lines of Log.
+func (p *Process) Tail(n int) string {
+	lines := strings.Split(strings.TrimSpace(p.Log()), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}
