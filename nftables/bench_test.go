@@ -1,0 +1,157 @@
+package nftables
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+// fleetSizes are the sizes of the fleets that are measured, in Services.
+var fleetSizes = []int{1000, 10_000, 50_000}
+
+// eachFleet runs a benchmark over fleets with 10 endpoints per Service and,
+// at the middle size, with 5 to 10.
+func eachFleet(b *testing.B, run func(b *testing.B, plan *proxier.Plan)) {
+	for _, n := range fleetSizes {
+		b.Run(fmt.Sprintf("%dx10", n), func(b *testing.B) { run(b, proxiertest.Fleet(proxier.IPv4, n, 10)) })
+	}
+	b.Run("10000x5-10", func(b *testing.B) { run(b, mixedFleet(10_000)) })
+}
+
+// mixedFleet has 5 to 10 endpoints per Service.
+func mixedFleet(services int) *proxier.Plan {
+	plan := proxiertest.Fleet(proxier.IPv4, services, 10)
+	plan.Services = make(map[proxier.ServicePortName]*proxier.ServicePort, services)
+	for i := range services {
+		sp := proxiertest.FleetService(proxier.IPv4, i, i*10, 5+i%6)
+		plan.Services[sp.Name] = sp
+	}
+	return plan
+}
+
+// BenchmarkCompile makes all elements of a plan, without a kernel.
+func BenchmarkCompile(b *testing.B) {
+	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
+		b.ReportAllocs()
+		elements := 0
+		for b.Loop() {
+			st, err := newStateOf(familyOf(plan.Family), plan)
+			if err != nil {
+				b.Fatal(err)
+			}
+			elements = 0
+			st.emitAll(func(element) { elements++ })
+		}
+		b.ReportMetric(float64(elements), "elements")
+	})
+}
+
+// BenchmarkSyncCold writes a whole plan into a kernel that has no table.
+func BenchmarkSyncCold(b *testing.B) {
+	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
+		inNamespace(b)
+		for b.Loop() {
+			b.StopTimer()
+			if err := Cleanup(plan.Family); err != nil {
+				b.Fatal(err)
+			}
+			b.StartTimer()
+			p := newProxier(b, plan.Family)
+			if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+				b.Fatal(err)
+			}
+			b.StopTimer()
+			p.Close()
+			b.StartTimer()
+		}
+		b.ReportMetric(memoryMiB(b, "VmHWM"), "MiB-peak")
+	})
+}
+
+// BenchmarkSyncOne writes the change of one Service: one of its ten endpoints
+// is replaced by another.
+func BenchmarkSyncOne(b *testing.B) {
+	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
+		benchmarkChange(b, plan, func(round int) *proxier.ServicePort {
+			return proxiertest.FleetService(plan.Family, 500, 5000+round%2, 10)
+		})
+	})
+}
+
+// BenchmarkSyncScale writes the change of one Service that gets one endpoint
+// more or less, and so another chain.
+func BenchmarkSyncScale(b *testing.B) {
+	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
+		benchmarkChange(b, plan, func(round int) *proxier.ServicePort {
+			return proxiertest.FleetService(plan.Family, 500, 5000, 10+round%2)
+		})
+	})
+}
+
+// BenchmarkSyncNew adds one Service or removes it.
+func BenchmarkSyncNew(b *testing.B) {
+	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
+		sp := proxiertest.FleetService(plan.Family, 60_000, 600_000, 10)
+		benchmarkChange(b, plan, func(round int) *proxier.ServicePort {
+			if round%2 == 0 {
+				return sp
+			}
+			return &proxier.ServicePort{Name: sp.Name}
+		})
+	})
+}
+
+// benchmarkChange measures Syncs of one Service port; one without frontends is
+// removed.
+func benchmarkChange(b *testing.B, plan *proxier.Plan, next func(round int) *proxier.ServicePort) {
+	inNamespace(b)
+	p := newProxier(b, plan.Family)
+	plan = &proxier.Plan{Family: plan.Family, Node: plan.Node, Services: maps.Clone(plan.Services)}
+	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		b.Fatal(err)
+	}
+	// The kernel's hash tables grow in the background after so many elements.
+	runtime.GC()
+	b.ReportAllocs()
+	round := 0
+	for b.Loop() {
+		sp := next(round)
+		round++
+		plan.Services[sp.Name] = sp
+		if len(sp.Frontends) == 0 {
+			delete(plan.Services, sp.Name)
+		}
+		change := proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
+		if err := p.Sync(context.Background(), plan, change); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(memoryMiB(b, "VmRSS"), "MiB-resident")
+}
+
+// memoryMiB reads a line of this process's memory figures.
+func memoryMiB(b *testing.B, name string) float64 {
+	status, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		b.Fatal(err)
+	}
+	for line := range strings.Lines(string(status)) {
+		if rest, ok := strings.CutPrefix(line, name+":"); ok {
+			kib, err := strconv.Atoi(strings.Fields(rest)[0])
+			if err != nil {
+				b.Fatal(err)
+			}
+			return float64(kib) / 1024
+		}
+	}
+	b.Fatalf("no %s in /proc/self/status", name)
+	return 0
+}

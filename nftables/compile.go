@@ -1,0 +1,146 @@
+package nftables
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"strings"
+
+	"signalbox/proxier"
+)
+
+// compile hands every element that the record stands for to emit. Elements of
+// shared sets may come more than once.
+func (f *family) compile(r *record, emit func(element)) {
+	comment := commentText(r.port.Name.String())
+	for i := range r.port.Frontends {
+		f.compileFrontend(r, &r.port.Frontends[i], comment, emit)
+	}
+	for i := range r.sets {
+		set := &r.sets[i]
+		emit(element{set: endpointSets, key: idKey(set.id), verdict: verdict{chain: r.chainOf(i).name()}})
+		for slot := range set.Len() {
+			f.compileSlot(r, i, slot, emit)
+		}
+		for _, e := range set.Endpoints {
+			if e.MayHairpin {
+				addr := string(e.Addr().AsSlice())
+				emit(element{set: hairpin, key: addr + addr})
+			}
+		}
+	}
+}
+
+// frontendSets are the sets in which a frontend has elements; NodePorts have
+// their own, whose keys lack the address.
+type frontendSets struct {
+	external, internal, masquerade, noEndpoints, restricted, allowed setID
+}
+
+var (
+	addressedSets = frontendSets{frontends, internalFrontends, masquerade, noEndpoints, restricted, allowedSources}
+	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, nodePortNoEndpoints, restrictedNodePorts, allowedNodePortSources}
+)
+
+func (f *family) compileFrontend(r *record, fe *proxier.Frontend, comment string, emit func(element)) {
+	sets := addressedSets
+	if !fe.Addr.IsValid() {
+		sets = nodePortSets
+	}
+	key := frontendBytes(fe.Key(r.port.Name.Protocol))
+	external, internal := r.idOf(fe.External), r.idOf(fe.Internal)
+	emit(element{set: sets.external, key: key, data: idDatumBytes(external), comment: comment})
+	if internal != external {
+		emit(element{set: sets.internal, key: key, data: idDatumBytes(internal), comment: comment})
+	}
+	if fe.Masquerade != proxier.FromNowhere {
+		emit(element{set: sets.masquerade, key: key, verdict: verdict{chain: markChain(fe.Masquerade)}})
+	}
+	if external == noSet || internal == noSet {
+		v := verdict{chain: "reject-connection"}
+		if fe.WhenEmpty == proxier.Drop {
+			v = verdict{drop: true}
+		}
+		emit(element{set: sets.noEndpoints, key: key, verdict: v, comment: comment})
+	}
+	if fe.Sources != nil {
+		emit(element{set: sets.restricted, key: key})
+		for _, p := range disjoint(fe.Sources) {
+			emit(element{set: sets.allowed,
+				key: key + string(p.Addr().AsSlice()), end: key + string(lastAddr(p).AsSlice())})
+		}
+	}
+	if fe.Kind == proxier.ClusterIP && fe.Addr.IsValid() {
+		emit(element{set: clusterIPs, key: string(fe.Addr.AsSlice())})
+	}
+}
+
+// compileSlot emits what stands for one endpoint in one slot of set number i.
+func (f *family) compileSlot(r *record, i, slot int, emit func(element)) {
+	set := &r.sets[i]
+	index := set.endpoint(slot)
+	e := set.Endpoints[index]
+	key := string(appendID(appendID(nil, set.id), uint32(slot)))
+	addr := string(appendPort(appendAddr(nil, e.Addr()), e.Port()))
+	if !r.sticky() {
+		emit(element{set: endpoints, key: key, data: addr})
+		return
+	}
+	id := r.block | set.numbers[index]
+	emit(element{set: affinitySlots, key: key, data: idDatumBytes(id)})
+	emit(element{set: affinityEndpoints + setID(i), key: idKey(id), data: addr})
+}
+
+// compileNode hands out the elements that the node's facts make.
+func (r ruleset) compileNode(emit func(element)) {
+	intervals := func(set setID, prefixes []netip.Prefix) {
+		for _, p := range disjoint(prefixes) {
+			emit(element{set: set, key: string(p.Addr().AsSlice()), end: string(lastAddr(p).AsSlice())})
+		}
+	}
+	intervals(localPods, r.node.LocalPods.Prefixes)
+	intervals(serviceCIDRs, r.node.ServiceCIDRs)
+	for _, a := range r.nodePortAddrs() {
+		emit(element{set: nodePortAddrs, key: string(a.AsSlice())})
+	}
+}
+
+// nodePortAddrs leaves loopback addresses out: the kernel does not route what
+// comes from there to a Pod.
+func (r ruleset) nodePortAddrs() []netip.Addr {
+	var addrs []netip.Addr
+	for _, a := range r.node.NodePortAddrs.Addrs {
+		if !a.IsLoopback() {
+			addrs = append(addrs, a)
+		}
+	}
+	return addrs
+}
+
+func frontendBytes(k proxier.FrontendKey) string {
+	b := make([]byte, 0, 24)
+	if k.Addr.IsValid() {
+		b = appendAddr(b, k.Addr)
+	}
+	return string(appendPort(appendProto(b, k.Protocol), k.Port))
+}
+
+func idKey(id uint32) string { return string(appendID(make([]byte, 0, 4), id)) }
+
+func idDatumBytes(id uint32) string {
+	return string(binary.BigEndian.AppendUint32(make([]byte, 0, 4), id))
+}
+
+// maxComment is the longest comment that nft itself would write.
+const maxComment = 127
+
+// commentText makes a name fit to be a comment: a file may hold names that the
+// API server would refuse, and a listing must stay readable.
+func commentText(name string) string {
+	clean := strings.Map(func(c rune) rune {
+		if c < ' ' || c > '~' || c == '"' || c == '\\' {
+			return '?'
+		}
+		return c
+	}, name)
+	return clean[:min(len(clean), maxComment)]
+}

@@ -1,0 +1,169 @@
+package nftables
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	nft "github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"signalbox/proxier"
+)
+
+// element is one element of a set or map, as the bytes that the kernel keeps.
+// The zero end means that the element is not an interval.
+type element struct {
+	set      setID
+	key, end string
+	data     string
+	verdict  verdict
+	comment  string
+}
+
+// elementKey is what no two elements of the table share.
+type elementKey struct {
+	set      setID
+	key, end string
+}
+
+func (e *element) id() elementKey { return elementKey{e.set, e.key, e.end} }
+
+// verdict is the datum of a verdict map: drop, or jump to a chain.
+type verdict struct {
+	drop  bool
+	chain string
+}
+
+func (v verdict) String() string {
+	if v.drop {
+		return "drop"
+	}
+	return "jump " + v.chain
+}
+
+// wire appends the library's form of the element. An interval over one plain
+// field is two elements in nf_tables, its start and the first value after it.
+func (e *element) wire(list []nft.SetElement) []nft.SetElement {
+	s := schemas[e.set]
+	out := nft.SetElement{Key: []byte(e.key), Comment: e.comment}
+	if e.data != "" {
+		out.Val = []byte(e.data)
+	}
+	if s.verdicts {
+		out.VerdictData = &expr.Verdict{Kind: expr.VerdictJump, Chain: e.verdict.chain}
+		if e.verdict.drop {
+			out.VerdictData = &expr.Verdict{Kind: expr.VerdictDrop}
+		}
+	}
+	if !s.interval {
+		return append(list, out)
+	}
+	if len(s.key) > 1 {
+		out.KeyEnd = []byte(e.end)
+		return append(list, out)
+	}
+	after, overflow := successor(e.end)
+	if overflow {
+		out.IntervalOpen = true
+		return append(list, out)
+	}
+	return append(list, out, nft.SetElement{Key: after, IntervalEnd: true})
+}
+
+// successor adds one to a big-endian number.
+func successor(s string) (b []byte, overflow bool) {
+	b = []byte(s)
+	for i := len(b) - 1; i >= 0; i-- {
+		b[i]++
+		if b[i] != 0 {
+			return b, false
+		}
+	}
+	return b, true
+}
+
+// text is the element as `nft list` writes it.
+func (e *element) text(f *family) string {
+	s := schemas[e.set]
+	var b strings.Builder
+	b.WriteString(fieldsText(f, s.key, e.key, e.end))
+	if e.comment != "" {
+		fmt.Fprintf(&b, " comment %q", e.comment)
+	}
+	switch {
+	case s.verdicts:
+		b.WriteString(" : " + e.verdict.String())
+	case s.data != nil:
+		b.WriteString(" : " + fieldsText(f, s.data, e.data, ""))
+	}
+	return b.String()
+}
+
+// fieldsText prints concatenated fields. Where end is not empty, addresses
+// that differ from those in end are printed as the prefix they bound.
+func fieldsText(f *family, fields []fieldType, value, end string) string {
+	parts := make([]string, len(fields))
+	for i, field := range fields {
+		n := field.size(f)
+		parts[i] = field.text(value[:n])
+		if field == addrField && end != "" && value[:n] != end[:n] {
+			parts[i] = prefixText(value[:n], end[:n])
+		}
+		value = value[n:]
+		if end != "" {
+			end = end[n:]
+		}
+	}
+	return strings.Join(parts, " . ")
+}
+
+// prefixText prints the range from start to end, which come from a prefix.
+func prefixText(start, end string) string {
+	bits := 0
+	for i := range len(start) {
+		differ := start[i] ^ end[i]
+		for mask := byte(0x80); mask != 0 && differ&mask == 0; mask >>= 1 {
+			bits++
+		}
+		if differ != 0 {
+			break
+		}
+	}
+	addr, _ := netip.AddrFromSlice([]byte(start))
+	return netip.PrefixFrom(addr, bits).String()
+}
+
+// size is the field's length in a key, padding included.
+func (t fieldType) size(f *family) int {
+	if t == addrField {
+		return f.addrLen
+	}
+	return 4
+}
+
+func (t fieldType) text(s string) string {
+	switch t {
+	case protoField:
+		return proxier.Protocol(s[0]).String()
+	case portField:
+		return fmt.Sprint(binary.BigEndian.Uint16([]byte(s)))
+	case idField:
+		return idText(binary.NativeEndian.Uint32([]byte(s)))
+	case idDatum:
+		return idText(binary.BigEndian.Uint32([]byte(s)))
+	case slotField:
+		return fmt.Sprintf("%#08x", binary.NativeEndian.Uint32([]byte(s)))
+	}
+	addr, _ := netip.AddrFromSlice([]byte(s))
+	return addr.String()
+}
+
+// idText prints an id as nft prints a priority.
+func idText(id uint32) string {
+	if id == 0 {
+		return "none"
+	}
+	return fmt.Sprintf("%x:%x", id>>16, id&0xffff)
+}

@@ -1,0 +1,180 @@
+package nftables
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+
+	"signalbox/proxier"
+)
+
+// Mode is the name of this mode on the command line and in messages.
+const Mode = "nftables"
+
+// Proxier serves Services of one IP family. It keeps a connection to the
+// kernel's nf_tables of the network namespace in which it was made.
+type Proxier struct {
+	*family
+	mark  uint32
+	wire  *wire
+	state *state // nil until the first Sync
+}
+
+var _ proxier.Proxier = (*Proxier)(nil)
+
+// New opens the connection to the kernel. Nothing is written before Sync.
+func New(opts proxier.Options) (*Proxier, error) {
+	f := familyOf(opts.Family)
+	w, err := dial(f, tableName)
+	if err != nil {
+		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
+	}
+	return &Proxier{family: f, mark: opts.MasqueradeMark, wire: w}, nil
+}
+
+// Close closes the connection. The table stays.
+func (p *Proxier) Close() error { return p.wire.close() }
+
+// Sync implements proxier.Proxier. Every call is one transaction.
+func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if plan.Family != p.Family {
+		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", Mode, plan.Family, p.Family)
+	}
+	if change.All || p.state == nil {
+		return p.syncAll(plan)
+	}
+	if change.Empty() {
+		return nil
+	}
+	return p.syncChange(plan, change)
+}
+
+// syncAll replaces the table.
+func (p *Proxier) syncAll(plan *proxier.Plan) error {
+	rules := ruleset{p.family, p.mark, plan.Node}
+	if err := rules.validateNode(); err != nil {
+		return err
+	}
+	st, err := newStateOf(p.family, plan)
+	if err != nil {
+		return err
+	}
+	if err := p.wire.writeAll(rules, st); err != nil {
+		return fmt.Errorf("write table %s: %w", tableName, err)
+	}
+	p.state = st
+	return nil
+}
+
+// writeAll writes the whole table in one transaction. Rules go before elements:
+// a rule that is bound to a map makes the kernel walk all its elements.
+func (w *wire) writeAll(rules ruleset, st *state) error {
+	w.replaceTable()
+	w.addSets()
+	w.addChains(rules.chains(st))
+	buckets := make([][]element, setCount)
+	emit := func(e element) {
+		buckets[e.set] = append(buckets[e.set], e)
+		if len(buckets[e.set]) == batchElements {
+			w.add(buckets[e.set])
+			buckets[e.set] = buckets[e.set][:0]
+		}
+	}
+	rules.compileNode(emit)
+	st.emitAll(emit)
+	for _, bucket := range buckets {
+		w.add(bucket)
+	}
+	return w.flush()
+}
+
+// syncChange writes what change names.
+func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
+	rules := ruleset{p.family, p.mark, plan.Node}
+	if change.Node {
+		if err := rules.validateNode(); err != nil {
+			return err
+		}
+	}
+	s, err := p.state.stage(plan, change.Services)
+	if err != nil {
+		return err
+	}
+	if err := p.wire.writeStage(rules, s, change.Node); err != nil {
+		s.undo()
+		return fmt.Errorf("write %s to table %s: %w", changeText(change), tableName, err)
+	}
+	s.commit()
+	return nil
+}
+
+// writeStage writes a change in one transaction.
+func (w *wire) writeStage(rules ruleset, s *stage, node bool) error {
+	if node {
+		w.rewriteNode(rules)
+	}
+	chains := make([]chain, len(s.newChains))
+	for i, c := range s.newChains {
+		chains[i] = c.chain(w.family)
+	}
+	w.addChains(chains)
+	bySet := func(a, b element) int { return cmp.Compare(a.set, b.set) }
+	slices.SortStableFunc(s.remove, bySet)
+	slices.SortStableFunc(s.add, bySet)
+	w.remove(s.remove)
+	w.add(s.add)
+	for _, c := range s.oldChains {
+		w.deleteChain(c)
+	}
+	return w.flush()
+}
+
+// rewriteNode replaces the rules and sets that depend on the node.
+func (w *wire) rewriteNode(rules ruleset) {
+	w.rewriteChains(rules.nodeChains())
+	var list []element
+	rules.compileNode(func(e element) { list = append(list, e) })
+	for _, set := range []setID{localPods, nodePortAddrs, serviceCIDRs} {
+		w.flushSet(set)
+	}
+	w.add(list)
+}
+
+func changeText(change proxier.Change) string {
+	what := fmt.Sprintf("%d changed Service ports", len(change.Services))
+	if len(change.Services) == 1 {
+		what = change.Services[0].String()
+	}
+	if change.Node {
+		what += " and the node's facts"
+	}
+	return what
+}
+
+// chains are all chains of the table.
+func (r ruleset) chains(st *state) []chain {
+	chains := r.fixedChains()
+	for _, c := range st.sizedChains() {
+		chains = append(chains, c.chain(r.family))
+	}
+	return append(append(chains, r.nodeChains()...), r.baseChains()...)
+}
+
+// validateNode refuses facts that could not be written.
+func (r ruleset) validateNode() error {
+	for _, p := range slices.Concat(r.node.LocalPods.Prefixes, r.node.ServiceCIDRs) {
+		if !p.IsValid() || !r.holds(p.Addr()) {
+			return fmt.Errorf("node: prefix %s is not of %s", p, r.Family)
+		}
+	}
+	for _, a := range r.node.NodePortAddrs.Addrs {
+		if !r.holds(a) {
+			return fmt.Errorf("node: address for NodePorts %s is not of %s", a, r.Family)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,280 @@
+package nftables
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"signalbox/proxier"
+)
+
+// record is what is remembered of a Service port: what the kernel was told,
+// and the numbers that this took. Elements are not kept; they are compiled
+// again from the record when a change needs them. A record is never changed
+// once a stage has made it.
+type record struct {
+	port *proxier.ServicePort
+	sets []numberedSet
+	// block is the first id of the Service port's block and nextEndpoint the
+	// number to give to the next new endpoint in it; only with affinity.
+	block        uint32
+	nextEndpoint uint32
+}
+
+// numberedSet is a non-empty endpoint set with its id.
+type numberedSet struct {
+	*proxier.EndpointSet
+	id uint32
+	// order lists the indexes of the endpoints by slot; nil where slot and
+	// index are the same. It keeps endpoints in their slots when others go, so
+	// that a change costs only the slots that it touches.
+	order []uint32
+	// numbers are the endpoints' numbers in the block, by index; only with
+	// affinity.
+	numbers []uint32
+}
+
+// endpoint returns the index of the endpoint in a slot.
+func (s *numberedSet) endpoint(slot int) int {
+	if s.order == nil {
+		return slot
+	}
+	return int(s.order[slot])
+}
+
+func (r *record) sticky() bool { return r != nil && r.port.AffinityTimeout > 0 }
+
+func (r *record) large() bool { return r.sticky() && r.block < smallFirst }
+
+// ids lists the ids that the record took from the pools.
+func (r *record) ids() []uint32 {
+	if r == nil {
+		return nil
+	}
+	if r.sticky() {
+		return []uint32{r.block}
+	}
+	ids := make([]uint32, len(r.sets))
+	for i := range r.sets {
+		ids[i] = r.sets[i].id
+	}
+	return ids
+}
+
+// idOf returns the id of a set of the Service port.
+func (r *record) idOf(set *proxier.EndpointSet) uint32 {
+	if set.Len() == 0 {
+		return noSet
+	}
+	for i := range r.sets {
+		if r.sets[i].EndpointSet == set {
+			return r.sets[i].id
+		}
+	}
+	panic("nftables: an endpoint set of " + r.port.Name.String() + " has no id")
+}
+
+// chainOf is the chain that picks from set number i.
+func (r *record) chainOf(i int) sizedChain {
+	c := sizedChain{size: r.sets[i].Len(), timeout: r.port.AffinityTimeout}
+	if r.sticky() {
+		c.variant, c.large = i, r.large()
+	}
+	return c
+}
+
+// succeed makes the record of port, which replaces the one in old (which may be
+// nil). Ids, slots and endpoint numbers stay what they were wherever they can;
+// new ids come from pools.
+func succeed(old *record, port *proxier.ServicePort, pools *idPools) (*record, error) {
+	r := &record{port: port}
+	for _, set := range distinctSets(port) {
+		r.sets = append(r.sets, numberedSet{EndpointSet: set})
+	}
+	for i := range r.sets {
+		var before *numberedSet
+		if old != nil && i < len(old.sets) {
+			before = &old.sets[i]
+		}
+		r.sets[i].order = slotOrder(before, r.sets[i].EndpointSet)
+	}
+	var err error
+	if r.sticky() {
+		err = r.numberBlock(old, pools)
+	} else {
+		err = r.numberSets(old, pools)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// distinctSets lists the Service port's non-empty endpoint sets in the order in
+// which its frontends name them.
+func distinctSets(port *proxier.ServicePort) []*proxier.EndpointSet {
+	var sets []*proxier.EndpointSet
+	for i := range port.Frontends {
+		for _, set := range []*proxier.EndpointSet{port.Frontends[i].Internal, port.Frontends[i].External} {
+			if set.Len() > 0 && !slices.Contains(sets, set) {
+				sets = append(sets, set)
+			}
+		}
+	}
+	return sets
+}
+
+func (r *record) numberSets(old *record, pools *idPools) error {
+	for i := range r.sets {
+		if old != nil && !old.sticky() && i < len(old.sets) {
+			r.sets[i].id = old.sets[i].id
+			continue
+		}
+		id, err := pools.plain.take()
+		if err != nil {
+			return fmt.Errorf("ids of endpoint sets: %w", err)
+		}
+		r.sets[i].id = id
+	}
+	return nil
+}
+
+// numberBlock gives the Service port a block of ids and its endpoints numbers
+// in it. A Service port that outgrows a small block gets a large one and its
+// clients start afresh.
+func (r *record) numberBlock(old *record, pools *idPools) error {
+	if len(r.sets) > maxVariants {
+		return fmt.Errorf("%d different endpoint sets with session affinity, at most %d are possible", len(r.sets), maxVariants)
+	}
+	numbers := make(map[netip.AddrPort]uint32)
+	for _, set := range r.sets {
+		for _, e := range set.Endpoints {
+			numbers[e.AddrPort] = 0
+		}
+	}
+	large := old.large() || len(numbers) > blockRoom(false)
+	if len(numbers) > blockRoom(large) {
+		return fmt.Errorf("%d endpoints with session affinity, at most %d are possible", len(numbers), blockRoom(large))
+	}
+	if old.sticky() && old.large() == large {
+		r.block, r.nextEndpoint = old.block, old.nextEndpoint
+		r.keepNumbers(old, numbers)
+	} else {
+		pool := pools.small
+		if large {
+			pool = pools.large
+		}
+		block, err := pool.take()
+		if err != nil {
+			return fmt.Errorf("ids of Services with affinity: %w", err)
+		}
+		r.block, r.nextEndpoint = block, maxVariants
+	}
+	r.giveNumbers(numbers)
+	return nil
+}
+
+// keepNumbers fills in the numbers that endpoints had before.
+func (r *record) keepNumbers(old *record, numbers map[netip.AddrPort]uint32) {
+	for i := range old.sets {
+		for j, e := range old.sets[i].Endpoints {
+			if _, stays := numbers[e.AddrPort]; stays {
+				numbers[e.AddrPort] = old.sets[i].numbers[j]
+			}
+		}
+	}
+}
+
+// giveNumbers gives numbers to the endpoints that have none (0), in the order
+// of the sets, and writes all of them into the sets.
+func (r *record) giveNumbers(numbers map[netip.AddrPort]uint32) {
+	used := make(map[uint32]bool, len(numbers))
+	for _, n := range numbers {
+		used[n] = true
+	}
+	limit := uint32(blockRoom(r.large()) + maxVariants)
+	for i := range r.sets {
+		set := &r.sets[i]
+		set.id = r.block | uint32(i)
+		set.numbers = make([]uint32, set.Len())
+		for j, e := range set.Endpoints {
+			n := numbers[e.AddrPort]
+			for n == 0 {
+				if !used[r.nextEndpoint] {
+					n = r.nextEndpoint
+					used[n], numbers[e.AddrPort] = true, n
+				}
+				if r.nextEndpoint++; r.nextEndpoint == limit {
+					r.nextEndpoint = maxVariants
+				}
+			}
+			set.numbers[j] = n
+		}
+	}
+}
+
+// slotOrder assigns the endpoints of a set to slots. Those that were in the set
+// before stay in their slots unless the set has become too small for these;
+// the rest fill the gaps.
+func slotOrder(before *numberedSet, set *proxier.EndpointSet) []uint32 {
+	if before == nil || before.EndpointSet == set {
+		if before == nil {
+			return nil
+		}
+		return before.order
+	}
+	n := set.Len()
+	index := make(map[netip.AddrPort]uint32, n)
+	for i, e := range set.Endpoints {
+		index[e.AddrPort] = uint32(i)
+	}
+	order, taken := make([]uint32, n), make([]bool, n)
+	filled := make([]bool, n)
+	for slot := range min(n, before.Len()) {
+		i, stays := index[before.Endpoints[before.endpoint(slot)].AddrPort]
+		if stays && !taken[i] {
+			order[slot], filled[slot], taken[i] = i, true, true
+		}
+	}
+	next, identity := 0, true
+	for slot := range n {
+		if !filled[slot] {
+			for taken[next] {
+				next++
+			}
+			order[slot], taken[next] = uint32(next), true
+		}
+		identity = identity && order[slot] == uint32(slot)
+	}
+	if identity {
+		return nil
+	}
+	return order
+}
+
+// validate refuses what could not be written, and names it.
+func (f *family) validate(port *proxier.ServicePort) error {
+	if port.AffinityTimeout < 0 || port.AffinityTimeout%time.Second != 0 {
+		return fmt.Errorf("session affinity timeout %v is not in whole seconds", port.AffinityTimeout)
+	}
+	for i := range port.Frontends {
+		fe := &port.Frontends[i]
+		if fe.Addr.IsValid() && !f.holds(fe.Addr) {
+			return fmt.Errorf("%s %s is not an %s address", fe.Kind, fe.Addr, f.Family)
+		}
+		for _, p := range fe.Sources {
+			if !p.IsValid() || !f.holds(p.Addr()) {
+				return fmt.Errorf("%s %s: source range %s is not of %s", fe.Kind, fe.Key(port.Name.Protocol), p, f.Family)
+			}
+		}
+	}
+	for _, set := range distinctSets(port) {
+		for _, e := range set.Endpoints {
+			if !f.holds(e.Addr()) {
+				return fmt.Errorf("endpoint %s is not an %s address", e.AddrPort, f.Family)
+			}
+		}
+	}
+	return nil
+}

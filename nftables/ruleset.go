@@ -1,0 +1,309 @@
+package nftables
+
+import (
+	"cmp"
+	"fmt"
+	"time"
+
+	nft "github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"signalbox/proxier"
+)
+
+// chain is one chain with its rules.
+type chain struct {
+	name  string
+	hook  *hook // nil for a chain that is only jumped to
+	rules []rule
+}
+
+// hook binds a base chain. The priorities are those that kube-proxy documents,
+// so that other software's chains keep their place before or after.
+type hook struct {
+	kind     nft.ChainType
+	num      *nft.ChainHook
+	priority nft.ChainPriority
+	text     string // as nft writes it
+}
+
+var (
+	preDNATPrerouting = hook{nft.ChainTypeFilter, nft.ChainHookPrerouting, -110, "type filter hook prerouting priority dstnat - 10"}
+	preDNATOutput     = hook{nft.ChainTypeFilter, nft.ChainHookOutput, -110, "type filter hook output priority -110"}
+	filterInput       = hook{nft.ChainTypeFilter, nft.ChainHookInput, 0, "type filter hook input priority filter"}
+	filterForward     = hook{nft.ChainTypeFilter, nft.ChainHookForward, 0, "type filter hook forward priority filter"}
+	filterOutput      = hook{nft.ChainTypeFilter, nft.ChainHookOutput, 0, "type filter hook output priority filter"}
+	natPrerouting     = hook{nft.ChainTypeNAT, nft.ChainHookPrerouting, -100, "type nat hook prerouting priority dstnat"}
+	natOutput         = hook{nft.ChainTypeNAT, nft.ChainHookOutput, -100, "type nat hook output priority -100"}
+	natPostrouting    = hook{nft.ChainTypeNAT, nft.ChainHookPostrouting, 100, "type nat hook postrouting priority srcnat"}
+)
+
+// ruleset makes the chains that every node has. Those that node makes a
+// difference to are in nodeChains.
+type ruleset struct {
+	*family
+	mark uint32
+	node proxier.Node
+}
+
+// frontendOf is the key of the maps by frontend.
+func (r ruleset) frontendOf() value { return join(r.daddr(), l4proto, dport) }
+
+// nodePortOf is the key of the maps by node port.
+var nodePortOf = join(l4proto, dport)
+
+// fixedChains do not depend on the node. Chains come before those that jump to
+// them.
+func (r ruleset) fixedChains() []chain {
+	return []chain{
+		{name: "reject-connection", rules: []rule{newRule(r.reject())}},
+		{name: "pick-endpoint", rules: []rule{
+			newRule(verdictOf(priority, endpointSets)).because("by the size of the set"),
+			newRule(goTo(sizedChain{size: 1}.name())).because("the set shrank just now: its first endpoint"),
+		}},
+	}
+}
+
+// baseChains bind the others to the kernel's hooks.
+func (r ruleset) baseChains() []chain {
+	return []chain{
+		{name: "filter-prerouting-pre-dnat", hook: &preDNATPrerouting, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
+		{name: "filter-output-pre-dnat", hook: &preDNATOutput, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
+		{name: "filter-input", hook: &filterInput, rules: []rule{newRule(stateNew(), jump("check-endpoints"))}},
+		{name: "filter-forward", hook: &filterForward, rules: []rule{
+			newRule(stateNew(), jump("check-endpoints")), newRule(stateNew(), jump("check-cluster-ips"))}},
+		{name: "filter-output", hook: &filterOutput, rules: []rule{
+			newRule(stateNew(), jump("check-endpoints")), newRule(stateNew(), jump("check-cluster-ips"))}},
+		{name: "nat-prerouting", hook: &natPrerouting, rules: []rule{newRule(jump("services"))}},
+		{name: "nat-output", hook: &natOutput, rules: []rule{newRule(jump("services"))}},
+		{name: "nat-postrouting", hook: &natPostrouting, rules: []rule{
+			newRule(markHas(r.mark), setMarkBit(r.mark, false), masqueradeRandom()),
+			newRule(isDNATed(), in(join(r.saddr(), r.daddr()), hairpin), masqueradeRandom()).because("a client that is its own endpoint"),
+		}},
+	}
+}
+
+// nodeChains are written anew when the node's facts change.
+func (r ruleset) nodeChains() []chain {
+	chains := []chain{
+		{name: "check-sources", rules: r.checkSources()},
+		{name: "check-endpoints", rules: r.checkEndpoints()},
+		{name: "check-cluster-ips", rules: r.checkClusterIPs()},
+	}
+	for origins := proxier.FromPods; origins <= proxier.FromAnywhere; origins++ {
+		chains = append(chains, chain{name: markChain(origins), rules: r.markRules(origins)})
+	}
+	nodePortRules := append([]rule{newRule(verdictOf(nodePortOf, nodePortMasquerade))},
+		r.setRules(nodePortOf, internalNodePorts, nodePorts)...)
+	serviceRules := append([]rule{newRule(verdictOf(r.frontendOf(), masquerade))},
+		r.setRules(r.frontendOf(), internalFrontends, frontends)...)
+	for _, match := range r.toNodePortAddrs() {
+		serviceRules = append(serviceRules, newRule(append(match, goTo("nodeports"))...))
+	}
+	return append(chains,
+		chain{name: "nodeports", rules: nodePortRules},
+		chain{name: "services", rules: serviceRules})
+}
+
+// setRules look the endpoint set up, first among those for internal traffic.
+func (r ruleset) setRules(key value, internal, external setID) []rule {
+	choose := setPriority(idLookedUp(key, internal))
+	var rules []rule
+	for _, match := range r.fromPods() {
+		rules = append(rules, newRule(match, choose, goTo("pick-endpoint")))
+	}
+	return append(rules,
+		newRule(fibLocal(true), choose, goTo("pick-endpoint")),
+		newRule(setPriority(idLookedUp(key, external)), goTo("pick-endpoint")))
+}
+
+// fromPods are the ways to tell packets of local Pods; any one that matches
+// will do.
+func (r ruleset) fromPods() []statement {
+	var ways []statement
+	if len(r.node.LocalPods.Prefixes) > 0 {
+		ways = append(ways, in(r.saddr(), localPods))
+	}
+	if name := r.node.LocalPods.Interface; name != "" {
+		ways = append(ways, entersBy(name, false))
+	}
+	if prefix := r.node.LocalPods.InterfacePrefix; prefix != "" {
+		ways = append(ways, entersBy(prefix, true))
+	}
+	return ways
+}
+
+// toNodePortAddrs are the ways to tell packets to addresses that serve
+// NodePorts; there may be none.
+func (r ruleset) toNodePortAddrs() [][]statement {
+	if r.node.NodePortAddrs.All {
+		return [][]statement{{fibLocal(false), r.notLoopback()}}
+	}
+	if len(r.nodePortAddrs()) > 0 {
+		return [][]statement{{in(r.daddr(), nodePortAddrs)}}
+	}
+	return nil
+}
+
+// markChain names the chain that marks packets from these origins.
+func markChain(origins proxier.Origins) string {
+	switch origins {
+	case proxier.FromPods:
+		return "mark-from-pods"
+	case proxier.FromNode:
+		return "mark-from-node"
+	case proxier.FromOutside:
+		return "mark-from-outside"
+	case proxier.FromPods | proxier.FromNode:
+		return "mark-unless-outside"
+	case proxier.FromPods | proxier.FromOutside:
+		return "mark-unless-node"
+	case proxier.FromNode | proxier.FromOutside:
+		return "mark-unless-pods"
+	}
+	return "mark-always"
+}
+
+// markRules mark packets from the given origins for masquerading. A packet
+// from a Pod's address counts as from a Pod even where the node holds that
+// address too, as a bridge of Pods does.
+func (r ruleset) markRules(origins proxier.Origins) []rule {
+	mark := setMarkBit(r.mark, true)
+	if origins == proxier.FromAnywhere {
+		return []rule{newRule(mark)}
+	}
+	var rules []rule
+	decide := func(match statement, origin proxier.Origins) {
+		if origins&origin != 0 {
+			rules = append(rules, newRule(match, mark, returns()))
+			return
+		}
+		rules = append(rules, newRule(match, returns()))
+	}
+	for _, match := range r.fromPods() {
+		decide(match, proxier.FromPods)
+	}
+	decide(fibLocal(true), proxier.FromNode)
+	if origins&proxier.FromOutside != 0 {
+		rules = append(rules, newRule(mark))
+	}
+	return rules
+}
+
+// checkSources drops what may not use a frontend.
+func (r ruleset) checkSources() []rule {
+	allowed := join(r.frontendOf(), r.saddr())
+	rules := []rule{
+		newRule(in(r.frontendOf(), restricted), notIn(allowed, allowedSources), drop()),
+	}
+	for _, match := range r.toNodePortAddrs() {
+		rules = append(rules, newRule(append(match, in(nodePortOf, restrictedNodePorts),
+			notIn(join(nodePortOf, r.saddr()), allowedNodePortSources), drop())...))
+	}
+	return rules
+}
+
+// checkEndpoints rejects or drops what found its endpoint set empty. What was
+// given an endpoint is sent elsewhere by now. It also clears the id out of the
+// priority.
+func (r ruleset) checkEndpoints() []rule {
+	rules := []rule{
+		newRule(priorityIs(idSpaceMask, expr.CmpOpEq, idSpace), clearPriority()).because("the id has served"),
+		newRule(isDNATed(), returns()),
+		newRule(verdictOf(r.frontendOf(), noEndpoints)),
+	}
+	for _, match := range r.toNodePortAddrs() {
+		rules = append(rules, newRule(append(match, verdictOf(nodePortOf, nodePortNoEndpoints))...))
+	}
+	return rules
+}
+
+// checkClusterIPs answers for cluster IPs where no frontend is.
+func (r ruleset) checkClusterIPs() []rule {
+	return []rule{
+		newRule(isDNATed(), returns()),
+		newRule(in(r.daddr(), clusterIPs), r.reject()).because("no such port"),
+		newRule(in(r.daddr(), serviceCIDRs), drop()).because("no such Service"),
+	}
+}
+
+// sizedChain is a chain that picks one of size endpoints. There is one for each
+// kind of endpoint set in use.
+type sizedChain struct {
+	size    int
+	timeout time.Duration // of affinity; 0 without
+	variant int           // with affinity: which of the Service port's sets
+	large   bool          // with affinity: the Service port has a large block of ids
+}
+
+func (c sizedChain) name() string {
+	if c.timeout == 0 {
+		return fmt.Sprintf("pick-%d", c.size)
+	}
+	name := fmt.Sprintf("pick-%d-affinity-%ds", c.size, int(c.timeout/time.Second))
+	if c.variant > 0 {
+		name += fmt.Sprintf("-set-%d", c.variant)
+	}
+	if c.large {
+		name += "-large"
+	}
+	return name
+}
+
+func (c sizedChain) chain(f *family) chain {
+	if c.timeout == 0 {
+		return chain{name: c.name(), rules: []rule{
+			newRule(f.dnatTo(lookedUp(join(priority, random(c.size)), endpoints))),
+		}}
+	}
+	return chain{name: c.name(), rules: c.stickyRules(f)}
+}
+
+// stickyRules choose with session affinity. On entry the priority holds the
+// id of the endpoint set: the Service port's number in the bits of mask, below
+// it the variant.
+//
+// The first rule serves the client that is known and whose endpoint is in this
+// set. Otherwise the priority holds now either still the set's id, or the id of
+// an endpoint that is not in the set; then what the map remembers has to be
+// deleted, because to update a key that exists starts its time again and keeps
+// the old endpoint. An endpoint is drawn and remembered, and read back: where
+// two connections of one client race on two processors, the first to write has
+// decided for both. If the map is full nothing is read back and the drawn
+// endpoint serves.
+func (c sizedChain) stickyRules(f *family) []rule {
+	mask := blockMask(c.large)
+	known := affinityEndpoints + setID(c.variant)
+	client := join(f.saddr(), priorityBits(mask, 0))
+	recall := setPriority(idLookedUp(client, affinity))
+	restore := setPriority(priorityBits(mask, uint32(c.variant)))
+	toKnown := f.dnatTo(lookedUp(priority, known))
+	return []rule{
+		newRule(recall, remember(client, priority, c.timeout), toKnown),
+		newRule(priorityIs(^mask, expr.CmpOpNeq, uint32(c.variant)), forget(client, priority)).because("its endpoint is gone"),
+		newRule(restore),
+		newRule(setPriority(idLookedUp(join(priority, random(c.size)), affinitySlots)), remember(client, priority, c.timeout)),
+		newRule(recall),
+		newRule(toKnown),
+		newRule(restore).because("the set changed just now: its first endpoint"),
+		newRule(setPriority(idLookedUp(join(priority, random(1)), affinitySlots)), toKnown),
+	}
+}
+
+// ready says whether the chain exists always.
+func (c sizedChain) ready() bool { return c.timeout == 0 && c.size <= readyChains }
+
+func (c sizedChain) compare(o sizedChain) int {
+	large := func(b bool) int {
+		if b {
+			return 1
+		}
+		return 0
+	}
+	return cmp.Or(
+		cmp.Compare(c.timeout, o.timeout),
+		cmp.Compare(c.size, o.size),
+		cmp.Compare(c.variant, o.variant),
+		cmp.Compare(large(c.large), large(o.large)),
+	)
+}

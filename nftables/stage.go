@@ -1,0 +1,213 @@
+package nftables
+
+import (
+	"fmt"
+	"slices"
+
+	"signalbox/proxier"
+)
+
+// stage is a change of some Service ports on its way to the kernel. Its state's
+// counts include the change already; commit or undo ends it.
+type stage struct {
+	state   *state
+	changes []replacement
+	taken   []uint32 // ids that the change took from the pools
+
+	remove, add          []element
+	newChains, oldChains []sizedChain
+}
+
+// replacement is one Service port's change; old is nil if it is new, and new
+// is nil if it goes.
+type replacement struct {
+	name     proxier.ServicePortName
+	old, new *record
+}
+
+// stage works out what changes in the table when the named Service ports become
+// what plan says. On error the state is as it was.
+func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName) (*stage, error) {
+	s := &stage{state: st}
+	for _, name := range names {
+		c := replacement{name: name, old: st.records[name]}
+		if port := plan.Services[name]; port != nil {
+			r, err := st.recordOf(c.old, port)
+			if err != nil {
+				st.pools.giveBack(s.taken)
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+			c.new = r
+			s.taken = append(s.taken, idsOnlyIn(r, c.old)...)
+		}
+		s.changes = append(s.changes, c)
+	}
+	usesBefore := s.countUses()
+	if err := s.claim(); err != nil {
+		return nil, err
+	}
+	for i := range s.changes {
+		s.diff(&s.changes[i])
+	}
+	s.diffShared(usesBefore)
+	s.diffChains()
+	return s, nil
+}
+
+// countUses returns how often each shared element of the changing records is
+// wanted now.
+func (s *stage) countUses() map[sharedKey]int32 {
+	before := make(map[sharedKey]int32)
+	note := func(e element) {
+		if schemas[e.set].shared {
+			k := sharedKey{e.set, e.key}
+			before[k] = s.state.uses[k]
+		}
+	}
+	for _, c := range s.changes {
+		for _, r := range []*record{c.old, c.new} {
+			if r != nil {
+				s.state.compile(r, note)
+			}
+		}
+	}
+	return before
+}
+
+// claim moves every frontend to its new holder: first all are let go, so that
+// two Service ports may swap.
+func (s *stage) claim() error {
+	for _, c := range s.changes {
+		s.state.release(c.old)
+	}
+	for i, c := range s.changes {
+		if err := s.state.claim(c.new); err != nil {
+			s.unclaim(i)
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+	}
+	return nil
+}
+
+// unclaim takes back a claim of which the first n changes were made.
+func (s *stage) unclaim(n int) {
+	for _, c := range s.changes[:n] {
+		s.state.release(c.new)
+	}
+	for _, c := range s.changes {
+		if err := s.state.claim(c.old); err != nil {
+			panic("nftables: what was held before cannot be held again: " + err.Error())
+		}
+	}
+	s.state.pools.giveBack(s.taken)
+}
+
+// undo makes the state what it was before the stage.
+func (s *stage) undo() { s.unclaim(len(s.changes)) }
+
+// commit makes the state remember what the kernel has now.
+func (s *stage) commit() {
+	for _, c := range s.changes {
+		s.state.pools.giveBack(idsOnlyIn(c.old, c.new))
+		if c.new == nil {
+			delete(s.state.records, c.name)
+		} else {
+			s.state.records[c.name] = c.new
+		}
+	}
+	for _, c := range s.newChains {
+		s.state.chains[c] = struct{}{}
+	}
+	for _, c := range s.oldChains {
+		delete(s.state.chains, c)
+	}
+}
+
+// idsOnlyIn lists the ids that a took from the pools and b does not have.
+func idsOnlyIn(a, b *record) []uint32 {
+	had := b.ids()
+	return slices.DeleteFunc(a.ids(), func(id uint32) bool { return slices.Contains(had, id) })
+}
+
+// diff compares the elements of one Service port before and after.
+func (s *stage) diff(c *replacement) {
+	before := make(map[elementKey]element)
+	var order []elementKey
+	if c.old != nil {
+		s.state.compile(c.old, func(e element) {
+			if _, twice := before[e.id()]; !twice && !schemas[e.set].shared {
+				before[e.id()] = e
+				order = append(order, e.id())
+			}
+		})
+	}
+	if c.new != nil {
+		s.state.compile(c.new, func(e element) {
+			if schemas[e.set].shared {
+				return
+			}
+			if b, had := before[e.id()]; had && b == e {
+				delete(before, e.id())
+				return
+			}
+			s.add = append(s.add, e)
+		})
+	}
+	for _, k := range order {
+		if e, gone := before[k]; gone {
+			s.remove = append(s.remove, e)
+		}
+	}
+}
+
+func (s *stage) diffShared(before map[sharedKey]int32) {
+	for k, n := range before {
+		e := element{set: k.set, key: k.key}
+		switch wanted := s.state.uses[k] > 0; {
+		case wanted && n == 0:
+			s.add = append(s.add, e)
+		case !wanted && n > 0:
+			s.remove = append(s.remove, e)
+		}
+	}
+}
+
+// diffChains finds the sized chains that are missing, and those to delete: ones
+// that no set has used since an earlier Sync, once there are many of them.
+func (s *stage) diffChains() {
+	for _, c := range s.changes {
+		if c.new == nil {
+			continue
+		}
+		for i := range c.new.sets {
+			chain := c.new.chainOf(i)
+			if _, present := s.state.chains[chain]; !present && !slices.Contains(s.newChains, chain) {
+				s.newChains = append(s.newChains, chain)
+			}
+		}
+	}
+	var idle []sizedChain
+	for chain := range s.state.chains {
+		if s.state.served[chain] == 0 && !chain.ready() && !s.leaves(chain) {
+			idle = append(idle, chain)
+		}
+	}
+	if len(idle) > idleChains {
+		s.oldChains = idle
+	}
+}
+
+// leaves says whether an endpoint set leaves the chain in this very change.
+func (s *stage) leaves(chain sizedChain) bool {
+	for _, c := range s.changes {
+		if c.old == nil {
+			continue
+		}
+		for i := range c.old.sets {
+			if c.old.chainOf(i) == chain {
+				return true
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,151 @@
+package nftables
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+
+	"signalbox/proxier"
+)
+
+// state is what a Proxier knows of its table's contents.
+type state struct {
+	*family
+	pools   *idPools
+	records map[proxier.ServicePortName]*record
+	// owners says which Service port holds a frontend.
+	owners map[proxier.FrontendKey]*proxier.ServicePort
+	// uses counts how many times an element of a shared set is wanted.
+	uses map[sharedKey]int32
+	// served counts the endpoint sets that each sized chain serves.
+	served map[sizedChain]int32
+	// chains are the sized chains in the kernel, among them idle ones.
+	chains map[sizedChain]struct{}
+}
+
+// sharedKey is an element of a shared set.
+type sharedKey struct {
+	set setID
+	key string
+}
+
+// readyChains is up to which size there is a chain from the beginning. Making a
+// chain later costs the kernel a walk over all endpoints.
+const readyChains = 16
+
+// idleChains is how many chains may be idle before they are deleted. A chain
+// that is deleted is idle since an earlier Sync, so no packet is in it.
+const idleChains = 16
+
+func newState(f *family) *state {
+	st := &state{
+		family:  f,
+		pools:   newIDPools(),
+		records: make(map[proxier.ServicePortName]*record),
+		owners:  make(map[proxier.FrontendKey]*proxier.ServicePort),
+		uses:    make(map[sharedKey]int32),
+		served:  make(map[sizedChain]int32),
+		chains:  make(map[sizedChain]struct{}),
+	}
+	for n := range readyChains {
+		st.chains[sizedChain{size: n + 1}] = struct{}{}
+	}
+	return st
+}
+
+// newStateOf is the state that holds the whole plan, numbered in the order of
+// the names, so that the same plan makes the same table.
+func newStateOf(f *family, plan *proxier.Plan) (*state, error) {
+	st := newState(f)
+	for _, name := range slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare) {
+		r, err := st.recordOf(nil, plan.Services[name])
+		if err == nil {
+			err = st.claim(r)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		st.records[name] = r
+	}
+	for c := range st.served {
+		st.chains[c] = struct{}{}
+	}
+	return st, nil
+}
+
+func (st *state) recordOf(old *record, port *proxier.ServicePort) (*record, error) {
+	if err := st.validate(port); err != nil {
+		return nil, err
+	}
+	return succeed(old, port, st.pools)
+}
+
+// emitAll hands out every element that Services make.
+func (st *state) emitAll(emit func(element)) {
+	for _, name := range slices.SortedFunc(maps.Keys(st.records), proxier.ServicePortName.Compare) {
+		st.compile(st.records[name], func(e element) {
+			if !schemas[e.set].shared {
+				emit(e)
+			}
+		})
+	}
+	for k := range st.uses {
+		emit(element{set: k.set, key: k.key})
+	}
+}
+
+// release takes back what claim counted.
+func (st *state) release(r *record) {
+	if r == nil {
+		return
+	}
+	for i := range r.port.Frontends {
+		delete(st.owners, r.port.Frontends[i].Key(r.port.Name.Protocol))
+	}
+	st.count(r, -1)
+}
+
+// claim counts what r uses. It fails, with nothing changed, if another Service
+// port holds one of its frontends.
+func (st *state) claim(r *record) error {
+	if r == nil {
+		return nil
+	}
+	for i := range r.port.Frontends {
+		key := r.port.Frontends[i].Key(r.port.Name.Protocol)
+		if holder, held := st.owners[key]; held {
+			for j := range i {
+				delete(st.owners, r.port.Frontends[j].Key(r.port.Name.Protocol))
+			}
+			return fmt.Errorf("%s %s is held by %s", r.port.Frontends[i].Kind, key, holder.Name)
+		}
+		st.owners[key] = r.port
+	}
+	st.count(r, 1)
+	return nil
+}
+
+func (st *state) count(r *record, by int32) {
+	for i := range r.sets {
+		add(st.served, r.chainOf(i), by)
+	}
+	st.compile(r, func(e element) {
+		if schemas[e.set].shared {
+			add(st.uses, sharedKey{e.set, e.key}, by)
+		}
+	})
+}
+
+// add changes a count, and keeps no zeros.
+func add[K comparable](counts map[K]int32, k K, by int32) {
+	if n := counts[k] + by; n != 0 {
+		counts[k] = n
+	} else {
+		delete(counts, k)
+	}
+}
+
+// sizedChains lists the chains that are in the kernel, in a fixed order.
+func (st *state) sizedChains() []sizedChain {
+	return slices.SortedFunc(maps.Keys(st.chains), sizedChain.compare)
+}

@@ -1,0 +1,369 @@
+package nftables
+
+import (
+	"encoding/binary"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// statement is one part of a rule, as the kernel's expressions and as the text
+// in which nft lists them. The two are made side by side, and a test compares
+// the text with what nft makes of the expressions.
+type statement struct {
+	text  string
+	exprs []expr.Any
+}
+
+// rule is a list of statements; a packet that fails one leaves the rule.
+type rule struct {
+	statements []statement
+	comment    string
+}
+
+func newRule(s ...statement) rule { return rule{statements: s} }
+
+func (r rule) because(comment string) rule {
+	r.comment = comment
+	return r
+}
+
+// text is the rule as `nft list` writes it.
+func (r rule) text() string {
+	parts := make([]string, 0, len(r.statements)+1)
+	for _, s := range r.statements {
+		parts = append(parts, s.text)
+	}
+	if r.comment != "" {
+		parts = append(parts, fmt.Sprintf("comment %q", r.comment))
+	}
+	return strings.Join(parts, " ")
+}
+
+func (r rule) exprs() []expr.Any {
+	var list []expr.Any
+	for _, s := range r.statements {
+		list = append(list, s.exprs...)
+	}
+	return list
+}
+
+// value is something of a packet that can be loaded into registers. Registers
+// are the 32-bit ones, counted from 0.
+type value struct {
+	text string
+	regs uint32
+	load func(reg uint32) []expr.Any
+}
+
+// reg32 is the kernel's number of a 32-bit register.
+func reg32(n uint32) uint32 { return unix.NFT_REG32_00 + n }
+
+// join concatenates values.
+func join(values ...value) value {
+	texts := make([]string, len(values))
+	var regs uint32
+	for i, v := range values {
+		texts[i] = v.text
+		regs += v.regs
+	}
+	return value{
+		text: strings.Join(texts, " . "),
+		regs: regs,
+		load: func(reg uint32) []expr.Any {
+			var list []expr.Any
+			for _, v := range values {
+				list = append(list, v.load(reg)...)
+				reg += v.regs
+			}
+			return list
+		},
+	}
+}
+
+func (f *family) saddr() value { return f.address("saddr", f.saddrOff) }
+func (f *family) daddr() value { return f.address("daddr", f.daddrOff) }
+
+func (f *family) address(name string, offset uint32) value {
+	n := uint32(f.addrLen)
+	return value{text: f.word + " " + name, regs: n / 4, load: func(reg uint32) []expr.Any {
+		return []expr.Any{&expr.Payload{DestRegister: reg32(reg), Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: n}}
+	}}
+}
+
+var l4proto = metaValue("meta l4proto", expr.MetaKeyL4PROTO)
+
+// dport is the destination port of TCP, UDP and SCTP alike.
+var dport = value{text: "th dport", regs: 1, load: func(reg uint32) []expr.Any {
+	return []expr.Any{&expr.Payload{DestRegister: reg32(reg), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
+}}
+
+// priority is skb->priority, the scratch field for ids.
+var priority = metaValue("meta priority", expr.MetaKeyPRIORITY)
+
+func metaValue(text string, key expr.MetaKey) value {
+	return value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
+		return []expr.Any{&expr.Meta{Key: key, Register: reg32(reg)}}
+	}}
+}
+
+// random draws a number from 0 to n-1.
+func random(n int) value {
+	return value{text: fmt.Sprintf("numgen random mod %d", n), regs: 1, load: func(reg uint32) []expr.Any {
+		return []expr.Any{&expr.Numgen{Register: reg32(reg), Modulus: uint32(n), Type: unix.NFT_NG_RANDOM}}
+	}}
+}
+
+// priorityBits is the priority with only the bits in mask kept, and then those
+// in set set.
+func priorityBits(mask, set uint32) value {
+	text := "meta priority & " + idText(mask|set)
+	if set != 0 {
+		text += " | " + idText(set)
+	}
+	return value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
+		return append(priority.load(reg), bitwise(reg, mask&^set, set))
+	}}
+}
+
+func bitwise(reg, mask, xor uint32) expr.Any {
+	return &expr.Bitwise{SourceRegister: reg32(reg), DestRegister: reg32(reg), Len: 4, Mask: host32(mask), Xor: host32(xor)}
+}
+
+func host32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+
+// in matches a packet whose value is an element of the set.
+func in(v value, set setID) statement {
+	name := schemas[set].name
+	return statement{v.text + " @" + name, append(v.load(0), &expr.Lookup{SourceRegister: reg32(0), SetName: name})}
+}
+
+// notIn matches a packet whose value is no element of the set.
+func notIn(v value, set setID) statement {
+	name := schemas[set].name
+	return statement{v.text + " != @" + name, append(v.load(0), &expr.Lookup{SourceRegister: reg32(0), SetName: name, Invert: true})}
+}
+
+// lookedUp is the datum that the map holds for v. A packet for which it holds
+// none leaves the rule.
+func lookedUp(v value, m setID) value {
+	name := schemas[m].name
+	return value{text: v.text + " map @" + name, regs: 1, load: func(reg uint32) []expr.Any {
+		return append(v.load(reg), &expr.Lookup{
+			SourceRegister: reg32(reg), DestRegister: reg32(reg), IsDestRegSet: true, SetName: name,
+		})
+	}}
+}
+
+// verdictOf goes where the verdict map says, or on if it says nothing.
+func verdictOf(v value, m setID) statement {
+	name := schemas[m].name
+	return statement{v.text + " vmap @" + name, append(v.load(0), &expr.Lookup{
+		SourceRegister: reg32(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: name,
+	})}
+}
+
+// idLookedUp is the id that the map holds for v, in the machine's byte order.
+func idLookedUp(v value, m setID) value {
+	return turned(lookedUp(v, m), expr.ByteorderNtoh)
+}
+
+// turned changes the byte order of a value of four bytes; nft does not print
+// that.
+func turned(v value, op expr.ByteorderOp) value {
+	return value{text: v.text, regs: 1, load: func(reg uint32) []expr.Any {
+		return append(v.load(reg), &expr.Byteorder{SourceRegister: reg32(reg), DestRegister: reg32(reg), Op: op, Len: 4, Size: 4})
+	}}
+}
+
+func setPriority(v value) statement {
+	return statement{"meta priority set " + v.text, append(v.load(0),
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)})}
+}
+
+// clearPriority sets the priority to 0.
+func clearPriority() statement {
+	return statement{"meta priority set none", []expr.Any{
+		&expr.Immediate{Register: reg32(0), Data: host32(0)},
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)},
+	}}
+}
+
+// priorityIs compares the bits of the priority that are in mask.
+func priorityIs(mask uint32, op expr.CmpOp, id uint32) statement {
+	sign := "=="
+	if op == expr.CmpOpNeq {
+		sign = "!="
+	}
+	return statement{
+		fmt.Sprintf("meta priority & %s %s %s", idText(mask), sign, idText(id)),
+		append(priorityBits(mask, 0).load(0), &expr.Cmp{Op: op, Register: reg32(0), Data: host32(id)}),
+	}
+}
+
+// remember records key -> id in the affinity map for the given time. Where
+// the key is known already the kernel only starts its time again.
+func remember(key, id value, timeout time.Duration) statement {
+	name := schemas[affinity].name
+	data := turned(id, expr.ByteorderHton)
+	return statement{
+		fmt.Sprintf("update @%s { %s timeout %s : %s }", name, key.text, durationText(timeout), data.text),
+		append(append(key.load(0), data.load(key.regs)...), &expr.Dynset{
+			SrcRegKey: reg32(0), SrcRegData: reg32(key.regs), SetName: name, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: timeout,
+		}),
+	}
+}
+
+// forget removes the key from the affinity map. The kernel wants a datum all
+// the same.
+func forget(key, data value) statement {
+	name := schemas[affinity].name
+	return statement{
+		fmt.Sprintf("delete @%s { %s : %s }", name, key.text, data.text),
+		append(append(key.load(0), data.load(key.regs)...), &expr.Dynset{
+			SrcRegKey: reg32(0), SrcRegData: reg32(key.regs), SetName: name, Operation: dynsetDelete,
+		}),
+	}
+}
+
+// dynsetDelete is NFT_DYNSET_OP_DELETE (Linux 5.4), which x/sys lacks.
+const dynsetDelete = 2
+
+// durationText prints whole seconds as nft does: 1d2h3m4s.
+func durationText(d time.Duration) string {
+	var b strings.Builder
+	for _, unit := range []struct {
+		length time.Duration
+		letter string
+	}{{24 * time.Hour, "d"}, {time.Hour, "h"}, {time.Minute, "m"}, {time.Second, "s"}} {
+		if n := d / unit.length; n > 0 {
+			fmt.Fprintf(&b, "%d%s", n, unit.letter)
+			d -= n * unit.length
+		}
+	}
+	return b.String()
+}
+
+// dnatTo sends the connection to an address and port, which v gives.
+func (f *family) dnatTo(v value) statement {
+	return statement{"dnat " + f.word + " to " + v.text, append(v.load(0), &expr.NAT{
+		Type: expr.NATTypeDestNAT, Family: uint32(f.table),
+		RegAddrMin: reg32(0), RegProtoMin: reg32(uint32(f.addrLen / 4)),
+	})}
+}
+
+func masqueradeRandom() statement {
+	return statement{"masquerade fully-random", []expr.Any{&expr.Masq{FullyRandom: true}}}
+}
+
+func (f *family) reject() statement {
+	return statement{"reject", []expr.Any{&expr.Reject{Type: rejectType, Code: f.rejectUnreach}}}
+}
+
+func drop() statement {
+	return statement{"drop", []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
+}
+
+func returns() statement {
+	return statement{"return", []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}}
+}
+
+func jump(chain string) statement {
+	return statement{"jump " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}}
+}
+
+func goTo(chain string) statement {
+	return statement{"goto " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}}
+}
+
+// stateNew matches packets that open a connection.
+func stateNew() statement {
+	return ctBit("ct state new", expr.CtKeySTATE, expr.CtStateBitNEW)
+}
+
+// isDNATed matches connections whose destination was rewritten, by whomever.
+func isDNATed() statement {
+	const ipsDstNAT = 1 << 5 // enum ip_conntrack_status
+	return ctBit("ct status dnat", expr.CtKeySTATUS, ipsDstNAT)
+}
+
+func ctBit(text string, key expr.CtKey, bit uint32) statement {
+	return statement{text, []expr.Any{
+		&expr.Ct{Key: key, Register: reg32(0)},
+		bitwise(0, bit, 0),
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: host32(0)},
+	}}
+}
+
+// fibLocal matches packets whose source or destination is an address of this
+// node.
+func fibLocal(source bool) statement {
+	text := "fib daddr type local"
+	if source {
+		text = "fib saddr type local"
+	}
+	return statement{text, []expr.Any{
+		&expr.Fib{Register: reg32(0), ResultADDRTYPE: true, FlagSADDR: source, FlagDADDR: !source},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(unix.RTN_LOCAL)},
+	}}
+}
+
+// notLoopback matches packets to other than loopback addresses.
+func (f *family) notLoopback() statement {
+	start := f.loopback.Addr().AsSlice()
+	exprs := f.daddr().load(0)
+	text := f.loopback.String()
+	if f.loopback.IsSingleIP() {
+		text = f.loopback.Addr().String()
+	} else {
+		mask := make([]byte, len(start))
+		binary.BigEndian.PutUint32(mask, ^uint32(0)<<(32-f.loopback.Bits()))
+		exprs = append(exprs, &expr.Bitwise{
+			SourceRegister: reg32(0), DestRegister: reg32(0), Len: uint32(len(start)), Mask: mask, Xor: make([]byte, len(start)),
+		})
+	}
+	return statement{f.word + " daddr != " + text,
+		append(exprs, &expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: start})}
+}
+
+// entersBy matches packets that came in by the interface, or by any whose name
+// begins so.
+func entersBy(name string, isPrefix bool) statement {
+	data := make([]byte, unix.IFNAMSIZ)
+	copy(data, name)
+	text := fmt.Sprintf("iifname %q", name)
+	if isPrefix {
+		data = data[:min(len(name), len(data))]
+		text = fmt.Sprintf("iifname %q", name+"*")
+	}
+	return statement{text, []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg32(0)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: data},
+	}}
+}
+
+// markHas matches packets that bear the mark's bit.
+func markHas(bit uint32) statement {
+	return statement{fmt.Sprintf("meta mark & 0x%08x == 0x%08x", bit, bit), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg32(0)},
+		bitwise(0, bit, 0),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(bit)},
+	}}
+}
+
+// setMarkBit sets or clears the mark's bit and leaves the others, which are
+// other software's.
+func setMarkBit(bit uint32, on bool) statement {
+	text, xor := fmt.Sprintf("meta mark set meta mark & 0x%08x", ^bit), uint32(0)
+	if on {
+		text, xor = fmt.Sprintf("meta mark set meta mark | 0x%08x", bit), bit
+	}
+	return statement{text, []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg32(0)},
+		bitwise(0, ^bit, xor),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg32(0)},
+	}}
+}

@@ -1,0 +1,143 @@
+package nftables
+
+import (
+	"cmp"
+	"fmt"
+
+	nft "github.com/google/nftables"
+	"github.com/google/nftables/userdata"
+)
+
+// wire is the connection to the kernel. Messages gather in it until flush sends
+// them as one transaction.
+type wire struct {
+	*family
+	conn  *nft.Conn
+	table *nft.Table
+	sets  []*nft.Set
+
+	// wireElements is reused from one batch to the next.
+	wireElements []nft.SetElement
+	// failed is the first error of gathering.
+	failed error
+}
+
+// batchElements is how many elements go to the library at once. It makes
+// messages of at most 64 KiB of them; a batch of its size fits into one.
+const batchElements = 512
+
+func dial(f *family, table string) (*wire, error) {
+	conn, err := nft.New(nft.AsLasting())
+	if err != nil {
+		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
+	}
+	w := &wire{family: f, conn: conn, table: &nft.Table{Name: table, Family: f.table}}
+	for _, s := range schemas {
+		w.sets = append(w.sets, s.declaration(f, w.table))
+	}
+	return w, nil
+}
+
+func (w *wire) close() error { return w.conn.CloseLasting() }
+
+// flush sends what has gathered, as one transaction. Whether it succeeds or
+// not, nothing stays behind.
+func (w *wire) flush() error {
+	failed := w.failed
+	w.failed = nil
+	// After a failure the library holds its own error too and sends nothing,
+	// but forgets what has gathered.
+	return cmp.Or(failed, w.conn.Flush())
+}
+
+// replaceTable deletes the table if it exists and makes it anew.
+func (w *wire) replaceTable() {
+	w.deleteTable()
+	w.conn.AddTable(w.table)
+}
+
+// deleteTable deletes the table if it exists: to add one that exists is no
+// error, and kernels before 6.3 cannot be asked to delete one that may not.
+func (w *wire) deleteTable() {
+	w.conn.AddTable(w.table)
+	w.conn.DelTable(w.table)
+}
+
+func (w *wire) addSets() {
+	for _, set := range w.sets {
+		set.ID = 0 // numbers count within one transaction
+		w.check(w.conn.AddSet(set, nil), set)
+	}
+}
+
+// check keeps the first error for flush.
+func (w *wire) check(err error, set *nft.Set) {
+	if err != nil && w.failed == nil {
+		w.failed = fmt.Errorf("set %s: %w", set.Name, err)
+	}
+}
+
+func (w *wire) addChain(c chain) {
+	out := &nft.Chain{Name: c.name, Table: w.table}
+	if c.hook != nil {
+		policy := nft.ChainPolicyAccept
+		out.Type, out.Hooknum, out.Priority, out.Policy = c.hook.kind, c.hook.num, &c.hook.priority, &policy
+	}
+	w.conn.AddChain(out)
+}
+
+func (w *wire) addRules(c chain) {
+	for _, r := range c.rules {
+		out := &nft.Rule{Table: w.table, Chain: &nft.Chain{Name: c.name, Table: w.table}, Exprs: r.exprs()}
+		if r.comment != "" {
+			out.UserData = userdata.AppendString(nil, userdata.TypeComment, r.comment)
+		}
+		w.conn.AddRule(out)
+	}
+}
+
+// addChains adds chains and then their rules, which may jump to any of them.
+func (w *wire) addChains(chains []chain) {
+	for _, c := range chains {
+		w.addChain(c)
+	}
+	for _, c := range chains {
+		w.addRules(c)
+	}
+}
+
+// rewriteChains replaces the rules of chains that exist.
+func (w *wire) rewriteChains(chains []chain) {
+	for _, c := range chains {
+		w.conn.FlushChain(&nft.Chain{Name: c.name, Table: w.table})
+		w.addRules(c)
+	}
+}
+
+func (w *wire) deleteChain(c sizedChain) {
+	out := &nft.Chain{Name: c.name(), Table: w.table}
+	w.conn.FlushChain(out)
+	w.conn.DelChain(out)
+}
+
+func (w *wire) flushSet(id setID) { w.conn.FlushSet(w.sets[id]) }
+
+// put hands elements to the library, many of one set at a time.
+func (w *wire) put(list []element, op func(*nft.Set, []nft.SetElement) error) {
+	for len(list) > 0 {
+		set, n := list[0].set, 1
+		for n < len(list) && n < batchElements && list[n].set == set {
+			n++
+		}
+		w.wireElements = w.wireElements[:0]
+		for i := range list[:n] {
+			w.wireElements = list[i].wire(w.wireElements)
+		}
+		w.check(op(w.sets[set], w.wireElements), w.sets[set])
+		list = list[n:]
+	}
+}
+
+func (w *wire) add(list []element) { w.put(list, w.conn.SetAddElements) }
+
+func (w *wire) remove(list []element) { w.put(list, w.conn.SetDeleteElements) }
