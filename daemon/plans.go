@@ -40,7 +40,7 @@ func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []net
 type planOnly struct{}
 
 func (planOnly) Sync(context.Context, *proxier.Plan, proxier.Change) error { return nil }
-func (planOnly) Close() error                                             { return nil }
+func (planOnly) Close() error                                              { return nil }
 
 // untilSynced ends the source once all that exists has been told.
 type untilSynced struct {
