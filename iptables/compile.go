@@ -1,0 +1,410 @@
+package iptables
+
+import (
+	"math"
+	"math/bits"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"signalbox/proxier"
+)
+
+// chain is one chain and its rules. A rule is the text after "-A CHAIN", with
+// the blank that follows it.
+type chain struct {
+	name  string
+	rules []string
+}
+
+// item is the part that one ServicePort has in a dispatch tree: the rules for
+// one key.
+type item struct {
+	tree  treeID
+	key   proxier.FrontendKey
+	owner proxier.ServicePortName
+	rules []string
+}
+
+// program is all that one ServicePort puts into the kernel.
+type program struct {
+	chains [tableCount][]chain
+	items  []item
+}
+
+// compiler turns ServicePorts into programs for one node.
+type compiler struct {
+	family proxier.Family
+	pods   []podMatch
+}
+
+// maxRun is the number of endpoints up to which a chain holds them one after
+// the other. Larger sets are spread over about the square root of their number
+// of chains, so that a new connection passes two short runs.
+const maxRun = 128
+
+func (c *compiler) compile(sp *proxier.ServicePort) program {
+	b := builder{compiler: c, sp: sp, name: sp.Name.String(), proto: sp.Name.Protocol.String()}
+	b.nameSets()
+	for i := range sp.Frontends {
+		b.frontend(&sp.Frontends[i])
+	}
+	b.chains[filter] = append(b.chains[filter], b.splits...)
+	for i := range b.sets {
+		b.endpointSet(&b.sets[i])
+	}
+	if port := sp.HealthCheckNodePort; port != 0 {
+		b.add(healthTree, proxier.FrontendKey{Port: port, Protocol: proxier.TCP},
+			" -p tcp -m tcp --dport "+strconv.Itoa(int(port))+comment(b.name+" health check node port")+" -j ACCEPT")
+	}
+	return b.program
+}
+
+// builder compiles one ServicePort.
+type builder struct {
+	*compiler
+	program
+	sp          *proxier.ServicePort
+	name, proto string
+	firstHash   string // portHash of ordinal 0, which most chains use
+	sets        []setChain
+	entries     []entryChain
+	// splits are the filter chains that tell origins apart.
+	splits    []chain
+	endpoints map[netip.AddrPort]struct{} // that have chains of their own
+}
+
+// setChain is the chain that picks one endpoint of a set.
+type setChain struct {
+	set  *proxier.EndpointSet
+	name string
+	// heads are rules that come first: masquerade of cluster IPs.
+	heads []string
+}
+
+// entryChain tells origins apart before a set is chosen.
+type entryChain struct {
+	internal, external string
+	masquerade         proxier.Origins
+	name               string
+}
+
+func (b *builder) chainName(prefix string, ordinal int) string {
+	if ordinal > 0 {
+		return prefix + portHash(b.sp.Name, ordinal)
+	}
+	if b.firstHash == "" {
+		b.firstHash = portHash(b.sp.Name, 0)
+	}
+	return prefix + b.firstHash
+}
+
+// nameSets gives a chain to each endpoint set that is not empty. A set that is
+// external to some frontend and internal to the same one is not told apart has
+// the prefix of cluster-wide sets, others that of local ones.
+func (b *builder) nameSets() {
+	ordinals := map[string]int{}
+	add := func(s *proxier.EndpointSet, prefix string) {
+		if s.Len() > 0 && b.setName(s) == "" {
+			b.sets = append(b.sets, setChain{set: s, name: b.chainName(prefix, ordinals[prefix])})
+			ordinals[prefix]++
+		}
+	}
+	for _, f := range b.sp.Frontends {
+		if f.Internal != f.External {
+			add(f.External, localPrefix)
+		}
+	}
+	for _, f := range b.sp.Frontends {
+		add(f.Internal, clusterPrefix)
+		add(f.External, clusterPrefix)
+	}
+}
+
+// setName is the set's chain, or "" for an empty set.
+func (b *builder) setName(s *proxier.EndpointSet) string {
+	for i := range b.sets {
+		if b.sets[i].set == s {
+			return b.sets[i].name
+		}
+	}
+	return ""
+}
+
+func (b *builder) add(tree treeID, key proxier.FrontendKey, rules ...string) {
+	b.items = append(b.items, item{tree, key, b.sp.Name, rules})
+}
+
+// match is what a packet to the frontend looks like.
+func (b *builder) match(f *proxier.Frontend) string {
+	s := " -p " + b.proto + " -m " + b.proto + " --dport " + strconv.Itoa(int(f.Port))
+	if f.Kind == proxier.NodePort {
+		return s
+	}
+	return destination(f.Addr) + s
+}
+
+func destination(a netip.Addr) string {
+	return " -d " + netip.PrefixFrom(a, a.BitLen()).String()
+}
+
+func (b *builder) frontend(f *proxier.Frontend) {
+	internal, external := b.setName(f.Internal), b.setName(f.External)
+	key, match := f.Key(b.sp.Name.Protocol), b.match(f)
+	if f.Kind == proxier.NodePort {
+		key.Addr = netip.Addr{}
+	}
+	label := comment(b.name + " " + f.Kind.String())
+	var firewall string
+	if f.Sources != nil {
+		firewall = b.chainName(sourcesPrefix, b.ordinal(f))
+	}
+	if target := b.entry(f, internal, external, match); target != "" {
+		if f.Sources != nil {
+			target = b.admit(f, firewall, target)
+		}
+		b.add(addressOrPort(f, servicesTree, nodePortsTree), key, match+label+" -j "+target)
+	}
+	b.refuse(f, key, match, firewall)
+}
+
+// ordinal numbers the frontends that need chains of their own.
+func (b *builder) ordinal(f *proxier.Frontend) int {
+	n := 0
+	for i := range b.sp.Frontends {
+		if &b.sp.Frontends[i] == f {
+			break
+		}
+		if b.sp.Frontends[i].Sources != nil {
+			n++
+		}
+	}
+	return n
+}
+
+func addressOrPort(f *proxier.Frontend, address, port treeID) treeID {
+	if f.Kind == proxier.NodePort {
+		return port
+	}
+	return address
+}
+
+// entry returns the chain that takes the frontend's connections, or "" where
+// both sets are empty.
+func (b *builder) entry(f *proxier.Frontend, internal, external, match string) string {
+	switch {
+	case internal == external && (internal == "" || f.Masquerade == proxier.FromNowhere):
+		return internal
+	case internal == external && f.Kind == proxier.ClusterIP:
+		// No other chain to jump through for what nearly every Service has.
+		for i := range b.sets {
+			if b.sets[i].name == internal {
+				b.sets[i].heads = append(b.sets[i].heads, masquerade(b.pods, f.Masquerade, match)...)
+			}
+		}
+		return internal
+	}
+	for _, e := range b.entries {
+		if e.internal == internal && e.external == external && e.masquerade == f.Masquerade {
+			return e.name
+		}
+	}
+	e := entryChain{internal, external, f.Masquerade, b.chainName(externalPrefix, len(b.entries))}
+	b.entries = append(b.entries, e)
+	b.chains[nat] = append(b.chains[nat], chain{e.name, b.entryRules(e)})
+	return e.name
+}
+
+func (b *builder) entryRules(e entryChain) []string {
+	if e.internal == e.external {
+		return append(masquerade(b.pods, e.masquerade, ""), " -j "+e.internal)
+	}
+	var rules []string
+	add := func(match string, origin proxier.Origins, target string) {
+		if e.masquerade&origin != 0 && target != "" {
+			rules = append(rules, match+" -j "+markMasqChain)
+		}
+		if target == "" {
+			target = "RETURN"
+		}
+		rules = append(rules, match+" -j "+target)
+	}
+	for _, p := range b.pods {
+		add(p.is, proxier.FromPods, e.internal)
+	}
+	add(fromNode, proxier.FromNode, e.internal)
+	if e.external != "" {
+		add("", proxier.FromOutside, e.external)
+	}
+	return rules
+}
+
+// admit lets only the frontend's sources through to target.
+func (b *builder) admit(f *proxier.Frontend, name, target string) string {
+	b.chains[nat] = append(b.chains[nat], chain{name, eachSource(f, target)})
+	return name
+}
+
+func eachSource(f *proxier.Frontend, target string) []string {
+	rules := make([]string, 0, len(f.Sources)+1)
+	for _, p := range f.Sources {
+		rules = append(rules, " -s "+p.Masked().String()+" -j "+target)
+	}
+	return rules
+}
+
+// refuse adds what the filter table does with a connection that the nat table
+// did not send to an endpoint: it still has the frontend's address there.
+func (b *builder) refuse(f *proxier.Frontend, key proxier.FrontendKey, match, firewall string) {
+	var rules []string
+	if f.Sources != nil {
+		b.chains[filter] = append(b.chains[filter], chain{firewall, append(eachSource(f, "RETURN"), " -j DROP")})
+		rule := match + comment(b.name+" source ranges") + " -j " + firewall
+		if f.Kind == proxier.NodePort {
+			rules = append(rules, rule)
+		} else {
+			b.add(firewallTree, key, rule)
+		}
+	}
+	if f.Internal.Len() == 0 || f.External.Len() == 0 {
+		rules = append(rules, b.verdict(f, match))
+	}
+	if len(rules) == 0 {
+		return
+	}
+	tree := addressOrPort(f, externalTree, externalPortsTree)
+	if f.Kind == proxier.ClusterIP {
+		tree = emptyTree
+	}
+	b.add(tree, key, rules...)
+}
+
+// verdict is the rule for a frontend without endpoints. Where only some
+// origins find none, the others may still pass with this destination: an
+// endpoint can be the node itself at the same port.
+func (b *builder) verdict(f *proxier.Frontend, match string) string {
+	verdict, why := " -j REJECT", " has no endpoints"
+	if f.WhenEmpty == proxier.Drop {
+		verdict, why = " -j DROP", " has no local endpoints"
+	}
+	internalEmpty, externalEmpty := f.Internal.Len() == 0, f.External.Len() == 0
+	if internalEmpty && externalEmpty {
+		return match + comment(b.name+why) + verdict
+	}
+	target := verdict
+	if externalEmpty {
+		target = " -j RETURN"
+	}
+	var rules []string
+	for _, p := range b.pods {
+		rules = append(rules, p.is+target)
+	}
+	rules = append(rules, fromNode+target)
+	if externalEmpty {
+		rules = append(rules, verdict)
+	}
+	i := slices.IndexFunc(b.splits, func(c chain) bool { return slices.Equal(c.rules, rules) })
+	if i < 0 {
+		i = len(b.splits)
+		b.splits = append(b.splits, chain{b.chainName(externalPrefix, i), rules})
+	}
+	return match + comment(b.name+why) + " -j " + b.splits[i].name
+}
+
+// endpointSet writes the chain that picks an endpoint: the one that the client
+// had before, or any with equal probability.
+func (b *builder) endpointSet(s *setChain) {
+	endpoints := s.set.Endpoints
+	rules := slices.Grow(s.heads, len(endpoints))
+	if b.sp.AffinityTimeout > 0 {
+		check := " --rcheck --seconds " + strconv.Itoa(b.affinitySeconds()) + " --reap"
+		for _, e := range endpoints {
+			name := endpointChain(b.sp.Name, e)
+			rules = append(rules, " -m recent --name "+name+check+" --rsource -j "+name)
+		}
+	}
+	if len(endpoints) <= maxRun {
+		b.chains[nat] = append(b.chains[nat], chain{s.name, b.pick(rules, endpoints)})
+		return
+	}
+	left := len(endpoints)
+	for i, bucket := range spread(endpoints) {
+		if len(bucket) == 0 {
+			continue
+		}
+		name := bucketChain(s.name, i)
+		rules = append(rules, chance(len(bucket), left)+" -j "+name)
+		left -= len(bucket)
+		b.chains[nat] = append(b.chains[nat], chain{name, b.pick(nil, bucket)})
+	}
+	b.chains[nat] = append(b.chains[nat], chain{s.name, rules})
+}
+
+// spread divides endpoints by a hash of each, so that one more or one less
+// changes one bucket only.
+func spread(endpoints []proxier.Endpoint) [][]proxier.Endpoint {
+	buckets := make([][]proxier.Endpoint, 1<<bits.Len(uint(math.Sqrt(float64(len(endpoints))))))
+	for _, e := range endpoints {
+		h := uint32(2166136261) // FNV-1a
+		addr := e.Addr().As16()
+		for _, x := range append(addr[:], byte(e.Port()>>8), byte(e.Port())) {
+			h = (h ^ uint32(x)) * 16777619
+		}
+		i := int(h^h>>16) & (len(buckets) - 1)
+		buckets[i] = append(buckets[i], e)
+	}
+	return buckets
+}
+
+// pick appends to rules one for each endpoint.
+func (b *builder) pick(rules []string, endpoints []proxier.Endpoint) []string {
+	for i, e := range endpoints {
+		match := chance(1, len(endpoints)-i)
+		if e.MayHairpin || b.sp.AffinityTimeout > 0 {
+			rules = append(rules, match+" -j "+b.endpoint(e))
+			continue
+		}
+		rules = append(rules, " -p "+b.proto+match+dnat(e))
+	}
+	return rules
+}
+
+func dnat(e proxier.Endpoint) string { return " -j DNAT --to-destination " + e.AddrPort.String() }
+
+// chance matches n of total packets; all where n is total.
+func chance(n, total int) string {
+	if n >= total {
+		return ""
+	}
+	return " -m statistic --mode random --probability " + strconv.FormatFloat(float64(n)/float64(total), 'f', 10, 64)
+}
+
+// endpoint returns the endpoint's own chain, for what does not fit into one
+// rule. Its sets share it: a client keeps its endpoint whichever frontend it
+// uses.
+func (b *builder) endpoint(e proxier.Endpoint) string {
+	name := endpointChain(b.sp.Name, e)
+	if _, done := b.endpoints[e.AddrPort]; done {
+		return name
+	}
+	if b.endpoints == nil {
+		b.endpoints = map[netip.AddrPort]struct{}{}
+	}
+	b.endpoints[e.AddrPort] = struct{}{}
+	var rules []string
+	if e.MayHairpin {
+		rules = append(rules, " -s "+netip.PrefixFrom(e.Addr(), e.Addr().BitLen()).String()+" -j "+markMasqChain)
+	}
+	remember := ""
+	if b.sp.AffinityTimeout > 0 {
+		remember = " -m recent --name " + name + " --set --rsource"
+	}
+	b.chains[nat] = append(b.chains[nat], chain{name, append(rules, " -p "+b.proto+remember+dnat(e))})
+	return name
+}
+
+// affinitySeconds rounds up: an affinity that is asked for lasts at least that
+// long, and the kernel takes no zero.
+func (b *builder) affinitySeconds() int {
+	return int(math.Ceil(b.sp.AffinityTimeout.Seconds()))
+}

@@ -1,0 +1,89 @@
+package iptables
+
+import (
+	"fmt"
+
+	"signalbox/proxier"
+)
+
+// facts is what rules need to know of the kernel and of the tools.
+type facts struct {
+	// dropInvalid says that conntrack calls packets outside the TCP window
+	// invalid (nf_conntrack_tcp_be_liberal = 0). Such a packet is not
+	// translated back, and its receiver would answer it with a reset.
+	dropInvalid bool
+	// randomFully says that MASQUERADE can choose any free source port, which
+	// spares connections made at the same time a collision.
+	randomFully bool
+}
+
+// frameChains are the chains that depend on no Service and hold no tree.
+func frameChains(mark uint32, pods []podMatch, facts facts) [tableCount][]chain {
+	bit := fmt.Sprintf("%#x", mark)
+	masq := " -j MASQUERADE"
+	if facts.randomFully {
+		masq += " --random-fully"
+	}
+	var forward []string
+	if facts.dropInvalid {
+		forward = append(forward, " -m conntrack --ctstate INVALID -j DROP")
+	}
+	forward = append(forward,
+		comment("kubernetes forwarding rules")+" -m mark --mark "+bit+"/"+bit+" -j ACCEPT",
+		comment("kubernetes forwarding conntrack rule")+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT")
+	return [tableCount][]chain{
+		nat: append([]chain{
+			{markMasqChain, []string{" -j MARK --or-mark " + bit}},
+			{postroutingChain, []string{
+				" -m mark ! --mark " + bit + "/" + bit + " -j RETURN",
+				// The packet may come by again, after encapsulation.
+				" -j MARK --xor-mark " + bit,
+				comment("kubernetes service traffic requiring SNAT") + masq,
+			}},
+		}, masqueradeChains(pods)...),
+		filter: {{forwardChain, forward}},
+	}
+}
+
+// tails are the rules at the end of the trees' root chains.
+func tails(family proxier.Family, node *proxier.Node) map[treeID][]string {
+	ports := nodePortMatches(family, node)
+	to := func(target string) []string {
+		var rules []string
+		for _, m := range ports {
+			rules = append(rules, m+" -j "+target)
+		}
+		return rules
+	}
+	return map[treeID][]string{
+		// After the addresses: one of the node's own may be an external IP.
+		servicesTree: to(nodePortsChain),
+		// OUTPUT has no jump of its own to the external Services, and a jump
+		// that kube-proxy does not know would be in the way of its cleanup.
+		emptyTree:    {" -j " + externalServicesChain},
+		externalTree: to(externalPortsChain),
+	}
+}
+
+// nodePortMatches recognise packets to the addresses that serve NodePorts, one
+// rule for each.
+func nodePortMatches(family proxier.Family, node *proxier.Node) []string {
+	text := comment("kubernetes service nodeports; NOTE: this must be the last rule in this chain")
+	if node.NodePortAddrs.All {
+		notLoopback := ""
+		switch {
+		case family == proxier.IPv6:
+			notLoopback = " ! -d ::1/128"
+		case !node.LocalhostNodePorts:
+			notLoopback = " ! -d 127.0.0.0/8"
+		}
+		return []string{notLoopback + text + " -m addrtype --dst-type LOCAL"}
+	}
+	var matches []string
+	for _, a := range node.NodePortAddrs.Addrs {
+		if proxier.FamilyOf(a) == family && (!a.IsLoopback() || family == proxier.IPv4 && node.LocalhostNodePorts) {
+			matches = append(matches, destination(a)+text)
+		}
+	}
+	return matches
+}

@@ -1,0 +1,111 @@
+package iptables
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/coreos/go-iptables/iptables"
+)
+
+// jump is a rule in a built-in chain that leads to a chain of ours.
+type jump struct {
+	table  table
+	from   string
+	target string
+	// newOnly limits the jump to the first packet of a connection.
+	newOnly bool
+	comment string
+}
+
+// jumps are kube-proxy's, in the order in which they are put in front of what
+// a chain holds: the last comes first for a packet. Source ranges are looked
+// at before anything else.
+var jumps = []jump{
+	{filter, "INPUT", externalServicesChain, true, "kubernetes externally-visible service portals"},
+	{filter, "FORWARD", externalServicesChain, true, "kubernetes externally-visible service portals"},
+	{filter, "INPUT", nodePortsChain, false, "kubernetes health check service ports"},
+	{filter, "FORWARD", servicesChain, true, "kubernetes service portals"},
+	{filter, "OUTPUT", servicesChain, true, "kubernetes service portals"},
+	{filter, "FORWARD", forwardChain, false, "kubernetes forwarding rules"},
+	{filter, "INPUT", proxyFirewallChain, true, "kubernetes load balancer firewall"},
+	{filter, "OUTPUT", proxyFirewallChain, true, "kubernetes load balancer firewall"},
+	{filter, "FORWARD", proxyFirewallChain, true, "kubernetes load balancer firewall"},
+	{nat, "OUTPUT", servicesChain, false, "kubernetes service portals"},
+	{nat, "PREROUTING", servicesChain, false, "kubernetes service portals"},
+	{nat, "POSTROUTING", postroutingChain, false, "kubernetes postrouting rules"},
+}
+
+// args is the rule as the tools read it.
+func (j jump) args() []string {
+	var args []string
+	if j.newOnly {
+		args = append(args, "-m", "conntrack", "--ctstate", "NEW")
+	}
+	return append(args, "-m", "comment", "--comment", j.comment, "-j", j.target)
+}
+
+// saved is the rule as iptables-save writes it.
+func (j jump) saved() string {
+	s := "-A " + j.from
+	if j.newOnly {
+		s += " -m conntrack --ctstate NEW"
+	}
+	return s + fmt.Sprintf(" -m comment --comment %q -j %s", j.comment, j.target)
+}
+
+// addJumps puts the missing jumps in, given what the tables held before. Rules
+// that are there stay where they are.
+func addJumps(client *iptables.IPTables, held [tableCount]*listing) error {
+	for _, j := range jumps {
+		if slices.Contains(held[j.table].builtin, j.saved()) {
+			continue
+		}
+		if err := client.InsertUnique(j.table.String(), j.from, 1, j.args()...); err != nil {
+			return fmt.Errorf("jump from %s %s to %s: %w", j.table, j.from, j.target, err)
+		}
+	}
+	return nil
+}
+
+// firewallRule keeps other hosts from talking to 127.0.0.1, which the kernel
+// lets them once route_localnet is set. It is the kubelet's rule, byte by byte,
+// so that each finds the other's.
+var firewallRule = []string{
+	"-m", "comment", "--comment", "block incoming localnet connections",
+	"--dst", "127.0.0.0/8", "!", "--src", "127.0.0.0/8",
+	"-m", "conntrack", "!", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "DROP",
+}
+
+// addLocalnetFirewall adds firewallRule to the chain shared with the kubelet.
+func addLocalnetFirewall(client *iptables.IPTables) error {
+	table := filter.String()
+	exists, err := client.ChainExists(table, firewallChain)
+	if err == nil && !exists {
+		err = client.NewChain(table, firewallChain)
+	}
+	if err == nil {
+		err = client.AppendUnique(table, firewallChain, firewallRule...)
+	}
+	for _, from := range []string{"OUTPUT", "INPUT"} {
+		if err == nil {
+			err = client.InsertUnique(table, from, 1, "-j", firewallChain)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("chain %s: %w", firewallChain, err)
+	}
+	return nil
+}
+
+// isOurs says whether this mode writes and removes the chain, in some table.
+func isOurs(name string) bool {
+	return isServiceChain(name) || slices.Contains(fixedChains[nat], name) || slices.Contains(fixedChains[filter], name)
+}
+
+// isNoChain says that a command failed because the chain or rule, or what it
+// jumps to, is not there.
+func isNoChain(err error) bool {
+	e, ok := err.(*iptables.Error)
+	return ok && (e.IsNotExist() || strings.Contains(e.Error(), "doesn't exist"))
+}

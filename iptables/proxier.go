@@ -1,0 +1,179 @@
+package iptables
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"signalbox/proxier"
+)
+
+// Mode is the name of this mode.
+const Mode = "iptables"
+
+// Tuning is what New may be told beyond what every mode needs.
+type Tuning struct {
+	// Backend is chosen as the node's other software has chosen when empty.
+	Backend Backend
+	// LockWait bounds the wait for other programs that change rules; 5 s when
+	// zero, and never less than one second.
+	LockWait time.Duration
+	// Logger is slog.Default() when nil.
+	Logger *slog.Logger
+}
+
+// Proxier programs one family. The tools it runs work in the network namespace
+// of the calling thread.
+type Proxier struct {
+	opts  proxier.Options
+	tools *tools
+	log   *slog.Logger
+	// state is what the kernel holds; nil while that is not known.
+	state *state
+}
+
+// New chooses the variant of the tools. It writes nothing.
+func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
+	var tune Tuning
+	if len(tuning) > 0 {
+		tune = tuning[0]
+	}
+	if tune.LockWait == 0 {
+		tune.LockWait = defaultWait
+	}
+	if tune.Logger == nil {
+		tune.Logger = slog.Default()
+	}
+	if opts.MasqueradeMark == 0 {
+		opts.MasqueradeMark = proxier.DefaultMasqueradeMark
+	}
+	t, why, err := pickTools(opts.Family, tune)
+	if err != nil {
+		return nil, err
+	}
+	tune.Logger.Info("iptables backend", "family", opts.Family.String(), "backend", string(t.backend), "reason", why, "program", t.restore)
+	return &Proxier{opts: opts, tools: t, log: tune.Logger}, nil
+}
+
+func pickTools(f proxier.Family, tune Tuning) (t *tools, why string, err error) {
+	if tune.Backend != "" {
+		why = "asked for"
+		if t, err = findTools(f, tune.Backend, tune.LockWait); err != nil {
+			return nil, "", &proxier.UnsupportedError{
+				Mode: Mode, Family: f, Missing: fmt.Sprintf("program %s-%s", commandName(f), tune.Backend),
+				Remedy: "install the package iptables", Err: err,
+			}
+		}
+	} else if t, why, err = chooseTools(context.Background(), f, tune.LockWait); err != nil {
+		return nil, "", err
+	}
+	if slices.Compare(t.version[:], oldestVersion[:]) < 0 {
+		return nil, "", &proxier.UnsupportedError{
+			Mode: Mode, Family: f, Missing: fmt.Sprintf("%s %s or newer", commandName(f), versionString(oldestVersion)),
+			Remedy: "update the package iptables", Err: fmt.Errorf("%s is version %s", t.command, versionString(t.version)),
+		}
+	}
+	return t, why, nil
+}
+
+func versionString(v [3]int) string { return fmt.Sprintf("%d.%d.%d", v[0], v[1], v[2]) }
+
+// Backend is the variant that New chose.
+func (p *Proxier) Backend() Backend { return p.tools.backend }
+
+// Close implements proxier.Proxier.
+func (p *Proxier) Close() error { return nil }
+
+// Sync implements proxier.Proxier. A change of what tells local Pods from
+// others is in the rules of nearly every Service and writes everything anew,
+// as change.All does.
+func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
+	if plan.Family != p.opts.Family {
+		return fmt.Errorf("%s mode for %s was given a plan for %s", Mode, p.opts.Family, plan.Family)
+	}
+	if change.All || p.state == nil || change.Node && p.state.needsFull(&plan.Node) {
+		return p.full(ctx, plan)
+	}
+	if change.Node {
+		if err := p.prepareNode(&plan.Node); err != nil {
+			return err
+		}
+	}
+	t := p.state.change(plan, change)
+	if err := p.tools.apply(ctx, &t.script); err != nil {
+		t.rollback()
+		return fmt.Errorf("%s: %w", p.tools.restore, err)
+	}
+	t.commit()
+	return nil
+}
+
+// needsFull says whether rules of Services depend on what changed.
+func (s *state) needsFull(node *proxier.Node) bool {
+	a, b := &s.node.LocalPods, &node.LocalPods
+	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix
+}
+
+// full writes everything and removes what is left of earlier proxies.
+func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
+	var held [tableCount]*listing
+	var stale [tableCount][]string
+	for t := range tableCount {
+		l, err := p.tools.list(ctx, t.String())
+		if err != nil {
+			return err
+		}
+		held[t], stale[t] = l, l.stale()
+	}
+	next, err := newState(p.opts, plan.Node, p.tools.facts())
+	if err != nil {
+		return err
+	}
+	if err := p.prepareNode(&plan.Node); err != nil {
+		return err
+	}
+	if err := p.tools.apply(ctx, next.full(plan, stale)); err != nil {
+		return fmt.Errorf("%s: %w", p.tools.restore, err)
+	}
+	// From here on the kernel does not hold what it held before.
+	p.state = nil
+	client, err := p.tools.client()
+	if err == nil {
+		err = addJumps(client, held)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, proxier.ErrUnknownState)
+	}
+	p.state = next
+	return nil
+}
+
+const routeLocalnet = "/proc/sys/net/ipv4/conf/all/route_localnet"
+
+// prepareNode makes the kernel route packets between NodePorts on 127.0.0.1
+// and Pods, where these are wanted. It is never undone: other software may
+// need it by then.
+func (p *Proxier) prepareNode(node *proxier.Node) error {
+	if !node.LocalhostNodePorts || p.opts.Family != proxier.IPv4 {
+		return nil
+	}
+	client, err := p.tools.client()
+	if err != nil {
+		return err
+	}
+	// Before the kernel is opened.
+	if err := addLocalnetFirewall(client); err != nil {
+		return err
+	}
+	if set, err := os.ReadFile(routeLocalnet); err == nil && strings.TrimSpace(string(set)) == "1" {
+		return nil
+	}
+	if err := os.WriteFile(routeLocalnet, []byte("1\n"), 0); err != nil {
+		return fmt.Errorf("serve NodePorts on 127.0.0.1: %w", err)
+	}
+	return nil
+}

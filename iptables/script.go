@@ -1,0 +1,73 @@
+package iptables
+
+import (
+	"bytes"
+	"sort"
+)
+
+// script is input of iptables-restore, with a note of what its lines are
+// about. Each table in it takes effect at once when its COMMIT is read.
+type script struct {
+	bytes.Buffer
+	lines   int
+	commits []int // numbers of the lines that say COMMIT
+	spans   []span
+}
+
+// span says whose the lines from first to the next span are; owner is empty
+// for lines of no Service.
+type span struct {
+	first int
+	owner string
+}
+
+func (s *script) line(owner string, parts ...string) {
+	s.lines++
+	if n := len(s.spans); n == 0 || s.spans[n-1].owner != owner {
+		s.spans = append(s.spans, span{s.lines, owner})
+	}
+	for _, p := range parts {
+		s.WriteString(p)
+	}
+	s.WriteByte('\n')
+}
+
+// table adds edits of one table; nothing where there are none. Chains are
+// named first, because rules may refer to each other's chains in any order,
+// and removed last, when no rule refers to them any more. Naming a chain
+// empties it, or makes it, so that a removal never fails for want of a chain.
+func (s *script) table(t table, edits []edit) {
+	if len(edits) == 0 {
+		return
+	}
+	s.line("", "*", t.String())
+	for _, e := range edits {
+		s.line("", ":", e.name, " - [0:0]")
+	}
+	for _, e := range edits {
+		for _, rule := range e.rules {
+			s.line(rule.owner, "-A ", e.name, rule.text)
+		}
+	}
+	for _, e := range edits {
+		if e.gone {
+			s.line("", "-X ", e.name)
+		}
+	}
+	s.line("", "COMMIT")
+	s.commits = append(s.commits, s.lines)
+}
+
+// owner is the Service that a line is about, or "".
+func (s *script) owner(line int) string {
+	i := sort.Search(len(s.spans), func(i int) bool { return s.spans[i].first > line })
+	if i == 0 {
+		return ""
+	}
+	return s.spans[i-1].owner
+}
+
+// committedBefore says whether a table was committed before the line was read.
+func (s *script) committedBefore(line int) bool {
+	return len(s.commits) > 0 && s.commits[0] < line
+}

@@ -1,0 +1,297 @@
+package iptables
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+
+	"signalbox/proxier"
+)
+
+// state is what the kernel holds, or is to hold. The rules of Services' own
+// chains are not in it: they are compiled again from the ServicePort where
+// they are needed.
+type state struct {
+	compiler compiler
+	node     proxier.Node
+	frame    [tableCount][]chain
+	trees    [treeCount]*tree
+	services map[proxier.ServicePortName]*proxier.ServicePort
+}
+
+// newState is what plan asks for, without its Services.
+func newState(opts proxier.Options, node proxier.Node, facts facts) (*state, error) {
+	pods, err := podMatches(node.LocalPods)
+	if err != nil {
+		return nil, err
+	}
+	s := &state{
+		compiler: compiler{opts.Family, pods},
+		node:     cloneNode(node),
+		frame:    frameChains(opts.MasqueradeMark, pods, facts),
+		services: map[proxier.ServicePortName]*proxier.ServicePort{},
+	}
+	ends := tails(opts.Family, &node)
+	for id := range treeCount {
+		s.trees[id] = newTree(id, opts.Family)
+		s.trees[id].tail = ends[id]
+	}
+	return s, nil
+}
+
+func cloneNode(n proxier.Node) proxier.Node {
+	n.LocalPods.Prefixes = slices.Clone(n.LocalPods.Prefixes)
+	n.NodePortAddrs.Addrs = slices.Clone(n.NodePortAddrs.Addrs)
+	n.ServiceCIDRs = nil // not looked at
+	return n
+}
+
+// full fills a new state with the plan's Services and returns the script that
+// makes the kernel hold it and none of the chains in stale.
+//
+// The filter table comes first. Its rules for Services take only packets that
+// the nat table did not send to an endpoint, so that none of them can harm a
+// Service that works; and a Service that lost its endpoints is refused before
+// it is no longer sent to them.
+func (s *state) full(plan *proxier.Plan, stale [tableCount][]string) *script {
+	var edits [tableCount][]edit
+	for t := range tableCount {
+		for _, c := range s.frame[t] {
+			edits[t] = append(edits[t], c.edit(""))
+		}
+	}
+	s.services = maps.Clone(plan.Services)
+	for _, name := range slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare) {
+		p := s.compiler.compile(plan.Services[name])
+		for i := range p.items {
+			s.trees[p.items[i].tree].put(&p.items[i])
+		}
+		for t := range tableCount {
+			for _, c := range p.chains[t] {
+				edits[t] = append(edits[t], c.edit(name.String()))
+			}
+		}
+	}
+	for _, t := range s.trees {
+		edits[t.table] = append(edits[t.table], t.all()...)
+	}
+	w := &script{}
+	for _, t := range []table{filter, nat} {
+		w.table(t, withoutStale(edits[t], stale[t]))
+	}
+	return w
+}
+
+// withoutStale adds the removal of those stale chains that are not written.
+func withoutStale(edits []edit, stale []string) []edit {
+	if len(stale) == 0 {
+		return edits
+	}
+	written := make(map[string]struct{}, len(edits))
+	for _, e := range edits {
+		written[e.name] = struct{}{}
+	}
+	for _, name := range stale {
+		if _, ok := written[name]; !ok {
+			edits = append(edits, edit{name: name, gone: true})
+		}
+	}
+	return edits
+}
+
+func (c chain) edit(owner string) edit {
+	e := edit{name: c.name, rules: make([]ownedRule, len(c.rules))}
+	for i, rule := range c.rules {
+		e.rules[i] = ownedRule{rule, owner}
+	}
+	return e
+}
+
+// transition is a change to a state that can be undone until it is known to be
+// in the kernel.
+type transition struct {
+	state    *state
+	services map[proxier.ServicePortName]*proxier.ServicePort // nil: removed
+	node     proxier.Node
+	undo     []func()
+	script   script
+}
+
+// change brings the trees to what plan says of the named Services and, where
+// node is set, to its node addresses (the local Pods being the same).
+//
+// The script never lets a packet pass between the two tables: a refusal is in
+// the filter table before the nat table stops sending connections to
+// endpoints, and goes after it has begun to. Most changes need only one of the
+// three parts.
+func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
+	t := &transition{state: s, node: s.node, services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+	var d difference
+	for _, name := range change.Services {
+		old, next := s.services[name], plan.Services[name]
+		if old == next {
+			continue
+		}
+		t.services[name] = next
+		d.compare(name.String(), s.programOf(old), s.programOf(next))
+	}
+	if change.Node {
+		t.setNode(plan.Node)
+	}
+	for _, it := range d.put {
+		if treeShapes[it.tree].table == filter {
+			t.put(it)
+		}
+	}
+	t.script.table(filter, append(s.treeEdits(filter), d.written[filter]...))
+
+	for _, it := range d.drop {
+		if treeShapes[it.tree].table == nat {
+			t.drop(it)
+		}
+	}
+	for _, it := range d.put {
+		if treeShapes[it.tree].table == nat {
+			t.put(it)
+		}
+	}
+	t.script.table(nat, slices.Concat(s.treeEdits(nat), d.written[nat], d.gone[nat]))
+
+	for _, it := range d.drop {
+		if treeShapes[it.tree].table == filter {
+			t.drop(it)
+		}
+	}
+	t.script.table(filter, append(s.treeEdits(filter), d.gone[filter]...))
+	return t
+}
+
+func (s *state) programOf(sp *proxier.ServicePort) program {
+	if sp == nil {
+		return program{}
+	}
+	return s.compiler.compile(sp)
+}
+
+func (s *state) treeEdits(in table) []edit {
+	var edits []edit
+	for _, t := range s.trees {
+		if t.table == in && len(t.changed) > 0 {
+			edits = append(edits, t.takeChanges()...)
+		}
+	}
+	return edits
+}
+
+func (t *transition) setNode(node proxier.Node) {
+	before := map[treeID][]string{}
+	for id, rules := range tails(t.state.compiler.family, &node) {
+		before[id] = t.state.trees[id].tail
+		t.state.trees[id].setTail(rules)
+	}
+	t.node = cloneNode(node)
+	t.undo = append(t.undo, func() {
+		for id, rules := range before {
+			t.state.trees[id].tail = rules
+		}
+	})
+}
+
+func (t *transition) put(it *item) {
+	tree := t.state.trees[it.tree]
+	old := tree.put(it)
+	t.undo = append(t.undo, func() {
+		if old != nil {
+			tree.put(old)
+		} else {
+			tree.drop(it)
+		}
+	})
+}
+
+func (t *transition) drop(it *item) {
+	tree := t.state.trees[it.tree]
+	if old := tree.drop(it); old != nil {
+		t.undo = append(t.undo, func() { tree.put(old) })
+	}
+}
+
+// commit says that the kernel holds the change.
+func (t *transition) commit() {
+	for name, sp := range t.services {
+		if sp == nil {
+			delete(t.state.services, name)
+		} else {
+			t.state.services[name] = sp
+		}
+	}
+	t.state.node = t.node
+}
+
+// rollback says that the kernel holds nothing of the change.
+func (t *transition) rollback() {
+	for _, undo := range slices.Backward(t.undo) {
+		undo()
+	}
+	for _, tree := range t.state.trees {
+		clear(tree.changed)
+	}
+}
+
+// difference is what turns programs into others.
+type difference struct {
+	written, gone [tableCount][]edit
+	put, drop     []*item
+}
+
+type itemID struct {
+	tree treeID
+	key  proxier.FrontendKey
+}
+
+func (d *difference) compare(owner string, old, next program) {
+	for t := range tableCount {
+		before := make(map[string][]string, len(old.chains[t]))
+		for _, c := range old.chains[t] {
+			before[c.name] = c.rules
+		}
+		for _, c := range next.chains[t] {
+			if rules, ok := before[c.name]; !ok || !slices.Equal(rules, c.rules) {
+				d.written[t] = append(d.written[t], c.edit(owner))
+			}
+			delete(before, c.name)
+		}
+		for _, name := range slices.Sorted(maps.Keys(before)) {
+			d.gone[t] = append(d.gone[t], edit{name: name, gone: true})
+		}
+	}
+	items := make(map[itemID]*item, len(old.items))
+	for i := range old.items {
+		it := &old.items[i]
+		items[itemID{it.tree, it.key}] = it
+	}
+	for i := range next.items {
+		it := &next.items[i]
+		id := itemID{it.tree, it.key}
+		if was := items[id]; was == nil || !slices.Equal(was.rules, it.rules) {
+			d.put = append(d.put, it)
+		}
+		delete(items, id)
+	}
+	for i := range old.items {
+		it := &old.items[i]
+		if items[itemID{it.tree, it.key}] == it {
+			d.drop = append(d.drop, it)
+		}
+	}
+}
+
+// Render returns the input of iptables-restore that makes a node do what plan
+// says, on a kernel and with tools that can do all that rules may use.
+func Render(opts proxier.Options, plan *proxier.Plan) (string, error) {
+	s, err := newState(opts, plan.Node, facts{dropInvalid: true, randomFully: true})
+	if err != nil {
+		return "", fmt.Errorf("render %s rules: %w", Mode, err)
+	}
+	return s.full(plan, [tableCount][]string{}).String(), nil
+}
