@@ -70,6 +70,9 @@ func Start(ctx context.Context, bin Binaries, opts Options) (*Cluster, error) {
 	if err := ca.writeServerFiles(opts.Dir); err != nil {
 		return nil, err
 	}
+	if err := os.WriteFile(filepath.Join(opts.Dir, "audit.yaml"), []byte(auditPolicy), 0o600); err != nil {
+		return nil, err
+	}
 	c := &Cluster{opts: opts, bin: bin, ca: ca}
 	if c.admin, err = c.pickPorts(); err != nil {
 		return nil, err
@@ -153,6 +156,7 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 		"--tls-cert-file=" + file("server.crt"), "--tls-private-key-file=" + file("server.key"), "--client-ca-file=" + file("ca.crt"),
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file=" + file("sa.key"), "--service-account-signing-key-file=" + file("sa.key"),
+		"--audit-policy-file=" + file("audit.yaml"), "--audit-log-path=" + file("audit.log"), "--audit-log-mode=blocking",
 		"--authorization-mode=RBAC", "--anonymous-auth=false", "--profiling=false",
 		"--etcd-compaction-interval=0", // history expires when a test says so
 		"--shutdown-delay-duration=0s",

@@ -20,10 +20,10 @@ type Process struct {
 	err  error         // of Wait; read after done
 }
 
-// StartProcess starts cmd, whose output it appends to the file log. enter,
-// where not nil, is called on the thread that starts the program, which is
-// given up afterwards: it may enter a network namespace.
-func StartProcess(cmd *exec.Cmd, log string, enter func() error) (*Process, error) {
+// StartProcess starts cmd, whose output it appends to the file log. inside,
+// where not nil, runs its argument where the program is to run, for example on
+// a host of a lab; it is not done before the program is.
+func StartProcess(cmd *exec.Cmd, log string, inside func(func() error) error) (*Process, error) {
 	out, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return nil, err
@@ -32,25 +32,27 @@ func StartProcess(cmd *exec.Cmd, log string, enter func() error) (*Process, erro
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	p := &Process{name: cmd.Args[0], cmd: cmd, log: log, done: make(chan struct{})}
-	started := make(chan error)
+	if inside == nil {
+		inside = func(run func() error) error { return run() }
+	}
+	started := make(chan error, 1)
 	go func() {
-		// The kernel sends Pdeathsig when the starting thread ends, so that
-		// thread stays for as long as the program does, and, never being
-		// unlocked, is not used for anything else.
+		// The kernel sends Pdeathsig when the thread that started the program
+		// ends, so this goroutine keeps its thread for as long.
 		runtime.LockOSThread()
-		if enter != nil {
-			if err := enter(); err != nil {
-				started <- err
-				return
+		defer runtime.UnlockOSThread()
+		err := inside(func() error {
+			if err := cmd.Start(); err != nil {
+				return err
 			}
-		}
-		if err := cmd.Start(); err != nil {
+			started <- nil
+			p.err = cmd.Wait()
+			close(p.done)
+			return nil
+		})
+		if err != nil {
 			started <- err
-			return
 		}
-		started <- nil
-		p.err = cmd.Wait()
-		close(p.done)
 	}()
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start %s: %w", p.name, err)

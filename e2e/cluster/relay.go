@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 )
 
 // Relay carries TCP connections to the API server from where only its listener
@@ -14,6 +15,8 @@ import (
 type Relay struct {
 	listen func() (net.Listener, error)
 	target string
+
+	accepted atomic.Int64
 
 	mu       sync.Mutex
 	listener net.Listener          // nil while cut
@@ -56,6 +59,10 @@ func (r *Relay) Cut() {
 	r.carriers.Wait()
 }
 
+// Accepted counts the connections that reached the Relay, whether or not the
+// API server was there to take them.
+func (r *Relay) Accepted() int { return int(r.accepted.Load()) }
+
 func (r *Relay) accept(l net.Listener) {
 	for {
 		client, err := l.Accept()
@@ -65,6 +72,7 @@ func (r *Relay) accept(l net.Listener) {
 			}
 			return
 		}
+		r.accepted.Add(1)
 		r.carriers.Go(func() { r.carry(client) })
 	}
 }

@@ -1,0 +1,65 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os"
+	"testing"
+
+	"signalbox/e2e/cluster"
+	"signalbox/internal/netlab"
+)
+
+// What every test shares. Tests run one after another, and each leaves the
+// cluster as it found it.
+var (
+	binaries  cluster.Binaries
+	signalbox string // path of the program under test
+	shared    *cluster.Cluster
+)
+
+func TestMain(m *testing.M) {
+	code, err := run(m)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(m *testing.M) (code int, err error) {
+	ctx := context.Background()
+	log := func(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+	if binaries, err = cluster.Build(ctx, log); err != nil {
+		return 0, err
+	}
+	if signalbox = os.Getenv("SIGNALBOX"); signalbox == "" {
+		if signalbox, err = cluster.BuildSignalbox(ctx); err != nil {
+			return 0, err
+		}
+	}
+	dir, err := cluster.MakeDir()
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(dir)
+	if shared, err = cluster.Start(ctx, binaries, clusterOptions(dir)); err != nil {
+		return 0, err
+	}
+	code = m.Run()
+	return code, shared.Stop()
+}
+
+// clusterOptions make a dual-stack cluster whose cluster IPs the lab's router
+// sends to node1, and whose API server is behind that router.
+func clusterOptions(dir string) cluster.Options {
+	return cluster.Options{
+		Dir:          dir,
+		ServiceCIDRs: []netip.Prefix{netlab.ServiceNetwork.V4, netlab.ServiceNetwork.V6},
+		Advertise:    routerAddr,
+	}
+}
+
+// routerAddr is where the nodes of a lab reach the API server.
+var routerAddr = netlab.NodeNetwork.V4.Addr().Next()
