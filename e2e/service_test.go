@@ -63,6 +63,21 @@ func TestServiceBecomesDualStack(t *testing.T) {
 	})
 }
 
+// A Service is given to another proxy, by a label, and taken back. The API
+// server filters by it, so to signalbox the Service goes and comes.
+func TestServiceOfAnotherProxy(t *testing.T) {
+	inEachMode(t, func(s *site) {
+		const label = "service.kubernetes.io/service-proxy-name"
+		s.start()
+		svc := s.createService("web", []string{"pod-a"})
+		s.reaches(svc, "pod-a")
+		s.updateService("web", func(svc *corev1.Service) { svc.Labels = map[string]string{label: "another"} })
+		s.unreachable(svc)
+		s.updateService("web", func(svc *corev1.Service) { delete(svc.Labels, label) })
+		s.reaches(svc, "pod-a")
+	})
+}
+
 // A range is added to those that cluster IPs are given from. In nftables mode
 // addresses of it that no Service has lead nowhere from then on.
 func TestServiceCIDRAdded(t *testing.T) {
@@ -142,6 +157,8 @@ func TestThousandServices(t *testing.T) {
 		}
 		s.Logf("%d Services with a slice each were created in %v; all were reached %v after that",
 			manyServices, created.Sub(start).Round(time.Millisecond), time.Since(created).Round(time.Millisecond))
+
+		s.Logf("signalbox's memory: %s", s.memory())
 
 		written := s.wordsInKernel()
 		for _, svc := range services {

@@ -142,6 +142,20 @@ func (s *site) eventually(what string, check func() error) {
 	}
 }
 
+// memory is the line of /proc/PID/status that says how much of it signalbox has
+// in use, at most since it started.
+func (s *site) memory() string {
+	s.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.proxy.Pid()))
+	s.must(err)
+	for line := range strings.Lines(string(status)) {
+		if strings.HasPrefix(line, "VmHWM:") {
+			return strings.Join(strings.Fields(line), " ")
+		}
+	}
+	return "unknown"
+}
+
 // kernel is what nft and both kinds of iptables print on node1.
 func (s *site) kernel() string {
 	s.Helper()

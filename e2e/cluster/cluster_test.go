@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
@@ -208,6 +209,22 @@ func nextEvent(t *testing.T, client *kubernetes.Clientset, from metav1.ListOptio
 		t.Fatal("the watch ended without an event")
 	}
 	return e
+}
+
+// An API server that cannot start is not waited for, and says why.
+func TestStartFails(t *testing.T) {
+	bin, err := Build(t.Context(), t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = Start(t.Context(), bin, Options{
+		Dir:          t.TempDir(),
+		ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/31")}, // too small
+		Advertise:    netip.MustParseAddr("192.168.50.1"),
+	})
+	if err == nil || !strings.Contains(err.Error(), "must be at least 8 IP addresses") {
+		t.Fatalf("the error is %v, want one that says what the API server said", err)
+	}
 }
 
 func TestRelayToNobody(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
@@ -31,7 +32,7 @@ func StartProcess(cmd *exec.Cmd, log string, inside func(func() error) error) (*
 	defer out.Close()
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	p := &Process{name: cmd.Args[0], cmd: cmd, log: log, done: make(chan struct{})}
+	p := &Process{name: filepath.Base(cmd.Path), cmd: cmd, log: log, done: make(chan struct{})}
 	if inside == nil {
 		inside = func(run func() error) error { return run() }
 	}
