@@ -1,0 +1,88 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"signalbox/demo"
+	"signalbox/modes"
+	"signalbox/proxier"
+)
+
+func demoCommand() *cobra.Command {
+	var modeNames, families []string
+	cfg := demo.Config{Connections: demo.DefaultConnections, Connects: demo.DefaultConnects}
+	cmd := &cobra.Command{
+		Use:   "demo",
+		Short: "Show every mode at work in a lab on this machine, with real connections",
+		Long: `Builds a lab of network namespaces (a node, a second one, Pods, clients outside),
+runs this program on the node in one mode after the other, and prints who
+answered real connections, whose address they saw, how soon a changed manifest
+is obeyed and what a Service adds to connect(2). It needs root and leaves the
+machine as it was. It fails if anything comes out other than it must.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if cfg.Modes, err = demoModes(modeNames); err != nil {
+				return err
+			}
+			if cfg.Families, err = demoFamilies(families); err != nil {
+				return err
+			}
+			if cfg.Binary, err = os.Executable(); err != nil {
+				return fmt.Errorf("finding this program's own file: %w", err)
+			}
+			// A closed terminal or pipe must not keep the demo from cleaning up.
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGHUP, syscall.SIGPIPE)
+			defer stop()
+			return demo.Run(ctx, cfg, cmd.OutOrStdout())
+		},
+	}
+	fs := cmd.Flags()
+	fs.StringSliceVar(&modeNames, "mode", nil, "show only these modes (default: all there are)")
+	fs.StringSliceVar(&families, "family", nil, "show only IPv4 or IPv6 (default: both)")
+	fs.IntVar(&cfg.Services, "services", demo.DefaultServices, "how many Services there are beside those that are connected to")
+	fs.IntVar(&cfg.Changes, "changes", demo.DefaultChanges, "how often a manifest is changed")
+	return cmd
+}
+
+func demoModes(names []string) ([]demo.Mode, error) {
+	chosen := modes.All
+	if len(names) > 0 {
+		chosen = nil
+	}
+	for _, name := range names {
+		m, err := modes.Named(name)
+		if err != nil {
+			return nil, fmt.Errorf("--mode: %w", err)
+		}
+		chosen = append(chosen, m)
+	}
+	shown := make([]demo.Mode, len(chosen))
+	for i, m := range chosen {
+		shown[i] = demo.Mode{Name: m.Name, Supported: m.Supported}
+	}
+	return shown, nil
+}
+
+func demoFamilies(names []string) ([]proxier.Family, error) {
+	if len(names) == 0 {
+		return proxier.Families, nil
+	}
+	var chosen []proxier.Family
+	for _, name := range names {
+		i := slices.IndexFunc(proxier.Families, func(f proxier.Family) bool { return strings.EqualFold(f.String(), name) })
+		if i < 0 {
+			return nil, fmt.Errorf("--family=%s: neither IPv4 nor IPv6", name)
+		}
+		if f := proxier.Families[i]; !slices.Contains(chosen, f) {
+			chosen = append(chosen, f)
+		}
+	}
+	return chosen, nil
+}

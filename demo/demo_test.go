@@ -1,0 +1,210 @@
+package demo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+
+	"signalbox/proxier"
+)
+
+// TestUnsupportedModeIsNamed also shows that one family is enough.
+func TestUnsupportedModeIsNamed(t *testing.T) {
+	cfg := fakeConfig(t, "exit 0")
+	cfg.Modes = []Mode{{"ipvs", func(f proxier.Family) error {
+		return &proxier.UnsupportedError{Mode: "ipvs", Family: f, Missing: "ip_vs", Remedy: "load the module"}
+	}}}
+	ownTemporaryFiles(t)
+	before := machine(t)
+	var b strings.Builder
+	err := Run(t.Context(), cfg, &b)
+	if err == nil || !strings.Contains(err.Error(), "no mode could be shown") {
+		t.Errorf("got error %v, want that no mode could be shown", err)
+	}
+	for _, f := range proxier.Families {
+		if want := fmt.Sprintf("mode ipvs cannot serve %s: ip_vs is missing; load the module", f); strings.Count(b.String(), want) != 2 {
+			t.Errorf("%q is not there where it happened and at the end:\n%s", want, b.String())
+		}
+	}
+	checkUnchanged(t, before, b.String())
+}
+
+// fakeConfig shows a shell script in place of signalbox, in a mode that is
+// always there.
+func fakeConfig(t *testing.T, script string) Config {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "fake")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return Config{
+		Binary: path, Modes: []Mode{{"fake", func(proxier.Family) error { return nil }}}, Families: proxier.Families,
+		Connections: minConnections, Changes: 1, Connects: 1,
+	}
+}
+
+// untilKilled is a script that does not end when it is asked to.
+const untilKilled = "exec sleep 100000"
+
+var errPipe = errors.New("the reader is gone")
+
+// TestMachineIsLeftAsItWas ends the demo in every way that it can be ended from
+// inside, while its daemon runs.
+func TestMachineIsLeftAsItWas(t *testing.T) {
+	const running = "signalbox run" // is printed once the daemon runs
+	for _, c := range []struct {
+		name, script, want string
+		when               func(text string, cancel func()) error
+	}{
+		{"interrupted", untilKilled, "interrupted", func(text string, cancel func()) error {
+			if strings.Contains(text, running) {
+				cancel()
+			}
+			return nil
+		}},
+		{"the output's reader is gone", untilKilled, errPipe.Error(), func(text string, _ func()) error {
+			if strings.Contains(text, running) {
+				return errPipe
+			}
+			return nil
+		}},
+		{"a panic", untilKilled, "panic: on purpose", func(text string, _ func()) error {
+			if strings.Contains(text, running) {
+				panic("on purpose")
+			}
+			return nil
+		}},
+		{"the daemon fails", "echo its last words >&2; exit 3", "exit status 3; its last words:\nits last words", nil},
+		{"the daemon ends by itself", "exit 0", "ended by itself", nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := fakeConfig(t, c.script)
+			ownTemporaryFiles(t)
+	before := machine(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var b strings.Builder
+			out := writerFunc(func(text []byte) (int, error) {
+				b.Write(text)
+				if c.when != nil {
+					if err := c.when(string(text), cancel); err != nil {
+						return 0, err
+					}
+				}
+				return len(text), nil
+			})
+			err := recovered(func() error { return Run(ctx, cfg, out) })
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got error %v, want one with %q", err, c.want)
+			}
+			if !strings.Contains(b.String(), running) {
+				t.Errorf("the daemon was never started:\n%s", b.String())
+			}
+			checkUnchanged(t, before, b.String())
+		})
+	}
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
+
+var _ io.Writer = writerFunc(nil)
+
+// state is what a demo could leave behind on a machine.
+type state struct {
+	Temporary  []string // files in the directory for temporary files
+	Links      []string // network interfaces
+	Tables     []string // nftables, which holds iptables-nft's rules too
+	Namespaces []string // network namespaces that this process holds open
+	LockFile   bool     // iptables' own
+}
+
+// ownTemporaryFiles keeps other programs' files out of the comparison.
+func ownTemporaryFiles(t *testing.T) { t.Setenv("TMPDIR", t.TempDir()) }
+
+func machine(t *testing.T) state {
+	t.Helper()
+	var s state
+	for _, collect := range []func(*state) error{
+		(*state).files, (*state).interfaces, (*state).rules, (*state).namespaces,
+	} {
+		if err := collect(&s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+func (s *state) files() error {
+	entries, err := os.ReadDir(os.TempDir())
+	for _, e := range entries {
+		s.Temporary = append(s.Temporary, e.Name())
+	}
+	_, missing := os.Stat("/run/xtables.lock")
+	s.LockFile = missing == nil
+	return err
+}
+
+func (s *state) interfaces() error {
+	links, err := netlink.LinkList()
+	for _, l := range links {
+		s.Links = append(s.Links, l.Attrs().Name)
+	}
+	return err
+}
+
+func (s *state) rules() error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	tables, err := c.ListTables()
+	for _, table := range tables {
+		s.Tables = append(s.Tables, fmt.Sprintf("%d %s", table.Family, table.Name))
+	}
+	return err
+}
+
+func (s *state) namespaces() error {
+	entries, err := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && strings.HasPrefix(to, "net:[") {
+			s.Namespaces = append(s.Namespaces, to)
+		}
+	}
+	slices.Sort(s.Namespaces)
+	return err
+}
+
+var pidInOutput = regexp.MustCompile(`pid (\d+)`)
+
+// checkUnchanged looks for what a demo that printed shown left behind.
+func checkUnchanged(t *testing.T, before state, shown string) {
+	t.Helper()
+	if diff := cmp.Diff(before, machine(t)); diff != "" {
+		t.Errorf("the machine is not as it was (-before +after):\n%s", diff)
+	}
+	for _, m := range pidInOutput.FindAllStringSubmatch(shown, -1) {
+		pid, err := strconv.Atoi(m[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
+			t.Errorf("process %d is still there: %v", pid, err)
+		}
+	}
+}

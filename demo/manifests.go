@@ -1,0 +1,275 @@
+package demo
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/utils/ptr"
+	"sigs.k8s.io/yaml"
+
+	"signalbox/internal/netlab"
+	"signalbox/proxier"
+)
+
+// service is one Service that is probed. It listens on port 80 over TCP and UDP
+// in both families, and sends to port 8080 of its Pods.
+type service struct {
+	name string
+	// number is the last part of its cluster IPs and load-balancer IPs.
+	number   int
+	nodePort int32 // also asks for a load-balancer IP; 0 for neither
+	local    bool  // externalTrafficPolicy: Local
+	sticky   bool  // sessionAffinity: ClientIP
+	pods     []string
+}
+
+const (
+	namespace   = "demo"
+	servicePort = 80
+	podPort     = 8080
+)
+
+var allPods = []string{"pod-a", "pod-b", "pod-c", "pod-d"}
+
+var (
+	web      = service{name: "web", number: 10, nodePort: 30080, pods: allPods}
+	webLocal = service{name: "web-local", number: 11, nodePort: 30081, local: true, pods: allPods}
+	sticky   = service{name: "sticky", number: 12, sticky: true, pods: allPods}
+	single   = service{name: "single", number: 13, pods: []string{"pod-b"}}
+	empty    = service{name: "empty", number: 14}
+	moving   = service{name: "moving", number: 15, pods: []string{"pod-a"}}
+)
+
+var services = []service{web, webLocal, sticky, single, empty, moving}
+
+// at is where the Service is reached; node is the address of the node, for a
+// NodePort.
+func (s *service) at(kind proxier.FrontendKind, f proxier.Family, node netip.Addr) netip.AddrPort {
+	switch kind {
+	case proxier.NodePort:
+		return netip.AddrPortFrom(node, uint16(s.nodePort))
+	case proxier.LoadBalancerIP:
+		return netip.AddrPortFrom(nth(netlab.ExternalNetwork, f, s.number), servicePort)
+	}
+	return netip.AddrPortFrom(nth(netlab.ServiceNetwork, f, s.number), servicePort)
+}
+
+// nth is the address n after the first of a range.
+func nth(p netlab.PrefixPair, f proxier.Family, n int) netip.Addr {
+	b := ofPrefix(p, f).Addr().AsSlice()
+	last := b[len(b)-4:]
+	binary.BigEndian.PutUint32(last, binary.BigEndian.Uint32(last)+uint32(n))
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+func ofPrefix(p netlab.PrefixPair, f proxier.Family) netip.Prefix {
+	if f == proxier.IPv6 {
+		return p.V6
+	}
+	return p.V4
+}
+
+func ofPair(p netlab.Pair, f proxier.Family) netip.Addr {
+	if f == proxier.IPv6 {
+		return p.V6
+	}
+	return p.V4
+}
+
+// cluster is what the manifests must know about the lab.
+type cluster struct {
+	families []proxier.Family
+	nodes    map[string]netlab.Pair // by name
+	pods     map[string]pod         // by name
+}
+
+type pod struct {
+	node string
+	addr netlab.Pair
+}
+
+// manifest is a file of one or more objects.
+type manifest struct {
+	name    string
+	objects []runtime.Object
+}
+
+// movingManifest is the file that holds only the EndpointSlice of the moving
+// Service in one family, so that a change of it is a change of nothing else.
+func (c *cluster) movingManifest(f proxier.Family, podName string) manifest {
+	s := moving
+	s.pods = []string{podName}
+	return manifest{fmt.Sprintf("moving-%s.yaml", f), []runtime.Object{c.slice(&s, f)}}
+}
+
+// perFile is how many further Services share a file.
+const perFile = 100
+
+// manifests describes the cluster, the probed Services, and more Services of
+// the same four Pods.
+func manifests(c cluster, more int) []manifest {
+	files := []manifest{{"cluster.yaml", []runtime.Object{c.node("node1"), c.node("node2"), c.serviceCIDR()}}}
+	for i := range services {
+		s := &services[i]
+		file := manifest{s.name + ".yaml", []runtime.Object{c.service(s)}}
+		for _, f := range c.families {
+			if s.name == moving.name {
+				files = append(files, c.movingManifest(f, s.pods[0]))
+			} else if len(s.pods) > 0 {
+				file.objects = append(file.objects, c.slice(s, f))
+			}
+		}
+		files = append(files, file)
+	}
+	for first := 0; first < more; first += perFile {
+		file := manifest{name: fmt.Sprintf("more-%05d.yaml", first)}
+		for n := first; n < min(first+perFile, more); n++ {
+			s := service{name: fmt.Sprintf("more-%05d", n), pods: allPods}
+			file.objects = append(file.objects, c.serviceAt(&s, netlab.ServiceNetwork2, n+1))
+			for _, f := range c.families {
+				file.objects = append(file.objects, c.slice(&s, f))
+			}
+		}
+		files = append(files, file)
+	}
+	return files
+}
+
+func (c *cluster) node(name string) *corev1.Node {
+	n := &corev1.Node{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Node"},
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+	}
+	for _, f := range c.families {
+		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: ofPair(c.nodes[name], f).String()})
+	}
+	return n
+}
+
+func (c *cluster) serviceCIDR() *networkingv1.ServiceCIDR {
+	s := &networkingv1.ServiceCIDR{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "ServiceCIDR"},
+		ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"},
+	}
+	for _, f := range c.families {
+		s.Spec.CIDRs = append(s.Spec.CIDRs, ofPrefix(netlab.ServiceNetwork, f).String())
+	}
+	return s
+}
+
+func (c *cluster) service(s *service) *corev1.Service {
+	return c.serviceAt(s, netlab.ServiceNetwork, s.number)
+}
+
+func (c *cluster) serviceAt(s *service, network netlab.PrefixPair, number int) *corev1.Service {
+	o := &corev1.Service{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Service"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: s.name},
+		Spec: corev1.ServiceSpec{
+			Type: corev1.ServiceTypeClusterIP,
+			Ports: []corev1.ServicePort{
+				{Name: "tcp", Protocol: corev1.ProtocolTCP, Port: servicePort, NodePort: s.nodePort},
+				{Name: "udp", Protocol: corev1.ProtocolUDP, Port: servicePort, NodePort: s.nodePort},
+			},
+		},
+	}
+	for _, f := range c.families {
+		o.Spec.ClusterIPs = append(o.Spec.ClusterIPs, nth(network, f, number).String())
+		o.Spec.IPFamilies = append(o.Spec.IPFamilies, corev1.IPFamily(f.String()))
+	}
+	o.Spec.ClusterIP = o.Spec.ClusterIPs[0]
+	o.Spec.IPFamilyPolicy = ptr.To(corev1.IPFamilyPolicySingleStack)
+	if len(c.families) > 1 {
+		o.Spec.IPFamilyPolicy = ptr.To(corev1.IPFamilyPolicyRequireDualStack)
+	}
+	if s.sticky {
+		o.Spec.SessionAffinity = corev1.ServiceAffinityClientIP
+	}
+	if s.nodePort != 0 {
+		c.loadBalance(s, o)
+	}
+	return o
+}
+
+func (c *cluster) loadBalance(s *service, o *corev1.Service) {
+	o.Spec.Type = corev1.ServiceTypeLoadBalancer
+	o.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyCluster
+	if s.local {
+		o.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+	}
+	for _, f := range c.families {
+		o.Status.LoadBalancer.Ingress = append(o.Status.LoadBalancer.Ingress,
+			corev1.LoadBalancerIngress{IP: nth(netlab.ExternalNetwork, f, s.number).String()})
+	}
+}
+
+func (c *cluster) slice(s *service, f proxier.Family) *discoveryv1.EndpointSlice {
+	o := &discoveryv1.EndpointSlice{
+		TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: namespace, Name: fmt.Sprintf("%s-ipv%d", s.name, f),
+			Labels: map[string]string{discoveryv1.LabelServiceName: s.name},
+		},
+		AddressType: discoveryv1.AddressType(f.String()),
+		Ports: []discoveryv1.EndpointPort{
+			{Name: ptr.To("tcp"), Protocol: ptr.To(corev1.ProtocolTCP), Port: ptr.To[int32](podPort)},
+			{Name: ptr.To("udp"), Protocol: ptr.To(corev1.ProtocolUDP), Port: ptr.To[int32](podPort)},
+		},
+	}
+	for _, name := range s.pods {
+		p := c.pods[name]
+		o.Endpoints = append(o.Endpoints, discoveryv1.Endpoint{
+			Addresses:  []string{ofPair(p.addr, f).String()},
+			NodeName:   ptr.To(p.node),
+			Conditions: discoveryv1.EndpointConditions{Ready: ptr.To(true)},
+		})
+	}
+	return o
+}
+
+func (m *manifest) text() ([]byte, error) {
+	var b bytes.Buffer
+	for _, o := range m.objects {
+		text, err := yaml.Marshal(o)
+		if err != nil {
+			return nil, fmt.Errorf("manifest %s: %w", m.name, err)
+		}
+		b.WriteString("---\n")
+		b.Write(text)
+	}
+	return b.Bytes(), nil
+}
+
+// publish makes the manifest appear in a directory whole, or take the place of
+// its former version, at one moment. staging is a directory of the same file
+// system.
+func (m *manifest) publish(staging, dir string) error {
+	move, err := m.prepare(staging, dir)
+	if err != nil {
+		return err
+	}
+	return move()
+}
+
+// prepare does all of publish but its last moment.
+func (m *manifest) prepare(staging, dir string) (move func() error, err error) {
+	text, err := m.text()
+	if err != nil {
+		return nil, err
+	}
+	from := filepath.Join(staging, m.name)
+	if err := os.WriteFile(from, text, 0o644); err != nil {
+		return nil, err
+	}
+	return func() error { return os.Rename(from, filepath.Join(dir, m.name)) }, nil
+}

@@ -1,0 +1,121 @@
+package demo
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/yaml"
+
+	"signalbox/internal/netlab"
+	"signalbox/proxier"
+)
+
+func testCluster(families ...proxier.Family) cluster {
+	c := cluster{families: families, nodes: map[string]netlab.Pair{}, pods: map[string]pod{}}
+	for i, name := range []string{"node1", "node2"} {
+		c.nodes[name] = netlab.Pair{V4: nth(netlab.NodeNetwork, proxier.IPv4, 11+i), V6: nth(netlab.NodeNetwork, proxier.IPv6, 11+i)}
+	}
+	for i, name := range allPods {
+		node := "node1"
+		if i > 1 {
+			node = "node2"
+		}
+		c.pods[name] = pod{node, netlab.Pair{V4: nth(netlab.PodNetwork, proxier.IPv4, i+1), V6: nth(netlab.PodNetwork, proxier.IPv6, i+1)}}
+	}
+	return c
+}
+
+// TestManifestsAsText holds what a reader of --source finds; each family alone
+// must not mention the other.
+func TestManifestsAsText(t *testing.T) {
+	for name, families := range map[string][]proxier.Family{
+		"manifests.yaml": proxier.Families, "manifests-ipv6.yaml": {proxier.IPv6},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var b strings.Builder
+			for _, m := range manifests(testCluster(families...), 1) {
+				text, err := m.text()
+				if err != nil {
+					t.Fatal(err)
+				}
+				b.WriteString("# " + m.name + "\n")
+				b.Write(text)
+			}
+			if len(families) == 1 && strings.Contains(b.String(), "10.96.") {
+				t.Error("the other family is in it")
+			}
+			checkGolden(t, name, b.String())
+		})
+	}
+}
+
+// TestAddressesAreUnique at the largest size: a duplicate would be refused by
+// the daemon and make the demo measure something else.
+func TestAddressesAreUnique(t *testing.T) {
+	seen := map[string]string{}
+	count := 0
+	for _, m := range manifests(testCluster(proxier.Families...), MaxServices) {
+		for _, o := range m.objects {
+			s, ok := o.(*corev1.Service)
+			if !ok {
+				continue
+			}
+			count++
+			for i, ip := range s.Spec.ClusterIPs {
+				a, err := netip.ParseAddr(ip)
+				if err != nil {
+					t.Fatal(err)
+				}
+				f := proxier.Families[i]
+				if !ofPrefix(netlab.ServiceNetwork, f).Contains(a) && !ofPrefix(netlab.ServiceNetwork2, f).Contains(a) {
+					t.Fatalf("%s: %s is not routed to the node", s.Name, a)
+				}
+				if other, taken := seen[ip]; taken {
+					t.Fatalf("%s has %s, and so has %s", s.Name, ip, other)
+				}
+				seen[ip] = s.Name
+			}
+		}
+	}
+	if count != MaxServices+len(services) {
+		t.Errorf("got %d Services, want %d", count, MaxServices+len(services))
+	}
+}
+
+func TestPublishReplacesWhole(t *testing.T) {
+	staging, dir := t.TempDir(), t.TempDir()
+	c := testCluster(proxier.IPv4)
+	for _, podName := range []string{"pod-a", "pod-c"} {
+		m := c.movingManifest(proxier.IPv4, podName)
+		if err := m.publish(staging, dir); err != nil {
+			t.Fatal(err)
+		}
+		text, err := os.ReadFile(filepath.Join(dir, m.name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var slice struct {
+			Endpoints []struct{ Addresses []string }
+		}
+		if err := yaml.Unmarshal(text, &slice); err != nil {
+			t.Fatal(err)
+		}
+		want := c.pods[podName].addr.V4.String()
+		if len(slice.Endpoints) != 1 || slice.Endpoints[0].Addresses[0] != want {
+			t.Errorf("got endpoints %v, want %s alone", slice.Endpoints, want)
+		}
+	}
+	for _, d := range []string{staging, dir} {
+		left, err := os.ReadDir(d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := map[string]int{staging: 0, dir: 1}[d]; len(left) != want {
+			t.Errorf("%s holds %v, want %d files", d, left, want)
+		}
+	}
+}

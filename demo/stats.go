@@ -1,0 +1,60 @@
+package demo
+
+import (
+	"math"
+	"slices"
+	"strconv"
+	"time"
+)
+
+// quantile is the smallest value that at least the share q (0 to 1) of the
+// values does not exceed; 0 without values.
+func quantile(values []time.Duration, q float64) time.Duration {
+	if len(values) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(values))
+	i := int(math.Ceil(q*float64(len(sorted)))) - 1
+	return sorted[min(max(i, 0), len(sorted)-1)]
+}
+
+// median is the middle value, or the mean of the two in the middle.
+func median(values []time.Duration) time.Duration {
+	if len(values) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(values))
+	half := len(sorted) / 2
+	if len(sorted)%2 == 1 {
+		return sorted[half]
+	}
+	return (sorted[half-1] + sorted[half]) / 2
+}
+
+// ratio is a/b; 0 where b is 0.
+func ratio(a, b time.Duration) float64 {
+	if b == 0 {
+		return 0
+	}
+	return float64(a) / float64(b)
+}
+
+// brief writes a duration with three significant digits: 41.2 µs, 3.05 ms, 12.0 s.
+func brief(d time.Duration) string {
+	unit, name := time.Second, "s"
+	switch {
+	case d < time.Millisecond:
+		unit, name = time.Microsecond, "µs"
+	case d < time.Second:
+		unit, name = time.Millisecond, "ms"
+	}
+	v := float64(d) / float64(unit)
+	digits := 2
+	switch {
+	case v >= 99.95:
+		digits = 0
+	case v >= 9.995:
+		digits = 1
+	}
+	return strconv.FormatFloat(v, 'f', digits, 64) + " " + name
+}
