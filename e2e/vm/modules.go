@@ -40,6 +40,10 @@ func (k *Kernel) modules(patterns []string) ([]module, error) {
 	if err != nil {
 		return nil, err
 	}
+	builtin, err := k.builtin()
+	if err != nil {
+		return nil, err
+	}
 	o := ordering{all: all, done: map[string]bool{}}
 	for _, pattern := range patterns {
 		var matching []string
@@ -50,7 +54,7 @@ func (k *Kernel) modules(patterns []string) ([]module, error) {
 				matching = append(matching, name)
 			}
 		}
-		if len(matching) == 0 {
+		if len(matching) == 0 && !builtin[pattern] {
 			return nil, fmt.Errorf("kernel %s has no module %s", k.Release, pattern)
 		}
 		slices.Sort(matching)
@@ -103,6 +107,20 @@ func (k *Kernel) allModules() (map[string]string, error) {
 		return err
 	})
 	return all, err
+}
+
+// builtin returns the names of what could be a module, but is a part of the
+// kernel.
+func (k *Kernel) builtin() (map[string]bool, error) {
+	text, err := os.ReadFile(filepath.Join(k.Modules, "modules.builtin"))
+	if err != nil {
+		return nil, err
+	}
+	names := map[string]bool{}
+	for line := range strings.Lines(string(text)) {
+		names[moduleName(strings.TrimSuffix(path.Base(strings.TrimSpace(line)), ".ko"))] = true
+	}
+	return names, nil
 }
 
 func moduleName(s string) string { return strings.ReplaceAll(s, "-", "_") }

@@ -7,10 +7,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -130,40 +130,30 @@ func loopback() error {
 	return nil
 }
 
-// execute runs the program and returns its exit code. Processes that it leaves
-// behind end with the machine.
+// leftoverWait bounds the wait for the output of processes that the program
+// left behind. They end with the machine.
+const leftoverWait = 10 * time.Second
+
+// execute runs the program and returns its exit code.
 func execute(s *spec.Spec) (int, error) {
 	cmd := exec.Command(s.Program, s.Args...)
 	cmd.Env, cmd.Dir = s.Env, s.Dir
-	r, w, err := os.Pipe()
-	if err != nil {
-		return 0, err
-	}
-	cmd.Stdout, cmd.Stderr = w, w
+	cmd.Stdout, cmd.Stderr = output{}, output{}
+	cmd.WaitDelay = leftoverWait
 	send(spec.Event{Ready: true})
-	if err := cmd.Start(); err != nil {
+	err := cmd.Run()
+	if cmd.ProcessState == nil {
 		return 0, fmt.Errorf("starting %s: %w", s.Program, err)
-	}
-	w.Close()
-	forward(r)
-	var exit *exec.ExitError
-	if err := cmd.Wait(); err != nil && !errors.As(err, &exit) {
-		return 0, fmt.Errorf("%s: %w", s.Program, err)
 	}
 	return cmd.ProcessState.ExitCode(), nil
 }
 
-func forward(r io.Reader) {
-	buf := make([]byte, 16<<10)
-	for {
-		n, err := r.Read(buf)
-		if n > 0 {
-			send(spec.Event{Output: buf[:n]})
-		}
-		if err != nil {
-			return // io.EOF: nobody holds the other end any more
-		}
-	}
+// output sends what is written to it.
+type output struct{}
+
+func (output) Write(b []byte) (int, error) {
+	send(spec.Event{Output: b})
+	return len(b), nil
 }
 
 func send(e spec.Event) {

@@ -1,0 +1,136 @@
+package vm
+
+import (
+	"cmp"
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+const (
+	// limit ends a machine that hangs; several times what the slowest test
+	// takes on two emulated processors that others use, too.
+	limit = 40 * time.Minute
+	// grace is how much earlier the test binary inside ends by itself, so that
+	// it can say where it hangs.
+	grace = time.Minute
+)
+
+// guestTest is a package whose tests run in a machine.
+type guestTest struct {
+	// dir is where `go test -c` runs, and pkg what it compiles, with tags.
+	dir, pkg, tags string
+	tools          []string
+}
+
+// run runs the tests in a machine of their own, as subtests of t.
+func (g guestTest) run(t *testing.T) {
+	ctx := t.Context()
+	cache, err := filepath.Abs("../.cache/kernel")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel, err := FetchKernel(ctx, cache, cmp.Or(os.Getenv("SIGNALBOX_VM_KERNEL"), DefaultKernel))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	m := &Machine{
+		Kernel: kernel, Guest: filepath.Join(dir, "guest"), Program: filepath.Join(dir, "tests"),
+		Tools: g.tools, CPUs: 2, MiB: 3072, Accel: os.Getenv("SIGNALBOX_VM_ACCEL"),
+		Env: []string{"SIGNALBOX_VM_RELEASE=" + kernel.Release},
+	}
+	end := time.Now().Add(limit)
+	if d, ok := t.Deadline(); ok && d.Before(end) {
+		end = d.Add(-grace)
+	}
+	m.Args = append([]string{"-test.v=test2json", fmt.Sprintf("-test.timeout=%v", time.Until(end)-grace)}, choice(t.Name())...)
+	goBuild(t, ".", "build", "-o", m.Guest, "./guest")
+	goBuild(t, g.dir, "test", "-c", "-tags", g.tags, "-o", m.Program, g.pkg)
+	ctx, cancel := context.WithDeadlineCause(ctx, end, fmt.Errorf("its time of %v was over", limit))
+	defer cancel()
+	follow(ctx, t, m)
+}
+
+// follow runs a machine and makes the tests inside subtests of t while they
+// run.
+func follow(ctx context.Context, t *testing.T, m *Machine) {
+	convert := exec.CommandContext(ctx, "go", "tool", "test2json")
+	in, err := convert.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := convert.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	convert.Stderr = os.Stderr
+	if err := convert.Start(); err != nil {
+		t.Fatal(err)
+	}
+	type ending struct {
+		exit int
+		err  error
+	}
+	ended := make(chan ending, 1)
+	began := time.Now()
+	var boot time.Duration
+	go func() {
+		defer in.Close()
+		var e ending
+		e.exit, e.err = m.Run(ctx, func() { boot = time.Since(began) }, in)
+		ended <- e
+	}()
+	all := newResults()
+	read := make(chan error, 1)
+	go func() { read <- all.read(out) }()
+	all.mirror(t, all.root)
+	e := <-ended
+	t.Logf("kernel %s: the tests began after %v and ended after %v", m.Kernel.Release, boot.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	switch {
+	case e.err != nil:
+		t.Error(e.err)
+	case e.exit != 0 && !t.Failed():
+		t.Errorf("the test binary ended with exit code %d", e.exit)
+	}
+	if err := <-read; err != nil {
+		t.Error(err)
+	}
+	if err := convert.Wait(); err != nil {
+		t.Errorf("go tool test2json: %v", err)
+	}
+	if len(all.root.children) == 0 && !t.Failed() {
+		t.Error("no test ran in the machine")
+	}
+}
+
+// choice passes on what the parts of -run and -skip below a test choose.
+func choice(test string) []string {
+	var args []string
+	if rest, none := inside(flag.Lookup("test.run").Value.String(), test); !none && rest != "" {
+		args = append(args, "-test.run="+rest)
+	}
+	if rest, none := inside(flag.Lookup("test.skip").Value.String(), test); !none && rest != "" {
+		args = append(args, "-test.skip="+rest)
+	}
+	if testing.Short() {
+		args = append(args, "-test.short")
+	}
+	return args
+}
+
+// goBuild makes a static program: the machine has no libraries for it.
+func goBuild(t *testing.T, dir, command string, args ...string) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", append([]string{command, "-trimpath", "-ldflags", "-s -w"}, args...)...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go %s: %v\n%s", command, err, out)
+	}
+}
