@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -42,6 +43,20 @@ func TestUnsupportedModeIsNamed(t *testing.T) {
 	checkUnchanged(t, before, b.String())
 }
 
+// TestPanicInsideTheNode would end the process without cleaning up, as it is on
+// another goroutine. Such a mode is not taken for one that is not supported.
+func TestPanicInsideTheNode(t *testing.T) {
+	cfg := fakeConfig(t, untilKilled)
+	cfg.Modes[0].Supported = func(proxier.Family) error { panic("out of range") }
+	ownTemporaryFiles(t)
+	before := machine(t)
+	err := Run(t.Context(), cfg, io.Discard)
+	if want := "asking the kernel what it can: panic: out of range"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("got error %v, want one with %q", err, want)
+	}
+	checkUnchanged(t, before, "")
+}
+
 // fakeConfig shows a shell script in place of signalbox, in a mode that is
 // always there.
 func fakeConfig(t *testing.T, script string) Config {
@@ -56,7 +71,51 @@ func fakeConfig(t *testing.T, script string) Config {
 	}
 }
 
-// untilKilled is a script that does not end when it is asked to.
+// unprivileged is set in the environment of a test that runs itself as a user
+// without privileges.
+const unprivileged = "SIGNALBOX_DEMO_UNPRIVILEGED"
+
+func TestWithoutPrivileges(t *testing.T) {
+	if os.Getenv(unprivileged) != "" {
+		err := Run(t.Context(), fakeConfig(t, untilKilled), io.Discard)
+		if err == nil || !strings.Contains(err.Error(), "needs root (CAP_SYS_ADMIN and CAP_NET_ADMIN)") {
+			t.Errorf("got error %v, want one that asks for root", err)
+		}
+		return
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestWithoutPrivileges$", "-test.v")
+	cmd.Env = append(os.Environ(), unprivileged+"=1")
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: TestWithoutPrivileges") {
+		t.Errorf("as nobody: %v\n%s", err, out)
+	}
+}
+
+// TestConfigIsChecked before anything is made.
+func TestConfigIsChecked(t *testing.T) {
+	for want, change := range map[string]func(*Config){
+		"no mode":            func(c *Config) { c.Modes = nil },
+		"no IP family":       func(c *Config) { c.Families = nil },
+		"-1 Services":        func(c *Config) { c.Services = -1 },
+		"65001 Services":     func(c *Config) { c.Services = MaxServices + 1 },
+		"47 connections":     func(c *Config) { c.Connections = minConnections - 1 },
+		"nothing to measure": func(c *Config) { c.Changes = 0 },
+	} {
+		cfg := fakeConfig(t, untilKilled)
+		change(&cfg)
+		var b strings.Builder
+		if err := Run(t.Context(), cfg, &b); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got error %v, want one with %q", err, want)
+		}
+		if b.Len() > 0 {
+			t.Errorf("%s: the demo went on: %s", want, b.String())
+		}
+	}
+}
+
+// untilKilled is a script that does not end by itself.
 const untilKilled = "exec sleep 100000"
 
 var errPipe = errors.New("the reader is gone")
@@ -93,7 +152,7 @@ func TestMachineIsLeftAsItWas(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			cfg := fakeConfig(t, c.script)
 			ownTemporaryFiles(t)
-	before := machine(t)
+			before := machine(t)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			var b strings.Builder

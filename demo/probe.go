@@ -133,7 +133,7 @@ func (t *trial) visit(ctx context.Context, p *place, f proxier.Family) (row, err
 		n := newTally()
 		r.tallies[network] = n
 		for range t.cfg.Connections {
-			n.count(t.ask(ctx, p.from, network, r.at, patience))
+			n.count(t.ask(ctx, p.from, network, r.at, probeLimit))
 			if err := t.alive(ctx); err != nil {
 				return r, err
 			}

@@ -120,10 +120,12 @@ func (t *trial) makeLab(context.Context) error {
 func (t *trial) findFamilies(context.Context) error {
 	for _, f := range t.cfg.Families {
 		err := t.lab.Host(nodeUnderTest).Do(func() error { return recovered(func() error { return t.mode.Supported(f) }) })
-		if err != nil {
+		if unsupported := (*proxier.UnsupportedError)(nil); errors.As(err, &unsupported) {
 			t.result.lost = append(t.result.lost, err)
 			t.out.line("%s is left out: %v", f, err)
 			continue
+		} else if err != nil {
+			return err
 		}
 		t.result.families = append(t.result.families, &familyResult{family: f})
 	}
@@ -197,6 +199,9 @@ func (t *trial) start(context.Context) error {
 	t.out.line("on node1, pid %d: signalbox %s", p.pid, strings.Join(args, " "))
 	return nil
 }
+
+// probeLimit bounds one connection of the table: what takes longer is lost.
+const probeLimit = 5 * time.Second
 
 // patience bounds what must happen soon; nothing waits for it to pass.
 const patience = 30 * time.Second
