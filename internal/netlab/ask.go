@@ -66,8 +66,7 @@ func OutcomeOf(err error) Outcome {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return Refused
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled),
-		errors.Is(err, syscall.ETIMEDOUT),
-		errors.Is(err, syscall.EPERM): // a firewall's drop of a packet that this host sends
+		errors.Is(err, syscall.ETIMEDOUT):
 		return Silent
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EACCES),
 		errors.Is(err, syscall.ENOPROTOOPT), errors.Is(err, syscall.EPROTO):
@@ -154,7 +153,9 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	token := fmt.Sprintf("q%d", questions.Add(1))
-	if _, err := fmt.Fprintln(c.conn, token); err != nil {
+	// EPERM says that this host's own firewall threw the packet away; whether
+	// with an ICMP error is seen when reading.
+	if _, err := fmt.Fprintln(c.conn, token); err != nil && !errors.Is(err, syscall.EPERM) {
 		return Answer{}, fmt.Errorf("asking: %w", err)
 	}
 	for {

@@ -129,8 +129,8 @@ func (l *Lab) RouteVIP(p netip.Prefix, node string) error {
 	return l.hosts["router"].route(p, "lan", of(n.Addr, p.Addr()))
 }
 
-// PodCIDR returns a node's range of Pod addresses.
-func (l *Lab) PodCIDR(node string) PrefixPair {
+// NodePodNetwork is the range of Pod addresses of one node, as in spec.podCIDRs.
+func NodePodNetwork(node string) PrefixPair {
 	if node == "node2" {
 		return podNetworks[1]
 	}

@@ -16,6 +16,7 @@ import (
 var hostSysctls = [][2]string{
 	{"net/ipv4/icmp_ratemask", "0"},
 	{"net/ipv6/icmp/ratelimit", "0"},
+	{"net/ipv6/icmp/ratemask", "\n"}, // no type: also frees it from the limit of the whole machine
 	{"net/ipv4/conf/all/rp_filter", "0"},
 	{"net/ipv4/conf/default/rp_filter", "0"},
 	{"net/ipv4/conf/all/send_redirects", "0"},
@@ -175,7 +176,7 @@ func (l *Lab) pods() error {
 		if spec.Node != "node1" && spec.Node != "node2" {
 			return fmt.Errorf("Pod %s: there is no node %q", spec.Name, spec.Node)
 		}
-		network := l.PodCIDR(spec.Node)
+		network := NodePodNetwork(spec.Node)
 		pod, err := l.newHost(spec.Name, network.nth(10+used[spec.Node]))
 		if err != nil {
 			return err
