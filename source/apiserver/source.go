@@ -1,0 +1,121 @@
+package apiserver
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+
+	"signalbox/proxier"
+)
+
+// The selectors are the API server's work, so that an object which changes its
+// label appears or vanishes here like any other.
+const (
+	servedServices = "!" + proxier.LabelServiceProxyName
+	servedSlices   = "!" + corev1.IsHeadlessService
+)
+
+// extrasWait is how long Services wait for the Node and the ServiceCIDRs to be
+// listed. Without them Services are served all the same, only without
+// topology and with fewer drops, until they are known.
+const extrasWait = 5 * time.Second
+
+// Source watches an API server.
+type Source struct {
+	client   kubernetes.Interface
+	nodeName string
+	log      *slog.Logger
+}
+
+// New returns a Source for the node of that name.
+func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source {
+	return &Source{client: client, nodeName: nodeName, log: log}
+}
+
+// Run tells the sink what the API server says until ctx ends, and returns nil
+// then. An API server that cannot be reached or refuses is asked again and
+// again; what it said before stays with the sink.
+func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
+	services, slices, node, cidrs := s.services(sink), s.endpointSlices(sink), s.node(sink), s.serviceCIDRs(sink)
+	done := make(chan struct{})
+	all := []*resource{services, slices, node, cidrs}
+	for _, r := range all {
+		go func() {
+			r.run(ctx)
+			done <- struct{}{}
+		}()
+	}
+	if listed(ctx, services, slices) {
+		extras, cancel := context.WithTimeout(ctx, extrasWait)
+		answered(extras, node, cidrs)
+		cancel()
+		sink.Synced()
+	}
+	for range all {
+		<-done
+	}
+	return nil
+}
+
+// listed waits until each resource was listed once.
+func listed(ctx context.Context, resources ...*resource) bool {
+	for _, r := range resources {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-r.listed:
+		}
+	}
+	return true
+}
+
+// answered waits until each resource was listed or refused once.
+func answered(ctx context.Context, resources ...*resource) {
+	for _, r := range resources {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.listed:
+		case <-r.refused:
+		}
+	}
+}
+
+func (s *Source) services(sink proxier.Sink) *resource {
+	api := s.client.CoreV1().Services(metav1.NamespaceAll)
+	return s.resource("services", &corev1.Service{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+		o.LabelSelector = servedServices
+		o.FieldSelector = fields.OneTermNotEqualSelector("spec.clusterIP", corev1.ClusterIPNone).String()
+	}))
+}
+
+func (s *Source) endpointSlices(sink proxier.Sink) *resource {
+	api := s.client.DiscoveryV1().EndpointSlices(metav1.NamespaceAll)
+	return s.resource("endpointslices", &discoveryv1.EndpointSlice{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+		o.LabelSelector = servedSlices
+	}))
+}
+
+func (s *Source) node(sink proxier.Sink) *resource {
+	api := s.client.CoreV1().Nodes()
+	return s.resource("nodes", &corev1.Node{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+		o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, s.nodeName).String()
+	}))
+}
+
+func (s *Source) serviceCIDRs(sink proxier.Sink) *resource {
+	api := s.client.NetworkingV1().ServiceCIDRs()
+	return s.resource("servicecidrs", &networkingv1.ServiceCIDR{}, sink, listWatch(api.List, api.Watch, func(*metav1.ListOptions) {}))
+}
+
+func (s *Source) resource(name string, example object, sink proxier.Sink, lw *cache.ListWatch) *resource {
+	return newResource(name, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client), s.log)
+}
