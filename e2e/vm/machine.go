@@ -30,6 +30,8 @@ type Machine struct {
 	Program string
 	Args    []string
 	Env     []string
+	// Modules are patterns of the kernel modules to load, see CommonModules.
+	Modules []string
 	// Tools are programs of this machine that Program calls, by their names.
 	Tools []string
 	// CPUs and MiB of memory; neither is taken before the machine uses it.
@@ -130,16 +132,15 @@ func (m *Machine) command(initramfs, port, console string) *exec.Cmd {
 	if accel == "" {
 		accel = "tcg"
 	}
-	cpu := "max"
 	return exec.Command("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-accel", accel, "-cpu", cpu, "-smp", strconv.Itoa(m.CPUs), "-m", strconv.Itoa(m.MiB),
+		"-accel", accel, "-cpu", "max", "-smp", strconv.Itoa(m.CPUs), "-m", strconv.Itoa(m.MiB),
 		"-kernel", m.Kernel.Image, "-initrd", initramfs, "-append", bootOptions,
 		"-serial", "file:"+console, "-serial", "unix:"+port)
 }
 
 // writeInitramfs writes everything that the machine's memory holds at first.
 func (m *Machine) writeInitramfs(ctx context.Context, file string) error {
-	modules, err := m.Kernel.modules(Modules)
+	modules, err := m.Kernel.modules(m.Modules)
 	if err != nil {
 		return err
 	}

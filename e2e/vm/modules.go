@@ -12,10 +12,11 @@ import (
 	"strings"
 )
 
-// Modules are patterns, as of path.Match, of the modules that every machine
-// loads. Each must match something: a kernel that lost a feature is not to go
-// unnoticed. What is not loaded does not exist, as there is no modprobe.
-var Modules = []string{
+// CommonModules are patterns, as of path.Match, of the modules that the modes
+// and the labs need. Each must match something: a kernel that lost a feature is
+// not to go unnoticed. What is not loaded does not exist, as there is no
+// modprobe.
+var CommonModules = []string{
 	"crc32c_generic", // libcrc32c, below SCTP and connection tracking, asks for it by an alias
 	"nf_conntrack", "nf_conntrack_netlink", "nf_nat",
 	"nf_tables", "nft_*", "nf_reject_*", "nf_log_syslog", "nf_tproxy_*", "nf_socket_*",

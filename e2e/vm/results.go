@@ -83,6 +83,9 @@ func (r *results) take(e testEvent) {
 // the structure says already.
 func isFrame(line string) bool {
 	line = strings.TrimLeft(line, " ")
+	if line == "PASS\n" || line == "FAIL\n" {
+		return true
+	}
 	for _, prefix := range []string{"=== ", "--- PASS: ", "--- FAIL: ", "--- SKIP: "} {
 		if strings.HasPrefix(line, prefix) {
 			return true

@@ -31,18 +31,11 @@ type guestTest struct {
 // run runs the tests in a machine of their own, as subtests of t.
 func (g guestTest) run(t *testing.T) {
 	ctx := t.Context()
-	cache, err := filepath.Abs("../.cache/kernel")
-	if err != nil {
-		t.Fatal(err)
-	}
-	kernel, err := FetchKernel(ctx, cache, cmp.Or(os.Getenv("SIGNALBOX_VM_KERNEL"), DefaultKernel))
-	if err != nil {
-		t.Fatal(err)
-	}
+	kernel := fetchKernel(t)
 	dir := t.TempDir()
 	m := &Machine{
 		Kernel: kernel, Guest: filepath.Join(dir, "guest"), Program: filepath.Join(dir, "tests"),
-		Tools: g.tools, CPUs: 2, MiB: 3072, Accel: os.Getenv("SIGNALBOX_VM_ACCEL"),
+		Tools: g.tools, CPUs: 2, MiB: 3072, Modules: CommonModules, Accel: os.Getenv("SIGNALBOX_VM_ACCEL"),
 		Env: []string{"SIGNALBOX_VM_RELEASE=" + kernel.Release},
 	}
 	end := time.Now().Add(limit)
@@ -60,7 +53,7 @@ func (g guestTest) run(t *testing.T) {
 // follow runs a machine and makes the tests inside subtests of t while they
 // run.
 func follow(ctx context.Context, t *testing.T, m *Machine) {
-	convert := exec.CommandContext(ctx, "go", "tool", "test2json")
+	convert := exec.CommandContext(ctx, "go", "tool", "test2json", "-t") // -t: with the time that each test took
 	in, err := convert.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -122,6 +115,20 @@ func choice(test string) []string {
 		args = append(args, "-test.short")
 	}
 	return args
+}
+
+// fetchKernel is the kernel of all machines of these tests.
+func fetchKernel(t *testing.T) *Kernel {
+	t.Helper()
+	cache, err := filepath.Abs("../.cache/kernel")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel, err := FetchKernel(t.Context(), cache, cmp.Or(os.Getenv("SIGNALBOX_VM_KERNEL"), DefaultKernel))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kernel
 }
 
 // goBuild makes a static program: the machine has no libraries for it.

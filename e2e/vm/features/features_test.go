@@ -178,7 +178,7 @@ func addVirtualServer(fd int, port uint16, scheduler string) error {
 // ruleset uses every kind of expression that a mode could.
 const ruleset = `
 table inet features {
-	map endpoints { type ipv4_addr . inet_proto . inet_service . mark : ipv4_addr . inet_service; }
+	map endpoints { typeof ip daddr . meta l4proto . th dport . numgen random mod 4 : ip daddr . th dport; }
 	set clients { type ipv4_addr; flags dynamic, timeout; timeout 1h; size 1024; }
 	map verdicts { type ipv4_addr . inet_proto . inet_service : verdict; }
 	set ranges { type ipv4_addr . inet_service; flags interval; }
@@ -197,7 +197,7 @@ table inet features {
 		meta l4proto tcp socket transparent 1 meta mark set 1 accept
 		meta l4proto tcp tproxy ip to 127.0.0.1:8080
 		update @clients { ip saddr timeout 1m }
-		jhash ip saddr mod 2 meta mark set 2
+		meta mark set jhash ip saddr mod 2
 		ct mark 1 ct zone set 1
 	}
 	chain postrouting {

@@ -140,6 +140,7 @@ func execute(s *spec.Spec) (int, error) {
 	cmd.Env, cmd.Dir = s.Env, s.Dir
 	cmd.Stdout, cmd.Stderr = output{}, output{}
 	cmd.WaitDelay = leftoverWait
+	fmt.Printf("guest: starting %s with %d modules loaded\n", s.Program, len(s.Modules))
 	send(spec.Event{Ready: true})
 	err := cmd.Run()
 	if cmd.ProcessState == nil {

@@ -1,0 +1,79 @@
+package vm
+
+import (
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const stream = `{"Action":"start"}
+{"Action":"run","Test":"TestA"}
+{"Action":"output","Test":"TestA","Output":"=== RUN   TestA\n"}
+{"Action":"run","Test":"TestA/file/IPv4/x"}
+{"Action":"run","Test":"TestA/file/IPv4/y"}
+{"Action":"output","Test":"TestA/file/IPv4/x","Output":"    a_test.go:3: hi\n"}
+{"Action":"output","Test":"TestA/file/IPv4/x","Output":"    --- FAIL: TestA/file/IPv4/x (0.25s)\n"}
+{"Action":"run","Test":"TestA/file/IPv4/x/deep"}
+{"Action":"pass","Test":"TestA/file/IPv4/x/deep","Elapsed":0.1}
+{"Action":"fail","Test":"TestA/file/IPv4/x","Elapsed":0.25}
+{"Action":"skip","Test":"TestA/file/IPv4/y"}
+{"Action":"fail","Test":"TestA","Elapsed":1}
+{"Action":"run","Test":"TestB"}
+{"Action":"output","Output":"panic: x\n"}
+`
+
+func TestResults(t *testing.T) {
+	r := newResults()
+	if err := r.read(strings.NewReader(stream)); err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	describe(&b, r, r.root, "")
+	const want = `"": "" "panic: x\n"
+ "TestA": "fail" ""
+  "file/IPv4/x": "fail" "    a_test.go:3: hi\n"
+   "deep": "pass" ""
+  "file/IPv4/y": "skip" ""
+ "TestB": "" ""
+`
+	if b.String() != want {
+		t.Errorf("got\n%swant\n%s", b.String(), want)
+	}
+	if err := newResults().read(strings.NewReader(`{"Action":`)); err == nil {
+		t.Error("a stream that is cut is accepted")
+	}
+}
+
+func describe(b *strings.Builder, r *results, t *result, indent string) {
+	action, output, _ := r.snapshot(t)
+	b.WriteString(indent + strconv.Quote(t.name) + ": " + strconv.Quote(action) + " " + strconv.Quote(output) + "\n")
+	for i := 0; ; i++ {
+		c := r.child(t, i)
+		if c == nil {
+			return
+		}
+		describe(b, r, c, indent+" ")
+	}
+}
+
+func TestInside(t *testing.T) {
+	for _, c := range []struct {
+		pattern, want string
+		none          bool
+	}{
+		{"", "", false},
+		{"TestContract", "", false},
+		{"^TestContract$", "", false},
+		{"TestContract/TestNFTables", "TestNFTables", false},
+		{"Test/A(b/c|d)/[/|]", "A(b/c|d)/[/|]", false},
+		{"TestLab|TestContract/A/B|Contract/C", "A/B|C", false},
+		{"TestContract/A|TestContract", "", false},
+		{"TestLab/A", "", true},
+		{`TestContract/a\/b`, `a\/b`, false},
+	} {
+		rest, none := inside(c.pattern, "TestContract")
+		if rest != c.want || none != c.none {
+			t.Errorf("%q: %q, %v; want %q, %v", c.pattern, rest, none, c.want, c.none)
+		}
+	}
+}
