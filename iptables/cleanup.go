@@ -94,7 +94,7 @@ func (l *listing) removals(in table) []edit {
 		switch {
 		case !isServiceChain(name) && !slices.Contains(fixedChains[in], name):
 		case !used(name):
-			edits = append(edits, edit{name: name, gone: true})
+			edits = append(edits, removal(name))
 		case name != markMasqChain && name != postroutingChain:
 			edits = append(edits, edit{name: name})
 		}

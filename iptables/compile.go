@@ -14,8 +14,23 @@ import (
 // the blank that follows it.
 type chain struct {
 	name  string
+	level level
 	rules []string
 }
+
+// level orders chains: rules jump only to chains of lower levels.
+type level int
+
+const (
+	frameLevel level = iota // what every other may jump to
+	endpointLevel
+	bucketLevel
+	setLevel
+	entryLevel
+	sourcesLevel
+	treeLevel       // the deepest leaf; the root is up to 37 above it
+	goneLevel level = 255
+)
 
 // item is the part that one ServicePort has in a dispatch tree: the rules for
 // one key.
@@ -211,7 +226,7 @@ func (b *builder) entry(f *proxier.Frontend, internal, external, match string) s
 	}
 	e := entryChain{internal, external, f.Masquerade, b.chainName(externalPrefix, len(b.entries))}
 	b.entries = append(b.entries, e)
-	b.chains[nat] = append(b.chains[nat], chain{e.name, b.entryRules(e)})
+	b.chains[nat] = append(b.chains[nat], chain{e.name, entryLevel, b.entryRules(e)})
 	return e.name
 }
 
@@ -241,7 +256,7 @@ func (b *builder) entryRules(e entryChain) []string {
 
 // admit lets only the frontend's sources through to target.
 func (b *builder) admit(f *proxier.Frontend, name, target string) string {
-	b.chains[nat] = append(b.chains[nat], chain{name, eachSource(f, target)})
+	b.chains[nat] = append(b.chains[nat], chain{name, sourcesLevel, eachSource(f, target)})
 	return name
 }
 
@@ -258,7 +273,7 @@ func eachSource(f *proxier.Frontend, target string) []string {
 func (b *builder) refuse(f *proxier.Frontend, key proxier.FrontendKey, match, firewall string) {
 	var rules []string
 	if f.Sources != nil {
-		b.chains[filter] = append(b.chains[filter], chain{firewall, append(eachSource(f, "RETURN"), " -j DROP")})
+		b.chains[filter] = append(b.chains[filter], chain{firewall, sourcesLevel, append(eachSource(f, "RETURN"), " -j DROP")})
 		rule := match + comment(b.name+" source ranges") + " -j " + firewall
 		if f.Kind == proxier.NodePort {
 			rules = append(rules, rule)
@@ -306,7 +321,7 @@ func (b *builder) verdict(f *proxier.Frontend, match string) string {
 	i := slices.IndexFunc(b.splits, func(c chain) bool { return slices.Equal(c.rules, rules) })
 	if i < 0 {
 		i = len(b.splits)
-		b.splits = append(b.splits, chain{b.chainName(externalPrefix, i), rules})
+		b.splits = append(b.splits, chain{b.chainName(externalPrefix, i), entryLevel, rules})
 	}
 	return match + comment(b.name+why) + " -j " + b.splits[i].name
 }
@@ -324,7 +339,7 @@ func (b *builder) endpointSet(s *setChain) {
 		}
 	}
 	if len(endpoints) <= maxRun {
-		b.chains[nat] = append(b.chains[nat], chain{s.name, b.pick(rules, endpoints)})
+		b.chains[nat] = append(b.chains[nat], chain{s.name, setLevel, b.pick(rules, endpoints)})
 		return
 	}
 	left := len(endpoints)
@@ -335,9 +350,9 @@ func (b *builder) endpointSet(s *setChain) {
 		name := bucketChain(s.name, i)
 		rules = append(rules, chance(len(bucket), left)+" -j "+name)
 		left -= len(bucket)
-		b.chains[nat] = append(b.chains[nat], chain{name, b.pick(nil, bucket)})
+		b.chains[nat] = append(b.chains[nat], chain{name, bucketLevel, b.pick(nil, bucket)})
 	}
-	b.chains[nat] = append(b.chains[nat], chain{s.name, rules})
+	b.chains[nat] = append(b.chains[nat], chain{s.name, setLevel, rules})
 }
 
 // spread divides endpoints by a hash of each, so that one more or one less
@@ -399,7 +414,7 @@ func (b *builder) endpoint(e proxier.Endpoint) string {
 	if b.sp.AffinityTimeout > 0 {
 		remember = " -m recent --name " + name + " --set --rsource"
 	}
-	b.chains[nat] = append(b.chains[nat], chain{name, append(rules, " -p "+b.proto+remember+dnat(e))})
+	b.chains[nat] = append(b.chains[nat], chain{name, endpointLevel, append(rules, " -p "+b.proto+remember+dnat(e))})
 	return name
 }
 

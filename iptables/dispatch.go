@@ -23,8 +23,9 @@ import (
 // before them.
 
 const (
-	fanOut   = 16
-	leafSize = 16
+	fanOut    = 16
+	leafSize  = 16
+	maxDigits = 32 + 1 + 4 // an IPv6 address, the protocol, the port
 )
 
 // treeID names a tree.
@@ -47,19 +48,27 @@ type treeShape struct {
 	root   string
 	prefix string
 	ports  bool // keys have no address
+	// above is the number of trees that one can come to from this root.
+	above int
 }
 
-const externalPortsChain = externalPrefix + "NP"
+const externalPortsChain = externalPrefix + "0NP"
 
-// treeShapes keep within prefixes that kube-proxy knows.
+// treeShapes keep within prefixes that kube-proxy knows. The 0 after these is
+// in no hash, and sorts before all of them: see script.table.
 var treeShapes = [treeCount]treeShape{
-	servicesTree:      {nat, servicesChain, clusterPrefix + "IP-", false},
-	nodePortsTree:     {nat, nodePortsChain, clusterPrefix + "NP-", true},
-	emptyTree:         {filter, servicesChain, clusterPrefix + "IP-", false},
-	externalTree:      {filter, externalServicesChain, externalPrefix + "IP-", false},
-	externalPortsTree: {filter, externalPortsChain, externalPortsChain + "-", true},
-	firewallTree:      {filter, proxyFirewallChain, sourcesPrefix + "IP-", false},
-	healthTree:        {filter, nodePortsChain, clusterPrefix + "HC-", true},
+	servicesTree:      {nat, servicesChain, clusterPrefix + "0IP-", false, 1},
+	nodePortsTree:     {nat, nodePortsChain, clusterPrefix + "0NP-", true, 0},
+	emptyTree:         {filter, servicesChain, clusterPrefix + "0IP-", false, 2},
+	externalTree:      {filter, externalServicesChain, externalPrefix + "0IP-", false, 1},
+	externalPortsTree: {filter, externalPortsChain, externalPortsChain + "-", true, 0},
+	firewallTree:      {filter, proxyFirewallChain, sourcesPrefix + "0IP-", false, 0},
+	healthTree:        {filter, nodePortsChain, clusterPrefix + "0HC-", true, 0},
+}
+
+// level is higher for chains nearer to the root.
+func (t *treeShape) level(path []byte) level {
+	return treeLevel + level((t.above+1)*(maxDigits+1)-len(path))
 }
 
 type tree struct {
@@ -90,7 +99,7 @@ func compareItems(a, b *item) int {
 
 // digits is the way to key from the root, of the same length for every key.
 func (t *tree) digits(key proxier.FrontendKey) []byte {
-	out := make([]byte, 0, 40)
+	out := make([]byte, 0, maxDigits)
 	if !t.ports {
 		addr := key.Addr.AsSlice()
 		for i := len(addr) - 1; i >= 0; i-- {
@@ -272,11 +281,14 @@ func (t *tree) setTail(rules []string) {
 
 // edit is what must be done to a chain: it is written, or removed where gone.
 type edit struct {
-	name string
-	gone bool
+	name  string
+	level level
+	gone  bool
 	// rules with their owners; empty owners for rules of nobody in particular.
 	rules []ownedRule
 }
+
+func removal(name string) edit { return edit{name: name, level: goneLevel, gone: true} }
 
 type ownedRule struct {
 	text  string
@@ -296,7 +308,7 @@ func (t *tree) takeChanges() []edit {
 			b = b.kids[path[i]]
 		}
 		if b == nil {
-			edits = append(edits, edit{name: t.chain([]byte(path)), gone: true})
+			edits = append(edits, removal(t.chain([]byte(path))))
 			continue
 		}
 		edits = append(edits, t.render(b, []byte(path)))
@@ -326,7 +338,7 @@ func (t *tree) all() []edit {
 }
 
 func (t *tree) render(b *branch, path []byte) edit {
-	e := edit{name: t.chain(path)}
+	e := edit{name: t.chain(path), level: t.level(path)}
 	if b.kids == nil {
 		for _, it := range b.items {
 			for _, rule := range it.rules {
@@ -360,8 +372,8 @@ func (t *tree) chain(path []byte) string {
 	for i, digit := range path {
 		s[i] = hexDigits[digit]
 	}
-	if len(path) > 16 {
-		return t.prefix + hash(t.prefix+string(s))
+	if len(path) > 15 {
+		return t.prefix + hash(t.prefix + string(s))[:15]
 	}
 	return t.prefix + string(s)
 }

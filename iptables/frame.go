@@ -33,15 +33,15 @@ func frameChains(mark uint32, pods []podMatch, facts facts) [tableCount][]chain 
 		comment("kubernetes forwarding conntrack rule")+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT")
 	return [tableCount][]chain{
 		nat: append([]chain{
-			{markMasqChain, []string{" -j MARK --or-mark " + bit}},
-			{postroutingChain, []string{
+			{markMasqChain, frameLevel, []string{" -j MARK --or-mark " + bit}},
+			{postroutingChain, frameLevel, []string{
 				" -m mark ! --mark " + bit + "/" + bit + " -j RETURN",
 				// The packet may come by again, after encapsulation.
 				" -j MARK --xor-mark " + bit,
 				comment("kubernetes service traffic requiring SNAT") + masq,
 			}},
 		}, masqueradeChains(pods)...),
-		filter: {{forwardChain, forward}},
+		filter: {{forwardChain, frameLevel, forward}},
 	}
 }
 

@@ -45,27 +45,37 @@ func (j jump) args() []string {
 	return append(args, "-m", "comment", "--comment", j.comment, "-j", j.target)
 }
 
-// saved is the rule as iptables-save writes it.
-func (j jump) saved() string {
-	s := "-A " + j.from
+// rule is the same as a line of iptables-save has it after the chain.
+func (j jump) rule() string {
+	var s string
 	if j.newOnly {
-		s += " -m conntrack --ctstate NEW"
+		s = " -m conntrack --ctstate NEW"
 	}
-	return s + fmt.Sprintf(" -m comment --comment %q -j %s", j.comment, j.target)
+	return s + comment(j.comment) + " -j " + j.target
 }
 
-// addJumps puts the missing jumps in, given what the tables held before. Rules
-// that are there stay where they are.
-func addJumps(client *iptables.IPTables, held [tableCount]*listing) error {
+// missingJumps are those of jumps that are not in the kernel, given what the
+// tables hold. The tools are asked about one whose text is not found, because
+// not all of their versions write the same.
+func missingJumps(client *iptables.IPTables, held [tableCount]*listing) ([]jump, error) {
+	var missing []jump
 	for _, j := range jumps {
-		if slices.Contains(held[j.table].builtin, j.saved()) {
+		l := held[j.table]
+		if slices.Contains(l.builtin, "-A "+j.from+j.rule()) {
 			continue
 		}
-		if err := client.InsertUnique(j.table.String(), j.from, 1, j.args()...); err != nil {
-			return fmt.Errorf("jump from %s %s to %s: %w", j.table, j.from, j.target, err)
+		if slices.Contains(l.chains, j.target) {
+			exists, err := client.Exists(j.table.String(), j.from, j.args()...)
+			if err != nil {
+				return nil, fmt.Errorf("jump from %s %s to %s: %w", j.table, j.from, j.target, err)
+			}
+			if exists {
+				continue
+			}
 		}
+		missing = append(missing, j)
 	}
-	return nil
+	return missing, nil
 }
 
 // firewallRule keeps other hosts from talking to 127.0.0.1, which the kernel

@@ -102,7 +102,7 @@ func masqueradeChains(pods []podMatch) []chain {
 	}
 	var out []chain
 	for _, origins := range []proxier.Origins{proxier.FromNode, proxier.FromOutside, proxier.FromNode | proxier.FromOutside} {
-		c := chain{name: masqueradeChain(origins)}
+		c := chain{name: masqueradeChain(origins), level: frameLevel + 1}
 		for _, p := range pods {
 			c.rules = append(c.rules, p.is+" -j RETURN")
 		}

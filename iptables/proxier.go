@@ -118,8 +118,13 @@ func (s *state) needsFull(node *proxier.Node) bool {
 	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix
 }
 
-// full writes everything and removes what is left of earlier proxies.
+// full writes everything, removes what is left of earlier proxies, and puts in
+// the jumps that are missing: those that are there stay where they are.
 func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
+	client, err := p.tools.client()
+	if err != nil {
+		return err
+	}
 	var held [tableCount]*listing
 	var stale [tableCount][]string
 	for t := range tableCount {
@@ -129,6 +134,10 @@ func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
 		}
 		held[t], stale[t] = l, l.stale()
 	}
+	missing, err := missingJumps(client, held)
+	if err != nil {
+		return err
+	}
 	next, err := newState(p.opts, plan.Node, p.tools.facts())
 	if err != nil {
 		return err
@@ -136,17 +145,8 @@ func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
 	if err := p.prepareNode(&plan.Node); err != nil {
 		return err
 	}
-	if err := p.tools.apply(ctx, next.full(plan, stale)); err != nil {
+	if err := p.tools.apply(ctx, next.full(plan, stale, missing)); err != nil {
 		return fmt.Errorf("%s: %w", p.tools.restore, err)
-	}
-	// From here on the kernel does not hold what it held before.
-	p.state = nil
-	client, err := p.tools.client()
-	if err == nil {
-		err = addJumps(client, held)
-	}
-	if err != nil {
-		return fmt.Errorf("%w: %w", err, proxier.ErrUnknownState)
 	}
 	p.state = next
 	return nil

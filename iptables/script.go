@@ -2,6 +2,8 @@ package iptables
 
 import (
 	"bytes"
+	"cmp"
+	"slices"
 	"sort"
 )
 
@@ -32,21 +34,33 @@ func (s *script) line(owner string, parts ...string) {
 	s.WriteByte('\n')
 }
 
-// table adds edits of one table; nothing where there are none. Chains are
-// named first, because rules may refer to each other's chains in any order,
-// and removed last, when no rule refers to them any more. Naming a chain
+// table adds edits of one table; nothing where there are none. Naming a chain
 // empties it, or makes it, so that a removal never fails for want of a chain.
-func (s *script) table(t table, edits []edit) {
+//
+// Chains come before those that jump to them, each with its rules at once, and
+// those of one level in falling order of their names. The nft variant walks
+// the sorted list of all chains named so far, up to the one it looks for, at
+// every line: in this order it finds nearly every one at the begin. With names
+// first and rules later, ten thousand Services take minutes.
+//
+// The jumps of the table are put in front of what their built-in chains hold.
+func (s *script) table(t table, edits []edit, jumps ...jump) {
 	if len(edits) == 0 {
 		return
 	}
+	slices.SortFunc(edits, func(a, b edit) int {
+		return cmp.Or(cmp.Compare(a.level, b.level), cmp.Compare(b.name, a.name))
+	})
 	s.line("", "*", t.String())
 	for _, e := range edits {
 		s.line("", ":", e.name, " - [0:0]")
-	}
-	for _, e := range edits {
 		for _, rule := range e.rules {
 			s.line(rule.owner, "-A ", e.name, rule.text)
+		}
+	}
+	for _, j := range jumps {
+		if j.table == t {
+			s.line("", "-I ", j.from, j.rule())
 		}
 	}
 	for _, e := range edits {

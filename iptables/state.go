@@ -47,13 +47,14 @@ func cloneNode(n proxier.Node) proxier.Node {
 }
 
 // full fills a new state with the plan's Services and returns the script that
-// makes the kernel hold it and none of the chains in stale.
+// makes the kernel hold it, with the missing jumps and none of the chains in
+// stale.
 //
 // The filter table comes first. Its rules for Services take only packets that
 // the nat table did not send to an endpoint, so that none of them can harm a
 // Service that works; and a Service that lost its endpoints is refused before
 // it is no longer sent to them.
-func (s *state) full(plan *proxier.Plan, stale [tableCount][]string) *script {
+func (s *state) full(plan *proxier.Plan, stale [tableCount][]string, missing []jump) *script {
 	var edits [tableCount][]edit
 	for t := range tableCount {
 		for _, c := range s.frame[t] {
@@ -77,7 +78,7 @@ func (s *state) full(plan *proxier.Plan, stale [tableCount][]string) *script {
 	}
 	w := &script{}
 	for _, t := range []table{filter, nat} {
-		w.table(t, withoutStale(edits[t], stale[t]))
+		w.table(t, withoutStale(edits[t], stale[t]), missing...)
 	}
 	return w
 }
@@ -93,14 +94,14 @@ func withoutStale(edits []edit, stale []string) []edit {
 	}
 	for _, name := range stale {
 		if _, ok := written[name]; !ok {
-			edits = append(edits, edit{name: name, gone: true})
+			edits = append(edits, removal(name))
 		}
 	}
 	return edits
 }
 
 func (c chain) edit(owner string) edit {
-	e := edit{name: c.name, rules: make([]ownedRule, len(c.rules))}
+	e := edit{name: c.name, level: c.level, rules: make([]ownedRule, len(c.rules))}
 	for i, rule := range c.rules {
 		e.rules[i] = ownedRule{rule, owner}
 	}
@@ -262,7 +263,7 @@ func (d *difference) compare(owner string, old, next program) {
 			delete(before, c.name)
 		}
 		for _, name := range slices.Sorted(maps.Keys(before)) {
-			d.gone[t] = append(d.gone[t], edit{name: name, gone: true})
+			d.gone[t] = append(d.gone[t], removal(name))
 		}
 	}
 	items := make(map[itemID]*item, len(old.items))
@@ -287,11 +288,12 @@ func (d *difference) compare(owner string, old, next program) {
 }
 
 // Render returns the input of iptables-restore that makes a node do what plan
-// says, on a kernel and with tools that can do all that rules may use.
+// says, on a kernel and with tools that can do all that rules may use. Only
+// the jumps from built-in chains are not in it.
 func Render(opts proxier.Options, plan *proxier.Plan) (string, error) {
 	s, err := newState(opts, plan.Node, facts{dropInvalid: true, randomFully: true})
 	if err != nil {
 		return "", fmt.Errorf("render %s rules: %w", Mode, err)
 	}
-	return s.full(plan, [tableCount][]string{}).String(), nil
+	return s.full(plan, [tableCount][]string{}, nil).String(), nil
 }

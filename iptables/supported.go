@@ -98,8 +98,8 @@ func (t *tools) tryRules(ctx context.Context, rules [tableCount][]string) error 
 	var try, remove script
 	for table := range tableCount {
 		if len(rules[table]) > 0 {
-			try.table(table, []edit{chain{probeChain, rules[table]}.edit("")})
-			remove.table(table, []edit{{name: probeChain, gone: true}})
+			try.table(table, []edit{chain{probeChain, frameLevel, rules[table]}.edit("")})
+			remove.table(table, []edit{removal(probeChain)})
 		}
 	}
 	err := t.apply(ctx, &try)
