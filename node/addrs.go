@@ -9,126 +9,173 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-
-	"signalbox/proxier"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
-// Addrs returns every address that an interface of this network namespace
-// has, of both families, loopback included, in the kernel's order of
-// interfaces. IPv6 link-local addresses are left out: they mean nothing
-// without an interface beside them.
+// maxInterrupted is how often a listing that a change interrupted is begun
+// anew.
+const maxInterrupted = 10
+
+// errNoAddrs is returned instead of an empty list: a node without so much as a
+// loopback address is one whose addresses could not be seen.
+var errNoAddrs = errors.New("the kernel named no address at all")
+
+// Addrs returns the addresses of this node's interfaces in both families, each
+// once, loopback included, in the kernel's order of interfaces. Temporary and
+// deprecated IPv6 addresses come last: they are the node's, and nobody should
+// be sent to them. IPv6 link-local addresses are left out: they mean nothing
+// without an interface beside them. The list is never empty without an error.
 func Addrs() ([]netip.Addr, error) {
-	var found []netlink.Addr
-	var err error
-	// A dump that raced with a change says so, and may then lack addresses.
-	for range 5 {
-		found, err = netlink.AddrList(nil, netlink.FAMILY_ALL)
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
+	h, err := openRoute(netns.None())
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	return addrs(h)
+}
+
+func openRoute(ns netns.NsHandle) (*netlink.Handle, error) {
+	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("opening a netlink socket for this node's addresses: %w", err)
+	}
+	return h, nil
+}
+
+func addrs(h *netlink.Handle) ([]netip.Addr, error) {
+	var list []netlink.Addr
+	var err error = netlink.ErrDumpInterrupted
+	for try := 0; try < maxInterrupted && errors.Is(err, netlink.ErrDumpInterrupted); try++ {
+		list, err = h.AddrList(nil, netlink.FAMILY_ALL)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("listing this node's addresses: %w", err)
 	}
-	var addrs []netip.Addr
-	for _, a := range found {
-		addr, ok := netip.AddrFromSlice(a.IP)
-		if addr = addr.Unmap(); ok && !(addr.Is6() && addr.IsLinkLocalUnicast()) && !slices.Contains(addrs, addr) {
-			addrs = append(addrs, addr)
-		}
+	out := ordered(list)
+	if len(out) == 0 {
+		return nil, fmt.Errorf("listing this node's addresses: %w", errNoAddrs)
 	}
-	return addrs, nil
+	return out, nil
 }
 
-// Watch calls tell with the node's addresses, at once and whenever they
-// change, until ctx ends; it returns nil then. What cannot be read is read
-// again later: an address is never taken away because reading failed.
-func Watch(ctx context.Context, tell func([]netip.Addr)) error {
-	var last []netip.Addr
-	for {
-		if err := watchOnce(ctx, &last, tell); ctx.Err() != nil {
-			return nil
-		} else if err != nil && last == nil {
-			return err // nothing was ever read: this will not get better
+func ordered(list []netlink.Addr) []netip.Addr {
+	var out, last []netip.Addr
+	seen := map[netip.Addr]bool{}
+	for _, a := range list {
+		ip, ok := netip.AddrFromSlice(a.IP)
+		ip = ip.Unmap()
+		if !ok || seen[ip] || ip.Is6() && ip.IsLinkLocalUnicast() || a.Flags&unix.IFA_F_DADFAILED != 0 {
+			continue
 		}
-		// The subscription broke, for want of buffer space in a storm of
-		// changes for example. A new one begins with reading everything.
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(resubscribe):
+		seen[ip] = true
+		if ip.Is6() && a.Flags&(unix.IFA_F_TEMPORARY|unix.IFA_F_DEPRECATED) != 0 {
+			last = append(last, ip)
+		} else {
+			out = append(out, ip)
 		}
 	}
+	return append(out, last...)
 }
 
-// resubscribe is how long to wait before subscribing anew.
-const resubscribe = 200 * time.Millisecond
+// The wait before the addresses are looked at again after a failure.
+const (
+	firstRetry = 50 * time.Millisecond
+	lastRetry  = 5 * time.Second
+)
 
-// watchOnce lives as long as one subscription.
-func watchOnce(ctx context.Context, last *[]netip.Addr, tell func([]netip.Addr)) error {
-	done := make(chan struct{})
-	defer close(done)
-	changes := make(chan netlink.AddrUpdate)
-	broken := make(chan error, 1)
-	err := netlink.AddrSubscribeWithOptions(changes, done, netlink.AddrSubscribeOptions{
-		ErrorCallback: func(err error) {
-			select {
-			case broken <- err:
-			default:
-			}
-		},
-	})
+// Watch calls changed with what Addrs returns, at once and whenever that
+// changes, until ctx is done, and returns nil then. What cannot be read changes
+// nothing: the last list that was whole goes on to count, and reading is tried
+// again. It is an error that the kernel offers no netlink socket at all.
+func Watch(ctx context.Context, changed func([]netip.Addr)) error {
+	// Sockets that are opened later must be of the namespace that the caller
+	// is in now.
+	ns, err := netns.Get()
 	if err != nil {
-		return fmt.Errorf("subscribing to this node's addresses: %w", err)
+		return fmt.Errorf("finding this network namespace: %w", err)
 	}
-	defer func() { go drain(changes) }() // the library's goroutine must not hang on a last update
-	for {
-		if err := tellChanged(last, tell); err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case err := <-broken:
-			return err
-		case _, ok := <-changes:
-			if !ok {
-				return errors.New("the subscription ended")
-			}
-		}
-	}
-}
-
-func drain(changes <-chan netlink.AddrUpdate) {
-	for range changes {
-	}
-}
-
-func tellChanged(last *[]netip.Addr, tell func([]netip.Addr)) error {
-	addrs, err := Addrs()
+	defer ns.Close()
+	h, err := openRoute(ns)
 	if err != nil {
 		return err
 	}
-	if len(addrs) == 0 && len(*last) > 0 || slices.Equal(addrs, *last) {
-		return nil // a namespace has at least loopback: an empty answer is a failed one
+	defer h.Close()
+	w := watch{handle: h, changed: changed, retry: firstRetry}
+	for ctx.Err() == nil {
+		if err := w.follow(ctx, ns); err != nil {
+			pause(ctx, w.retry)
+			w.retry = min(2*w.retry, lastRetry)
+		}
 	}
-	*last = addrs
-	tell(slices.Clone(addrs))
 	return nil
 }
 
-// FamilyUsable says why no Service of a family can be served here, or returns
-// nil.
-func FamilyUsable(family proxier.Family) error {
-	if family == proxier.IPv4 {
-		return nil
+type watch struct {
+	handle  *netlink.Handle
+	changed func([]netip.Addr)
+	last    []netip.Addr
+	retry   time.Duration
+}
+
+// follow reads the addresses and again after every change, until the
+// subscription breaks (the kernel drops it where changes come faster than they
+// are read) or reading fails.
+func (w *watch) follow(ctx context.Context, ns netns.NsHandle) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	updates := make(chan netlink.AddrUpdate, 64)
+	opts := netlink.AddrSubscribeOptions{Namespace: &ns, ErrorCallback: func(error) {}}
+	if err := netlink.AddrSubscribeWithOptions(updates, ctx.Done(), opts); err != nil {
+		return fmt.Errorf("subscribing to this node's addresses: %w", err)
 	}
-	disabled, err := Sysctl("net/ipv6/conf/all/disable_ipv6")
-	switch {
-	case err != nil:
-		return fmt.Errorf("the kernel has no IPv6: %w", err)
-	case disabled != "0":
-		return errors.New("IPv6 is switched off (net.ipv6.conf.all.disable_ipv6)")
+	// The library's goroutine must never block on a list that nobody reads.
+	defer func() {
+		cancel()
+		for range updates {
+		}
+	}()
+	for {
+		if err := w.read(); err != nil {
+			return err
+		}
+		w.retry = firstRetry
+		select {
+		case <-ctx.Done():
+			return nil
+		case _, open := <-updates:
+			if !open {
+				return nil
+			}
+		}
+		for drained := false; !drained; {
+			select {
+			case _, open := <-updates:
+				drained = !open
+			default:
+				drained = true
+			}
+		}
+	}
+}
+
+func (w *watch) read() error {
+	now, err := addrs(w.handle)
+	if err != nil {
+		return err
+	}
+	if w.last == nil || !slices.Equal(now, w.last) {
+		w.last = now
+		w.changed(slices.Clone(now))
 	}
 	return nil
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
 }

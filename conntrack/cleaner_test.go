@@ -1,0 +1,247 @@
+package conntrack
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"runtime"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+func inBothFamilies(t *testing.T, test func(t *testing.T, w *world)) {
+	for _, family := range proxier.Families {
+		t.Run(family.String(), func(t *testing.T) { test(t, newWorld(t, family)) })
+	}
+}
+
+// cleaner returns a Cleaner for the world, which knows the node's address.
+func (w *world) cleaner(opts Options) *Cleaner {
+	w.t.Helper()
+	if opts.LocalAddrs == nil {
+		opts.LocalAddrs = func() ([]netip.Addr, error) { return []netip.Addr{w.node}, nil }
+	}
+	c, err := New(opts)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			w.t.Error(err)
+		}
+	})
+	return c
+}
+
+func (w *world) clean(c *Cleaner, serving *proxier.EndpointSet, frontends ...proxier.FrontendKey) {
+	w.t.Helper()
+	c.Clean(w.family, []proxier.FlowOwner{{Frontends: frontends, Serving: serving}})
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := c.Flush(ctx); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func set(at ...netip.AddrPort) *proxier.EndpointSet {
+	s := &proxier.EndpointSet{}
+	for _, a := range at {
+		s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: a})
+	}
+	return s
+}
+
+func vipKey(a netip.AddrPort) proxier.FrontendKey {
+	return proxier.FrontendKey{Addr: a.Addr(), Port: a.Port(), Protocol: proxier.UDP}
+}
+
+func TestClientMovesToTheServingEndpoint(t *testing.T) {
+	inBothFamilies(t, func(t *testing.T, w *world) {
+		w.rules([2]netip.AddrPort{w.vip, w.a}, [2]netip.AddrPort{w.other, w.a})
+		moved, bystander := w.client(w.vip), w.client(w.other)
+		if got := moved.ask() + bystander.ask(); got != "aa" {
+			t.Fatalf("%q answered, want a both times", got)
+		}
+		w.rules([2]netip.AddrPort{w.vip, w.b}, [2]netip.AddrPort{w.other, w.a})
+		if got := moved.ask(); got != "a" {
+			t.Fatalf("%q answered: the kernel keeps to the first endpoint, or this test shows nothing", got)
+		}
+		w.clean(w.cleaner(Options{}), set(w.b), vipKey(w.vip))
+		if got := moved.ask(); got != "b" {
+			t.Errorf("%q answered, want b", got)
+		}
+		bystander.wantTracked(true, "after the other Service changed")
+	})
+}
+
+func TestFlowToServingEndpointStays(t *testing.T) {
+	inBothFamilies(t, func(t *testing.T, w *world) {
+		w.rules([2]netip.AddrPort{w.vip, w.a})
+		kept := w.client(w.vip)
+		kept.ask()
+		w.clean(w.cleaner(Options{}), set(w.a, w.b), vipKey(w.vip))
+		kept.wantTracked(true, "after a change that keeps its endpoint")
+	})
+}
+
+func TestFlowsOfNobodyGo(t *testing.T) {
+	for name, serving := range map[string]*proxier.EndpointSet{"no endpoint left": set(), "Service gone": nil} {
+		t.Run(name, func(t *testing.T) {
+			inBothFamilies(t, func(t *testing.T, w *world) {
+				w.rules([2]netip.AddrPort{w.vip, w.a})
+				gone := w.client(w.vip)
+				gone.ask()
+				w.clean(w.cleaner(Options{}), serving, vipKey(w.vip))
+				gone.wantTracked(false, name)
+			})
+		})
+	}
+}
+
+func TestFlowMadeBeforeTheService(t *testing.T) {
+	inBothFamilies(t, func(t *testing.T, w *world) {
+		early := w.client(w.vip)
+		early.send()
+		early.wantTracked(true, "before the Service")
+		w.rules([2]netip.AddrPort{w.vip, w.a})
+		w.clean(w.cleaner(Options{}), set(w.a), vipKey(w.vip))
+		if got := early.ask(); got != "a" {
+			t.Errorf("%q answered, want a", got)
+		}
+	})
+}
+
+func TestNodePort(t *testing.T) {
+	inBothFamilies(t, func(t *testing.T, w *world) {
+		at := netip.AddrPortFrom(w.node, servedNodePort)
+		w.rules([2]netip.AddrPort{at, w.a})
+		stale := w.client(at)
+		stale.ask()
+
+		w.rules() // whoever comes now is not translated
+		foreign, early := w.client(w.foreign), w.client(at)
+		foreign.send()
+		early.send()
+
+		w.rules([2]netip.AddrPort{at, w.b})
+		w.clean(w.cleaner(Options{}), set(w.b), nodePort(servedNodePort))
+		foreign.wantTracked(true, "the same port of another host")
+		for _, c := range []*client{stale, early} {
+			if got := c.ask(); got != "b" {
+				t.Errorf("%q answered, want b", got)
+			}
+		}
+	})
+}
+
+func TestDaemonOfTheHostKeepsItsClients(t *testing.T) {
+	inBothFamilies(t, func(t *testing.T, w *world) {
+		at := netip.AddrPortFrom(w.node, servedNodePort)
+		w.serve(at, "daemon")
+		kept := w.client(at)
+		if got := kept.ask(); got != "daemon" {
+			t.Fatalf("%q answered, want daemon", got)
+		}
+		w.clean(w.cleaner(Options{}), set(w.a), nodePort(servedNodePort))
+		kept.wantTracked(true, "after a NodePort with its number appeared")
+	})
+}
+
+// A failed look at the addresses must not make the node forget them.
+func TestLastKnownAddressesCount(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	at := netip.AddrPortFrom(w.node, servedNodePort)
+	answers := []func() ([]netip.Addr, error){
+		func() ([]netip.Addr, error) { return []netip.Addr{w.node}, nil },
+		func() ([]netip.Addr, error) { return nil, errors.New("no addresses today") },
+		func() ([]netip.Addr, error) { return nil, nil },
+	}
+	calls := 0
+	c := w.cleaner(Options{Settle: time.Hour, LocalAddrs: func() ([]netip.Addr, error) {
+		calls++
+		return answers[calls-1]()
+	}})
+	w.rules([2]netip.AddrPort{at, w.a})
+	for range answers {
+		gone := w.client(at)
+		gone.ask()
+		w.clean(c, nil, nodePort(servedNodePort))
+		gone.wantTracked(false, "with the addresses known before")
+	}
+}
+
+// A packet that met the old rules may make its flow only after the first pass.
+func TestSecondPass(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	w.rules([2]netip.AddrPort{w.vip, w.a})
+	late := w.client(w.vip)
+	passes := make(chan Pass, 2)
+	first := true
+	c := w.cleaner(Options{Settle: time.Millisecond, Passed: func(p Pass) {
+		if first {
+			first = false
+			late.ask()
+		}
+		passes <- p
+	}})
+	c.Clean(w.family, []proxier.FlowOwner{{Frontends: []proxier.FrontendKey{vipKey(w.vip)}}})
+	for i, deleted := range []int{0, 1} {
+		p := <-passes
+		if p.Deleted != deleted || p.Err != nil || p.Family != w.family || p.Frontends != 1 {
+			t.Errorf("pass %d: %+v, want %d flows deleted for 1 frontend", i+1, p, deleted)
+		}
+	}
+	late.wantTracked(false, "after the second pass")
+}
+
+// What was said last about a frontend holds in the second pass too.
+func TestLatestWordCounts(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	w.rules([2]netip.AddrPort{w.vip, w.a})
+	kept := w.client(w.vip)
+	c := w.cleaner(Options{Settle: time.Hour})
+	w.clean(c, nil, vipKey(w.vip))
+	kept.ask()
+	w.clean(c, set(w.a), vipKey(w.vip))
+	kept.wantTracked(true, "after another Service took the frontend over")
+}
+
+func TestFlushEndsWithItsContext(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	blocked := make(chan struct{})
+	c := w.cleaner(Options{LocalAddrs: func() ([]netip.Addr, error) { <-blocked; return []netip.Addr{w.node}, nil }})
+	c.Clean(w.family, []proxier.FlowOwner{{Frontends: []proxier.FrontendKey{nodePort(servedNodePort)}}})
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := c.Flush(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("Flush = %v, want the context's error", err)
+	}
+	close(blocked)
+}
+
+func TestWithoutPrivilege(t *testing.T) {
+	answer := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with its lack of privilege
+		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var caps [2]unix.CapUserData
+		if err := unix.Capset(&hdr, &caps[0]); err != nil {
+			answer <- err
+			return
+		}
+		c, err := New(Options{LocalAddrs: func() ([]netip.Addr, error) { return nil, nil }})
+		if err == nil {
+			c.Close()
+		}
+		answer <- err
+	}()
+	err := <-answer
+	var unsupported *UnsupportedError
+	if !errors.As(err, &unsupported) || !errors.Is(err, unix.EPERM) {
+		t.Errorf("New without CAP_NET_ADMIN = %v, want an UnsupportedError that wraps EPERM", err)
+	}
+}

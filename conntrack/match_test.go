@@ -1,0 +1,108 @@
+package conntrack
+
+import (
+	"net/netip"
+	"testing"
+
+	"signalbox/proxier"
+)
+
+func endpoints(at ...string) *proxier.EndpointSet {
+	set := &proxier.EndpointSet{}
+	for _, a := range at {
+		set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: netip.MustParseAddrPort(a)})
+	}
+	return set
+}
+
+func key(at string) proxier.FrontendKey {
+	a := netip.MustParseAddrPort(at)
+	return proxier.FrontendKey{Addr: a.Addr(), Port: a.Port(), Protocol: proxier.UDP}
+}
+
+func nodePort(port uint16) proxier.FrontendKey {
+	return proxier.FrontendKey{Port: port, Protocol: proxier.UDP}
+}
+
+func TestStale(t *testing.T) {
+	serving := endpoints("10.0.0.1:53", "10.0.0.2:53", "10.0.0.2:5353", "10.0.0.9:53")
+	d := duties{
+		key("10.96.0.10:53"):   {serving: serving},
+		key("10.96.0.11:53"):   {serving: endpoints()},
+		key("10.96.0.12:53"):   {},
+		key("[fd00::10]:53"):   {serving: endpoints("[fd01::1]:53")},
+		key("192.0.2.1:30053"): {serving: endpoints("10.0.0.7:53")},
+		nodePort(30053):        {serving: serving},
+	}
+	local := func(a netip.Addr) bool {
+		return a == netip.MustParseAddr("192.0.2.1") || a == netip.MustParseAddr("192.0.2.2")
+	}
+	tests := map[string]struct {
+		to, from string
+		answered bool
+		want     bool
+	}{
+		"answered by a serving endpoint":              {"10.96.0.10:53", "10.0.0.1:53", true, false},
+		"not yet answered by a serving endpoint":      {"10.96.0.10:53", "10.0.0.2:5353", false, false},
+		"the last of the serving endpoints":           {"10.96.0.10:53", "10.0.0.9:53", true, false},
+		"answered by an endpoint that is gone":        {"10.96.0.10:53", "10.0.0.3:53", true, true},
+		"another port of a serving endpoint":          {"10.96.0.10:53", "10.0.0.1:54", true, true},
+		"made before the Service existed":             {"10.96.0.10:53", "10.96.0.10:53", false, true},
+		"made before, and answered by the way":        {"10.96.0.10:53", "10.96.0.10:53", true, true},
+		"another port of the virtual IP":              {"10.96.0.10:54", "10.0.0.3:53", true, false},
+		"nobody left to serve":                        {"10.96.0.11:53", "10.0.0.1:53", true, true},
+		"no set at all":                               {"10.96.0.12:53", "10.0.0.1:53", true, true},
+		"IPv6, serving":                               {"[fd00::10]:53", "[fd01::1]:53", true, false},
+		"IPv6, gone":                                  {"[fd00::10]:53", "[fd01::2]:53", true, true},
+		"node port, serving":                          {"192.0.2.2:30053", "10.0.0.1:53", true, false},
+		"node port, gone":                             {"192.0.2.2:30053", "10.0.0.3:53", true, true},
+		"node port, a daemon of the host":             {"192.0.2.2:30053", "192.0.2.2:30053", true, false},
+		"node port, made before and never answered":   {"192.0.2.2:30053", "192.0.2.2:30053", false, true},
+		"the same port of another host":               {"198.51.100.1:30053", "198.51.100.1:30053", false, false},
+		"the same port of another host, translated":   {"198.51.100.1:30053", "10.0.0.3:53", true, false},
+		"an address with the same port wins":          {"192.0.2.1:30053", "10.0.0.7:53", true, false},
+		"an address with the same port wins, removed": {"192.0.2.1:30053", "10.0.0.1:53", true, true},
+		"somebody else's flow":                        {"198.51.100.1:53", "198.51.100.1:53", true, false},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			f := &flow{to: netip.MustParseAddrPort(tt.to), from: netip.MustParseAddrPort(tt.from), answered: tt.answered}
+			if got := d.stale(f, local); got != tt.want {
+				t.Errorf("stale = %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestMatchingDoesNotAllocate(t *testing.T) {
+	d := duties{key("10.96.0.10:53"): {serving: endpoints("10.0.0.1:53")}, nodePort(30053): {}}
+	flows := []*flow{
+		{to: netip.MustParseAddrPort("10.96.0.10:53"), from: netip.MustParseAddrPort("10.0.0.1:53")},
+		{to: netip.MustParseAddrPort("192.0.2.1:30053"), from: netip.MustParseAddrPort("10.0.0.1:53")},
+	}
+	local := func(netip.Addr) bool { return true }
+	if n := testing.AllocsPerRun(100, func() {
+		for _, f := range flows {
+			d.stale(f, local)
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations per table entry, want none: tables hold a million", n)
+	}
+}
+
+// FuzzParse feeds what no kernel would send: the parser must neither panic nor
+// call half a flow whole.
+func FuzzParse(f *testing.F) {
+	f.Add([]byte{2, 0, 0, 0, 4, 0, 1, 0x80})
+	f.Add([]byte{2, 0, 0, 0, 0xff, 0xff, 1, 0x80, 3, 0})
+	f.Add([]byte{2, 0, 0, 0, 8, 0, 3, 0, 0, 0, 0, 2})
+	f.Fuzz(func(t *testing.T, msg []byte) {
+		var fl flow
+		if !fl.parse(msg) {
+			return
+		}
+		if !fl.to.IsValid() || !fl.from.IsValid() || len(fl.handle) == 0 {
+			t.Errorf("%x was read as %+v", msg, fl)
+		}
+	})
+}

@@ -1,0 +1,252 @@
+package conntrack
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// Message types, attributes and flags of <linux/netfilter/nfnetlink_conntrack.h>
+// and <linux/netfilter/nf_conntrack_common.h>.
+const (
+	msgGet      = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1
+	msgDelete   = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2
+	msgGetStats = unix.NFNL_SUBSYS_CTNETLINK<<8 | 5
+
+	ctaTupleOrig       = 1
+	ctaTupleReply      = 2
+	ctaStatus          = 3
+	ctaID              = 12
+	ctaZone            = 18
+	ctaFilter          = 25
+	ctaFilterOrigFlags = 1
+
+	ctaTupleIP    = 1
+	ctaTupleProto = 2
+
+	ctaIPv4Src = 1
+	ctaIPv4Dst = 2
+	ctaIPv6Src = 3
+	ctaIPv6Dst = 4
+
+	ctaProtoNum     = 1
+	ctaProtoSrcPort = 2
+	ctaProtoDstPort = 3
+
+	statusSeenReply = 1 << 1 // IPS_SEEN_REPLY
+
+	filterProtoNum = 1 << 3 // compare the protocol number of the tuple
+
+	attrTypeMask = 0x3fff // without NLA_F_NESTED and NLA_F_NET_BYTEORDER
+)
+
+// table is the connection tracking table of the network namespace in which it
+// was opened. It is used by one goroutine at a time.
+//
+// The netlink library parses neither a flow's status nor a protocol filter, so
+// this reads the few attributes it needs by itself, over the library's sockets.
+type table struct {
+	socket *nl.SocketHandle
+	// unfiltered is set once the kernel has refused to list UDP alone.
+	unfiltered bool
+}
+
+// socketTimeout bounds one exchange with the kernel, so that a lost answer
+// costs one pass and not the goroutine.
+var socketTimeout = unix.Timeval{Sec: 10}
+
+func openTable() (*table, error) {
+	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, &UnsupportedError{err}
+	}
+	_ = s.SetSendTimeout(&socketTimeout)
+	_ = s.SetReceiveTimeout(&socketTimeout)
+	t := &table{socket: &nl.SocketHandle{Socket: s}}
+	answered := false
+	err = t.request(msgGetStats, unix.NLM_F_ACK, proxier.IPv4).ExecuteIter(unix.NETLINK_NETFILTER, 0, func([]byte) bool {
+		answered = true
+		return true
+	})
+	if err == nil && !answered {
+		err = errors.New("the kernel did not answer")
+	}
+	if err != nil {
+		s.Close()
+		return nil, &UnsupportedError{err}
+	}
+	return t, nil
+}
+
+func (t *table) close() { t.socket.Close() }
+
+func (t *table) request(message, flags int, family proxier.Family) *nl.NetlinkRequest {
+	req := nl.NewNetlinkRequest(message, flags)
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: t.socket}
+	af := uint8(unix.AF_INET)
+	if family == proxier.IPv6 {
+		af = unix.AF_INET6
+	}
+	req.AddData(&nl.Nfgenmsg{NfgenFamily: af, Version: nl.NFNETLINK_V0})
+	return req
+}
+
+// each calls fn with every UDP flow of a family. fn must not keep the flow's
+// handle without a copy, nor use the table. What was seen may be incomplete
+// where the error is netlink.ErrDumpInterrupted.
+func (t *table) each(family proxier.Family, fn func(*flow)) error {
+	err := t.dump(family, fn)
+	if !t.unfiltered && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP)) {
+		t.unfiltered = true
+		err = t.dump(family, fn)
+	}
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return fmt.Errorf("listing the %s flows: %w", family, err)
+	}
+	return err
+}
+
+func (t *table) dump(family proxier.Family, fn func(*flow)) error {
+	req := t.request(msgGet, unix.NLM_F_DUMP, family)
+	if !t.unfiltered {
+		// Kernels before 5.8 do not know the filter and list everything.
+		proto := nl.NewRtAttr(unix.NLA_F_NESTED|ctaTupleProto, nil)
+		proto.AddRtAttr(ctaProtoNum, nl.Uint8Attr(unix.IPPROTO_UDP))
+		tuple := nl.NewRtAttr(unix.NLA_F_NESTED|ctaTupleOrig, nil)
+		tuple.AddChild(proto)
+		filter := nl.NewRtAttr(unix.NLA_F_NESTED|ctaFilter, nil)
+		filter.AddRtAttr(ctaFilterOrigFlags, nl.Uint32Attr(filterProtoNum))
+		req.AddData(tuple)
+		req.AddData(filter)
+	}
+	var f flow
+	return req.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(msg []byte) bool {
+		if f.parse(msg) {
+			fn(&f)
+		}
+		return true
+	})
+}
+
+// remove deletes the flow with that handle. It is not an error that it is gone
+// already.
+func (t *table) remove(family proxier.Family, handle []byte) error {
+	req := t.request(msgDelete, unix.NLM_F_ACK, family)
+	req.AddRawData(handle)
+	_, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("removing an %s flow: %w", family, err)
+	}
+	return nil
+}
+
+// parse reads one message of a dump. It returns false for what is not a whole
+// UDP flow.
+func (f *flow) parse(msg []byte) bool {
+	*f = flow{handle: f.handle[:0]}
+	if len(msg) < nl.SizeofNfgenmsg {
+		return false
+	}
+	var to, from, reverse netip.AddrPort
+	var udp, reverseUDP bool
+	for attrs := attributes(msg[nl.SizeofNfgenmsg:]); attrs.next(); {
+		switch attrs.kind {
+		case ctaTupleOrig:
+			_, to, udp = parseTuple(attrs.value)
+		case ctaTupleReply:
+			from, reverse, reverseUDP = parseTuple(attrs.value)
+		case ctaStatus:
+			f.answered = len(attrs.value) == 4 && binary.BigEndian.Uint32(attrs.value)&statusSeenReply != 0
+		}
+		switch attrs.kind {
+		// The id keeps a new flow between the same two ports from being taken
+		// for the one that was seen.
+		case ctaTupleOrig, ctaZone, ctaID:
+			f.handle = append(f.handle, attrs.whole...)
+		}
+	}
+	f.to, f.from = to, from
+	return udp && reverseUDP && to.IsValid() && from.IsValid() && reverse.IsValid()
+}
+
+func parseTuple(b []byte) (src, dst netip.AddrPort, udp bool) {
+	var addrs [2]netip.Addr
+	var ports [2]uint16
+	for attrs := attributes(b); attrs.next(); {
+		switch attrs.kind {
+		case ctaTupleIP:
+			for ip := attributes(attrs.value); ip.next(); {
+				a, _ := netip.AddrFromSlice(ip.value)
+				switch ip.kind {
+				case ctaIPv4Src, ctaIPv6Src:
+					addrs[0] = a
+				case ctaIPv4Dst, ctaIPv6Dst:
+					addrs[1] = a
+				}
+			}
+		case ctaTupleProto:
+			for proto := attributes(attrs.value); proto.next(); {
+				switch {
+				case proto.kind == ctaProtoNum && len(proto.value) == 1:
+					udp = proto.value[0] == unix.IPPROTO_UDP
+				case proto.kind == ctaProtoSrcPort && len(proto.value) == 2:
+					ports[0] = binary.BigEndian.Uint16(proto.value)
+				case proto.kind == ctaProtoDstPort && len(proto.value) == 2:
+					ports[1] = binary.BigEndian.Uint16(proto.value)
+				}
+			}
+		}
+	}
+	return netip.AddrPortFrom(addrs[0], ports[0]), netip.AddrPortFrom(addrs[1], ports[1]), udp
+}
+
+// attrReader goes over netlink attributes without allocating.
+type attrReader struct {
+	rest  []byte
+	kind  uint16
+	value []byte
+	whole []byte // with header and padding
+}
+
+func attributes(b []byte) attrReader { return attrReader{rest: b} }
+
+func (r *attrReader) next() bool {
+	if len(r.rest) < unix.SizeofNlAttr {
+		return false
+	}
+	length := int(binary.NativeEndian.Uint16(r.rest))
+	if length < unix.SizeofNlAttr || length > len(r.rest) {
+		return false
+	}
+	r.kind = binary.NativeEndian.Uint16(r.rest[2:]) & attrTypeMask
+	r.value = r.rest[unix.SizeofNlAttr:length]
+	aligned := min((length+unix.NLA_ALIGNTO-1)&^(unix.NLA_ALIGNTO-1), len(r.rest))
+	r.whole, r.rest = r.rest[:aligned], r.rest[aligned:]
+	return true
+}
+
+// UnsupportedError says that the connection tracking table cannot be read or
+// changed by netlink on this node.
+type UnsupportedError struct {
+	Err error // the kernel's answer
+}
+
+// Error says what is missing and what can be done about it.
+func (e *UnsupportedError) Error() string {
+	remedy := "the kernel needs CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink)"
+	if errors.Is(e.Err, unix.EPERM) {
+		remedy = "the process needs CAP_NET_ADMIN"
+	}
+	return fmt.Sprintf("the connection tracking table is out of reach: %v; %s", e.Err, remedy)
+}
+
+// Unwrap returns the kernel's answer.
+func (e *UnsupportedError) Unwrap() error { return e.Err }

@@ -1,0 +1,44 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"signalbox/proxier"
+)
+
+// Name returns the name that this node's Node object carries: override, or the
+// host name where that is empty, trimmed and in lower case.
+func Name(override string) (string, error) {
+	name := override
+	if name == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return "", fmt.Errorf("reading the host name: %w", err)
+		}
+		name = host
+	}
+	trimmed := strings.ToLower(strings.TrimSpace(name))
+	if trimmed == "" {
+		return "", fmt.Errorf("node name %q: nothing is left without the spaces", name)
+	}
+	return trimmed, nil
+}
+
+// FamilyUsable says why no Service of a family can be served here, or returns
+// nil.
+func FamilyUsable(family proxier.Family) error {
+	if family == proxier.IPv4 {
+		return nil
+	}
+	disabled, err := Sysctl("net/ipv6/conf/all/disable_ipv6")
+	switch {
+	case err != nil:
+		return fmt.Errorf("the kernel has no IPv6: %w", err)
+	case disabled != "0":
+		return errors.New("IPv6 is switched off (net.ipv6.conf.all.disable_ipv6)")
+	}
+	return nil
+}
