@@ -17,7 +17,6 @@ func (f *family) compile(r *record, emit func(element)) {
 	}
 	for i := range r.sets {
 		set := &r.sets[i]
-		emit(element{set: endpointSets, key: idKey(set.id), verdict: verdict{chain: r.chainOf(i).name()}})
 		for slot := range set.Len() {
 			f.compileSlot(r, i, slot, emit)
 		}
@@ -33,12 +32,12 @@ func (f *family) compile(r *record, emit func(element)) {
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
 type frontendSets struct {
-	external, internal, masquerade, noEndpoints, restricted, allowed setID
+	external, internal, masquerade, rejected, dropped, restricted, allowed setID
 }
 
 var (
-	addressedSets = frontendSets{frontends, internalFrontends, masquerade, noEndpoints, restricted, allowedSources}
-	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, nodePortNoEndpoints, restrictedNodePorts, allowedNodePortSources}
+	addressedSets = frontendSets{frontends, internalFrontends, masquerade, rejected, dropped, restricted, allowedSources}
+	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, rejectedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
 )
 
 func (f *family) compileFrontend(r *record, fe *proxier.Frontend, comment string, emit func(element)) {
@@ -53,14 +52,14 @@ func (f *family) compileFrontend(r *record, fe *proxier.Frontend, comment string
 		emit(element{set: sets.internal, key: key, data: idDatumBytes(internal), comment: comment})
 	}
 	if fe.Masquerade != proxier.FromNowhere {
-		emit(element{set: sets.masquerade, key: key, verdict: verdict{chain: markChain(fe.Masquerade)}})
+		emit(element{set: sets.masquerade, key: key, data: idDatumBytes(uint32(fe.Masquerade))})
 	}
 	if external == noSet || internal == noSet {
-		v := verdict{chain: "reject-connection"}
+		set := sets.rejected
 		if fe.WhenEmpty == proxier.Drop {
-			v = verdict{drop: true}
+			set = sets.dropped
 		}
-		emit(element{set: sets.noEndpoints, key: key, verdict: v, comment: comment})
+		emit(element{set: set, key: key, comment: comment})
 	}
 	if fe.Sources != nil {
 		emit(element{set: sets.restricted, key: key})
@@ -79,15 +78,18 @@ func (f *family) compileSlot(r *record, i, slot int, emit func(element)) {
 	set := &r.sets[i]
 	index := set.endpoint(slot)
 	e := set.Endpoints[index]
-	key := string(appendID(appendID(nil, set.id), uint32(slot)))
 	addr := string(appendPort(appendAddr(nil, e.Addr()), e.Port()))
 	if !r.sticky() {
-		emit(element{set: endpoints, key: key, data: addr})
+		emit(element{set: endpoints, key: slotKey(set.base, slot), data: addr})
 		return
 	}
-	id := r.block | set.numbers[index]
-	emit(element{set: affinitySlots, key: key, data: idDatumBytes(id)})
+	id := r.block | endpointFlag(r.large()) | set.numbers[index]
+	emit(element{set: affinitySlots, key: slotKey(r.block|uint32(i), slot), data: idDatumBytes(id)})
 	emit(element{set: affinityEndpoints + setID(i), key: idKey(id), data: addr})
+}
+
+func slotKey(id uint32, slot int) string {
+	return string(appendID(appendID(make([]byte, 0, 8), id), uint32(slot)))
 }
 
 // compileNode hands out the elements that the node's facts make.

@@ -7,17 +7,18 @@
 // is added, and for every element each time a rule is bound. All that grows
 // with Services is elements of a few maps in one table:
 //
-//	frontends       address . protocol . port  ->  id of an endpoint set
-//	endpoint-sets   id                         ->  jump pick-N, N its size
-//	endpoints       id . slot 0..N-1           ->  address . port
+//	frontends  address . protocol . port  ->  id of an endpoint set
+//	endpoints  id . slot                  ->  address . port
 //
-// A packet that opens a connection finds its frontend, carries the id in its
-// priority field (skb->priority) to the chain that fits the size of the set,
-// and is sent to the endpoint in a slot drawn at random. The priority field is
-// the scratch because nobody else's decisions hang on it between the hooks: the
+// A packet that opens a connection finds its frontend and carries the id in its
+// priority field (skb->priority) to the chain pick-N that fits a set of N
+// endpoints; N is a part of the id. There a slot is drawn at random, and the
+// packet is sent to the endpoint in that slot. The priority field is the
+// scratch because nobody else's decisions hang on it between the hooks: the
 // kernel itself sets it anew for forwarded IPv4 packets, while the packet mark
 // and the conntrack mark belong to other software. It is set back to 0 after
-// the decision.
+// the decision; so the first packet of a local process's connection to a
+// Service leaves with priority 0, whatever its socket asked for.
 //
 // Where traffic of this node's Pods and processes goes elsewhere than traffic
 // from outside, a second map (internal-frontends) is looked at first, for
@@ -32,7 +33,10 @@
 // endpoint's in the lower ones, so that "is that endpoint still one of this
 // set" is one more map lookup, and removing an endpoint is removing an
 // element. A client whose endpoint is gone is given another and keeps it;
-// nobody else notices. See stickyRules for the order of events.
+// nobody else notices. See stickyRules for the order of events. Two limits
+// follow: a Service port that outgrows 1024 endpoints gets a new number, and
+// its clients choose anew once; and a Sync with All, which replaces the table,
+// forgets all clients.
 //
 // # Layers
 //

@@ -18,7 +18,7 @@ type element struct {
 	set      setID
 	key, end string
 	data     string
-	verdict  verdict
+	chain    string // of a verdict map: to jump to
 	comment  string
 }
 
@@ -30,19 +30,6 @@ type elementKey struct {
 
 func (e *element) id() elementKey { return elementKey{e.set, e.key, e.end} }
 
-// verdict is the datum of a verdict map: drop, or jump to a chain.
-type verdict struct {
-	drop  bool
-	chain string
-}
-
-func (v verdict) String() string {
-	if v.drop {
-		return "drop"
-	}
-	return "jump " + v.chain
-}
-
 // wire appends the library's form of the element. An interval over one plain
 // field is two elements in nf_tables, its start and the first value after it.
 func (e *element) wire(list []nft.SetElement) []nft.SetElement {
@@ -52,10 +39,7 @@ func (e *element) wire(list []nft.SetElement) []nft.SetElement {
 		out.Val = []byte(e.data)
 	}
 	if s.verdicts {
-		out.VerdictData = &expr.Verdict{Kind: expr.VerdictJump, Chain: e.verdict.chain}
-		if e.verdict.drop {
-			out.VerdictData = &expr.Verdict{Kind: expr.VerdictDrop}
-		}
+		out.VerdictData = &expr.Verdict{Kind: expr.VerdictJump, Chain: e.chain}
 	}
 	if !s.interval {
 		return append(list, out)
@@ -94,7 +78,7 @@ func (e *element) text(f *family) string {
 	}
 	switch {
 	case s.verdicts:
-		b.WriteString(" : " + e.verdict.String())
+		b.WriteString(" : jump " + e.chain)
 	case s.data != nil:
 		b.WriteString(" : " + fieldsText(f, s.data, e.data, ""))
 	}

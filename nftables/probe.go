@@ -63,7 +63,7 @@ func diagnose(f proxier.Family, try func(...feature) error) error {
 		rules := ruleset{w.family, proxier.DefaultMasqueradeMark, probeNode}
 		st := newState(w.family)
 		for _, large := range []bool{false, true} {
-			st.chains[sizedChain{size: 2, timeout: 1e9, large: large}] = struct{}{}
+			st.chains[sizedChain{size: 2, timeout: 1e9, large: large}] = 0
 		}
 		w.addSets()
 		w.addChains(rules.chains(st))
@@ -118,7 +118,7 @@ func features(f *family) []feature {
 		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(&natPostrouting, masqueradeRandom())},
 		{"dnat to an address from a map", config("CONFIG_NFT_NAT"), func(w *wire) {
 			set(endpoints)(w)
-			ruleOf(&natPrerouting, f.dnatTo(lookedUp(join(priority, random(2)), endpoints)))(w)
+			ruleOf(&natPrerouting, f.dnatTo(lookedUp(join(priorityBits(^chainMask, 0), random(2)), endpoints)))(w)
 		}},
 		{"setting the priority from a map", config("CONFIG_NF_TABLES"), func(w *wire) {
 			set(frontends)(w)

@@ -22,10 +22,11 @@ type record struct {
 	nextEndpoint uint32
 }
 
-// numberedSet is a non-empty endpoint set with its id.
+// numberedSet is a non-empty endpoint set with its numbers.
 type numberedSet struct {
 	*proxier.EndpointSet
-	id uint32
+	base  uint32 // the id without the chain; with affinity the block
+	chain uint32 // number of the chain that picks from the set
 	// order lists the indexes of the endpoints by slot; nil where slot and
 	// index are the same. It keeps endpoints in their slots when others go, so
 	// that a change costs only the slots that it touches.
@@ -45,7 +46,7 @@ func (s *numberedSet) endpoint(slot int) int {
 
 func (r *record) sticky() bool { return r != nil && r.port.AffinityTimeout > 0 }
 
-func (r *record) large() bool { return r.sticky() && r.block < smallFirst }
+func (r *record) large() bool { return r.sticky() && r.block >= largeFirst }
 
 // ids lists the ids that the record took from the pools.
 func (r *record) ids() []uint32 {
@@ -57,7 +58,7 @@ func (r *record) ids() []uint32 {
 	}
 	ids := make([]uint32, len(r.sets))
 	for i := range r.sets {
-		ids[i] = r.sets[i].id
+		ids[i] = r.sets[i].base
 	}
 	return ids
 }
@@ -69,7 +70,7 @@ func (r *record) idOf(set *proxier.EndpointSet) uint32 {
 	}
 	for i := range r.sets {
 		if r.sets[i].EndpointSet == set {
-			return r.sets[i].id
+			return r.sets[i].base | r.sets[i].chain
 		}
 	}
 	panic("nftables: an endpoint set of " + r.port.Name.String() + " has no id")
@@ -85,8 +86,8 @@ func (r *record) chainOf(i int) sizedChain {
 }
 
 // succeed makes the record of port, which replaces the one in old (which may be
-// nil). Ids, slots and endpoint numbers stay what they were wherever they can;
-// new ids come from pools.
+// nil). Numbers and slots stay what they were wherever they can; new numbers
+// come from pools. The sets' chains are still to be numbered.
 func succeed(old *record, port *proxier.ServicePort, pools *idPools) (*record, error) {
 	r := &record{port: port}
 	for _, set := range distinctSets(port) {
@@ -128,14 +129,14 @@ func distinctSets(port *proxier.ServicePort) []*proxier.EndpointSet {
 func (r *record) numberSets(old *record, pools *idPools) error {
 	for i := range r.sets {
 		if old != nil && !old.sticky() && i < len(old.sets) {
-			r.sets[i].id = old.sets[i].id
+			r.sets[i].base = old.sets[i].base
 			continue
 		}
 		id, err := pools.plain.take()
 		if err != nil {
-			return fmt.Errorf("ids of endpoint sets: %w", err)
+			return fmt.Errorf("numbers of endpoint sets: %w", err)
 		}
-		r.sets[i].id = id
+		r.sets[i].base = id
 	}
 	return nil
 }
@@ -150,7 +151,7 @@ func (r *record) numberBlock(old *record, pools *idPools) error {
 	numbers := make(map[netip.AddrPort]uint32)
 	for _, set := range r.sets {
 		for _, e := range set.Endpoints {
-			numbers[e.AddrPort] = 0
+			numbers[e.AddrPort] = unnumbered
 		}
 	}
 	large := old.large() || len(numbers) > blockRoom(false)
@@ -167,9 +168,9 @@ func (r *record) numberBlock(old *record, pools *idPools) error {
 		}
 		block, err := pool.take()
 		if err != nil {
-			return fmt.Errorf("ids of Services with affinity: %w", err)
+			return fmt.Errorf("numbers of Services with affinity: %w", err)
 		}
-		r.block, r.nextEndpoint = block, maxVariants
+		r.block = block
 	}
 	r.giveNumbers(numbers)
 	return nil
@@ -186,28 +187,30 @@ func (r *record) keepNumbers(old *record, numbers map[netip.AddrPort]uint32) {
 	}
 }
 
-// giveNumbers gives numbers to the endpoints that have none (0), in the order
-// of the sets, and writes all of them into the sets.
+// unnumbered stands for the number of an endpoint that has none yet.
+const unnumbered = ^uint32(0)
+
+// giveNumbers gives numbers to the endpoints that have none, in the order of
+// the sets, and writes all of them into the sets.
 func (r *record) giveNumbers(numbers map[netip.AddrPort]uint32) {
 	used := make(map[uint32]bool, len(numbers))
 	for _, n := range numbers {
 		used[n] = true
 	}
-	limit := uint32(blockRoom(r.large()) + maxVariants)
+	room := uint32(blockRoom(r.large()))
 	for i := range r.sets {
 		set := &r.sets[i]
-		set.id = r.block | uint32(i)
+		set.base = r.block
 		set.numbers = make([]uint32, set.Len())
 		for j, e := range set.Endpoints {
 			n := numbers[e.AddrPort]
-			for n == 0 {
-				if !used[r.nextEndpoint] {
-					n = r.nextEndpoint
-					used[n], numbers[e.AddrPort] = true, n
+			if n == unnumbered {
+				for used[r.nextEndpoint] {
+					r.nextEndpoint = (r.nextEndpoint + 1) % room
 				}
-				if r.nextEndpoint++; r.nextEndpoint == limit {
-					r.nextEndpoint = maxVariants
-				}
+				n = r.nextEndpoint
+				used[n], numbers[e.AddrPort] = true, n
+				r.nextEndpoint = (n + 1) % room
 			}
 			set.numbers[j] = n
 		}

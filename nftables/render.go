@@ -22,20 +22,25 @@ func Render(opts proxier.Options, plan *proxier.Plan) string {
 	if err != nil {
 		return fmt.Sprintf("# cannot be programmed: %v\n", err)
 	}
+	return rules.render(st)
+}
+
+// render prints the table that holds st.
+func (r ruleset) render(st *state) string {
 	elements := make([][]string, setCount)
-	emit := func(e element) { elements[e.set] = append(elements[e.set], e.text(f)) }
-	rules.compileNode(emit)
+	emit := func(e element) { elements[e.set] = append(elements[e.set], e.text(r.family)) }
+	r.compileNode(emit)
 	st.emitAll(emit)
 
 	var b strings.Builder
-	fmt.Fprintf(&b, "table %s %s {\n", f.word, tableName)
+	fmt.Fprintf(&b, "table %s %s {\n", r.word, tableName)
 	for i, s := range schemas {
 		if schemas[i].shared {
 			slices.Sort(elements[i])
 		}
-		b.WriteString(s.text(f, elements[i]))
+		b.WriteString(s.text(r.family, elements[i]))
 	}
-	for _, c := range rules.chains(st) {
+	for _, c := range r.chains(st) {
 		b.WriteString(c.text())
 	}
 	b.WriteString("}\n")

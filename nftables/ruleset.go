@@ -3,10 +3,10 @@ package nftables
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"time"
 
 	nft "github.com/google/nftables"
-	"github.com/google/nftables/expr"
 
 	"signalbox/proxier"
 )
@@ -56,9 +56,8 @@ var nodePortOf = join(l4proto, dport)
 // them.
 func (r ruleset) fixedChains() []chain {
 	return []chain{
-		{name: "reject-connection", rules: []rule{newRule(r.reject())}},
 		{name: "pick-endpoint", rules: []rule{
-			newRule(verdictOf(priority, endpointSets)).because("by the size of the set"),
+			newRule(verdictOf(priorityBits(chainMask, 0), pickChains)),
 			newRule(goTo(sizedChain{size: 1}.name())).because("the set shrank just now: its first endpoint"),
 		}},
 	}
@@ -93,9 +92,9 @@ func (r ruleset) nodeChains() []chain {
 	for origins := proxier.FromPods; origins <= proxier.FromAnywhere; origins++ {
 		chains = append(chains, chain{name: markChain(origins), rules: r.markRules(origins)})
 	}
-	nodePortRules := append([]rule{newRule(verdictOf(nodePortOf, nodePortMasquerade))},
+	nodePortRules := append([]rule{markRule(nodePortOf, nodePortMasquerade)},
 		r.setRules(nodePortOf, internalNodePorts, nodePorts)...)
-	serviceRules := append([]rule{newRule(verdictOf(r.frontendOf(), masquerade))},
+	serviceRules := append([]rule{markRule(r.frontendOf(), masquerade)},
 		r.setRules(r.frontendOf(), internalFrontends, frontends)...)
 	for _, match := range r.toNodePortAddrs() {
 		serviceRules = append(serviceRules, newRule(append(match, goTo("nodeports"))...))
@@ -103,6 +102,11 @@ func (r ruleset) nodeChains() []chain {
 	return append(chains,
 		chain{name: "nodeports", rules: nodePortRules},
 		chain{name: "services", rules: serviceRules})
+}
+
+// markRule marks what is to be masqueraded, by the origins that the map holds.
+func markRule(key value, origins setID) rule {
+	return newRule(setPriority(idLookedUp(key, origins)), verdictOf(priority, markChains))
 }
 
 // setRules look the endpoint set up, first among those for internal traffic.
@@ -208,12 +212,15 @@ func (r ruleset) checkSources() []rule {
 // priority.
 func (r ruleset) checkEndpoints() []rule {
 	rules := []rule{
-		newRule(priorityIs(idSpaceMask, expr.CmpOpEq, idSpace), clearPriority()).because("the id has served"),
+		newRule(priorityIs(idSpaceMask, idSpace), clearPriority()).because("the id has served"),
 		newRule(isDNATed(), returns()),
-		newRule(verdictOf(r.frontendOf(), noEndpoints)),
+		newRule(in(r.frontendOf(), rejected), r.reject()),
+		newRule(in(r.frontendOf(), dropped), drop()),
 	}
 	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, newRule(append(match, verdictOf(nodePortOf, nodePortNoEndpoints))...))
+		rules = append(rules,
+			newRule(slices.Concat(match, []statement{in(nodePortOf, rejectedNodePorts), r.reject()})...),
+			newRule(slices.Concat(match, []statement{in(nodePortOf, droppedNodePorts), drop()})...))
 	}
 	return rules
 }
@@ -253,7 +260,7 @@ func (c sizedChain) name() string {
 func (c sizedChain) chain(f *family) chain {
 	if c.timeout == 0 {
 		return chain{name: c.name(), rules: []rule{
-			newRule(f.dnatTo(lookedUp(join(priority, random(c.size)), endpoints))),
+			newRule(f.dnatTo(lookedUp(join(priorityBits(^chainMask, 0), random(c.size)), endpoints))),
 		}}
 	}
 	return chain{name: c.name(), rules: c.stickyRules(f)}
@@ -261,7 +268,7 @@ func (c sizedChain) chain(f *family) chain {
 
 // stickyRules choose with session affinity. On entry the priority holds the
 // id of the endpoint set: the Service port's number in the bits of mask, below
-// it the variant.
+// it the chain's.
 //
 // The first rule serves the client that is known and whose endpoint is in this
 // set. Otherwise the priority holds now either still the set's id, or the id of
@@ -272,23 +279,26 @@ func (c sizedChain) chain(f *family) chain {
 // decided for both. If the map is full nothing is read back and the drawn
 // endpoint serves.
 func (c sizedChain) stickyRules(f *family) []rule {
-	mask := blockMask(c.large)
+	mask, flag := blockMask(c.large), endpointFlag(c.large)
 	known := affinityEndpoints + setID(c.variant)
 	client := join(f.saddr(), priorityBits(mask, 0))
 	recall := setPriority(idLookedUp(client, affinity))
-	restore := setPriority(priorityBits(mask, uint32(c.variant)))
 	toKnown := f.dnatTo(lookedUp(priority, known))
+	draw := func(n int) statement {
+		return setPriority(idLookedUp(join(priorityBits(mask, uint32(c.variant)), random(n)), affinitySlots))
+	}
 	return []rule{
 		newRule(recall, remember(client, priority, c.timeout), toKnown),
-		newRule(priorityIs(^mask, expr.CmpOpNeq, uint32(c.variant)), forget(client, priority)).because("its endpoint is gone"),
-		newRule(restore),
-		newRule(setPriority(idLookedUp(join(priority, random(c.size)), affinitySlots)), remember(client, priority, c.timeout)),
+		newRule(priorityIs(flag, flag), forget(client, priority)).because("its endpoint is gone"),
+		newRule(draw(c.size), remember(client, priority, c.timeout)),
 		newRule(recall),
 		newRule(toKnown),
-		newRule(restore).because("the set changed just now: its first endpoint"),
-		newRule(setPriority(idLookedUp(join(priority, random(1)), affinitySlots)), toKnown),
+		newRule(draw(1), toKnown).because("the set changed just now: its first endpoint"),
 	}
 }
+
+// ownNumber says whether the chain's size is its number too.
+func (c sizedChain) ownNumber() bool { return c.timeout == 0 && c.size <= ownNumber }
 
 // ready says whether the chain exists always.
 func (c sizedChain) ready() bool { return c.timeout == 0 && c.size <= readyChains }

@@ -17,15 +17,18 @@ const (
 	internalNodePorts
 	masquerade
 	nodePortMasquerade
-	noEndpoints
-	nodePortNoEndpoints
+	markChains
+	rejected
+	dropped
+	rejectedNodePorts
+	droppedNodePorts
 	restricted
 	allowedSources
 	restrictedNodePorts
 	allowedNodePortSources
 	clusterIPs
 	hairpin
-	endpointSets
+	pickChains
 	endpoints
 	affinity
 	affinitySlots
@@ -97,11 +100,16 @@ func makeSchemas() []*schema {
 			comment: "the same, where traffic of this node and its Pods goes elsewhere"},
 		{id: nodePorts, name: "nodeports", key: nodePortKey, data: idData},
 		{id: internalNodePorts, name: "internal-nodeports", key: nodePortKey, data: idData},
-		{id: masquerade, name: "masquerade", key: frontendKey, verdicts: true,
-			comment: "whose source address is rewritten"},
-		{id: nodePortMasquerade, name: "nodeport-masquerade", key: nodePortKey, verdicts: true},
-		{id: noEndpoints, name: "no-endpoints", key: frontendKey, verdicts: true},
-		{id: nodePortNoEndpoints, name: "nodeport-no-endpoints", key: nodePortKey, verdicts: true},
+		{id: masquerade, name: "masquerade", key: frontendKey, data: idData,
+			comment: "whose source is rewritten: 1 Pods here, 2 this node, 4 others"},
+		{id: nodePortMasquerade, name: "nodeport-masquerade", key: nodePortKey, data: idData},
+		{id: markChains, name: "mark-chains", key: idOnly, verdicts: true},
+		{id: rejected, name: "rejected", key: frontendKey,
+			comment: "frontends without endpoints"},
+		{id: dropped, name: "dropped", key: frontendKey,
+			comment: "frontends without endpoints that may be used here"},
+		{id: rejectedNodePorts, name: "rejected-nodeports", key: nodePortKey},
+		{id: droppedNodePorts, name: "dropped-nodeports", key: nodePortKey},
 		{id: restricted, name: "restricted", key: frontendKey,
 			comment: "frontends that only allowed sources may use"},
 		{id: allowedSources, name: "allowed-sources", key: append(frontendKey[:3:3], addrField), interval: true},
@@ -110,7 +118,7 @@ func makeSchemas() []*schema {
 		{id: clusterIPs, name: "cluster-ips", key: []fieldType{addrField}, shared: true},
 		{id: hairpin, name: "hairpin", key: []fieldType{addrField, addrField}, shared: true,
 			comment: "endpoints that may be their own clients"},
-		{id: endpointSets, name: "endpoint-sets", key: idOnly, verdicts: true},
+		{id: pickChains, name: "pick-chains", key: idOnly, verdicts: true},
 		{id: endpoints, name: "endpoints", key: []fieldType{idField, slotField}, data: addrPort},
 		{id: affinity, name: "affinity", key: []fieldType{addrField, idField}, data: idData, dynamic: true,
 			comment: "client . Service port : endpoint"},

@@ -2,6 +2,7 @@ package nftables
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 
 	"signalbox/proxier"
@@ -29,18 +30,16 @@ type replacement struct {
 // what plan says. On error the state is as it was.
 func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName) (*stage, error) {
 	s := &stage{state: st}
-	for _, name := range names {
-		c := replacement{name: name, old: st.records[name]}
-		if port := plan.Services[name]; port != nil {
-			r, err := st.recordOf(c.old, port)
-			if err != nil {
-				st.pools.giveBack(s.taken)
-				return nil, fmt.Errorf("%s: %w", name, err)
-			}
-			c.new = r
-			s.taken = append(s.taken, idsOnlyIn(r, c.old)...)
+	chainsBefore := maps.Clone(st.chains)
+	err := s.renumber(plan, names)
+	for c := range st.chains {
+		if _, present := chainsBefore[c]; !present {
+			s.newChains = append(s.newChains, c)
 		}
-		s.changes = append(s.changes, c)
+	}
+	if err != nil {
+		s.forget()
+		return nil, err
 	}
 	usesBefore := s.countUses()
 	if err := s.claim(); err != nil {
@@ -52,6 +51,31 @@ func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName) (*st
 	s.diffShared(usesBefore)
 	s.diffChains()
 	return s, nil
+}
+
+// renumber makes the new records.
+func (s *stage) renumber(plan *proxier.Plan, names []proxier.ServicePortName) error {
+	for _, name := range names {
+		c := replacement{name: name, old: s.state.records[name]}
+		if port := plan.Services[name]; port != nil {
+			r, err := s.state.recordOf(c.old, port)
+			if err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			c.new = r
+			s.taken = append(s.taken, idsOnlyIn(r, c.old)...)
+		}
+		s.changes = append(s.changes, c)
+	}
+	return nil
+}
+
+// forget gives back the numbers that the stage took.
+func (s *stage) forget() {
+	s.state.pools.giveBack(s.taken)
+	for _, c := range s.newChains {
+		s.state.dropChain(c)
+	}
 }
 
 // countUses returns how often each shared element of the changing records is
@@ -99,7 +123,7 @@ func (s *stage) unclaim(n int) {
 			panic("nftables: what was held before cannot be held again: " + err.Error())
 		}
 	}
-	s.state.pools.giveBack(s.taken)
+	s.forget()
 }
 
 // undo makes the state what it was before the stage.
@@ -115,11 +139,8 @@ func (s *stage) commit() {
 			s.state.records[c.name] = c.new
 		}
 	}
-	for _, c := range s.newChains {
-		s.state.chains[c] = struct{}{}
-	}
 	for _, c := range s.oldChains {
-		delete(s.state.chains, c)
+		s.state.dropChain(c)
 	}
 }
 
@@ -172,19 +193,11 @@ func (s *stage) diffShared(before map[sharedKey]int32) {
 	}
 }
 
-// diffChains finds the sized chains that are missing, and those to delete: ones
-// that no set has used since an earlier Sync, once there are many of them.
+// diffChains leads to new chains, and finds those to delete: ones that no set
+// has used since an earlier Sync, once there are many of them.
 func (s *stage) diffChains() {
-	for _, c := range s.changes {
-		if c.new == nil {
-			continue
-		}
-		for i := range c.new.sets {
-			chain := c.new.chainOf(i)
-			if _, present := s.state.chains[chain]; !present && !slices.Contains(s.newChains, chain) {
-				s.newChains = append(s.newChains, chain)
-			}
-		}
+	for _, c := range s.newChains {
+		s.add = append(s.add, s.state.pickElement(c))
 	}
 	var idle []sizedChain
 	for chain := range s.state.chains {
@@ -194,6 +207,9 @@ func (s *stage) diffChains() {
 	}
 	if len(idle) > idleChains {
 		s.oldChains = idle
+		for _, c := range idle {
+			s.remove = append(s.remove, s.state.pickElement(c))
+		}
 	}
 }
 

@@ -19,8 +19,8 @@ type state struct {
 	uses map[sharedKey]int32
 	// served counts the endpoint sets that each sized chain serves.
 	served map[sizedChain]int32
-	// chains are the sized chains in the kernel, among them idle ones.
-	chains map[sizedChain]struct{}
+	// chains numbers the sized chains in the kernel, among them idle ones.
+	chains map[sizedChain]uint32
 }
 
 // sharedKey is an element of a shared set.
@@ -45,10 +45,10 @@ func newState(f *family) *state {
 		owners:  make(map[proxier.FrontendKey]*proxier.ServicePort),
 		uses:    make(map[sharedKey]int32),
 		served:  make(map[sizedChain]int32),
-		chains:  make(map[sizedChain]struct{}),
+		chains:  make(map[sizedChain]uint32),
 	}
 	for n := range readyChains {
-		st.chains[sizedChain{size: n + 1}] = struct{}{}
+		st.chains[sizedChain{size: n + 1}] = uint32(n + 1)
 	}
 	return st
 }
@@ -67,27 +67,71 @@ func newStateOf(f *family, plan *proxier.Plan) (*state, error) {
 		}
 		st.records[name] = r
 	}
-	for c := range st.served {
-		st.chains[c] = struct{}{}
-	}
 	return st, nil
 }
 
+// recordOf makes the record of port, which follows on old. The caller gives
+// back what it took from the pools if the record does not come to be.
 func (st *state) recordOf(old *record, port *proxier.ServicePort) (*record, error) {
 	if err := st.validate(port); err != nil {
 		return nil, err
 	}
-	return succeed(old, port, st.pools)
+	r, err := succeed(old, port, st.pools)
+	if err != nil {
+		return nil, err
+	}
+	for i := range r.sets {
+		if r.sets[i].chain, err = st.chainNumber(r.chainOf(i)); err != nil {
+			st.pools.giveBack(idsOnlyIn(r, old))
+			return nil, err
+		}
+	}
+	return r, nil
 }
 
-// emitAll hands out every element that Services make.
+// chainNumber returns the number of a chain, and gives it one if it is new.
+func (st *state) chainNumber(c sizedChain) (uint32, error) {
+	if n, known := st.chains[c]; known {
+		return n, nil
+	}
+	n := uint32(c.size)
+	if !c.ownNumber() {
+		var err error
+		if n, err = st.pools.chains.take(); err != nil {
+			return 0, fmt.Errorf("numbers of chains, one for each count of endpoints and affinity timeout: %w", err)
+		}
+	}
+	st.chains[c] = n
+	return n, nil
+}
+
+// dropChain forgets a chain that is not in the kernel or no longer.
+func (st *state) dropChain(c sizedChain) {
+	if !c.ownNumber() {
+		st.pools.chains.giveBack(st.chains[c])
+	}
+	delete(st.chains, c)
+}
+
+// pickElement is what leads to a sized chain.
+func (st *state) pickElement(c sizedChain) element {
+	return element{set: pickChains, key: idKey(st.chains[c]), chain: c.name()}
+}
+
+// emitAll hands out every element that does not depend on the node.
 func (st *state) emitAll(emit func(element)) {
+	for origins := proxier.FromPods; origins <= proxier.FromAnywhere; origins++ {
+		emit(element{set: markChains, key: idKey(uint32(origins)), chain: markChain(origins)})
+	}
 	for _, name := range slices.SortedFunc(maps.Keys(st.records), proxier.ServicePortName.Compare) {
 		st.compile(st.records[name], func(e element) {
 			if !schemas[e.set].shared {
 				emit(e)
 			}
 		})
+	}
+	for _, c := range st.sizedChains() {
+		emit(st.pickElement(c))
 	}
 	for k := range st.uses {
 		emit(element{set: k.set, key: k.key})

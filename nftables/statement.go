@@ -192,15 +192,12 @@ func clearPriority() statement {
 	}}
 }
 
-// priorityIs compares the bits of the priority that are in mask.
-func priorityIs(mask uint32, op expr.CmpOp, id uint32) statement {
-	sign := "=="
-	if op == expr.CmpOpNeq {
-		sign = "!="
-	}
+// priorityIs matches packets whose priority has exactly those of the bits in
+// mask set that id has.
+func priorityIs(mask, id uint32) statement {
 	return statement{
-		fmt.Sprintf("meta priority & %s %s %s", idText(mask), sign, idText(id)),
-		append(priorityBits(mask, 0).load(0), &expr.Cmp{Op: op, Register: reg32(0), Data: host32(id)}),
+		fmt.Sprintf("meta priority & %s == %s", idText(mask), idText(id)),
+		append(priorityBits(mask, 0).load(0), &expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(id)}),
 	}
 }
 

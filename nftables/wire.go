@@ -1,11 +1,16 @@
 package nftables
 
 import (
-	"cmp"
+	"errors"
 	"fmt"
+	"os"
 
 	nft "github.com/google/nftables"
 	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
 )
 
 // wire is the connection to the kernel. Messages gather in it until flush sends
@@ -41,13 +46,44 @@ func dial(f *family, table string) (*wire, error) {
 func (w *wire) close() error { return w.conn.CloseLasting() }
 
 // flush sends what has gathered, as one transaction. Whether it succeeds or
-// not, nothing stays behind.
+// not, nothing stays behind. The error wraps proxier.ErrUnknownState unless the
+// kernel is sure to hold what it held before and that is what was expected.
 func (w *wire) flush() error {
 	failed := w.failed
 	w.failed = nil
 	// After a failure the library holds its own error too and sends nothing,
 	// but forgets what has gathered.
-	return cmp.Or(failed, w.conn.Flush())
+	err := w.conn.Flush()
+	switch {
+	case failed != nil:
+		return failed
+	case err == nil:
+		return nil
+	case isForeignChange(err):
+		return fmt.Errorf("%w, or others changed the table: %w", proxier.ErrUnknownState, err)
+	case !isRefusal(err):
+		return fmt.Errorf("%w: %w", proxier.ErrUnknownState, err)
+	}
+	return err
+}
+
+// isRefusal says whether the transaction was not sent, or was answered with an
+// error number and so undone by the kernel. What is left is that the answer
+// could not be read.
+func isRefusal(err error) bool {
+	var op *netlink.OpError
+	if !errors.As(err, &op) {
+		return false
+	}
+	var call *os.SyscallError
+	return op.Op != "receive" || !errors.As(err, &call)
+}
+
+// isForeignChange recognises answers that can only mean that the table is not
+// as it was left: what is to go is not there, or what is to come is there
+// already. To send less of the same would not help; to write all anew does.
+func isForeignChange(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY)
 }
 
 // replaceTable deletes the table if it exists and makes it anew.

@@ -1,0 +1,246 @@
+package nftables
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+
+	"signalbox/proxier"
+)
+
+// sticky is a lab with one Service port that has affinity, at a cluster IP and
+// a node port.
+type sticky struct {
+	*lab
+	plan     *proxier.Plan
+	proxier  *Proxier
+	proto    proxier.Protocol
+	timeout  time.Duration
+	cluster  netip.AddrPort
+	nodePort netip.AddrPort
+}
+
+func newSticky(l *lab, proto proxier.Protocol, timeout time.Duration, pods ...int) *sticky {
+	s := &sticky{lab: l, plan: l.plan(), proto: proto, timeout: timeout,
+		cluster: netip.AddrPortFrom(l.vip(1), 80), nodePort: netip.AddrPortFrom(l.client.nodeAddr, 30001)}
+	s.fill(l.set(pods...), nil)
+	s.proxier = l.synced(s.plan)
+	return s
+}
+
+// fill puts the Service port into the plan; the node port's external set is
+// another where given.
+func (s *sticky) fill(all, external *proxier.EndpointSet) proxier.ServicePortName {
+	if external == nil {
+		external = all
+	}
+	return put(s.plan, "web", s.proto, s.timeout,
+		proxier.Frontend{Addr: s.cluster.Addr(), Port: 80, Internal: all, External: all},
+		proxier.Frontend{Kind: proxier.NodePort, Port: 30001, Internal: all, External: external})
+}
+
+// become syncs the Service port with other endpoints.
+func (s *sticky) become(all, external *proxier.EndpointSet) {
+	s.t.Helper()
+	name := s.fill(all, external)
+	s.must(s.proxier.Sync(context.Background(), s.plan, proxier.Change{Services: []proxier.ServicePortName{name}}))
+}
+
+// clients lists the client's addresses.
+func (s *sticky) clients() []netip.Addr {
+	list := []netip.Addr{s.client.addr}
+	for len(list) < clientAddrs {
+		list = append(list, list[len(list)-1].Next())
+	}
+	return list
+}
+
+// homes returns the endpoint of each client, and fails if a client is sent to
+// more than one over several connections to the frontends.
+func (s *sticky) homes(to ...netip.AddrPort) map[netip.Addr]string {
+	s.t.Helper()
+	homes := map[netip.Addr]string{}
+	for range 4 {
+		for _, to := range to {
+			for _, c := range s.clients() {
+				a := s.mustAnswerFrom(s.client, c, s.proto, to)
+				if home, known := homes[c]; known && home != a.name {
+					s.t.Fatalf("client %s was sent to %s and then, at %s, to %s", c, home, to, a.name)
+				}
+				homes[c] = a.name
+			}
+		}
+	}
+	return homes
+}
+
+func TestAffinity(t *testing.T) {
+	for _, proto := range protocols {
+		t.Run(proto.String(), func(t *testing.T) {
+			eachFamily(t, func(t *testing.T, l *lab) { followEndpoints(newSticky(l, proto, 3*time.Hour, 1, 2, 3)) })
+		})
+	}
+}
+
+// followEndpoints takes endpoints away and adds them, and looks who moves.
+func followEndpoints(s *sticky) {
+	t := s.t
+	first := s.homes(s.cluster, s.nodePort)
+	// The first client's endpoint goes, and another comes.
+	goes, stay := first[s.client.addr], []int{4}
+	for n := 1; n <= 3; n++ {
+		if fmt.Sprintf("pod%d", n) != goes {
+			stay = append([]int{n}, stay...)
+		}
+	}
+	s.become(s.set(stay...), nil)
+	second := s.homes(s.nodePort, s.cluster)
+	for c, home := range first {
+		if home != goes && second[c] != home {
+			t.Errorf("client %s moved from %s to %s, though only %s went", c, home, second[c], goes)
+		}
+		if second[c] == goes {
+			t.Errorf("client %s is still sent to %s, which is gone", c, goes)
+		}
+	}
+	// The endpoint comes back: nobody moves.
+	s.become(s.set(1, 2, 3, 4), nil)
+	for c, home := range s.homes(s.cluster, s.nodePort) {
+		if second[c] != home {
+			t.Errorf("client %s moved from %s to %s when an endpoint came", c, second[c], home)
+		}
+	}
+	// A change of something else keeps everyone where they are, and none left
+	// is an end of it.
+	s.become(s.set(1, 2, 3, 4), s.set(1, 2, 3, 4))
+	for c, home := range s.homes(s.cluster, s.nodePort) {
+		if second[c] != home {
+			t.Errorf("client %s moved from %s to %s when only the sets were split", c, second[c], home)
+		}
+	}
+	s.become(s.set(), nil)
+	s.mustFail(s.client, s.proto, s.cluster, errRefused)
+}
+
+// TestAffinityAcrossSets: where a client's endpoint is not in the set of the
+// frontend that it uses, it gets one that is, and that is its endpoint from
+// then on wherever it is allowed.
+func TestAffinityAcrossSets(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l *lab) {
+		s := newSticky(l, proxier.TCP, time.Hour, 1)
+		s.become(s.set(3, 4), nil)
+		s.homes(s.cluster) // now at pod3 or pod4
+		s.become(s.set(1, 2, 3, 4), s.set(1, 2))
+		moved := s.homes(s.nodePort)
+		for c, home := range moved {
+			if home != "pod1" && home != "pod2" {
+				t.Errorf("client %s was sent to %s, which is not in the node port's set", c, home)
+			}
+		}
+		for c, home := range s.homes(s.cluster, s.nodePort) {
+			if home != moved[c] {
+				t.Errorf("client %s moved from %s to %s", c, moved[c], home)
+			}
+		}
+	})
+}
+
+// TestAffinityRace: connections of one client that come at the same time agree.
+func TestAffinityRace(t *testing.T) {
+	l := newLab(t, proxier.IPv4)
+	s := newSticky(l, proxier.TCP, time.Hour, 1, 2, 3, 4)
+	for _, c := range s.clients() {
+		var all sync.WaitGroup
+		answers := make([]answer, 16)
+		for i := range answers {
+			all.Go(func() {
+				a, err := l.probe(l.client, c, s.proto, s.cluster, patience)
+				if err != nil {
+					t.Error(err)
+				}
+				answers[i] = a
+			})
+		}
+		all.Wait()
+		for _, a := range answers {
+			if a.name != answers[0].name {
+				t.Errorf("client %s was sent to %s and to %s", c, answers[0].name, a.name)
+			}
+		}
+	}
+}
+
+// TestAffinityEnds: a client is remembered for the time-out after its last
+// connection, not its first.
+func TestAffinityEnds(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l *lab) {
+		s := newSticky(l, proxier.TCP, 100*time.Second, 1, 2, 3, 4)
+		remembered := func() (left []time.Duration) {
+			elements, err := s.proxier.wire.conn.GetSetElements(s.proxier.wire.sets[affinity])
+			l.must(err)
+			for _, e := range elements {
+				left = append(left, e.Expires)
+			}
+			return left
+		}
+		connect := func() answer { return l.mustAnswer(l.client, s.proto, s.cluster) }
+		first := connect()
+		eventually(t, "the client's time runs", func() bool { l := remembered(); return len(l) == 1 && l[0] < 99500*time.Millisecond })
+		if a := connect(); a.name != first.name {
+			t.Errorf("the client moved from %s to %s", first.name, a.name)
+		}
+		if left := remembered(); len(left) != 1 || left[0] < 99500*time.Millisecond {
+			t.Errorf("time left after the second connection: %v, want it to start again at 100s", left)
+		}
+		s.timeout = time.Second
+		s.become(s.set(1, 2, 3, 4), nil)
+		connect()
+		eventually(t, "the client is forgotten", func() bool { return len(remembered()) == 0 })
+		eventually(t, "the client is sent elsewhere", func() bool {
+			if len(remembered()) > 0 {
+				return false
+			}
+			return connect().name != first.name
+		})
+	})
+}
+
+// TestLargeAffinity: a Service port that outgrows a small block of numbers, and
+// shrinks again, stays sticky.
+func TestLargeAffinity(t *testing.T) {
+	l := newLab(t, proxier.IPv4)
+	s := newSticky(l, proxier.TCP, time.Hour, 1, 2, 3, 4)
+	before := s.homes(s.cluster)
+	crowd := l.set(1, 2, 3, 4)
+	for i := range 2000 {
+		crowd.Endpoints = append(crowd.Endpoints, proxier.Endpoint{
+			AddrPort: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}), podPort)})
+	}
+	s.become(crowd, nil)
+	s.become(l.set(1, 2, 3, 4), nil)
+	after := s.homes(s.cluster, s.nodePort)
+	s.become(l.set(1, 2, 3), nil)
+	for c, home := range s.homes(s.cluster, s.nodePort) {
+		if after[c] != home && after[c] != "pod4" {
+			t.Errorf("client %s moved from %s to %s (before the crowd: %s)", c, after[c], home, before[c])
+		}
+	}
+}
+
+// eventually waits for a condition.
+func eventually(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(time.Minute)
+	for !condition() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("not within a minute: %s", what)
+		}
+	}
+}

@@ -1,0 +1,334 @@
+package nftables
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// lab is a node (the test's own namespace) with four Pods, a client outside and
+// a default route, each on a link of its own.
+type lab struct {
+	t      *testing.T
+	family proxier.Family
+	node   netns.NsHandle
+	pods   []*peer
+	client *peer
+}
+
+// peer is a host at the other end of one of the node's links.
+type peer struct {
+	name     string
+	ns       netns.NsHandle
+	addr     netip.Addr // the peer's
+	nodeAddr netip.Addr // the node's on that link
+}
+
+// podPort is where every Pod answers, over TCP and UDP.
+const podPort = 8080
+
+// clientAddrs is how many addresses the client has, from client.addr on.
+const clientAddrs = 8
+
+func newLab(t *testing.T, f proxier.Family) *lab {
+	l := &lab{t: t, family: f, node: inNamespace(t)}
+	forwarding := "/proc/sys/net/ipv4/ip_forward"
+	if f == proxier.IPv6 {
+		forwarding = "/proc/sys/net/ipv6/conf/all/forwarding"
+	}
+	if err := os.WriteFile(forwarding, []byte("1"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l.must(netlink.LinkSetUp(l.link("lo")))
+	for i := range 4 {
+		p := l.connect(fmt.Sprintf("pod%d", i+1), i+1, 1)
+		l.serve(p)
+		l.pods = append(l.pods, p)
+	}
+	l.client = l.connect("client", 100, clientAddrs)
+	// What nobody takes leaves by a link of its own: sent back to the client it
+	// would draw redirects, which use up the client's allowance of ICMP errors.
+	uplink := l.connect("uplink", 101, 1)
+	l.must(netlink.RouteAdd(&netlink.Route{Gw: uplink.addr.AsSlice()}))
+	return l
+}
+
+// eachFamily runs a test in a lab of each family.
+func eachFamily(t *testing.T, test func(t *testing.T, l *lab)) {
+	for _, f := range proxier.Families {
+		t.Run(f.String(), func(t *testing.T) { test(t, newLab(t, f)) })
+	}
+}
+
+func (l *lab) must(err error) {
+	l.t.Helper()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func (l *lab) link(name string) netlink.Link {
+	link, err := netlink.LinkByName(name)
+	l.must(err)
+	return link
+}
+
+// addr is host number host on link number net.
+func (l *lab) addr(net, host int) netip.Addr {
+	if l.family == proxier.IPv6 {
+		return netip.MustParseAddr(fmt.Sprintf("fd00:0:0:%x::%x", net, host))
+	}
+	return netip.MustParseAddr(fmt.Sprintf("10.0.%d.%d", net, host))
+}
+
+// podPrefix holds the Pods' links and not the client's.
+func (l *lab) podPrefix() netip.Prefix {
+	if l.family == proxier.IPv6 {
+		return netip.PrefixFrom(l.addr(0, 0), 60)
+	}
+	return netip.PrefixFrom(l.addr(0, 0), 20)
+}
+
+// vip is a virtual address outside of all links.
+func (l *lab) vip(n int) netip.Addr {
+	if l.family == proxier.IPv6 {
+		return netip.MustParseAddr(fmt.Sprintf("fd00:96::%x", n))
+	}
+	return netip.MustParseAddr(fmt.Sprintf("172.30.0.%d", n))
+}
+
+func (l *lab) vips() netip.Prefix {
+	if l.family == proxier.IPv6 {
+		return netip.MustParsePrefix("fd00:96::/112")
+	}
+	return netip.MustParsePrefix("172.30.0.0/16")
+}
+
+// connect makes a namespace with a link to the node.
+func (l *lab) connect(name string, net, addrs int) *peer {
+	ns, err := netns.New() // and enters it
+	l.must(err)
+	l.must(netns.Set(l.node))
+	l.t.Cleanup(func() { ns.Close() })
+	p := &peer{name: name, ns: ns, addr: l.addr(net, 2), nodeAddr: l.addr(net, 1)}
+	l.must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: "eth0", PeerNamespace: netlink.NsFd(ns)}))
+	l.up(name, p.nodeAddr)
+	l.inside(p, func() {
+		l.must(netlink.LinkSetUp(l.link("lo")))
+		a := p.addr
+		for range addrs {
+			l.up("eth0", a)
+			a = a.Next()
+		}
+		l.must(netlink.RouteAdd(&netlink.Route{Gw: p.nodeAddr.AsSlice()}))
+	})
+	return p
+}
+
+func (l *lab) up(name string, a netip.Addr) {
+	bits := 24
+	if l.family == proxier.IPv6 {
+		bits = 64
+	}
+	link := l.link(name)
+	l.must(netlink.LinkSetUp(link))
+	l.must(netlink.AddrAdd(link, &netlink.Addr{
+		IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, l.family.HostBits())}, Flags: unix.IFA_F_NODAD,
+	}))
+}
+
+// inside runs f in the peer's namespace, on the test's own thread.
+func (l *lab) inside(p *peer, f func()) {
+	l.must(netns.Set(p.ns))
+	defer func() { l.must(netns.Set(l.node)) }()
+	f()
+}
+
+// serve answers every connection and datagram with the peer's name and the
+// address that it came from.
+func (l *lab) serve(p *peer) {
+	answer := func(from net.Addr) []byte {
+		return fmt.Appendf(nil, "%s %s\n", p.name, netip.MustParseAddrPort(from.String()).Addr())
+	}
+	l.inside(p, func() {
+		tcp, err := net.Listen("tcp", netip.AddrPortFrom(p.addr, podPort).String())
+		l.must(err)
+		udp, err := net.ListenPacket("udp", netip.AddrPortFrom(p.addr, podPort).String())
+		l.must(err)
+		l.t.Cleanup(func() { tcp.Close(); udp.Close() })
+		go func() {
+			for {
+				c, err := tcp.Accept()
+				if err != nil {
+					return
+				}
+				c.Write(answer(c.RemoteAddr()))
+				c.Close()
+			}
+		}()
+		go func() {
+			for b := make([]byte, 16); ; {
+				_, from, err := udp.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				udp.WriteTo(answer(from), from)
+			}
+		}()
+	})
+}
+
+// answer is who answered, and the source address that it saw.
+type answer struct {
+	name string
+	from netip.Addr
+}
+
+var (
+	errRefused = errors.New("refused")
+	errSilence = errors.New("no answer")
+)
+
+// patience is how long an answer may take; silence is how long none must come
+// for it to count as none.
+const patience, silence = 20 * time.Second, 400 * time.Millisecond
+
+// probe connects from a peer (nil: from the node) and returns the answer. The
+// zero source is the peer's first address.
+func (l *lab) probe(from *peer, source netip.Addr, proto proxier.Protocol, to netip.AddrPort, wait time.Duration) (answer, error) {
+	ns := l.node
+	if from != nil {
+		ns = from.ns
+		if !source.IsValid() {
+			source = from.addr
+		}
+	}
+	type result struct {
+		a   answer
+		err error
+	}
+	done := make(chan result)
+	go func() {
+		// Not unlocked: the thread ends with the goroutine.
+		runtime.LockOSThread()
+		var r result
+		if r.err = netns.Set(ns); r.err == nil {
+			r.a, r.err = connect(source, proto, to, wait)
+		}
+		done <- r
+	}()
+	r := <-done
+	return r.a, r.err
+}
+
+func connect(source netip.Addr, proto proxier.Protocol, to netip.AddrPort, wait time.Duration) (answer, error) {
+	d := net.Dialer{Timeout: wait}
+	if source.IsValid() {
+		if proto == proxier.UDP {
+			d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
+		} else {
+			d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
+		}
+	}
+	c, err := d.DialContext(context.Background(), proto.String(), to.String())
+	if err != nil {
+		return answer{}, outcome(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(wait))
+	if proto == proxier.UDP {
+		c.Write([]byte("?"))
+	}
+	line, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		return answer{}, outcome(err)
+	}
+	name, addr, _ := strings.Cut(strings.TrimSpace(line), " ")
+	a, err := netip.ParseAddr(addr)
+	return answer{name, a.Unmap()}, err
+}
+
+func outcome(err error) error {
+	var timeout net.Error
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return errRefused
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return errSilence
+	}
+	return err
+}
+
+// mustAnswer probes and expects an answer.
+func (l *lab) mustAnswer(from *peer, proto proxier.Protocol, to netip.AddrPort) answer {
+	l.t.Helper()
+	return l.mustAnswerFrom(from, netip.Addr{}, proto, to)
+}
+
+func (l *lab) mustAnswerFrom(from *peer, source netip.Addr, proto proxier.Protocol, to netip.AddrPort) answer {
+	l.t.Helper()
+	a, err := l.probe(from, source, proto, to, patience)
+	if err != nil {
+		l.t.Fatalf("%s to %s: %v", proto, to, err)
+	}
+	return a
+}
+
+// mustFail probes and expects the error.
+func (l *lab) mustFail(from *peer, proto proxier.Protocol, to netip.AddrPort, want error) {
+	l.t.Helper()
+	wait := patience
+	if want == errSilence {
+		wait = silence
+	}
+	if a, err := l.probe(from, netip.Addr{}, proto, to, wait); !errors.Is(err, want) {
+		l.t.Errorf("%s to %s: got %v and error %v, want %v", proto, to, a, err, want)
+	}
+}
+
+// set is the endpoint set of the Pods of these numbers (from 1).
+func (l *lab) set(pods ...int) *proxier.EndpointSet {
+	s := &proxier.EndpointSet{}
+	for _, n := range pods {
+		s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(l.pods[n-1].addr, podPort), MayHairpin: true})
+	}
+	return s
+}
+
+// plan is a plan for the lab's node without Services.
+func (l *lab) plan() *proxier.Plan {
+	return &proxier.Plan{
+		Family: l.family,
+		Node: proxier.Node{
+			LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{l.podPrefix()}},
+			NodePortAddrs: proxier.NodePortAddrs{Addrs: []netip.Addr{l.client.nodeAddr}},
+			ServiceCIDRs:  []netip.Prefix{l.vips()},
+		},
+		Services: map[proxier.ServicePortName]*proxier.ServicePort{},
+	}
+}
+
+// put adds a Service port to the plan, or replaces it.
+func put(plan *proxier.Plan, name string, proto proxier.Protocol, timeout time.Duration, frontends ...proxier.Frontend) proxier.ServicePortName {
+	sp := &proxier.ServicePort{
+		Name:            proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "test", Name: name}, Protocol: proto},
+		AffinityTimeout: timeout, Frontends: frontends,
+	}
+	plan.Services[sp.Name] = sp
+	return sp.Name
+}

@@ -1,0 +1,384 @@
+package nftables
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+var update = flag.Bool("update", false, "write golden files anew")
+
+// blocks takes a listing apart: the lines of each set and chain by its first
+// line. Elements come sorted, one to a line.
+func blocks(t testing.TB, listing string) map[string][]string {
+	t.Helper()
+	result := map[string][]string{}
+	head, elements := "", ""
+	for line := range strings.Lines(listing) {
+		line = strings.TrimSpace(line)
+		switch {
+		case elements != "" || strings.HasPrefix(line, "elements = {"):
+			elements += line + " "
+			if !strings.HasSuffix(line, "}") {
+				continue
+			}
+			elements = strings.TrimSuffix(strings.TrimPrefix(elements, "elements = {"), "} ")
+			list := strings.Split(elements, ",")
+			for i := range list {
+				list[i] = strings.TrimSpace(list[i])
+			}
+			slices.Sort(list)
+			result[head] = append(result[head], list...)
+			elements = ""
+		case strings.HasSuffix(line, "{"):
+			head = line
+			result[head] = []string{}
+		case line != "" && line != "}":
+			result[head] = append(result[head], line)
+		}
+	}
+	if len(result) < int(setCount) {
+		t.Fatalf("a listing of %d blocks:\n%s", len(result), listing)
+	}
+	return result
+}
+
+// compareKernel fails unless nft lists exactly what the Proxier believes to be
+// in the kernel.
+func compareKernel(t testing.TB, p *Proxier, node proxier.Node) {
+	t.Helper()
+	want := blocks(t, ruleset{p.family, p.mark, node}.render(p.state))
+	got := blocks(t, runNft(t, "list", "table", p.word, tableName))
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Fatalf("the kernel's table differs (- believed, + listed):\n%s", diff)
+	}
+}
+
+// generator makes plans and changes at random. Services share the frontends
+// of a small pool only through their own numbers, as resolved plans do.
+type generator struct {
+	*rand.Rand
+	family proxier.Family
+}
+
+func (g generator) addr(a, b int) netip.Addr {
+	if g.family == proxier.IPv6 {
+		return netip.MustParseAddr(fmt.Sprintf("fd00:%x::%x", a+1, b+1))
+	}
+	return netip.AddrFrom4([4]byte{10, byte(a), byte(b >> 8), byte(b)})
+}
+
+func (g generator) chance(percent int) bool { return g.IntN(100) < percent }
+
+func (g generator) set() *proxier.EndpointSet {
+	s := &proxier.EndpointSet{}
+	n := g.IntN(6)
+	if g.chance(5) {
+		n = 20 + g.IntN(30)
+	}
+	for _, i := range g.Perm(60)[:n] {
+		s.Endpoints = append(s.Endpoints, proxier.Endpoint{
+			AddrPort: netip.AddrPortFrom(g.addr(128, i), 8080+uint16(i%2)), MayHairpin: i%3 == 0,
+		})
+	}
+	slices.SortFunc(s.Endpoints, func(a, b proxier.Endpoint) int { return a.AddrPort.Compare(b.AddrPort) })
+	return s
+}
+
+func (g generator) prefix() netip.Prefix {
+	return netip.PrefixFrom(g.addr(g.IntN(3), 0), g.family.HostBits()-g.IntN(g.family.HostBits()+1)).Masked()
+}
+
+func (g generator) prefixes() []netip.Prefix {
+	list := []netip.Prefix{}
+	for range g.IntN(4) {
+		list = append(list, g.prefix())
+	}
+	return list
+}
+
+// port is a random Service port number n, whose frontends no other number has.
+func (g generator) port(n int) *proxier.ServicePort {
+	sp := &proxier.ServicePort{Name: proxier.ServicePortName{
+		ServiceName: proxier.ServiceName{Namespace: "test", Name: fmt.Sprintf("svc-%d", n)},
+		Port:        "p", Protocol: proxier.Protocols[n%3],
+	}}
+	if g.chance(40) {
+		sp.AffinityTimeout = []time.Duration{10 * time.Second, 3*time.Hour + 5*time.Second}[g.IntN(2)]
+	}
+	sets := []*proxier.EndpointSet{g.set(), g.set(), g.set()}
+	for i := range g.IntN(5) {
+		f := proxier.Frontend{
+			Kind: proxier.FrontendKind(i), Addr: g.addr(96+i, n), Port: uint16(80 + n),
+			Internal: sets[0], External: sets[g.IntN(len(sets))],
+			WhenEmpty: proxier.Verdict(g.IntN(2)), Masquerade: proxier.Origins(g.IntN(8)),
+		}
+		if i == int(proxier.NodePort) {
+			f.Addr = netip.Addr{}
+		}
+		if g.chance(30) {
+			f.Sources = g.prefixes()
+		}
+		sp.Frontends = append(sp.Frontends, f)
+	}
+	return sp
+}
+
+func (g generator) node() proxier.Node {
+	n := proxier.Node{ServiceCIDRs: g.prefixes()}
+	switch g.IntN(4) {
+	case 0:
+		n.LocalPods.Prefixes = g.prefixes()
+	case 1:
+		n.LocalPods.Interface = "cni0"
+	case 2:
+		n.LocalPods.InterfacePrefix = "veth"
+	}
+	n.NodePortAddrs.All = g.chance(30)
+	for i := range g.IntN(3) {
+		n.NodePortAddrs.Addrs = append(n.NodePortAddrs.Addrs, g.addr(192, i))
+	}
+	return n
+}
+
+// step changes the plan at random and says how.
+func (g generator) step(plan *proxier.Plan) proxier.Change {
+	var change proxier.Change
+	for _, n := range g.Perm(12)[:1+g.IntN(3)] {
+		sp := g.port(n)
+		change.Services = append(change.Services, sp.Name)
+		switch old := plan.Services[sp.Name]; {
+		case g.chance(25):
+			delete(plan.Services, sp.Name)
+		case g.chance(20) && old != nil:
+			again := *old // the same in a new value
+			plan.Services[sp.Name] = &again
+		default:
+			plan.Services[sp.Name] = sp
+		}
+	}
+	if g.chance(20) {
+		change.Node, plan.Node = true, g.node()
+	}
+	return change
+}
+
+// TestKernelFollows: after any changes the kernel holds what the Proxier
+// believes, as nft lists it, and that means the same as a table written anew.
+func TestKernelFollows(t *testing.T) {
+	for _, f := range proxier.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			inNamespace(t)
+			g := generator{rand.New(rand.NewPCG(1, uint64(f))), f}
+			plan := &proxier.Plan{Family: f, Node: g.node(), Services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+			p := newProxier(t, f)
+			for i := range 150 {
+				change := g.step(plan)
+				if err := p.Sync(context.Background(), plan, change); err != nil {
+					t.Fatalf("step %d: %v", i, err)
+				}
+				if i%5 == 0 {
+					compareKernel(t, p, plan.Node)
+				}
+				compareMeaning(t, p.state, plan)
+			}
+			if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+				t.Fatal(err)
+			}
+			compareKernel(t, p, plan.Node)
+		})
+	}
+}
+
+// compareMeaning fails unless a state of many changes means the same as one
+// made at once.
+func compareMeaning(t testing.TB, st *state, plan *proxier.Plan) {
+	t.Helper()
+	fresh, err := newStateOf(st.family, plan)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(meaning(t, fresh), meaning(t, st)); diff != "" {
+		t.Fatalf("the table means something else than one written anew (- anew, + after the changes):\n%s", diff)
+	}
+}
+
+// meaning resolves a state's ids: each frontend with the endpoints that a
+// packet can be sent to, and all elements that hold no id as they are.
+func meaning(t testing.TB, st *state) []string {
+	t.Helper()
+	byKey := map[setID]map[string]element{}
+	st.emitAll(func(e element) {
+		if byKey[e.set] == nil {
+			byKey[e.set] = map[string]element{}
+		}
+		if twice, seen := byKey[e.set][e.key+e.end]; seen {
+			t.Fatalf("two elements of %s share a key: %s and %s", schemas[e.set].name, twice.text(st.family), e.text(st.family))
+		}
+		byKey[e.set][e.key+e.end] = e
+	})
+	chains := map[uint32]sizedChain{}
+	for c, n := range st.chains {
+		chains[n] = c
+	}
+	var lines []string
+	for set, elements := range byKey {
+		for _, e := range elements {
+			switch set {
+			case pickChains, endpoints, affinitySlots, affinityEndpoints, affinityEndpoints + 1, affinityEndpoints + 2, affinityEndpoints + 3:
+			case frontends, internalFrontends, nodePorts, internalNodePorts:
+				id := bigEndian(e.data)
+				lines = append(lines, fmt.Sprintf("%s %s: %s", schemas[set].name, fieldsText(st.family, schemas[set].key, e.key, ""),
+					strings.Join(reach(t, st, byKey, chains, id), " ")))
+			default:
+				lines = append(lines, schemas[set].name+" "+e.text(st.family))
+			}
+		}
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+func bigEndian(s string) uint32 {
+	return uint32(s[0])<<24 | uint32(s[1])<<16 | uint32(s[2])<<8 | uint32(s[3])
+}
+
+// reach does for an id what the rules do for a packet: it lists the endpoints
+// in all slots of the chain.
+func reach(t testing.TB, st *state, byKey map[setID]map[string]element, chains map[uint32]sizedChain, id uint32) []string {
+	t.Helper()
+	if id == noSet {
+		return nil
+	}
+	c, known := chains[id&chainMask]
+	if !known {
+		t.Fatalf("id %s leads to no chain", idText(id))
+	}
+	list := []string{fmt.Sprintf("affinity %s", c.timeout)}
+	for slot := range c.size {
+		var e element
+		if c.timeout == 0 {
+			e, known = byKey[endpoints][slotKey(id&^chainMask, slot)]
+		} else if e, known = byKey[affinitySlots][slotKey(id&blockMask(c.large)|uint32(c.variant), slot)]; known {
+			e, known = byKey[affinityEndpoints+setID(c.variant)][idKey(bigEndian(e.data))]
+		}
+		if !known {
+			t.Fatalf("id %s: slot %d of %s leads nowhere", idText(id), slot, c.name())
+		}
+		list = append(list, fieldsText(st.family, addrPort, e.data, ""))
+	}
+	slices.Sort(list)
+	return list
+}
+
+// TestRender compares the rendered plan with a golden file and with the
+// kernel's own listing.
+func TestRender(t *testing.T) {
+	for _, f := range proxier.Families {
+		g := generator{rand.New(rand.NewPCG(7, 7)), f}
+		plan := &proxier.Plan{Family: f, Services: map[proxier.ServicePortName]*proxier.ServicePort{}, Node: proxier.Node{
+			LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{netip.PrefixFrom(g.addr(128, 0), g.family.HostBits()/2)}},
+			NodePortAddrs: proxier.NodePortAddrs{Addrs: []netip.Addr{g.addr(192, 1)}},
+			ServiceCIDRs:  []netip.Prefix{netip.PrefixFrom(g.addr(96, 0), 16).Masked()},
+		}}
+		for n := range 6 {
+			sp := g.port(n)
+			plan.Services[sp.Name] = sp
+		}
+		t.Run(f.String(), func(t *testing.T) {
+			opts := testOptions
+			opts.Family = f
+			got := Render(opts, plan)
+			if again := Render(opts, plan); again != got {
+				t.Error("the same plan renders differently the second time")
+			}
+			golden := filepath.Join("testdata", "render-"+f.String()+".nft")
+			if *update {
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), got); diff != "" {
+				t.Errorf("rendered (- %s, +):\n%s", golden, diff)
+			}
+			inNamespace(t)
+			p := newProxier(t, f)
+			if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+				t.Fatal(err)
+			}
+			listed := blocks(t, runNft(t, "list", "ruleset"))
+			if diff := cmp.Diff(blocks(t, got), listed); diff != "" {
+				t.Errorf("nft lists something else (- rendered, + listed):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestNothingIsLost counts in the kernel what a large plan makes.
+func TestNothingIsLost(t *testing.T) {
+	inNamespace(t)
+	plan := proxiertest.Fleet(proxier.IPv4, 10_000, 10)
+	p := newProxier(t, proxier.IPv4)
+	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		t.Fatal(err)
+	}
+	want := map[setID]int{frontends: 10_000, masquerade: 10_000, clusterIPs: 10_000, endpoints: 100_000, hairpin: 1000}
+	for set, n := range want {
+		elements, err := p.wire.conn.GetSetElements(p.wire.sets[set])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(elements) != n {
+			t.Errorf("%d elements in %s, want %d", len(elements), schemas[set].name, n)
+		}
+	}
+	chains, err := p.wire.conn.ListChainsOfTableFamily(p.table)
+	if err != nil {
+		t.Fatal(err)
+	}
+	small := ruleset{p.family, p.mark, plan.Node}.chains(newState(p.family))
+	if len(chains) != len(small) {
+		t.Errorf("%d chains with 10,000 Services, %d with none", len(chains), len(small))
+	}
+}
+
+// TestLongNames: names that no API server lets through reach the listing as
+// something readable.
+func TestLongNames(t *testing.T) {
+	inNamespace(t)
+	plan := proxiertest.Fleet(proxier.IPv4, 0, 0)
+	set := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.MustParseAddrPort("10.0.0.1:80")}}}
+	for i, name := range []string{"", strings.Repeat("long", 100), "quote\" \\ new\nline \xff ü", "{ }, ; # $x"} {
+		plan.Services[proxier.ServicePortName{ServiceName: proxier.ServiceName{Name: name}}] = &proxier.ServicePort{
+			Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Name: name}, Protocol: proxier.TCP},
+			Frontends: []proxier.Frontend{{Addr: netip.AddrFrom4([4]byte{10, 96, 0, byte(i)}), Port: 1, Internal: set, External: set}},
+		}
+	}
+	p := newProxier(t, proxier.IPv4)
+	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		t.Fatal(err)
+	}
+	listing := runNft(t, "list", "map", "ip", tableName, "frontends")
+	for _, want := range []string{`"/"`, `"/quote? ? new?line ? ?"`, `"/{ }, ; # $x"`, strings.Repeat("long", 31) + "lo\""} {
+		if !strings.Contains(listing, want) {
+			t.Errorf("no comment %s in:\n%s", want, listing)
+		}
+	}
+}

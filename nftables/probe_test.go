@@ -1,0 +1,90 @@
+package nftables
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+// TestSupported: this kernel can all, each feature alone can be tried, and
+// nothing of the attempt stays.
+func TestSupported(t *testing.T) {
+	for _, f := range proxier.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			inNamespace(t)
+			if err := Supported(f); err != nil {
+				t.Fatal(err)
+			}
+			w, err := dial(familyOf(f), probeTable)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer w.close()
+			for _, feature := range features(w.family) {
+				if err := w.tryFeatures(feature); err != nil {
+					t.Errorf("%s: %v", feature.missing, err)
+				}
+			}
+			if listing := runNft(t, "list", "ruleset"); listing != "" {
+				t.Errorf("the attempt left behind:\n%s", listing)
+			}
+		})
+	}
+}
+
+// TestDiagnose: the error names the first feature that the kernel refuses.
+func TestDiagnose(t *testing.T) {
+	for _, test := range []struct {
+		want    string
+		refuses func(missing string) error
+	}{
+		{"numgen", func(missing string) error {
+			if missing == "" || strings.Contains(missing, "numgen") || strings.Contains(missing, "dnat") {
+				return unix.ENOENT
+			}
+			return nil
+		}},
+		{"together", func(missing string) error {
+			if missing == "" {
+				return unix.EINVAL
+			}
+			return nil
+		}},
+		{"CAP_NET_ADMIN", func(string) error { return unix.EPERM }},
+	} {
+		err := diagnose(proxier.IPv4, func(features ...feature) error { return test.refuses(features[0].missing) })
+		var unsupported *proxier.UnsupportedError
+		if !errors.As(err, &unsupported) || unsupported.Mode != Mode || !strings.Contains(err.Error(), test.want) || unsupported.Err == nil {
+			t.Errorf("error %v, want an UnsupportedError that names %q", err, test.want)
+		}
+	}
+}
+
+// TestCleanup: our table goes, others stay, and none is no error.
+func TestCleanup(t *testing.T) {
+	for _, f := range proxier.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			inNamespace(t)
+			if err := Cleanup(f); err != nil {
+				t.Errorf("with no table: %v", err)
+			}
+			p := newProxier(t, f)
+			if err := p.Sync(context.Background(), proxiertest.Fleet(f, 3, 2), proxier.Change{All: true}); err != nil {
+				t.Fatal(err)
+			}
+			runNft(t, "add", "table", p.word, "kube-proxy")
+			if err := Cleanup(f); err != nil {
+				t.Error(err)
+			}
+			if got, want := strings.TrimSpace(runNft(t, "list", "tables")), "table "+p.word+" kube-proxy"; got != want {
+				t.Errorf("tables after Cleanup: %q, want %q", got, want)
+			}
+		})
+	}
+}

@@ -1,0 +1,158 @@
+package nftables
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+func TestDisjoint(t *testing.T) {
+	for _, test := range []struct{ in, want []string }{
+		{nil, nil},
+		{[]string{"10.1.2.3/8"}, []string{"10.0.0.0/8"}},
+		{[]string{"10.1.0.0/16", "10.0.0.0/8", "10.1.2.3/32"}, []string{"10.0.0.0/8"}},
+		{[]string{"10.1.0.0/16", "10.0.0.0/16", "10.1.0.0/16"}, []string{"10.0.0.0/16", "10.1.0.0/16"}},
+		{[]string{"fd00::/64", "::/0"}, []string{"::/0"}},
+	} {
+		var in []netip.Prefix
+		for _, p := range test.in {
+			in = append(in, netip.MustParsePrefix(p))
+		}
+		var got []string
+		for _, p := range disjoint(in) {
+			got = append(got, p.String())
+		}
+		if !slices.Equal(got, test.want) {
+			t.Errorf("disjoint(%v) = %v, want %v", test.in, got, test.want)
+		}
+	}
+}
+
+func TestLastAddr(t *testing.T) {
+	for in, want := range map[string]string{
+		"10.1.2.3/8": "10.255.255.255", "10.1.2.3/32": "10.1.2.3", "0.0.0.0/0": "255.255.255.255", "fd00:0:0:10::/60": "fd00::1f:ffff:ffff:ffff:ffff",
+	} {
+		if got := lastAddr(netip.MustParsePrefix(in)).String(); got != want {
+			t.Errorf("lastAddr(%s) = %s, want %s", in, got, want)
+		}
+	}
+}
+
+// TestIDPool: ids come in turn, none twice, and one given back comes last.
+func TestIDPool(t *testing.T) {
+	p := newIDPool(10, 16, 2)
+	var got []uint32
+	take := func() {
+		id, err := p.take()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, id)
+	}
+	take()
+	take()
+	p.giveBack(10)
+	take()
+	take()
+	take()
+	if want := []uint32{10, 12, 14, 16, 10}; !slices.Equal(got, want) {
+		t.Errorf("took %v, want %v", got, want)
+	}
+	if id, err := p.take(); err == nil {
+		t.Errorf("took %d though all are in use", id)
+	}
+}
+
+// TestIDsDoNotMeet: the kinds of ids have ranges of their own within ours.
+func TestIDsDoNotMeet(t *testing.T) {
+	for _, test := range []struct {
+		name        string
+		first, last uint32
+		room        uint32 // how many ids belong to each
+		pool        func(*idPools) *idPool
+	}{
+		{"plain", plainFirst, plainLast, 1 << chainBits, func(p *idPools) *idPool { return p.plain }},
+		{"small", smallFirst, smallLast, 2 * uint32(blockRoom(false)), func(p *idPools) *idPool { return p.small }},
+		{"large", largeFirst, largeLast, 2 * uint32(blockRoom(true)), func(p *idPools) *idPool { return p.large }},
+	} {
+		pools := newIDPools()
+		for _, id := range []uint32{test.first, test.last, test.last + test.room - 1} {
+			if id&idSpaceMask != idSpace {
+				t.Errorf("%s id %#x is outside of our range", test.name, id)
+			}
+			if pools.of(id) != test.pool(pools) {
+				t.Errorf("%s id %#x is taken for another kind", test.name, id)
+			}
+		}
+	}
+	for _, large := range []bool{false, true} {
+		if ^blockMask(large) != endpointFlag(large)|uint32(blockRoom(large)-1) || endpointFlag(large)&chainMask != 0 {
+			t.Errorf("large %v: mask %#x, flag %#x and room %d do not fit", large, blockMask(large), endpointFlag(large), blockRoom(large))
+		}
+	}
+}
+
+// TestSlots: endpoints keep their slots.
+func TestSlots(t *testing.T) {
+	set := func(ports ...uint16) *proxier.EndpointSet {
+		s := &proxier.EndpointSet{}
+		for _, p := range ports {
+			s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(netip.IPv4Unspecified(), p)})
+		}
+		return s
+	}
+	var before *numberedSet
+	for _, test := range []struct{ ports, want []uint16 }{
+		{[]uint16{1, 2, 3}, []uint16{1, 2, 3}},
+		{[]uint16{2, 3}, []uint16{3, 2}},
+		{[]uint16{1, 2, 3, 4}, []uint16{3, 2, 1, 4}},
+		{[]uint16{4}, []uint16{4}},
+		{[]uint16{5, 6}, []uint16{5, 6}},
+		{[]uint16{4, 5}, []uint16{5, 4}},
+	} {
+		s := &numberedSet{EndpointSet: set(test.ports...)}
+		s.order = slotOrder(before, s.EndpointSet)
+		var got []uint16
+		for slot := range s.Len() {
+			got = append(got, s.Endpoints[s.endpoint(slot)].Port())
+		}
+		if !slices.Equal(got, test.want) {
+			t.Errorf("endpoints %v are in slots %v, want %v", test.ports, got, test.want)
+		}
+		before = s
+	}
+}
+
+// TestEndpointNumbers: a number of a block comes back into use only after the
+// others.
+func TestEndpointNumbers(t *testing.T) {
+	pools := newIDPools()
+	var r *record
+	seen := map[uint32]int{}
+	for i := range 200 {
+		sp := proxiertest.FleetService(proxier.IPv4, 0, i*10, 10)
+		sp.AffinityTimeout = 1e9
+		next, err := succeed(r, sp, pools)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r != nil && next.block != r.block {
+			t.Fatalf("the block changed from %#x to %#x", r.block, next.block)
+		}
+		r = next
+		for _, n := range r.sets[0].numbers {
+			seen[n]++
+		}
+	}
+	if len(seen) != blockRoom(false) {
+		t.Errorf("%d numbers were used, want all %d", len(seen), blockRoom(false))
+	}
+	for n, times := range seen {
+		if times > 2 {
+			t.Errorf("number %d was given %d times in 2,000", n, times)
+		}
+	}
+}

@@ -1,0 +1,355 @@
+package nftables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+// believed is the table's contents by the state, element by element.
+func believed(st *state) []string {
+	var lines []string
+	st.emitAll(func(e element) { lines = append(lines, schemas[e.set].name+" "+e.text(st.family)) })
+	slices.Sort(lines)
+	return lines
+}
+
+// FuzzStage drives a state through changes that are committed, undone or
+// refused, with a model of the kernel beside it, and compares the two and a
+// state made at once.
+func FuzzStage(f *testing.F) {
+	for seed := range uint64(20) {
+		f.Add(seed, seed*7)
+	}
+	f.Fuzz(func(t *testing.T, a, b uint64) {
+		g := generator{rand.New(rand.NewPCG(a, b)), proxier.Families[a%2]}
+		st := newState(familyOf(g.family))
+		kernel := map[elementKey]element{}
+		st.emitAll(func(e element) { kernel[e.id()] = e })
+		plan := &proxier.Plan{Family: g.family, Services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+		for range 30 {
+			before, old := believed(st), maps.Clone(plan.Services)
+			change := g.step(plan)
+			conflict := g.chance(10) && stealFrontend(plan, change.Services)
+			s, err := st.stage(plan, change.Services)
+			if (err != nil) != conflict {
+				t.Fatalf("stage: error %v, conflict %v", err, conflict)
+			}
+			if err == nil && g.chance(20) {
+				s.undo()
+				err = errors.New("undone")
+			}
+			if err != nil {
+				if diff := cmp.Diff(before, believed(st)); diff != "" {
+					t.Fatalf("after an error the state is another (- before, + after):\n%s", diff)
+				}
+				plan.Services = old
+				continue
+			}
+			apply(t, kernel, s)
+			s.commit()
+			compareModel(t, kernel, st)
+			compareMeaning(t, st, plan)
+		}
+	})
+}
+
+// stealFrontend gives a changed Service port a frontend that an unchanged one
+// holds, if there are such.
+func stealFrontend(plan *proxier.Plan, changed []proxier.ServicePortName) bool {
+	thief := plan.Services[changed[0]]
+	if thief == nil {
+		return false
+	}
+	for _, name := range slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare) {
+		sp := plan.Services[name]
+		if !slices.Contains(changed, name) && len(sp.Frontends) > 0 && name.Protocol == thief.Name.Protocol {
+			robbed := *thief
+			robbed.Frontends = append(slices.Clone(thief.Frontends), sp.Frontends[0])
+			robbed.AffinityTimeout = 0
+			plan.Services[changed[0]] = &robbed
+			return true
+		}
+	}
+	return false
+}
+
+// apply does to a model of the kernel what a stage asks for, and fails where
+// the kernel would.
+func apply(t *testing.T, kernel map[elementKey]element, s *stage) {
+	t.Helper()
+	for _, e := range s.remove {
+		if kernel[e.id()] != e {
+			t.Fatalf("%s %s is removed and not there", schemas[e.set].name, e.text(s.state.family))
+		}
+		delete(kernel, e.id())
+	}
+	for _, e := range s.add {
+		if _, exists := kernel[e.id()]; exists {
+			t.Fatalf("%s %s is added and there already", schemas[e.set].name, e.text(s.state.family))
+		}
+		kernel[e.id()] = e
+	}
+}
+
+func compareModel(t *testing.T, kernel map[elementKey]element, st *state) {
+	t.Helper()
+	var lines []string
+	for _, e := range kernel {
+		lines = append(lines, schemas[e.set].name+" "+e.text(st.family))
+	}
+	slices.Sort(lines)
+	if diff := cmp.Diff(believed(st), lines); diff != "" {
+		t.Fatalf("the kernel holds something else (- believed, + held):\n%s", diff)
+	}
+}
+
+// TestChangeIsSmall counts the elements that changes of one Service write.
+func TestChangeIsSmall(t *testing.T) {
+	fleet := func(firstPod, n int) *proxier.ServicePort {
+		return proxiertest.FleetService(proxier.IPv4, 5, firstPod, n)
+	}
+	sticky := func(sp *proxier.ServicePort) *proxier.ServicePort {
+		sp.AffinityTimeout = time.Hour
+		return sp
+	}
+	for _, test := range []struct {
+		name        string
+		before      *proxier.ServicePort
+		after       *proxier.ServicePort
+		remove, add int
+	}{
+		{"nothing", fleet(51, 10), fleet(51, 10), 0, 0},
+		{"an endpoint is replaced by another", fleet(51, 10), fleet(52, 10), 1, 1},
+		// The frontend's id names the chain, so it changes too.
+		{"an endpoint comes", fleet(51, 10), fleet(51, 11), 1, 2},
+		{"the first endpoint goes", fleet(51, 10), fleet(52, 9), 3, 2},
+		{"the last endpoint goes", fleet(51, 10), fleet(51, 9), 2, 1},
+		{"a sticky endpoint is replaced", sticky(fleet(51, 10)), sticky(fleet(52, 10)), 2, 2},
+		{"the Service goes", fleet(51, 10), nil, 13, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			plan := proxiertest.Fleet(proxier.IPv4, 20, 10)
+			plan.Services[test.before.Name] = test.before
+			st, err := newStateOf(familyOf(proxier.IPv4), plan)
+			if err != nil {
+				t.Fatal(err)
+			}
+			plan.Services[test.before.Name] = test.after
+			s, err := st.stage(plan, []proxier.ServicePortName{test.before.Name})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(s.remove) != test.remove || len(s.add) != test.add {
+				t.Errorf("%d elements removed and %d added, want %d and %d", len(s.remove), len(s.add), test.remove, test.add)
+			}
+		})
+	}
+}
+
+// TestSyncOneAllocations: what a Sync allocates does not grow with the number
+// of Services that do not change.
+func TestSyncOneAllocations(t *testing.T) {
+	allocations := func(services int) float64 {
+		plan := proxiertest.Fleet(proxier.IPv4, services, 3)
+		st, err := newStateOf(familyOf(proxier.IPv4), plan)
+		if err != nil {
+			t.Fatal(err)
+		}
+		round := 0
+		return testing.AllocsPerRun(50, func() {
+			sp := proxiertest.FleetService(proxier.IPv4, 5, 15+round%2, 3)
+			round++
+			plan.Services[sp.Name] = sp
+			s, err := st.stage(plan, []proxier.ServicePortName{sp.Name})
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.commit()
+		})
+	}
+	if few, many := allocations(10), allocations(5000); many > few*1.2 {
+		t.Errorf("%v allocations with 10 Services, %v with 5,000", few, many)
+	}
+}
+
+// TestRefused: what cannot be written is refused with the name of the Service
+// and of the object, and leaves no trace.
+func TestRefused(t *testing.T) {
+	v6 := netip.MustParseAddr("fd00::1")
+	for _, test := range []struct {
+		want   string
+		change func(sp *proxier.ServicePort)
+	}{
+		{"default/svc-1:http: cluster IP fd00::1 is not an IPv4 address", func(sp *proxier.ServicePort) { sp.Frontends[0].Addr = v6 }},
+		{"default/svc-1:http: endpoint [fd00::1]:80 is not an IPv4 address", func(sp *proxier.ServicePort) {
+			sp.Frontends[0].Internal = &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(v6, 80)}}}
+		}},
+		{"source range fd00::/64 is not of IPv4", func(sp *proxier.ServicePort) {
+			sp.Frontends[0].Sources = []netip.Prefix{netip.MustParsePrefix("fd00::/64")}
+		}},
+		{"default/svc-1:http: cluster IP 10.96.0.1:80/tcp is held by default/svc-0:http", func(sp *proxier.ServicePort) {
+			sp.Frontends[0].Addr = netip.MustParseAddr("10.96.0.1")
+		}},
+		{"timeout 1.5s is not in whole seconds", func(sp *proxier.ServicePort) { sp.AffinityTimeout = 1500 * time.Millisecond }},
+		{"5 different endpoint sets with session affinity", func(sp *proxier.ServicePort) {
+			sp.AffinityTimeout = time.Hour
+			for i := range 5 {
+				set := proxiertest.FleetService(proxier.IPv4, 1, i*10, 2).Serving
+				sp.Frontends = append(sp.Frontends, proxier.Frontend{Addr: netip.AddrFrom4([4]byte{1, 1, 1, byte(i)}), Internal: set, External: set})
+			}
+			sp.Frontends = sp.Frontends[1:]
+		}},
+		{"70000 endpoints with session affinity, at most 65536", func(sp *proxier.ServicePort) {
+			*sp = *proxiertest.FleetService(proxier.IPv4, 1, 0, 70_000)
+			sp.AffinityTimeout = time.Hour
+		}},
+	} {
+		t.Run(test.want, func(t *testing.T) {
+			plan := proxiertest.Fleet(proxier.IPv4, 3, 3)
+			st, err := newStateOf(familyOf(proxier.IPv4), plan)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := believed(st)
+			sp := proxiertest.FleetService(proxier.IPv4, 1, 3, 3)
+			test.change(sp)
+			plan.Services[sp.Name] = sp
+			// Another that is fine is in the same change.
+			other := proxiertest.FleetService(proxier.IPv4, 2, 100, 40)
+			plan.Services[other.Name] = other
+			_, err = st.stage(plan, []proxier.ServicePortName{other.Name, sp.Name})
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("error %v, want %q", err, test.want)
+			}
+			if diff := cmp.Diff(before, believed(st)); diff != "" {
+				t.Errorf("the refused change left traces:\n%s", diff)
+			}
+			if _, err := newStateOf(familyOf(proxier.IPv4), plan); err == nil {
+				t.Error("the same Service is taken when everything is written anew")
+			}
+		})
+	}
+}
+
+// TestSwap: two Services exchange their cluster IPs in one change.
+func TestSwap(t *testing.T) {
+	inNamespace(t)
+	plan := proxiertest.Fleet(proxier.IPv4, 2, 3)
+	p := newProxier(t, proxier.IPv4)
+	sync := func(change proxier.Change) {
+		t.Helper()
+		if err := p.Sync(context.Background(), plan, change); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sync(proxier.Change{All: true})
+	var names []proxier.ServicePortName
+	for i := range 2 {
+		sp := proxiertest.FleetService(proxier.IPv4, i, i*3, 3)
+		sp.Frontends[0].Addr = proxiertest.FleetService(proxier.IPv4, 1-i, 0, 3).Frontends[0].Addr
+		plan.Services[sp.Name] = sp
+		names = append(names, sp.Name)
+	}
+	sync(proxier.Change{Services: names})
+	compareKernel(t, p, plan.Node)
+	compareMeaning(t, p.state, plan)
+}
+
+// TestTableLost: when somebody else takes the table away, the next Sync says
+// that the state is unknown, and one with All mends it.
+func TestTableLost(t *testing.T) {
+	inNamespace(t)
+	plan := proxiertest.Fleet(proxier.IPv4, 5, 3)
+	p := newProxier(t, proxier.IPv4)
+	if err := p.Sync(context.Background(), plan, proxier.Change{}); err != nil {
+		t.Fatal(err)
+	}
+	runNft(t, "delete", "table", "ip", tableName)
+	before := believed(p.state)
+	sp := proxiertest.FleetService(proxier.IPv4, 2, 100, 30)
+	plan.Services[sp.Name] = sp
+	err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}})
+	if !errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(fmt.Sprint(err), sp.Name.String()) {
+		t.Errorf("error %v, want one that names the Service and wraps ErrUnknownState", err)
+	}
+	if diff := cmp.Diff(before, believed(p.state)); diff != "" {
+		t.Errorf("after the error something else is remembered:\n%s", diff)
+	}
+	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		t.Fatal(err)
+	}
+	compareKernel(t, p, plan.Node)
+}
+
+// TestKernelRefuses: the kernel refuses a whole change, and the same without
+// what it refused goes in.
+func TestKernelRefuses(t *testing.T) {
+	inNamespace(t)
+	plan := proxiertest.Fleet(proxier.IPv4, 5, 3)
+	p := newProxier(t, proxier.IPv4)
+	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		t.Fatal(err)
+	}
+	good, bad := proxiertest.FleetService(proxier.IPv4, 1, 100, 40), proxiertest.FleetService(proxier.IPv4, 9, 200, 3)
+	// An element that is not ours stands in the way.
+	runNft(t, "add", "element", "ip", tableName, "frontends", "{ "+bad.Frontends[0].Addr.String()+" . tcp . 80 : 1:1 }")
+	plan.Services[good.Name], plan.Services[bad.Name] = good, bad
+	if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{good.Name, bad.Name}}); err == nil {
+		t.Fatal("the change went in")
+	}
+	runNft(t, "delete", "element", "ip", tableName, "frontends", "{ "+bad.Frontends[0].Addr.String()+" . tcp . 80 }")
+	compareKernel(t, p, plan.Node)
+	if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{good.Name}}); err != nil {
+		t.Fatal(err)
+	}
+	compareKernel(t, p, plan.Node)
+}
+
+// TestIdleChains: chains that no set needs any more do not pile up.
+func TestIdleChains(t *testing.T) {
+	inNamespace(t)
+	plan := proxiertest.Fleet(proxier.IPv4, 2, 3)
+	p := newProxier(t, proxier.IPv4)
+	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		t.Fatal(err)
+	}
+	for size := readyChains + 1; size < 100; size++ {
+		sp := proxiertest.FleetService(proxier.IPv4, 1, 10, size)
+		sp.AffinityTimeout = time.Duration(size%2) * time.Minute
+		plan.Services[sp.Name] = sp
+		if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}}); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(p.state.chains); n > readyChains+idleChains+2 {
+			t.Fatalf("%d chains for two Services", n)
+		}
+	}
+	compareKernel(t, p, plan.Node)
+}
+
+// TestContext: a Sync whose context has ended does nothing.
+func TestContext(t *testing.T) {
+	inNamespace(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	p := newProxier(t, proxier.IPv4)
+	if err := p.Sync(ctx, proxiertest.Fleet(proxier.IPv4, 1, 1), proxier.Change{All: true}); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v, want context.Canceled", err)
+	}
+	if listing := runNft(t, "list", "ruleset"); listing != "" {
+		t.Errorf("something was written:\n%s", listing)
+	}
+}
