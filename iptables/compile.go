@@ -318,12 +318,19 @@ func (b *builder) verdict(f *proxier.Frontend, match string) string {
 	if externalEmpty {
 		rules = append(rules, verdict)
 	}
-	i := slices.IndexFunc(b.splits, func(c chain) bool { return slices.Equal(c.rules, rules) })
-	if i < 0 {
-		i = len(b.splits)
-		b.splits = append(b.splits, chain{b.chainName(externalPrefix, i), entryLevel, rules})
+	// What is in a chain of this name never changes: see transition.
+	shape := 0
+	if internalEmpty {
+		shape += 2
 	}
-	return match + comment(b.name+why) + " -j " + b.splits[i].name
+	if f.WhenEmpty == proxier.Reject {
+		shape++
+	}
+	name := b.chainName(externalPrefix, shape)
+	if !slices.ContainsFunc(b.splits, func(c chain) bool { return c.name == name }) {
+		b.splits = append(b.splits, chain{name, entryLevel, rules})
+	}
+	return match + comment(b.name+why) + " -j " + name
 }
 
 // endpointSet writes the chain that picks an endpoint: the one that the client

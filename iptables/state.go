@@ -121,10 +121,11 @@ type transition struct {
 // change brings the trees to what plan says of the named Services and, where
 // node is set, to its node addresses (the local Pods being the same).
 //
-// The script never lets a packet pass between the two tables: a refusal is in
-// the filter table before the nat table stops sending connections to
-// endpoints, and goes after it has begun to. Most changes need only one of the
-// three parts.
+// The two tables cannot change at the same time. So that no packet passes
+// between them, the filter table refuses before the nat table changes what
+// either the old or the new state refuses, and only afterwards no more than
+// the new one: its rules take no packet that has an endpoint. Most changes need
+// only one of the three parts.
 func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
 	t := &transition{state: s, node: s.node, services: map[proxier.ServicePortName]*proxier.ServicePort{}}
 	var d difference
@@ -139,32 +140,21 @@ func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
 	if change.Node {
 		t.setNode(plan.Node)
 	}
-	for _, it := range d.put {
-		if treeShapes[it.tree].table == filter {
-			t.put(it)
-		}
-	}
-	t.script.table(filter, append(s.treeEdits(filter), d.written[filter]...))
-
-	for _, it := range d.drop {
-		if treeShapes[it.tree].table == nat {
-			t.drop(it)
-		}
-	}
-	for _, it := range d.put {
-		if treeShapes[it.tree].table == nat {
-			t.put(it)
-		}
-	}
-	t.script.table(nat, slices.Concat(s.treeEdits(nat), d.written[nat], d.gone[nat]))
-
-	for _, it := range d.drop {
-		if treeShapes[it.tree].table == filter {
-			t.drop(it)
-		}
-	}
-	t.script.table(filter, append(s.treeEdits(filter), d.gone[filter]...))
+	t.part(filter, d.before)
+	t.part(nat, d.during)
+	t.part(filter, d.after)
 	return t
+}
+
+// part adds one table to the script, with the trees' share.
+func (t *transition) part(in table, p part) {
+	for _, it := range p.drop {
+		t.drop(it)
+	}
+	for _, it := range p.put {
+		t.put(it)
+	}
+	t.script.table(in, append(t.state.treeEdits(in), p.edits...))
 }
 
 func (s *state) programOf(sp *proxier.ServicePort) program {
@@ -239,10 +229,14 @@ func (t *transition) rollback() {
 	}
 }
 
-// difference is what turns programs into others.
-type difference struct {
-	written, gone [tableCount][]edit
-	put, drop     []*item
+// difference is what turns programs into others, in three parts: in the filter
+// table, the nat table and the filter table again.
+type difference struct{ before, during, after part }
+
+// part is a change to one table.
+type part struct {
+	edits     []edit // of Services' own chains
+	put, drop []*item
 }
 
 type itemID struct {
@@ -252,19 +246,7 @@ type itemID struct {
 
 func (d *difference) compare(owner string, old, next program) {
 	for t := range tableCount {
-		before := make(map[string][]string, len(old.chains[t]))
-		for _, c := range old.chains[t] {
-			before[c.name] = c.rules
-		}
-		for _, c := range next.chains[t] {
-			if rules, ok := before[c.name]; !ok || !slices.Equal(rules, c.rules) {
-				d.written[t] = append(d.written[t], c.edit(owner))
-			}
-			delete(before, c.name)
-		}
-		for _, name := range slices.Sorted(maps.Keys(before)) {
-			d.gone[t] = append(d.gone[t], removal(name))
-		}
+		d.compareChains(t, owner, old.chains[t], next.chains[t])
 	}
 	items := make(map[itemID]*item, len(old.items))
 	for i := range old.items {
@@ -274,15 +256,83 @@ func (d *difference) compare(owner string, old, next program) {
 	for i := range next.items {
 		it := &next.items[i]
 		id := itemID{it.tree, it.key}
-		if was := items[id]; was == nil || !slices.Equal(was.rules, it.rules) {
-			d.put = append(d.put, it)
-		}
+		d.compareItem(items[id], it)
 		delete(items, id)
 	}
 	for i := range old.items {
 		it := &old.items[i]
 		if items[itemID{it.tree, it.key}] == it {
-			d.drop = append(d.drop, it)
+			d.compareItem(it, nil)
+		}
+	}
+}
+
+func (d *difference) compareChains(t table, owner string, old, next []chain) {
+	before := make(map[string][]string, len(old))
+	for _, c := range old {
+		before[c.name] = c.rules
+	}
+	for _, c := range next {
+		rules, existed := before[c.name]
+		delete(before, c.name)
+		switch {
+		case existed && slices.Equal(rules, c.rules):
+		case t == nat:
+			d.during.edits = append(d.during.edits, c.edit(owner))
+		case !existed:
+			d.before.edits = append(d.before.edits, c.edit(owner))
+		default:
+			d.narrow(owner, rules, c)
+		}
+	}
+	end := &d.after
+	if t == nat {
+		end = &d.during
+	}
+	for _, name := range slices.Sorted(maps.Keys(before)) {
+		end.edits = append(end.edits, removal(name))
+	}
+}
+
+// narrow changes a chain that lets sources through: in between it lets those
+// through that both states do.
+func (d *difference) narrow(owner string, old []string, next chain) {
+	both := next
+	both.rules = slices.DeleteFunc(slices.Clone(next.rules), func(r string) bool { return !slices.Contains(old, r) })
+	if !slices.Equal(both.rules, old) {
+		d.before.edits = append(d.before.edits, both.edit(owner))
+	}
+	if !slices.Equal(both.rules, next.rules) {
+		d.after.edits = append(d.after.edits, next.edit(owner))
+	}
+}
+
+// compareItem replaces old by next, of which one may be nil. In the filter
+// table the rules of both stand together in between.
+func (d *difference) compareItem(old, next *item) {
+	switch {
+	case next == nil && treeShapes[old.tree].table == nat:
+		d.during.drop = append(d.during.drop, old)
+	case next == nil:
+		d.after.drop = append(d.after.drop, old)
+	case old != nil && slices.Equal(old.rules, next.rules):
+	case treeShapes[next.tree].table == nat:
+		d.during.put = append(d.during.put, next)
+	case old == nil:
+		d.before.put = append(d.before.put, next)
+	default:
+		both := *next
+		both.rules = slices.Clone(next.rules)
+		for _, rule := range old.rules {
+			if !slices.Contains(next.rules, rule) {
+				both.rules = append(both.rules, rule)
+			}
+		}
+		if !slices.Equal(both.rules, old.rules) {
+			d.before.put = append(d.before.put, &both)
+		}
+		if !slices.Equal(both.rules, next.rules) {
+			d.after.put = append(d.after.put, next)
 		}
 	}
 }

@@ -1,0 +1,145 @@
+package iptables
+
+import (
+	"math/rand/v2"
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/proxier"
+)
+
+func render(t *tree) string {
+	s := ""
+	for _, e := range t.all() {
+		s += e.name + "\n"
+		for _, r := range e.rules {
+			s += "\t" + r.text + "\n"
+		}
+	}
+	return s
+}
+
+func treeItem(id treeID, key proxier.FrontendKey) *item {
+	return &item{id, key, proxier.ServicePortName{}, []string{" -j " + key.String()}}
+}
+
+// randomKey makes keys that crowd: few addresses, some of them with very many
+// ports.
+func randomKey(r *rand.Rand, family proxier.Family, ports bool) proxier.FrontendKey {
+	key := proxier.FrontendKey{Port: uint16(1 + r.IntN(4)), Protocol: proxier.Protocols[r.IntN(3)]}
+	if ports {
+		key.Port = uint16(30000 + r.IntN(2768))
+		return key
+	}
+	b := make([]byte, family.HostBits()/8)
+	b[0], b[len(b)-1], b[len(b)-2] = 32, byte(r.IntN(40)), byte(r.IntN(3))
+	if r.IntN(4) == 0 {
+		b[len(b)-1], b[len(b)-2], key.Port = 1, 1, uint16(1+r.IntN(65535))
+	}
+	key.Addr, _ = netip.AddrFromSlice(b)
+	return key
+}
+
+// TestTreesWithTheSameItemsAreEqual: the shape of a tree follows from its items
+// and not from its history, and edits lead from one shape to the next.
+func TestTreesWithTheSameItemsAreEqual(t *testing.T) {
+	for seed := range uint64(30) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		family, id := proxier.Families[seed%2], []treeID{servicesTree, nodePortsTree}[seed/2%2]
+		grown := newTree(id, family)
+		kernel := map[string][]ownedRule{grown.root: nil}
+		items := map[proxier.FrontendKey]*item{}
+		for round := range 40 {
+			for range r.IntN(60) {
+				it := treeItem(id, randomKey(r, family, grown.ports))
+				if (round/10)%2 == 1 && r.IntN(3) > 0 {
+					for _, it = range items {
+						break
+					}
+					grown.drop(it)
+					delete(items, it.key)
+					continue
+				}
+				if old := grown.put(it); (old != nil) != (items[it.key] != nil) {
+					t.Fatalf("put of %s says it replaced %v", it.key, old)
+				}
+				items[it.key] = it
+			}
+			for _, e := range grown.takeChanges() {
+				if delete(kernel, e.name); !e.gone {
+					kernel[e.name] = e.rules
+				}
+			}
+		}
+		fresh := newTree(id, family)
+		for _, it := range items {
+			fresh.put(it)
+		}
+		if diff := cmp.Diff(render(fresh), render(grown)); diff != "" {
+			t.Fatalf("seed %d: (-fresh +grown)\n%s", seed, diff)
+		}
+		want := map[string][]ownedRule{}
+		for _, e := range fresh.all() {
+			want[e.name] = e.rules
+		}
+		if diff := cmp.Diff(want, kernel, cmp.AllowUnexported(ownedRule{})); diff != "" {
+			t.Fatalf("seed %d: edits lead elsewhere (-fresh +edited)\n%s", seed, diff)
+		}
+	}
+}
+
+func TestChainNames(t *testing.T) {
+	for id := range treeCount {
+		for _, family := range proxier.Families {
+			tree := newTree(id, family)
+			for n := range maxDigits + 1 {
+				path := make([]byte, n)
+				if n > len(tree.digits(proxier.FrontendKey{Addr: nodeAddr(family), Protocol: proxier.TCP})) {
+					break
+				}
+				name := tree.chain(path)
+				if len(name) > 28 {
+					t.Errorf("%s is too long for a chain", name)
+				}
+				if n > 0 && !isServiceChain(name) {
+					t.Errorf("kube-proxy would leave %s behind", name)
+				}
+			}
+		}
+	}
+	// Names by which kube-proxy knows a Service, so that it replaces them.
+	sp := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns1", Name: "svc1"}, Port: "p80", Protocol: proxier.TCP}
+	e := proxier.Endpoint{AddrPort: netip.MustParseAddrPort("10.180.0.1:80")}
+	for got, want := range map[string]string{
+		clusterPrefix + portHash(sp, 0): "KUBE-SVC-XPGD46QRK7WJZT7O",
+		endpointChain(sp, e):            "KUBE-SEP-SXIVWICOYRO3J4NJ",
+	} {
+		if got != want {
+			t.Errorf("chain %s, kube-proxy's is %s", got, want)
+		}
+	}
+}
+
+func TestEdges(t *testing.T) {
+	for _, c := range []struct {
+		id     treeID
+		family proxier.Family
+		path   []byte
+		want   string
+	}{
+		{servicesTree, proxier.IPv4, []byte{5}, " -d 0.0.0.5/0.0.0.15"},
+		{servicesTree, proxier.IPv4, []byte{5, 10}, " -d 0.0.0.160/0.0.0.240"},
+		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1}, " -d 16.0.0.0/240.0.0.0"},
+		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1, 1}, " -p udp"},
+		{servicesTree, proxier.IPv6, []byte{5, 10}, " -d ::a0/::f0"},
+		{nodePortsTree, proxier.IPv4, []byte{2}, " -p sctp"},
+		{nodePortsTree, proxier.IPv4, []byte{0, 7}, " -p tcp -m tcp --dport 28672:32767"},
+		{nodePortsTree, proxier.IPv4, []byte{0, 7, 5, 3, 1}, " -p tcp -m tcp --dport 30001"},
+	} {
+		if got := newTree(c.id, c.family).edge(c.path); got != c.want {
+			t.Errorf("edge to %v is %q, want %q", c.path, got, c.want)
+		}
+	}
+}

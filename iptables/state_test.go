@@ -1,0 +1,245 @@
+package iptables
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+func stateOf(t testing.TB, plan *proxier.Plan) (*state, *model) {
+	t.Helper()
+	s, err := newState(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node, facts{dropInvalid: true, randomFully: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newModel()
+	m.mustApply(t, s.full(plan, [tableCount][]string{}, jumps).String())
+	return s, m
+}
+
+// FuzzChanges applies a sequence of changes, of which some fail and are undone,
+// and compares what the kernel then holds with what a full sync would write.
+func FuzzChanges(f *testing.F) {
+	for seed := range uint64(12) {
+		f.Add(seed, uint8(1+seed*seed%50))
+	}
+	f.Fuzz(func(t *testing.T, seed uint64, changes uint8) {
+		w := newWorld(proxier.Families[seed%2], seed)
+		plan := w.plan(w.IntN(80))
+		s, kernel := stateOf(t, plan)
+		for range changes {
+			before := maps.Clone(plan.Services)
+			change := w.change(plan)
+			tr := s.change(plan, change)
+			if w.IntN(4) == 0 {
+				tr.rollback()
+				plan.Services, plan.Node = before, s.node
+				continue
+			}
+			kernel.mustApply(t, tr.script.String())
+			tr.commit()
+		}
+		_, want := stateOf(t, plan)
+		if diff := cmp.Diff(want.dump(), kernel.dump()); diff != "" {
+			t.Errorf("a full sync writes something else than %d changes (-full +changes):\n%s", changes, diff)
+		}
+		if !maps.Equal(s.services, plan.Services) {
+			t.Error("the state does not know the Services of the plan")
+		}
+	})
+}
+
+// change replaces, removes and adds some Services.
+func (w *world) change(plan *proxier.Plan) proxier.Change {
+	var change proxier.Change
+	touched := map[proxier.ServicePortName]bool{}
+	touch := func(name proxier.ServicePortName) bool {
+		if touched[name] {
+			return false
+		}
+		touched[name] = true
+		change.Services = append(change.Services, name)
+		return true
+	}
+	names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
+	for range w.IntN(30) {
+		if len(names) > 0 && w.IntN(2) == 0 {
+			name := names[w.IntN(len(names))]
+			if !touch(name) {
+				continue
+			}
+			if w.IntN(2) == 0 {
+				delete(plan.Services, name)
+				continue
+			}
+			sp := w.service(w.IntN(100))
+			sp.Name = name
+			plan.Services[name] = sp
+			continue
+		}
+		sp := w.service(100 + w.IntN(1000))
+		if touch(sp.Name) {
+			plan.Services[sp.Name] = sp
+		}
+	}
+	if w.IntN(5) == 0 {
+		change.Node = true
+		plan.Node = cloneNode(plan.Node)
+		plan.Node.NodePortAddrs.All = !plan.Node.NodePortAddrs.All
+		plan.Node.NodePortAddrs.Addrs = []netip.Addr{w.nodeIP}
+	}
+	return change
+}
+
+// TestNoWrongMoment looks at the rules after each table of changes by which
+// Services gain and lose their endpoints: a Service is served or refused, as
+// before or as afterwards, but never let through.
+func TestNoWrongMoment(t *testing.T) {
+	for seed := range uint64(40) {
+		w := newWorld(proxier.IPv4, seed)
+		plan := planOf(w.family)
+		plan.Node = w.node
+		for n := range 40 {
+			sp := w.frontService(n)
+			plan.Services[sp.Name] = sp
+		}
+		s, kernel := stateOf(t, plan)
+		var change proxier.Change
+		before := maps.Clone(plan.Services)
+		for n := range 40 {
+			sp := w.frontService(n)
+			plan.Services[sp.Name] = sp
+			change.Services = append(change.Services, sp.Name)
+		}
+		tr := s.change(plan, change)
+		err := kernel.apply(tr.script.String(), func() {
+			for name, sp := range plan.Services {
+				f, old := &sp.Frontends[0], &before[name].Frontends[0]
+				for p, origin := range w.packets(f, name.Protocol) {
+					got, _ := kernel.fate(p)
+					if !got.near(expected(f, origin, p.src)) && !got.near(expected(old, origin, p.src)) {
+						t.Fatalf("seed %d: %s at %s: a packet of origin %d meets %v\n%s", seed, name, f.Key(name.Protocol), origin, got, tr.script.String())
+					}
+				}
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// frontService has one frontend that does not depend on chance, with or
+// without endpoints.
+func (w *world) frontService(n int) *proxier.ServicePort {
+	cluster, local := w.set(2), w.set(1)
+	f := proxier.Frontend{Kind: proxier.FrontendKind(n % 4), Port: uint16(30000 + n), Internal: cluster, External: cluster, Masquerade: proxier.FromAnywhere}
+	if f.Kind != proxier.NodePort {
+		f.Addr = w.addr(96, n+1)
+	}
+	if f.Kind != proxier.ClusterIP && w.IntN(2) == 0 {
+		f.External, f.WhenEmpty, f.Masquerade = local, proxier.Drop, proxier.FromNode
+	}
+	if w.IntN(3) == 0 {
+		for _, a := range w.outside[w.IntN(len(w.outside)+1):] {
+			f.Sources = append(f.Sources, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return &proxier.ServicePort{
+		Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: fmt.Sprintf("s%d", n)}, Protocol: proxier.TCP},
+		Frontends: []proxier.Frontend{f},
+		Serving:   cluster,
+	}
+}
+
+// TestOneServiceIsWrittenAlone bounds what reaches iptables-restore for one
+// changed Service among ten thousand.
+func TestOneServiceIsWrittenAlone(t *testing.T) {
+	const services, endpoints = 10000, 10
+	plan := proxiertest.Fleet(proxier.IPv4, services, endpoints)
+	s, _ := stateOf(t, plan)
+	script := func(sp *proxier.ServicePort) string {
+		plan.Services[sp.Name] = sp
+		tr := s.change(plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}})
+		tr.commit()
+		return tr.script.String()
+	}
+	moved := script(proxiertest.FleetService(proxier.IPv4, 7, 500001, endpoints))
+	if n := len(moved); n > 1500 || strings.Contains(moved, "*filter") {
+		t.Errorf("endpoints that moved make %d bytes:\n%s", n, moved)
+	}
+	added := script(proxiertest.FleetService(proxier.IPv4, services+1, 500001, endpoints))
+	if n := len(added); n > 5000 || strings.Contains(added, "*filter") {
+		t.Errorf("a new Service makes %d bytes:\n%s", n, added)
+	}
+	empty := *plan.Services[proxiertest.FleetService(proxier.IPv4, 7, 1, 1).Name]
+	empty.Frontends = slices.Clone(empty.Frontends)
+	empty.Frontends[0].Internal, empty.Frontends[0].External = &proxier.EndpointSet{}, nil
+	emptied := script(&empty)
+	if n := len(emptied); n > 5000 || strings.Index(emptied, "*filter") > strings.Index(emptied, "*nat") {
+		t.Errorf("a Service without endpoints makes %d bytes, or is not refused before it goes:\n%s", n, emptied)
+	}
+	if again := script(&empty); again != "" {
+		t.Errorf("no change makes %q", again)
+	}
+}
+
+// TestPacketsPassFewRules bounds the rules that a new connection passes.
+func TestPacketsPassFewRules(t *testing.T) {
+	for _, family := range proxier.Families {
+		const services = 10000
+		plan := proxiertest.Fleet(family, services, 1)
+		_, m := stateOf(t, plan)
+		most := 0
+		for _, sp := range plan.Services {
+			f := &sp.Frontends[0]
+			_, steps := m.fate(packet{src: nodeAddr(family), dst: f.Addr, proto: proxier.TCP, dport: f.Port})
+			most = max(most, steps)
+		}
+		// Three branches of 16 rules, a leaf of 16, the chain of the Service.
+		if most > 4*16+4 {
+			t.Errorf("%s: a connection to one of %d Services passes %d rules", family, services, most)
+		}
+		_, steps := m.fate(packet{src: nodeAddr(family), dst: nodeAddr(family), proto: proxier.TCP, dport: 22})
+		if steps > 4*16+10 {
+			t.Errorf("%s: a connection to no Service passes %d rules", family, steps)
+		}
+	}
+}
+
+func nodeAddr(family proxier.Family) netip.Addr {
+	if family == proxier.IPv6 {
+		return netip.MustParseAddr("2001:db8::1")
+	}
+	return netip.MustParseAddr("203.0.113.1")
+}
+
+// TestSyncDoesNotAllocateForOthers compares the allocations of one changed
+// Service among many with those among few.
+func TestSyncDoesNotAllocateForOthers(t *testing.T) {
+	bytesFor := func(services int) float64 {
+		plan := proxiertest.Fleet(proxier.IPv4, services, 10)
+		s, _ := stateOf(t, plan)
+		sps := [2]*proxier.ServicePort{
+			proxiertest.FleetService(proxier.IPv4, 7, 500001, 10), proxiertest.FleetService(proxier.IPv4, 7, 600001, 10),
+		}
+		n := 0
+		return testing.AllocsPerRun(50, func() {
+			n++
+			plan.Services[sps[0].Name] = sps[n%2]
+			s.change(plan, proxier.Change{Services: []proxier.ServicePortName{sps[0].Name}}).commit()
+		})
+	}
+	few, many := bytesFor(20), bytesFor(5000)
+	if many > few*1.1 {
+		t.Errorf("one change allocates %.0f times among 20 Services, %.0f times among 5,000", few, many)
+	}
+}
