@@ -1,0 +1,361 @@
+package proxiertest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"signalbox/internal/netlab"
+	"signalbox/proxier"
+)
+
+// world is one run of one scenario: a lab, and a Loop that drives the mode on
+// its node1.
+type world struct {
+	lab      *netlab.Lab
+	mode     Mode
+	scenario *Scenario
+	families []proxier.Family
+	settings proxier.Settings
+	symbols  symbols
+
+	objects  map[string]runtime.Object // "kind namespace/name" -> last applied form
+	loop     *proxier.Loop             // nil while stopped
+	proxiers map[proxier.Family]proxier.Proxier
+	flows    Flows
+	conns    map[string]*heldConn
+	crowd    map[netip.Addr]string // client -> who served it last
+
+	mu       sync.Mutex // guards what follows
+	problems []proxier.Problem
+	log      bytes.Buffer
+}
+
+var labs = map[string]netlab.Options{
+	"routed":        {},
+	"bridged":       {PodLink: netlab.Bridged},
+	"routed-vxlan":  {Underlay: netlab.VXLAN},
+	"bridged-vxlan": {PodLink: netlab.Bridged, Underlay: netlab.VXLAN},
+}
+
+// variant is one way to run a scenario.
+type variant struct {
+	lab, detectLocal string
+	families         []proxier.Family
+}
+
+func newWorld(mode Mode, s *Scenario, v variant) (*world, error) {
+	lab, err := netlab.New(labs[v.lab])
+	if err != nil {
+		return nil, err
+	}
+	w := &world{
+		lab: lab, mode: mode, scenario: s, families: v.families,
+		symbols: symbols{family: v.families[0], lab: lab},
+		objects: map[string]runtime.Object{},
+		conns:   map[string]*heldConn{},
+	}
+	if err := w.configure(v); err != nil {
+		lab.Close()
+		return nil, err
+	}
+	for _, text := range everyCluster {
+		if err := w.take(text, false); err != nil {
+			lab.Close()
+			return nil, err
+		}
+	}
+	return w, nil
+}
+
+// everyCluster exists in every scenario; a scenario can apply other forms.
+var everyCluster = []string{`
+apiVersion: v1
+kind: Node
+metadata:
+  name: node1
+  labels: {topology.kubernetes.io/zone: zone-1}
+spec:
+  podCIDRs: ["$podCIDR@IPv4", "$podCIDR@IPv6"]
+status:
+  addresses:
+  - {type: InternalIP, address: "$node1@IPv4"}
+  - {type: InternalIP, address: "$node1@IPv6"}
+---
+apiVersion: networking.k8s.io/v1
+kind: ServiceCIDR
+metadata:
+  name: kubernetes
+spec:
+  cidrs: ["$serviceCIDR@IPv4", "$serviceCIDR@IPv6"]
+`}
+
+func (w *world) configure(v variant) error {
+	setup := &w.scenario.Setup
+	w.settings = proxier.Settings{
+		MasqueradeAll:          setup.MasqueradeAll,
+		DetectLocal:            proxier.DetectLocal(v.detectLocal),
+		PodBridgeInterface:     "cni0",
+		PodInterfaceNamePrefix: "veth-",
+		LocalhostNodePorts:     setup.LocalhostNodePorts,
+		IgnoreExternalIPs:      setup.IgnoreExternalIPs,
+	}
+	if setup.ClusterCIDR != "none" {
+		for _, family := range w.families {
+			p, err := w.prefix(setup.ClusterCIDR, family)
+			if err != nil {
+				return err
+			}
+			w.settings.ClusterCIDRs = append(w.settings.ClusterCIDRs, p)
+		}
+	}
+	for _, text := range setup.NodePortAddresses {
+		if text == "primary" {
+			w.settings.NodePortAddresses.Primary = true
+			continue
+		}
+		p, err := w.prefix(text, w.symbols.family)
+		if err != nil {
+			return err
+		}
+		w.settings.NodePortAddresses.CIDRs = append(w.settings.NodePortAddresses.CIDRs, p)
+	}
+	return nil
+}
+
+func (w *world) prefix(text string, family proxier.Family) (netip.Prefix, error) {
+	s := w.symbols
+	s.family = family
+	text, err := s.expand(text)
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	return netip.ParsePrefix(text)
+}
+
+// run goes through the script and stops at the first step that fails.
+func (w *world) run(ctx context.Context) error {
+	if err := w.start(ctx); err != nil {
+		return fmt.Errorf("at the start: %w", err)
+	}
+	for _, s := range w.scenario.steps {
+		if err := s.do(ctx, w); err != nil {
+			return fmt.Errorf("script line %d: %s:\n%w", s.line, s.text, err)
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.problems) > 0 {
+		return fmt.Errorf("problems were reported that the script does not name: %v", w.problems)
+	}
+	return nil
+}
+
+// start makes the mode and a Loop, as the daemon does, and waits for the first
+// sync.
+func (w *world) start(ctx context.Context) error {
+	if w.loop != nil {
+		return errors.New("it runs already")
+	}
+	w.proxiers = map[proxier.Family]proxier.Proxier{}
+	addrs, err := w.lab.Host("node1").Addrs()
+	if err != nil {
+		return err
+	}
+	return w.onNode(func() error {
+		for _, family := range w.families {
+			p, err := w.mode.New(proxier.Options{Family: family, MasqueradeMark: proxier.DefaultMasqueradeMark})
+			if err != nil {
+				return err
+			}
+			w.proxiers[family] = p
+		}
+		if w.mode.Flows != nil {
+			if w.flows, err = w.mode.Flows(w.lab.Host("node1").Addrs); err != nil {
+				return err
+			}
+		}
+		w.loop = proxier.NewLoop(w.loopOptions())
+		for _, obj := range w.objects {
+			w.loop.Apply(obj)
+		}
+		w.loop.SetLocalAddrs(addrs)
+		w.loop.Synced()
+		return w.loop.SyncNow(ctx)
+	})
+}
+
+func (w *world) loopOptions() proxier.LoopOptions {
+	o := proxier.LoopOptions{
+		NodeName: "node1", Settings: w.settings, Proxiers: w.proxiers,
+		Logger: slog.New(slog.NewTextHandler(lockedWriter{w}, nil)),
+		Report: func(p proxier.Problem) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.problems = append(w.problems, p)
+		},
+	}
+	if w.flows != nil {
+		o.Flows = w.flows
+	}
+	return o
+}
+
+// stop ends the mode; its rules stay.
+func (w *world) stop() error {
+	if w.loop == nil {
+		return errors.New("it does not run")
+	}
+	w.loop = nil
+	return w.onNode(func() error {
+		var failed []error
+		for _, p := range w.proxiers {
+			failed = append(failed, p.Close())
+		}
+		if w.flows != nil {
+			failed = append(failed, w.flows.Close())
+			w.flows = nil
+		}
+		return errors.Join(failed...)
+	})
+}
+
+func (w *world) close() error {
+	var failed []error
+	for _, c := range w.conns {
+		failed = append(failed, c.Close())
+	}
+	if w.loop != nil {
+		failed = append(failed, w.stop())
+	}
+	return errors.Join(append(failed, w.lab.Close())...)
+}
+
+// onNode runs fn inside node1, where modes act.
+func (w *world) onNode(fn func() error) error { return w.lab.Host("node1").Do(fn) }
+
+// change applies or deletes the objects of manifests and syncs.
+func (w *world) change(ctx context.Context, remove bool, files []string) error {
+	for _, name := range files {
+		name, err := w.symbols.expand(name)
+		if err != nil {
+			return err
+		}
+		text, ok := w.scenario.manifests[name]
+		if !ok {
+			return fmt.Errorf("the scenario has no file %s; it has %v", name, slices.Sorted(maps.Keys(w.scenario.manifests)))
+		}
+		if err := w.take(text, remove); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return w.sync(ctx)
+}
+
+func (w *world) take(text string, remove bool) error {
+	text, err := w.symbols.expand(text)
+	if err != nil {
+		return err
+	}
+	objects, err := decode(text)
+	if err != nil {
+		return err
+	}
+	for _, obj := range objects {
+		key := keyOf(obj)
+		if remove {
+			if w.objects[key] == nil {
+				return fmt.Errorf("%s does not exist", key)
+			}
+			delete(w.objects, key)
+		} else {
+			w.objects[key] = obj
+		}
+		switch {
+		case w.loop == nil:
+		case remove:
+			w.loop.Delete(obj)
+		default:
+			w.loop.Apply(obj)
+		}
+	}
+	return nil
+}
+
+func (w *world) sync(ctx context.Context) error {
+	if w.loop == nil {
+		return nil
+	}
+	if err := w.onNode(func() error { return w.loop.SyncNow(ctx) }); err != nil {
+		return fmt.Errorf("sync: %w", err)
+	}
+	if w.flows == nil {
+		return nil
+	}
+	return w.flows.Flush(ctx)
+}
+
+// address gives or takes an address of node1 and tells the Loop.
+func (w *world) address(ctx context.Context, gain bool, text string) error {
+	a, err := w.addr(text)
+	if err != nil {
+		return err
+	}
+	node := w.lab.Host("node1")
+	if gain {
+		err = node.AddAddr(a)
+	} else {
+		err = node.RemoveAddr(a)
+	}
+	if err != nil {
+		return err
+	}
+	addrs, err := node.Addrs()
+	if err != nil {
+		return err
+	}
+	if gain {
+		for _, port := range []uint16{8080, netlab.ControlPort} {
+			if err := node.Serve(netip.AddrPortFrom(a, port)); err != nil {
+				return err
+			}
+		}
+	}
+	w.loop.SetLocalAddrs(addrs)
+	return w.sync(ctx)
+}
+
+// reported takes the problems that contain a text from those that were
+// reported; there must be one.
+func (w *world) reported(text string) error {
+	text, err := w.symbols.expand(text)
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := len(w.problems)
+	w.problems = slices.DeleteFunc(w.problems, func(p proxier.Problem) bool { return strings.Contains(p.String(), text) })
+	if len(w.problems) == n {
+		return fmt.Errorf("%w; there were %v", errNotReported, w.problems)
+	}
+	return nil
+}
+
+type lockedWriter struct{ w *world }
+
+func (l lockedWriter) Write(b []byte) (int, error) {
+	l.w.mu.Lock()
+	defer l.w.mu.Unlock()
+	return io.Writer(&l.w.log).Write(b)
+}
