@@ -44,8 +44,6 @@ type Config struct {
 	// QPS and Burst bound the requests to the API server.
 	QPS   float32
 	Burst int
-	// ResyncPeriod is how often the informers go over all they hold.
-	ResyncPeriod time.Duration
 
 	// MasqueradeMark is the packet mark's bit for source rewriting.
 	MasqueradeMark uint32
@@ -66,7 +64,6 @@ type Flags struct {
 	kubeconfig, master     string
 	qps                    float32
 	burst                  int
-	resync                 time.Duration
 	masqueradeBit          int
 	masqueradeAll          bool
 	localhostNodePorts     bool
@@ -88,7 +85,6 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.master, "master", "", "address of the API server; wins over the kubeconfig's")
 	fs.Float32Var(&f.qps, "kube-api-qps", 5, "requests a second to the API server")
 	fs.IntVar(&f.burst, "kube-api-burst", 10, "requests to the API server that may exceed --kube-api-qps for a moment")
-	fs.DurationVar(&f.resync, "config-sync-period", 15*time.Minute, "how often what the API server said is gone over again")
 	fs.IntVar(&f.masqueradeBit, "iptables-masquerade-bit", 14, "bit of the packet mark (0 to 31) that asks for the source address to be rewritten, in every mode")
 	fs.BoolVar(&f.masqueradeAll, "masquerade-all", false, "rewrite the source address of all traffic to cluster IPs")
 	fs.BoolVar(&f.localhostNodePorts, "iptables-localhost-nodeports", true, "iptables mode: serve NodePorts on 127.0.0.1 too")
@@ -104,7 +100,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 func (f *Flags) Config() (*Config, error) {
 	c := &Config{
 		Mode: f.mode, SourceDir: f.source, Kubeconfig: f.kubeconfig, Master: f.master,
-		QPS: f.qps, Burst: f.burst, ResyncPeriod: f.resync, MinSyncPeriod: f.minSyncPeriod,
+		QPS: f.qps, Burst: f.burst, MinSyncPeriod: f.minSyncPeriod,
 		Settings: proxier.Settings{
 			MasqueradeAll: f.masqueradeAll, LocalhostNodePorts: f.localhostNodePorts,
 			DetectLocal:        proxier.DetectLocal(f.detectLocalMode),
@@ -174,9 +170,6 @@ func (f *Flags) checkNumbers(c *Config) error {
 	}
 	if f.burst < 0 {
 		wrong = append(wrong, fmt.Errorf("--kube-api-burst=%d: must not be negative", f.burst))
-	}
-	if f.resync <= 0 {
-		wrong = append(wrong, fmt.Errorf("--config-sync-period=%v: must be more than nothing", f.resync))
 	}
 	if f.minSyncPeriod < 0 {
 		wrong = append(wrong, fmt.Errorf("--iptables-min-sync-period=%v: must not be negative", f.minSyncPeriod))

@@ -73,7 +73,7 @@ func newSource(cfg *config.Config, log *slog.Logger) (Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	return apiserver.New(client, cfg.NodeName, cfg.ResyncPeriod, log), nil
+	return apiserver.New(client, cfg.NodeName, log), nil
 }
 
 // usableFamilies leaves out a family that the kernel has not got or that is

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 
 	"signalbox/config"
 	"signalbox/modes"
@@ -16,6 +17,9 @@ import (
 // must do for them in each family, without looking at this machine. local are
 // the addresses that the node's interfaces are taken to have.
 func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []netip.Addr) ([]*proxier.Plan, error) {
+	if _, err := os.Stat(cfg.SourceDir); err != nil {
+		return nil, fmt.Errorf("reading manifests: %w", err) // the source would wait for the directory
+	}
 	source, err := file.New(cfg.SourceDir, slog.Default())
 	if err != nil {
 		return nil, err

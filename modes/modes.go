@@ -23,7 +23,7 @@ type Mode struct {
 	New func(proxier.Options) (proxier.Proxier, error)
 	// Render writes what New's Proxier would put into the kernel for a plan,
 	// as the text that the kernel's own tool for it reads.
-	Render func(proxier.Options, *proxier.Plan) string
+	Render func(proxier.Options, *proxier.Plan) (string, error)
 	// Cleanup removes everything that the mode ever put into the kernel.
 	Cleanup func(proxier.Family) error
 }
@@ -34,7 +34,7 @@ var All = []Mode{
 		Name:      nftables.Mode,
 		Supported: nftables.Supported,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
-		Render:    nftables.Render,
+		Render:    func(o proxier.Options, p *proxier.Plan) (string, error) { return nftables.Render(o, p), nil },
 		Cleanup:   nftables.Cleanup,
 	},
 	{

@@ -46,7 +46,11 @@ daemon speaks to the kernel directly.`,
 				return err
 			}
 			for _, plan := range plans {
-				fmt.Fprint(cmd.OutOrStdout(), mode.Render(proxier.Options{Family: plan.Family, MasqueradeMark: cfg.MasqueradeMark}, plan))
+				text, err := mode.Render(proxier.Options{Family: plan.Family, MasqueradeMark: cfg.MasqueradeMark}, plan)
+				if err != nil {
+					return fmt.Errorf("rendering %s for %s: %w", mode.Name, plan.Family, err)
+				}
+				fmt.Fprint(cmd.OutOrStdout(), text)
 			}
 			return nil
 		},
