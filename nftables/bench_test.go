@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"runtime"
 	"strconv"
@@ -107,6 +108,28 @@ func BenchmarkSyncNew(b *testing.B) {
 			return &proxier.ServicePort{Name: sp.Name}
 		})
 	})
+}
+
+// BenchmarkSyncSources replaces one endpoint of one Service, and the sources
+// allowed at it, where every Service has two source ranges.
+func BenchmarkSyncSources(b *testing.B) {
+	for _, n := range []int{100, 1000, 10_000} {
+		b.Run(fmt.Sprintf("%dx10", n), func(b *testing.B) {
+			plan := proxiertest.Fleet(proxier.IPv4, n, 10)
+			for _, sp := range plan.Services {
+				sp.Frontends[0].Sources = fleetSources(0)
+			}
+			benchmarkChange(b, plan, func(round int) *proxier.ServicePort {
+				sp := proxiertest.FleetService(plan.Family, 50, 500+round%2, 10)
+				sp.Frontends[0].Sources = fleetSources(round % 2)
+				return sp
+			})
+		})
+	}
+}
+
+func fleetSources(n int) []netip.Prefix {
+	return []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 168, byte(n), 0}), 24)}
 }
 
 // benchmarkChange measures Syncs of one Service port; one without frontends is

@@ -5,7 +5,9 @@ import (
 	"net/netip"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"signalbox/proxier"
 )
@@ -229,6 +231,44 @@ func TestForeignMarks(t *testing.T) {
 			t.Errorf("packets with a wrong mark or priority left the node:\n%s", listing)
 		}
 	})
+}
+
+// TestTrafficDuringSyncs: connections that are opened while endpoints come and
+// go all reach one of them.
+func TestTrafficDuringSyncs(t *testing.T) {
+	for _, timeout := range []time.Duration{0, time.Hour} {
+		t.Run("affinity "+timeout.String(), func(t *testing.T) {
+			l := newLab(t, proxier.IPv4)
+			s := newSticky(l, proxier.TCP, timeout, 1, 2, 3)
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				var clients sync.WaitGroup
+				for _, c := range s.clients()[:4] {
+					clients.Go(func() {
+						for range 150 {
+							if _, err := l.probe(l.client, c, proxier.TCP, s.cluster, patience); err != nil {
+								t.Errorf("from %s: %v", c, err)
+							}
+						}
+					})
+				}
+				clients.Wait()
+			}()
+			sets := []*proxier.EndpointSet{l.set(1), l.set(1, 2, 3, 4), l.set(4), l.set(2, 3), l.set(1, 4), l.set(2, 3, 4)}
+			for i := 0; ; i++ {
+				select {
+				case <-done:
+					if i < 10 {
+						t.Errorf("only %d Syncs happened during the connections", i)
+					}
+					return
+				default:
+					s.become(sets[i%len(sets)], nil)
+				}
+			}
+		})
+	}
 }
 
 // runNft runs the nft program; an argument after "-f", "-" is its input.
