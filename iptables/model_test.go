@@ -72,7 +72,7 @@ func (m *model) apply(input string, seen func()) error {
 				return fail("missing or not empty")
 			}
 			for name, rules := range chains {
-				if slices.ContainsFunc(rules, func(r string) bool { return jumpTarget(r) == rest }) {
+				if slices.ContainsFunc(rules, func(r string) bool { return strings.HasSuffix(r, "-j "+rest) }) {
 					return fail("in use by " + name)
 				}
 			}

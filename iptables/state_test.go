@@ -29,7 +29,7 @@ func stateOf(t testing.TB, plan *proxier.Plan) (*state, *model) {
 // and compares what the kernel then holds with what a full sync would write.
 func FuzzChanges(f *testing.F) {
 	for seed := range uint64(12) {
-		f.Add(seed, uint8(1+seed*seed%50))
+		f.Add(seed, uint8(1+seed*seed%20))
 	}
 	f.Fuzz(func(t *testing.T, seed uint64, changes uint8) {
 		w := newWorld(proxier.Families[seed%2], seed)

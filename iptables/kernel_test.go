@@ -1,0 +1,490 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// ownNamespace moves the test's thread to a new network namespace.
+func ownNamespace(t testing.TB) {
+	t.Helper()
+	runtime.LockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := netns.New()
+	if err != nil {
+		t.Fatalf("these tests need root: %v", err)
+	}
+	t.Cleanup(func() {
+		own.Close()
+		// A thread that cannot go home ends with the test.
+		if err := netns.Set(home); err == nil {
+			runtime.UnlockOSThread()
+		}
+		home.Close()
+	})
+}
+
+// eachVariant runs the test for both families and both variants of the tools.
+func eachVariant(t *testing.T, test func(t *testing.T, p *Proxier)) {
+	for _, b := range []Backend{Legacy, NFT} {
+		for _, f := range proxier.Families {
+			t.Run(string(b)+f.String(), func(t *testing.T) {
+				ownNamespace(t)
+				test(t, newProxier(t, f, b))
+			})
+		}
+	}
+}
+
+func newProxier(t testing.TB, f proxier.Family, b Backend) *Proxier {
+	t.Helper()
+	p, err := New(proxier.Options{Family: f}, Tuning{Backend: b, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func mustSync(t testing.TB, p *Proxier, plan *proxier.Plan, change proxier.Change) {
+	t.Helper()
+	if err := p.Sync(context.Background(), plan, change); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func run(t testing.TB, stdin, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Stdin = strings.NewReader(stdin)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v: %s", cmd, err, out)
+	}
+	return string(out)
+}
+
+var counters = regexp.MustCompile(`(?m)^#.*\n|\[\d+:\d+\]`)
+
+// saved is what the kernel holds, without dates and counters.
+func saved(t testing.TB, p *Proxier) string {
+	t.Helper()
+	var s string
+	for table := range tableCount {
+		s += run(t, "", p.tools.save, "-t", table.String())
+	}
+	return counters.ReplaceAllString(s, "")
+}
+
+// sortedLines compares tables in which chains stand in another order; the
+// order of rules in a chain is in the lines before.
+func sortedLines(s string) string {
+	order := map[string]int{}
+	lines := strings.Split(s, "\n")
+	table := ""
+	for i, line := range lines {
+		if strings.HasPrefix(line, "*") {
+			table = line
+		}
+		if chain, ok := strings.CutPrefix(line, "-A "); ok {
+			chain, _, _ = strings.Cut(chain, " ")
+			order[table+chain]++
+			line = strings.Repeat("+", order[table+chain]) + line
+		}
+		lines[i] = table + " " + line
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+// TestChangesEqualFullSync compares the kernel after random changes with the
+// kernel after one sync of everything.
+func TestChangesEqualFullSync(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		w := newWorld(p.opts.Family, 3)
+		plan := w.plan(60)
+		mustSync(t, p, plan, proxier.Change{})
+		for range 6 {
+			mustSync(t, p, plan, w.change(plan))
+		}
+		changed := saved(t, p)
+		if err := Cleanup(p.opts.Family); err != nil {
+			t.Fatal(err)
+		}
+		if left := saved(t, p); strings.Contains(left, "KUBE-") {
+			t.Fatalf("Cleanup left\n%s", left)
+		}
+		mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), plan, proxier.Change{All: true})
+		if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(changed)); diff != "" {
+			t.Errorf("-full sync +changes\n%s", diff)
+		}
+	})
+}
+
+// kubeProxyRules is a node as kube-proxy leaves it, with Services that are
+// gone, and another proxy's leavings.
+func kubeProxyRules(f proxier.Family) string {
+	pod := "10.9.9.9"
+	if f == proxier.IPv6 {
+		pod = "fd00:9::9"
+	}
+	return `*filter
+:KUBE-EXTERNAL-SERVICES - [0:0]
+:KUBE-FORWARD - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-PROXY-CANARY - [0:0]
+:KUBE-PROXY-FIREWALL - [0:0]
+:KUBE-SERVICES - [0:0]
+-A INPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL
+-A INPUT -m comment --comment "kubernetes health check service ports" -j KUBE-NODEPORTS
+-A INPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes externally-visible service portals" -j KUBE-EXTERNAL-SERVICES
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL
+-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment "kubernetes externally-visible service portals" -j KUBE-EXTERNAL-SERVICES
+-A OUTPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes load balancer firewall" -j KUBE-PROXY-FIREWALL
+-A OUTPUT -m conntrack --ctstate NEW -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+COMMIT
+*nat
+:KUBE-KUBELET-CANARY - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-PROXY-CANARY - [0:0]
+:KUBE-SEP-SXIVWICOYRO3J4NJ - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-XPGD46QRK7WJZT7O - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A POSTROUTING -m comment --comment "kubernetes postrouting rules" -j KUBE-POSTROUTING
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-SEP-SXIVWICOYRO3J4NJ -s ` + pod + ` -m comment --comment "ns1/svc1:p80" -j KUBE-MARK-MASQ
+-A KUBE-SERVICES -d ` + pod + ` -p tcp -m tcp --dport 80 -j KUBE-SVC-XPGD46QRK7WJZT7O
+-A KUBE-SVC-XPGD46QRK7WJZT7O -m comment --comment "ns1/svc1:p80" -j KUBE-SEP-SXIVWICOYRO3J4NJ
+COMMIT
+`
+}
+
+// foreignRules are of other software, some of it near to ours.
+const foreignRules = `*filter
+:CNI-FORWARD - [0:0]
+:KUBE-FIREWALL - [0:0]
+:KUBE-ROUTER-INPUT - [0:0]
+-A INPUT -j KUBE-FIREWALL
+-A FORWARD -m comment --comment "mine" -j CNI-FORWARD
+-A FORWARD -m comment --comment "kubernetes service portals" -j ACCEPT
+-A CNI-FORWARD -p tcp -m tcp --dport 25 -j DROP
+COMMIT
+*nat
+:CNI-HOSTPORT - [0:0]
+:KUBE-KUBELET-CANARY - [0:0]
+-A PREROUTING -p tcp -m tcp --dport 8081 -j CNI-HOSTPORT
+-A CNI-HOSTPORT -j RETURN
+-A POSTROUTING -p udp -m udp --dport 5353 -j MASQUERADE
+COMMIT
+`
+
+func TestTakesOverFromKubeProxyAndGivesBack(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		restore := func(rules string) { t.Helper(); run(t, rules, p.tools.restore, "--noflush") }
+		restore(kubeProxyRules(p.opts.Family))
+		w := newWorld(p.opts.Family, 5)
+		plan := w.plan(70)
+		mustSync(t, p, plan, proxier.Change{All: true})
+		after := saved(t, p)
+		for _, gone := range []string{"KUBE-SEP-SXIVWICOYRO3J4NJ", "KUBE-SVC-XPGD46QRK7WJZT7O"} {
+			if strings.Contains(after, gone) {
+				t.Errorf("chain %s of a Service that is gone is still there", gone)
+			}
+		}
+		for _, j := range jumps {
+			line := "-A " + j.from + j.rule() + "\n"
+			nats, filters, _ := strings.Cut(after, "*filter")
+			if n := strings.Count(map[table]string{nat: nats, filter: filters}[j.table], line); n != 1 {
+				t.Errorf("%s has %d times %s", j.table, n, line)
+			}
+		}
+		mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), plan, proxier.Change{All: true})
+		if diff := cmp.Diff(after, saved(t, p)); diff != "" {
+			t.Errorf("a restart changes the rules:\n%s", diff)
+		}
+
+		// kube-proxy rewrites its chains of the nat table and removes all that
+		// have its prefixes.
+		l, err := p.tools.list(context.Background(), "nat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var back script
+		edits := []edit{{name: servicesChain}, {name: nodePortsChain}, {name: postroutingChain}}
+		back.table(nat, withoutStale(edits, l.stale()))
+		restore(back.String())
+		for _, chain := range regexp.MustCompile(`(?m)^:KUBE-\S+`).FindAllString(run(t, "", p.tools.save, "-t", "nat"), -1) {
+			if isServiceChain(chain[1:]) {
+				t.Errorf("kube-proxy would leave %s behind", chain)
+			}
+		}
+	})
+}
+
+func TestForeignRulesStay(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		run(t, foreignRules, p.tools.restore, "--noflush")
+		before := saved(t, p)
+		w := newWorld(p.opts.Family, 8)
+		plan := w.plan(50)
+		mustSync(t, p, plan, proxier.Change{All: true})
+		mustSync(t, p, plan, w.change(plan))
+		present := saved(t, p)
+		for _, line := range strings.Split(before, "\n") {
+			if !strings.Contains(present, line+"\n") {
+				t.Errorf("%q is gone", line)
+			}
+		}
+		if err := Cleanup(p.opts.Family); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(before, saved(t, p)); diff != "" {
+			t.Errorf("Cleanup leaves (-before +after)\n%s", diff)
+		}
+		if err := Cleanup(p.opts.Family); err != nil {
+			t.Errorf("nothing to clean up: %v", err)
+		}
+	})
+}
+
+// TestCleanupLeavesWhatOthersUse: a rule of other software that marks for
+// masquerade goes on doing so.
+func TestCleanupLeavesWhatOthersUse(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		mustSync(t, p, newWorld(p.opts.Family, 8).plan(5), proxier.Change{All: true})
+		run(t, "*nat\n:CNI-X - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\nCOMMIT\n", p.tools.restore, "--noflush")
+		if err := Cleanup(p.opts.Family); err != nil {
+			t.Fatal(err)
+		}
+		left := saved(t, p)
+		if !strings.Contains(left, "-A CNI-X -p tcp -j KUBE-MARK-MASQ\n") || !strings.Contains(left, "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n") {
+			t.Errorf("after Cleanup:\n%s", left)
+		}
+		if strings.Contains(left, "KUBE-SERVICES") {
+			t.Errorf("Cleanup left\n%s", left)
+		}
+	})
+}
+
+func onlyService(w *world, endpoint string) *proxier.ServicePort {
+	set := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.MustParseAddrPort(endpoint)}}}
+	return &proxier.ServicePort{
+		Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: "bad"}, Port: "web", Protocol: proxier.TCP},
+		Frontends: []proxier.Frontend{{Addr: w.addr(97, 1), Port: 80, Internal: set, External: set}},
+	}
+}
+
+// TestFailureNamesTheServiceAndIsUndone gives the tools an endpoint that they
+// refuse.
+func TestFailureNamesTheServiceAndIsUndone(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		w := newWorld(p.opts.Family, 8)
+		plan := w.plan(30)
+		mustSync(t, p, plan, proxier.Change{All: true})
+		before := saved(t, p)
+		good, bad := "10.1.0.1:80", "[fd00::1]:80"
+		if p.opts.Family == proxier.IPv6 {
+			good, bad = bad, good
+		}
+		sp := onlyService(w, bad)
+		plan.Services[sp.Name] = sp
+		change := proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
+		err := p.Sync(context.Background(), plan, change)
+		if err == nil || errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(err.Error(), "ns/bad:web") {
+			t.Errorf("Sync says %v", err)
+		}
+		if diff := cmp.Diff(before, saved(t, p)); diff != "" {
+			t.Errorf("a refused change changed\n%s", diff)
+		}
+
+		// With a Service that must be refused in the filter table first.
+		empty := onlyService(w, good)
+		empty.Name.Name = "empty"
+		empty.Frontends[0].Addr = w.addr(97, 2)
+		empty.Frontends[0].Internal, empty.Frontends[0].External = nil, nil
+		plan.Services[empty.Name] = empty
+		change.Services = append(change.Services, empty.Name)
+		if err := p.Sync(context.Background(), plan, change); !errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(err.Error(), "ns/bad:web") {
+			t.Errorf("Sync of two tables, of which the second is refused, says %v", err)
+		}
+
+		sp = onlyService(w, good)
+		plan.Services[sp.Name] = sp
+		mustSync(t, p, plan, proxier.Change{All: true})
+		repaired := saved(t, p)
+		fresh := newProxier(t, p.opts.Family, p.tools.backend)
+		mustSync(t, fresh, plan, proxier.Change{All: true})
+		if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(repaired)); diff != "" {
+			t.Errorf("after the failures (-fresh +repaired)\n%s", diff)
+		}
+	})
+}
+
+// TestLockHeldByAnother: only the legacy tools have the lock.
+func TestLockHeldByAnother(t *testing.T) {
+	ownNamespace(t)
+	path := filepath.Join(t.TempDir(), "xtables.lock")
+	t.Setenv("XTABLES_LOCKFILE", path)
+	p := newProxier(t, proxier.IPv4, Legacy)
+	p.tools.wait = time.Second
+	w := newWorld(proxier.IPv4, 1)
+	plan := w.plan(3)
+	mustSync(t, p, plan, proxier.Change{All: true})
+
+	lock, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	sp := onlyService(w, "10.1.0.1:80")
+	plan.Services[sp.Name] = sp
+	change := proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
+	err = p.Sync(context.Background(), plan, change)
+	if err == nil || !strings.Contains(err.Error(), "lock") || !strings.Contains(err.Error(), path) || errors.Is(err, proxier.ErrUnknownState) {
+		t.Errorf("with the lock held Sync says %v", err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := p.Sync(ctx, plan, change); !errors.Is(err, context.Canceled) {
+		t.Errorf("a Sync that is stopped says %v", err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	mustSync(t, p, plan, change)
+	if !strings.Contains(saved(t, p), `ns/bad:web cluster IP`) {
+		t.Error("the Service is not there when the lock is free again")
+	}
+}
+
+func TestBackendFollowsTheNode(t *testing.T) {
+	cases := []struct {
+		name  string
+		setup map[string]string // tool -> its input
+		want  Backend
+	}{
+		{"hint in legacy", map[string]string{"legacy": "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n", "nft": foreignRules}, Legacy},
+		{"hint in nft", map[string]string{"nft": "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n", "legacy": foreignRules}, NFT},
+		{"hint before canary", map[string]string{"legacy": "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n", "nft": "*mangle\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n"}, Legacy},
+		{"canary in legacy", map[string]string{"legacy": "*mangle\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n"}, Legacy},
+		{"more rules in legacy", map[string]string{"legacy": foreignRules, "nft": "*filter\n-A INPUT -j ACCEPT\nCOMMIT\n"}, Legacy},
+		{"more rules in nft", map[string]string{"nft": foreignRules, "legacy": "*filter\n-A INPUT -j ACCEPT\nCOMMIT\n"}, NFT},
+	}
+	for _, f := range proxier.Families {
+		for _, c := range cases {
+			t.Run(f.String()+" "+c.name, func(t *testing.T) {
+				ownNamespace(t)
+				for tool, rules := range c.setup {
+					run(t, rules, commandName(f)+"-"+tool+"-restore", "--noflush")
+				}
+				var log bytes.Buffer
+				p, err := New(proxier.Options{Family: f}, Tuning{Logger: slog.New(slog.NewTextHandler(&log, nil))})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if p.Backend() != c.want || !strings.Contains(log.String(), "backend="+string(c.want)) {
+					t.Errorf("chose %s, logged %s", p.Backend(), log.String())
+				}
+			})
+		}
+	}
+}
+
+func TestSupported(t *testing.T) {
+	ownNamespace(t)
+	for _, f := range proxier.Families {
+		if err := Supported(f); err != nil {
+			t.Errorf("%s: %v", f, err)
+		}
+		for _, b := range []Backend{Legacy, NFT} {
+			p := newProxier(t, f, b)
+			if err := p.tools.probe(); err != nil {
+				t.Errorf("%s %s: %v", b, f, err)
+			}
+			if left := saved(t, p); strings.Contains(left, probeChain) {
+				t.Errorf("the probe left\n%s", left)
+			}
+		}
+		_, err := New(proxier.Options{Family: f}, Tuning{Backend: "other"})
+		var unsupported *proxier.UnsupportedError
+		if !errors.As(err, &unsupported) || !strings.Contains(err.Error(), commandName(f)+"-other") {
+			t.Errorf("without the tools New says %v", err)
+		}
+	}
+}
+
+// TestMissingFeatureIsNamed lets the probe ask for what no kernel has.
+func TestMissingFeatureIsNamed(t *testing.T) {
+	ownNamespace(t)
+	old := features
+	defer func() { features = old }()
+	features = append(slices.Clone(old), old[0])
+	features[len(old)].name, features[len(old)].rule = "the target NOSUCH", " -j NOSUCH"
+	for _, b := range []Backend{Legacy, NFT} {
+		err := newProxier(t, proxier.IPv4, b).tools.probe()
+		var unsupported *proxier.UnsupportedError
+		if !errors.As(err, &unsupported) || unsupported.Missing != "the target NOSUCH" {
+			t.Errorf("%s: %v", b, err)
+		}
+	}
+}
+
+func TestLocalhostNodePorts(t *testing.T) {
+	for _, b := range []Backend{Legacy, NFT} {
+		t.Run(string(b), func(t *testing.T) {
+			ownNamespace(t)
+			p := newProxier(t, proxier.IPv4, b)
+			// As the kubelet writes it.
+			run(t, "*filter\n:KUBE-FIREWALL - [0:0]\n-A INPUT -j KUBE-FIREWALL\n-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\""+
+				" --dst 127.0.0.0/8 ! --src 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP\nCOMMIT\n", p.tools.restore, "--noflush")
+			plan := planOf(proxier.IPv4)
+			plan.Node.NodePortAddrs.All = true
+			mustSync(t, p, plan, proxier.Change{All: true})
+			if rules := saved(t, p); !strings.Contains(rules, "-A KUBE-SERVICES ! -d 127.0.0.0/8 ") {
+				t.Errorf("NodePorts are served on 127.0.0.1:\n%s", rules)
+			}
+			plan.Node.LocalhostNodePorts = true
+			mustSync(t, p, plan, proxier.Change{Node: true})
+			rules := saved(t, p)
+			for text, times := range map[string]int{"block incoming localnet connections": 1, "-A INPUT -j KUBE-FIREWALL\n": 1, "-A OUTPUT -j KUBE-FIREWALL\n": 1, "! -d 127.0.0.0/8 -m comment": 0} {
+				if n := strings.Count(rules, text); n != times {
+					t.Errorf("%d times %q in\n%s", n, text, rules)
+				}
+			}
+			if set, err := os.ReadFile(routeLocalnet); err != nil || string(set) != "1\n" {
+				t.Errorf("route_localnet is %q, %v", set, err)
+			}
+		})
+	}
+}
