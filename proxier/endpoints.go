@@ -87,14 +87,15 @@ func (l locality) choose(all []candidate) selection {
 	if len(local) == 0 {
 		local = filter(draining, l.isLocal)
 	}
-	s := selection{
-		cluster: l.set(cluster),
-		local:   l.set(local),
-		serving: l.set(filter(all, func(c candidate) bool { return c.from.serving || c.from.ready })),
-		exists:  len(ready) > 0 || len(draining) > 0,
+	s := selection{cluster: l.set(cluster), exists: len(ready) > 0 || len(draining) > 0}
+	share := func(chosen []candidate) *EndpointSet {
+		if slices.Equal(chosen, cluster) {
+			return s.cluster
+		}
+		return l.set(chosen)
 	}
-	s.local = share(s.local, s.cluster)
-	s.serving = share(s.serving, s.cluster)
+	s.local = share(local)
+	s.serving = share(filter(all, func(c candidate) bool { return c.from.serving || c.from.ready }))
 	return s
 }
 
@@ -106,8 +107,8 @@ func (l locality) closest(ready []candidate) []candidate {
 		hints func(candidate) []unique.Handle[string]
 		here  unique.Handle[string]
 	}{
-		{func(c candidate) []unique.Handle[string] { return c.from.nodeHints }, l.node},
-		{func(c candidate) []unique.Handle[string] { return c.from.zoneHints }, l.zone},
+		{func(c candidate) []unique.Handle[string] { return c.from.hints.forNodes() }, l.node},
+		{func(c candidate) []unique.Handle[string] { return c.from.hints.forZones() }, l.zone},
 	} {
 		if near.here == unnamed || slices.ContainsFunc(ready, func(c candidate) bool { return len(near.hints(c)) == 0 }) {
 			continue
@@ -132,14 +133,6 @@ func (l locality) set(chosen []candidate) *EndpointSet {
 
 // noEndpoints is every empty set, so that emptiness never tells two apart.
 var noEndpoints = &EndpointSet{}
-
-// share returns known where s holds the same endpoints, else s.
-func share(s, known *EndpointSet) *EndpointSet {
-	if known != nil && slices.Equal(s.Endpoints, known.Endpoints) {
-		return known
-	}
-	return s
-}
 
 // filter returns all itself where everything is kept.
 func filter(all []candidate, keep func(candidate) bool) []candidate {

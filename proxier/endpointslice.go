@@ -9,7 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
 )
 
 // sliceName identifies an EndpointSlice.
@@ -42,13 +42,38 @@ type sliceEndpoint struct {
 	ready       bool
 	serving     bool
 	terminating bool
-	zoneHints   []unique.Handle[string]
-	nodeHints   []unique.Handle[string]
+	hints       *hints // nil for none; endpoints with the same may share them
+}
+
+// hints are the places whose clients an endpoint is meant for.
+type hints struct {
+	zones, nodes []unique.Handle[string]
+}
+
+func (h *hints) equal(o *hints) bool {
+	if h == nil || o == nil {
+		return h == o
+	}
+	return slices.Equal(h.zones, o.zones) && slices.Equal(h.nodes, o.nodes)
+}
+
+func (h *hints) forZones() []unique.Handle[string] {
+	if h == nil {
+		return nil
+	}
+	return h.zones
+}
+
+func (h *hints) forNodes() []unique.Handle[string] {
+	if h == nil {
+		return nil
+	}
+	return h.nodes
 }
 
 func (e sliceEndpoint) equal(o sliceEndpoint) bool {
 	return e.addr == o.addr && e.node == o.node && e.ready == o.ready && e.serving == o.serving && e.terminating == o.terminating &&
-		slices.Equal(e.zoneHints, o.zoneHints) && slices.Equal(e.nodeHints, o.nodeHints)
+		e.hints.equal(o.hints)
 }
 
 func (s *endpointSlice) equal(o *endpointSlice) bool {
@@ -56,17 +81,21 @@ func (s *endpointSlice) equal(o *endpointSlice) bool {
 		slices.EqualFunc(s.endpoints, o.endpoints, sliceEndpoint.equal)
 }
 
+func (s *endpointSlice) hasZoneHints() bool {
+	return slices.ContainsFunc(s.endpoints, func(e sliceEndpoint) bool { return len(e.hints.forZones()) > 0 })
+}
+
 // readEndpointSlice returns nil for a slice that is not for a proxy: of a
 // headless Service, of host names, or naming no Service.
 func readEndpointSlice(obj *discoveryv1.EndpointSlice) (*endpointSlice, []Problem) {
 	p := problems{kind: "EndpointSlice", object: objectName(obj)}
-	if _, headless := obj.Labels[corev1.IsHeadlessService]; headless || !validNames(obj, &p) {
-		return nil, p.found
+	if _, headless := obj.Labels[corev1.IsHeadlessService]; headless || !validNames(&p, obj, validation.IsDNS1123Subdomain) {
+		return nil, p.all()
 	}
 	owner := obj.Labels[discoveryv1.LabelServiceName]
 	if owner == "" {
 		p.add("metadata.labels", "%s is missing, so the slice belongs to no Service; it is left out", discoveryv1.LabelServiceName)
-		return nil, p.found
+		return nil, p.all()
 	}
 	s := &endpointSlice{
 		name:    sliceName{obj.Namespace, obj.Name},
@@ -79,11 +108,11 @@ func readEndpointSlice(obj *discoveryv1.EndpointSlice) (*endpointSlice, []Proble
 		s.family = IPv6
 	default:
 		p.add("addressType", "%q endpoints cannot be served; the slice is left out", obj.AddressType)
-		return nil, p.found
+		return nil, p.all()
 	}
 	s.ports = readSlicePorts(&p, obj.Ports)
 	s.readEndpoints(&p, obj.Endpoints)
-	return s, p.found
+	return s, p.all()
 }
 
 func readSlicePorts(p *problems, ports []discoveryv1.EndpointPort) []slicePort {
@@ -94,7 +123,7 @@ func readSlicePorts(p *problems, ports []discoveryv1.EndpointPort) []slicePort {
 			p.add(field+".name", "is missing; the port is left out")
 			continue
 		}
-		if ep.Port == nil || *ep.Port == 0 {
+		if ep.Port == nil {
 			continue // "all ports": nothing that a Service port could be sent to
 		}
 		if !validPort(*ep.Port) {
@@ -114,13 +143,14 @@ func readSlicePorts(p *problems, ports []discoveryv1.EndpointPort) []slicePort {
 // its consumers, and reads missing conditions as the API defines them.
 func (s *endpointSlice) readEndpoints(p *problems, endpoints []discoveryv1.Endpoint) {
 	s.endpoints = make([]sliceEndpoint, 0, len(endpoints))
-	for i, ep := range endpoints {
+	for i := range endpoints {
+		ep := &endpoints[i]
 		if len(ep.Addresses) == 0 {
 			p.add(indexed("endpoints", i)+".addresses", "is empty; the endpoint is left out")
 			continue
 		}
-		a, err := netip.ParseAddr(ep.Addresses[0])
-		if reason := s.unusable(a, err); reason != "" {
+		a, ok := parseAddr(ep.Addresses[0])
+		if reason := s.unusable(a, ok); reason != "" {
 			p.add(indexed("endpoints", i)+".addresses[0]", "%q %s; the endpoint is left out", ep.Addresses[0], reason)
 			continue
 		}
@@ -130,45 +160,37 @@ func (s *endpointSlice) readEndpoints(p *problems, endpoints []discoveryv1.Endpo
 			ready:       ep.Conditions.Ready == nil || *ep.Conditions.Ready,
 			serving:     ep.Conditions.Serving == nil || *ep.Conditions.Serving,
 			terminating: deref(ep.Conditions.Terminating),
+			hints:       readHints(ep.Hints),
 		}
-		if ep.Hints != nil {
-			for _, z := range ep.Hints.ForZones {
-				e.zoneHints = append(e.zoneHints, unique.Make(z.Name))
-			}
-			for _, n := range ep.Hints.ForNodes {
-				e.nodeHints = append(e.nodeHints, unique.Make(n.Name))
-			}
+		if n := len(s.endpoints); n > 0 && e.hints.equal(s.endpoints[n-1].hints) {
+			e.hints = s.endpoints[n-1].hints
 		}
 		s.endpoints = append(s.endpoints, e)
 	}
 }
 
-func (s *endpointSlice) unusable(a netip.Addr, err error) string {
+func readHints(from *discoveryv1.EndpointHints) *hints {
+	if from == nil || len(from.ForZones)+len(from.ForNodes) == 0 {
+		return nil
+	}
+	h := &hints{}
+	for _, z := range from.ForZones {
+		h.zones = append(h.zones, unique.Make(z.Name))
+	}
+	for _, n := range from.ForNodes {
+		h.nodes = append(h.nodes, unique.Make(n.Name))
+	}
+	return h
+}
+
+func (s *endpointSlice) unusable(a netip.Addr, parsed bool) string {
 	switch {
-	case err != nil:
+	case !parsed:
 		return "is not an IP address"
-	case FamilyOf(a) != s.family || a.Is4In6():
+	case FamilyOf(a) != s.family:
 		return fmt.Sprintf("is not an %s address, which the slice's addressType promises", s.family)
 	case !routable(a):
 		return "is a loopback, link-local, multicast or unspecified address"
 	}
 	return ""
-}
-
-func objectName(obj metav1.Object) string {
-	if obj.GetNamespace() == "" {
-		return obj.GetName()
-	}
-	return obj.GetNamespace() + "/" + obj.GetName()
-}
-
-func indexed(field string, i int) string { return fmt.Sprintf("%s[%d]", field, i) }
-
-// deref returns the zero value for nil.
-func deref[T any](p *T) T {
-	if p == nil {
-		var zero T
-		return zero
-	}
-	return *p
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"time"
@@ -17,8 +18,11 @@ type familyLoop struct {
 	proxier Proxier
 	planner *planner
 	opts    *LoopOptions
+	log     *slog.Logger
 
 	all bool // the kernel's state is unknown
+	// allFailed counts the tries in a row to write everything that failed.
+	allFailed int
 	// aside holds the Service ports that the mode refused. They are left out
 	// of syncs until they change or are due again.
 	aside   map[ServicePortName]refusal
@@ -28,216 +32,186 @@ type familyLoop struct {
 
 // refusal is a mode's answer to one Service port alone.
 type refusal struct {
-	err error
+	port *ServicePort // what was refused; nil for its removal
+	err  error
 	// proven says that others went in at the same time, so that the fault is
 	// in this Service port and not in the kernel's state.
 	proven bool
 }
 
-const firstRetry = 100 * time.Millisecond
+const (
+	firstRetry = 100 * time.Millisecond
+	// patience is how often writing everything may fail before Services are
+	// looked at for the reason. The kernel goes on with what it has in the
+	// meantime, and a lock that somebody holds for a moment costs no Service.
+	patience = 3
+)
 
 func newFamilyLoop(family Family, p Proxier, opts *LoopOptions) *familyLoop {
-	return &familyLoop{family: family, proxier: p, planner: newPlanner(family), opts: opts, all: true, aside: map[ServicePortName]refusal{}}
+	return &familyLoop{
+		family: family, proxier: p, planner: newPlanner(family), opts: opts,
+		log: opts.Logger.With("family", family.String()),
+		all: true, aside: map[ServicePortName]refusal{},
+	}
 }
 
-// sync writes what changed, what failed before and is due, or everything.
-// Unless it is urgent, a family whose kernel state is unknown waits for its
-// next try however much changes in between.
-func (f *familyLoop) sync(ctx context.Context, urgent bool) error {
-	p := f.planner
-	for name := range p.changed {
-		delete(f.aside, name) // it is not what was refused any more
-	}
-	due := f.retryAt.IsZero() || urgent || !time.Now().Before(f.retryAt)
+// sync writes what changed, what failed before and is due, or everything, and
+// says whether there was anything to write. Unless it is urgent, a family
+// whose kernel state is unknown waits for its next try however much changes in
+// between.
+func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
+	due := urgent || f.retryAt.IsZero() || !time.Now().Before(f.retryAt)
 	if f.all && !due {
-		return nil
+		return false, nil
 	}
-	if due {
-		for name := range f.aside {
-			p.changed[name] = struct{}{}
+	names := f.pending(due)
+	if !f.all && !f.planner.node && len(names) == 0 {
+		if due {
+			f.retryAt, f.backoff = time.Time{}, 0
 		}
+		return false, nil
 	}
-	change := Change{All: f.all, Node: p.node, Services: slices.SortedFunc(maps.Keys(p.changed), ServicePortName.Compare)}
-	if change.Empty() {
-		return nil
-	}
-	began := time.Now()
-	err := f.write(ctx, change)
-	f.schedule(err)
+	began, all := time.Now(), f.all
+	err = f.write(ctx, names)
+	f.schedule(due, err)
 	if f.opts.Synced != nil {
-		report := SyncReport{Family: f.family, Took: time.Since(began), Services: len(change.Services), All: change.All, SetAside: len(f.aside), Err: err}
-		if change.All {
-			report.Services = len(p.plan.Services)
+		report := SyncReport{Family: f.family, Took: time.Since(began), Services: len(names), All: all, SetAside: len(f.aside), Err: err}
+		if all {
+			report.Services = len(f.planner.plan.Services)
 		}
 		f.opts.Synced(report)
 	}
-	return err
+	return true, err
 }
 
-// schedule decides when what is left is tried again.
-func (f *familyLoop) schedule(err error) {
-	if err == nil && len(f.aside) == 0 {
-		f.retryAt, f.backoff = time.Time{}, 0
-		return
-	}
-	f.backoff = min(max(firstRetry, 2*f.backoff), f.opts.RetryPeriod)
-	f.retryAt = time.Now().Add(f.backoff)
-}
-
-// write tries the change as a whole and, where the mode refuses it, finds out
-// which Service ports it is about.
-func (f *familyLoop) write(ctx context.Context, change Change) error {
-	err := f.try(ctx, change)
-	if err == nil {
-		f.done(change)
-		return nil
-	}
-	log := f.opts.Logger.With("family", f.family.String())
-	if ctx.Err() != nil {
-		return err
-	}
-	if errors.Is(err, ErrUnknownState) || len(change.Services) == 0 {
-		f.all = true
-		log.Error("sync failed, everything is written anew at the next try", "error", err, "tryAgainIn", max(firstRetry, 2*f.backoff))
-		return fmt.Errorf("sync of %s: %w", f.family, err)
-	}
-	log.Warn("sync failed, looking for the Service it fails for", "services", len(change.Services), "error", err)
-	if !f.isolate(ctx, change) {
-		f.all = true
-		log.Error("sync failed whichever Services it holds, everything is written anew at the next try", "error", err)
-		return fmt.Errorf("sync of %s: %w", f.family, err)
-	}
-	return f.refused()
-}
-
-// isolate writes the change in ever smaller parts and sets aside what fails
-// alone. It returns false, with nothing set aside, where no part went in: then
-// the Services are not to blame.
-//
-// Where everything must be written anew, the frame without a Service goes in
-// first: what the kernel held is unknown or refused, and from here on each
-// Service that can be served comes back within milliseconds.
-func (f *familyLoop) isolate(ctx context.Context, change Change) bool {
-	names, proven := change.Services, false
-	if frame := (Change{All: change.All, Node: change.Node}); !frame.Empty() {
-		if err := f.tryFrame(ctx, frame); err != nil {
-			return false
-		}
-		proven = true
-	}
-	if change.All {
-		names = slices.SortedFunc(maps.Keys(f.planner.plan.Services), ServicePortName.Compare)
-	}
-	refused := map[ServicePortName]error{}
-	if f.bisect(ctx, names, refused) > 0 {
-		proven = true
-	}
-	if ctx.Err() != nil || !proven && len(names) > 1 {
-		return false
-	}
-	for name, err := range refused {
-		f.setAside(name, refusal{err, proven || f.aside[name].proven})
-	}
-	return true
-}
-
-// tryFrame writes everything but Services.
-func (f *familyLoop) tryFrame(ctx context.Context, frame Change) error {
-	plan := f.planner.plan
-	services := plan.Services
-	defer func() { plan.Services = services }()
-	if frame.All {
-		plan.Services = map[ServicePortName]*ServicePort{}
-	}
-	err := f.try(ctx, frame)
-	if err == nil {
-		f.done(frame)
-	}
-	return err
-}
-
-// setAside leaves a Service port out of further syncs. One that failed alone,
-// with nothing beside it that went in, may only have been the first to meet a
-// kernel state that somebody else changed: then everything is written anew.
-func (f *familyLoop) setAside(name ServicePortName, r refusal) {
-	f.aside[name] = r
-	delete(f.planner.changed, name)
-	if !r.proven {
-		f.all = true
-	}
-	f.opts.Report(Problem{
-		Kind: "Service", Object: name.ServiceName.String(), Field: fmt.Sprintf("port %q", name.Port),
-		Reason: fmt.Sprintf("%s rules could not be written: %v; what was served there before still is, and it is tried again", f.family, r.err),
+// pending returns the Service ports to write, sorted: those that changed, and
+// of those set aside the ones that are due or are not what was refused.
+func (f *familyLoop) pending(due bool) []ServicePortName {
+	p := f.planner
+	maps.DeleteFunc(f.aside, func(name ServicePortName, _ refusal) bool {
+		_, changed := p.changed[name]
+		return !changed
 	})
+	names := make([]ServicePortName, 0, len(p.changed))
+	for name := range p.changed {
+		if r, refused := f.aside[name]; !refused || due || r.port != p.plan.Services[name] {
+			names = append(names, name)
+		}
+	}
+	slices.SortFunc(names, ServicePortName.Compare)
+	return names
 }
 
-// bisect returns how many Service ports it wrote; those that fail alone are in
-// refused.
-func (f *familyLoop) bisect(ctx context.Context, names []ServicePortName, refused map[ServicePortName]error) (written int) {
-	if len(names) == 0 || ctx.Err() != nil {
-		return 0
-	}
-	part := Change{Services: names}
-	err := f.try(ctx, part)
+// schedule decides when what is left is tried again. Other Services' successes
+// and failures do not put a retry off.
+func (f *familyLoop) schedule(due bool, err error) {
+	now := time.Now()
 	switch {
-	case err == nil:
-		f.done(part)
-		return len(names)
-	case errors.Is(err, ErrUnknownState):
-		f.all = true
+	case err == nil && !f.all && len(f.aside) == 0:
+		f.retryAt, f.backoff = time.Time{}, 0
+	case due:
+		f.backoff = min(max(firstRetry, 2*f.backoff), f.opts.RetryPeriod)
+		f.retryAt = now.Add(f.backoff)
+	case f.all && f.retryAt.After(now.Add(firstRetry)):
+		f.retryAt = now.Add(firstRetry)
 	}
-	if len(names) == 1 {
-		refused[names[0]] = err
-		return 0
-	}
-	half := len(names) / 2
-	written = f.bisect(ctx, names[:half], refused)
-	if written == 0 && len(refused) > maxBlame {
-		return 0 // the fault is not in the Services: do not try them all
-	}
-	return written + f.bisect(ctx, names[half:], refused)
 }
 
-// maxBlame is after how many failures in a row, with nothing written, a search
-// for the Service to blame ends.
-const maxBlame = 8
+// write writes everything or the given Service ports and, where the mode
+// refuses that, finds out which of them it is about.
+func (f *familyLoop) write(ctx context.Context, names []ServicePortName) error {
+	proven := false
+	if f.all {
+		whole, err := f.writeAll(ctx)
+		if err != nil || whole {
+			return err
+		}
+		names, proven = f.changed(), true
+	} else {
+		err := f.try(ctx, f.planner.plan, Change{Node: f.planner.node, Services: names})
+		if err == nil {
+			f.planner.node = false
+			f.done(names)
+			return nil
+		}
+		if f.all || ctx.Err() != nil {
+			return f.failed(err)
+		}
+		f.log.Warn("sync failed, looking for the Service it fails for", "services", len(names), "error", err)
+		if f.planner.node {
+			if err := f.try(ctx, f.planner.plan, Change{Node: true}); err != nil {
+				f.all = true
+				return f.failed(err)
+			}
+			f.planner.node, proven = false, true
+		}
+	}
+	return f.isolate(ctx, names, proven)
+}
+
+// writeAll writes the whole plan, or after failures what the kernel last took
+// of it: then whole is false and what changed since is still to be written.
+// Before anything was ever taken that is no Service at all; whatever an
+// earlier process left then goes, and each Service that can be served comes
+// back at once.
+func (f *familyLoop) writeAll(ctx context.Context) (whole bool, err error) {
+	p := f.planner
+	if len(f.aside) == 0 {
+		err := f.try(ctx, p.plan, Change{All: true})
+		if err == nil {
+			p.node, f.allFailed = false, 0
+			f.done(f.changed())
+			return true, nil
+		}
+		f.allFailed++
+		if ctx.Err() != nil || f.allFailed < patience || len(p.changed) == 0 {
+			return false, f.failed(err)
+		}
+		f.log.Warn("writing everything failed again, looking for the Service it fails for", "services", len(p.changed), "error", err)
+	}
+	if err := f.try(ctx, p.asWritten(nil), Change{All: true}); err != nil {
+		return false, f.failed(err)
+	}
+	p.node, f.allFailed = false, 0
+	return false, nil
+}
 
 // try runs one Sync; a panic in a mode costs that sync, not the daemon.
-func (f *familyLoop) try(ctx context.Context, change Change) (err error) {
+func (f *familyLoop) try(ctx context.Context, plan *Plan, change Change) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("panic: %v: %w", r, ErrUnknownState)
 		}
+		switch {
+		case errors.Is(err, ErrUnknownState):
+			f.all = true
+		case err == nil && change.All:
+			f.all = false
+		}
 	}()
-	return f.proxier.Sync(ctx, f.planner.plan, change)
+	return f.proxier.Sync(ctx, plan, change)
 }
 
 // done notes what is in the kernel now.
-func (f *familyLoop) done(change Change) {
-	p := f.planner
-	if change.All {
-		f.all = false
-	}
-	if change.All || change.Node {
-		p.node = false
-	}
-	for _, name := range change.Services {
-		delete(p.changed, name)
+func (f *familyLoop) done(names []ServicePortName) {
+	owners := f.planner.flowOwners(names)
+	f.planner.written(names)
+	for _, name := range names {
 		delete(f.aside, name)
 	}
-	if f.opts.Flows == nil {
-		return
-	}
-	if owners := p.flowOwners(change.Services); len(owners) > 0 {
+	if f.opts.Flows != nil && len(owners) > 0 {
 		f.opts.Flows.Clean(f.family, owners)
 	}
 }
 
-// refused is the error of a sync that had to leave Service ports out.
-func (f *familyLoop) refused() error {
-	var failed []error
-	for name, r := range f.aside {
-		failed = append(failed, fmt.Errorf("Service %s: %w", name, r.err))
-	}
-	return errors.Join(failed...)
+// changed returns every Service port that is not in the kernel as planned,
+// sorted.
+func (f *familyLoop) changed() []ServicePortName {
+	return slices.SortedFunc(maps.Keys(f.planner.changed), ServicePortName.Compare)
+}
+
+func (f *familyLoop) failed(err error) error {
+	err = fmt.Errorf("sync of %s: %w", f.family, err)
+	f.log.Error("sync failed", "error", err, "everythingIsWrittenAnew", f.all)
+	return err
 }

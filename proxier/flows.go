@@ -1,5 +1,7 @@
 package proxier
 
+import "slices"
+
 // FlowCleaner removes connection-tracking flows that point at what is gone.
 // The kernel decides where a connection goes once, at its first packet: a UDP
 // client that keeps its source port would otherwise send to a removed endpoint
@@ -13,9 +15,49 @@ type FlowCleaner interface {
 
 // FlowOwner says who may answer UDP flows to some frontends.
 type FlowOwner struct {
-	// Frontends are of protocol UDP. They include those that the Service had
-	// before, as long as no other Service has taken them over.
+	// Frontends are of protocol UDP.
 	Frontends []FrontendKey
-	// Serving is empty where the Service is gone or has nobody left.
+	// Serving is empty where the Service has nobody left, and for frontends
+	// that a Service had and nobody has taken over.
 	Serving *EndpointSet
+}
+
+// flowOwners says who may answer the UDP flows that writing these Service
+// ports could have changed. It is asked before they are noted as written.
+func (p *planner) flowOwners(names []ServicePortName) []FlowOwner {
+	var owners []FlowOwner
+	gone := FlowOwner{Serving: noEndpoints}
+	for _, name := range names {
+		was, changed := p.changed[name]
+		if !changed || name.Protocol != UDP {
+			continue
+		}
+		now := p.plan.Services[name]
+		before, after := was.keys(), now.keys()
+		for _, key := range before {
+			// Who has taken a frontend over has changed and is an owner too.
+			if _, taken := p.claims.owners[key]; !taken {
+				gone.Frontends = append(gone.Frontends, key)
+			}
+		}
+		if now != nil && len(after) > 0 && (was == nil || was.Serving != now.Serving || !slices.Equal(before, after)) {
+			owners = append(owners, FlowOwner{after, now.Serving})
+		}
+	}
+	if len(gone.Frontends) > 0 {
+		owners = append(owners, gone)
+	}
+	return owners
+}
+
+// keys are what packets to a Service port are matched by; none for nil.
+func (p *ServicePort) keys() []FrontendKey {
+	if p == nil {
+		return nil
+	}
+	keys := make([]FrontendKey, len(p.Frontends))
+	for i := range p.Frontends {
+		keys[i] = p.Frontends[i].Key(p.Name.Protocol)
+	}
+	return keys
 }

@@ -4,12 +4,10 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
-	"sync"
 	"time"
-
-	"k8s.io/apimachinery/pkg/runtime"
 )
 
 // LoopOptions is what a Loop is made of.
@@ -25,6 +23,9 @@ type LoopOptions struct {
 	// took, so that a storm of changes is taken in ever larger batches while a
 	// single change never waits).
 	MinSyncPeriod time.Duration
+	// SyncPeriod is how often everything is written anew, whatever is known to
+	// have changed; 0 for never.
+	SyncPeriod time.Duration
 	// RetryPeriod bounds the wait before what failed is tried again; 30 s when
 	// zero.
 	RetryPeriod time.Duration
@@ -41,34 +42,24 @@ type LoopOptions struct {
 type SyncReport struct {
 	Family   Family
 	Took     time.Duration
-	Services int  // Service ports written or removed
+	Services int  // Service ports to write or remove
 	All      bool // everything was written anew
 	SetAside int  // Service ports that the mode refuses, in all
 	Err      error
 }
 
 // Loop feeds objects through Tracker and resolver into the Proxiers. It is a
-// Sink: Apply, Delete, Synced and SetLocalAddrs may be called from any
-// goroutine; everything else belongs to the one that calls Run or SyncNow.
+// Sink: Apply, Delete, Synced, SetLocalAddrs, LocalAddrs and Resync may be
+// called from any goroutine; everything else belongs to the one that calls Run
+// or SyncNow.
 type Loop struct {
+	*inbox
 	opts LoopOptions
-
-	mu     sync.Mutex // guards what follows
-	queue  []event
-	addrs  []netip.Addr
-	moved  bool // addrs changed since they were last taken
-	synced bool
-	wake   chan struct{} // holds one token while there is something to take
 
 	tracker  *Tracker
 	local    []netip.Addr
 	settled  bool // the source has synced and its objects were taken
 	families []*familyLoop
-}
-
-type event struct {
-	obj    runtime.Object
-	delete bool
 }
 
 // NewLoop returns a Loop that waits for its source's Synced.
@@ -84,7 +75,7 @@ func NewLoop(opts LoopOptions) *Loop {
 	if opts.RetryPeriod == 0 {
 		opts.RetryPeriod = 30 * time.Second
 	}
-	l := &Loop{opts: opts, tracker: NewTracker(opts.NodeName), wake: make(chan struct{}, 1)}
+	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName)}
 	for _, family := range Families {
 		if p := opts.Proxiers[family]; p != nil {
 			l.families = append(l.families, newFamilyLoop(family, p, &l.opts))
@@ -93,72 +84,42 @@ func NewLoop(opts LoopOptions) *Loop {
 	return l
 }
 
-// Apply implements Sink.
-func (l *Loop) Apply(obj runtime.Object) { l.push(event{obj: obj}) }
-
-// Delete implements Sink.
-func (l *Loop) Delete(obj runtime.Object) { l.push(event{obj: obj, delete: true}) }
-
-// Synced implements Sink.
-func (l *Loop) Synced() {
-	l.mu.Lock()
-	l.synced = true
-	l.mu.Unlock()
-	l.wakeUp()
-}
-
-// SetLocalAddrs tells the addresses that the node's interfaces have, of both
-// families.
-func (l *Loop) SetLocalAddrs(addrs []netip.Addr) {
-	l.mu.Lock()
-	l.addrs, l.moved = addrs, true
-	l.mu.Unlock()
-	l.wakeUp()
-}
-
-// LocalAddrs returns what SetLocalAddrs was last told. Any goroutine may ask.
-func (l *Loop) LocalAddrs() []netip.Addr {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.addrs
-}
-
-func (l *Loop) push(e event) {
-	l.mu.Lock()
-	l.queue = append(l.queue, e)
-	l.mu.Unlock()
-	l.wakeUp()
-}
-
-func (l *Loop) wakeUp() {
-	select {
-	case l.wake <- struct{}{}:
-	default:
-	}
-}
-
 // Run syncs until ctx is done and returns nil then. A change that arrives
 // while nothing else happens is synced at once.
 func (l *Loop) Run(ctx context.Context) error {
 	retry := time.NewTimer(0)
 	retry.Stop()
+	defer retry.Stop()
+	resync, stop := every(l.opts.SyncPeriod)
+	defer stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-l.wake:
 		case <-retry.C:
+		case <-resync:
+			l.Resync()
 		}
 		began := time.Now()
-		_ = l.sync(ctx, false) // each failure was reported where it happened
+		worked, _ := l.sync(ctx, false) // each failure was reported where it happened
 		retry.Stop()
 		if due, ok := l.nextRetry(); ok {
 			retry.Reset(time.Until(due))
 		}
-		if !pause(ctx, max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second))) {
+		if worked && !pause(ctx, max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second))) {
 			return nil
 		}
 	}
+}
+
+// every ticks, or with no period never does.
+func every(period time.Duration) (<-chan time.Time, func()) {
+	if period == 0 {
+		return nil, func() {}
+	}
+	t := time.NewTicker(period)
+	return t.C, t.Stop
 }
 
 func pause(ctx context.Context, d time.Duration) bool {
@@ -185,31 +146,29 @@ func (l *Loop) nextRetry() (due time.Time, ok bool) {
 // SyncNow takes all that is queued and makes every family's Proxier do it,
 // whatever waiting periods say. It returns what failed, joined; each failure
 // was also reported, and stays due.
-func (l *Loop) SyncNow(ctx context.Context) error { return l.sync(ctx, true) }
+func (l *Loop) SyncNow(ctx context.Context) error {
+	_, err := l.sync(ctx, true)
+	return err
+}
 
-func (l *Loop) sync(ctx context.Context, urgent bool) error {
-	if !l.take() {
-		return nil
+func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
+	if !l.update() {
+		return false, nil
 	}
 	var failed []error
 	for _, f := range l.families {
-		failed = append(failed, f.sync(ctx, urgent))
+		wrote, err := f.sync(ctx, urgent)
+		worked = worked || wrote
+		failed = append(failed, err)
 	}
-	return errors.Join(failed...)
+	return worked, errors.Join(failed...)
 }
 
-// take brings the plans up to date with what is queued, and says whether they
-// are complete: Services and EndpointSlices were listed.
-func (l *Loop) take() bool {
-	l.mu.Lock()
-	queue, synced, moved := l.queue, l.synced, l.moved
-	if moved {
-		l.local = l.addrs
-	}
-	l.queue, l.moved = nil, false
-	l.mu.Unlock()
-
-	for _, e := range queue {
+// update brings the plans up to date with what is queued, and says whether
+// they are complete: Services and EndpointSlices were listed.
+func (l *Loop) update() bool {
+	got := l.take()
+	for _, e := range got.events {
 		if e.delete {
 			l.tracker.Delete(e.obj)
 			continue
@@ -218,49 +177,48 @@ func (l *Loop) take() bool {
 			l.opts.Report(p)
 		}
 	}
-	if !synced {
+	l.local = got.addrs
+	if !got.synced {
 		return false
 	}
 	first := !l.settled
 	l.settled = true
 	names, node := l.tracker.takeDirty()
-	if node || moved || first {
-		for _, f := range l.families {
-			f.planner.setNode(l.tracker.nodeValue(&l.opts.Settings, f.family, l.local))
+	for _, f := range l.families {
+		if got.resync && !f.all {
+			f.all, f.retryAt = true, time.Time{}
 		}
-		names = l.affectedByNode(names, node)
+		todo := names
+		if node || got.moved || first {
+			if f.planner.setNode(l.tracker.nodeValue(&l.opts.Settings, f.family, l.local)) {
+				todo = l.tracker.serviceNames(names)
+			}
+		}
+		if len(todo) > 0 {
+			l.plan(f, todo)
+		}
 	}
-	l.plan(names)
 	return true
 }
 
-// affectedByNode adds the Services whose masquerade depends on whether local
-// Pods can be told apart, where the answer to that may have changed.
-func (l *Loop) affectedByNode(names []ServiceName, node bool) []ServiceName {
-	if !node || l.opts.Settings.DetectLocal != DetectLocalNodeCIDR {
-		return names
-	}
-	return l.tracker.serviceNames()
-}
-
-// plan resolves the named Services and those whose frontends they gain or
-// lose, until nothing changes hands any more.
-func (l *Loop) plan(names []ServiceName) {
-	r := newResolver(l.opts.Settings, l.tracker)
-	for _, f := range l.families {
-		for todo := slices.Clone(names); len(todo) > 0; todo = todo[1:] {
-			name := todo[0]
+// plan resolves the named Services and those that gain or lose a frontend by
+// it.
+func (l *Loop) plan(f *familyLoop, names []ServiceName) {
+	r := newResolver(&l.opts.Settings, l.tracker, f.family)
+	for len(names) > 0 {
+		affected := map[ServiceName]struct{}{}
+		for _, name := range names {
+			delete(affected, name)
 			svc := l.tracker.services[name]
-			var since int64
-			if svc != nil && !svc.created.IsZero() {
-				since = svc.created.Unix()
+			others, found := f.planner.update(name, svc.since(), r.resolve(svc, l.tracker.slices[name]))
+			for _, other := range others {
+				affected[other] = struct{}{}
 			}
-			again, found := f.planner.update(name, since, r.resolve(svc, l.tracker.slices[name], f.family))
-			todo = append(todo, again...)
 			for _, p := range found {
 				l.opts.Report(p)
 			}
 		}
+		names = slices.SortedFunc(maps.Keys(affected), compareServiceNames)
 	}
 }
 

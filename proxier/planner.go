@@ -5,152 +5,155 @@ import "slices"
 // planner keeps the Plan of one family up to date, one Service at a time, and
 // remembers what changed until it is told that a mode has written it.
 type planner struct {
-	plan   *Plan
-	ports  map[ServiceName][]ServicePortName // what plan holds of each Service
-	claims claims
+	plan     *Plan
+	services map[ServiceName]*plannedService
+	claims   claims
 
-	changed map[ServicePortName]struct{}
-	node    bool
-	// goneUDP are UDP frontends that some Service had since the last written
-	// state; whoever holds them now.
-	goneUDP map[FrontendKey]struct{}
+	// changed holds the Service ports that are not in the kernel as the plan
+	// has them -> what the kernel holds of them instead, nil for nothing.
+	changed map[ServicePortName]*ServicePort
+	node    bool // Plan.Node is not in the kernel as it is
+}
+
+// plannedService is what a Service has in the plan and would have.
+type plannedService struct {
+	since   int64             // as in claim
+	ports   []ServicePortName // in the plan, sorted
+	waiting []wish            // for frontends that better claims have
 }
 
 func newPlanner(family Family) *planner {
 	return &planner{
-		plan:    &Plan{Family: family, Services: map[ServicePortName]*ServicePort{}},
-		ports:   map[ServiceName][]ServicePortName{},
-		claims:  newClaims(),
-		changed: map[ServicePortName]struct{}{},
-		goneUDP: map[FrontendKey]struct{}{},
+		plan:     &Plan{Family: family, Services: map[ServicePortName]*ServicePort{}},
+		services: map[ServiceName]*plannedService{},
+		claims:   newClaims(),
+		changed:  map[ServicePortName]*ServicePort{},
 	}
 }
 
-func (p *planner) setNode(n Node) {
-	if !p.plan.Node.equal(&n) {
-		p.plan.Node, p.node = n, true
-	}
-}
-
-// update replaces the plan for one Service by its newly resolved ports. It
-// returns the Services that must be resolved again, because they lost a
-// frontend to this one or may have one that this one gave up.
-func (p *planner) update(name ServiceName, since int64, ports []*ServicePort) (again []ServiceName, found []Problem) {
-	waited := p.claims.stopWaiting(name)
-	held := p.releaseAll(name)
-	for _, port := range ports {
-		displaced, lost := p.claim(port, since)
-		again = append(again, displaced...)
-		for key, holder := range lost {
-			p.claims.wait(name, key)
-			if !slices.Contains(waited, key) {
-				found = append(found, conflict(port, key, holder))
-			}
-		}
-	}
-	for _, key := range held {
-		again = append(again, p.claims.queue[key]...)
-		if _, taken := p.claims.owners[key]; !taken && key.Protocol == UDP {
-			p.goneUDP[key] = struct{}{}
-		}
-	}
-	p.replace(name, slices.DeleteFunc(ports, func(sp *ServicePort) bool { return len(sp.Frontends) == 0 && sp.HealthCheckNodePort == 0 }))
-	again = slices.DeleteFunc(again, func(n ServiceName) bool { return n == name })
-	return again, found
-}
-
-// releaseAll gives up every frontend of a Service, so that its ports can claim
-// anew in whatever way they changed among themselves.
-func (p *planner) releaseAll(name ServiceName) []FrontendKey {
-	var keys []FrontendKey
-	for _, port := range p.ports[name] {
-		sp := p.plan.Services[port]
-		for i := range sp.Frontends {
-			key := sp.Frontends[i].Key(port.Protocol)
-			p.claims.release(key, port)
-			keys = append(keys, key)
-		}
-	}
-	return keys
-}
-
-// claim takes the frontends of one port and leaves those out of it that
-// another port keeps.
-func (p *planner) claim(port *ServicePort, since int64) (displaced []ServiceName, lost map[FrontendKey]claim) {
-	port.Frontends = slices.DeleteFunc(port.Frontends, func(f Frontend) bool {
-		key := f.Key(port.Name.Protocol)
-		holder, other, ok := p.claims.take(key, claim{port.Name, since})
-		if !ok {
-			if lost == nil {
-				lost = map[FrontendKey]claim{}
-			}
-			lost[key] = holder
-			return true
-		}
-		if other != (ServiceName{}) {
-			displaced = append(displaced, other)
-		}
+// setNode says whether Services must be resolved again: masquerading depends
+// on whether local Pods can be told apart.
+func (p *planner) setNode(n Node) (resolveAll bool) {
+	if p.plan.Node.equal(&n) {
 		return false
-	})
-	return displaced, lost
-}
-
-func conflict(port *ServicePort, key FrontendKey, holder claim) Problem {
-	p := problems{kind: "Service", object: port.Name.ServiceName.String()}
-	p.add("spec.ports", "port %q claims %s, which Service %s has; it is not served there until that Service gives it up", port.Name.Port, key, holder.by)
-	return p.found[0]
-}
-
-// replace puts ports into the plan, in the place of what it held of the
-// Service.
-func (p *planner) replace(name ServiceName, ports []*ServicePort) {
-	old := p.ports[name]
-	delete(p.ports, name)
-	for _, sp := range ports {
-		p.ports[name] = append(p.ports[name], sp.Name)
-		if before := p.plan.Services[sp.Name]; before != nil {
-			if before.equal(sp) {
-				continue
-			}
-			sp.keepSets(before)
-		}
-		p.plan.Services[sp.Name] = sp
-		p.changed[sp.Name] = struct{}{}
 	}
-	for _, gone := range old {
-		if !slices.Contains(p.ports[name], gone) {
-			delete(p.plan.Services, gone)
-			p.changed[gone] = struct{}{}
-		}
-	}
+	resolveAll = p.plan.Node.LocalPods.Known() != n.LocalPods.Known()
+	p.plan.Node, p.node = n, true
+	return resolveAll
 }
 
-// flowOwners says who may answer the UDP flows that names, which were just
-// written, could have changed.
-func (p *planner) flowOwners(names []ServicePortName) []FlowOwner {
-	var owners []FlowOwner
-	for _, name := range names {
-		sp := p.plan.Services[name]
-		if sp == nil || name.Protocol != UDP {
+// update replaces what the plan has of one Service by its newly resolved
+// ports, sorted by name. It returns the other Services that must be resolved
+// again, because they lost a frontend to this one or inherit one from it.
+func (p *planner) update(name ServiceName, since int64, ports []*ServicePort) (affected []ServiceName, found []Problem) {
+	old := p.services[name]
+	if old == nil {
+		old = &plannedService{}
+	}
+	wishes := wishesOf(since, ports)
+	affected = p.claims.exchange(name, p.wishesOf(old), wishes)
+
+	next := &plannedService{since: since}
+	for _, w := range wishes {
+		if p.claims.has(w) {
 			continue
 		}
-		o := FlowOwner{Serving: sp.Serving}
-		for i := range sp.Frontends {
-			key := sp.Frontends[i].Key(UDP)
-			o.Frontends = append(o.Frontends, key)
-			delete(p.goneUDP, key)
-		}
-		owners = append(owners, o)
-	}
-	gone := FlowOwner{Serving: noEndpoints}
-	for key := range p.goneUDP {
-		if _, taken := p.claims.owners[key]; !taken {
-			gone.Frontends = append(gone.Frontends, key)
+		next.waiting = append(next.waiting, w)
+		if _, waited := findWish(old.waiting, w); !waited {
+			found = append(found, p.conflict(w))
 		}
 	}
-	clear(p.goneUDP)
-	if len(gone.Frontends) > 0 {
-		owners = append(owners, gone)
+	slices.SortFunc(next.waiting, wish.compare)
+	p.grant(next, ports)
+	p.remove(old.ports, next.ports)
+	if len(next.ports) > 0 || len(next.waiting) > 0 {
+		p.services[name] = next
+	} else {
+		delete(p.services, name)
 	}
-	return owners
+	return affected, found
+}
+
+// grant puts the ports into the plan with those frontends that they have.
+func (p *planner) grant(next *plannedService, ports []*ServicePort) {
+	for _, sp := range ports {
+		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f Frontend) bool { return !p.claims.has(f.wish(sp.Name, next.since)) })
+		if sp.HealthCheckNodePort != 0 && !p.claims.has(sp.healthCheckWish(next.since)) {
+			sp.HealthCheckNodePort = 0
+		}
+		if len(sp.Frontends) > 0 || sp.HealthCheckNodePort != 0 {
+			p.set(sp.Name, sp)
+			next.ports = append(next.ports, sp.Name)
+		}
+	}
+}
+
+// remove takes those ports out of the plan that are no longer there.
+func (p *planner) remove(old, next []ServicePortName) {
+	for _, name := range old {
+		if _, stays := slices.BinarySearchFunc(next, name, ServicePortName.Compare); !stays {
+			p.set(name, nil)
+		}
+	}
+}
+
+// set puts a Service port into the plan, or with nil takes it out. What is
+// equal to what is there, or to what the kernel holds, is no change.
+func (p *planner) set(name ServicePortName, sp *ServicePort) {
+	old := p.plan.Services[name]
+	written, pending := p.changed[name]
+	if !pending {
+		written = old
+	}
+	switch {
+	case old.equal(sp):
+		return
+	case written.equal(sp):
+		sp = written
+		delete(p.changed, name)
+	default:
+		sp.keepSets(old)
+		sp.keepSets(written)
+		p.changed[name] = written
+	}
+	if sp == nil {
+		delete(p.plan.Services, name)
+	} else {
+		p.plan.Services[name] = sp
+	}
+}
+
+// written notes that the kernel holds these Service ports as the plan does.
+func (p *planner) written(names []ServicePortName) {
+	for _, name := range names {
+		delete(p.changed, name)
+	}
+	if len(p.changed) == 0 {
+		// A map keeps the size it once had, and walking it costs that size.
+		p.changed = map[ServicePortName]*ServicePort{}
+	}
+}
+
+// asWritten is the plan with what the kernel last took in the place of every
+// changed Service port but those given.
+func (p *planner) asWritten(but []ServicePortName) *Plan {
+	planned := make(map[ServicePortName]struct{}, len(but))
+	for _, name := range but {
+		planned[name] = struct{}{}
+	}
+	plan := &Plan{Family: p.plan.Family, Node: p.plan.Node, Services: make(map[ServicePortName]*ServicePort, len(p.plan.Services))}
+	for name, sp := range p.plan.Services {
+		if _, changed := p.changed[name]; !changed {
+			plan.Services[name] = sp
+		}
+	}
+	for name, sp := range p.changed {
+		if _, ok := planned[name]; ok {
+			sp = p.plan.Services[name]
+		}
+		if sp != nil {
+			plan.Services[name] = sp
+		}
+	}
+	return plan
 }

@@ -17,12 +17,31 @@ func (p Problem) String() string {
 	return fmt.Sprintf("%s %s: %s: %s", p.Kind, p.Object, p.Field, p.Reason)
 }
 
+// maxProblems is how many problems of one object are told one by one: an
+// EndpointSlice may hold thousands of bad addresses.
+const maxProblems = 10
+
 // problems collects what is wrong with one object.
 type problems struct {
 	kind, object string
 	found        []Problem
+	more         int // not in found
 }
 
 func (p *problems) add(field, reason string, args ...any) {
+	if len(p.found) == maxProblems {
+		p.more++
+		return
+	}
 	p.found = append(p.found, Problem{p.kind, p.object, field, fmt.Sprintf(reason, args...)})
+}
+
+// all returns what was found, with a word on what is not listed.
+func (p *problems) all() []Problem {
+	if p.more == 0 {
+		return p.found
+	}
+	last := p.found[len(p.found)-1]
+	last.Reason = fmt.Sprintf("%d more problems like the ones before are not listed", p.more)
+	return append(p.found, last)
 }

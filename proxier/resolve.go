@@ -1,51 +1,47 @@
 package proxier
 
 import (
-	"cmp"
 	"net/netip"
 	"slices"
 	"unique"
 )
 
-// resolver decides what this node must do for a Service. All policy is here:
-// nothing downstream knows the Service API.
+// resolver decides what this node must do for a Service in one IP family. All
+// policy is here: nothing downstream knows the Service API.
 type resolver struct {
-	settings Settings
+	settings *Settings
+	family   Family
 	locality locality
-	// primary is the node's own address by family; LocalPods whether Pods of
-	// this node can be told apart.
-	primary   map[Family]netip.Addr
-	knowsPods map[Family]bool
+	// primary is the node's own address of the family; not valid for none.
+	primary netip.Addr
+	// knowsPods says whether Pods of this node can be told apart.
+	knowsPods bool
 }
 
 // newResolver reads from the tracker what all Services depend on.
-func newResolver(settings Settings, t *Tracker) *resolver {
-	r := &resolver{
+func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
+	return &resolver{
 		settings:  settings,
+		family:    family,
 		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone)},
-		primary:   map[Family]netip.Addr{},
-		knowsPods: map[Family]bool{},
+		primary:   t.node.primary(family),
+		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
 	}
-	for _, family := range Families {
-		r.primary[family] = t.node.primary(family)
-		r.knowsPods[family] = settings.localPods(family, t.node.podCIDRs).Known()
-	}
-	return r
 }
 
-// resolve returns the Service's ports in one family, sorted by name. A Service
-// without a cluster IP of the family has none there.
-func (r *resolver) resolve(s *service, filed []*endpointSlice, family Family) []*ServicePort {
-	if s == nil || !slices.ContainsFunc(s.clusterIPs, func(a netip.Addr) bool { return FamilyOf(a) == family }) {
+// resolve returns the Service's ports, sorted by name. A Service without a
+// cluster IP of the family has none there.
+func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
+	if s == nil || !slices.ContainsFunc(s.clusterIPs, r.serves) {
 		return nil
 	}
 	ports := make([]*ServicePort, 0, len(s.ports))
 	for _, port := range s.ports {
-		chosen := r.locality.choose(candidates(filed, family, port.name, port.protocol))
+		chosen := r.locality.choose(candidates(filed, r.family, port.name, port.protocol))
 		ports = append(ports, &ServicePort{
 			Name:            ServicePortName{s.name, port.name, port.protocol},
 			AffinityTimeout: s.affinity,
-			Frontends:       r.frontends(s, port, family, chosen),
+			Frontends:       r.frontends(s, port, chosen),
 			Serving:         chosen.serving,
 		})
 	}
@@ -56,26 +52,31 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice, family Family) []
 	return ports
 }
 
-func (r *resolver) frontends(s *service, port servicePort, family Family, chosen selection) []Frontend {
-	internal, external := r.internal(s, family, chosen), r.external(s, chosen)
+func (r *resolver) serves(a netip.Addr) bool { return FamilyOf(a) == r.family }
+
+// frontends of one port. An address that is several things at once counts as
+// a cluster IP first, then as a load-balancer IP, which may have source ranges
+// where an equal external IP has none.
+func (r *resolver) frontends(s *service, port servicePort, chosen selection) []Frontend {
+	internal, external := r.internal(s, chosen), r.external(s, chosen)
 	var out []Frontend
-	add := func(base Frontend, kind FrontendKind, addrs []netip.Addr) {
+	add := func(base Frontend, kind FrontendKind, addrs []netip.Addr, but ...[]netip.Addr) {
 		for _, a := range addrs {
-			if FamilyOf(a) != family {
+			if !r.serves(a) || slices.ContainsFunc(but, func(other []netip.Addr) bool { return slices.Contains(other, a) }) {
 				continue
 			}
 			base.Kind, base.Addr, base.Port = kind, a, port.port
 			if kind == LoadBalancerIP {
-				base.Sources = r.sources(s, family, a)
+				base.Sources = r.sources(s, a)
 			}
-			out = replaceOrAppend(out, base)
+			out = append(out, base)
 		}
 	}
 	add(internal, ClusterIP, s.clusterIPs)
 	if !r.settings.IgnoreExternalIPs {
-		add(external, ExternalIP, s.externalIPs)
+		add(external, ExternalIP, s.externalIPs, s.clusterIPs, s.loadBalancerIPs)
 	}
-	add(external, LoadBalancerIP, s.loadBalancerIPs)
+	add(external, LoadBalancerIP, s.loadBalancerIPs, s.clusterIPs)
 	if port.nodePort != 0 {
 		external.Kind, external.Port = NodePort, port.nodePort
 		out = append(out, external)
@@ -83,23 +84,10 @@ func (r *resolver) frontends(s *service, port servicePort, family Family, chosen
 	return out
 }
 
-// replaceOrAppend lets a load-balancer IP, which may have source ranges, win
-// over an equal external IP, which has none.
-func replaceOrAppend(out []Frontend, f Frontend) []Frontend {
-	i := slices.IndexFunc(out, func(x Frontend) bool { return x.Addr == f.Addr && x.Port == f.Port })
-	switch {
-	case i < 0:
-		return append(out, f)
-	case out[i].Kind != ClusterIP:
-		out[i] = f
-	}
-	return out
-}
-
 // internal is what internalTrafficPolicy makes of a cluster IP. Traffic that
 // is not from a Pod of this node is masqueraded, so that the answer comes back
 // this way; where Pods cannot be told apart, nothing is.
-func (r *resolver) internal(s *service, family Family, chosen selection) Frontend {
+func (r *resolver) internal(s *service, chosen selection) Frontend {
 	f := Frontend{Internal: chosen.cluster, External: chosen.cluster}
 	if s.internalLocal {
 		f.Internal, f.External = chosen.local, chosen.local
@@ -108,7 +96,7 @@ func (r *resolver) internal(s *service, family Family, chosen selection) Fronten
 	switch {
 	case r.settings.MasqueradeAll:
 		f.Masquerade = FromAnywhere
-	case r.knowsPods[family]:
+	case r.knowsPods:
 		f.Masquerade = FromNode | FromOutside
 	}
 	return f
@@ -136,74 +124,14 @@ func whenNoneLocal(chosen selection) Verdict {
 	return Reject
 }
 
-// sources are the source ranges of one load-balancer IP. Where they cover the
-// node, the IP itself is a source too: the node may use it as its own when it
-// talks to it.
-func (r *resolver) sources(s *service, family Family, vip netip.Addr) []netip.Prefix {
-	ranges := s.sourcesOf(family)
-	if primary := r.primary[family]; primary.IsValid() && contains(ranges, primary) && !contains(ranges, vip) {
+// sources are the source ranges of one load-balancer IP, sorted. Where they
+// cover the node, the IP itself is a source too: the node may use it as its
+// own when it talks to it.
+func (r *resolver) sources(s *service, vip netip.Addr) []netip.Prefix {
+	ranges := s.sourcesOf(r.family)
+	if r.primary.IsValid() && contains(ranges, r.primary) && !contains(ranges, vip) {
 		ranges = append(ranges, netip.PrefixFrom(vip, vip.BitLen()))
+		slices.SortFunc(ranges, netip.Prefix.Compare)
 	}
 	return ranges
-}
-
-// node is what rules need to know about this node in one family.
-func (t *Tracker) nodeValue(settings *Settings, family Family, local []netip.Addr) Node {
-	addrs := settings.NodePortAddresses.nodePortAddrs(family, t.node.primary(family), local)
-	return Node{
-		LocalPods:          settings.localPods(family, t.node.podCIDRs),
-		NodePortAddrs:      addrs,
-		LocalhostNodePorts: family == IPv4 && settings.servesLoopback(addrs),
-		ServiceCIDRs:       t.cidrsOf(family),
-	}
-}
-
-func (n *Node) equal(o *Node) bool {
-	return slices.Equal(n.LocalPods.Prefixes, o.LocalPods.Prefixes) && n.LocalPods.Interface == o.LocalPods.Interface &&
-		n.LocalPods.InterfacePrefix == o.LocalPods.InterfacePrefix &&
-		n.NodePortAddrs.All == o.NodePortAddrs.All && slices.Equal(n.NodePortAddrs.Addrs, o.NodePortAddrs.Addrs) &&
-		n.LocalhostNodePorts == o.LocalhostNodePorts && slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs)
-}
-
-func (f *Frontend) equal(o *Frontend) bool {
-	return f.Kind == o.Kind && f.Addr == o.Addr && f.Port == o.Port && f.WhenEmpty == o.WhenEmpty && f.Masquerade == o.Masquerade &&
-		(f.Sources == nil) == (o.Sources == nil) && slices.Equal(f.Sources, o.Sources) &&
-		f.Internal.equal(o.Internal) && f.External.equal(o.External) &&
-		(f.Internal == f.External) == (o.Internal == o.External)
-}
-
-func (s *EndpointSet) equal(o *EndpointSet) bool {
-	return s == o || slices.Equal(s.Endpoints, o.Endpoints)
-}
-
-func (p *ServicePort) equal(o *ServicePort) bool {
-	return p.Name == o.Name && p.AffinityTimeout == o.AffinityTimeout && p.HealthCheckNodePort == o.HealthCheckNodePort &&
-		p.Serving.equal(o.Serving) &&
-		slices.EqualFunc(p.Frontends, o.Frontends, func(a, b Frontend) bool { return a.equal(&b) })
-}
-
-// keepSets makes p use the sets of its predecessor where they are equal, so
-// that a pointer comparison tells what changed.
-func (p *ServicePort) keepSets(old *ServicePort) {
-	known := []*EndpointSet{old.Serving}
-	for i := range old.Frontends {
-		known = append(known, old.Frontends[i].Internal, old.Frontends[i].External)
-	}
-	keep := func(s *EndpointSet) *EndpointSet {
-		for _, k := range known {
-			s = share(s, k)
-		}
-		return s
-	}
-	p.Serving = keep(p.Serving)
-	for i := range p.Frontends {
-		f := &p.Frontends[i]
-		f.Internal, f.External = keep(f.Internal), keep(f.External)
-	}
-}
-
-// precedes decides between two claims to one frontend: the older Service, then
-// the name that sorts first.
-func (c claim) precedes(o claim) bool {
-	return cmp.Or(cmp.Compare(c.since, o.since), c.by.Compare(o.by)) < 0
 }

@@ -1,6 +1,7 @@
 package proxier
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -28,25 +29,6 @@ type Tracker struct {
 
 	dirty     map[ServiceName]struct{}
 	dirtyNode bool // what Node values are made from changed
-	dirtyAll  bool // what every Service's endpoints are chosen by changed
-}
-
-// nodeObject is what this node's Node object says. The zero value stands for
-// a node without one.
-type nodeObject struct {
-	zone      string
-	podCIDRs  []netip.Prefix
-	addresses []netip.Addr // the node's own, InternalIP before ExternalIP
-}
-
-// primary is the node's own address of a family; not valid where there is none.
-func (n *nodeObject) primary(family Family) netip.Addr {
-	for _, a := range n.addresses {
-		if FamilyOf(a) == family {
-			return a
-		}
-	}
-	return netip.Addr{}
 }
 
 // NewTracker returns a Tracker for the node of that name, knowing nothing.
@@ -116,7 +98,7 @@ func (t *Tracker) setService(name ServiceName, s *service) {
 
 func (t *Tracker) setSlice(name sliceName, s *endpointSlice) {
 	if owner, filed := t.sliceOwners[name]; filed {
-		i := slices.IndexFunc(t.slices[owner], func(x *endpointSlice) bool { return x.name == name })
+		i, _ := t.findSlice(owner, name)
 		if s != nil && t.slices[owner][i].equal(s) {
 			return
 		}
@@ -130,11 +112,15 @@ func (t *Tracker) setSlice(name sliceName, s *endpointSlice) {
 	if s == nil {
 		return
 	}
-	filed := t.slices[s.service]
-	i, _ := slices.BinarySearchFunc(filed, name, func(x *endpointSlice, n sliceName) int { return compareSliceNames(x.name, n) })
-	t.slices[s.service] = slices.Insert(filed, i, s)
+	i, _ := t.findSlice(s.service, name)
+	t.slices[s.service] = slices.Insert(t.slices[s.service], i, s)
 	t.sliceOwners[name] = s.service
 	t.dirty[s.service] = struct{}{}
+}
+
+// findSlice returns where among a Service's slices one is, or belongs.
+func (t *Tracker) findSlice(owner ServiceName, name sliceName) (int, bool) {
+	return slices.BinarySearchFunc(t.slices[owner], name, func(x *endpointSlice, n sliceName) int { return compareSliceNames(x.name, n) })
 }
 
 func (t *Tracker) unfileSlice(name sliceName, owner ServiceName, i int) {
@@ -145,18 +131,30 @@ func (t *Tracker) unfileSlice(name sliceName, owner ServiceName, i int) {
 	}
 }
 
+// setNode makes only those Services dirty that depend on what changed: a
+// Node's status is written every few minutes and mostly says the same.
 func (t *Tracker) setNode(n nodeObject) {
-	if t.node.zone != n.zone {
-		t.dirtyAll = true
+	old := t.node
+	t.node = n
+	if old.zone != n.zone {
+		t.dirtyWhere(func(name ServiceName) bool { return slices.ContainsFunc(t.slices[name], (*endpointSlice).hasZoneHints) })
 	}
-	if !slices.Equal(t.node.addresses, n.addresses) {
+	if old.primary(IPv4) != n.primary(IPv4) || old.primary(IPv6) != n.primary(IPv6) {
+		t.dirtyNode = true
 		// Source ranges that cover the node admit its load-balancer IPs too.
-		t.dirtyAll, t.dirtyNode = true, true
+		t.dirtyWhere(func(name ServiceName) bool { return len(t.services[name].sources) > 0 })
 	}
-	if !slices.Equal(t.node.podCIDRs, n.podCIDRs) {
+	if !slices.Equal(old.podCIDRs, n.podCIDRs) {
 		t.dirtyNode = true
 	}
-	t.node = n
+}
+
+func (t *Tracker) dirtyWhere(affected func(ServiceName) bool) {
+	for name := range t.services {
+		if affected(name) {
+			t.dirty[name] = struct{}{}
+		}
+	}
 }
 
 func (t *Tracker) setServiceCIDR(name string, prefixes []netip.Prefix) {
@@ -172,21 +170,15 @@ func (t *Tracker) setServiceCIDR(name string, prefixes []netip.Prefix) {
 }
 
 // takeDirty returns the Services that changed since the last call, sorted, and
-// whether the Node values changed.
+// whether what Node values are made from changed.
 func (t *Tracker) takeDirty() (names []ServiceName, node bool) {
-	if t.dirtyAll {
-		for name := range t.services {
-			t.dirty[name] = struct{}{}
-		}
+	names, node = slices.SortedFunc(maps.Keys(t.dirty), compareServiceNames), t.dirtyNode
+	if len(names) > 0 {
+		// A map keeps the size it once had, and walking or clearing it costs
+		// that size: at the start every Service is dirty.
+		t.dirty = map[ServiceName]struct{}{}
 	}
-	names = make([]ServiceName, 0, len(t.dirty))
-	for name := range t.dirty {
-		names = append(names, name)
-	}
-	slices.SortFunc(names, compareServiceNames)
-	node = t.dirtyNode
-	clear(t.dirty)
-	t.dirtyAll, t.dirtyNode = false, false
+	t.dirtyNode = false
 	return names, node
 }
 
@@ -204,53 +196,9 @@ func (t *Tracker) cidrsOf(family Family) []netip.Prefix {
 	return slices.Compact(out)
 }
 
-func readNode(obj *corev1.Node) (nodeObject, []Problem) {
-	p := problems{kind: "Node", object: obj.Name}
-	n := nodeObject{zone: obj.Labels[corev1.LabelTopologyZone]}
-	cidrs := obj.Spec.PodCIDRs
-	if len(cidrs) == 0 && obj.Spec.PodCIDR != "" {
-		cidrs = []string{obj.Spec.PodCIDR}
-	}
-	n.podCIDRs = readPrefixes(&p, "spec.podCIDRs", cidrs)
-	for _, want := range []corev1.NodeAddressType{corev1.NodeInternalIP, corev1.NodeExternalIP} {
-		for i, address := range obj.Status.Addresses {
-			if address.Type != want {
-				continue
-			}
-			a, err := netip.ParseAddr(address.Address)
-			if err != nil {
-				p.add(indexed("status.addresses", i), "%q is not an IP address; it is left out", address.Address)
-				continue
-			}
-			n.addresses = append(n.addresses, a.Unmap())
-		}
-	}
-	return n, p.found
-}
-
-func readServiceCIDR(obj *networkingv1.ServiceCIDR) ([]netip.Prefix, []Problem) {
-	p := problems{kind: "ServiceCIDR", object: obj.Name}
-	return readPrefixes(&p, "spec.cidrs", obj.Spec.CIDRs), p.found
-}
-
-func readPrefixes(p *problems, field string, texts []string) []netip.Prefix {
-	var out []netip.Prefix
-	for i, text := range texts {
-		prefix, err := netip.ParsePrefix(text)
-		if err != nil {
-			p.add(indexed(field, i), "%q is not a CIDR; it is left out", text)
-			continue
-		}
-		out = append(out, prefix.Masked())
-	}
-	return out
-}
-
-func (t *Tracker) serviceNames() []ServiceName {
-	names := make([]ServiceName, 0, len(t.services))
-	for name := range t.services {
-		names = append(names, name)
-	}
+// serviceNames returns every Service there is, and those given, sorted.
+func (t *Tracker) serviceNames(and []ServiceName) []ServiceName {
+	names := slices.AppendSeq(slices.Clone(and), maps.Keys(t.services))
 	slices.SortFunc(names, compareServiceNames)
-	return names
+	return slices.Compact(names)
 }

@@ -1,0 +1,80 @@
+package proxier
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"sync"
+	"time"
+)
+
+// fakeProxier keeps the promises of Proxier about a kernel that is a map, and
+// checks that the Loop keeps its own. refuse and takes may be set.
+type fakeProxier struct {
+	refuse func(plan *Plan, change Change) error // asked before anything is written
+	takes  time.Duration
+
+	mu     sync.Mutex
+	kernel map[ServicePortName]*ServicePort
+	lost   bool     // a Sync left the kernel's state unknown
+	broken []string // how the Loop broke the contract
+	calls  []call
+}
+
+type call struct {
+	at     time.Time
+	change Change
+	err    error
+}
+
+func (f *fakeProxier) Sync(ctx context.Context, plan *Plan, change Change) (err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	defer func() { f.calls = append(f.calls, call{time.Now(), change, err}) }()
+	if f.takes > 0 {
+		time.Sleep(f.takes)
+	}
+	if f.kernel == nil || f.lost {
+		if !change.All {
+			f.broken = append(f.broken, fmt.Sprintf("a partial sync where the kernel's state is unknown: %+v", change))
+		}
+	}
+	if change.Empty() {
+		f.broken = append(f.broken, "a sync with nothing to do")
+	}
+	if f.refuse != nil {
+		if err := f.refuse(plan, change); err != nil {
+			return err
+		}
+	}
+	next := map[ServicePortName]*ServicePort{}
+	if change.All {
+		maps.Copy(next, plan.Services)
+	} else {
+		maps.Copy(next, f.kernel)
+		for _, name := range change.Services {
+			delete(next, name)
+			if sp := plan.Services[name]; sp != nil {
+				next[name] = sp
+			}
+		}
+	}
+	owners := map[FrontendKey]ServicePortName{}
+	for name, sp := range next {
+		for _, key := range sp.keys() {
+			if other, taken := owners[key]; taken {
+				return fmt.Errorf("%s is at %s already", other, key)
+			}
+			owners[key] = name
+		}
+	}
+	f.kernel, f.lost = next, false
+	return nil
+}
+
+func (f *fakeProxier) Close() error { return nil }
+
+// recorder records what a FlowCleaner is asked for.
+type recorder struct{ owners []FlowOwner }
+
+func (r *recorder) Clean(_ Family, owners []FlowOwner) { r.owners = append(r.owners, owners...) }

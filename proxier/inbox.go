@@ -1,0 +1,99 @@
+package proxier
+
+import (
+	"net/netip"
+	"slices"
+	"sync"
+
+	"k8s.io/apimachinery/pkg/runtime"
+)
+
+// inbox is the side of a Loop that other goroutines see: what they told it,
+// until it is taken.
+type inbox struct {
+	wake chan struct{} // holds one token while there is something to take
+
+	mu     sync.Mutex // guards what follows
+	events []event
+	addrs  []netip.Addr
+	moved  bool // addrs changed since they were last taken
+	resync bool
+	synced bool
+}
+
+type event struct {
+	obj    runtime.Object
+	delete bool
+}
+
+// Apply implements Sink.
+func (b *inbox) Apply(obj runtime.Object) { b.push(event{obj: obj}) }
+
+// Delete implements Sink.
+func (b *inbox) Delete(obj runtime.Object) { b.push(event{obj: obj, delete: true}) }
+
+// Synced implements Sink.
+func (b *inbox) Synced() {
+	b.mu.Lock()
+	b.synced = true
+	b.mu.Unlock()
+	b.wakeUp()
+}
+
+// SetLocalAddrs tells the addresses that the node's interfaces have, of both
+// families.
+func (b *inbox) SetLocalAddrs(addrs []netip.Addr) {
+	b.mu.Lock()
+	if !slices.Equal(b.addrs, addrs) {
+		b.addrs, b.moved = slices.Clone(addrs), true
+	}
+	b.mu.Unlock()
+	b.wakeUp()
+}
+
+// LocalAddrs returns what SetLocalAddrs was last told.
+func (b *inbox) LocalAddrs() []netip.Addr {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.addrs)
+}
+
+// Resync has everything written anew: somebody else may have changed what is
+// in the kernel.
+func (b *inbox) Resync() {
+	b.mu.Lock()
+	b.resync = true
+	b.mu.Unlock()
+	b.wakeUp()
+}
+
+func (b *inbox) push(e event) {
+	b.mu.Lock()
+	b.events = append(b.events, e)
+	b.mu.Unlock()
+	b.wakeUp()
+}
+
+func (b *inbox) wakeUp() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// delivery is what an inbox held.
+type delivery struct {
+	events []event
+	addrs  []netip.Addr
+	moved  bool
+	resync bool
+	synced bool
+}
+
+func (b *inbox) take() delivery {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	d := delivery{b.events, b.addrs, b.moved, b.resync, b.synced}
+	b.events, b.moved, b.resync = nil, false, false
+	return d
+}

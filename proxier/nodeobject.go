@@ -1,0 +1,74 @@
+package proxier
+
+import (
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+)
+
+// nodeObject is what this node's Node object says. The zero value stands for
+// a node without one.
+type nodeObject struct {
+	zone      string
+	podCIDRs  []netip.Prefix
+	addresses []netip.Addr // the node's own, InternalIP before ExternalIP
+}
+
+// primary is the node's own address of a family; not valid where there is none.
+func (n *nodeObject) primary(family Family) netip.Addr {
+	for _, a := range n.addresses {
+		if FamilyOf(a) == family {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+func readNode(obj *corev1.Node) (nodeObject, []Problem) {
+	p := problems{kind: "Node", object: objectName(obj)}
+	n := nodeObject{zone: obj.Labels[corev1.LabelTopologyZone]}
+	cidrs := obj.Spec.PodCIDRs
+	if len(cidrs) == 0 && obj.Spec.PodCIDR != "" {
+		cidrs = []string{obj.Spec.PodCIDR}
+	}
+	n.podCIDRs = readPrefixes(&p, "spec.podCIDRs", cidrs)
+	for _, want := range []corev1.NodeAddressType{corev1.NodeInternalIP, corev1.NodeExternalIP} {
+		for i, address := range obj.Status.Addresses {
+			if address.Type != want {
+				continue
+			}
+			if a, ok := readAddr(&p, indexed("status.addresses", i)+".address", address.Address); ok {
+				n.addresses = append(n.addresses, a)
+			}
+		}
+	}
+	return n, p.all()
+}
+
+// readServiceCIDR leaves out a range of all addresses: unallocated addresses
+// of a ServiceCIDR are dropped, so it would cut the node off.
+func readServiceCIDR(obj *networkingv1.ServiceCIDR) ([]netip.Prefix, []Problem) {
+	p := problems{kind: "ServiceCIDR", object: objectName(obj)}
+	var out []netip.Prefix
+	for _, prefix := range readPrefixes(&p, "spec.cidrs", obj.Spec.CIDRs) {
+		if prefix.Bits() == 0 {
+			p.add("spec.cidrs", "%s is every address there is; it is left out", prefix)
+			continue
+		}
+		out = append(out, prefix)
+	}
+	return out, p.all()
+}
+
+// nodeValue is what rules need to know about this node in one family, given
+// the addresses that its interfaces have.
+func (t *Tracker) nodeValue(settings *Settings, family Family, local []netip.Addr) Node {
+	addrs := settings.NodePortAddresses.nodePortAddrs(family, t.node.primary(family), local)
+	return Node{
+		LocalPods:          settings.localPods(family, t.node.podCIDRs),
+		NodePortAddrs:      addrs,
+		LocalhostNodePorts: family == IPv4 && settings.servesLoopback(addrs),
+		ServiceCIDRs:       t.cidrsOf(family),
+	}
+}
