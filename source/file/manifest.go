@@ -84,22 +84,20 @@ func split(content []byte) []document {
 	var docs []document
 	current := document{line: 1}
 	line := 0
-	for rest := content; len(rest) > 0; {
+	for next := range bytes.Lines(content) {
 		line++
-		next, after, _ := bytes.Cut(rest, []byte("\n"))
 		if isMarker(next) {
 			docs = append(docs, current)
 			current = document{line: line + 1}
-		} else {
-			current.text = append(append(current.text, next...), '\n')
+			continue
 		}
-		rest = after
+		current.text = append(current.text, next...)
 	}
 	return append(docs, current)
 }
 
 func isMarker(line []byte) bool {
-	line = bytes.TrimRight(line, " \t\r")
+	line = bytes.TrimRight(line, " \t\r\n")
 	return bytes.Equal(line, []byte("---")) || bytes.Equal(line, []byte("...")) || bytes.HasPrefix(line, []byte("--- #"))
 }
 
@@ -133,7 +131,7 @@ func (d document) readJSON(found map[key]manifest) (faults []fault) {
 			return faults
 		}
 		if err != nil {
-			at := int(decoder.InputOffset())
+			at := len(d.text) // it ends too soon
 			var syntax *json.SyntaxError
 			if errors.As(err, &syntax) {
 				at = int(syntax.Offset)
@@ -226,7 +224,7 @@ func (d document) faultOf(err error) fault {
 	reason = strings.TrimPrefix(reason, "error converting YAML to JSON: ")
 	if m := yamlLine.FindStringSubmatch(reason); m != nil {
 		n, _ := strconv.Atoi(m[1])
-		line := d.line + max(n, 1) - 1
+		line := min(d.line+max(n, 1)-1, d.lineAt(len(d.text))) // YAML has more ways to end a line than files have
 		return fault{line, yamlLine.ReplaceAllString(reason, "line "+strconv.Itoa(line))}
 	}
 	for _, pattern := range []*regexp.Regexp{unknownField, wrongType} {
