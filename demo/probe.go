@@ -40,6 +40,20 @@ type place struct {
 	source  source
 }
 
+// refusals is how many connections are tried where nobody answers. A client on
+// the same machine may learn of a refusal only when it tries again after a
+// second, since Linux does not tell a TCP socket of an ICMP error that arrives
+// while connect(2) is still sending.
+const refusals = 3
+
+// connections is how many connections go to the place, out of the wanted.
+func (p *place) connections(wanted int) int {
+	if p.spread == toNobody {
+		return min(wanted, refusals)
+	}
+	return wanted
+}
+
 // onNode are the Pods of the node under test.
 var onNode = []string{"pod-a", "pod-b"}
 
@@ -132,7 +146,7 @@ func (t *trial) visit(ctx context.Context, p *place, f proxier.Family) (row, err
 	for _, network := range networks {
 		n := newTally()
 		r.tallies[network] = n
-		for range t.cfg.Connections {
+		for range p.connections(t.cfg.Connections) {
 			n.count(t.ask(ctx, p.from, network, r.at, probeLimit))
 			if err := t.alive(ctx); err != nil {
 				return r, err
