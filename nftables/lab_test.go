@@ -230,6 +230,10 @@ func (l *lab) probe(from *peer, source netip.Addr, proto proxier.Protocol, to ne
 		if r.err = netns.Set(ns); r.err == nil {
 			r.a, r.err = connect(source, proto, to, wait)
 		}
+		// A machine under load may be late to answer neighbour discovery.
+		for late := time.Now().Add(wait); errors.Is(r.err, syscall.EHOSTUNREACH) && time.Now().Before(late); {
+			r.a, r.err = connect(source, proto, to, wait)
+		}
 		done <- r
 	}()
 	r := <-done
