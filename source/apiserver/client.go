@@ -1,11 +1,14 @@
 package apiserver
 
 import (
+	"errors"
 	"fmt"
+	"log/slog"
 
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/klog/v2"
 )
 
 // ClientOptions say where the API server is and how hard it may be asked.
@@ -41,8 +44,11 @@ func Client(opts ClientOptions) (kubernetes.Interface, error) {
 func restConfig(opts ClientOptions) (*rest.Config, error) {
 	if opts.Kubeconfig == "" && opts.Master == "" {
 		cfg, err := rest.InClusterConfig()
-		if err != nil {
+		switch {
+		case errors.Is(err, rest.ErrNotInCluster):
 			return nil, fmt.Errorf("no --kubeconfig, --master or --source is given, and this is not a Pod with a service account: %w", err)
+		case err != nil:
+			return nil, fmt.Errorf("reading the Pod's service account: %w", err)
 		}
 		return cfg, nil
 	}
@@ -50,8 +56,15 @@ func restConfig(opts ClientOptions) (*rest.Config, error) {
 	overrides := &clientcmd.ConfigOverrides{}
 	overrides.ClusterInfo.Server = opts.Master
 	cfg, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, overrides).ClientConfig()
-	if err != nil {
+	switch {
+	case err != nil && opts.Kubeconfig == "":
+		return nil, fmt.Errorf("--master %q: %w", opts.Master, err)
+	case err != nil:
 		return nil, fmt.Errorf("kubeconfig %q: %w", opts.Kubeconfig, err)
 	}
 	return cfg, nil
 }
+
+// LogTo sends what the Kubernetes client libraries log, for the whole process,
+// to log. They write to standard error in a form of their own otherwise.
+func LogTo(log *slog.Logger) { klog.SetSlogLogger(log.With("from", "client-go")) }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"reflect"
 	"sync"
@@ -34,26 +35,33 @@ type resource struct {
 	reflector *cache.Reflector
 	log       *slog.Logger
 
-	versions map[cache.ObjectName]string // resource version by object
-	listed   chan struct{}               // closed once the first list is told
-	refused  chan struct{}               // closed once the API server forbade it or did not know it
-	once     sync.Once
+	seed    maphash.Seed
+	told    map[cache.ObjectName]uint64 // hash of what the sink was told of each object
+	buf     []byte                      // for hashing, used again
+	listed  chan struct{}               // closed once the first list is told
+	refused chan struct{}               // closed once the API server forbade it or did not know it
+	once    sync.Once
 }
+
+var _ cache.TransformingStore = (*resource)(nil)
 
 func newResource(name string, example object, sink proxier.Sink, lw cache.ListerWatcher, log *slog.Logger) *resource {
 	r := &resource{
 		name: name, example: example, sink: sink, log: log.With("resource", name),
-		versions: map[cache.ObjectName]string{}, listed: make(chan struct{}), refused: make(chan struct{}),
+		seed: maphash.MakeSeed(), told: map[cache.ObjectName]uint64{},
+		listed: make(chan struct{}), refused: make(chan struct{}),
 	}
-	r.reflector = cache.NewReflectorWithOptions(lw, example, r, cache.ReflectorOptions{Name: "signalbox/" + name})
+	r.reflector = cache.NewReflectorWithOptions(lw, example, r, cache.ReflectorOptions{
+		Name: "signalbox/" + name, TypeDescription: name, Backoff: newBackoff(),
+	})
 	return r
 }
 
-// run lists and watches until ctx ends. The API server is never given up.
+// run lists and watches until ctx ends. The API server is never given up. How
+// each request ends is reported by the outcome that follows them.
 func (r *resource) run(ctx context.Context) {
 	backoff := newBackoff()
 	refused := sync.OnceFunc(func() { close(r.refused) })
-	var last string
 	for ctx.Err() == nil {
 		began := time.Now()
 		err := r.reflector.ListAndWatchWithContext(ctx)
@@ -61,15 +69,14 @@ func (r *resource) run(ctx context.Context) {
 			return
 		}
 		if time.Since(began) > backoffReset {
-			backoff, last = newBackoff(), ""
+			backoff = newBackoff()
 		}
 		if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
 			refused()
 		}
 		pause := backoff.Step()
-		if err != nil && err.Error() != last { // the same answer again is no news
-			last = err.Error()
-			r.log.Warn("cannot watch; what is known goes on being served", "error", err, "remedy", r.remedy(err), "tryAgainIn", pause)
+		if err != nil {
+			r.log.Debug("listing anew", "error", err, "in", pause)
 		}
 		select {
 		case <-ctx.Done():
@@ -82,22 +89,15 @@ func (r *resource) run(ctx context.Context) {
 // count as the first.
 const backoffReset = time.Minute
 
+// newBackoff returns the waits between tries to reach a server that is away.
+// They are drawn from a wide range, so that a cluster's nodes do not return all
+// at once.
 func newBackoff() *wait.Backoff {
-	return &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 0.2, Steps: 1 << 30, Cap: 30 * time.Second}
+	return &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 1 << 30, Cap: 10 * time.Second}
 }
 
-// remedy is what an operator can do about an answer of the API server.
-func (r *resource) remedy(err error) string {
-	switch {
-	case apierrors.IsForbidden(err):
-		return fmt.Sprintf("allow list and watch of %s; the ClusterRole system:node-proxier does", r.name)
-	case apierrors.IsUnauthorized(err):
-		return "check the credentials in the kubeconfig or the service account"
-	case apierrors.IsNotFound(err):
-		return fmt.Sprintf("none needed if this API server is too old to serve %s", r.name)
-	}
-	return "check that the API server runs and can be reached from this node"
-}
+// Transformer has a list that comes in as a stream trimmed object by object.
+func (r *resource) Transformer() cache.TransformFunc { return trim }
 
 // Add implements cache.ReflectorStore.
 func (r *resource) Add(obj any) error { return r.apply(obj) }
@@ -111,13 +111,12 @@ func (r *resource) Delete(obj any) error {
 	if !ok {
 		return fmt.Errorf("watching %s: a %T was deleted", r.name, obj)
 	}
-	delete(r.versions, cache.MetaObjectToName(o))
-	r.sink.Delete(o)
+	r.forget(cache.MetaObjectToName(o))
 	return nil
 }
 
 // Replace implements cache.ReflectorStore: the result of a list. What is not
-// in it any more is gone, what has the same version as before is no news.
+// in it any more is gone, what says the same as before is no news.
 func (r *resource) Replace(list []any, _ string) error {
 	there := make(map[cache.ObjectName]struct{}, len(list))
 	for _, item := range list {
@@ -125,14 +124,14 @@ func (r *resource) Replace(list []any, _ string) error {
 			there[cache.MetaObjectToName(o)] = struct{}{}
 		}
 	}
-	for name := range r.versions {
+	for name := range r.told {
 		if _, ok := there[name]; !ok {
-			delete(r.versions, name)
-			r.sink.Delete(r.named(name))
+			r.forget(name)
 		}
 	}
 	var failed []error
-	for _, item := range list {
+	for i, item := range list {
+		list[i] = nil // nobody needs it while the rest is worked on
 		failed = append(failed, r.apply(item))
 	}
 	r.once.Do(func() { close(r.listed) })
@@ -144,17 +143,51 @@ func (r *resource) Replace(list []any, _ string) error {
 func (r *resource) Resync() error { return nil }
 
 func (r *resource) apply(obj any) error {
-	o, ok := obj.(object)
-	if !ok {
-		return fmt.Errorf("watching %s: got a %T", r.name, obj)
+	if _, err := trim(obj); err != nil {
+		return fmt.Errorf("watching %s: %w", r.name, err)
 	}
-	name, version := cache.MetaObjectToName(o), o.GetResourceVersion()
-	if known, seen := r.versions[name]; seen && known == version && version != "" {
+	o := obj.(object)
+	name := cache.MetaObjectToName(o)
+	hash, err := r.hash(o)
+	if err != nil {
+		return fmt.Errorf("watching %s: %s: %w", r.name, name, err)
+	}
+	if told, ok := r.told[name]; ok && told == hash {
 		return nil
 	}
-	r.versions[name] = version
+	r.told[name] = hash
 	r.sink.Apply(o)
 	return nil
+}
+
+func (r *resource) forget(name cache.ObjectName) {
+	if _, ok := r.told[name]; ok {
+		delete(r.told, name)
+		r.sink.Delete(r.named(name))
+	}
+}
+
+// hash is over the protobuf form, which the API's types write with their maps
+// sorted. Unlike a resource version it says whether anything that matters has
+// changed, and it is right also after the server's data was restored from an
+// older state.
+func (r *resource) hash(o object) (uint64, error) {
+	m, ok := o.(interface {
+		Size() int
+		MarshalToSizedBuffer([]byte) (int, error)
+	})
+	if !ok {
+		return 0, fmt.Errorf("a %T has no protobuf form", o)
+	}
+	size := m.Size()
+	if cap(r.buf) < size {
+		r.buf = make([]byte, size)
+	}
+	n, err := m.MarshalToSizedBuffer(r.buf[:size])
+	if err != nil {
+		return 0, err
+	}
+	return maphash.Bytes(r.seed, r.buf[size-n:size]), nil
 }
 
 // named makes an object that says no more than which one it is.
@@ -166,19 +199,29 @@ func (r *resource) named(name cache.ObjectName) object {
 }
 
 // listWatch joins a typed client's two calls, with the same options for both.
+// How each ends is noted: a reflector tells nobody that the server is away
+// while it tries to watch again.
 func listWatch[L runtime.Object](
 	list func(context.Context, metav1.ListOptions) (L, error),
 	watchFunc func(context.Context, metav1.ListOptions) (watch.Interface, error),
-	restrict func(*metav1.ListOptions),
+	restrict func(*metav1.ListOptions), out *outcome,
 ) *cache.ListWatch {
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			restrict(&o)
-			return list(ctx, o)
+			found, err := list(ctx, o)
+			out.note(ctx, "list", err)
+			return found, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			restrict(&o)
-			return watchFunc(ctx, o)
+			w, err := watchFunc(ctx, o)
+			// A list that cannot be had as a stream is asked for plainly, and
+			// how that ends counts.
+			if err == nil || o.SendInitialEvents == nil {
+				out.note(ctx, "watch", err)
+			}
+			return w, err
 		},
 	}
 }

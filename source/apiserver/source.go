@@ -91,31 +91,39 @@ func answered(ctx context.Context, resources ...*resource) {
 
 func (s *Source) services(sink proxier.Sink) *resource {
 	api := s.client.CoreV1().Services(metav1.NamespaceAll)
-	return s.resource("services", &corev1.Service{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+	out := s.outcome("services", false)
+	return s.resource(out, &corev1.Service{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
 		o.LabelSelector = servedServices
 		o.FieldSelector = fields.OneTermNotEqualSelector("spec.clusterIP", corev1.ClusterIPNone).String()
-	}))
+	}, out))
 }
 
 func (s *Source) endpointSlices(sink proxier.Sink) *resource {
 	api := s.client.DiscoveryV1().EndpointSlices(metav1.NamespaceAll)
-	return s.resource("endpointslices", &discoveryv1.EndpointSlice{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+	out := s.outcome("endpointslices", false)
+	return s.resource(out, &discoveryv1.EndpointSlice{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
 		o.LabelSelector = servedSlices
-	}))
+	}, out))
 }
 
 func (s *Source) node(sink proxier.Sink) *resource {
 	api := s.client.CoreV1().Nodes()
-	return s.resource("nodes", &corev1.Node{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+	out := s.outcome("nodes", true)
+	return s.resource(out, &corev1.Node{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
 		o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, s.nodeName).String()
-	}))
+	}, out))
 }
 
 func (s *Source) serviceCIDRs(sink proxier.Sink) *resource {
 	api := s.client.NetworkingV1().ServiceCIDRs()
-	return s.resource("servicecidrs", &networkingv1.ServiceCIDR{}, sink, listWatch(api.List, api.Watch, func(*metav1.ListOptions) {}))
+	out := s.outcome("servicecidrs", true)
+	return s.resource(out, &networkingv1.ServiceCIDR{}, sink, listWatch(api.List, api.Watch, func(*metav1.ListOptions) {}, out))
 }
 
-func (s *Source) resource(name string, example object, sink proxier.Sink, lw *cache.ListWatch) *resource {
-	return newResource(name, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client), s.log)
+func (s *Source) outcome(resource string, optional bool) *outcome {
+	return &outcome{resource: resource, optional: optional, log: s.log, now: time.Now}
+}
+
+func (s *Source) resource(out *outcome, example object, sink proxier.Sink, lw *cache.ListWatch) *resource {
+	return newResource(out.resource, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client), s.log)
 }
