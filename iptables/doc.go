@@ -13,4 +13,10 @@
 // a prefix under which kube-proxy looks for chains to remove. So this mode
 // takes a node over from kube-proxy by replacing the contents of its chains,
 // and kube-proxy takes it back in the same way.
+//
+// Session affinity is kept in lists of the match recent, one for each endpoint.
+// The kernel keeps at most ip_list_tot clients on each, 100 unless the module
+// xt_recent was loaded with another number: beyond it the clients that were
+// quiet for the longest time are forgotten first. A new connection to a Service
+// with affinity asks every endpoint's list, one after the other.
 package iptables

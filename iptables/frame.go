@@ -47,28 +47,29 @@ func frameChains(mark uint32, pods []podMatch, facts facts) [tableCount][]chain 
 
 // tails are the rules at the end of the trees' root chains.
 func tails(family proxier.Family, node *proxier.Node) map[treeID][]string {
-	ports := nodePortMatches(family, node)
-	to := func(target string) []string {
+	to := func(target, text string) []string {
 		var rules []string
-		for _, m := range ports {
-			rules = append(rules, m+" -j "+target)
+		for _, match := range nodePortMatches(family, node) {
+			rules = append(rules, match.before+comment(text)+match.after+" -j "+target)
 		}
 		return rules
 	}
 	return map[treeID][]string{
 		// After the addresses: one of the node's own may be an external IP.
-		servicesTree: to(nodePortsChain),
+		servicesTree: to(nodePortsChain, "kubernetes service nodeports; NOTE: this must be the last rule in this chain"),
 		// OUTPUT has no jump of its own to the external Services, and a jump
 		// that kube-proxy does not know would be in the way of its cleanup.
 		emptyTree:    {" -j " + externalServicesChain},
-		externalTree: to(externalPortsChain),
+		externalTree: to(externalPortsChain, "kubernetes service nodeports"),
 	}
 }
 
+// splitMatch is a match that a comment stands in the middle of.
+type splitMatch struct{ before, after string }
+
 // nodePortMatches recognise packets to the addresses that serve NodePorts, one
-// rule for each.
-func nodePortMatches(family proxier.Family, node *proxier.Node) []string {
-	text := comment("kubernetes service nodeports; NOTE: this must be the last rule in this chain")
+// for each.
+func nodePortMatches(family proxier.Family, node *proxier.Node) []splitMatch {
 	if node.NodePortAddrs.All {
 		notLoopback := ""
 		switch {
@@ -77,12 +78,12 @@ func nodePortMatches(family proxier.Family, node *proxier.Node) []string {
 		case !node.LocalhostNodePorts:
 			notLoopback = " ! -d 127.0.0.0/8"
 		}
-		return []string{notLoopback + text + " -m addrtype --dst-type LOCAL"}
+		return []splitMatch{{notLoopback, " -m addrtype --dst-type LOCAL"}}
 	}
-	var matches []string
+	var matches []splitMatch
 	for _, a := range node.NodePortAddrs.Addrs {
 		if proxier.FamilyOf(a) == family && (!a.IsLoopback() || family == proxier.IPv4 && node.LocalhostNodePorts) {
-			matches = append(matches, destination(a)+text)
+			matches = append(matches, splitMatch{before: destination(a)})
 		}
 	}
 	return matches

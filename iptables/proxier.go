@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -47,9 +48,6 @@ func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
 	}
 	if tune.Logger == nil {
 		tune.Logger = slog.Default()
-	}
-	if opts.MasqueradeMark == 0 {
-		opts.MasqueradeMark = proxier.DefaultMasqueradeMark
 	}
 	t, why, err := pickTools(opts.Family, tune)
 	if err != nil {
@@ -104,9 +102,9 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 		}
 	}
 	t := p.state.change(plan, change)
-	if err := p.tools.apply(ctx, &t.script); err != nil {
+	if err := p.apply(ctx, &t.script); err != nil {
 		t.rollback()
-		return fmt.Errorf("%s: %w", p.tools.restore, err)
+		return err
 	}
 	t.commit()
 	return nil
@@ -145,11 +143,23 @@ func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
 	if err := p.prepareNode(&plan.Node); err != nil {
 		return err
 	}
-	if err := p.tools.apply(ctx, next.full(plan, stale, missing)); err != nil {
-		return fmt.Errorf("%s: %w", p.tools.restore, err)
+	if err := p.apply(ctx, next.full(plan, stale, missing)); err != nil {
+		return err
 	}
 	p.state = next
 	return nil
+}
+
+// apply forgets the state where it may have become another one.
+func (p *Proxier) apply(ctx context.Context, s *script) error {
+	err := p.tools.apply(ctx, s)
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, proxier.ErrUnknownState) {
+		p.state = nil
+	}
+	return fmt.Errorf("%s: %w", p.tools.restore, err)
 }
 
 const routeLocalnet = "/proc/sys/net/ipv4/conf/all/route_localnet"

@@ -50,8 +50,8 @@ func (e *restoreError) Unwrap() error { return e.err }
 // apply makes the kernel take the script. An error wraps
 // proxier.ErrUnknownState where a table may have taken effect.
 func (t *tools) apply(ctx context.Context, s *script) error {
-	if len(s.commits) == 0 {
-		return nil
+	if err := ctx.Err(); err != nil || len(s.commits) == 0 {
+		return err
 	}
 	// --counters leaves the counters of chains that are not named alone.
 	cmd := exec.CommandContext(ctx, t.restore, "--noflush", "--counters", "-w", t.waitSeconds())

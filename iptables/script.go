@@ -40,8 +40,8 @@ func (s *script) line(owner string, parts ...string) {
 // Chains come before those that jump to them, each with its rules at once, and
 // those of one level in falling order of their names. The nft variant walks
 // the sorted list of all chains named so far, up to the one it looks for, at
-// every line: in this order it finds nearly every one at the begin. With names
-// first and rules later, ten thousand Services take minutes.
+// every line: in this order it finds nearly every one at the begin. In the
+// order in which Services come, ten thousand of them take four times as long.
 //
 // The jumps of the table are put in front of what their built-in chains hold.
 func (s *script) table(t table, edits []edit, jumps ...jump) {

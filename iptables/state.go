@@ -25,6 +25,9 @@ func newState(opts proxier.Options, node proxier.Node, facts facts) (*state, err
 	if err != nil {
 		return nil, err
 	}
+	if opts.MasqueradeMark == 0 {
+		opts.MasqueradeMark = proxier.DefaultMasqueradeMark
+	}
 	s := &state{
 		compiler: compiler{opts.Family, pods},
 		node:     cloneNode(node),
