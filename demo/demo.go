@@ -50,9 +50,10 @@ const (
 
 	// MaxServices is how many cluster IPs there are for further Services.
 	MaxServices = 65000
-	// minConnections makes it all but impossible (2 in 100,000 times) that one
-	// of four endpoints is missed by chance, which would be called wrong.
-	minConnections = 48
+	// minConnections makes it all but impossible (once in seven million times)
+	// that one of four endpoints is missed by chance, which would be called
+	// wrong.
+	minConnections = 60
 )
 
 func (c *Config) check() error {

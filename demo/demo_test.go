@@ -100,7 +100,7 @@ func TestConfigIsChecked(t *testing.T) {
 		"no IP family":       func(c *Config) { c.Families = nil },
 		"-1 Services":        func(c *Config) { c.Services = -1 },
 		"65001 Services":     func(c *Config) { c.Services = MaxServices + 1 },
-		"47 connections":     func(c *Config) { c.Connections = minConnections - 1 },
+		"59 connections":     func(c *Config) { c.Connections = minConnections - 1 },
 		"nothing to measure": func(c *Config) { c.Changes = 0 },
 	} {
 		cfg := fakeConfig(t, untilKilled)

@@ -5,6 +5,7 @@
 // wrong is named and makes the demo fail.
 //
 // The machine is left as it was: the namespaces have no names and end with the
-// process, the daemon is ended by its pid (and by the kernel, should the demo
-// be killed), and all files are in one temporary directory.
+// process, the daemon is ended by its pid, and all files are in one temporary
+// directory. Should the demo itself be killed, the kernel ends the daemon, and
+// only that directory stays.
 package demo

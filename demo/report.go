@@ -176,8 +176,8 @@ func (p *printer) comparison(results []*modeResult) {
 		{"ratio of the medians", func(_ *modeResult, f *familyResult) string {
 			return timesOrNone(ratio(median(f.connects.through), median(f.connects.direct)))
 		}},
-		{"daemon's peak memory, both families", func(m *modeResult, _ *familyResult) string { return mebibytes(m.memory) }},
-		{"daemon's processor time, both families", func(m *modeResult, _ *familyResult) string { return orNone(m.processor) }},
+		{"peak memory of the whole daemon", func(m *modeResult, _ *familyResult) string { return mebibytes(m.memory) }},
+		{"processor time of the whole daemon", func(m *modeResult, _ *familyResult) string { return orNone(m.processor) }},
 	}
 	rows := [][]string{head}
 	for _, metric := range metrics {

@@ -1,11 +1,16 @@
 package demo
 
 import (
+	"bufio"
 	"fmt"
+	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"signalbox/modes"
 	"signalbox/proxier"
@@ -49,4 +54,75 @@ func TestEveryModeIsShown(t *testing.T) {
 		t.Errorf("%q is not there once for each mode and family", want)
 	}
 	checkUnchanged(t, before, shown)
+}
+
+// TestProcessIsEnded ends the demo from outside while its daemon serves.
+func TestProcessIsEnded(t *testing.T) {
+	binary := buildBinary(t)
+	for _, c := range []struct {
+		name   string
+		end    func(p *os.Process, out io.Closer) error
+		killed bool // it cannot even remove its files
+	}{
+		{"Ctrl-C", func(p *os.Process, _ io.Closer) error { return p.Signal(syscall.SIGINT) }, false},
+		{"SIGTERM", func(p *os.Process, _ io.Closer) error { return p.Signal(syscall.SIGTERM) }, false},
+		{"closed terminal", func(p *os.Process, _ io.Closer) error { return p.Signal(syscall.SIGHUP) }, false},
+		{"closed pipe", func(_ *os.Process, out io.Closer) error { return out.Close() }, false},
+		{"SIGKILL", func(p *os.Process, _ io.Closer) error { return p.Kill() }, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			ownTemporaryFiles(t)
+			before := machine(t)
+			cmd := exec.Command(binary, "demo", "--services=0")
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			shown := readUntil(t, out, "first answer")
+			if err := c.end(cmd.Process, out); err != nil {
+				t.Error(err)
+			}
+			if err := cmd.Wait(); err == nil {
+				t.Error("the demo says that all was shown")
+			}
+			if c.killed {
+				awaitEnd(t, shown)
+				return
+			}
+			checkUnchanged(t, before, shown)
+		})
+	}
+}
+
+// readUntil returns what comes up to a line with the words.
+func readUntil(t *testing.T, from io.Reader, words string) string {
+	t.Helper()
+	var b strings.Builder
+	for lines := bufio.NewScanner(from); lines.Scan(); {
+		fmt.Fprintln(&b, lines.Text())
+		if strings.Contains(lines.Text(), words) {
+			return b.String()
+		}
+	}
+	t.Fatalf("%q never came:\n%s", words, b.String())
+	return ""
+}
+
+// awaitEnd waits until the daemon has ended. Its parent being gone, it may stay
+// in the process table until somebody asks for it.
+func awaitEnd(t *testing.T, shown string) {
+	t.Helper()
+	pid := pidInOutput.FindStringSubmatch(shown)[1]
+	for deadline := time.Now().Add(patience); ; {
+		stat, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+		if err != nil || strings.Contains(string(stat), ") Z ") {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the daemon still runs: %s", stat)
+		}
+	}
 }
