@@ -2,6 +2,7 @@ package proxier
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"sync"
@@ -34,7 +35,8 @@ func (f *fakeProxier) Sync(ctx context.Context, plan *Plan, change Change) (err 
 	if f.takes > 0 {
 		time.Sleep(f.takes)
 	}
-	if f.kernel == nil || f.lost {
+	wasLost := f.lost
+	if f.kernel == nil || wasLost {
 		if !change.All {
 			f.broken = append(f.broken, fmt.Sprintf("a partial sync where the kernel's state is unknown: %+v", change))
 		}
@@ -43,7 +45,10 @@ func (f *fakeProxier) Sync(ctx context.Context, plan *Plan, change Change) (err 
 		f.broken = append(f.broken, "a sync with nothing to do")
 	}
 	if f.refuse != nil {
-		if err := f.refuse(plan, change); err != nil {
+		f.lost = true // should it panic
+		err := f.refuse(plan, change)
+		f.lost = wasLost || errors.Is(err, ErrUnknownState)
+		if err != nil {
 			return err
 		}
 	}

@@ -59,6 +59,7 @@ type Loop struct {
 	tracker  *Tracker
 	local    []netip.Addr
 	settled  bool // the source has synced and its objects were taken
+	resolved int  // how often a Service was resolved, over all families
 	families []*familyLoop
 }
 
@@ -209,6 +210,7 @@ func (l *Loop) plan(f *familyLoop, names []ServiceName) {
 		affected := map[ServiceName]struct{}{}
 		for _, name := range names {
 			delete(affected, name)
+			l.resolved++
 			svc := l.tracker.services[name]
 			others, found := f.planner.update(name, svc.since(), r.resolve(svc, l.tracker.slices[name]))
 			for _, other := range others {

@@ -84,26 +84,16 @@ func validPort(port int32) bool { return port > 0 && port <= 65535 }
 // validNames refuses what the API server would: names end up in rules,
 // comments and logs. The namespace may be missing.
 func validNames(p *problems, obj metav1.Object, nameErrors func(string) []string) bool {
-	for _, check := range []struct {
-		field, name string
-		errors      []string
-	}{
-		{"metadata.name", obj.GetName(), nameErrors(obj.GetName())},
-		{"metadata.namespace", obj.GetNamespace(), namespaceErrors(obj.GetNamespace())},
-	} {
-		if len(check.errors) > 0 {
-			p.add(check.field, "%q is not a name that the API allows (%s); the object is left out", check.name, check.errors[0])
-			return false
-		}
+	namespace := obj.GetNamespace()
+	switch {
+	case namespace != "" && len(validation.IsDNS1123Label(namespace)) > 0:
+		p.add("metadata.namespace", "%q is not a name that the API allows; the object is left out", namespace)
+	case len(nameErrors(obj.GetName())) > 0:
+		p.add("metadata.name", "%q is not a name that the API allows; the object is left out", obj.GetName())
+	default:
+		return true
 	}
-	return true
-}
-
-func namespaceErrors(namespace string) []string {
-	if namespace == "" {
-		return nil
-	}
-	return validation.IsDNS1123Label(namespace)
+	return false
 }
 
 // objectName is safe to print, whatever the object calls itself.
