@@ -22,7 +22,7 @@ var CommonModules = []string{
 	"nf_tables", "nft_*", "nf_reject_*", "nf_log_syslog", "nf_tproxy_*", "nf_socket_*",
 	"ip_tables", "iptable_*", "ipt_*", "ip6_tables", "ip6table_*", "ip6t_*", "xt_*",
 	"ip_set", "ip_set_*", "ip_vs", "ip_vs_*",
-	"veth", "bridge", "br_netfilter", "vxlan", "dummy", "8021q", "macvlan", "ipvlan", "tun", "ipip", "ip6_tunnel",
+	"veth", "bridge", "br_netfilter", "vxlan", "dummy", "8021q",
 	"sctp", "sctp_diag", "tcp_diag", "udp_diag",
 }
 
