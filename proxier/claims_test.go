@@ -15,7 +15,7 @@ import (
 func TestManyClaimants(t *testing.T) {
 	const n = 10_000
 	resolved := 0
-	b := newBench(t)
+	b := newRig(t)
 	counted := func() {
 		t.Helper()
 		before := b.resolved

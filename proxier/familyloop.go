@@ -135,13 +135,13 @@ func (f *familyLoop) write(ctx context.Context, names []ServicePortName) error {
 			return nil
 		}
 		if f.all || ctx.Err() != nil {
-			return f.failed(err)
+			return f.failed(ctx, err)
 		}
 		f.log.Warn("sync failed, looking for the Service it fails for", "services", len(names), "error", err)
 		if f.planner.node {
 			if err := f.try(ctx, f.planner.plan, Change{Node: true}); err != nil {
 				f.all = true
-				return f.failed(err)
+				return f.failed(ctx, err)
 			}
 			f.planner.node, proven = false, true
 		}
@@ -165,12 +165,12 @@ func (f *familyLoop) writeAll(ctx context.Context) (whole bool, err error) {
 		}
 		f.allFailed++
 		if ctx.Err() != nil || f.allFailed < patience || len(p.changed) == 0 {
-			return false, f.failed(err)
+			return false, f.failed(ctx, err)
 		}
 		f.log.Warn("writing everything failed again, looking for the Service it fails for", "services", len(p.changed), "error", err)
 	}
 	if err := f.try(ctx, p.asWritten(nil), Change{All: true}); err != nil {
-		return false, f.failed(err)
+		return false, f.failed(ctx, err)
 	}
 	p.node, f.allFailed = false, 0
 	return false, nil
@@ -210,8 +210,10 @@ func (f *familyLoop) changed() []ServicePortName {
 	return slices.SortedFunc(maps.Keys(f.planner.changed), ServicePortName.Compare)
 }
 
-func (f *familyLoop) failed(err error) error {
+func (f *familyLoop) failed(ctx context.Context, err error) error {
 	err = fmt.Errorf("sync of %s: %w", f.family, err)
-	f.log.Error("sync failed", "error", err, "everythingIsWrittenAnew", f.all)
+	if ctx.Err() == nil { // else it was told to stop
+		f.log.Error("sync failed", "error", err, "everythingIsWrittenAnew", f.all)
+	}
 	return err
 }

@@ -36,10 +36,10 @@ func (f *familyLoop) isolate(ctx context.Context, names []ServicePortName, prove
 	s.write(ctx, parts)
 	switch {
 	case ctx.Err() != nil:
-		return f.failed(ctx.Err())
+		return f.failed(ctx, ctx.Err())
 	case !s.proven && len(parts) > 1:
 		f.all = true
-		return f.failed(fmt.Errorf("whichever Services it holds: %w", errors.Join(slices.Collect(maps.Values(s.refused))...)))
+		return f.failed(ctx, fmt.Errorf("whichever Services it holds: %w", errors.Join(slices.Collect(maps.Values(s.refused))...)))
 	}
 	for _, name := range slices.SortedFunc(maps.Keys(s.refused), ServicePortName.Compare) {
 		f.setAside(name, s.refused[name], s.proven)
@@ -47,7 +47,7 @@ func (f *familyLoop) isolate(ctx context.Context, names []ServicePortName, prove
 	if f.all && s.proven {
 		// The last part left the kernel's state unknown; the others need it.
 		if err := f.try(ctx, f.planner.asWritten(nil), Change{All: true}); err != nil {
-			return f.failed(err)
+			return f.failed(ctx, err)
 		}
 	}
 	return f.refusals()

@@ -74,7 +74,7 @@ func TestARefusedServiceIsTriedWhenItChanges(t *testing.T) {
 
 func TestRetriesComeLaterAndLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t, func(o *LoopOptions) { o.RetryPeriod = time.Second })
+		b := newRig(t, func(o *LoopOptions) { o.RetryPeriod = time.Second })
 		b.mode.refuse = refusing("bad")
 		b.Apply(newService("bad", "10.96.0.1"))
 		b.Apply(newService("good", "10.96.0.2"))
@@ -99,7 +99,7 @@ func TestRetriesComeLaterAndLater(t *testing.T) {
 
 func TestOtherChangesDoNotPutARetryOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t, func(o *LoopOptions) { o.RetryPeriod = 10 * time.Second })
+		b := newRig(t, func(o *LoopOptions) { o.RetryPeriod = 10 * time.Second })
 		b.Apply(newService("good", "10.96.0.2"))
 		b.Synced()
 		b.run()
@@ -141,7 +141,7 @@ func TestNothingIsWipedToFindWhatFails(t *testing.T) {
 	b.mustSync()
 }
 
-func countAll(b *bench) (n int) {
+func countAll(b *rig) (n int) {
 	for _, c := range b.mode.calls {
 		if c.change.All && c.err == nil {
 			n++
@@ -171,7 +171,7 @@ func TestARefusedServiceKeepsItsOldFormWhenAllIsWritten(t *testing.T) {
 }
 
 func TestAFirstSyncThatFailsIsTriedAgainBeforeServicesAreBlamed(t *testing.T) {
-	b := newBench(t)
+	b := newRig(t)
 	fails := patience - 1
 	b.mode.refuse = func(_ *Plan, change Change) error {
 		if !change.All {
@@ -198,7 +198,7 @@ func TestAFirstSyncThatFailsIsTriedAgainBeforeServicesAreBlamed(t *testing.T) {
 func TestABadServiceAtTheStartKeepsNobodyElseOut(t *testing.T) {
 	for _, bad := range []int{1, 30, 100} {
 		t.Run(fmt.Sprint(bad), func(t *testing.T) {
-			b := newBench(t)
+			b := newRig(t)
 			var badNames []string
 			for i := range 200 {
 				name := fmt.Sprintf("good-%03d", i)
@@ -243,7 +243,7 @@ func TestUnknownStateIsWrittenAnew(t *testing.T) {
 
 func TestUnknownStateWaitsForItsRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t)
+		b := newRig(t)
 		b.mode.refuse = func(*Plan, Change) error { return ErrUnknownState }
 		b.Synced()
 		b.run()
@@ -345,7 +345,7 @@ func TestACancelledSyncBlamesNobody(t *testing.T) {
 
 func TestARefusedNewServiceThatIsDeletedIsForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t)
+		b := newRig(t)
 		b.Synced()
 		b.run()
 		synctest.Wait()

@@ -12,10 +12,11 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
-// bench is a Loop with one family, and what it does its work on.
-type bench struct {
+// rig is a Loop with one family, and what it does its work on.
+type rig struct {
 	*Loop
 	t        *testing.T
 	mode     *fakeProxier
@@ -24,8 +25,8 @@ type bench struct {
 	reports  []SyncReport
 }
 
-func newBench(t *testing.T, change ...func(*LoopOptions)) *bench {
-	b := &bench{t: t, mode: &fakeProxier{}, flows: &recorder{}}
+func newRig(t *testing.T, change ...func(*LoopOptions)) *rig {
+	b := &rig{t: t, mode: &fakeProxier{}, flows: &recorder{}}
 	opts := LoopOptions{
 		NodeName: "node1", Proxiers: map[Family]Proxier{IPv4: b.mode}, Flows: b.flows, Logger: slog.New(slog.DiscardHandler),
 		Report: func(p Problem) { b.problems = append(b.problems, p) },
@@ -40,7 +41,7 @@ func newBench(t *testing.T, change ...func(*LoopOptions)) *bench {
 
 // run starts Run and ends it with the test, which must be in a synctest
 // bubble.
-func (b *bench) run() {
+func (b *rig) run() {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
 	go func() { done <- b.Run(ctx) }()
@@ -54,21 +55,21 @@ func (b *bench) run() {
 }
 
 // check fails the test where the Loop broke the contract of Proxier.
-func (b *bench) check() {
+func (b *rig) check() {
 	b.t.Helper()
 	for _, broken := range b.mode.broken {
 		b.t.Errorf("contract of Proxier: %s", broken)
 	}
 }
 
-func (b *bench) syncNow() error {
+func (b *rig) syncNow() error {
 	b.t.Helper()
 	err := b.SyncNow(context.Background())
 	b.check()
 	return err
 }
 
-func (b *bench) mustSync() {
+func (b *rig) mustSync() {
 	b.t.Helper()
 	if err := b.syncNow(); err != nil {
 		b.t.Fatal(err)
@@ -78,7 +79,7 @@ func (b *bench) mustSync() {
 
 // wantInKernel checks that the kernel holds the plan but for the Services
 // named.
-func (b *bench) wantInKernel(but ...string) {
+func (b *rig) wantInKernel(but ...string) {
 	b.t.Helper()
 	for name, sp := range b.Plan(IPv4).Services {
 		if slices.Contains(but, name.Name) {
@@ -96,7 +97,7 @@ func (b *bench) wantInKernel(but ...string) {
 }
 
 // last describes the last call of Sync.
-func (b *bench) last() call {
+func (b *rig) last() call {
 	b.t.Helper()
 	if len(b.mode.calls) == 0 {
 		b.t.Fatal("no Sync was called")
@@ -125,7 +126,7 @@ func refusing(services ...string) func(*Plan, Change) error {
 }
 
 func TestNothingIsWrittenBeforeTheSourceHasSynced(t *testing.T) {
-	b := newBench(t)
+	b := newRig(t)
 	b.Apply(newService("web", "10.96.0.1"))
 	b.mustSyncNothing()
 	b.Synced()
@@ -135,7 +136,7 @@ func TestNothingIsWrittenBeforeTheSourceHasSynced(t *testing.T) {
 	}
 }
 
-func (b *bench) mustSyncNothing() {
+func (b *rig) mustSyncNothing() {
 	b.t.Helper()
 	before := len(b.mode.calls)
 	if err := b.syncNow(); err != nil {
@@ -146,9 +147,9 @@ func (b *bench) mustSyncNothing() {
 	}
 }
 
-// filled is a bench with Services a to the given letter written.
-func filled(t *testing.T, to byte, change ...func(*LoopOptions)) *bench {
-	b := newBench(t, change...)
+// filled is a rig with Services a to the given letter written.
+func filled(t *testing.T, to byte, change ...func(*LoopOptions)) *rig {
+	b := newRig(t, change...)
 	for c := byte('a'); c <= to; c++ {
 		b.Apply(newService(string(c), clusterIP(int(c-'a'))))
 		b.Apply(newSlice(string(c), "10.244.2.1"))
@@ -162,35 +163,35 @@ func TestOnlyWhatChangedIsWritten(t *testing.T) {
 	service := newService("b", clusterIP(1))
 	for _, test := range []struct {
 		what string
-		do   func(b *bench)
+		do   func(b *rig)
 		want string // names of Services; "node" for the Node
 	}{
-		{"a new endpoint", func(b *bench) { b.Apply(newSlice("b", "10.244.2.1", "10.244.2.2")) }, "b"},
-		{"the same again", func(b *bench) { b.Apply(newSlice("b", "10.244.2.1")); b.Apply(service) }, ""},
-		{"the same in another slice", func(b *bench) {
+		{"a new endpoint", func(b *rig) { b.Apply(newSlice("b", "10.244.2.1", "10.244.2.2")) }, "b"},
+		{"the same again", func(b *rig) { b.Apply(newSlice("b", "10.244.2.1")); b.Apply(service) }, ""},
+		{"the same in another slice", func(b *rig) {
 			s := newSlice("b", "10.244.2.1")
 			s.Name = "b-2"
 			b.Apply(s)
 		}, ""},
-		{"there and back", func(b *bench) { b.Apply(newSlice("b")); b.Apply(newSlice("b", "10.244.2.1")) }, ""},
-		{"gone and here again", func(b *bench) { b.Delete(service); b.Apply(service) }, ""},
-		{"gone", func(b *bench) { b.Delete(service) }, "b"},
-		{"two", func(b *bench) { b.Delete(service); b.Apply(newService("z", "10.96.9.9")) }, "b z"},
-		{"a slice of nobody", func(b *bench) { b.Apply(newSlice("x", "10.244.2.1")) }, ""},
-		{"another node", func(b *bench) {
+		{"there and back", func(b *rig) { b.Apply(newSlice("b")); b.Apply(newSlice("b", "10.244.2.1")) }, ""},
+		{"gone and here again", func(b *rig) { b.Delete(service); b.Apply(service) }, ""},
+		{"gone", func(b *rig) { b.Delete(service) }, "b"},
+		{"two", func(b *rig) { b.Delete(service); b.Apply(newService("z", "10.96.9.9")) }, "b z"},
+		{"a slice of nobody", func(b *rig) { b.Apply(newSlice("x", "10.244.2.1")) }, ""},
+		{"another node", func(b *rig) {
 			n := &corev1.Node{}
 			n.Name = "node2"
 			n.Spec.PodCIDR = "10.244.2.0/24"
 			b.Apply(n)
 		}, ""},
-		{"a zone that nobody hints at", func(b *bench) {
+		{"a zone that nobody hints at", func(b *rig) {
 			n := &corev1.Node{}
 			n.Name = "node1"
 			n.Labels = map[string]string{corev1.LabelTopologyZone: "east"}
 			b.Apply(n)
 		}, ""},
-		{"a kind of object that says nothing", func(b *bench) { b.Apply(&corev1.Pod{}); b.Delete(&corev1.Pod{}) }, ""},
-		{"local addresses where all serve node ports", func(b *bench) { b.SetLocalAddrs([]netip.Addr{netip.MustParseAddr("192.168.0.1")}) }, ""},
+		{"a kind of object that says nothing", func(b *rig) { b.Apply(&corev1.Pod{}); b.Delete(&corev1.Pod{}) }, ""},
+		{"local addresses where all serve node ports", func(b *rig) { b.SetLocalAddrs([]netip.Addr{netip.MustParseAddr("192.168.0.1")}) }, ""},
 	} {
 		t.Run(test.what, func(t *testing.T) {
 			b := filled(t, 'c')
@@ -242,7 +243,7 @@ func TestSetsKeepTheirIdentity(t *testing.T) {
 
 func TestRunWritesASingleChangeAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t, func(o *LoopOptions) { o.MinSyncPeriod = time.Second })
+		b := newRig(t, func(o *LoopOptions) { o.MinSyncPeriod = time.Second })
 		b.Synced()
 		b.run()
 		time.Sleep(time.Hour)
@@ -257,7 +258,7 @@ func TestRunWritesASingleChangeAtOnce(t *testing.T) {
 
 func TestMinSyncPeriodCountsFromTheEndOfASync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t, func(o *LoopOptions) { o.MinSyncPeriod = time.Second })
+		b := newRig(t, func(o *LoopOptions) { o.MinSyncPeriod = time.Second })
 		b.mode.takes = 300 * time.Millisecond
 		b.Synced()
 		b.run()
@@ -282,7 +283,7 @@ func TestMinSyncPeriodCountsFromTheEndOfASync(t *testing.T) {
 
 func TestPauseAfterASyncIsAsLongAsItTook(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t)
+		b := newRig(t)
 		b.mode.takes = 40 * time.Millisecond
 		b.Synced()
 		b.run()
@@ -298,7 +299,7 @@ func TestPauseAfterASyncIsAsLongAsItTook(t *testing.T) {
 
 func TestEventsThatChangeNothingCauseNoPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t, func(o *LoopOptions) { o.MinSyncPeriod = time.Minute })
+		b := newRig(t, func(o *LoopOptions) { o.MinSyncPeriod = time.Minute })
 		b.Synced()
 		b.run()
 		time.Sleep(time.Hour)
@@ -315,7 +316,7 @@ func TestEventsThatChangeNothingCauseNoPause(t *testing.T) {
 
 func TestSyncPeriodWritesEverythingAnew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBench(t, func(o *LoopOptions) { o.SyncPeriod = time.Hour })
+		b := newRig(t, func(o *LoopOptions) { o.SyncPeriod = time.Hour })
 		b.Apply(newService("web", "10.96.0.1"))
 		b.Synced()
 		b.run()
@@ -333,7 +334,7 @@ func TestSyncPeriodWritesEverythingAnew(t *testing.T) {
 
 func TestFamiliesFailAlone(t *testing.T) {
 	six := &fakeProxier{refuse: func(*Plan, Change) error { return errors.New("no IPv6 today") }}
-	b := newBench(t, func(o *LoopOptions) { o.Proxiers[IPv6] = six })
+	b := newRig(t, func(o *LoopOptions) { o.Proxiers[IPv6] = six })
 	b.Apply(newService("web", "10.96.0.1"))
 	b.Synced()
 	err := b.syncNow()
@@ -344,7 +345,7 @@ func TestFamiliesFailAlone(t *testing.T) {
 }
 
 func TestLocalAddrsAreTheCallers(t *testing.T) {
-	b := newBench(t)
+	b := newRig(t)
 	addrs := []netip.Addr{netip.MustParseAddr("192.168.0.1")}
 	b.SetLocalAddrs(addrs)
 	addrs[0] = netip.MustParseAddr("192.168.0.2")
@@ -354,7 +355,7 @@ func TestLocalAddrsAreTheCallers(t *testing.T) {
 }
 
 func TestNonUTF8NamesAreRefused(t *testing.T) {
-	b := newBench(t)
+	b := newRig(t)
 	b.Apply(newService("web\xff", "10.96.0.1"))
 	b.Apply(newService("web", "10.96.0.2", func(s *corev1.Service) { s.Spec.Ports[0].Name = "\xff" }))
 	b.Synced()
@@ -365,6 +366,25 @@ func TestNonUTF8NamesAreRefused(t *testing.T) {
 	for _, p := range b.problems {
 		if strings.Contains(p.String(), "\xff") {
 			t.Errorf("%q is not fit to print", p.String())
+		}
+	}
+}
+
+func TestTenThousandEndpointsOfOneService(t *testing.T) {
+	b := newRig(t)
+	s := newSlice("web")
+	for i := range 10_000 {
+		pod := netip.AddrFrom4([4]byte{10, 128, byte(i * 7 >> 8), byte(i * 7)}).String() // repeats
+		s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{pod}})
+	}
+	b.Apply(newService("web", "10.96.0.1"))
+	b.Apply(s)
+	b.Synced()
+	b.mustSync()
+	checkPlan(t, b.Plan(IPv4))
+	for _, sp := range b.Plan(IPv4).Services {
+		if n := sp.Serving.Len(); n != 10_000 {
+			t.Errorf("%d endpoints", n)
 		}
 	}
 }
