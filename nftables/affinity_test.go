@@ -232,6 +232,52 @@ func TestLargeAffinity(t *testing.T) {
 	}
 }
 
+// TestAffinityOutlivesTheProcess: another Proxier that writes everything anew
+// keeps the clients at their endpoints, though other Services came meanwhile
+// and would be numbered first.
+func TestAffinityOutlivesTheProcess(t *testing.T) {
+	eachFamily(t, func(t *testing.T, l *lab) {
+		s := newSticky(l, proxier.TCP, time.Hour, 2, 3, 4)
+		before := s.homes(s.cluster)
+		for round := range 3 {
+			s.proxier.Close()
+			for _, name := range []string{"a", "b"} {
+				set := l.set(1)
+				put(s.plan, fmt.Sprintf("%s-%d", name, round), proxier.TCP, time.Minute, proxier.Frontend{
+					Addr: l.vip(50 + round*2 + int(name[0]-'a')), Port: 80, Internal: set, External: set})
+			}
+			s.fill(l.set(1, 2, 3, 4), nil)
+			s.proxier = l.synced(s.plan)
+			compareKernel(t, s.proxier, s.plan.Node)
+			for c, home := range s.homes(s.cluster, s.nodePort) {
+				if home != before[c] {
+					t.Errorf("client %s moved from %s to %s when the table was written anew", c, before[c], home)
+				}
+			}
+			s.become(l.set(1, 2, 3, 4), l.set(1, 2, 3, 4))
+		}
+	})
+}
+
+// TestForeignTable: a table of our name that is none of ours is replaced.
+func TestForeignTable(t *testing.T) {
+	for name, table := range map[string]string{
+		"other sets":         `table ip signalbox { set x { type ipv4_addr; elements = { 1.2.3.4 }; }; chain c { ip saddr @x drop; }; }`,
+		"other affinity map": `table ip signalbox { map affinity { type ipv4_addr : ipv4_addr; }; chain c { type filter hook input priority 0; }; }`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			inNamespace(t)
+			runNft(t, "-f", "-", table)
+			plan := examplePlan(proxier.IPv4)
+			p := newProxier(t, proxier.IPv4)
+			if err := p.Sync(context.Background(), plan, proxier.Change{}); err != nil {
+				t.Fatal(err)
+			}
+			compareKernel(t, p, plan.Node)
+		})
+	}
+}
+
 // eventually waits for a condition.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()

@@ -44,7 +44,7 @@ func BenchmarkCompile(b *testing.B) {
 		b.ReportAllocs()
 		elements := 0
 		for b.Loop() {
-			st, err := newStateOf(familyOf(plan.Family), plan)
+			st, err := newStateOf(familyOf(plan.Family), plan, nil)
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -33,10 +33,13 @@
 // endpoint's in the lower ones, so that "is that endpoint still one of this
 // set" is one more map lookup, and removing an endpoint is removing an
 // element. A client whose endpoint is gone is given another and keeps it;
-// nobody else notices. See stickyRules for the order of events. Two limits
-// follow: a Service port that outgrows 1024 endpoints gets a new number, and
-// its clients choose anew once; and a Sync with All, which replaces the table,
-// forgets all clients.
+// nobody else notices. See stickyRules for the order of events. One limit
+// follows: a Service port that outgrows 1024 endpoints gets a new number, and
+// its clients choose anew once.
+//
+// What clients are remembered outlives the process: when the table is written
+// anew, by whichever process, the affinity map stays, and Service ports and
+// endpoints get the numbers back that they had.
 //
 // # Layers
 //

@@ -78,6 +78,19 @@ func (p *idPool) take() (uint32, error) {
 	}
 }
 
+// claim takes a certain id, and goes on giving out those after it. It fails if
+// the id is taken.
+func (p *idPool) claim(id uint32) bool {
+	if _, taken := p.used[id]; taken {
+		return false
+	}
+	p.used[id] = struct{}{}
+	if id >= p.next && id < p.last {
+		p.next = id + p.step
+	}
+	return true
+}
+
 func (p *idPool) giveBack(id uint32) { delete(p.used, id) }
 
 // idPools are the pools of one Proxier.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"slices"
 
 	"signalbox/proxier"
@@ -53,28 +54,49 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	return p.syncChange(plan, change)
 }
 
-// syncAll replaces the table.
+// syncAll replaces the table; the affinity map alone stays, with the clients in
+// it. Where that is not possible, because somebody made something else of the
+// old table, it goes too.
 func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
 	if err := rules.validateNode(); err != nil {
 		return err
 	}
-	st, err := newStateOf(p.family, plan)
+	old, err := p.wire.survey()
+	if err != nil {
+		p.warn("cannot read the old table, clients lose their session affinity", err)
+		old = nil
+	}
+	st, err := newStateOf(p.family, plan, old)
 	if err != nil {
 		return err
 	}
-	if err := p.wire.writeAll(rules, st); err != nil {
+	err = p.wire.writeAll(rules, st, old)
+	if err != nil && old != nil && old.keeps {
+		p.warn("cannot keep a part of the old table, clients lose their session affinity", err)
+		err = p.wire.writeAll(rules, st, nil)
+	}
+	if err != nil {
 		return fmt.Errorf("write table %s: %w", tableName, err)
 	}
 	p.state = st
 	return nil
 }
 
+func (p *Proxier) warn(message string, err error) {
+	slog.Warn("nftables: "+message, "family", p.Family.String(), "table", tableName, "error", err)
+}
+
 // writeAll writes the whole table in one transaction. Rules go before elements:
 // a rule that is bound to a map makes the kernel walk all its elements.
-func (w *wire) writeAll(rules ruleset, st *state) error {
-	w.replaceTable()
-	w.addSets()
+func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
+	if old != nil && old.keeps {
+		w.clear(old)
+		w.addSets(affinity)
+	} else {
+		w.replaceTable()
+		w.addSets()
+	}
 	w.addChains(rules.chains(st))
 	buckets := make([][]element, setCount)
 	emit := func(e element) {

@@ -17,7 +17,7 @@ func Render(opts proxier.Options, plan *proxier.Plan) string {
 	err := rules.validateNode()
 	var st *state
 	if err == nil {
-		st, err = newStateOf(f, plan)
+		st, err = newStateOf(f, plan, nil)
 	}
 	if err != nil {
 		return fmt.Sprintf("# cannot be programmed: %v\n", err)

@@ -54,17 +54,22 @@ func newState(f *family) *state {
 }
 
 // newStateOf is the state that holds the whole plan, numbered in the order of
-// the names, so that the same plan makes the same table.
-func newStateOf(f *family, plan *proxier.Plan) (*state, error) {
+// the names, so that the same plan makes the same table. Where there is an old
+// table, numbers that affinity hangs on are taken from it.
+func newStateOf(f *family, plan *proxier.Plan, old *legacy) (*state, error) {
 	st := newState(f)
-	for _, name := range slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare) {
-		r, err := st.recordOf(nil, plan.Services[name])
+	names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
+	adopted := old.adopt(plan, names, st.pools)
+	for _, name := range names {
+		r, err := st.recordOf(adopted[name], plan.Services[name])
 		if err == nil {
 			err = st.claim(r)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
+		// An adopted block that was outgrown is free.
+		st.pools.giveBack(idsOnlyIn(adopted[name], r))
 		st.records[name] = r
 	}
 	return st, nil

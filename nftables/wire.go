@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	nft "github.com/google/nftables"
 	"github.com/google/nftables/userdata"
@@ -99,8 +100,12 @@ func (w *wire) deleteTable() {
 	w.conn.DelTable(w.table)
 }
 
-func (w *wire) addSets() {
-	for _, set := range w.sets {
+// addSets adds all sets but those that are there already.
+func (w *wire) addSets(present ...setID) {
+	for i, set := range w.sets {
+		if slices.Contains(present, setID(i)) {
+			continue
+		}
 		set.ID = 0 // numbers count within one transaction
 		w.check(w.conn.AddSet(set, nil), set)
 	}
