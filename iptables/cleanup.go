@@ -86,14 +86,11 @@ func removeJumps(client *iptables.IPTables, in table) error {
 // removals are the edits that leave none of this mode's chains in the table,
 // except for those that others use.
 func (l *listing) removals(in table) []edit {
-	used := func(name string) bool {
-		return l.referenced[name] || slices.ContainsFunc(l.builtin, func(rule string) bool { return jumpTarget(rule) == name })
-	}
 	var edits []edit
 	for _, name := range l.chains {
 		switch {
 		case !isServiceChain(name) && !slices.Contains(fixedChains[in], name):
-		case !used(name):
+		case !l.referenced[name]:
 			edits = append(edits, removal(name))
 		case name != markMasqChain && name != postroutingChain:
 			edits = append(edits, edit{name: name})

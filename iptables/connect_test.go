@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -75,66 +76,94 @@ func ask(addr netip.Addr, port uint16) (string, error) {
 	return string(answer), err
 }
 
-// TestConnections makes real connections: they are spread, kept with affinity,
-// moved when an endpoint goes, and refused without endpoints. All that depends
-// on where hosts are is tested for every mode alike, elsewhere.
+// connections is a plan of Services whose endpoints are ports of one host.
+type connections struct {
+	*world
+	host netip.Addr
+	plan *proxier.Plan
+}
+
+var serverPorts = []uint16{8080, 8081, 8082}
+
+func newConnections(t *testing.T, p *Proxier) *connections {
+	c := &connections{newWorld(p.opts.Family, 1), loneHost(t, p.opts.Family, serverPorts...), planOf(p.opts.Family)}
+	c.plan.Node.NodePortAddrs.All = true
+	return c
+}
+
+// service puts a Service with cluster IP number vip, and node port 30000+vip,
+// into the plan.
+func (c *connections) service(name string, vip int, affinity time.Duration, ports ...uint16) proxier.Change {
+	set := &proxier.EndpointSet{}
+	for _, port := range ports {
+		set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(c.host, port), MayHairpin: true})
+	}
+	sp := &proxier.ServicePort{
+		Name:            proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: name}, Protocol: proxier.TCP},
+		AffinityTimeout: affinity,
+		Frontends: []proxier.Frontend{
+			{Addr: c.addr(96, vip), Port: 80, Internal: set, External: set},
+			{Kind: proxier.NodePort, Port: uint16(30000 + vip), Internal: set, External: set},
+		},
+	}
+	c.plan.Services[sp.Name] = sp
+	return proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
+}
+
+// answers are those of the Service's servers to connections that go to its
+// cluster IP and its node port in turn.
+func (c *connections) answers(t *testing.T, vip, number int) map[string]bool {
+	t.Helper()
+	got := map[string]bool{}
+	for i := range number {
+		addr, port := c.addr(96, vip), uint16(80)
+		if i%2 == 1 {
+			addr, port = c.host, uint16(30000+vip)
+		}
+		answer, err := ask(addr, port)
+		if err != nil {
+			t.Fatalf("%s port %d: %v", addr, port, err)
+		}
+		got[answer] = true
+	}
+	return got
+}
+
+// TestConnections makes real connections: they are spread, or refused without
+// endpoints. All that depends on where hosts are is tested for every mode
+// alike, elsewhere.
 func TestConnections(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		ports := []uint16{8080, 8081, 8082}
-		host := loneHost(t, p.opts.Family, ports...)
-		w := newWorld(p.opts.Family, 1)
-		set := func(ports ...uint16) *proxier.EndpointSet {
-			s := &proxier.EndpointSet{}
-			for _, port := range ports {
-				s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(host, port), MayHairpin: true})
-			}
-			return s
+		c := newConnections(t, p)
+		c.service("spread", 1, 0, serverPorts...)
+		c.service("empty", 3, 0)
+		mustSync(t, p, c.plan, proxier.Change{All: true})
+		if got := c.answers(t, 1, 200); len(got) != len(serverPorts) {
+			t.Errorf("200 connections reach %v of %v", got, serverPorts)
 		}
-		service := func(name string, vip int, s *proxier.EndpointSet) *proxier.ServicePort {
-			return &proxier.ServicePort{
-				Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: name}, Protocol: proxier.TCP},
-				Frontends: []proxier.Frontend{{Addr: w.addr(96, vip), Port: 80, Internal: s, External: s}, {Kind: proxier.NodePort, Port: uint16(30000 + vip), Internal: s, External: s}},
-			}
+		if _, err := ask(c.addr(96, 3), 80); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("a Service without endpoints answers %v", err)
 		}
-		sticky := service("sticky", 2, set(ports...))
-		sticky.AffinityTimeout = time.Hour
-		plan := planOf(p.opts.Family, service("spread", 1, set(ports...)), sticky, service("empty", 3, nil))
-		plan.Node.NodePortAddrs.All = true
-		mustSync(t, p, plan, proxier.Change{All: true})
+		if _, err := ask(c.host, 30003); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("a node port without endpoints answers %v", err)
+		}
+	})
+}
 
-		answers := func(name string, vip int, connections int) map[string]bool {
-			got := map[string]bool{}
-			for i := range connections {
-				addr, port := w.addr(96, vip), uint16(80)
-				if i%2 == 1 {
-					addr, port = host, uint16(30000+vip)
-				}
-				answer, err := ask(addr, port)
-				if err != nil {
-					t.Fatalf("%s at %s port %d: %v", name, addr, port, err)
-				}
-				got[answer] = true
-			}
-			return got
-		}
-		if got := answers("spread", 1, 200); len(got) != len(ports) {
-			t.Errorf("200 connections reach %v of %v", got, ports)
-		}
-		first := answers("sticky", 2, 40)
+// TestAffinity makes real connections: a client stays with one endpoint at
+// every frontend, and goes to another when that is gone.
+func TestAffinity(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		c := newConnections(t, p)
+		c.service("sticky", 2, time.Hour, serverPorts...)
+		mustSync(t, p, c.plan, proxier.Change{All: true})
+		first := c.answers(t, 2, 40)
 		if len(first) != 1 {
-			t.Fatalf("with affinity one client reaches %v", first)
+			t.Fatalf("one client reaches %v", first)
 		}
-		var left []uint16
-		for _, port := range ports {
-			if !first[fmt.Sprint(port)] {
-				left = append(left, port)
-			}
-		}
-		without := service("sticky", 2, set(left...))
-		without.AffinityTimeout = time.Hour
-		plan.Services[without.Name] = without
-		mustSync(t, p, plan, proxier.Change{Services: []proxier.ServicePortName{without.Name}})
-		second := answers("sticky", 2, 40)
+		left := slices.DeleteFunc(slices.Clone(serverPorts), func(port uint16) bool { return first[fmt.Sprint(port)] })
+		mustSync(t, p, c.plan, c.service("sticky", 2, time.Hour, left...))
+		second := c.answers(t, 2, 40)
 		if len(second) != 1 {
 			t.Errorf("after its endpoint went the client reaches %v", second)
 		}
@@ -142,12 +171,6 @@ func TestConnections(t *testing.T) {
 			if first[port] {
 				t.Errorf("the client still reaches %s", port)
 			}
-		}
-		if _, err := ask(w.addr(96, 3), 80); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("a Service without endpoints answers %v", err)
-		}
-		if _, err := ask(host, 30003); !errors.Is(err, syscall.ECONNREFUSED) {
-			t.Errorf("a node port without endpoints answers %v", err)
 		}
 	})
 }

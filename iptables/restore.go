@@ -98,7 +98,8 @@ type listing struct {
 	chains []string
 	// builtin are the rules of built-in chains, as iptables-save writes them.
 	builtin []string
-	// referenced are the chains that rules outside of chains of ours jump to.
+	// referenced are the chains that rules outside of chains of ours jump to:
+	// they cannot be removed.
 	referenced map[string]bool
 	rules      int
 }
@@ -147,7 +148,8 @@ func parseListing(lines *bufio.Scanner) (*listing, error) {
 		name, rule, _ := strings.Cut(rest, " ")
 		if builtin[name] {
 			l.builtin = append(l.builtin, line)
-		} else if !isOurs(name) {
+		}
+		if !isOurs(name) {
 			l.referenced[jumpTarget(rule)] = true
 		}
 	}
@@ -165,8 +167,8 @@ func jumpTarget(rule string) string {
 	return ""
 }
 
-// stale are the chains in which nothing of the wanted state can be: full
-// writes or removes them.
+// stale are the chains that Services had; those that none has any more are to
+// be removed.
 func (l *listing) stale() []string {
 	var names []string
 	for _, name := range l.chains {
