@@ -8,44 +8,49 @@ import (
 	"signalbox/proxier"
 )
 
-// catalog knows which file holds which object, and what the sink was told.
+// catalog knows which file holds which object, and what the sink was told. It
+// keeps no object beyond the telling: the sink has them.
 type catalog struct {
 	log   *slog.Logger
-	files map[string]map[key]manifest // by file name
-	held  map[key][]string            // names of the files that hold an object, sorted
-	told  map[key]uint64              // fingerprint of what the sink was told
+	files map[string]map[key]uint64 // fingerprints, by file name
+	held  map[key][]string          // names of the files that hold an object, sorted
+	told  map[key]uint64            // fingerprint of what the sink was told
 }
 
 func newCatalog(log *slog.Logger) *catalog {
-	return &catalog{log: log, files: map[string]map[key]manifest{}, held: map[key][]string{}, told: map[key]uint64{}}
+	return &catalog{log: log, files: map[string]map[key]uint64{}, held: map[key][]string{}, told: map[key]uint64{}}
 }
 
 // set takes what a file holds now and returns the objects that this concerns.
 // Where some of the file could not be read, what it held before stays.
 func (c *catalog) set(name string, found map[key]manifest, broken bool) []key {
 	before := c.files[name]
+	now := make(map[key]uint64, len(found))
+	for k, m := range found {
+		now[k] = m.text
+	}
 	if broken {
-		for k, m := range before {
-			if _, named := found[k]; !named {
-				found[k] = m
+		for k, text := range before {
+			if _, named := now[k]; !named {
+				now[k] = text
 			}
 		}
 	}
-	if len(found) == 0 {
+	if len(now) == 0 {
 		delete(c.files, name)
 	} else {
-		c.files[name] = found
+		c.files[name] = now
 	}
 	var concerned []key
-	for k, m := range found {
-		if old, had := before[k]; had && old.text == m.text {
+	for k, text := range now {
+		if old, had := before[k]; had && old == text {
 			continue
 		}
 		concerned = append(concerned, k)
 		c.hold(k, name)
 	}
 	for k := range before {
-		if _, has := found[k]; !has {
+		if _, has := now[k]; !has {
 			concerned = append(concerned, k)
 			c.letGo(k, name)
 		}
@@ -72,8 +77,8 @@ func (c *catalog) letGo(k key, name string) {
 }
 
 // tell brings the sink up to date with the concerned objects, in a fixed
-// order.
-func (c *catalog) tell(concerned []key, sink proxier.Sink) {
+// order. fetch finds an object's present form in the file that holds it.
+func (c *catalog) tell(concerned []key, fetch func(file string, k key) object, sink proxier.Sink) {
 	slices.SortFunc(concerned, func(a, b key) int {
 		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.name, b.name))
 	})
@@ -90,11 +95,13 @@ func (c *catalog) tell(concerned []key, sink proxier.Sink) {
 			}
 			continue
 		}
-		m := c.files[holders[0]][k]
-		if was && told == m.text {
+		text := c.files[holders[0]][k]
+		if was && told == text {
 			continue
 		}
-		c.told[k] = m.text
-		sink.Apply(m.object)
+		if obj := fetch(holders[0], k); obj != nil {
+			c.told[k] = text
+			sink.Apply(obj)
+		}
 	}
 }

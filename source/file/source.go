@@ -26,6 +26,8 @@ const (
 	// longest bounds the wait for quiet in a directory that is written to
 	// without end.
 	longest = 500 * time.Millisecond
+	// maxFaults is how many faults of a file are logged.
+	maxFaults = 20
 	// again is how soon a directory that cannot be watched is looked for again.
 	again = time.Second
 )
@@ -88,55 +90,80 @@ func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
 		return err
 	}
 	sink.Synced()
+	var unsettled map[string]bool
 	for {
-		names, all, err := s.changes(ctx, watcher)
+		c, err := s.changes(ctx, watcher, unsettled)
 		if err != nil {
 			return err
 		}
-		if !all {
-			s.readSome(names, sink)
-			continue
+		unsettled = nil
+		switch {
+		case c.all:
+			err = s.readAll(sink)
+		case c.hasty:
+			unsettled = s.readSome(c.names, sink, true)
+		default:
+			s.readSome(c.names, sink, false)
 		}
-		if err := s.readAll(sink); err != nil {
+		if err != nil {
 			return err
 		}
 	}
 }
 
-// changes waits for something to happen and then for quiet. all asks for
-// everything to be read: events were lost, or a name that is no manifest's
-// changed, such as the link that a mounted ConfigMap is switched by.
-func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher) (names map[string]bool, all bool, err error) {
-	names = map[string]bool{}
+// change is what happened in the directory.
+type change struct {
+	names map[string]bool // of manifests
+	// all asks for everything to be read: events were lost, or the link that a
+	// mounted ConfigMap is switched by changed.
+	all bool
+	// hasty says that files appeared just now. They are whole if they were
+	// renamed into place, as careful programs do.
+	hasty bool
+}
+
+// changes waits for something to happen and then, unless a file appeared, for
+// quiet. What is unsettled from before counts as just changed.
+func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, unsettled map[string]bool) (change, error) {
+	c := change{names: map[string]bool{}}
 	var calm, late <-chan time.Time
+	if len(unsettled) > 0 {
+		c.names, calm, late = unsettled, time.After(quiet), time.After(longest)
+	}
 	for {
+		wait := quiet
 		select {
 		case <-ctx.Done():
-			return nil, false, ctx.Err()
+			return c, ctx.Err()
 		case <-calm:
-			return names, all, nil
+			return c, nil
 		case <-late:
-			return names, all, nil
+			c.hasty = false
+			return c, nil
 		case err, ok := <-watcher.Errors:
 			if !ok {
-				return nil, false, fs.ErrNotExist
+				return c, fs.ErrNotExist
 			}
 			s.log.Debug("watching files", "error", err)
-			all = true
+			c.all = true
 		case event, ok := <-watcher.Events:
-			if !ok || event.Name == s.dir && event.Has(fsnotify.Remove|fsnotify.Rename) {
-				return nil, false, fmt.Errorf("%s: %w", s.dir, fs.ErrNotExist)
-			}
-			if event.Op == fsnotify.Chmod && !isManifest(event.Name) {
+			base := filepath.Base(event.Name)
+			switch {
+			case !ok || event.Name == s.dir && event.Has(fsnotify.Remove|fsnotify.Rename):
+				return c, fmt.Errorf("%s: %w", s.dir, fs.ErrNotExist)
+			case isManifest(base):
+				c.names[base] = true
+				c.hasty = event.Op == fsnotify.Create && (calm == nil || c.hasty)
+			case strings.HasPrefix(base, ".."):
+				c.all = true
+			default:
 				continue
 			}
-			if isManifest(event.Name) {
-				names[filepath.Base(event.Name)] = true
-			} else {
-				all = true
-			}
 		}
-		calm = time.After(quiet)
+		if c.hasty {
+			wait = 0
+		}
+		calm = time.After(wait)
 		if late == nil {
 			late = time.After(longest)
 		}
@@ -163,39 +190,65 @@ func (s *Source) readAll(sink proxier.Sink) error {
 			names[e.Name()] = true
 		}
 	}
-	s.readSome(names, sink)
+	s.readSome(names, sink, false)
 	return nil
 }
 
-func (s *Source) readSome(names map[string]bool, sink proxier.Sink) {
+// readSome reads the named files. A hasty reading takes no notice of a file
+// with faults, which may only be half written, and returns its name.
+func (s *Source) readSome(names map[string]bool, sink proxier.Sink, hasty bool) (unsettled map[string]bool) {
 	var concerned []key
+	fresh := map[string]map[key]manifest{}
 	for name := range names {
-		concerned = append(concerned, s.readOne(name)...)
+		some, ok := s.readOne(name, hasty, fresh)
+		if !ok {
+			unsettled = names // together with those that they came with
+			continue
+		}
+		concerned = append(concerned, some...)
 	}
-	s.catalog.tell(concerned, sink)
+	fetch := func(name string, k key) object {
+		if _, just := fresh[name]; !just {
+			// The file became an object's first holder without having changed.
+			if content, err := os.ReadFile(filepath.Join(s.dir, name)); err == nil {
+				fresh[name], _ = read(content)
+			}
+		}
+		return fresh[name][k].object
+	}
+	s.catalog.tell(concerned, fetch, sink)
+	return unsettled
 }
 
-// readOne reads a file, if it has changed since it was last read, and returns
-// the objects that this concerns.
-func (s *Source) readOne(name string) []key {
+// readOne reads a file, if it has changed since it was last read, into fresh
+// and returns the objects that this concerns.
+func (s *Source) readOne(name string, hasty bool, fresh map[string]map[key]manifest) (concerned []key, ok bool) {
 	content, err := os.ReadFile(filepath.Join(s.dir, name))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		delete(s.content, name)
-		return s.catalog.set(name, nil, false)
+		return s.catalog.set(name, nil, false), true
 	case err != nil:
 		s.log.Warn("a file cannot be read; what it held before goes on being served", "error", err)
-		return nil
+		return nil, true
 	}
 	fingerprint := maphash.Bytes(seed, content)
 	if known, read := s.content[name]; read && known == fingerprint {
-		return nil
+		return nil, true
+	}
+	found, faults := read(content)
+	if hasty && (len(faults) > 0 || len(content) == 0) {
+		return nil, false
 	}
 	s.content[name] = fingerprint
-	found, faults := read(content)
-	for _, f := range faults {
+	for i, f := range faults {
+		if i == maxFaults {
+			s.log.Error("more is wrong with a file than is said here", "file", filepath.Join(s.dir, name), "faults", len(faults))
+			break
+		}
 		s.log.Error("a manifest cannot be used; what it said before goes on being served",
 			"at", fmt.Sprintf("%s:%d", filepath.Join(s.dir, name), f.line), "reason", f.reason)
 	}
-	return s.catalog.set(name, found, len(faults) > 0)
+	fresh[name] = found
+	return s.catalog.set(name, found, len(faults) > 0), true
 }
