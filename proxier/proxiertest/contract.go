@@ -148,22 +148,32 @@ func (s *Scenario) variants() []variant {
 }
 
 func runScenario(t *testing.T, mode Mode, s *Scenario, v variant) {
-	w, err := newWorld(mode, s, v)
+	err := s.run(context.Background(), mode, v)
 	var missing *netlab.MissingError
 	if errors.As(err, &missing) {
 		skipUnlessRequired(t, "lab/"+missing.Feature, err)
 	}
 	if err != nil {
-		t.Fatal(err)
+		t.Errorf("%s\n%v", s.About, err)
 	}
-	defer func() {
-		if err := w.close(); err != nil {
-			t.Error(err)
-		}
-	}()
-	if err := w.run(context.Background()); err != nil {
-		t.Errorf("%s\n%s.txtar: %v%s", s.About, s.Name, err, w.diagnosis())
+}
+
+// Try runs the first variant of a scenario in its first family and returns what
+// the mode did wrong.
+func (s *Scenario) Try(ctx context.Context, mode Mode) error {
+	return s.run(ctx, mode, s.variants()[0])
+}
+
+func (s *Scenario) run(ctx context.Context, mode Mode, v variant) error {
+	w, err := newWorld(mode, s, v)
+	if err != nil {
+		return err
 	}
+	err = w.run(ctx)
+	if err != nil {
+		err = fmt.Errorf("%s.txtar: %w%s", s.Name, err, w.diagnosis())
+	}
+	return errors.Join(err, w.close())
 }
 
 // diagnosis is what helps to understand a failure.

@@ -1,16 +1,32 @@
 package proxiertest_test
 
 import (
+	"flag"
+	"log/slog"
 	"net/netip"
+	"os"
 	"os/exec"
+	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 
 	"signalbox/conntrack"
+	"signalbox/iptables"
 	"signalbox/nftables"
 	"signalbox/proxier"
 	"signalbox/proxier/proxiertest"
 )
+
+// TestMain lets more scenarios run at a time than there are processors: they
+// mostly wait for what must not happen.
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == strconv.Itoa(runtime.GOMAXPROCS(0)) {
+		f.Value.Set(strconv.Itoa(4 * runtime.GOMAXPROCS(0)))
+	}
+	os.Exit(m.Run())
+}
 
 func TestReference(t *testing.T) {
 	proxiertest.Run(t, proxiertest.Mode{
@@ -20,6 +36,33 @@ func TestReference(t *testing.T) {
 		Flows:     cleanFlows,
 		Dump:      dumpNFT,
 	})
+}
+
+func TestIPTables(t *testing.T) {
+	for _, backend := range []iptables.Backend{iptables.Legacy, iptables.NFT} {
+		t.Run(string(backend), func(t *testing.T) {
+			tuning := iptables.Tuning{Backend: backend, Logger: slog.New(slog.DiscardHandler)}
+			proxiertest.Run(t, proxiertest.Mode{
+				Name: iptables.Mode + "-" + string(backend),
+				New:  func(o proxier.Options) (proxier.Proxier, error) { return iptables.New(o, tuning) },
+				Supported: func(f proxier.Family) error {
+					_, err := iptables.New(proxier.Options{Family: f}, tuning)
+					return err
+				},
+				Flows: cleanFlows,
+				Dump:  func(f proxier.Family) string { return dumpIPTables(f, backend) },
+			})
+		})
+	}
+}
+
+func dumpIPTables(f proxier.Family, backend iptables.Backend) string {
+	command := map[proxier.Family]string{proxier.IPv4: "iptables-", proxier.IPv6: "ip6tables-"}[f] + string(backend) + "-save"
+	out, err := exec.Command(command).CombinedOutput()
+	if err != nil {
+		return err.Error() + ": " + string(out)
+	}
+	return string(out)
 }
 
 func TestNFTables(t *testing.T) {

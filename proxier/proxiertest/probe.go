@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"signalbox/internal/netlab"
 )
 
@@ -197,18 +199,22 @@ func (w *world) servers(names []string) ([]string, error) {
 	return out, nil
 }
 
+// probeUnanswered makes its attempts side by side: a refused IPv6 connection
+// can take a second, as Linux passes over an ICMPv6 error that arrives before
+// connect(2) has returned, and only the next SYN's counts.
 func (w *world) probeUnanswered(ctx context.Context, r resolved, e expectation) error {
 	n, wait := 3, answerWait
 	if e.outcome == dropped || e.outcome == unanswered {
 		n, wait = 1, silenceWait
 	}
+	var group errgroup.Group
 	for range n {
-		a, err := w.once(ctx, r, wait)
-		if err := w.check(e, nil, a, err, nil); err != nil {
-			return err
-		}
+		group.Go(func() error {
+			a, err := w.once(ctx, r, wait)
+			return w.check(e, nil, a, err, nil)
+		})
 	}
-	return nil
+	return group.Wait()
 }
 
 // open makes a connection and keeps it.
@@ -230,6 +236,7 @@ func (w *world) open(ctx context.Context, name string, p probe, e expectation) e
 	}
 	w.conns[name] = &heldConn{Conn: c, host: r.host, network: r.network}
 	a, err := w.ask(ctx, w.conns[name], e)
+	w.conns[name].seen = a.Seen
 	return w.check(e, servers, a, err, map[string]int{})
 }
 
@@ -237,7 +244,7 @@ type heldConn struct {
 	*netlab.Conn
 	host    *netlab.Host
 	network string
-	server  string // who answered last
+	seen    netip.AddrPort // source that the server saw last
 }
 
 func (w *world) ask(ctx context.Context, c *heldConn, e expectation) (netlab.Answer, error) {
@@ -245,11 +252,7 @@ func (w *world) ask(ctx context.Context, c *heldConn, e expectation) (netlab.Ans
 	if e.outcome == dropped || e.outcome == unanswered {
 		wait = silenceWait
 	}
-	a, err := w.attempt(ctx, c.host, c.network, wait, c.Ask)
-	if err == nil {
-		c.server = a.Server
-	}
-	return a, err
+	return w.attempt(ctx, c.host, c.network, wait, c.Ask)
 }
 
 // held asks again on a connection that was opened before. Flows are removed
@@ -266,11 +269,27 @@ func (w *world) held(ctx context.Context, name string, e expectation) error {
 	deadline := time.Now().Add(10 * time.Second)
 	for {
 		a, err := w.ask(ctx, c, e)
-		wrong := w.check(e, servers, a, err, map[string]int{})
-		if wrong == nil || c.network != "udp" || time.Now().After(deadline) {
+		wrong := w.checkHeld(c, e, servers, a, err)
+		if wrong == nil || e.source == same || c.network != "udp" || time.Now().After(deadline) {
 			return wrong
 		}
 	}
+}
+
+// same, as the source of a held connection, demands that its flow was not
+// touched: a new one would get another port from the masquerade.
+const same = "same"
+
+func (w *world) checkHeld(c *heldConn, e expectation, servers []string, a netlab.Answer, err error) error {
+	before := c.seen
+	c.seen = a.Seen
+	if e.source == same {
+		e.source = ""
+		if err == nil && before != a.Seen {
+			return fmt.Errorf("answered by %s; the source before was %s", a, before)
+		}
+	}
+	return w.check(e, servers, a, err, map[string]int{})
 }
 
 // crowd is many clients with an address each, whose servers are remembered.

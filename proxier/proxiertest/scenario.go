@@ -1,6 +1,7 @@
 package proxiertest
 
 import (
+	"bytes"
 	"embed"
 	"fmt"
 	"io/fs"
@@ -81,7 +82,7 @@ func parseScenario(file string, text []byte) (*Scenario, error) {
 		case f.Name == "setup":
 			err = s.Setup.parse(string(f.Data))
 		case f.Name == "script":
-			s.steps, err = parseScript(string(f.Data))
+			s.steps, err = parseScript(string(f.Data), lineOf(text, f.Data))
 		case strings.HasSuffix(f.Name, ".yaml"):
 			s.manifests[f.Name] = string(f.Data)
 		default:
@@ -95,6 +96,11 @@ func parseScenario(file string, text []byte) (*Scenario, error) {
 		return nil, fmt.Errorf("%s: there is no script", file)
 	}
 	return s, nil
+}
+
+// lineOf is the number of the line of text in which part begins.
+func lineOf(text, part []byte) int {
+	return 1 + bytes.Count(text[:bytes.LastIndex(text, part)], []byte("\n"))
 }
 
 func (s *Setup) parse(text string) error {

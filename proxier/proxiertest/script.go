@@ -18,7 +18,8 @@ type step struct {
 	do   func(ctx context.Context, w *world) error
 }
 
-func parseScript(text string) ([]step, error) {
+// parseScript numbers lines from first, so that messages name the file's own.
+func parseScript(text string, first int) ([]step, error) {
 	var steps []step
 	for n, line := range strings.Split(text, "\n") {
 		line, _, _ = strings.Cut(line, "#")
@@ -27,9 +28,9 @@ func parseScript(text string) ([]step, error) {
 		}
 		do, err := parseStep(line)
 		if err != nil {
-			return nil, fmt.Errorf("line %d: %s: %w", n+1, line, err)
+			return nil, fmt.Errorf("line %d: %s: %w", first+n, line, err)
 		}
-		steps = append(steps, step{n + 1, line, do})
+		steps = append(steps, step{first + n, line, do})
 	}
 	return steps, nil
 }
@@ -63,7 +64,12 @@ func parseStep(line string) (func(context.Context, *world) error, error) {
 	case "stop":
 		return func(_ context.Context, w *world) error { return w.stop() }, nothingAfter(words)
 	case "start":
-		return func(ctx context.Context, w *world) error { return w.start(ctx) }, nothingAfter(words)
+		if len(words) == 1 && words[0] == "unsynced" {
+			return func(ctx context.Context, w *world) error { return w.start(ctx, false) }, nil
+		}
+		return func(ctx context.Context, w *world) error { return w.start(ctx, true) }, nothingAfter(words)
+	case "synced":
+		return func(ctx context.Context, w *world) error { return w.synced(ctx) }, nothingAfter(words)
 	}
 	if len(words) > 0 && (words[0] == "->" || outcomeWords[words[0]] != 0) {
 		return parseHeld(first, words)
@@ -107,7 +113,10 @@ type expectation struct {
 	outcome outcome
 	servers []string // each "host" or "host:port", where answered
 	same    bool     // all connections must reach the same server
-	source  string   // host or address that the server must see; may be empty
+	// source is the host or address that the server must see; may be empty.
+	// "same" stands for the source and port that the held connection's server
+	// saw before.
+	source string
 }
 
 // outcome says how connection attempts end.

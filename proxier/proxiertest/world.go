@@ -145,12 +145,12 @@ func (w *world) prefix(text string, family proxier.Family) (netip.Prefix, error)
 
 // run goes through the script and stops at the first step that fails.
 func (w *world) run(ctx context.Context) error {
-	if err := w.start(ctx); err != nil {
+	if err := w.start(ctx, true); err != nil {
 		return fmt.Errorf("at the start: %w", err)
 	}
 	for _, s := range w.scenario.steps {
 		if err := s.do(ctx, w); err != nil {
-			return fmt.Errorf("script line %d: %s:\n%w", s.line, s.text, err)
+			return fmt.Errorf("line %d: %s:\n%w", s.line, s.text, err)
 		}
 	}
 	w.mu.Lock()
@@ -161,9 +161,10 @@ func (w *world) run(ctx context.Context) error {
 	return nil
 }
 
-// start makes the mode and a Loop, as the daemon does, and waits for the first
-// sync.
-func (w *world) start(ctx context.Context) error {
+// start makes the mode and a Loop, as the daemon does. With synced it tells the
+// Loop all objects and waits for the first sync; without, the Loop is told
+// nothing.
+func (w *world) start(ctx context.Context, synced bool) error {
 	if w.loop != nil {
 		return errors.New("it runs already")
 	}
@@ -186,13 +187,28 @@ func (w *world) start(ctx context.Context) error {
 			}
 		}
 		w.loop = proxier.NewLoop(w.loopOptions())
+		w.loop.SetLocalAddrs(addrs)
+		if !synced {
+			return w.loop.SyncNow(ctx)
+		}
 		for _, obj := range w.objects {
 			w.loop.Apply(obj)
 		}
-		w.loop.SetLocalAddrs(addrs)
 		w.loop.Synced()
 		return w.loop.SyncNow(ctx)
 	})
+}
+
+// synced tells a Loop that was started unsynced the rest.
+func (w *world) synced(ctx context.Context) error {
+	if w.loop == nil {
+		return errors.New("it does not run")
+	}
+	for _, obj := range w.objects {
+		w.loop.Apply(obj)
+	}
+	w.loop.Synced()
+	return w.sync(ctx)
 }
 
 func (w *world) loopOptions() proxier.LoopOptions {
