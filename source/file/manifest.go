@@ -2,16 +2,17 @@ package file
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/maphash"
 	"io"
-	"regexp"
-	"strconv"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
+	yamlv3 "go.yaml.in/yaml/v3"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -69,36 +70,45 @@ func read(content []byte) (map[key]manifest, []fault) {
 	for _, doc := range split(content) {
 		faults = append(faults, doc.read(found)...)
 	}
+	slices.SortStableFunc(faults, func(a, b fault) int { return cmp.Compare(a.line, b.line) })
 	return found, faults
 }
 
 // document is a part of a file that starts at a line of it, counted from 1.
 type document struct {
-	line int
-	text []byte
+	line   int
+	text   []byte
+	places *places
 }
 
 // split cuts a file at its YAML document markers. A marker inside a block of
 // text would have to be indented, so every one in the first column counts.
 func split(content []byte) []document {
 	var docs []document
-	current := document{line: 1}
+	current := document{line: 1, places: &places{}}
 	line := 0
-	for next := range bytes.Lines(content) {
+	for next := range bytes.Lines(bytes.TrimPrefix(content, []byte("\ufeff"))) {
 		line++
-		if isMarker(next) {
+		rest, marker := cutMarker(next)
+		if marker {
 			docs = append(docs, current)
-			current = document{line: line + 1}
-			continue
+			current = document{line: line, places: &places{}}
 		}
-		current.text = append(current.text, next...)
+		current.text = append(current.text, rest...)
 	}
 	return append(docs, current)
 }
 
-func isMarker(line []byte) bool {
-	line = bytes.TrimRight(line, " \t\r\n")
-	return bytes.Equal(line, []byte("---")) || bytes.Equal(line, []byte("...")) || bytes.HasPrefix(line, []byte("--- #"))
+// cutMarker returns what of a line belongs to the document that a marker in it
+// begins: "--- {kind: Node}" is a document's first line.
+func cutMarker(line []byte) (rest []byte, marker bool) {
+	for _, m := range []string{"---", "..."} {
+		rest, ok := bytes.CutPrefix(line, []byte(m))
+		if ok && (len(rest) == 0 || bytes.ContainsAny(rest[:1], " \t\r\n")) {
+			return append([]byte("   "), rest...), true
+		}
+	}
+	return line, false
 }
 
 func (d document) read(found map[key]manifest) []fault {
@@ -106,17 +116,32 @@ func (d document) read(found map[key]manifest) []fault {
 		return []fault{{d.lineAt(valid), "not UTF-8"}}
 	}
 	trimmed := bytes.TrimSpace(d.text)
-	if len(trimmed) > 0 && (trimmed[0] == '{' || trimmed[0] == '[') {
-		return d.readJSON(found)
-	}
 	if onlyComments(trimmed) {
 		return nil
 	}
+	if (trimmed[0] == '{' || trimmed[0] == '[') && !d.flowYAML() {
+		return d.readJSON(found)
+	}
 	asJSON, err := yaml.YAMLToJSONStrict(d.text)
 	if err != nil {
-		return []fault{d.faultOf(err)}
+		return []fault{d.yamlFault(err)}
 	}
-	return d.readObject(asJSON, "", found)
+	if asJSON[0] == '[' {
+		return d.readItems(asJSON, "", "", found)
+	}
+	return d.readObject(asJSON, "", "", found)
+}
+
+// flowYAML says whether a document that begins like JSON is YAML instead, such
+// as {kind: Node}. What is neither counts as broken JSON.
+func (d document) flowYAML() bool {
+	var first json.RawMessage
+	if json.NewDecoder(bytes.NewReader(d.text)).Decode(&first) == nil {
+		return false
+	}
+	var whole yamlv3.Node
+	decoder := yamlv3.NewDecoder(bytes.NewReader(d.text))
+	return decoder.Decode(&whole) == nil && errors.Is(decoder.Decode(&whole), io.EOF)
 }
 
 // readJSON reads a stream of JSON values. YAML would take most of them too,
@@ -139,22 +164,23 @@ func (d document) readJSON(found map[key]manifest) (faults []fault) {
 			return append(faults, fault{d.lineAt(min(at, len(d.text))), err.Error()})
 		}
 		start += len(d.text[start:]) - len(bytes.TrimLeft(d.text[start:], " \t\r\n"))
-		part := document{d.lineAt(start), d.text[start:decoder.InputOffset()]}
+		part := document{d.lineAt(start), d.text[start:decoder.InputOffset()], &places{}}
 		if value[0] == '[' {
-			faults = append(faults, part.readItems(value, "", found)...)
+			faults = append(faults, part.readItems(value, "", "", found)...)
 			continue
 		}
-		faults = append(faults, part.readObject(value, "", found)...)
+		faults = append(faults, part.readObject(value, "", "", found)...)
 	}
 }
 
-func (d document) readItems(array []byte, kind string, found map[key]manifest) (faults []fault) {
+// readItems reads an array of objects that is at a path of the document.
+func (d document) readItems(array []byte, path, kind string, found map[key]manifest) (faults []fault) {
 	var items []json.RawMessage
 	if err := json.Unmarshal(array, &items); err != nil {
-		return []fault{d.faultOf(err)}
+		return []fault{{d.lineOfPath(path), "not a list of objects: " + err.Error()}}
 	}
 	for i, item := range items {
-		for _, f := range d.readObject(item, kind, found) {
+		for _, f := range d.readObject(item, fmt.Sprintf("%s[%d]", path, i), kind, found) {
 			f.reason = fmt.Sprintf("item %d: %s", i, f.reason)
 			faults = append(faults, f)
 		}
@@ -162,41 +188,42 @@ func (d document) readItems(array []byte, kind string, found map[key]manifest) (
 	return faults
 }
 
-// readObject reads one object, or all of a List. kind is what a typed list
-// says of its items, which need not say it themselves.
-func (d document) readObject(text []byte, kind string, found map[key]manifest) []fault {
+// readObject reads one object, or all of a List, that is at a path of the
+// document. kind is what a typed list says of its items, which need not say it
+// themselves.
+func (d document) readObject(text []byte, path, kind string, found map[key]manifest) []fault {
 	var head struct {
 		metav1.TypeMeta
 		Items json.RawMessage `json:"items"`
 	}
 	if err := json.Unmarshal(text, &head); err != nil {
-		return []fault{{d.line, "not an object: " + err.Error()}}
+		return []fault{{d.lineOfPath(path), "not an object: " + err.Error()}}
 	}
 	if head.Kind == "" {
 		head.Kind = kind
 	}
 	if item, isList := strings.CutSuffix(head.Kind, "List"); isList && head.Items != nil {
-		return d.readItems(head.Items, item, found)
+		return d.readItems(head.Items, join(path, "items"), item, found)
 	}
 	what, known := kinds[head.Kind]
 	switch {
 	case head.Kind == "":
-		return []fault{{d.line, "kind is missing"}}
+		return []fault{{d.lineOfPath(path), "kind is missing"}}
 	case !known:
 		return nil
 	case head.APIVersion != what.apiVersion && (head.APIVersion != "" || kind == ""):
-		return []fault{{d.lineOf("apiVersion"), fmt.Sprintf("apiVersion %q of a %s is not served; %s is", head.APIVersion, head.Kind, what.apiVersion)}}
+		return []fault{{d.lineOfPath(join(path, "apiVersion")), fmt.Sprintf("apiVersion %q of a %s is not served; %s is", head.APIVersion, head.Kind, what.apiVersion)}}
 	}
 	obj := what.empty()
-	if err := yaml.UnmarshalStrict(text, obj); err != nil {
-		return []fault{d.faultOf(err)}
+	if faults := d.decode(text, path, obj); len(faults) > 0 {
+		return faults
 	}
-	return d.keep(obj, head.Kind, what.namespaced, text, found)
+	return d.keep(obj, path, head.Kind, what.namespaced, text, found)
 }
 
-func (d document) keep(obj object, kind string, namespaced bool, text []byte, found map[key]manifest) []fault {
+func (d document) keep(obj object, path, kind string, namespaced bool, text []byte, found map[key]manifest) []fault {
 	if obj.GetName() == "" {
-		return []fault{{d.lineOf("metadata"), fmt.Sprintf("metadata.name of a %s is missing", kind)}}
+		return []fault{{d.lineOfPath(join(path, "metadata")), fmt.Sprintf("metadata.name of a %s is missing", kind)}}
 	}
 	if !namespaced {
 		obj.SetNamespace("")
@@ -205,47 +232,11 @@ func (d document) keep(obj object, kind string, namespaced bool, text []byte, fo
 	}
 	k := key{kind, obj.GetNamespace(), obj.GetName()}
 	if _, twice := found[k]; twice {
-		return []fault{{d.line, fmt.Sprintf("%s stands twice in this file; the first counts", k)}}
+		return []fault{{d.lineOfPath(path), fmt.Sprintf("%s stands twice in this file; the first counts", k)}}
 	}
 	found[k] = manifest{obj, maphash.Bytes(seed, text)}
 	return nil
 }
-
-var (
-	yamlLine     = regexp.MustCompile(`line (\d+)`)
-	unknownField = regexp.MustCompile(`unknown field "([^"]*)"`)
-	wrongType    = regexp.MustCompile(`struct field \S*?([^.\s]+) of type`)
-)
-
-// faultOf finds the line that an error is about: YAML errors name it, counted
-// from the document's start, and errors about a field name the field.
-func (d document) faultOf(err error) fault {
-	reason := strings.TrimPrefix(err.Error(), "error unmarshaling JSON: while decoding JSON: ")
-	reason = strings.TrimPrefix(reason, "error converting YAML to JSON: ")
-	if m := yamlLine.FindStringSubmatch(reason); m != nil {
-		n, _ := strconv.Atoi(m[1])
-		line := min(d.line+max(n, 1)-1, d.lineAt(len(d.text))) // YAML has more ways to end a line than files have
-		return fault{line, yamlLine.ReplaceAllString(reason, "line "+strconv.Itoa(line))}
-	}
-	for _, pattern := range []*regexp.Regexp{unknownField, wrongType} {
-		if m := pattern.FindStringSubmatch(reason); m != nil {
-			return fault{d.lineOf(m[1][strings.LastIndex(m[1], ".")+1:]), reason}
-		}
-	}
-	return fault{d.line, reason}
-}
-
-// lineOf finds the first line that has the field as a key, else the
-// document's first.
-func (d document) lineOf(field string) int {
-	at := regexp.MustCompile(`(?m)(^|[\s{,"'-])` + regexp.QuoteMeta(field) + `["']?\s*:`).FindIndex(d.text)
-	if at == nil {
-		return d.line
-	}
-	return d.lineAt(at[1])
-}
-
-func (d document) lineAt(offset int) int { return d.line + bytes.Count(d.text[:offset], []byte("\n")) }
 
 // validPrefix is how many bytes from the start are UTF-8.
 func validPrefix(text []byte) int {

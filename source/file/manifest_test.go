@@ -46,9 +46,25 @@ func TestRead(t *testing.T) {
 
 		{"YAML error", web + "---\napiVersion: v1\nkind: Service\nmetadata: {name: x\n", "Service default/web\n10: yaml: line 10: did not find expected ',' or '}'"},
 		{"a field twice", "apiVersion: v1\nkind: Service\nkind: Service\n", `3: yaml: unmarshal errors:` + "\n" + `  line 3: key "kind" already set in map`},
-		{"unknown field", web + "  prots: []\n", `7: json: unknown field "prots"`},
-		{"wrong type", web + "  ports:\n  - port: eighty\n", `8: json: cannot unmarshal string into Go struct field ServicePort.spec.ports.port of type int32`},
-		{"unknown field of a second document", "# first\n---\n" + web + "  x: 1\n", `9: json: unknown field "x"`},
+		{"unknown field", web + "  prots: []\n", `7: unknown field "spec.prots"`},
+		{"unknown field of one port among several", web + "  ports:\n  - port: 80\n    name: a\n  - nmae: b\n    port: 81\n", `10: unknown field "spec.ports[1].nmae"`},
+		{"two unknown fields", "x: 1\n" + web + "  z: 2\n", "1: unknown field \"x\"\n8: unknown field \"spec.z\""},
+		{"wrong case", strings.Replace(web, "  name", "  Name", 1), `4: unknown field "metadata.Name"`},
+		{"unknown field of an item", "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Node, metadata: {name: n1}}\n- apiVersion: v1\n  kind: Node\n  metadata: {name: n2}\n  spec:\n    bad: 1\n", "Node n1\n9: item 1: unknown field \"spec.bad\""},
+		{"unknown field in JSON", "[\n{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"nmae\": 1}}]", `4: item 0: unknown field "metadata.nmae"`},
+		{"a field twice in JSON", "{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"name\": \"m\"}}", `3: duplicate field "metadata.name"`},
+		{"wrong type", web + "  ports:\n  - port: eighty\n", `8: spec.ports[0].port: a string where a int32 is wanted`},
+		{"wrong type further down", web + "  ports:\n  - port: 80\n  - port: [1]\n", `9: spec.ports[1].port: a array where a int32 is wanted`},
+		{"wrong indentation", "# first\n---\napiVersion: v1\nkind: Service\nmetadata:\n  name: x\n foo: bar\n", "7: yaml: line 7: did not find expected key"},
+		{"no colon", "a: 1\nb\nc: 2\n", "3: yaml: line 3: could not find expected ':'"},
+		{"colon in the first line", "a: b: c\n", "1: yaml: mapping values are not allowed in this context"},
+		{"anchor that is not there", web + "  x: *none\n", "7: yaml: unknown anchor 'none' referenced"},
+		{"control character", web + "  x: \x01\n", "7: yaml: control characters are not allowed"},
+		{"two fields twice", "kind: a\nkind: b\nc: d\nc: e\n", "2: yaml: unmarshal errors:\n  line 2: key \"kind\" already set in map\n  line 4: key \"c\" already set in map"},
+		{"byte order mark", "\ufeff" + web, "Service default/web"},
+		{"object on the marker's line", "--- {apiVersion: v1, kind: Node, metadata: {name: a}}\n--- # b\n{apiVersion: v1, kind: Node, metadata: {name: b}}\n", "Node a\nNode b"},
+		{"YAML list", "- {apiVersion: v1, kind: Node, metadata: {name: a}}\n- {apiVersion: v1, kind: Node, metadata: {name: b}}\n", "Node a\nNode b"},
+		{"unknown field of a second document", "# first\n---\n" + web + "  x: 1\n", `9: unknown field "spec.x"`},
 		{"no name", "apiVersion: v1\nkind: Service\nmetadata: {}\n", "3: metadata.name of a Service is missing"},
 		{"no kind", "apiVersion: v1\nmetadata: {name: a}\n", "1: kind is missing"},
 		{"old version", "apiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\nmetadata: {name: a}\n", `1: apiVersion "discovery.k8s.io/v1beta1" of a EndpointSlice is not served; discovery.k8s.io/v1 is`},
@@ -93,4 +109,19 @@ func FuzzRead(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A file as large as a cluster's objects, wrong in every one of them, is read
+// in time that grows with its size.
+func TestThousandsOfFaults(t *testing.T) {
+	var b strings.Builder
+	b.WriteString("apiVersion: v1\nkind: List\nitems:\n")
+	const items = 5000
+	for range items {
+		b.WriteString("- {apiVersion: v1, kind: Node, metadata: {name: n, nmae: m}}\n")
+	}
+	_, faults := read([]byte(b.String()))
+	if len(faults) != items || faults[0].line != 4 || faults[items-1].line != items+3 {
+		t.Errorf("%d faults, want one for each of %d items", len(faults), items)
+	}
 }

@@ -151,7 +151,7 @@ func TestBrokenDocumentKeepsWhatItSaid(t *testing.T) {
 	l.write("a.yaml", service("one")+"  extra: true\n---\n"+service("new"))
 	l.want("apply Service new") // neither one nor two is deleted
 	where := filepath.Join(l.dir, "a.yaml") + ":7"
-	if !strings.Contains(l.log.String(), where) || !strings.Contains(l.log.String(), `unknown field \"extra\"`) {
+	if !strings.Contains(l.log.String(), where) || !strings.Contains(l.log.String(), `unknown field \"spec.extra\"`) {
 		t.Errorf("the log does not name %s and the field:\n%s", where, l.log)
 	}
 	l.write("a.yaml", service("one"))
