@@ -31,6 +31,7 @@ type Source interface {
 // can be served at all: no mode works here, or the source cannot be reached by
 // any retry.
 func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	spareMemory()
 	for _, w := range cfg.Warnings {
 		log.Warn(w)
 	}
@@ -135,6 +136,7 @@ func logSyncs(log *slog.Logger) func(proxier.SyncReport) {
 		if r.Err == nil && !served[r.Family] {
 			served[r.Family] = true
 			level = slog.LevelInfo
+			go returnMemory()
 		}
 		log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
 			"took", r.Took, "everything", r.All, "setAside", r.SetAside, "failed", r.Err != nil)
