@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
 )
@@ -38,6 +40,8 @@ type Source struct {
 	log     *slog.Logger
 	catalog *catalog
 	content map[string]uint64 // fingerprint of each file that was read
+	// busy says since when files have been seen open for writing.
+	busy map[string]time.Time
 }
 
 // New returns a Source for dir. A directory that does not exist yet is waited
@@ -46,7 +50,7 @@ func New(dir string, log *slog.Logger) (*Source, error) {
 	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
 		return nil, fmt.Errorf("%s is not a directory", dir)
 	}
-	return &Source{dir: dir, log: log.With("directory", dir), catalog: newCatalog(log), content: map[string]uint64{}}, nil
+	return &Source{dir: dir, log: log.With("directory", dir), catalog: newCatalog(log), content: map[string]uint64{}, busy: map[string]time.Time{}}, nil
 }
 
 // Run tells the sink what the manifests say until ctx ends, and returns nil
@@ -86,29 +90,23 @@ func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
 	if err := watcher.Add(s.dir); err != nil {
 		return fmt.Errorf("watching %s: %w", s.dir, err)
 	}
-	if err := s.readAll(sink); err != nil {
-		return err
-	}
-	sink.Synced()
-	var unsettled map[string]bool
-	for {
-		c, err := s.changes(ctx, watcher, unsettled)
-		if err != nil {
+	unsettled, err := s.readAll(sink)
+	for synced := false; err == nil; {
+		if !synced && len(unsettled) == 0 {
+			synced = true
+			sink.Synced()
+		}
+		var c change
+		if c, err = s.changes(ctx, watcher, unsettled); err != nil {
 			return err
 		}
-		unsettled = nil
-		switch {
-		case c.all:
-			err = s.readAll(sink)
-		case c.hasty:
-			unsettled = s.readSome(c.names, sink, true)
-		default:
-			s.readSome(c.names, sink, false)
-		}
-		if err != nil {
-			return err
+		if c.all {
+			unsettled, err = s.readAll(sink)
+		} else {
+			unsettled = s.readSome(c.names, sink, c.hasty)
 		}
 	}
+	return err
 }
 
 // change is what happened in the directory.
@@ -176,10 +174,10 @@ func isManifest(name string) bool {
 	return !strings.HasPrefix(base, ".") && slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(base))
 }
 
-func (s *Source) readAll(sink proxier.Sink) error {
+func (s *Source) readAll(sink proxier.Sink) (unsettled map[string]bool, err error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
-		return fmt.Errorf("reading %s: %w", s.dir, err)
+		return nil, fmt.Errorf("reading %s: %w", s.dir, err)
 	}
 	names := map[string]bool{}
 	for name := range s.content {
@@ -190,12 +188,12 @@ func (s *Source) readAll(sink proxier.Sink) error {
 			names[e.Name()] = true
 		}
 	}
-	s.readSome(names, sink, false)
-	return nil
+	return s.readSome(names, sink, false), nil
 }
 
-// readSome reads the named files. A hasty reading takes no notice of a file
-// with faults, which may only be half written, and returns its name.
+// readSome reads the named files. It takes no notice of files that are being
+// written and returns their names; a hasty reading does so with every file that
+// has faults, which may only be half written.
 func (s *Source) readSome(names map[string]bool, sink proxier.Sink, hasty bool) (unsettled map[string]bool) {
 	var concerned []key
 	fresh := map[string]map[key]manifest{}
@@ -223,8 +221,10 @@ func (s *Source) readSome(names map[string]bool, sink proxier.Sink, hasty bool) 
 // readOne reads a file, if it has changed since it was last read, into fresh
 // and returns the objects that this concerns.
 func (s *Source) readOne(name string, hasty bool, fresh map[string]map[key]manifest) (concerned []key, ok bool) {
-	content, err := os.ReadFile(filepath.Join(s.dir, name))
+	content, err := s.readWhole(name)
 	switch {
+	case errors.Is(err, errBeingWritten):
+		return nil, false
 	case errors.Is(err, fs.ErrNotExist):
 		delete(s.content, name)
 		return s.catalog.set(name, nil, false), true
@@ -251,4 +251,37 @@ func (s *Source) readOne(name string, hasty bool, fresh map[string]map[key]manif
 	}
 	fresh[name] = found
 	return s.catalog.set(name, found, len(faults) > 0), true
+}
+
+var (
+	errBeingWritten = errors.New("being written")
+	errNotAFile     = errors.New("not a regular file")
+)
+
+// readWhole returns what a file holds, unless a program is writing to it.
+func (s *Source) readWhole(name string) ([]byte, error) {
+	// A pipe must not be waited for.
+	f, err := os.OpenFile(filepath.Join(s.dir, name), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil {
+		return nil, err
+	} else if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: %w", f.Name(), errNotAFile)
+	}
+	if !beingWritten(f) {
+		delete(s.busy, name)
+		return io.ReadAll(f)
+	}
+	since, busy := s.busy[name]
+	if !busy {
+		since = time.Now()
+		s.busy[name] = since
+	}
+	if time.Since(since) < writerPatience {
+		return nil, errBeingWritten
+	}
+	return io.ReadAll(f)
 }
