@@ -47,6 +47,10 @@ type Source struct {
 // New returns a Source for dir. A directory that does not exist yet is waited
 // for; anything else at that path is an error.
 func New(dir string, log *slog.Logger) (*Source, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("finding the directory of manifests: %w", err)
+	}
 	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
 		return nil, fmt.Errorf("%s is not a directory", dir)
 	}
@@ -63,6 +67,9 @@ func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
 		err := s.watch(ctx, sink)
 		if ctx.Err() != nil {
 			return nil
+		}
+		if errors.Is(err, errReplaced) {
+			continue
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
 			return err
@@ -89,6 +96,13 @@ func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
 	defer watcher.Close()
 	if err := watcher.Add(s.dir); err != nil {
 		return fmt.Errorf("watching %s: %w", s.dir, err)
+	}
+	// A watch follows what was at the path when it began. Where the path is a
+	// link that is switched to another directory, only its parent tells.
+	if parent := filepath.Dir(s.dir); parent != s.dir {
+		if err := watcher.Add(parent); err != nil {
+			s.log.Debug("cannot see the directory being replaced", "error", err)
+		}
 	}
 	unsettled, err := s.readAll(sink)
 	for synced := false; err == nil; {
@@ -149,6 +163,10 @@ func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, unsettl
 			switch {
 			case !ok || event.Name == s.dir && event.Has(fsnotify.Remove|fsnotify.Rename):
 				return c, fmt.Errorf("%s: %w", s.dir, fs.ErrNotExist)
+			case event.Name == s.dir && event.Has(fsnotify.Create):
+				return c, errReplaced
+			case filepath.Dir(event.Name) != s.dir:
+				continue // of what stands beside the directory
 			case isManifest(base):
 				c.names[base] = true
 				c.hasty = event.Op == fsnotify.Create && (calm == nil || c.hasty)
@@ -254,6 +272,7 @@ func (s *Source) readOne(name string, hasty bool, fresh map[string]map[key]manif
 }
 
 var (
+	errReplaced     = errors.New("another directory has taken its place")
 	errBeingWritten = errors.New("being written")
 	errNotAFile     = errors.New("not a regular file")
 )

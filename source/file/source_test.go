@@ -230,6 +230,35 @@ func TestDirectoryThatGoesAndComesBack(t *testing.T) {
 	l.want("apply Service two", "delete Service one", "synced")
 }
 
+func TestLinkIsSwitchedToAnotherDirectory(t *testing.T) {
+	base := t.TempDir()
+	for _, version := range []string{"one", "two"} {
+		if err := os.Mkdir(filepath.Join(base, version), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(base, version, "a.yaml"), []byte(service(version)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := filepath.Join(base, "manifests")
+	if err := os.Symlink("one", dir); err != nil {
+		t.Fatal(err)
+	}
+	l := newLab(t, dir)
+	l.want("apply Service one")
+	l.want("synced")
+	if err := os.WriteFile(filepath.Join(base, "beside.yaml"), []byte(service("beside")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("two", dir+".new"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(dir+".new", dir); err != nil {
+		t.Fatal(err)
+	}
+	l.want("delete Service one", "apply Service two", "synced")
+}
+
 func TestNotADirectory(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
