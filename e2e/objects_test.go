@@ -146,14 +146,19 @@ func newService(name string) *corev1.Service {
 // createService makes a Service whose endpoints are the named Pods.
 func (o *objects) createService(name string, pods []string, edit ...func(*corev1.Service)) *corev1.Service {
 	o.t.Helper()
+	svc, err := o.tryCreateService(name, edit...)
+	o.must(err)
+	o.setEndpoints(name, pods)
+	return svc
+}
+
+// tryCreateService makes a Service without endpoints, if the API server agrees.
+func (o *objects) tryCreateService(name string, edit ...func(*corev1.Service)) (*corev1.Service, error) {
 	svc := newService(name)
 	for _, e := range edit {
 		e(svc)
 	}
-	svc, err := o.client.CoreV1().Services(o.namespace).Create(o.t.Context(), svc, metav1.CreateOptions{})
-	o.must(err)
-	o.setEndpoints(name, pods)
-	return svc
+	return o.client.CoreV1().Services(o.namespace).Create(o.t.Context(), svc, metav1.CreateOptions{})
 }
 
 func (o *objects) updateService(name string, edit func(*corev1.Service)) *corev1.Service {

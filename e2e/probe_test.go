@@ -48,6 +48,13 @@ func (s *site) ask(from, network string, target netip.AddrPort) (netlab.Answer, 
 	return s.lab.Host(from).Ask(ctx, network, netip.AddrPort{}, target)
 }
 
+// askOn asks once on a connection that is open.
+func (s *site) askOn(c *netlab.Conn) (netlab.Answer, error) {
+	ctx, cancel := context.WithTimeout(s.Context(), askPatience)
+	defer cancel()
+	return c.Ask(ctx)
+}
+
 // checkAnswers says what is wrong with who answers at target: over 16 new
 // connections it must be each of the named Pods and nobody else. (Sixteen
 // connections miss one of two Pods by chance in one try of 32768, and then
@@ -138,12 +145,22 @@ func (s *site) traffic(svc *corev1.Service) *traffic {
 	return t
 }
 
+// Traffic uses source ports that the probes of eventually, which get theirs
+// from the kernel, do not. A probe that came before the Service did has left a
+// connection-tracking entry without translation, and the kernel looks at no
+// rule for any packet of the same address and port while that entry lives.
+const (
+	firstTrafficPort = 11000
+	trafficPorts     = 9000 // so that one comes again after its TIME-WAIT only
+)
+
 // run counts a connection as failed only when the kernel says so or nothing
 // comes for very long: a lost packet that is sent again is not a failure.
 func (t *traffic) run(ctx context.Context, from *netlab.Host, target netip.AddrPort) {
+	source := addrOf(from, target.Addr().Is6())
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
-	for {
+	for i := 0; ; i++ {
 		select {
 		case <-ctx.Done():
 			return
@@ -151,7 +168,7 @@ func (t *traffic) run(ctx context.Context, from *netlab.Host, target netip.AddrP
 		}
 		start := time.Now()
 		one, cancel := context.WithTimeout(ctx, time.Minute)
-		_, err := from.Ask(one, "tcp", netip.AddrPort{}, target)
+		_, err := from.Ask(one, "tcp", netip.AddrPortFrom(source, uint16(firstTrafficPort+i%trafficPorts)), target)
 		cancel()
 		if ctx.Err() != nil {
 			return

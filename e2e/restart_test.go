@@ -10,13 +10,18 @@ import (
 	"signalbox/internal/netlab"
 )
 
+// lastingPort is no port of probes or of traffic.
+const lastingPort = firstTrafficPort - 1
+
 // openConns opens one connection of each family and protocol to the Service's
 // cluster IP.
 func openConns(s *site, svc *corev1.Service) []*netlab.Conn {
 	s.Helper()
+	pod := s.lab.Host("pod-x")
 	var conns []*netlab.Conn
 	everyFamilyAndProtocol(func(v6 bool, network string) {
-		c, err := s.lab.Host("pod-x").Open(s.Context(), network, netip.AddrPort{}, netip.AddrPortFrom(clusterIP(svc, v6), 80))
+		source := netip.AddrPortFrom(addrOf(pod, v6), lastingPort)
+		c, err := pod.Open(s.Context(), network, source, netip.AddrPortFrom(clusterIP(svc, v6), 80))
 		s.must(err)
 		s.Cleanup(func() { c.Close() })
 		conns = append(conns, c)

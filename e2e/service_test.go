@@ -93,10 +93,15 @@ func TestServiceCIDRAdded(t *testing.T) {
 		s.eventually("the stranger", func() error { return s.checkAnswers("pod-x", "tcp", elsewhere, stranger.Name) })
 
 		s.createServiceCIDR("second", netlab.ServiceNetwork2)
-		svc := s.createService("web", []string{"pod-a", "pod-c"}, func(svc *corev1.Service) {
-			svc.Spec.ClusterIP = "10.97.0.10"
-			svc.Spec.ClusterIPs = []string{"10.97.0.10", "fd00:10:97::10"}
+		var svc *corev1.Service
+		s.eventually("the API server's use of the range", func() (err error) {
+			svc, err = s.tryCreateService("web", func(svc *corev1.Service) {
+				svc.Spec.ClusterIP = "10.97.0.10"
+				svc.Spec.ClusterIPs = []string{"10.97.0.10", "fd00:10:97::10"}
+			})
+			return err
 		})
+		s.setEndpoints("web", []string{"pod-a", "pod-c"})
 		s.reaches(svc, "pod-a", "pod-c")
 		if s.mode == "nftables" {
 			s.eventually("dropping", func() error {

@@ -79,6 +79,33 @@ func TestStartBeforeObjectsExist(t *testing.T) {
 	})
 }
 
+// Pods and the node send before signalbox has started, as at a boot. What they
+// go on sending from the same port must arrive once it has.
+func TestFlowOlderThanStart(t *testing.T) {
+	inEachMode(t, func(s *site) {
+		svc := s.createService("web", []string{"pod-a", "pod-c"})
+		flows := map[string]*netlab.Conn{}
+		for _, from := range []string{"pod-x", "node1"} {
+			for _, v6 := range []bool{false, true} {
+				c, err := s.lab.Host(from).Open(s.Context(), "udp", netip.AddrPort{}, netip.AddrPortFrom(clusterIP(svc, v6), 80))
+				s.must(err)
+				s.Cleanup(func() { c.Close() })
+				if a, err := s.askOn(c); err == nil {
+					s.Fatalf("%s answered before signalbox was started", a)
+				}
+				flows[from+", "+familyName(v6)] = c
+			}
+		}
+		s.start()
+		for name, c := range flows {
+			s.eventually("the flow from "+name, func() error {
+				_, err := s.askOn(c)
+				return err
+			})
+		}
+	})
+}
+
 // The API server is down when the node boots. signalbox waits for it, and does
 // not need to be started again.
 func TestStartWithoutAPIServer(t *testing.T) {
