@@ -1,14 +1,18 @@
 // Package proxier holds what signalbox decides: the objects a node knows
-// (Tracker), what this node must do for each Service (Resolver, Plan), the
-// contract of a mode that does it (Proxier) and the loop that drives all
-// three (Loop).
+// (Tracker), what this node must do for each Service (Plan), the contract of a
+// mode that does it (Proxier) and the loop that drives all three (Loop).
 //
 // Data goes one way: a source tells a Loop about objects, the Tracker merges
-// them, the Resolver turns each dirty Service into ServicePorts, and a Proxier
-// writes the changed ServicePorts into the kernel in one transaction. Every
+// them, the resolver turns each dirty Service into ServicePorts, the planner
+// settles which of several claims to a frontend counts, and a Proxier writes
+// the changed ServicePorts into the kernel in one transaction. Every
 // rule of the Service API (traffic policy, topology, fallback, masquerade,
-// reject or drop) is decided in the Resolver; a Proxier only reads frontends
+// reject or drop) is decided in the resolver; a Proxier only reads frontends
 // and endpoint sets.
+//
+// What a mode refuses stays due. The Service ports to blame are set aside so
+// that the others go in, and no search for them takes away what the kernel
+// serves, unless it will not take again what it once took.
 //
 // Nothing in this package talks to a kernel or to an API server.
 package proxier

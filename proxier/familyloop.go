@@ -151,11 +151,12 @@ func (f *familyLoop) write(ctx context.Context, names []ServicePortName) error {
 
 // writeAll writes the whole plan, or after failures what the kernel last took
 // of it: then whole is false and what changed since is still to be written.
-// Before anything was ever taken that is no Service at all; whatever an
-// earlier process left then goes, and each Service that can be served comes
-// back at once.
+// Before anything was ever taken, and where even that is refused now, this is
+// no Service at all: whatever the kernel still had goes, and each Service that
+// can be served comes back at once.
 func (f *familyLoop) writeAll(ctx context.Context) (whole bool, err error) {
 	p := f.planner
+	f.allFailed++ // until it has not
 	if len(f.aside) == 0 {
 		err := f.try(ctx, p.plan, Change{All: true})
 		if err == nil {
@@ -163,11 +164,13 @@ func (f *familyLoop) writeAll(ctx context.Context) (whole bool, err error) {
 			f.done(f.changed())
 			return true, nil
 		}
-		f.allFailed++
-		if ctx.Err() != nil || f.allFailed < patience || len(p.changed) == 0 {
+		if ctx.Err() != nil || f.allFailed < patience || len(p.changed) == 0 && f.allFailed < 2*patience {
 			return false, f.failed(ctx, err)
 		}
 		f.log.Warn("writing everything failed again, looking for the Service it fails for", "services", len(p.changed), "error", err)
+	}
+	if f.allFailed >= 2*patience {
+		p.forgetKernel()
 	}
 	if err := f.try(ctx, p.asWritten(nil), Change{All: true}); err != nil {
 		return false, f.failed(ctx, err)

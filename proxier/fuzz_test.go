@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -261,4 +263,72 @@ func FuzzIncremental(f *testing.F) {
 func identity(obj runtime.Object) string {
 	m := obj.(metav1.Object)
 	return fmt.Sprintf("%T %s/%s", obj, m.GetNamespace(), m.GetName())
+}
+
+// FuzzRefusals lets the modes refuse Services of some names in every way they
+// can, while objects change. The Loop keeps the contract all the time; whoever
+// is not refused is served soon; and once nobody is, everybody is.
+func FuzzRefusals(f *testing.F) {
+	seed(f)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		d := &dice{data}
+		loop, modes := fuzzLoop(d.settings())
+		var bad []string
+		for _, mode := range modes {
+			mode.refuse = func(plan *Plan, change Change) error {
+				err := refusing(bad...)(plan, change)
+				switch {
+				case err == nil:
+					return nil
+				case strings.HasSuffix(err.Error(), "a"):
+					panic(err)
+				case strings.HasSuffix(err.Error(), "c"):
+					return fmt.Errorf("%w: %w", err, ErrUnknownState)
+				}
+				return err
+			}
+		}
+		for len(d.data) > 0 {
+			if obj := d.object(); d.roll(4) == 3 {
+				loop.Delete(obj)
+			} else {
+				loop.Apply(obj)
+			}
+			switch d.roll(8) {
+			case 0:
+				bad = []string{pick(d, "a", "b"), pick(d, "c", "d")}
+			case 1, 2:
+				_ = loop.SyncNow(t.Context())
+			}
+		}
+		for range 4 * patience {
+			_ = loop.SyncNow(t.Context())
+		}
+		for i, family := range Families {
+			for name, sp := range loop.Plan(family).Services {
+				if !slices.Contains(bad, name.Name) && modes[i].kernel[name] != sp && !touches(loop, family, name, bad) {
+					t.Errorf("%s is not served, though only %v are refused", name, bad)
+				}
+			}
+		}
+		for _, mode := range modes {
+			mode.refuse = nil
+		}
+		_ = loop.SyncNow(t.Context())
+		mustSyncBoth(t, loop, modes)
+	})
+}
+
+// touches says whether a refused Service still has a frontend in the kernel
+// that the named port is to take over, itself or through others that wait.
+func touches(l *Loop, family Family, name ServicePortName, bad []string) bool {
+	for _, f := range l.families {
+		if f.family != family {
+			continue
+		}
+		for _, part := range f.parts([]ServicePortName{name}) {
+			return slices.ContainsFunc(part, func(n ServicePortName) bool { return slices.Contains(bad, n.Name) })
+		}
+	}
+	return false
 }

@@ -363,3 +363,52 @@ func TestARefusedNewServiceThatIsDeletedIsForgotten(t *testing.T) {
 		b.wantInKernel()
 	})
 }
+
+func TestWhatWasTakenOnceMayBeRefusedLater(t *testing.T) {
+	b := filled(t, 'h')
+	b.mode.refuse = refusing("c")
+	b.Resync()
+	for range 2 * patience {
+		if err := b.syncNow(); err == nil {
+			t.Fatal("no error")
+		}
+	}
+	b.wantInKernel("c")
+	if len(b.mode.kernel) != 7 || len(b.problems) != 1 || b.problems[0].Object != "default/c" {
+		t.Errorf("%d Services are served; reported %v", len(b.mode.kernel), b.problems)
+	}
+}
+
+func TestSetsAreComparedWithWhatTheKernelHas(t *testing.T) {
+	b := filled(t, 'c')
+	name := ServicePortName{ServiceName{"default", "b"}, "http", TCP}
+	inKernel := b.mode.kernel[name].Serving
+	b.mode.refuse = refusing("b")
+	b.Apply(newSlice("b", "10.244.2.2"))
+	_ = b.syncNow()
+	b.Apply(newSlice("b", "10.244.2.1")) // as in the kernel
+	b.Apply(newService("b", clusterIP(1), nodePort(30001)))
+	_ = b.syncNow()
+	if got := b.Plan(IPv4).Services[name].Serving; got != inKernel {
+		t.Errorf("the set is another one than the kernel's, though its endpoints are the same")
+	}
+}
+
+func TestWhatWasRefusedBeforeIsTriedLast(t *testing.T) {
+	b := filled(t, 'd')
+	b.mode.refuse = refusing("a", "b")
+	for _, name := range []string{"a", "b", "c"} {
+		b.Apply(newSlice(name, "10.244.2.2"))
+	}
+	_ = b.syncNow()
+	b.Apply(newSlice("d", "10.244.2.2"))
+	b.update()
+	f := b.families[0]
+	var got []string
+	for _, part := range f.parts(f.pending(true)) {
+		got = append(got, part[0].Name)
+	}
+	if want := []string{"d", "a", "b"}; !slices.Equal(got, want) {
+		t.Errorf("tried in the order %v, want %v", got, want)
+	}
+}

@@ -157,3 +157,12 @@ func (p *planner) asWritten(but []ServicePortName) *Plan {
 	}
 	return plan
 }
+
+// forgetKernel takes everything as still to be written, into a kernel that
+// holds nothing.
+func (p *planner) forgetKernel() {
+	p.changed = make(map[ServicePortName]*ServicePort, len(p.plan.Services))
+	for name := range p.plan.Services {
+		p.changed[name] = nil
+	}
+}
