@@ -11,8 +11,8 @@
 // and endpoint sets.
 //
 // What a mode refuses stays due. The Service ports to blame are set aside so
-// that the others go in, and no search for them takes away what this process got into
-// the kernel, unless the kernel will not take that again.
+// that the others go in, and no search for them takes away what this process
+// got into the kernel, unless the kernel will not take that again.
 //
 // Nothing in this package talks to a kernel or to an API server.
 package proxier

@@ -12,10 +12,10 @@ import (
 // fakeProxier keeps the promises of Proxier about a kernel that is a map, and
 // checks that the Loop keeps its own. refuse and takes may be set.
 type fakeProxier struct {
-	refuse func(plan *Plan, change Change) error // asked before anything is written
-	takes  time.Duration
+	takes time.Duration
 
 	mu     sync.Mutex
+	refuse func(plan *Plan, change Change) error // asked before anything is written
 	kernel map[ServicePortName]*ServicePort
 	lost   bool     // a Sync left the kernel's state unknown
 	broken []string // how the Loop broke the contract
@@ -26,6 +26,13 @@ type call struct {
 	at     time.Time
 	change Change
 	err    error
+}
+
+// setRefuse may be called while a Loop runs.
+func (f *fakeProxier) setRefuse(refuse func(*Plan, Change) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.refuse = refuse
 }
 
 func (f *fakeProxier) Sync(ctx context.Context, plan *Plan, change Change) (err error) {

@@ -94,7 +94,7 @@ func TestFlowsAreRemovedOnceTheRulesAreWritten(t *testing.T) {
 	b.Synced()
 	b.mustSync()
 	b.flows.text()
-	b.mode.refuse = refusing("bad")
+	b.mode.setRefuse(refusing("bad"))
 	b.Apply(newUDPSlice("bad"))
 	b.Apply(newUDPSlice("good"))
 	if err := b.syncNow(); err == nil {
@@ -103,7 +103,7 @@ func TestFlowsAreRemovedOnceTheRulesAreWritten(t *testing.T) {
 	if got, want := b.flows.text(), "10.96.0.4:80/udp: nobody"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	b.mode.refuse = nil
+	b.mode.setRefuse(nil)
 	b.mustSync()
 	if got, want := b.flows.text(), "10.96.0.3:80/udp: nobody"; got != want {
 		t.Errorf("got %q, want %q", got, want)

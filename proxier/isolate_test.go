@@ -13,7 +13,7 @@ import (
 
 func TestARefusedServiceIsSetAside(t *testing.T) {
 	b := filled(t, 'h')
-	b.mode.refuse = refusing("c", "f")
+	b.mode.setRefuse(refusing("c", "f"))
 	was := b.mode.kernel[ServicePortName{ServiceName{"default", "c"}, "http", TCP}]
 	for c := 'a'; c <= 'h'; c++ {
 		b.Apply(newSlice(string(c), "10.244.2.2"))
@@ -43,21 +43,21 @@ func TestARefusedServiceIsSetAside(t *testing.T) {
 		t.Errorf("a retry: %v, reported: %v", err, b.problems)
 	}
 
-	b.mode.refuse = nil
+	b.mode.setRefuse(nil)
 	b.mustSync()
 	b.mustSyncNothing()
 }
 
 func TestARefusedServiceIsTriedWhenItChanges(t *testing.T) {
 	b := filled(t, 'd')
-	b.mode.refuse = func(plan *Plan, change Change) error {
+	b.mode.setRefuse(func(plan *Plan, change Change) error {
 		for _, n := range change.Services {
 			if plan.Services[n].Serving.Len() > 2 {
 				return errors.New("too many")
 			}
 		}
 		return nil
-	}
+	})
 	b.Apply(newSlice("a", "10.244.2.1", "10.244.2.2", "10.244.2.3"))
 	b.Apply(newSlice("b", "10.244.2.1", "10.244.2.2"))
 	if err := b.syncNow(); err == nil {
@@ -75,17 +75,19 @@ func TestARefusedServiceIsTriedWhenItChanges(t *testing.T) {
 func TestRetriesComeLaterAndLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newRig(t, func(o *LoopOptions) { o.RetryPeriod = time.Second })
-		b.mode.refuse = refusing("bad")
+		b.mode.setRefuse(refusing("bad"))
 		b.Apply(newService("bad", "10.96.0.1"))
 		b.Apply(newService("good", "10.96.0.2"))
 		b.Synced()
 		b.run()
+		start := time.Now()
+		time.Sleep(4600 * time.Millisecond)
+		synctest.Wait()
 		var at []time.Duration
-		for start, seen := time.Now(), 0; len(at) < 8; time.Sleep(10 * time.Millisecond) {
-			for ; seen < len(b.reports); seen++ {
-				at = append(at, time.Since(start).Round(100*time.Millisecond))
-			}
+		for _, c := range b.mode.calls {
+			at = append(at, c.at.Sub(start))
 		}
+		at = slices.Compact(at) // a search calls more than once
 		want := []time.Duration{0, 100, 300, 700, 1500, 2500, 3500, 4500}
 		for i := range want {
 			want[i] *= time.Millisecond
@@ -104,15 +106,17 @@ func TestOtherChangesDoNotPutARetryOff(t *testing.T) {
 		b.Synced()
 		b.run()
 		synctest.Wait()
-		b.mode.refuse = refusing("bad")
+		b.mode.setRefuse(refusing("bad"))
 		b.Apply(newService("bad", "10.96.0.1"))
 		b.Apply(newService("better", "10.96.0.3"))
 		time.Sleep(30 * time.Second)
-		b.mode.refuse = nil
+		synctest.Wait()
+		b.mode.setRefuse(nil)
 		for i := range 20 { // the storm goes on for longer than a retry takes
 			b.Apply(newService("good", clusterIP(i+5)))
 			time.Sleep(time.Second)
 		}
+		synctest.Wait()
 		b.wantInKernel()
 	})
 }
@@ -120,12 +124,12 @@ func TestOtherChangesDoNotPutARetryOff(t *testing.T) {
 func TestNothingIsWipedToFindWhatFails(t *testing.T) {
 	b := filled(t, 'h')
 	whole := len(b.mode.kernel)
-	b.mode.refuse = func(plan *Plan, change Change) error {
+	b.mode.setRefuse(func(plan *Plan, change Change) error {
 		if n := len(b.mode.kernel); n < whole {
 			t.Errorf("the kernel holds %d Services of %d", n, whole)
 		}
 		return refusing("bad")(plan, change)
-	}
+	})
 	b.Apply(newService("bad", "10.96.7.7"))
 	for range 6 { // alone, everything anew, and again
 		_ = b.syncNow()
@@ -137,7 +141,7 @@ func TestNothingIsWipedToFindWhatFails(t *testing.T) {
 	if all := countAll(b); all != 3 {
 		t.Errorf("everything was written %d times, want 3: at the start, because of bad, and when asked", all)
 	}
-	b.mode.refuse = nil
+	b.mode.setRefuse(nil)
 	b.mustSync()
 }
 
@@ -154,12 +158,12 @@ func TestARefusedServiceKeepsItsOldFormWhenAllIsWritten(t *testing.T) {
 	b := filled(t, 'c')
 	name := ServicePortName{ServiceName{"default", "b"}, "http", TCP}
 	was := b.mode.kernel[name]
-	b.mode.refuse = func(plan *Plan, change Change) error {
+	b.mode.setRefuse(func(plan *Plan, change Change) error {
 		if sp := plan.Services[name]; sp != was && (change.All || slices.Contains(change.Services, name)) {
 			return errors.New("refused")
 		}
 		return nil
-	}
+	})
 	b.Apply(newSlice("b", "10.244.2.2"))
 	for range 5 {
 		_ = b.syncNow()
@@ -173,7 +177,7 @@ func TestARefusedServiceKeepsItsOldFormWhenAllIsWritten(t *testing.T) {
 func TestAFirstSyncThatFailsIsTriedAgainBeforeServicesAreBlamed(t *testing.T) {
 	b := newRig(t)
 	fails := patience - 1
-	b.mode.refuse = func(_ *Plan, change Change) error {
+	b.mode.setRefuse(func(_ *Plan, change Change) error {
 		if !change.All {
 			t.Errorf("wrote parts: %+v", change)
 		}
@@ -181,7 +185,7 @@ func TestAFirstSyncThatFailsIsTriedAgainBeforeServicesAreBlamed(t *testing.T) {
 			return errors.New("somebody holds the lock")
 		}
 		return nil
-	}
+	})
 	b.Apply(newService("web", "10.96.0.1"))
 	b.Synced()
 	for range patience - 1 {
@@ -208,7 +212,7 @@ func TestABadServiceAtTheStartKeepsNobodyElseOut(t *testing.T) {
 				}
 				b.Apply(newService(name, clusterIP(i)))
 			}
-			b.mode.refuse = refusing(badNames...)
+			b.mode.setRefuse(refusing(badNames...))
 			b.Synced()
 			for range patience {
 				_ = b.syncNow()
@@ -224,13 +228,13 @@ func TestABadServiceAtTheStartKeepsNobodyElseOut(t *testing.T) {
 func TestUnknownStateIsWrittenAnew(t *testing.T) {
 	b := filled(t, 'd')
 	fail := true
-	b.mode.refuse = func(*Plan, Change) error {
+	b.mode.setRefuse(func(*Plan, Change) error {
 		if fail {
 			fail = false
 			return fmt.Errorf("torn: %w", ErrUnknownState)
 		}
 		return nil
-	}
+	})
 	b.Apply(newSlice("a", "10.244.2.2"))
 	if err := b.syncNow(); !errors.Is(err, ErrUnknownState) {
 		t.Fatalf("SyncNow: %v", err)
@@ -244,30 +248,32 @@ func TestUnknownStateIsWrittenAnew(t *testing.T) {
 func TestUnknownStateWaitsForItsRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newRig(t)
-		b.mode.refuse = func(*Plan, Change) error { return ErrUnknownState }
+		b.mode.setRefuse(func(*Plan, Change) error { return ErrUnknownState })
 		b.Synced()
 		b.run()
 		for i := range 90 {
 			b.Apply(newService("web", clusterIP(i)))
 			time.Sleep(time.Millisecond)
 		}
+		synctest.Wait()
 		if n := len(b.mode.calls); n != 1 {
 			t.Errorf("%d tries within the first wait", n)
 		}
-		b.mode.refuse = nil
+		b.mode.setRefuse(nil)
 		time.Sleep(time.Second)
+		synctest.Wait()
 		b.wantInKernel()
 	})
 }
 
 func TestAPanicCostsTheServiceThatCausesIt(t *testing.T) {
 	b := filled(t, 'h')
-	b.mode.refuse = func(plan *Plan, change Change) error {
+	b.mode.setRefuse(func(plan *Plan, change Change) error {
 		if refusing("bad")(plan, change) != nil {
 			panic("index out of range")
 		}
 		return nil
-	}
+	})
 	b.Apply(newService("bad", "10.96.7.7"))
 	b.Apply(newSlice("a", "10.244.2.2"))
 	for range 1 + patience {
@@ -289,7 +295,7 @@ func TestAPanicCostsTheServiceThatCausesIt(t *testing.T) {
 
 func TestAHandoverIsNotTornApart(t *testing.T) {
 	b := filled(t, 'h')
-	b.mode.refuse = refusing("h")
+	b.mode.setRefuse(refusing("h"))
 	// b and f swap cluster IPs, and h is bad.
 	b.Apply(newService("b", clusterIP(5)))
 	b.Apply(newService("f", clusterIP(1)))
@@ -302,12 +308,12 @@ func TestAHandoverIsNotTornApart(t *testing.T) {
 
 func TestAFailureWhateverTheServicesIsNotTheirs(t *testing.T) {
 	b := filled(t, 'z')
-	b.mode.refuse = func(_ *Plan, change Change) error {
+	b.mode.setRefuse(func(_ *Plan, change Change) error {
 		if change.All {
 			return nil
 		}
 		return errors.New("table is gone")
-	}
+	})
 	for c := 'a'; c <= 'z'; c++ {
 		b.Apply(newSlice(string(c), "10.244.2.2"))
 	}
@@ -327,16 +333,16 @@ func TestAFailureWhateverTheServicesIsNotTheirs(t *testing.T) {
 func TestACancelledSyncBlamesNobody(t *testing.T) {
 	b := filled(t, 'h')
 	ctx, cancel := context.WithCancel(context.Background())
-	b.mode.refuse = func(*Plan, Change) error {
+	b.mode.setRefuse(func(*Plan, Change) error {
 		cancel()
 		return ctx.Err()
-	}
+	})
 	b.Apply(newSlice("a", "10.244.2.2"))
 	b.Apply(newSlice("b", "10.244.2.2"))
 	if err := b.SyncNow(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("SyncNow: %v", err)
 	}
-	b.mode.refuse = nil
+	b.mode.setRefuse(nil)
 	b.mustSync()
 	if len(b.problems) != 0 {
 		t.Errorf("blamed: %v", b.problems)
@@ -349,14 +355,16 @@ func TestARefusedNewServiceThatIsDeletedIsForgotten(t *testing.T) {
 		b.Synced()
 		b.run()
 		synctest.Wait()
-		b.mode.refuse = refusing("bad")
+		b.mode.setRefuse(refusing("bad"))
 		bad := newService("bad", "10.96.0.1")
 		b.Apply(bad)
 		time.Sleep(time.Minute)
 		b.Delete(bad)
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		calls := len(b.mode.calls)
 		time.Sleep(time.Hour)
+		synctest.Wait()
 		if n := len(b.mode.calls) - calls; n != 0 {
 			t.Errorf("%d syncs for a Service that is gone", n)
 		}
@@ -366,7 +374,7 @@ func TestARefusedNewServiceThatIsDeletedIsForgotten(t *testing.T) {
 
 func TestWhatWasTakenOnceMayBeRefusedLater(t *testing.T) {
 	b := filled(t, 'h')
-	b.mode.refuse = refusing("c")
+	b.mode.setRefuse(refusing("c"))
 	b.Resync()
 	for range 2 * patience {
 		if err := b.syncNow(); err == nil {
@@ -383,7 +391,7 @@ func TestSetsAreComparedWithWhatTheKernelHas(t *testing.T) {
 	b := filled(t, 'c')
 	name := ServicePortName{ServiceName{"default", "b"}, "http", TCP}
 	inKernel := b.mode.kernel[name].Serving
-	b.mode.refuse = refusing("b")
+	b.mode.setRefuse(refusing("b"))
 	b.Apply(newSlice("b", "10.244.2.2"))
 	_ = b.syncNow()
 	b.Apply(newSlice("b", "10.244.2.1")) // as in the kernel
@@ -396,7 +404,7 @@ func TestSetsAreComparedWithWhatTheKernelHas(t *testing.T) {
 
 func TestWhatWasRefusedBeforeIsTriedLast(t *testing.T) {
 	b := filled(t, 'd')
-	b.mode.refuse = refusing("a", "b")
+	b.mode.setRefuse(refusing("a", "b"))
 	for _, name := range []string{"a", "b", "c"} {
 		b.Apply(newSlice(name, "10.244.2.2"))
 	}

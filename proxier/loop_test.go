@@ -268,6 +268,7 @@ func TestMinSyncPeriodCountsFromTheEndOfASync(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		for i, c := range b.mode.calls {
 			// A call notes its end.
 			if want := start.Add(time.Duration(i)*1300*time.Millisecond + 300*time.Millisecond); c.at != want {
@@ -291,6 +292,7 @@ func TestPauseAfterASyncIsAsLongAsItTook(t *testing.T) {
 		time.Sleep(50 * time.Millisecond) // within the pause
 		b.Apply(newService("web", "10.96.0.1"))
 		time.Sleep(time.Second)
+		synctest.Wait()
 		if got := b.last().at.Sub(start); got != 120*time.Millisecond {
 			t.Errorf("the second sync ended after %v, want 120ms", got)
 		}
@@ -321,6 +323,7 @@ func TestSyncPeriodWritesEverythingAnew(t *testing.T) {
 		b.Synced()
 		b.run()
 		time.Sleep(150 * time.Minute)
+		synctest.Wait()
 		if n := len(b.mode.calls); n != 3 || !b.last().change.All {
 			t.Errorf("%d syncs in 150 minutes, the last %+v", n, b.last().change)
 		}
