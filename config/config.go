@@ -1,6 +1,6 @@
 // Package config turns signalbox's command line into one validated Config.
-// Nothing here looks at the kernel or at the network: the same words give the
-// same Config on every machine.
+// Nothing here asks the kernel or the network, but for the host name: the same
+// words give the same Config.
 package config
 
 import (
@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -132,18 +133,9 @@ func (f *Flags) checkMode(c *Config) error {
 	return nil
 }
 
-func (f *Flags) checkNodeName(c *Config) error {
-	name := f.hostnameOverride
-	if name == "" {
-		host, err := os.Hostname()
-		if err != nil {
-			return fmt.Errorf("--hostname-override is not given and the host name cannot be read: %w", err)
-		}
-		name = host
-	}
-	c.NodeName = strings.ToLower(strings.TrimSpace(name))
-	if c.NodeName == "" {
-		return fmt.Errorf("--hostname-override=%q: nothing is left without the spaces", f.hostnameOverride)
+func (f *Flags) checkNodeName(c *Config) (err error) {
+	if c.NodeName, err = node.Name(f.hostnameOverride); err != nil {
+		return fmt.Errorf("--hostname-override=%q: %w", f.hostnameOverride, err)
 	}
 	return nil
 }

@@ -68,6 +68,7 @@ func newSource(cfg *config.Config, log *slog.Logger) (Source, error) {
 	if cfg.SourceDir != "" {
 		return file.New(cfg.SourceDir, log)
 	}
+	apiserver.LogTo(log)
 	client, err := apiserver.Client(apiserver.ClientOptions{
 		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
 	})
