@@ -1,0 +1,142 @@
+package config
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/spf13/pflag"
+
+	"signalbox/proxier"
+)
+
+func parse(t *testing.T, args ...string) (*Config, error) {
+	t.Helper()
+	var f Flags
+	fs := pflag.NewFlagSet("signalbox", pflag.ContinueOnError)
+	f.Add(fs)
+	if err := fs.Parse(args); err != nil {
+		return nil, err
+	}
+	return f.Config()
+}
+
+func TestDefaults(t *testing.T) {
+	c, err := parse(t, "--hostname-override", "  Node-1 ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.NodeName != "node-1" || c.Mode != ModeAuto || c.MasqueradeMark != 0x4000 || c.MinSyncPeriod != 0 ||
+		c.QPS != 5 || c.Burst != 10 || c.Settings.DetectLocal != proxier.DetectLocalClusterCIDR || !c.Settings.LocalhostNodePorts {
+		t.Errorf("defaults are %+v", c)
+	}
+	if len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "--cluster-cidr is not given") {
+		t.Errorf("warnings are %q", c.Warnings)
+	}
+}
+
+func TestWhatFlagsSet(t *testing.T) {
+	c, err := parse(t, "--hostname-override=n", "--proxy-mode=iptables", "--cluster-cidr=10.244.1.2/16, fd00:244::/56",
+		"--nodeport-addresses=192.168.0.0/16,fd00::/8", "--masquerade-all", "--iptables-masquerade-bit=31", "--iptables-localhost-nodeports=false",
+		"--kubeconfig=/k", "--master=https://m", "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=cali")
+	if err != nil {
+		t.Fatal(err)
+	}
+	prefixes := func(texts ...string) (out []netip.Prefix) {
+		for _, text := range texts {
+			out = append(out, netip.MustParsePrefix(text))
+		}
+		return out
+	}
+	if want := prefixes("10.244.0.0/16", "fd00:244::/56"); !slices.Equal(c.Settings.ClusterCIDRs, want) {
+		t.Errorf("cluster CIDRs are %v, want %v", c.Settings.ClusterCIDRs, want)
+	}
+	if want := prefixes("192.168.0.0/16", "fd00::/8"); !slices.Equal(c.Settings.NodePortAddresses.CIDRs, want) {
+		t.Errorf("NodePort addresses are %v, want %v", c.Settings.NodePortAddresses.CIDRs, want)
+	}
+	if c.Mode != ModeIPTables || !c.Settings.MasqueradeAll || c.MasqueradeMark != 1<<31 || c.Settings.LocalhostNodePorts ||
+		c.Kubeconfig != "/k" || c.Master != "https://m" || c.Settings.PodInterfaceNamePrefix != "cali" {
+		t.Errorf("got %+v", c)
+	}
+}
+
+func TestMistakesAreNamed(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		args string // separated by spaces
+		want []string
+	}{
+		{"--mode=fast", []string{"--mode=fast", "nftables", "iptables"}},
+		{"--proxy-mode=kernelspace", []string{"kernelspace"}},
+		{"--mode=nftables --proxy-mode=iptables", []string{"--mode=nftables", "--proxy-mode=iptables", "contradict"}},
+		{"--hostname-override=\u00a0", []string{"--hostname-override"}},
+		{"--source=/d --kubeconfig=/k", []string{"--source=/d", "--kubeconfig"}},
+		{"--source=/d --master=http://m", []string{"--source=/d", "--master"}},
+		{"--source=" + file, []string{file, "not a directory"}},
+		{"--cluster-cidr=10.0.0.0", []string{"--cluster-cidr", `"10.0.0.0"`}},
+		{"--cluster-cidr=10.0.0.0/8,10.1.0.0/16", []string{"--cluster-cidr", "at most one"}},
+		{"--cluster-cidr=10.0.0.0/8,fd00::/8,fd01::/16", []string{"at most one"}},
+		{"--detect-local-mode=Magic", []string{"--detect-local-mode=Magic", "NodeCIDR"}},
+		{"--detect-local-mode=BridgeInterface", []string{"needs --pod-bridge-interface"}},
+		{"--detect-local-mode=InterfaceNamePrefix", []string{"needs --pod-interface-name-prefix"}},
+		{"--detect-local-mode=BridgeInterface --pod-bridge-interface=a-name-far-too-long", []string{"15 characters"}},
+		{"--nodeport-addresses=primary,10.0.0.0/8", []string{"stands alone"}},
+		{"--nodeport-addresses=10.0.0.0/33", []string{"--nodeport-addresses", `"10.0.0.0/33"`}},
+		{"--iptables-masquerade-bit=32", []string{"--iptables-masquerade-bit=32", "0 to 31"}},
+		{"--kube-api-burst=-1", []string{"--kube-api-burst=-1"}},
+		{"--iptables-min-sync-period=-1s", []string{"--iptables-min-sync-period=-1s"}},
+		{"--mode=fast --cluster-cidr=x --iptables-masquerade-bit=99", []string{"--mode=fast", `"x"`, "=99"}},
+		{"--no-such-flag", []string{"no-such-flag"}},
+	} {
+		_, err := parse(t, strings.Split(test.args, " ")...)
+		if err == nil {
+			t.Errorf("%s is accepted", test.args)
+			continue
+		}
+		for _, want := range test.want {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: the error %q does not say %q", test.args, err, want)
+			}
+		}
+	}
+}
+
+func TestSettingsWithoutEffectAreNamed(t *testing.T) {
+	c, err := parse(t, "--cluster-cidr=10.0.0.0/8", "--pod-bridge-interface=cni0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "--pod-bridge-interface=cni0 has no effect") {
+		t.Errorf("warnings are %q", c.Warnings)
+	}
+}
+
+func TestNodePortAddressesByMode(t *testing.T) {
+	for _, test := range []struct {
+		mode, flag string
+		primary    bool
+	}{
+		{ModeNFTables, "", true},
+		{ModeIPTables, "", false},
+		{ModeIPTables, "--nodeport-addresses=primary", true},
+		{ModeNFTables, "--nodeport-addresses=0.0.0.0/0", false},
+	} {
+		args := []string{"--cluster-cidr=10.0.0.0/8"}
+		if test.flag != "" {
+			args = append(args, test.flag)
+		}
+		c, err := parse(t, args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := c.ForMode(test.mode).NodePortAddresses.Primary; got != test.primary {
+			t.Errorf("mode %s with %q: primary is %v", test.mode, test.flag, got)
+		}
+	}
+}
