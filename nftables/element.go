@@ -30,10 +30,9 @@ type elementKey struct {
 
 func (e *element) id() elementKey { return elementKey{e.set, e.key, e.end} }
 
-// wire appends the library's form of the element. An interval over one plain
+// wire appends the library's form of an element of the set. An interval over one plain
 // field is two elements in nf_tables, its start and the first value after it.
-func (e *element) wire(list []nft.SetElement) []nft.SetElement {
-	s := schemas[e.set]
+func (s *schema) wire(e *element, list []nft.SetElement) []nft.SetElement {
 	out := nft.SetElement{Key: []byte(e.key), Comment: e.comment}
 	if e.data != "" {
 		out.Val = []byte(e.data)
@@ -69,8 +68,9 @@ func successor(s string) (b []byte, overflow bool) {
 }
 
 // text is the element as `nft list` writes it.
-func (e *element) text(f *family) string {
-	s := schemas[e.set]
+func (e *element) text(f *family) string { return schemas[e.set].elementText(e, f) }
+
+func (s *schema) elementText(e *element, f *family) string {
 	var b strings.Builder
 	b.WriteString(fieldsText(f, s.key, e.key, e.end))
 	if e.comment != "" {

@@ -32,15 +32,22 @@ func (r ruleset) render(st *state) string {
 	r.compileNode(emit)
 	st.emitAll(emit)
 
-	var b strings.Builder
-	fmt.Fprintf(&b, "table %s %s {\n", r.word, tableName)
-	for i, s := range schemas {
+	for i := range schemas {
 		if schemas[i].shared {
 			slices.Sort(elements[i])
 		}
-		b.WriteString(s.text(r.family, elements[i]))
 	}
-	for _, c := range r.chains(st) {
+	return renderTable(r.family, tableName, schemas, elements, r.chains(st))
+}
+
+// renderTable prints a table; elements are texts, by set.
+func renderTable(f *family, name string, schemas []*schema, elements [][]string, chains []chain) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "table %s %s {\n", f.word, name)
+	for i, s := range schemas {
+		b.WriteString(s.text(f, elements[i]))
+	}
+	for _, c := range chains {
 		b.WriteString(c.text())
 	}
 	b.WriteString("}\n")

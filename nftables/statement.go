@@ -136,27 +136,14 @@ func bitwise(reg, mask, xor uint32) expr.Any {
 func host32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
 
 // in matches a packet whose value is an element of the set.
-func in(v value, set setID) statement {
-	name := schemas[set].name
-	return statement{v.text + " @" + name, append(v.load(0), &expr.Lookup{SourceRegister: reg32(0), SetName: name})}
-}
+func in(v value, set setID) statement { return In(v, schemas[set].name) }
 
 // notIn matches a packet whose value is no element of the set.
-func notIn(v value, set setID) statement {
-	name := schemas[set].name
-	return statement{v.text + " != @" + name, append(v.load(0), &expr.Lookup{SourceRegister: reg32(0), SetName: name, Invert: true})}
-}
+func notIn(v value, set setID) statement { return NotIn(v, schemas[set].name) }
 
 // lookedUp is the datum that the map holds for v. A packet for which it holds
 // none leaves the rule.
-func lookedUp(v value, m setID) value {
-	name := schemas[m].name
-	return value{text: v.text + " map @" + name, regs: 1, load: func(reg uint32) []expr.Any {
-		return append(v.load(reg), &expr.Lookup{
-			SourceRegister: reg32(reg), DestRegister: reg32(reg), IsDestRegSet: true, SetName: name,
-		})
-	}}
-}
+func lookedUp(v value, m setID) value { return LookedUp(v, schemas[m].name) }
 
 // verdictOf goes where the verdict map says, or on if it says nothing.
 func verdictOf(v value, m setID) statement {

@@ -20,7 +20,9 @@ type wire struct {
 	*family
 	conn  *nft.Conn
 	table *nft.Table
-	sets  []*nft.Set
+	// schemas and sets are indexed by setID.
+	schemas []*schema
+	sets    []*nft.Set
 
 	// wireElements is reused from one batch to the next.
 	wireElements []nft.SetElement
@@ -32,12 +34,15 @@ type wire struct {
 // messages of at most 64 KiB of them; a batch of its size fits into one.
 const batchElements = 512
 
-func dial(f *family, table string) (*wire, error) {
+func dial(f *family, table string) (*wire, error) { return dialTable(f, table, schemas) }
+
+// dialTable is dial for a table of other sets.
+func dialTable(f *family, table string, schemas []*schema) (*wire, error) {
 	conn, err := nft.New(nft.AsLasting())
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
 	}
-	w := &wire{family: f, conn: conn, table: &nft.Table{Name: table, Family: f.table}}
+	w := &wire{family: f, conn: conn, schemas: schemas, table: &nft.Table{Name: table, Family: f.table}}
 	for _, s := range schemas {
 		w.sets = append(w.sets, s.declaration(f, w.table))
 	}
@@ -172,7 +177,7 @@ func (w *wire) put(list []element, op func(*nft.Set, []nft.SetElement) error) {
 		}
 		w.wireElements = w.wireElements[:0]
 		for i := range list[:n] {
-			w.wireElements = list[i].wire(w.wireElements)
+			w.wireElements = w.schemas[set].wire(&list[i], w.wireElements)
 		}
 		w.check(op(w.sets[set], w.wireElements), w.sets[set])
 		list = list[n:]
