@@ -105,7 +105,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *p
 	}
 	opts := proxier.LoopOptions{
 		NodeName: cfg.NodeName, Settings: cfg.ForMode(choice.Mode.Name), MinSyncPeriod: cfg.MinSyncPeriod,
-		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: logSyncs(log),
+		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: onSync(choice.Mode, log),
 	}
 	for _, family := range choice.Families {
 		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark})
@@ -129,15 +129,19 @@ func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *p
 	return proxier.NewLoop(opts), closeAll, nil
 }
 
-// logSyncs says when Services are first served, and each sync at debug level.
-func logSyncs(log *slog.Logger) func(proxier.SyncReport) {
+// onSync says when a family is first served and tidies up then; each later
+// sync is logged at debug level.
+func onSync(mode modes.Mode, log *slog.Logger) func(proxier.SyncReport) {
 	served := map[proxier.Family]bool{}
 	return func(r proxier.SyncReport) {
 		level := slog.LevelDebug
 		if r.Err == nil && !served[r.Family] {
 			served[r.Family] = true
 			level = slog.LevelInfo
-			go returnMemory()
+			go func() {
+				clearLeftovers(mode, r.Family, log)
+				returnMemory()
+			}()
 		}
 		log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
 			"took", r.Took, "everything", r.All, "setAside", r.SetAside, "failed", r.Err != nil)
