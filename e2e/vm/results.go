@@ -28,6 +28,7 @@ type result struct {
 	action   string // "pass", "fail" or "skip" once the test has ended
 	elapsed  time.Duration
 	ended    bool // nothing will follow, whether or not there is an action
+	shown    bool // next has returned it
 }
 
 func newResults() *results {
@@ -123,18 +124,24 @@ func (r *results) end() {
 	r.changed.Broadcast()
 }
 
-// child waits for the i-th subtest of t; it returns nil when there will be
-// none.
-func (r *results) child(t *result, i int) *result {
+// next waits for a subtest of t that has something to show, an end or subtests
+// of its own, and returns each once; nil when there will be none. Parallel
+// tests come in the order in which they end.
+func (r *results) next(t *result) *result {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for len(t.children) <= i {
+	for {
+		for _, c := range t.children {
+			if !c.shown && (c.ended || len(c.children) > 0 || t.ended) {
+				c.shown = true
+				return c
+			}
+		}
 		if t.ended {
 			return nil
 		}
 		r.changed.Wait()
 	}
-	return t.children[i]
 }
 
 // snapshot is what is known of a test that has ended.
@@ -146,11 +153,7 @@ func (r *results) snapshot(t *result) (action, output string, elapsed time.Durat
 
 // mirror makes the tests below t subtests of a test, which ends like t.
 func (r *results) mirror(outer *testing.T, t *result) {
-	for i := 0; ; i++ {
-		c := r.child(t, i)
-		if c == nil {
-			break
-		}
+	for c := r.next(t); c != nil; c = r.next(t) {
 		outer.Run(c.name, func(inner *testing.T) { r.mirror(inner, c) })
 	}
 	action, output, elapsed := r.snapshot(t)

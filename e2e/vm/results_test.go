@@ -6,6 +6,30 @@ import (
 	"testing"
 )
 
+// TestNextFollowsEnds wants a parallel test before one that began earlier and
+// still runs, and the subtests of one that still runs.
+func TestNextFollowsEnds(t *testing.T) {
+	r := newResults()
+	for _, e := range []testEvent{
+		{Action: "run", Test: "A"}, {Action: "run", Test: "A/slow"}, {Action: "run", Test: "A/quick"},
+		{Action: "pass", Test: "A/quick"},
+	} {
+		r.take(e)
+	}
+	a := r.next(r.root)
+	if c := r.next(a); c.name != "quick" {
+		t.Errorf("the first is %s", c.name)
+	}
+	r.take(testEvent{Action: "pass", Test: "A/slow"})
+	r.take(testEvent{Action: "pass", Test: "A"})
+	if c := r.next(a); c.name != "slow" {
+		t.Errorf("the second is %s", c.name)
+	}
+	if c := r.next(a); c != nil {
+		t.Errorf("there is a third, %s", c.name)
+	}
+}
+
 const stream = `{"Action":"start"}
 {"Action":"run","Test":"TestA"}
 {"Action":"output","Test":"TestA","Output":"=== RUN   TestA\n"}
@@ -47,11 +71,7 @@ func TestResults(t *testing.T) {
 func describe(b *strings.Builder, r *results, t *result, indent string) {
 	action, output, _ := r.snapshot(t)
 	b.WriteString(indent + strconv.Quote(t.name) + ": " + strconv.Quote(action) + " " + strconv.Quote(output) + "\n")
-	for i := 0; ; i++ {
-		c := r.child(t, i)
-		if c == nil {
-			return
-		}
+	for c := r.next(t); c != nil; c = r.next(t) {
 		describe(b, r, c, indent+" ")
 	}
 }
