@@ -248,6 +248,8 @@ func TestAffinityOutlivesTheProcess(t *testing.T) {
 			}
 			s.fill(l.set(1, 2, 3, 4), nil)
 			s.proxier = l.synced(s.plan)
+			// The same process writes everything anew too.
+			l.must(s.proxier.Sync(context.Background(), s.plan, proxier.Change{All: true}))
 			compareKernel(t, s.proxier, s.plan.Node)
 			for c, home := range s.homes(s.cluster, s.nodePort) {
 				if home != before[c] {

@@ -62,12 +62,12 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	if err := rules.validateNode(); err != nil {
 		return err
 	}
-	old, err := p.wire.survey()
+	old, before, err := p.recall(plan)
 	if err != nil {
 		p.warn("cannot read the old table, clients lose their session affinity", err)
 		old = nil
 	}
-	st, err := newStateOf(p.family, plan, old)
+	st, err := newStateOf(p.family, plan, before)
 	if err != nil {
 		return err
 	}
@@ -81,6 +81,20 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	}
 	p.state = st
 	return nil
+}
+
+// recall finds out what table there is and which numbers mean what in it. What
+// this Proxier wrote it remembers; only after a restart it has to read.
+func (p *Proxier) recall(plan *proxier.Plan) (*legacy, map[proxier.ServicePortName]*record, error) {
+	old, err := p.wire.survey()
+	if err != nil || old == nil || !old.keeps {
+		return old, nil, err
+	}
+	if p.state != nil {
+		return old, p.state.records, nil
+	}
+	before, err := p.wire.readRecords(plan)
+	return old, before, err
 }
 
 func (p *Proxier) warn(message string, err error) {

@@ -54,25 +54,42 @@ func newState(f *family) *state {
 }
 
 // newStateOf is the state that holds the whole plan, numbered in the order of
-// the names, so that the same plan makes the same table. Where there is an old
-// table, numbers that affinity hangs on are taken from it.
-func newStateOf(f *family, plan *proxier.Plan, old *legacy) (*state, error) {
+// the names, so that the same plan makes the same table. Service ports with
+// affinity keep the numbers that they have in before, which may be nil.
+func newStateOf(f *family, plan *proxier.Plan, before map[proxier.ServicePortName]*record) (*state, error) {
 	st := newState(f)
 	names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
-	adopted := old.adopt(plan, names, st.pools)
+	kept := st.keepBlocks(plan, names, before)
 	for _, name := range names {
-		r, err := st.recordOf(adopted[name], plan.Services[name])
+		r, err := st.recordOf(kept[name], plan.Services[name])
 		if err == nil {
 			err = st.claim(r)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
-		// An adopted block that was outgrown is free.
-		st.pools.giveBack(idsOnlyIn(adopted[name], r))
+		// A block that was outgrown is free.
+		st.pools.giveBack(idsOnlyIn(kept[name], r))
 		st.records[name] = r
 	}
 	return st, nil
+}
+
+// keepBlocks takes out of the pools the blocks that Service ports with affinity
+// had before, and returns the records that they are in. Where two had the same,
+// the first has it.
+func (st *state) keepBlocks(plan *proxier.Plan, names []proxier.ServicePortName, before map[proxier.ServicePortName]*record) map[proxier.ServicePortName]*record {
+	kept := make(map[proxier.ServicePortName]*record)
+	if len(before) == 0 {
+		return kept
+	}
+	for _, name := range names {
+		r := before[name]
+		if plan.Services[name].AffinityTimeout > 0 && r.sticky() && st.pools.of(r.block).claim(r.block) {
+			kept[name] = r
+		}
+	}
+	return kept
 }
 
 // recordOf makes the record of port, which follows on old. The caller gives
