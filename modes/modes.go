@@ -11,6 +11,7 @@ import (
 	"signalbox/iptables"
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/userspace"
 )
 
 // Mode is one dataplane.
@@ -43,6 +44,13 @@ var All = []Mode{
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return iptables.New(o) },
 		Render:    iptables.Render,
 		Cleanup:   iptables.Cleanup,
+	},
+	{
+		Name:      userspace.Mode,
+		Supported: userspace.Supported,
+		New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
+		Render:    userspace.Render,
+		Cleanup:   userspace.Cleanup,
 	},
 }
 

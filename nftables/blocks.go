@@ -305,3 +305,6 @@ func RenderTable(f *IPFamily, name string, sets []*Set, elements []Element, chai
 	}
 	return renderTable(f, name, sets, texts, chains)
 }
+
+// DropTable deletes a table that the same transaction has made.
+func (w *wire) DropTable() { w.conn.DelTable(w.table) }

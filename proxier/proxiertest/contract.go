@@ -30,6 +30,10 @@ type Mode struct {
 	// localAddrs returns; called inside the node. May be nil for a mode that
 	// needs none.
 	Flows func(localAddrs func() ([]netip.Addr, error)) (Flows, error)
+	// NodeSource says that a server may see the node's address where a
+	// scenario wants it to see the client's, for a mode that cannot keep that
+	// between these two hosts. May be nil.
+	NodeSource func(link netlab.PodLink, client, server string) bool
 	// Dump returns the mode's kernel state for the message of a failed
 	// scenario; called inside the node. May be nil.
 	Dump func(proxier.Family) string

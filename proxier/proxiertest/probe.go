@@ -171,6 +171,13 @@ func (w *world) checkSource(want string, a netlab.Answer) error {
 			return err
 		}
 		allowed = all
+		if w.mode.NodeSource != nil && w.mode.NodeSource(w.podLink, want, a.Server) {
+			node, err := w.lab.Host("node1").Addrs()
+			if err != nil {
+				return err
+			}
+			allowed = append(allowed, node...)
+		}
 	} else {
 		one, err := w.addr(want)
 		if err != nil {

@@ -23,6 +23,7 @@ import (
 // its node1.
 type world struct {
 	lab      *netlab.Lab
+	podLink  netlab.PodLink
 	mode     Mode
 	scenario *Scenario
 	families []proxier.Family
@@ -60,7 +61,7 @@ func newWorld(mode Mode, s *Scenario, v variant) (*world, error) {
 		return nil, err
 	}
 	w := &world{
-		lab: lab, mode: mode, scenario: s, families: v.families,
+		lab: lab, podLink: labs[v.lab].PodLink, mode: mode, scenario: s, families: v.families,
 		symbols: symbols{family: v.families[0], lab: lab},
 		objects: map[string]runtime.Object{},
 		conns:   map[string]*heldConn{},

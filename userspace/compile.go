@@ -1,0 +1,93 @@
+package userspace
+
+import (
+	"fmt"
+	"net/netip"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// relayed says whether the relay serves a protocol. SCTP it does not: a
+// relay would lose the message boundaries, streams and addresses that SCTP is
+// used for.
+func relayed(p proxier.Protocol) bool { return p == proxier.TCP || p == proxier.UDP }
+
+// compile lists the elements of one Service port. Elements of cluster-ips may
+// be those of other Service ports too.
+func compile(f *nftables.IPFamily, sp *proxier.ServicePort, ids map[proxier.FrontendKey]frontendID) []nftables.Element {
+	c := compiler{family: f, comment: nftables.CommentText(sp.Name.String())}
+	for i := range sp.Frontends {
+		fe := &sp.Frontends[i]
+		c.frontend(fe, fe.Key(sp.Name.Protocol), ids)
+	}
+	return c.list
+}
+
+type compiler struct {
+	family  *nftables.IPFamily
+	comment string
+	list    []nftables.Element
+}
+
+func (c *compiler) add(set int, key, end, data, comment string) {
+	c.list = append(c.list, nftables.NewElement(set, key, end, data, comment))
+}
+
+func (c *compiler) frontend(fe *proxier.Frontend, k proxier.FrontendKey, ids map[proxier.FrontendKey]frontendID) {
+	sets := addressedSets
+	if !fe.Addr.IsValid() {
+		sets = nodePortSets
+	}
+	key := nftables.FrontendBytes(k)
+	open := relayed(k.Protocol)
+	inside, outside := open && fe.Internal.Len() > 0, open && fe.External.Len() > 0
+	if inside || outside {
+		c.add(sets.captured, key, "", string(ids[k].addr(c.family.Family).AsSlice()), c.comment)
+		if !inside {
+			c.add(sets.closedInside, key, "", "", "")
+		}
+		if !outside {
+			c.add(sets.closedOutside, key, "", "", "")
+		}
+	}
+	if !inside || !outside {
+		set := sets.rejected
+		if fe.WhenEmpty == proxier.Drop && open {
+			set = sets.dropped
+		}
+		c.add(set, key, "", "", c.comment)
+	}
+	if fe.Sources != nil {
+		c.add(sets.restricted, key, "", "", "")
+		for _, p := range nftables.Disjoint(fe.Sources) {
+			c.add(sets.allowed, key+string(p.Addr().AsSlice()), key+string(nftables.LastAddr(p).AsSlice()), "", "")
+		}
+	}
+	if fe.Kind == proxier.ClusterIP && fe.Addr.IsValid() {
+		c.add(clusterIPs, string(fe.Addr.AsSlice()), "", "", "")
+	}
+}
+
+// validate refuses what could not be written.
+func validate(f *nftables.IPFamily, sp *proxier.ServicePort) error {
+	for i := range sp.Frontends {
+		fe := &sp.Frontends[i]
+		if fe.Addr != (netip.Addr{}) && !f.Holds(fe.Addr) {
+			return fmt.Errorf("%s: %s %s is not of %s", sp.Name, fe.Kind, fe.Addr, f.Family)
+		}
+		for _, p := range fe.Sources {
+			if !p.IsValid() || !f.Holds(p.Addr()) {
+				return fmt.Errorf("%s: source range %s is not of %s", sp.Name, p, f.Family)
+			}
+		}
+		for _, set := range []*proxier.EndpointSet{fe.Internal, fe.External} {
+			for j := range set.Len() {
+				if !f.Holds(set.Endpoints[j].Addr()) {
+					return fmt.Errorf("%s: endpoint %s is not of %s", sp.Name, set.Endpoints[j], f.Family)
+				}
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,81 @@
+package userspace
+
+import (
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+
+	"signalbox/proxier"
+)
+
+// frontendID is the number of a frontend. The kernel tells it to the relay as a
+// part of the address that it rewrites a packet's destination to, so that every
+// connection and every datagram says itself which frontend it is for.
+type frontendID uint32
+
+// idBits is how many bits of the address hold the number.
+const idBits = 24
+
+// relayPrefixes are the addresses that stand for frontends. They exist on the
+// node alone, as one local route each: no packet with one ever leaves it. The
+// IPv4 range is a part of the reserved 240.0.0.0/4, the IPv6 range a unique
+// local one.
+var relayPrefixes = map[proxier.Family]netip.Prefix{
+	proxier.IPv4: netip.MustParsePrefix("251.0.0.0/8"),
+	proxier.IPv6: netip.MustParsePrefix("fd73:6967:6e61:6c62::/104"),
+}
+
+// addr is the address that stands for the frontend.
+func (id frontendID) addr(f proxier.Family) netip.Addr {
+	b := relayPrefixes[f].Addr().AsSlice()
+	tail := b[len(b)-4:]
+	binary.BigEndian.PutUint32(tail, binary.BigEndian.Uint32(tail)|uint32(id))
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// idOf is the number in an address; false if it stands for no frontend.
+func idOf(f proxier.Family, a netip.Addr) (frontendID, bool) {
+	if !relayPrefixes[f].Contains(a) {
+		return 0, false
+	}
+	b := a.AsSlice()
+	return frontendID(binary.BigEndian.Uint32(b[len(b)-4:]) & (1<<idBits - 1)), true
+}
+
+// idPool numbers frontends. A number that is free is not given again before
+// all others were: the kernel may remember for minutes that a UDP flow is to be
+// sent to it.
+type idPool struct {
+	used map[frontendID]bool
+	next frontendID
+}
+
+func newIDPool() *idPool {
+	return &idPool{used: map[frontendID]bool{}, next: frontendID(rand.Uint32N(1 << idBits))}
+}
+
+func (p *idPool) take() (frontendID, error) {
+	for range 1 << idBits {
+		id := p.next
+		p.next = (p.next + 1) % (1 << idBits)
+		if !p.used[id] {
+			p.used[id] = true
+			return id, nil
+		}
+	}
+	return 0, fmt.Errorf("all %d numbers of frontends are in use", 1<<idBits)
+}
+
+// claim takes a certain number; false if it is taken.
+func (p *idPool) claim(id frontendID) bool {
+	if p.used[id] {
+		return false
+	}
+	p.used[id] = true
+	p.next = (id + 1) % (1 << idBits)
+	return true
+}
+
+func (p *idPool) giveBack(id frontendID) { delete(p.used, id) }

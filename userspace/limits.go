@@ -1,0 +1,135 @@
+package userspace
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// What a relayed connection and a UDP flow cost in file descriptors: two
+// sockets and, while bytes wait in the kernel on their way, a pipe in each
+// direction.
+const (
+	filesPerConnection = 6
+	filesPerFlow       = 1
+	// filesKept are for everything else in the process.
+	filesKept = 1024
+	// relaysPerProcess is how many relays share the files, one per family.
+	relaysPerProcess = 2
+	// wantedFiles is how many files the relay asks to be allowed.
+	wantedFiles = 1 << 20
+)
+
+// limits are how many connections and flows a relay keeps open.
+type limits struct {
+	connections, flows int64
+}
+
+// limitsFor shares out files: three quarters for connections, the rest for
+// flows.
+func limitsFor(files uint64) limits {
+	share := int64(max(files, filesKept+64)-filesKept) / relaysPerProcess
+	return limits{connections: share * 3 / 4 / filesPerConnection, flows: share / 4 / filesPerFlow}
+}
+
+// raiseFileLimit raises RLIMIT_NOFILE as far as wanted and possible, and
+// returns what it is then.
+func raiseFileLimit() (uint64, error) {
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return 0, fmt.Errorf("read the limit of open files: %w", err)
+	}
+	most := uint64(wantedFiles)
+	if text, err := os.ReadFile("/proc/sys/fs/nr_open"); err == nil {
+		if n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64); err == nil {
+			most = min(most, n)
+		}
+	}
+	if r.Cur >= most {
+		return r.Cur, nil
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: most, Max: max(most, r.Max)}); err == nil {
+		return most, nil
+	}
+	// Without the right to raise the hard limit, the soft one goes up to it.
+	if r.Cur < r.Max && unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: r.Max, Max: r.Max}) == nil {
+		return r.Max, nil
+	}
+	return r.Cur, nil
+}
+
+// Stats are counts of what a relay did and does. All but Connections and Flows
+// only grow.
+type Stats struct {
+	// Connections and Flows are open now.
+	Connections, Flows int64
+	// Accepted counts relayed TCP connections, FlowsMade UDP flows.
+	Accepted, FlowsMade uint64
+	// DialFailures counts attempts to reach an endpoint that failed,
+	// NoEndpoint connections and datagrams that no endpoint could be found for.
+	DialFailures, NoEndpoint uint64
+	// Refused counts connections and datagrams that found as many connections
+	// or flows open as there may be.
+	Refused uint64
+	// AcceptFailures counts failed accepts, for want of file descriptors most
+	// likely.
+	AcceptFailures uint64
+	// Transparent counts connections and flows that bear their client's
+	// address.
+	Transparent uint64
+}
+
+// counters are Stats as they are counted.
+type counters struct {
+	connections, flows                                                                  atomic.Int64
+	accepted, flowsMade, dialFailures, noEndpoint, refused, acceptFailures, transparent atomic.Uint64
+}
+
+func (c *counters) stats() Stats {
+	return Stats{
+		Connections: c.connections.Load(), Flows: c.flows.Load(),
+		Accepted: c.accepted.Load(), FlowsMade: c.flowsMade.Load(),
+		DialFailures: c.dialFailures.Load(), NoEndpoint: c.noEndpoint.Load(),
+		Refused: c.refused.Load(), AcceptFailures: c.acceptFailures.Load(), Transparent: c.transparent.Load(),
+	}
+}
+
+// enter counts one more, unless there are as many as there may be.
+func enter(n *atomic.Int64, limit int64) bool {
+	if n.Add(1) > limit {
+		n.Add(-1)
+		return false
+	}
+	return true
+}
+
+// quietLog says the same thing at most once in a while.
+type quietLog struct {
+	mu   sync.Mutex
+	last map[string]time.Time
+}
+
+const quiet = 10 * time.Second
+
+func (q *quietLog) warn(message string, args ...any) {
+	now := time.Now()
+	q.mu.Lock()
+	said := now.Sub(q.last[message]) < quiet
+	if !said {
+		if q.last == nil {
+			q.last = map[string]time.Time{}
+		}
+		q.last[message] = now
+	}
+	q.mu.Unlock()
+	if !said {
+		slog.Warn("userspace: "+message, args...)
+	}
+}

@@ -1,0 +1,90 @@
+package userspace
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// probeTable is a table that never comes to be: the transaction that adds it
+// deletes it again.
+const probeTable = "signalbox-userspace-probe"
+
+// Supported says whether this node's kernel can do all that the mode needs, by
+// asking it to. The error is a *proxier.UnsupportedError.
+func Supported(f proxier.Family) error {
+	missing := func(what, remedy string, err error) error {
+		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: what, Remedy: remedy, Err: err}
+	}
+	t, err := nftables.OpenTable(nftables.FamilyOf(f), probeTable, makeSets())
+	if err != nil {
+		return missing("the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
+	}
+	defer t.Close()
+	rules := ruleset{nftables.FamilyOf(f), proxier.DefaultMasqueradeMark, firstPorts, proxier.Node{
+		LocalPods:     proxier.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
+		NodePortAddrs: proxier.NodePortAddrs{All: true},
+	}}
+	t.ReplaceTable()
+	t.AddChains(rules.chains())
+	t.DropTable()
+	switch err := t.Commit(); {
+	case errors.Is(err, unix.EPERM):
+		return missing("the right to change nf_tables", "run as root or with CAP_NET_ADMIN", err)
+	case err != nil:
+		return missing("something that the rules need",
+			"the kernel needs CONFIG_NF_TABLES with NAT, CONFIG_NFT_SOCKET, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_FIB_IPV6, CONFIG_NFT_REJECT and CONFIG_NFT_CT, of release 5.6 or later", err)
+	}
+	l, err := listen(f)
+	if err != nil {
+		return missing("a socket for captured traffic", "run as root; for IPv6 it must not be disabled", err)
+	}
+	l.close()
+	return nil
+}
+
+// Cleanup removes this mode's table, routes and rule of the family, and nothing
+// else. It is no error if there are none.
+func Cleanup(f proxier.Family) error {
+	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, makeSets())
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	t.DeleteTable()
+	if err := t.Commit(); err != nil {
+		return fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
+	}
+	r, err := newRoutes(f, 0)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	if err := r.remove(); err != nil {
+		return fmt.Errorf("remove the relay's routes of %s: %w", f, err)
+	}
+	return nil
+}
+
+// Render prints the table that New and one Sync would make of plan on a node
+// that has none yet, in the form of `nft list table`. Frontends are numbered
+// from 0. It touches no kernel.
+func Render(opts proxier.Options, plan *proxier.Plan) (string, error) {
+	f := nftables.FamilyOf(opts.Family)
+	rules := ruleset{f, opts.MasqueradeMark, firstPorts, plan.Node}
+	if err := rules.validateNode(); err != nil {
+		return "", err
+	}
+	st := newState(f)
+	st.pool.next = 0
+	s, err := st.stage(plan, sortedNames(plan))
+	if err != nil {
+		return "", err
+	}
+	return nftables.RenderTable(f, tableName, makeSets(), slices.Concat(s.add, rules.nodeElements()), rules.chains()), nil
+}

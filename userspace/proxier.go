@@ -1,0 +1,162 @@
+package userspace
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// Mode is the name of this mode on the command line and in messages.
+const Mode = "userspace"
+
+// Proxier relays the Services of one IP family in the network namespace in
+// which it was made.
+type Proxier struct {
+	family *nftables.IPFamily
+	mark   uint32
+	table  *nftables.Transaction
+	routes *routes
+	relay  *relay
+	state  *state // nil until the first Sync
+	// unrelayed holds the Service ports that were reported as not served.
+	unrelayed map[proxier.ServicePortName]bool
+}
+
+var _ proxier.Proxier = (*Proxier)(nil)
+
+// New opens the relay's sockets and the connections to the kernel. Nothing is
+// captured before Sync.
+func New(opts proxier.Options) (*Proxier, error) {
+	f := nftables.FamilyOf(opts.Family)
+	fail := func(err error) (*Proxier, error) {
+		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
+	}
+	t, err := nftables.OpenTable(f, tableName, makeSets())
+	if err != nil {
+		return fail(err)
+	}
+	routes, err := newRoutes(opts.Family, opts.MasqueradeMark)
+	if err != nil {
+		t.Close()
+		return fail(err)
+	}
+	relay, err := newRelay(opts.Family, routes)
+	if err != nil {
+		routes.close()
+		t.Close()
+		return fail(err)
+	}
+	relay.start()
+	return &Proxier{family: f, mark: opts.MasqueradeMark, table: t, routes: routes, relay: relay,
+		unrelayed: map[proxier.ServicePortName]bool{}}, nil
+}
+
+// Close ends the relay with all its connections. The rules stay, but lead to
+// nobody: until another process relays, clients are refused.
+func (p *Proxier) Close() error {
+	p.relay.close()
+	p.routes.close()
+	return p.table.Close()
+}
+
+// Stats returns what the relay did and does. It may be called at any time, by
+// any goroutine.
+func (p *Proxier) Stats() Stats { return p.relay.counts.stats() }
+
+// Sync implements proxier.Proxier. Every call is one transaction.
+func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if plan.Family != p.family.Family {
+		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", Mode, plan.Family, p.family.Family)
+	}
+	rules := ruleset{p.family, p.mark, p.relay.listeners.ports, plan.Node}
+	if change.All || p.state == nil {
+		return p.syncAll(rules, plan)
+	}
+	if change.Empty() {
+		return nil
+	}
+	return p.syncChange(rules, plan, change)
+}
+
+// syncAll replaces the table. Frontends keep their numbers.
+func (p *Proxier) syncAll(rules ruleset, plan *proxier.Plan) error {
+	if err := rules.validateNode(); err != nil {
+		return err
+	}
+	if err := p.routes.ensure(); err != nil {
+		return err
+	}
+	st := newState(p.family)
+	p.adopt(st, plan)
+	s, err := st.stage(plan, sortedNames(plan))
+	if err != nil {
+		return err
+	}
+	list := s.targets()
+	added := p.relay.targets.announce(list)
+	p.table.ReplaceTable()
+	p.table.AddChains(rules.chains())
+	p.table.AddElements(append(s.add, rules.nodeElements()...))
+	if err := p.table.Commit(); err != nil {
+		p.relay.targets.withdraw(added)
+		return fmt.Errorf("write table %s: %w", tableName, err)
+	}
+	s.commit()
+	p.relay.targets.replace(list, time.Now())
+	p.state = st
+	p.report(plan, s.names)
+	return nil
+}
+
+// syncChange writes what change names.
+func (p *Proxier) syncChange(rules ruleset, plan *proxier.Plan, change proxier.Change) error {
+	if change.Node {
+		if err := rules.validateNode(); err != nil {
+			return err
+		}
+	}
+	s, err := p.state.stage(plan, change.Services)
+	if err != nil {
+		return err
+	}
+	list := s.targets()
+	added := p.relay.targets.announce(list)
+	if change.Node {
+		p.table.RewriteChains(rules.nodeChains())
+		for _, set := range []int{localPods, nodePortAddrs, serviceCIDRs} {
+			p.table.FlushSet(set)
+		}
+		p.table.AddElements(rules.nodeElements())
+	}
+	p.table.RemoveElements(s.remove)
+	p.table.AddElements(s.add)
+	if err := p.table.Commit(); err != nil {
+		p.relay.targets.withdraw(added)
+		s.undo()
+		return fmt.Errorf("write %d changed Service ports to table %s: %w", len(change.Services), tableName, err)
+	}
+	p.relay.targets.put(list, s.commit(), time.Now())
+	p.report(plan, s.names)
+	return nil
+}
+
+// report says once of each Service port that is not served that it is not.
+func (p *Proxier) report(plan *proxier.Plan, names []proxier.ServicePortName) {
+	for _, name := range names {
+		served := plan.Services[name] == nil || relayed(name.Protocol)
+		switch {
+		case served:
+			delete(p.unrelayed, name)
+		case !p.unrelayed[name]:
+			p.unrelayed[name] = true
+			slog.Warn("userspace: SCTP is not relayed; the port refuses connections", "service", name.String(), "family", p.family.Family.String())
+		}
+	}
+}

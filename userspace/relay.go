@@ -1,0 +1,103 @@
+package userspace
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+	"time"
+
+	"signalbox/proxier"
+)
+
+// relay takes captured connections and datagrams to endpoints, in one family.
+type relay struct {
+	family    proxier.Family
+	ns        *namespace
+	listeners *listeners
+	dialer    *dialer
+	routes    *routes
+	targets   targets
+	chooser   *chooser
+	limits    limits
+	counts    counters
+	log       quietLog
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   sync.WaitGroup // all goroutines
+	conns  connSet
+	flows  flowTable
+}
+
+// newRelay opens the relay's sockets in the network namespace of the calling
+// thread.
+func newRelay(f proxier.Family, r *routes) (*relay, error) {
+	files, err := raiseFileLimit()
+	if err != nil {
+		return nil, err
+	}
+	ns, err := currentNamespace()
+	if err != nil {
+		return nil, err
+	}
+	l, err := listen(f)
+	if err != nil {
+		ns.close()
+		return nil, err
+	}
+	re := &relay{
+		family: f, ns: ns, listeners: l, dialer: newDialer(f, ns), routes: r,
+		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
+		chooser: newChooser(), limits: limitsFor(files),
+		conns: connSet{open: map[*conn]struct{}{}}, flows: flowTable{open: map[flowKey]*flow{}},
+	}
+	re.ctx, re.cancel = context.WithCancel(context.Background())
+	return re, nil
+}
+
+// start lets the relay work.
+func (r *relay) start() {
+	for o := range originCount {
+		r.done.Go(func() { r.acceptAll(o) })
+		r.done.Go(func() { r.receiveAll(o) })
+	}
+	r.done.Go(r.expireAll)
+}
+
+// close ends the relay and all that it has open.
+func (r *relay) close() {
+	r.cancel()
+	r.listeners.close()
+	r.conns.closeAll()
+	r.flows.closeAll()
+	r.done.Wait()
+	r.ns.close()
+}
+
+// expiryInterval is how often what is over is forgotten.
+const expiryInterval = 10 * time.Second
+
+func (r *relay) expireAll() {
+	tick := time.NewTicker(expiryInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-r.ctx.Done():
+			return
+		case now := <-tick.C:
+			r.targets.expire(now)
+			r.chooser.expire(now)
+			r.routes.expire(now)
+		}
+	}
+}
+
+// sourceFor is the address that an endpoint is to see: the zero one stands for
+// the node's. A client keeps its own where the plan says so, as far as the
+// answers come back this way.
+func (r *relay) sourceFor(t *target, o origin, client, endpoint netip.Addr) netip.Addr {
+	if o == fromNode || t.masquerade&o.bit() != 0 || !r.routes.apart(client, endpoint) {
+		return netip.Addr{}
+	}
+	return client
+}

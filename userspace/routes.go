@@ -1,0 +1,165 @@
+package userspace
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// answersTable is the routing table that makes a packet to anybody one for this
+// node. Only packets with the mark are looked up in it: the answers to
+// connections that bear their client's address.
+const answersTable = 21314
+
+// answersPriority puts the rule behind the one for the node's own addresses
+// and before everybody's.
+const answersPriority = 83
+
+// routes holds what the relay needs of the kernel's routing.
+type routes struct {
+	family proxier.Family
+	mark   uint32
+	handle *netlink.Handle
+
+	mu   sync.Mutex
+	seen map[netip.Addr]way
+}
+
+// way is how packets to an address leave this node.
+type way struct {
+	link  int
+	local bool
+	until time.Time
+}
+
+// wayLifetime is how long a route is believed.
+const wayLifetime = 5 * time.Second
+
+// newRoutes works in the network namespace of the calling thread.
+func newRoutes(f proxier.Family, mark uint32) (*routes, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink to routing: %w", err)
+	}
+	return &routes{family: f, mark: mark, handle: h, seen: map[netip.Addr]way{}}, nil
+}
+
+func (r *routes) close() { r.handle.Close() }
+
+func (r *routes) number() int {
+	if r.family == proxier.IPv6 {
+		return netlink.FAMILY_V6
+	}
+	return netlink.FAMILY_V4
+}
+
+// entries are the two routes and the rule; the link is the loopback device.
+func (r *routes) entries(link int) (own, answers *netlink.Route, rule *netlink.Rule) {
+	prefix := relayPrefixes[r.family]
+	own = &netlink.Route{
+		LinkIndex: link, Dst: ipNet(prefix), Table: unix.RT_TABLE_LOCAL,
+		Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Family: r.number(),
+	}
+	everything := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	if r.family == proxier.IPv6 {
+		everything = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	}
+	answers = &netlink.Route{
+		LinkIndex: link, Dst: ipNet(everything), Table: answersTable,
+		Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Family: r.number(),
+	}
+	rule = netlink.NewRule()
+	rule.Family, rule.Table, rule.Priority = r.number(), answersTable, answersPriority
+	rule.Mark, rule.Mask = r.mark, &r.mark
+	return own, answers, rule
+}
+
+// ensure makes the routes and the rule where they are not there.
+func (r *routes) ensure() error {
+	lo, err := r.handle.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find the loopback device: %w", err)
+	}
+	own, answers, rule := r.entries(lo.Attrs().Index)
+	if err := r.handle.RouteReplace(own); err != nil {
+		return fmt.Errorf("route %s to this node: %w", own.Dst, err)
+	}
+	if err := r.handle.RouteReplace(answers); err != nil {
+		return fmt.Errorf("route marked packets to this node: %w", err)
+	}
+	if err := r.handle.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("rule for marked packets: %w", err)
+	}
+	return nil
+}
+
+// remove takes away what ensure made; what is not there is no error.
+func (r *routes) remove() error {
+	lo, err := r.handle.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find the loopback device: %w", err)
+	}
+	own, answers, rule := r.entries(lo.Attrs().Index)
+	rule.Mark, rule.Mask = 0, nil // whatever bit it was
+	var failed []error
+	for _, err := range []error{r.handle.RuleDel(rule), r.handle.RouteDel(answers), r.handle.RouteDel(own)} {
+		if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESRCH) {
+			failed = append(failed, err)
+		}
+	}
+	return errors.Join(failed...)
+}
+
+// apart says whether packets from endpoint to client are sure to pass through
+// this node's IP layer, so that an answer to the client's address can be taken
+// in: the two must be on different links, and neither be this node itself.
+func (r *routes) apart(client, endpoint netip.Addr) bool {
+	if client == endpoint {
+		return false
+	}
+	a, aKnown := r.way(client)
+	b, bKnown := r.way(endpoint)
+	return aKnown && bKnown && !a.local && !b.local && a.link != b.link
+}
+
+func (r *routes) way(a netip.Addr) (way, bool) {
+	now := time.Now()
+	r.mu.Lock()
+	w, known := r.seen[a]
+	r.mu.Unlock()
+	if known && now.Before(w.until) {
+		return w, true
+	}
+	found, err := r.handle.RouteGet(a.AsSlice())
+	if err != nil || len(found) == 0 {
+		return way{}, false
+	}
+	w = way{link: found[0].LinkIndex, local: found[0].Type == unix.RTN_LOCAL, until: now.Add(wayLifetime)}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.seen[a] = w
+	return w, true
+}
+
+// expire forgets routes that are not believed any more.
+func (r *routes) expire(now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for a, w := range r.seen {
+		if !now.Before(w.until) {
+			delete(r.seen, a)
+		}
+	}
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}

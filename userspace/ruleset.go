@@ -1,0 +1,242 @@
+package userspace
+
+import (
+	"fmt"
+	"net/netip"
+
+	nft "github.com/google/nftables"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// ownTraffic is the priority (SO_PRIORITY) of the relay's own connections to
+// endpoints, which must not be captured again. Rules put it back to 0 when they
+// have seen it.
+const ownTraffic = 0x53420001
+
+// origin is where a connection came from. The relay has one port for each, so
+// that it learns from the kernel what only rules can tell: the interface that a
+// packet entered by, for example.
+type origin uint8
+
+const (
+	fromPods origin = iota
+	fromNode
+	fromOutside
+	originCount
+)
+
+// bit is the origin as the plan names it.
+func (o origin) bit() proxier.Origins { return proxier.FromPods << o }
+
+// inside says whether connections go to Frontend.Internal.
+func (o origin) inside() bool { return o != fromOutside }
+
+func (o origin) String() string { return [...]string{"pods", "node", "outside"}[o] }
+
+// ruleset makes the chains. Their number does not depend on Services.
+type ruleset struct {
+	*nftables.IPFamily
+	mark  uint32 // sends answers to a transparent connection to the relay
+	ports ports
+	node  proxier.Node
+}
+
+var (
+	divertHook = nftables.NewHook(nft.ChainHookPrerouting, -150, "type filter hook prerouting priority mangle")
+	lastHook   = nftables.NewHook(nft.ChainHookPostrouting, 300, "type filter hook postrouting priority 300")
+)
+
+func (r ruleset) frontendOf() nftables.Value {
+	return nftables.Join(r.Daddr(), nftables.L4Proto, nftables.DPort)
+}
+
+var nodePortOf = nftables.Join(nftables.L4Proto, nftables.DPort)
+
+// chains are all chains of the table; those that are jumped to come first.
+func (r ruleset) chains() []nftables.Chain {
+	isNew := nftables.StateNew()
+	jump := func(chain string) nftables.Rule { return nftables.NewRule(isNew, nftables.Jump(chain)) }
+	services := nftables.NewRule(nftables.Jump("services"))
+	return append(r.nodeChains(),
+		nftables.NewChain("divert-answers", divertHook,
+			nftables.NewRule(nftables.TransparentSocket(), nftables.SetMarkBit(r.mark, true)).
+				Because("answers to a connection that bears its client's address")),
+		nftables.NewChain("filter-prerouting-pre-dnat", nftables.PreDNATPrerouting, jump("check-sources")),
+		nftables.NewChain("filter-output-pre-dnat", nftables.PreDNATOutput, jump("check-sources")),
+		nftables.NewChain("filter-input", nftables.FilterInput, jump("check-relay"), jump("check-endpoints")),
+		nftables.NewChain("filter-forward", nftables.FilterForward, jump("check-endpoints"), jump("check-cluster-ips")),
+		nftables.NewChain("filter-output", nftables.FilterOutput, jump("check-endpoints"), jump("check-cluster-ips")),
+		nftables.NewChain("nat-prerouting", nftables.NATPrerouting, services),
+		nftables.NewChain("nat-output", nftables.NATOutput,
+			nftables.NewRule(nftables.PriorityIs(ownTraffic), nftables.Return()).Because("from the relay to an endpoint"),
+			services),
+		nftables.NewChain("last", lastHook,
+			nftables.NewRule(nftables.PriorityIs(ownTraffic), nftables.ClearPriority()).Because("it has served")),
+	)
+}
+
+// nodeChains depend on the node's facts, and are written anew with them.
+func (r ruleset) nodeChains() []nftables.Chain {
+	chains := []nftables.Chain{
+		nftables.NewChain("check-relay", nil, r.checkRelay()...),
+		nftables.NewChain("check-sources", nil, r.checkSources()...),
+		nftables.NewChain("check-endpoints", nil, r.checkEndpoints()...),
+		nftables.NewChain("check-cluster-ips", nil, r.checkClusterIPs()...),
+	}
+	for o := range originCount {
+		chains = append(chains,
+			nftables.NewChain("nodeports-from-"+o.String(), nil, r.capture(nodePortOf, nodePortSets, o)...),
+			nftables.NewChain("services-from-"+o.String(), nil, r.services(o)...))
+	}
+	var byOrigin []nftables.Rule
+	for _, match := range r.isFromPods() {
+		byOrigin = append(byOrigin, nftables.NewRule(match, nftables.GoTo("services-from-pods")))
+	}
+	return append(chains, nftables.NewChain("services", nil, append(byOrigin,
+		nftables.NewRule(nftables.FibLocal(true), nftables.GoTo("services-from-node")),
+		nftables.NewRule(nftables.GoTo("services-from-outside")))...))
+}
+
+func (r ruleset) services(o origin) []nftables.Rule {
+	rules := r.capture(r.frontendOf(), addressedSets, o)
+	for _, match := range r.toNodePortAddrs() {
+		rules = append(rules, nftables.NewRule(append(match, nftables.GoTo("nodeports-from-"+o.String()))...))
+	}
+	return rules
+}
+
+// capture sends what is for a frontend to the relay's port for its origin.
+func (r ruleset) capture(key nftables.Value, sets frontendSets, o origin) []nftables.Rule {
+	closed := sets.closedOutside
+	if o.inside() {
+		closed = sets.closedInside
+	}
+	return []nftables.Rule{
+		nftables.NewRule(nftables.In(key, setNames[closed]), nftables.Return()),
+		nftables.NewRule(r.DNATToPort(nftables.LookedUp(key, setNames[sets.captured]), r.ports.of(o))),
+	}
+}
+
+// isFromPods are the ways to tell packets of local Pods.
+func (r ruleset) isFromPods() []nftables.Statement {
+	var ways []nftables.Statement
+	if len(r.node.LocalPods.Prefixes) > 0 {
+		ways = append(ways, nftables.In(r.Saddr(), setNames[localPods]))
+	}
+	if name := r.node.LocalPods.Interface; name != "" {
+		ways = append(ways, nftables.EntersBy(name, false))
+	}
+	if prefix := r.node.LocalPods.InterfacePrefix; prefix != "" {
+		ways = append(ways, nftables.EntersBy(prefix, true))
+	}
+	return ways
+}
+
+// toNodePortAddrs are the ways to tell packets to addresses that serve
+// NodePorts; there may be none.
+func (r ruleset) toNodePortAddrs() [][]nftables.Statement {
+	var ways [][]nftables.Statement
+	if r.node.NodePortAddrs.All {
+		ways = append(ways, []nftables.Statement{nftables.FibLocal(false), r.NotLoopback()})
+	}
+	if len(r.nodePortAddrs()) > 0 {
+		ways = append(ways, []nftables.Statement{nftables.In(r.Daddr(), setNames[nodePortAddrs])})
+	}
+	return ways
+}
+
+// nodePortAddrs are the single addresses that serve NodePorts.
+func (r ruleset) nodePortAddrs() []netip.Addr {
+	var addrs []netip.Addr
+	if !r.node.NodePortAddrs.All {
+		for _, a := range r.node.NodePortAddrs.Addrs {
+			if !a.IsLoopback() {
+				addrs = append(addrs, a)
+			}
+		}
+	}
+	return addrs
+}
+
+// checkRelay hides the relay's ports: only what was captured gets to them.
+func (r ruleset) checkRelay() []nftables.Rule {
+	rules := []nftables.Rule{nftables.NewRule(nftables.IsDNATed(), nftables.Return())}
+	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {
+		rules = append(rules, nftables.NewRule(nftables.ProtocolIs(p),
+			nftables.DPortsBetween(r.ports.of(0), r.ports.of(originCount-1)), r.Reject()))
+	}
+	return rules
+}
+
+// checkSources drops what may not use a frontend.
+func (r ruleset) checkSources() []nftables.Rule {
+	rules := []nftables.Rule{
+		nftables.NewRule(nftables.In(r.frontendOf(), setNames[restricted]),
+			nftables.NotIn(nftables.Join(r.frontendOf(), r.Saddr()), setNames[allowedSources]), nftables.Drop()),
+	}
+	for _, match := range r.toNodePortAddrs() {
+		rules = append(rules, nftables.NewRule(append(match, nftables.In(nodePortOf, setNames[restrictedNodePorts]),
+			nftables.NotIn(nftables.Join(nodePortOf, r.Saddr()), setNames[allowedNodePortSources]), nftables.Drop())...))
+	}
+	return rules
+}
+
+// checkEndpoints rejects or drops what was not captured because its endpoint
+// set is empty.
+func (r ruleset) checkEndpoints() []nftables.Rule {
+	rules := []nftables.Rule{
+		nftables.NewRule(nftables.IsDNATed(), nftables.Return()),
+		nftables.NewRule(nftables.In(r.frontendOf(), setNames[rejected]), r.Reject()),
+		nftables.NewRule(nftables.In(r.frontendOf(), setNames[dropped]), nftables.Drop()),
+	}
+	for _, match := range r.toNodePortAddrs() {
+		rules = append(rules,
+			nftables.NewRule(append(match[:len(match):len(match)], nftables.In(nodePortOf, setNames[rejectedNodePorts]), r.Reject())...),
+			nftables.NewRule(append(match[:len(match):len(match)], nftables.In(nodePortOf, setNames[droppedNodePorts]), nftables.Drop())...))
+	}
+	return rules
+}
+
+// checkClusterIPs answers for cluster IPs where no frontend is.
+func (r ruleset) checkClusterIPs() []nftables.Rule {
+	return []nftables.Rule{
+		nftables.NewRule(nftables.IsDNATed(), nftables.Return()),
+		nftables.NewRule(nftables.In(r.Daddr(), setNames[clusterIPs]), r.Reject()).Because("no such port"),
+		nftables.NewRule(nftables.In(r.Daddr(), setNames[serviceCIDRs]), nftables.Drop()).Because("no such Service"),
+	}
+}
+
+// nodeElements are the elements that the node's facts make.
+func (r ruleset) nodeElements() []nftables.Element {
+	var list []nftables.Element
+	ranges := func(set int, prefixes []netip.Prefix) {
+		for _, p := range nftables.Disjoint(prefixes) {
+			list = append(list, nftables.NewElement(set, string(p.Addr().AsSlice()), string(nftables.LastAddr(p).AsSlice()), "", ""))
+		}
+	}
+	ranges(localPods, r.node.LocalPods.Prefixes)
+	for _, a := range r.nodePortAddrs() {
+		list = append(list, nftables.NewElement(nodePortAddrs, string(a.AsSlice()), "", "", ""))
+	}
+	ranges(serviceCIDRs, r.node.ServiceCIDRs)
+	return list
+}
+
+// validateNode refuses facts that could not be written.
+func (r ruleset) validateNode() error {
+	for _, list := range [][]netip.Prefix{r.node.LocalPods.Prefixes, r.node.ServiceCIDRs} {
+		for _, p := range list {
+			if !p.IsValid() || !r.Holds(p.Addr()) {
+				return fmt.Errorf("node: prefix %s is not of %s", p, r.Family)
+			}
+		}
+	}
+	for _, a := range r.node.NodePortAddrs.Addrs {
+		if !r.Holds(a) {
+			return fmt.Errorf("node: address for NodePorts %s is not of %s", a, r.Family)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,83 @@
+package userspace
+
+import (
+	"signalbox/nftables"
+)
+
+// tableName is a table of this mode's own, so that a change of mode can write
+// one table first and remove the other afterwards.
+const tableName = "signalbox-userspace"
+
+// The sets of the table, in the order of creation and listing.
+const (
+	frontends = iota
+	nodePorts
+	closedInside
+	closedOutside
+	closedNodePortsInside
+	closedNodePortsOutside
+	rejected
+	dropped
+	rejectedNodePorts
+	droppedNodePorts
+	restricted
+	allowedSources
+	restrictedNodePorts
+	allowedNodePortSources
+	clusterIPs
+	localPods
+	nodePortAddrs
+	serviceCIDRs
+	setCount
+)
+
+// frontendSets are the sets in which a frontend has elements; NodePorts have
+// their own, whose keys lack the address.
+type frontendSets struct {
+	captured, closedInside, closedOutside, rejected, dropped, restricted, allowed int
+}
+
+var (
+	addressedSets = frontendSets{frontends, closedInside, closedOutside, rejected, dropped, restricted, allowedSources}
+	nodePortSets  = frontendSets{nodePorts, closedNodePortsInside, closedNodePortsOutside, rejectedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
+)
+
+// setNames holds every set's name by its number.
+var setNames = [setCount]string{
+	"frontends", "nodeports", "closed-inside", "closed-outside", "closed-nodeports-inside", "closed-nodeports-outside",
+	"rejected", "dropped", "rejected-nodeports", "dropped-nodeports",
+	"restricted", "allowed-sources", "restricted-nodeports", "allowed-nodeport-sources",
+	"cluster-ips", "local-pods", "nodeport-addrs", "service-cidrs",
+}
+
+func makeSets() []*nftables.Set {
+	addr := []nftables.Field{nftables.AddrField}
+	byFrontend := []nftables.Field{nftables.AddrField, nftables.ProtoField, nftables.PortField}
+	byNodePort := byFrontend[1:]
+	sets := make([]*nftables.Set, setCount)
+	declare := func(n int, key, data []nftables.Field, comment string) {
+		sets[n] = nftables.NewSet(setNames[n], key, data, comment)
+	}
+	declare(frontends, byFrontend, addr, "number of each frontend, as an address of the relay's")
+	declare(nodePorts, byNodePort, addr, "the same by node port")
+	declare(closedInside, byFrontend, nil, "frontends without endpoints for this node and its Pods")
+	declare(closedOutside, byFrontend, nil, "frontends without endpoints for others")
+	declare(closedNodePortsInside, byNodePort, nil, "")
+	declare(closedNodePortsOutside, byNodePort, nil, "")
+	declare(rejected, byFrontend, nil, "frontends without endpoints")
+	declare(dropped, byFrontend, nil, "frontends without endpoints that may be used here")
+	declare(rejectedNodePorts, byNodePort, nil, "")
+	declare(droppedNodePorts, byNodePort, nil, "")
+	declare(restricted, byFrontend, nil, "frontends that only allowed sources may use")
+	declare(allowedSources, append(byFrontend[:3:3], nftables.AddrField), nil, "")
+	declare(restrictedNodePorts, byNodePort, nil, "")
+	declare(allowedNodePortSources, append(byNodePort[:2:2], nftables.AddrField), nil, "")
+	declare(clusterIPs, addr, nil, "")
+	declare(localPods, addr, nil, "")
+	declare(nodePortAddrs, addr, nil, "")
+	declare(serviceCIDRs, addr, nil, "")
+	for _, n := range []int{allowedSources, allowedNodePortSources, localPods, serviceCIDRs} {
+		sets[n].OfRanges()
+	}
+	return sets
+}

@@ -1,0 +1,203 @@
+package userspace
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// state is what a Proxier knows of its table's contents.
+type state struct {
+	family   *nftables.IPFamily
+	services map[proxier.ServicePortName]*proxier.ServicePort
+	pool     *idPool
+	ids      map[proxier.FrontendKey]frontendID
+	owners   map[proxier.FrontendKey]proxier.ServicePortName
+	// uses counts how many Service ports want an element of cluster-ips.
+	uses map[nftables.Element]int
+}
+
+func newState(f *nftables.IPFamily) *state {
+	return &state{
+		family:   f,
+		services: map[proxier.ServicePortName]*proxier.ServicePort{},
+		pool:     newIDPool(),
+		ids:      map[proxier.FrontendKey]frontendID{},
+		owners:   map[proxier.FrontendKey]proxier.ServicePortName{},
+		uses:     map[nftables.Element]int{},
+	}
+}
+
+// stage is a change on its way to the kernel; commit or undo ends it.
+type stage struct {
+	state       *state
+	names       []proxier.ServicePortName
+	now         []*proxier.ServicePort // by names; nil for what goes
+	taken       []proxier.FrontendKey  // frontends that got a number
+	shared      map[nftables.Element]int
+	remove, add []nftables.Element
+}
+
+// stage works out what changes in the table when the named Service ports become
+// what plan says. On error the state is as it was.
+func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName) (*stage, error) {
+	s := &stage{state: st, names: names, shared: map[nftables.Element]int{}}
+	delta := map[nftables.Element]int{}
+	var order []nftables.Element
+	count := func(list []nftables.Element, by int) {
+		for _, e := range list {
+			if _, known := delta[e]; !known {
+				order = append(order, e)
+			}
+			delta[e] += by
+		}
+	}
+	for _, name := range names {
+		sp := plan.Services[name]
+		s.now = append(s.now, sp)
+		if old := st.services[name]; old != nil {
+			count(compile(st.family, old, st.ids), -1)
+		}
+		if sp == nil {
+			continue
+		}
+		if err := s.number(sp); err != nil {
+			s.undo()
+			return nil, err
+		}
+		count(compile(st.family, sp, st.ids), 1)
+	}
+	for _, e := range order {
+		s.decide(e, delta[e])
+	}
+	bySet := func(a, b nftables.Element) int { return cmp.Compare(a.Set(), b.Set()) }
+	slices.SortStableFunc(s.remove, bySet)
+	slices.SortStableFunc(s.add, bySet)
+	return s, nil
+}
+
+// number gives every frontend of a Service port a number that has none.
+func (s *stage) number(sp *proxier.ServicePort) error {
+	if err := validate(s.state.family, sp); err != nil {
+		return err
+	}
+	for i := range sp.Frontends {
+		k := sp.Frontends[i].Key(sp.Name.Protocol)
+		if _, numbered := s.state.ids[k]; numbered || !relayed(k.Protocol) {
+			continue
+		}
+		id, err := s.state.pool.take()
+		if err != nil {
+			return fmt.Errorf("%s: %w", sp.Name, err)
+		}
+		s.state.ids[k] = id
+		s.taken = append(s.taken, k)
+	}
+	return nil
+}
+
+// decide finds out what an element that so many more Service ports want than
+// before means for the table.
+func (s *stage) decide(e nftables.Element, by int) {
+	before := 0
+	if by < 0 {
+		before = -by
+	}
+	if e.Set() == clusterIPs {
+		before = s.state.uses[e]
+		s.shared[e] = before + by
+	}
+	switch {
+	case before == 0 && by > 0:
+		s.add = append(s.add, e)
+	case before > 0 && before+by == 0:
+		s.remove = append(s.remove, e)
+	}
+}
+
+// undo forgets the stage.
+func (s *stage) undo() {
+	for _, k := range s.taken {
+		s.state.pool.giveBack(s.state.ids[k])
+		delete(s.state.ids, k)
+	}
+}
+
+// commit makes the state remember what the kernel has now, and returns the
+// numbers of frontends that are gone.
+func (s *stage) commit() (gone []frontendID) {
+	st := s.state
+	var released []proxier.FrontendKey
+	for i, name := range s.names {
+		for _, k := range keysOf(st.services[name]) {
+			if st.owners[k] == name {
+				delete(st.owners, k)
+				released = append(released, k)
+			}
+		}
+		if s.now[i] == nil {
+			delete(st.services, name)
+		} else {
+			st.services[name] = s.now[i]
+		}
+	}
+	for _, sp := range s.now {
+		for _, k := range keysOf(sp) {
+			st.owners[k] = sp.Name
+		}
+	}
+	for _, k := range released {
+		id, numbered := st.ids[k]
+		if _, owned := st.owners[k]; !owned && numbered {
+			st.pool.giveBack(id)
+			delete(st.ids, k)
+			gone = append(gone, id)
+		}
+	}
+	for e, n := range s.shared {
+		if n == 0 {
+			delete(st.uses, e)
+		} else {
+			st.uses[e] = n
+		}
+	}
+	return gone
+}
+
+func keysOf(sp *proxier.ServicePort) []proxier.FrontendKey {
+	if sp == nil {
+		return nil
+	}
+	keys := make([]proxier.FrontendKey, len(sp.Frontends))
+	for i := range sp.Frontends {
+		keys[i] = sp.Frontends[i].Key(sp.Name.Protocol)
+	}
+	return keys
+}
+
+// targets are what the relay has to know of the stage's Service ports.
+func (s *stage) targets() []*target {
+	var list []*target
+	for _, sp := range s.now {
+		if sp == nil || !relayed(sp.Name.Protocol) {
+			continue
+		}
+		for i := range sp.Frontends {
+			fe := &sp.Frontends[i]
+			list = append(list, &target{
+				id: s.state.ids[fe.Key(sp.Name.Protocol)], name: sp.Name, timeout: sp.AffinityTimeout,
+				internal: fe.Internal, external: fe.External, serving: sp.Serving, masquerade: fe.Masquerade,
+			})
+		}
+	}
+	return list
+}
+
+// sortedNames lists the plan's Service ports in a fixed order.
+func sortedNames(plan *proxier.Plan) []proxier.ServicePortName {
+	return slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
+}

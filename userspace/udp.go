@@ -1,0 +1,323 @@
+package userspace
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// A UDP flow is over when neither side has sent anything for flowIdle, or for
+// answerIdle if it was no more than a question and its answers. The kernel's
+// own tracking has about the same.
+const (
+	answerIdle = 10 * time.Second
+	flowIdle   = 120 * time.Second
+)
+
+// flowTries is how many endpoints are tried for one datagram.
+const flowTries = 3
+
+// maxDatagram is the largest that UDP can carry.
+const maxDatagram = 65535
+
+// datagrams are buffers for one each.
+var datagrams = sync.Pool{New: func() any { b := make([]byte, maxDatagram); return &b }}
+
+// flowKey is one client at one frontend.
+type flowKey struct {
+	client netip.AddrPort
+	id     frontendID
+	origin origin
+}
+
+// flow is a client's connected socket to an endpoint.
+type flow struct {
+	key      flowKey
+	target   *target // belongs to the origin's receiving goroutine
+	endpoint netip.AddrPort
+	socket   *net.UDPConn
+	sent     atomic.Int64 // datagrams of the client
+	last     atomic.Int64 // when something was sent or received, Unix time in ns
+	refused  atomic.Bool  // the endpoint's port is closed
+}
+
+func (f *flow) idle() time.Duration {
+	if f.sent.Load() > 1 {
+		return flowIdle
+	}
+	return answerIdle
+}
+
+type flowTable struct {
+	mu     sync.Mutex
+	closed bool
+	open   map[flowKey]*flow
+}
+
+func (ft *flowTable) find(k flowKey) *flow {
+	ft.mu.Lock()
+	defer ft.mu.Unlock()
+	return ft.open[k]
+}
+
+func (ft *flowTable) add(f *flow) bool {
+	ft.mu.Lock()
+	defer ft.mu.Unlock()
+	if ft.closed {
+		return false
+	}
+	ft.open[f.key] = f
+	return true
+}
+
+// remove takes the flow out, if another has not taken its place.
+func (ft *flowTable) remove(f *flow) {
+	ft.mu.Lock()
+	defer ft.mu.Unlock()
+	if ft.open[f.key] == f {
+		delete(ft.open, f.key)
+	}
+}
+
+func (ft *flowTable) closeAll() {
+	ft.mu.Lock()
+	defer ft.mu.Unlock()
+	ft.closed = true
+	for _, f := range ft.open {
+		f.socket.Close()
+	}
+}
+
+// receiveAll takes the datagrams of an origin until the relay is closed.
+func (r *relay) receiveAll(o origin) {
+	socket := r.listeners.udp[o]
+	buffer, oob := make([]byte, maxDatagram), make([]byte, 128)
+	for {
+		n, oobn, _, from, err := socket.ReadMsgUDPAddrPort(buffer, oob)
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			r.log.warn("datagrams cannot be received", "family", r.family.String(), "error", err)
+			if !r.pause(acceptPause) {
+				return
+			}
+			continue
+		}
+		at, ok := destination(oob[:oobn])
+		if !ok {
+			continue
+		}
+		if id, ok := idOf(r.family, at); ok {
+			r.forward(flowKey{netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), id, o}, buffer[:n])
+		}
+	}
+}
+
+// forward sends a client's datagram to its flow's endpoint.
+func (r *relay) forward(k flowKey, datagram []byte) {
+	t := r.targets.find(k.id, false)
+	if t == nil {
+		r.counts.noEndpoint.Add(1)
+		return
+	}
+	f := r.flows.find(k)
+	if f != nil && !r.keeps(f, t) {
+		r.end(f)
+		f = nil
+	}
+	var tried []netip.AddrPort
+	for range flowTries {
+		if f == nil {
+			if f = r.newFlow(k, t, tried); f == nil {
+				return
+			}
+		}
+		f.last.Store(time.Now().UnixNano())
+		_, err := f.socket.Write(datagram)
+		if err == nil {
+			f.sent.Add(1)
+			return
+		}
+		// A datagram sent before was refused, or the flow has just timed out.
+		if errors.Is(err, unix.ECONNREFUSED) {
+			r.dialFailed(t, f.endpoint, err)
+			tried = append(tried, f.endpoint)
+		} else if !errors.Is(err, net.ErrClosed) {
+			return // too large, or no buffers: lost, as datagrams are
+		}
+		r.end(f)
+		f = nil
+	}
+}
+
+// keeps says whether a flow may go on: its endpoint must still answer for the
+// Service.
+func (r *relay) keeps(f *flow, t *target) bool {
+	if f.refused.Load() {
+		return false
+	}
+	if f.target == t {
+		return true
+	}
+	if f.target.name != t.name || !has(t.serving, f.endpoint) && !has(t.endpoints(f.key.origin), f.endpoint) {
+		return false
+	}
+	f.target = t
+	return true
+}
+
+func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) *flow {
+	if !enter(&r.counts.flows, r.limits.flows) {
+		r.counts.refused.Add(1)
+		r.log.warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.limits.flows)
+		return nil
+	}
+	f := r.openFlow(k, t, tried)
+	if f == nil || !r.flows.add(f) {
+		if f != nil {
+			f.socket.Close()
+		}
+		r.counts.flows.Add(-1)
+		return nil
+	}
+	r.counts.flowsMade.Add(1)
+	r.done.Go(func() {
+		defer r.counts.flows.Add(-1)
+		r.answer(f)
+	})
+	return f
+}
+
+func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) *flow {
+	at, ok := r.chooser.choose(t, t.endpoints(k.origin), k.client.Addr(), tried, time.Now())
+	if !ok {
+		r.counts.noEndpoint.Add(1)
+		return nil
+	}
+	source := r.sourceFor(t, k.origin, k.client.Addr(), at.Addr())
+	c, err := r.dialer.dial(context.Background(), "udp", source, at)
+	if err != nil {
+		r.dialFailed(t, at, err)
+		return nil
+	}
+	if source.IsValid() {
+		r.counts.transparent.Add(1)
+	}
+	return &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn)}
+}
+
+// end lets go of a flow; its goroutine notices by itself.
+func (r *relay) end(f *flow) {
+	r.flows.remove(f)
+	f.socket.Close()
+}
+
+// answer sends what the endpoint says back to the client, from the address that
+// the client sent to, until the flow is over.
+func (r *relay) answer(f *flow) {
+	defer r.end(f)
+	raw, err := f.socket.SyscallConn()
+	if err != nil {
+		return
+	}
+	back := r.listeners.udp[f.key.origin]
+	from := sourceControl(f.key.id.addr(r.family))
+	for {
+		idle := f.idle()
+		f.socket.SetReadDeadline(time.Unix(0, f.last.Load()).Add(idle))
+		buffer, n, err := receive(raw)
+		switch {
+		case err == nil:
+			f.last.Store(time.Now().UnixNano())
+			r.chooser.health.answered(f.endpoint)
+			back.WriteMsgUDPAddrPort((*buffer)[:n], from, f.key.client)
+			datagrams.Put(buffer)
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			if time.Since(time.Unix(0, f.last.Load())) >= f.idle() {
+				return
+			}
+		case errors.Is(err, unix.ECONNREFUSED):
+			r.chooser.health.failed(f.endpoint, time.Now())
+			f.refused.Store(true)
+			return
+		default:
+			return
+		}
+	}
+}
+
+// receive waits for a datagram and takes a buffer only when there is one, so
+// that a waiting flow costs no buffer.
+func receive(raw interface {
+	Read(func(uintptr) bool) error
+}) (buffer *[]byte, n int, err error) {
+	waitErr := raw.Read(func(fd uintptr) bool {
+		buffer = datagrams.Get().(*[]byte)
+		n, _, err = unix.Recvfrom(int(fd), *buffer, unix.MSG_DONTWAIT)
+		if err == nil {
+			return true
+		}
+		datagrams.Put(buffer)
+		return err != unix.EAGAIN && err != unix.EINTR
+	})
+	if waitErr != nil {
+		return nil, 0, waitErr
+	}
+	return buffer, n, err
+}
+
+// destination is the address that a datagram was received at.
+func destination(oob []byte) (netip.Addr, bool) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return netip.Addr{}, false
+	}
+	for _, m := range messages {
+		switch {
+		case m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_PKTINFO && len(m.Data) >= unix.SizeofInet4Pktinfo:
+			return netip.AddrFromSlice(m.Data[8:12])
+		case m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_PKTINFO && len(m.Data) >= unix.SizeofInet6Pktinfo:
+			return netip.AddrFromSlice(m.Data[:16])
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// sourceControl asks for a datagram to be sent from an address.
+func sourceControl(a netip.Addr) []byte {
+	level, kind, data := unix.IPPROTO_IP, unix.IP_PKTINFO, make([]byte, unix.SizeofInet4Pktinfo)
+	if proxier.FamilyOf(a) == proxier.IPv6 {
+		level, kind, data = unix.IPPROTO_IPV6, unix.IPV6_PKTINFO, make([]byte, unix.SizeofInet6Pktinfo)
+		copy(data, a.AsSlice())
+	} else {
+		copy(data[4:], a.AsSlice())
+	}
+	oob := make([]byte, unix.CmsgSpace(len(data)))
+	binary.NativeEndian.PutUint64(oob, uint64(unix.CmsgLen(len(data))))
+	binary.NativeEndian.PutUint32(oob[8:], uint32(level))
+	binary.NativeEndian.PutUint32(oob[12:], uint32(kind))
+	copy(oob[unix.CmsgLen(0):], data)
+	return oob
+}
+
+// isShortage says whether it was this node that lacked something, so that the
+// endpoint is not to blame.
+func isShortage(err error) bool {
+	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
