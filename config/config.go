@@ -20,13 +20,14 @@ import (
 
 // The values of --mode.
 const (
-	ModeAuto     = "auto"
-	ModeNFTables = "nftables"
-	ModeIPTables = "iptables"
+	ModeAuto      = "auto"
+	ModeNFTables  = "nftables"
+	ModeIPTables  = "iptables"
+	ModeUserspace = "userspace"
 )
 
 // Modes lists what --mode takes.
-var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables}
+var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeUserspace}
 
 // Config is what an operator decided.
 type Config struct {
