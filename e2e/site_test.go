@@ -48,6 +48,9 @@ func inEachMode(t *testing.T, test func(s *site)) {
 // newSite makes the lab with both Nodes in the API; signalbox does not run yet.
 func newSite(t *testing.T, c *cluster.Cluster, mode string) *site {
 	t.Helper()
+	if err := neverCached(); err != nil {
+		t.Fatal(err)
+	}
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)

@@ -173,7 +173,7 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 
 // ready says why the API server cannot be used yet. Being ready by its own
 // account is not enough: it gives out no cluster IP before the ServiceCIDR of
-// its own range exists.
+// its own range exists, and its own Service comes last.
 func (c *Cluster) ready(ctx context.Context) error {
 	if err := c.admin.Discovery().RESTClient().Get().AbsPath("/readyz").Do(ctx).Error(); err != nil {
 		return err
@@ -181,7 +181,10 @@ func (c *Cluster) ready(ctx context.Context) error {
 	if _, err := c.admin.CoreV1().Namespaces().Get(ctx, metav1.NamespaceDefault, metav1.GetOptions{}); err != nil {
 		return err
 	}
-	_, err := c.admin.NetworkingV1().ServiceCIDRs().Get(ctx, "kubernetes", metav1.GetOptions{})
+	if _, err := c.admin.NetworkingV1().ServiceCIDRs().Get(ctx, "kubernetes", metav1.GetOptions{}); err != nil {
+		return err
+	}
+	_, err := c.admin.CoreV1().Services(metav1.NamespaceDefault).Get(ctx, "kubernetes", metav1.GetOptions{})
 	return err
 }
 
