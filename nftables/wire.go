@@ -38,7 +38,7 @@ func dial(f *family, table string) (*wire, error) { return dialTable(f, table, s
 
 // dialTable is dial for a table of other sets.
 func dialTable(f *family, table string, schemas []*schema) (*wire, error) {
-	conn, err := nft.New(nft.AsLasting())
+	conn, err := dialLow()
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
 	}
@@ -49,7 +49,10 @@ func dialTable(f *family, table string, schemas []*schema) (*wire, error) {
 	return w, nil
 }
 
-func (w *wire) close() error { return w.conn.CloseLasting() }
+func (w *wire) close() error {
+	defer refill()
+	return w.conn.CloseLasting()
+}
 
 // flush sends what has gathered, as one transaction. Whether it succeeds or
 // not, nothing stays behind. The error wraps proxier.ErrUnknownState unless the
