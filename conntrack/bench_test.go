@@ -44,7 +44,7 @@ func BenchmarkPass(b *testing.B) {
 				seen = 0
 				if err := t.each(proxier.IPv4, func(f *flow) {
 					seen++
-					if d.stale(f, func(netip.Addr) bool { return true }) {
+					if d.stale(f, func(netip.Addr) bool { return true }, func(netip.Addr) bool { return false }) {
 						b.Fatal("a flow is stale")
 					}
 				}); err != nil {

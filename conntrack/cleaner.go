@@ -21,6 +21,10 @@ type Options struct {
 	// asked before each pass that is about NodePorts. Where it fails, its last
 	// answer counts.
 	LocalAddrs func() ([]netip.Addr, error)
+	// Relays are addresses at which a relay of this node takes flows in. It
+	// decides with each datagram where that goes; so a flow that is translated
+	// to one of them is kept for as long as anybody serves its Service.
+	Relays []netip.Prefix
 	// Logger is slog.Default() when nil.
 	Logger *slog.Logger
 	// Passed is told about every pass over the table; may be nil. It is called
@@ -272,7 +276,7 @@ func (c *Cleaner) clean(ctx context.Context, family proxier.Family, d duties) (d
 	var handles [][]byte
 	for range maxInterrupted {
 		err = c.table.each(family, func(f *flow) {
-			if d.stale(f, c.isLocal) {
+			if d.stale(f, c.isLocal, c.isRelay) {
 				handles = append(handles, slices.Clone(f.handle))
 			}
 		})
@@ -302,6 +306,10 @@ func (c *Cleaner) readLocal() {
 		return
 	}
 	c.local = local
+}
+
+func (c *Cleaner) isRelay(a netip.Addr) bool {
+	return slices.ContainsFunc(c.opts.Relays, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 func (c *Cleaner) isLocal(a netip.Addr) bool {

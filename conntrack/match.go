@@ -33,18 +33,24 @@ type duty struct {
 // duties says for each frontend who may answer; the latest word counts.
 type duties map[proxier.FrontendKey]duty
 
-// stale says whether a flow must go. local tells the addresses of this node.
-func (d duties) stale(f *flow, local func(netip.Addr) bool) bool {
+// stale says whether a flow must go. local tells the addresses of this node,
+// relay those of a relay on it.
+func (d duties) stale(f *flow, local, relay func(netip.Addr) bool) bool {
 	key := proxier.FrontendKey{Addr: f.to.Addr(), Port: f.to.Port(), Protocol: proxier.UDP}
 	if at, ok := d[key]; ok {
-		return !answers(at.serving, f.from)
+		return !at.keeps(f, relay)
 	}
 	key.Addr = netip.Addr{}
 	at, ok := d[key]
 	if !ok || !f.translated() && f.answered || !local(f.to.Addr()) {
 		return false
 	}
-	return !answers(at.serving, f.from)
+	return !at.keeps(f, relay)
+}
+
+// keeps says whether whoever answers the flow still does so.
+func (d duty) keeps(f *flow, relay func(netip.Addr) bool) bool {
+	return answers(d.serving, f.from) || d.serving.Len() > 0 && relay(f.from.Addr())
 }
 
 // answers says whether an endpoint of the set, which is sorted by address and

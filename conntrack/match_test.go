@@ -37,6 +37,7 @@ func TestStale(t *testing.T) {
 	local := func(a netip.Addr) bool {
 		return a == netip.MustParseAddr("192.0.2.1") || a == netip.MustParseAddr("192.0.2.2")
 	}
+	relay := netip.MustParsePrefix("251.0.0.0/8").Contains
 	tests := map[string]struct {
 		to, from string
 		answered bool
@@ -50,6 +51,9 @@ func TestStale(t *testing.T) {
 		"made before the Service existed":             {"10.96.0.10:53", "10.96.0.10:53", false, true},
 		"made before, and answered by the way":        {"10.96.0.10:53", "10.96.0.10:53", true, true},
 		"another port of the virtual IP":              {"10.96.0.10:54", "10.0.0.3:53", true, false},
+		"taken in by a relay":                         {"10.96.0.10:53", "251.0.0.1:10363", true, false},
+		"node port, taken in by a relay":              {"192.0.2.2:30053", "251.0.0.1:10363", true, false},
+		"taken in by a relay, nobody left to serve":   {"10.96.0.11:53", "251.0.0.1:10363", true, true},
 		"nobody left to serve":                        {"10.96.0.11:53", "10.0.0.1:53", true, true},
 		"no set at all":                               {"10.96.0.12:53", "10.0.0.1:53", true, true},
 		"IPv6, serving":                               {"[fd00::10]:53", "[fd01::1]:53", true, false},
@@ -67,7 +71,7 @@ func TestStale(t *testing.T) {
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			f := &flow{to: netip.MustParseAddrPort(tt.to), from: netip.MustParseAddrPort(tt.from), answered: tt.answered}
-			if got := d.stale(f, local); got != tt.want {
+			if got := d.stale(f, local, relay); got != tt.want {
 				t.Errorf("stale = %v, want %v", got, tt.want)
 			}
 		})
@@ -83,7 +87,7 @@ func TestMatchingDoesNotAllocate(t *testing.T) {
 	local := func(netip.Addr) bool { return true }
 	if n := testing.AllocsPerRun(100, func() {
 		for _, f := range flows {
-			d.stale(f, local)
+			d.stale(f, local, func(netip.Addr) bool { return true })
 		}
 	}); n != 0 {
 		t.Errorf("%v allocations per table entry, want none: tables hold a million", n)

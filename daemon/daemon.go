@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -107,6 +108,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *p
 		NodeName: cfg.NodeName, Settings: cfg.ForMode(choice.Mode.Name), MinSyncPeriod: cfg.MinSyncPeriod,
 		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: onSync(choice.Mode, log),
 	}
+	var relays []netip.Prefix
 	for _, family := range choice.Families {
 		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark})
 		if err != nil {
@@ -115,10 +117,14 @@ func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *p
 		}
 		closers = append(closers, p.Close)
 		opts.Proxiers[family] = p
+		if r, ok := p.(interface{ RelayPrefix() netip.Prefix }); ok {
+			relays = append(relays, r.RelayPrefix())
+		}
 	}
 	flows, err := conntrack.New(conntrack.Options{
 		Logger:     log,
 		LocalAddrs: node.Addrs,
+		Relays:     relays,
 	})
 	if err != nil {
 		log.Warn("stale UDP flows are not removed", "reason", err)

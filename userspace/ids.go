@@ -26,6 +26,11 @@ var relayPrefixes = map[proxier.Family]netip.Prefix{
 	proxier.IPv6: netip.MustParsePrefix("fd73:6967:6e61:6c62::/104"),
 }
 
+// RelayPrefixes lists the addresses that stand for frontends.
+func RelayPrefixes() []netip.Prefix {
+	return []netip.Prefix{relayPrefixes[proxier.IPv4], relayPrefixes[proxier.IPv6]}
+}
+
 // addr is the address that stands for the frontend.
 func (id frontendID) addr(f proxier.Family) netip.Addr {
 	b := relayPrefixes[f].Addr().AsSlice()

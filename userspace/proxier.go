@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"time"
 
 	"signalbox/nftables"
@@ -62,6 +63,10 @@ func (p *Proxier) Close() error {
 	p.routes.close()
 	return p.table.Close()
 }
+
+// RelayPrefix holds the addresses to which this mode translates the destination
+// of UDP flows: they are kept wherever the relay takes their datagrams.
+func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Family] }
 
 // Stats returns what the relay did and does. It may be called at any time, by
 // any goroutine.

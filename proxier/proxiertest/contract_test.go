@@ -82,8 +82,10 @@ func TestUserspace(t *testing.T) {
 		Name:      userspace.Mode,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
 		Supported: userspace.Supported,
-		Flows:     cleanFlows,
-		Dump:      dumpNFT,
+		Flows: func(localAddrs func() ([]netip.Addr, error)) (proxiertest.Flows, error) {
+			return conntrack.New(conntrack.Options{LocalAddrs: localAddrs, Relays: userspace.RelayPrefixes()})
+		},
+		Dump: dumpNFT,
 		// An answer between two Pods on a bridge, or from the node itself to
 		// a Pod, cannot be taken in on its way to the client.
 		NodeSource: func(link netlab.PodLink, client, server string) bool {
