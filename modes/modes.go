@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"signalbox/iptables"
+	"signalbox/ipvs"
 	"signalbox/nftables"
 	"signalbox/proxier"
 	"signalbox/userspace"
@@ -44,6 +45,13 @@ var All = []Mode{
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return iptables.New(o) },
 		Render:    iptables.Render,
 		Cleanup:   iptables.Cleanup,
+	},
+	{
+		Name:      ipvs.Mode,
+		Supported: ipvs.Supported,
+		New:       func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
+		Render:    func(o proxier.Options, p *proxier.Plan) (string, error) { return ipvs.Render(o, p), nil },
+		Cleanup:   ipvs.Cleanup,
 	},
 	{
 		Name:      userspace.Mode,

@@ -3,6 +3,7 @@ package proxier
 import (
 	"context"
 	"fmt"
+	"time"
 )
 
 // Proxier is one mode at work in one IP family. It is used by one goroutine at
@@ -29,6 +30,20 @@ type Options struct {
 	// MasqueradeMark is the one bit of the packet mark that asks for the
 	// source address to be rewritten: kube-proxy's 0x4000 by default.
 	MasqueradeMark uint32
+	// IPVS is for the mode ipvs alone.
+	IPVS IPVSTuning
+}
+
+// IPVSTuning is what an operator can choose about the mode ipvs.
+type IPVSTuning struct {
+	// Scheduler is the kernel's name of one; "" for rr.
+	Scheduler string
+	// StrictARP makes the node answer ARP only for addresses of the interface
+	// asked.
+	StrictARP bool
+	// How long an idle connection is remembered; 0 leaves the kernel's value.
+	// TCPFinTimeout is for one that one side has closed.
+	TCPTimeout, TCPFinTimeout, UDPTimeout time.Duration
 }
 
 // DefaultMasqueradeMark is bit 14 (--iptables-masquerade-bit), which other

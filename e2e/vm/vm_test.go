@@ -18,10 +18,16 @@ func TestLab(t *testing.T) {
 	guestTest{dir: "../..", pkg: "./internal/netlab", tools: []string{"nft", "readlink"}}.run(t)
 }
 
-// TestContract runs every mode against the contract. The reference mode tests
-// the contract, which needs no second kernel.
+// TestContract runs every mode against the contract. What tests the contract
+// itself needs no second kernel.
 func TestContract(t *testing.T) {
 	guestTest{
-		dir: "../..", pkg: "./proxier/proxiertest", tools: append([]string{"nft"}, iptables...), skip: "^TestReference$",
+		dir: "../..", pkg: "./proxier/proxiertest", tools: append([]string{"nft"}, iptables...), skip: "^(TestReference|TestFaultsAreFound)$",
 	}.run(t)
+}
+
+// TestIPVS runs the tests of the IPVS mode alone, which most machines' kernels
+// cannot.
+func TestIPVS(t *testing.T) {
+	guestTest{dir: "../..", pkg: "./ipvs", tools: []string{"nft"}}.run(t)
 }

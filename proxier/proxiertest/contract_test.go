@@ -2,6 +2,7 @@ package proxiertest_test
 
 import (
 	"flag"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"signalbox/conntrack"
 	"signalbox/internal/netlab"
 	"signalbox/iptables"
+	"signalbox/ipvs"
 	"signalbox/nftables"
 	"signalbox/proxier"
 	"signalbox/proxier/proxiertest"
@@ -90,6 +92,23 @@ func TestUserspace(t *testing.T) {
 		// a Pod, cannot be taken in on its way to the client.
 		NodeSource: func(link netlab.PodLink, client, server string) bool {
 			return strings.HasPrefix(client, "pod-") && (server == "node1" || link == netlab.Bridged && strings.HasPrefix(server, "pod-"))
+		},
+	})
+}
+
+func TestIPVS(t *testing.T) {
+	proxiertest.Run(t, proxiertest.Mode{
+		Name:      ipvs.Mode,
+		New:       func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
+		Supported: ipvs.Supported,
+		Flows:     cleanFlows,
+		Dump: func(f proxier.Family) string {
+			text := dumpNFT(f)
+			for _, file := range []string{"ip_vs", "ip_vs_conn"} {
+				b, err := os.ReadFile("/proc/thread-self/net/" + file)
+				text += fmt.Sprintf("\n%s: %s (%v)", file, b, err)
+			}
+			return text
 		},
 	})
 }

@@ -1,0 +1,159 @@
+package ipvs
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// deviceName is the dummy device that holds the virtual addresses: kube-proxy's
+// name, which other software on a node knows to leave alone.
+const deviceName = "kube-ipvs0"
+
+// device is the dummy device, and what there is of other addresses.
+type device struct {
+	family proxier.Family
+	nl     *netlink.Handle
+	link   netlink.Link // nil until ensure
+}
+
+func openDevice(family proxier.Family) (*device, error) {
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink to the routing tables: %w", err)
+	}
+	if err := nl.SetSocketTimeout(10 * time.Second); err != nil {
+		nl.Close()
+		return nil, err
+	}
+	return &device{family: family, nl: nl}, nil
+}
+
+func (d *device) close() { d.nl.Close() }
+
+// find looks for the device; it is no error if there is none.
+func (d *device) find() error {
+	link, err := d.nl.LinkByName(deviceName)
+	var missing netlink.LinkNotFoundError
+	if errors.As(err, &missing) {
+		d.link = nil
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("device %s: %w", deviceName, err)
+	}
+	d.link = link
+	return nil
+}
+
+// ensure makes the device if there is none. It is up, because the addresses of
+// a device that is down are not all in use.
+func (d *device) ensure() error {
+	if err := d.find(); err != nil {
+		return err
+	}
+	if d.link == nil {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = deviceName
+		err := d.nl.LinkAdd(&netlink.Dummy{LinkAttrs: attrs})
+		if err != nil && !errors.Is(err, unix.EEXIST) { // the other family was quicker
+			return fmt.Errorf("make device %s: %w", deviceName, err)
+		}
+		if err := d.find(); err != nil {
+			return err
+		}
+		if d.link == nil {
+			return fmt.Errorf("device %s is gone as soon as made", deviceName)
+		}
+	}
+	if err := d.nl.LinkSetUp(d.link); err != nil {
+		return fmt.Errorf("set device %s up: %w", deviceName, err)
+	}
+	return nil
+}
+
+// held lists the virtual addresses on the device, and those of the node's other
+// addresses that are not link-local.
+func (d *device) held() (ours, others map[netip.Addr]bool, err error) {
+	af := netlink.FAMILY_V4
+	if d.family == proxier.IPv6 {
+		af = netlink.FAMILY_V6
+	}
+	ours, others = make(map[netip.Addr]bool), make(map[netip.Addr]bool)
+	var list []netlink.Addr
+	for range 5 { // the listing says so if it met a change
+		if list, err = d.nl.AddrList(nil, af); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("list the node's addresses: %w", err)
+	}
+	for _, a := range list {
+		addr, ok := netip.AddrFromSlice(a.IP)
+		if addr = addr.Unmap(); !ok || addr.IsLinkLocalUnicast() {
+			continue
+		}
+		if d.link != nil && a.LinkIndex == d.link.Attrs().Index {
+			ours[addr] = true
+		} else {
+			others[addr] = true
+		}
+	}
+	return ours, others, nil
+}
+
+// isLocal says whether the node holds an address.
+func (d *device) isLocal(a netip.Addr) bool {
+	routes, err := d.nl.RouteGet(net.IP(a.AsSlice()))
+	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
+}
+
+func (d *device) addr(a netip.Addr) *netlink.Addr {
+	out := &netlink.Addr{IPNet: &net.IPNet{IP: net.IP(a.AsSlice()), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}}
+	if a.Is6() {
+		out.Flags = unix.IFA_F_NODAD // others hold the address as well
+	}
+	return out
+}
+
+func (d *device) add(a netip.Addr) error {
+	if err := d.nl.AddrAdd(d.link, d.addr(a)); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("give %s the address %s: %w", deviceName, a, err)
+	}
+	return nil
+}
+
+func (d *device) remove(a netip.Addr) error {
+	if err := d.nl.AddrDel(d.link, d.addr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("take the address %s from %s: %w", a, deviceName, err)
+	}
+	return nil
+}
+
+// removeUnused removes the device if no virtual address of either family is on
+// it.
+func (d *device) removeUnused() error {
+	for _, af := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := d.nl.AddrList(d.link, af)
+		if err != nil {
+			return fmt.Errorf("list the addresses of %s: %w", deviceName, err)
+		}
+		for _, a := range list {
+			if !a.IP.IsLinkLocalUnicast() {
+				return nil
+			}
+		}
+	}
+	if err := d.nl.LinkDel(d.link); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove device %s: %w", deviceName, err)
+	}
+	return nil
+}

@@ -1,0 +1,2 @@
+// Package ipvs serves Services with the kernel's IPVS.
+package ipvs

@@ -1,0 +1,156 @@
+package ipvs
+
+import (
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"signalbox/nftables"
+)
+
+const (
+	// drainBound is how long a connection can outlive its endpoint's place in a
+	// Service: an endpoint that is still there ends it itself; one that is not
+	// may never.
+	drainBound = 24 * time.Hour
+	// addressBound is how long an address that lost its Service is held for the
+	// sake of connections to it that are in a virtual server that other
+	// addresses lead to as well: the time after which IPVS forgets an idle TCP
+	// connection.
+	addressBound = 15 * time.Minute
+	// drainPeriod is how often open connections are counted, while there are
+	// destinations that wait for their end.
+	drainPeriod = time.Second
+)
+
+func (st *state) drain(key serverKey, dest netip.AddrPort, now time.Time) {
+	if st.draining[key] == nil {
+		st.draining[key] = make(map[netip.AddrPort]time.Time)
+	}
+	if _, already := st.draining[key][dest]; !already {
+		st.draining[key][dest] = now.Add(drainBound)
+	}
+}
+
+// undrain forgets a destination that is in use again, or gone.
+func (st *state) undrain(o op) {
+	key := o.key.id()
+	delete(st.draining[key], o.dest)
+	if len(st.draining[key]) == 0 || o.verb == removeServer {
+		delete(st.draining, key)
+	}
+}
+
+func (p *Proxier) wakeDrain() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// drainLoop ends what has drained, until Close.
+func (p *Proxier) drainLoop() {
+	defer close(p.done)
+	timer := time.NewTimer(0)
+	timer.Stop()
+	armed := false
+	for {
+		select {
+		case <-p.stop:
+			timer.Stop()
+			return
+		case <-p.wake:
+			if !armed {
+				armed = true
+				timer.Reset(drainPeriod)
+			}
+		case <-timer.C:
+			began := time.Now()
+			armed = p.drainOnce(began)
+			if armed {
+				// Counting takes a twentieth of one processor and no more.
+				timer.Reset(max(drainPeriod, 20*time.Since(began)))
+			}
+		}
+	}
+}
+
+// drainOnce removes destinations without connections, virtual servers without
+// destinations, and addresses without either. It says whether anything is left
+// to wait for.
+func (p *Proxier) drainOnce(now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.state
+	if st == nil {
+		return false
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(st.draining), serverKey.compare) {
+		if err := p.drainServer(st, key, now); err != nil {
+			slog.Warn("ipvs: cannot end what has drained; trying again", "server", key.String(), "error", err)
+		}
+	}
+	if err := p.releaseAddresses(st, now); err != nil {
+		slog.Warn("ipvs: cannot give up an address; trying again", "device", deviceName, "error", err)
+	}
+	return len(st.draining) > 0 || len(st.leaving) > 0
+}
+
+func (p *Proxier) drainServer(st *state, key serverKey, now time.Time) error {
+	dests, err := p.kernel.dests(key)
+	if err != nil {
+		return err
+	}
+	busy := make(map[netip.AddrPort]bool)
+	for _, d := range dests {
+		busy[d.addr] = d.connections > 0
+	}
+	waiting := st.draining[key]
+	for _, dest := range slices.SortedFunc(maps.Keys(waiting), netip.AddrPort.Compare) {
+		if busy[dest] && now.Before(waiting[dest]) {
+			continue
+		}
+		if err := p.do(st, op{verb: removeDest, key: key, dest: dest}); err != nil {
+			return err
+		}
+		delete(waiting, dest)
+	}
+	if len(waiting) > 0 {
+		return nil
+	}
+	delete(st.draining, key)
+	if s := st.servers[key]; s != nil && len(s.dests) == 0 && !st.live[key] {
+		return p.do(st, op{verb: removeServer, key: key})
+	}
+	return nil
+}
+
+// releaseAddresses gives up addresses that no connection needs. The rules that
+// refuse what comes for them go last.
+func (p *Proxier) releaseAddresses(st *state, now time.Time) error {
+	var gone []nftables.Element
+	for a, l := range st.leaving {
+		if now.Before(l.until) && slices.ContainsFunc(l.servers, func(key serverKey) bool {
+			return len(st.draining[key]) > 0 || key.mark != 0 && st.live[key]
+		}) {
+			continue
+		}
+		if err := p.device.remove(a); err != nil {
+			return err
+		}
+		delete(st.leaving, a)
+		delete(st.held, a)
+		gone = append(gone, vipElement(a))
+	}
+	if len(gone) == 0 {
+		return nil
+	}
+	p.table.RemoveElements(gone)
+	if err := p.table.Commit(); err != nil {
+		p.state = nil // the next Sync writes everything
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,319 @@
+package ipvs
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// Mode is the name of this mode on the command line and in messages.
+const Mode = "ipvs"
+
+// Proxier serves Services of one IP family in the network namespace in which it
+// was made.
+type Proxier struct {
+	*nftables.IPFamily
+	mark   uint32
+	tuning proxier.IPVSTuning
+
+	// mu guards what follows against the goroutine that ends what has drained.
+	mu     sync.Mutex
+	table  *nftables.Transaction
+	kernel kernel
+	device *device
+	// state is nil until the first Sync, and after one that failed half-way.
+	state *state
+	// last are the records of the last Sync that is known to have succeeded.
+	last map[proxier.ServicePortName]*record
+
+	wake chan struct{} // holds one token when there is something to drain
+	stop chan struct{}
+	done chan struct{}
+}
+
+var _ proxier.Proxier = (*Proxier)(nil)
+
+// New opens the connections to the kernel. Nothing is written before Sync.
+func New(opts proxier.Options) (*Proxier, error) {
+	fail := func(err error) (*Proxier, error) { return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err) }
+	f := nftables.FamilyOf(opts.Family)
+	table, err := nftables.OpenTable(f, tableName, newSets())
+	if err != nil {
+		return fail(err)
+	}
+	dev, err := openDevice(opts.Family)
+	if err != nil {
+		table.Close()
+		return fail(err)
+	}
+	kernel, err := openKernel(opts.Family)
+	if err != nil {
+		table.Close()
+		dev.close()
+		return fail(err)
+	}
+	p := &Proxier{
+		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, table: table, kernel: kernel, device: dev,
+		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
+	}
+	p.tuning.Scheduler = cmp.Or(p.tuning.Scheduler, defaultScheduler)
+	go p.drainLoop()
+	return p, nil
+}
+
+const defaultScheduler = "rr"
+
+// Close ends the watch over what drains, and closes the connections. Virtual
+// servers and rules stay.
+func (p *Proxier) Close() error {
+	close(p.stop)
+	<-p.done
+	p.kernel.close()
+	p.device.close()
+	return p.table.Close()
+}
+
+// Sync implements proxier.Proxier. IPVS knows no transactions: what brings new
+// connections to endpoints is written first, then in one transaction the rules
+// that lead packets there, then what ends connections.
+func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if plan.Family != p.Family {
+		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", Mode, plan.Family, p.Family)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer p.wakeDrain()
+	if change.All || p.state == nil {
+		return p.syncAll(plan)
+	}
+	if change.Empty() {
+		return nil
+	}
+	return p.syncChange(plan, change)
+}
+
+// syncAll reads what there is and makes of it what is wanted.
+func (p *Proxier) syncAll(plan *proxier.Plan) error {
+	rules := &ruleset{IPFamily: p.IPFamily, mark: p.mark, node: plan.Node, timeouts: timeoutsOf(plan)}
+	if err := rules.validateNode(); err != nil {
+		return err
+	}
+	if err := p.prepare(); err != nil {
+		return err
+	}
+	st, err := p.read(rules)
+	if err != nil {
+		return err
+	}
+	before, err := p.marksBefore()
+	if err != nil {
+		slog.Warn("ipvs: cannot read the old table: open connections and session affinity of some Services may be lost", "family", p.Family.String(), "error", err)
+	}
+	names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
+	b, err := st.stage(plan, names, p.compiler(st, before))
+	if err != nil {
+		return err
+	}
+	// Whatever is in the kernel and not wanted goes, too.
+	for _, key := range st.unwanted(b) {
+		b.diff(st.servers[key], nil, key)
+	}
+	b.all = true
+	if err := p.write(st, b); err != nil {
+		p.state = nil
+		return err
+	}
+	p.state, p.last = st, st.records
+	return nil
+}
+
+// syncChange writes what change names.
+func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
+	st := p.state
+	if change.Node {
+		rules := *st.rules
+		rules.node = plan.Node
+		if err := rules.validateNode(); err != nil {
+			return err
+		}
+	}
+	known := len(st.rules.timeouts)
+	before := func(name proxier.ServicePortName) func(markKey) uint32 {
+		return func(k markKey) uint32 {
+			if r := st.records[name]; r != nil {
+				return r.marks[k]
+			}
+			return 0
+		}
+	}
+	b, err := st.stage(plan, change.Services, p.compilerBy(st, before))
+	if err != nil {
+		st.rules.timeouts = st.rules.timeouts[:known]
+		return err
+	}
+	b.knownTimeouts = known
+	if change.Node {
+		b.node = true
+		st.rules.node = plan.Node
+	}
+	if err := p.write(st, b); err != nil {
+		p.state = nil
+		return err
+	}
+	return nil
+}
+
+// write puts a batch into the kernel and the state.
+func (p *Proxier) write(st *state, b *batch) error {
+	unknown := func(err error) error { return fmt.Errorf("%w: %w", proxier.ErrUnknownState, err) }
+	for _, o := range b.grow {
+		if err := p.do(st, o); err != nil {
+			return unknown(err)
+		}
+	}
+	if err := p.writeTable(st, b); err != nil {
+		return unknown(fmt.Errorf("write table %s: %w", tableName, err))
+	}
+	for _, a := range b.newVIPs {
+		if err := p.device.add(a); err != nil {
+			return unknown(err)
+		}
+		st.held[a] = true
+	}
+	for _, o := range b.shrink {
+		if err := p.do(st, o); err != nil {
+			return unknown(err)
+		}
+	}
+	st.commit(b, time.Now())
+	return nil
+}
+
+// do sends one message, and keeps what the kernel is known to hold.
+func (p *Proxier) do(st *state, o op) error {
+	if err := p.kernel.do(o); err != nil {
+		return err
+	}
+	st.note(o)
+	return nil
+}
+
+// writeTable writes the table's part in one transaction.
+func (p *Proxier) writeTable(st *state, b *batch) error {
+	t := p.table
+	if b.all {
+		if err := t.ReplaceTableKeeping(affinity); err != nil {
+			return err
+		}
+		t.AddChains(st.rules.chains())
+		list := append(st.rules.nodeElements(), b.add...)
+		for a := range st.held {
+			list = append(list, vipElement(a))
+		}
+		for _, a := range b.newVIPs {
+			list = append(list, vipElement(a))
+		}
+		t.AddElements(bySet(list))
+		return t.Commit()
+	}
+	if b.knownTimeouts < len(st.rules.timeouts) {
+		chains := st.rules.affinityChains()
+		last := len(chains) - 2
+		t.AddChains(chains[b.knownTimeouts*(maxVariants+1) : last])
+		t.RewriteChains(chains[last:])
+	}
+	add := b.add
+	if b.node {
+		t.RewriteChains(st.rules.nodeChains())
+		for _, set := range []int{localPods, nodePortAddrs, serviceCIDRs} {
+			t.FlushSet(set)
+		}
+		add = append(add, st.rules.nodeElements()...)
+	}
+	for _, a := range b.newVIPs {
+		add = append(add, vipElement(a))
+	}
+	t.RemoveElements(bySet(b.remove))
+	t.AddElements(bySet(add))
+	return t.Commit()
+}
+
+func vipElement(a netip.Addr) nftables.Element {
+	return nftables.NewElement(vips, addrBytes(a), "", "", "")
+}
+
+func bySet(list []nftables.Element) []nftables.Element {
+	slices.SortStableFunc(list, func(a, b nftables.Element) int { return cmp.Compare(a.Set(), b.Set()) })
+	return list
+}
+
+// compiler makes records for a state whose marks come from elsewhere.
+func (p *Proxier) compiler(st *state, before func(markKey) uint32) func(proxier.ServicePortName) *compiler {
+	return p.compilerBy(st, func(proxier.ServicePortName) func(markKey) uint32 { return before })
+}
+
+func (p *Proxier) compilerBy(st *state, before func(proxier.ServicePortName) func(markKey) uint32) func(proxier.ServicePortName) *compiler {
+	return func(name proxier.ServicePortName) *compiler {
+		return &compiler{
+			IPFamily: p.IPFamily, scheduler: p.tuning.Scheduler, pool: st.pool,
+			before: before(name), numbered: st.numbered, class: st.class,
+			foreign: func(a netip.Addr) bool {
+				switch {
+				case st.held[a]:
+					return false
+				case st.others != nil:
+					return st.others[a]
+				}
+				return p.device.isLocal(a)
+			},
+		}
+	}
+}
+
+// marksBefore finds which marks frontends have had so far: this process knows,
+// or else the table does.
+func (p *Proxier) marksBefore() (func(markKey) uint32, error) {
+	found := make(map[markKey]uint32)
+	before := func(k markKey) uint32 { return found[k] }
+	if p.last != nil {
+		for _, r := range p.last {
+			maps.Copy(found, r.marks)
+		}
+		return before, nil
+	}
+	for set, internal := range map[int]bool{marks: false, nodePortMarks: false, internalMarks: true, internalNodePortMarks: true} {
+		elements, err := p.table.Read(set)
+		if err != nil {
+			return before, err
+		}
+		for _, e := range elements {
+			if len(e.Val) == 4 {
+				fe := nftables.FrontendOfBytes(p.IPFamily, e.Key, set == nodePortMarks || set == internalNodePortMarks)
+				found[markKey{fe, internal}] = nftables.MarkOfData(e.Val)
+			}
+		}
+	}
+	return before, nil
+}
+
+func timeoutsOf(plan *proxier.Plan) []time.Duration {
+	distinct := make(map[time.Duration]bool)
+	for _, sp := range plan.Services {
+		if sp.AffinityTimeout > 0 {
+			distinct[sp.AffinityTimeout] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(distinct))
+}

@@ -1,0 +1,188 @@
+package ipvs
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"signalbox/proxier"
+)
+
+// serverKey is what IPVS tells a virtual server by: a mark, or an address, port
+// and protocol.
+type serverKey struct {
+	mark     uint32
+	addr     netip.Addr
+	port     uint16
+	protocol proxier.Protocol // of a marked server too, where IPVS has none
+}
+
+// String is the server as ipvsadm names it.
+func (k serverKey) String() string {
+	if k.mark != 0 {
+		return fmt.Sprintf("-f %d", k.mark)
+	}
+	option := map[proxier.Protocol]string{proxier.TCP: "-t", proxier.UDP: "-u", proxier.SCTP: "--sctp-service"}[k.protocol]
+	return option + " " + netip.AddrPortFrom(k.addr, k.port).String()
+}
+
+func (k serverKey) compare(o serverKey) int {
+	return cmp.Or(cmp.Compare(k.mark, o.mark), k.addr.Compare(o.addr), cmp.Compare(k.protocol, o.protocol), cmp.Compare(k.port, o.port))
+}
+
+// id is the key as the kernel has it.
+func (k serverKey) id() serverKey {
+	if k.mark != 0 {
+		return serverKey{mark: k.mark}
+	}
+	return k
+}
+
+// wanted is a virtual server as it is to be.
+type wanted struct {
+	key       serverKey
+	scheduler string
+	// dests are sorted and unique.
+	dests []netip.AddrPort
+	// serving are the endpoints that still answer. A UDP destination that does
+	// not is removed at once: its clients would not notice.
+	serving *proxier.EndpointSet
+}
+
+// weight is that of every destination that gets new connections.
+const weight = 1
+
+// server is a virtual server in the kernel, as far as this process knows.
+type server struct {
+	scheduler string
+	dests     map[netip.AddrPort]int // destination -> weight
+}
+
+// verb is what one message to IPVS asks for.
+type verb uint8
+
+const (
+	addServer verb = iota
+	setServer
+	addDest
+	setDest
+	removeDest
+	removeServer
+)
+
+// op is one message to IPVS.
+type op struct {
+	verb      verb
+	key       serverKey
+	scheduler string
+	dest      netip.AddrPort
+	weight    int
+}
+
+// String is the op as the arguments of ipvsadm.
+func (o op) String() string {
+	switch o.verb {
+	case addServer:
+		return fmt.Sprintf("-A %s -s %s", o.key, o.scheduler)
+	case setServer:
+		return fmt.Sprintf("-E %s -s %s", o.key, o.scheduler)
+	case addDest:
+		return fmt.Sprintf("-a %s -r %s -m -w %d", o.key, o.dest, o.weight)
+	case setDest:
+		return fmt.Sprintf("-e %s -r %s -m -w %d", o.key, o.dest, o.weight)
+	case removeDest:
+		return fmt.Sprintf("-d %s -r %s", o.key, o.dest)
+	}
+	return fmt.Sprintf("-D %s", o.key)
+}
+
+// diff is what makes of a virtual server in the kernel the one that is wanted;
+// have is nil for one that does not exist, and want is nil for one that is to
+// go. What brings new connections comes in grow, which is to be written before
+// packets are led to the server, and what ends them in shrink, for afterwards.
+//
+// A destination that is to go gets the weight 0, with which it keeps its open
+// connections; see drain. Where nothing holds it, it goes at once.
+func diff(have *server, want *wanted, key serverKey) (grow, shrink []op) {
+	if have == nil {
+		if want == nil {
+			return nil, nil
+		}
+		have = &server{scheduler: want.scheduler}
+		grow = append(grow, op{verb: addServer, key: key, scheduler: want.scheduler})
+	}
+	if want != nil && want.scheduler != have.scheduler {
+		grow = append(grow, op{verb: setServer, key: key, scheduler: want.scheduler})
+	}
+	var dests []netip.AddrPort
+	var serving *proxier.EndpointSet
+	if want != nil {
+		dests, serving = want.dests, want.serving
+	}
+	for _, d := range dests {
+		switch now, exists := have.dests[d]; {
+		case !exists:
+			grow = append(grow, op{verb: addDest, key: key, dest: d, weight: weight})
+		case now != weight:
+			grow = append(grow, op{verb: setDest, key: key, dest: d, weight: weight})
+		}
+	}
+	left := 0
+	for _, d := range sortedDests(have.dests) {
+		if _, found := slices.BinarySearchFunc(dests, d, netip.AddrPort.Compare); found {
+			continue
+		}
+		switch {
+		case key.protocol == proxier.UDP && !contains(serving, d):
+			shrink = append(shrink, op{verb: removeDest, key: key, dest: d})
+		case have.dests[d] != 0:
+			shrink = append(shrink, op{verb: setDest, key: key, dest: d})
+			left++
+		default:
+			left++
+		}
+	}
+	if want == nil && left == 0 {
+		shrink = append(shrink, op{verb: removeServer, key: key})
+	}
+	return grow, shrink
+}
+
+func sortedDests(dests map[netip.AddrPort]int) []netip.AddrPort {
+	list := make([]netip.AddrPort, 0, len(dests))
+	for d := range dests {
+		list = append(list, d)
+	}
+	slices.SortFunc(list, netip.AddrPort.Compare)
+	return list
+}
+
+// contains says whether an endpoint of the set is at a.
+func contains(set *proxier.EndpointSet, a netip.AddrPort) bool {
+	if set == nil {
+		return false
+	}
+	_, found := slices.BinarySearchFunc(set.Endpoints, a, func(e proxier.Endpoint, a netip.AddrPort) int {
+		return cmp.Or(e.Addr().Compare(a.Addr()), cmp.Compare(e.Port(), a.Port()))
+	})
+	return found
+}
+
+func destsOf(set *proxier.EndpointSet) []netip.AddrPort {
+	dests := make([]netip.AddrPort, set.Len())
+	for i := range dests {
+		dests[i] = set.Endpoints[i].AddrPort
+	}
+	return dests
+}
+
+// opsText prints messages, one a line, as `ipvsadm --restore` reads them.
+func opsText(ops []op) string {
+	var b strings.Builder
+	for _, o := range ops {
+		b.WriteString(o.String() + "\n")
+	}
+	return b.String()
+}

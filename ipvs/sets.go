@@ -1,0 +1,124 @@
+package ipvs
+
+import (
+	"net/netip"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// tableName is the mode's own table, so that nothing of the nftables mode's is
+// in the way of a change from one to the other.
+const tableName = "signalbox-ipvs"
+
+// The sets and maps of the table, by their place in newSets.
+const (
+	vips = iota
+	plainServers
+	marks
+	internalMarks
+	nodePortMarks
+	internalNodePortMarks
+	masquerade
+	nodePortMasquerade
+	rejected
+	dropped
+	rejectedNodePorts
+	droppedNodePorts
+	restricted
+	allowedSources
+	restrictedNodePorts
+	allowedNodePortSources
+	healthChecks
+	hairpin
+	affinity
+	affinityMarks
+	affinityMembers // the first of maxVariants
+)
+
+const (
+	localPods = affinityMembers + maxVariants + iota
+	nodePortAddrs
+	serviceCIDRs
+	setCount
+)
+
+// maxVariants is how many different endpoint sets one Service port with
+// session affinity may have. The resolver makes at most two.
+const maxVariants = 4
+
+// setNames are what rules call the sets; a test holds them against newSets.
+var setNames = func() []string {
+	names := make([]string, setCount)
+	for i, s := range newSets() {
+		names[i] = s.Name()
+	}
+	return names
+}()
+
+func newSets() []*nftables.Set {
+	addr, proto, port := nftables.AddrField, nftables.ProtoField, nftables.PortField
+	mark, datum := nftables.MarkField, []nftables.Field{nftables.MarkDatum}
+	type fields = []nftables.Field
+	frontend, nodePort := fields{addr, proto, port}, fields{proto, port}
+	set := func(name string, key fields, comment string) *nftables.Set {
+		return nftables.NewSet(name, key, nil, comment)
+	}
+	toMark := func(name string, key fields, comment string) *nftables.Set {
+		return nftables.NewSet(name, key, datum, comment)
+	}
+	list := []*nftables.Set{
+		set("vips", fields{addr}, "the addresses on "+deviceName),
+		set("virtual-servers", frontend, "IPVS knows these by their address"),
+		toMark("marks", frontend, "IPVS knows these by a mark"),
+		toMark("internal-marks", frontend, "the same, where traffic of this node and its Pods goes elsewhere"),
+		toMark("nodeport-marks", nodePort, ""),
+		toMark("internal-nodeport-marks", nodePort, ""),
+		set("masquerade", fields{addr, proto, port, mark}, "frontend . origin"),
+		set("nodeport-masquerade", fields{proto, port, mark}, "node port . origin"),
+		set("rejected", frontend, "frontends without endpoints"),
+		set("dropped", frontend, "frontends without endpoints that may be used here"),
+		set("rejected-nodeports", nodePort, ""),
+		set("dropped-nodeports", nodePort, ""),
+		set("restricted", frontend, "frontends that only allowed sources may use"),
+		set("allowed-sources", fields{addr, proto, port, addr}, "").OfRanges(),
+		set("restricted-nodeports", nodePort, ""),
+		set("allowed-nodeport-sources", fields{proto, port, addr}, "").OfRanges(),
+		set("health-checks", frontend, "answered by a daemon of this node"),
+		set("hairpin", fields{addr, addr}, "endpoints that may be their own clients"),
+		toMark("affinity", fields{addr, mark}, "client . Service port : endpoint").Remembering(),
+		toMark("affinity-marks", fields{mark, addr, port}, "Service port . endpoint : mark of the endpoint"),
+	}
+	for v := range maxVariants {
+		list = append(list, set("affinity-members-"+string(rune('0'+v)), fields{mark}, ""))
+	}
+	return append(list,
+		set("local-pods", fields{addr}, "").OfRanges(),
+		set("nodeport-addrs", fields{addr}, ""),
+		set("service-cidrs", fields{addr}, "").OfRanges(),
+	)
+}
+
+// frontendSets are the sets in which a frontend has elements; NodePorts have
+// their own, whose keys lack the address.
+type frontendSets struct{ marks, internal, masquerade, rejected, dropped, restricted, allowed int }
+
+var (
+	addressedSets = frontendSets{marks, internalMarks, masquerade, rejected, dropped, restricted, allowedSources}
+	nodePortSets  = frontendSets{nodePortMarks, internalNodePortMarks, nodePortMasquerade, rejectedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
+)
+
+func setsOf(fe *proxier.Frontend) frontendSets {
+	if fe.Addr.IsValid() {
+		return addressedSets
+	}
+	return nodePortSets
+}
+
+func addrBytes(a netip.Addr) string { return string(a.AsSlice()) }
+
+func in(v nftables.Value, set int) nftables.Statement    { return nftables.In(v, setNames[set]) }
+func notIn(v nftables.Value, set int) nftables.Statement { return nftables.NotIn(v, setNames[set]) }
+func markOf(v nftables.Value, set int) nftables.Value {
+	return nftables.MarkLookedUp(v, setNames[set])
+}

@@ -1,0 +1,392 @@
+package ipvs
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// state is what a Proxier knows of the kernel's state.
+type state struct {
+	rules   *ruleset
+	pool    *markPool
+	records map[proxier.ServicePortName]*record
+	// uses counts how many records want each element of the table.
+	uses map[elementKey]use
+	// servers are the virtual servers in the kernel that are this mode's.
+	servers map[serverKey]*server
+	// live says which of them a record wants.
+	live map[serverKey]bool
+	// endpoints are, by block, the marks that endpoints have.
+	endpoints map[uint32]map[netip.AddrPort]uint32
+	// held are the addresses on the device, wanted how often each is.
+	held   map[netip.Addr]bool
+	wanted map[netip.Addr]int
+	// others are the node's other addresses while everything is compiled, nil
+	// afterwards.
+	others map[netip.Addr]bool
+
+	draining map[serverKey]map[netip.AddrPort]time.Time // until when at most
+	leaving  map[netip.Addr]leaving
+}
+
+// elementKey is what no two elements of the table share.
+type elementKey struct {
+	set      int
+	key, end string
+}
+
+type use struct {
+	element nftables.Element
+	count   int
+}
+
+// leaving is an address that no Service has any more, but that open connections
+// may need.
+type leaving struct {
+	servers []serverKey // those that it led to
+	until   time.Time   // at most
+}
+
+// batch is a change of some Service ports on its way to the kernel.
+type batch struct {
+	all, node     bool
+	knownTimeouts int
+	names         []proxier.ServicePortName
+	old, new      []*record // by names; nil for none
+	grow, shrink  []op
+	add, remove   []nftables.Element
+	newVIPs       []netip.Addr
+	uses          map[elementKey]use // as they will be
+}
+
+func newState(rules *ruleset) *state {
+	return &state{
+		rules: rules, pool: newMarkPool(),
+		records: make(map[proxier.ServicePortName]*record), uses: make(map[elementKey]use),
+		servers: make(map[serverKey]*server), live: make(map[serverKey]bool),
+		endpoints: make(map[uint32]map[netip.AddrPort]uint32),
+		held:      make(map[netip.Addr]bool), wanted: make(map[netip.Addr]int),
+		draining: make(map[serverKey]map[netip.AddrPort]time.Time), leaving: make(map[netip.Addr]leaving),
+	}
+}
+
+// class numbers a time-out of affinity.
+func (st *state) class(d time.Duration) (uint32, error) {
+	i := slices.Index(st.rules.timeouts, d)
+	if i < 0 {
+		if i = len(st.rules.timeouts); i == maxTimeouts {
+			return 0, fmt.Errorf("Services can have %d different affinity time-outs", maxTimeouts)
+		}
+		st.rules.timeouts = append(st.rules.timeouts, d)
+	}
+	return uint32(i), nil
+}
+
+func (st *state) numbered(block uint32) map[netip.AddrPort]uint32 { return st.endpoints[block] }
+
+// stage works out what changes when the named Service ports become what plan
+// says. On error the state is as it was, but for new time-outs.
+func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName, compilerOf func(proxier.ServicePortName) *compiler) (*batch, error) {
+	b := &batch{names: names, uses: make(map[elementKey]use)}
+	fail := func(err error) (*batch, error) {
+		for _, r := range b.new {
+			st.giveBack(r)
+		}
+		return nil, err
+	}
+	want := make(map[serverKey]*wanted)
+	owner := make(map[serverKey]proxier.ServicePortName)
+	var keys []serverKey
+	for _, name := range names {
+		old := st.records[name]
+		var r *record
+		if port := plan.Services[name]; port != nil {
+			var err error
+			if r, err = compilerOf(name).compile(port); err != nil {
+				return fail(err)
+			}
+		}
+		b.old, b.new = append(b.old, old), append(b.new, r)
+		for i := range serversOf(r) {
+			w := &r.servers[i]
+			if other, twice := owner[w.key]; twice {
+				return fail(fmt.Errorf("%s: %s is %s's", name, w.key, other))
+			}
+			owner[w.key], want[w.key] = name, w
+			keys = append(keys, w.key)
+		}
+	}
+	for _, r := range b.old {
+		for i := range serversOf(r) {
+			if key := r.servers[i].key; want[key] == nil {
+				keys = append(keys, key)
+			}
+		}
+	}
+	for _, key := range keys {
+		b.diff(st.servers[key.id()], want[key], key)
+	}
+	st.diffElements(b)
+	st.diffVIPs(b)
+	return b, nil
+}
+
+func serversOf(r *record) []wanted {
+	if r == nil {
+		return nil
+	}
+	return r.servers
+}
+
+func (st *state) giveBack(r *record) {
+	if r != nil {
+		for _, base := range r.bases {
+			st.pool.release(base)
+		}
+	}
+}
+
+func (b *batch) diff(have *server, want *wanted, key serverKey) {
+	grow, shrink := diff(have, want, key)
+	b.grow, b.shrink = append(b.grow, grow...), append(b.shrink, shrink...)
+}
+
+// unwanted lists the virtual servers of ours that the batch, which is about
+// everything, does not want.
+func (st *state) unwanted(b *batch) []serverKey {
+	want := make(map[serverKey]bool)
+	for _, r := range b.new {
+		for i := range serversOf(r) {
+			want[r.servers[i].key.id()] = true
+		}
+	}
+	var keys []serverKey
+	for key := range st.servers {
+		if !want[key] {
+			keys = append(keys, key)
+		}
+	}
+	slices.SortFunc(keys, serverKey.compare)
+	return keys
+}
+
+// diffElements compares the elements of the batch's records before and after.
+func (st *state) diffElements(b *batch) {
+	var order []elementKey
+	count := func(r *record, by int) {
+		if r == nil {
+			return
+		}
+		for i := range r.elements {
+			e := &r.elements[i]
+			set, key, end := e.ID()
+			k := elementKey{set, key, end}
+			u, seen := b.uses[k]
+			if !seen {
+				u = st.uses[k]
+				order = append(order, k)
+			}
+			u.count += by
+			if by > 0 {
+				u.element = *e
+			}
+			b.uses[k] = u
+		}
+	}
+	for _, r := range b.old {
+		count(r, -1)
+	}
+	for _, r := range b.new {
+		count(r, 1)
+	}
+	for _, k := range order {
+		before, after := st.uses[k], b.uses[k]
+		_, was := before.element.Bytes()
+		_, is := after.element.Bytes()
+		if before.count > 0 && (after.count == 0 || was != is) {
+			b.remove = append(b.remove, before.element)
+		}
+		if after.count > 0 && (before.count == 0 || was != is) {
+			b.add = append(b.add, after.element)
+		}
+	}
+}
+
+func (st *state) diffVIPs(b *batch) {
+	seen := make(map[netip.Addr]bool)
+	for _, r := range b.new {
+		if r == nil {
+			continue
+		}
+		for _, a := range r.vips {
+			if !st.held[a] && !seen[a] {
+				seen[a] = true
+				b.newVIPs = append(b.newVIPs, a)
+			}
+		}
+	}
+}
+
+// note keeps up with one message that the kernel has followed.
+func (st *state) note(o op) {
+	id := o.key.id()
+	s := st.servers[id]
+	switch o.verb {
+	case addServer:
+		st.addServer(id, &server{scheduler: o.scheduler, dests: make(map[netip.AddrPort]int)})
+	case setServer:
+		s.scheduler = o.scheduler
+	case addDest, setDest:
+		s.dests[o.dest] = o.weight
+		st.noteEndpoint(id, o.dest)
+	case removeDest:
+		delete(s.dests, o.dest)
+	case removeServer:
+		delete(st.servers, id)
+		st.forgetServer(id)
+	}
+}
+
+func (st *state) addServer(key serverKey, s *server) {
+	st.servers[key] = s
+	if key.mark != 0 {
+		st.pool.hold(key.mark)
+	}
+}
+
+func (st *state) noteEndpoint(key serverKey, dest netip.AddrPort) {
+	if !isSticky(key.mark) || key.mark&endpointFlag == 0 {
+		return
+	}
+	block := baseOf(key.mark)
+	if st.endpoints[block] == nil {
+		st.endpoints[block] = make(map[netip.AddrPort]uint32)
+	}
+	st.endpoints[block][dest] = key.mark
+}
+
+func (st *state) forgetServer(key serverKey) {
+	if key.mark == 0 {
+		return
+	}
+	st.pool.release(key.mark)
+	block := baseOf(key.mark)
+	maps.DeleteFunc(st.endpoints[block], func(_ netip.AddrPort, mark uint32) bool { return mark == key.mark })
+	if len(st.endpoints[block]) == 0 {
+		delete(st.endpoints, block)
+	}
+}
+
+// commit makes the state remember that the batch is in the kernel.
+func (st *state) commit(b *batch, now time.Time) {
+	st.others = nil
+	for i, name := range b.names {
+		st.replace(name, b.old[i], b.new[i])
+	}
+	for k, u := range b.uses {
+		if u.count > 0 {
+			st.uses[k] = u
+		} else {
+			delete(st.uses, k)
+		}
+	}
+	for _, o := range b.grow {
+		st.undrain(o)
+	}
+	for _, o := range b.shrink {
+		if o.verb == setDest {
+			st.drain(o.key.id(), o.dest, now)
+		} else {
+			st.undrain(o)
+		}
+	}
+	if b.all {
+		for key, s := range st.servers {
+			for dest, weight := range s.dests {
+				if weight == 0 {
+					st.drain(key, dest, now)
+				}
+			}
+		}
+	}
+	st.leave(b, now)
+}
+
+func (st *state) replace(name proxier.ServicePortName, old, r *record) {
+	if old != nil {
+		delete(st.records, name)
+		st.giveBack(old)
+		for _, a := range old.vips {
+			if st.wanted[a]--; st.wanted[a] == 0 {
+				delete(st.wanted, a)
+			}
+		}
+		for i := range old.servers {
+			// Another Service port of the batch may have it by now.
+			delete(st.live, old.servers[i].key.id())
+		}
+	}
+	if r != nil {
+		st.records[name] = r
+		for _, a := range r.vips {
+			st.wanted[a]++
+		}
+	}
+}
+
+// leave notes which addresses nobody wants, and which servers are wanted.
+func (st *state) leave(b *batch, now time.Time) {
+	for _, r := range b.new {
+		for i := range serversOf(r) {
+			st.live[r.servers[i].key.id()] = true
+		}
+		if r != nil {
+			for _, a := range r.vips {
+				delete(st.leaving, a)
+			}
+		}
+	}
+	for _, r := range b.old {
+		if r == nil {
+			continue
+		}
+		var keys []serverKey
+		for i := range r.servers {
+			keys = append(keys, r.servers[i].key.id())
+		}
+		for _, a := range r.vips {
+			if st.wanted[a] == 0 && st.held[a] {
+				l := st.leaving[a]
+				st.leaving[a] = leaving{servers: append(l.servers, keys...), until: now.Add(addressBound)}
+			}
+		}
+	}
+	if !b.all {
+		return
+	}
+	for a := range st.held {
+		if st.wanted[a] == 0 {
+			st.leaving[a] = leaving{servers: st.serversAt(a), until: now.Add(addressBound)}
+		}
+	}
+}
+
+// serversAt are the servers that connections to an address may be held by, as
+// far as that can be told.
+func (st *state) serversAt(a netip.Addr) []serverKey {
+	var keys []serverKey
+	for key := range st.draining {
+		if key.mark != 0 || key.addr == a {
+			keys = append(keys, key)
+		}
+	}
+	slices.SortFunc(keys, func(a, b serverKey) int { return cmp.Compare(a.mark, b.mark) })
+	return keys
+}
