@@ -15,7 +15,7 @@ import (
 const (
 	// limit ends a machine that hangs; several times what the slowest test
 	// takes on two emulated processors that others use, too.
-	limit = 40 * time.Minute
+	limit = 75 * time.Minute
 	// grace is how much earlier the test binary inside ends by itself, so that
 	// it can say where it hangs.
 	grace = time.Minute
