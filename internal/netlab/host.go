@@ -13,6 +13,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"signalbox/node"
 )
 
 // Host is one network namespace of a lab.
@@ -80,16 +82,13 @@ func (h *Host) Start(cmd *exec.Cmd) error {
 
 // Addrs returns every address that the host holds, loopback included,
 // link-local ones left out.
-func (h *Host) Addrs() ([]netip.Addr, error) {
-	list, err := h.nl.AddrList(nil, netlink.FAMILY_ALL)
+func (h *Host) Addrs() (addrs []netip.Addr, err error) {
+	err = h.Do(func() error {
+		addrs, err = node.Addrs()
+		return err
+	})
 	if err != nil {
-		return nil, fmt.Errorf("listing addresses of %s: %w", h.Name, err)
-	}
-	var addrs []netip.Addr
-	for _, a := range list {
-		if ip, ok := netip.AddrFromSlice(a.IP); ok && !ip.Unmap().IsLinkLocalUnicast() {
-			addrs = append(addrs, ip.Unmap())
-		}
+		return nil, fmt.Errorf("%s: %w", h.Name, err)
 	}
 	return addrs, nil
 }
