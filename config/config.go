@@ -24,10 +24,11 @@ const (
 	ModeNFTables  = "nftables"
 	ModeIPTables  = "iptables"
 	ModeUserspace = "userspace"
+	ModeIPVS      = "ipvs"
 )
 
 // Modes lists what --mode takes.
-var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeUserspace}
+var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeIPVS, ModeUserspace}
 
 // Config is what an operator decided.
 type Config struct {
@@ -49,6 +50,8 @@ type Config struct {
 
 	// MasqueradeMark is the packet mark's bit for source rewriting.
 	MasqueradeMark uint32
+	// IPVS is for ModeIPVS alone.
+	IPVS proxier.IPVSTuning
 	// MinSyncPeriod is the least time between two syncs; 0 for none.
 	MinSyncPeriod time.Duration
 	Settings      proxier.Settings
@@ -75,6 +78,7 @@ type Flags struct {
 	podBridgeInterface     string
 	podInterfaceNamePrefix string
 	nodePortAddresses      []string
+	ipvs                   proxier.IPVSTuning
 }
 
 // Add registers the flags with their defaults.
@@ -96,6 +100,11 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.StringVar(&f.podBridgeInterface, "pod-bridge-interface", "", "the bridge that Pods are behind (--detect-local-mode=BridgeInterface)")
 	fs.StringVar(&f.podInterfaceNamePrefix, "pod-interface-name-prefix", "", "what the names of Pods' interfaces begin with (--detect-local-mode=InterfaceNamePrefix)")
 	fs.StringSliceVar(&f.nodePortAddresses, "nodeport-addresses", nil, `serve NodePorts only at local addresses inside these ranges, or only at the Node's own address with the single word "primary" (default: primary in nftables mode, all addresses in iptables mode)`)
+	fs.StringVar(&f.ipvs.Scheduler, "ipvs-scheduler", "", "ipvs mode: the kernel's scheduler that chooses endpoints, such as rr, wrr, lc, wlc, sed, nq, sh, dh or mh (default rr)")
+	fs.BoolVar(&f.ipvs.StrictARP, "ipvs-strict-arp", false, "ipvs mode: answer ARP only for addresses of the interface that is asked (arp_ignore=1, arp_announce=2)")
+	fs.DurationVar(&f.ipvs.TCPTimeout, "ipvs-tcp-timeout", 0, "ipvs mode: how long an idle TCP connection is remembered, in whole seconds; 0 leaves the kernel's value")
+	fs.DurationVar(&f.ipvs.TCPFinTimeout, "ipvs-tcpfin-timeout", 0, "ipvs mode: the same for a TCP connection that one side has closed")
+	fs.DurationVar(&f.ipvs.UDPTimeout, "ipvs-udp-timeout", 0, "ipvs mode: the same for a UDP flow")
 }
 
 // Config checks the flags. Every mistake is in the error, not only the first.
@@ -111,7 +120,7 @@ func (f *Flags) Config() (*Config, error) {
 	}
 	var wrong []error
 	for _, check := range []func(*Config) error{
-		f.checkMode, f.checkNodeName, f.checkSource, f.checkNumbers, f.checkClusterCIDR, f.checkDetectLocal, f.checkNodePortAddresses,
+		f.checkMode, f.checkNodeName, f.checkSource, f.checkNumbers, f.checkClusterCIDR, f.checkDetectLocal, f.checkNodePortAddresses, f.checkIPVS,
 	} {
 		wrong = append(wrong, check(c))
 	}
@@ -210,6 +219,27 @@ func (f *Flags) checkDetectLocal(c *Config) error {
 		}
 	}
 	return nil
+}
+
+func (f *Flags) checkIPVS(c *Config) error {
+	c.IPVS = f.ipvs
+	var wrong []error
+	name := f.ipvs.Scheduler
+	if len(name) > 15 || strings.ContainsFunc(name, func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_' }) {
+		wrong = append(wrong, fmt.Errorf("--ipvs-scheduler=%s: not a name of a scheduler: at most 15 lower-case letters, digits and underscores", name))
+	}
+	for _, t := range []struct {
+		flag string
+		time time.Duration
+	}{{"tcp", f.ipvs.TCPTimeout}, {"tcpfin", f.ipvs.TCPFinTimeout}, {"udp", f.ipvs.UDPTimeout}} {
+		if t.time < 0 || t.time%time.Second != 0 {
+			wrong = append(wrong, fmt.Errorf("--ipvs-%s-timeout=%v: must be whole seconds and not negative", t.flag, t.time))
+		}
+	}
+	if set := f.ipvs != (proxier.IPVSTuning{}); set && c.Mode != ModeIPVS {
+		c.Warnings = append(c.Warnings, "the --ipvs flags have no effect without --mode=ipvs")
+	}
+	return errors.Join(wrong...)
 }
 
 // Primary is the word that --nodeport-addresses takes instead of ranges.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -35,6 +36,22 @@ func TestDefaults(t *testing.T) {
 	}
 	if len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "--cluster-cidr is not given") {
 		t.Errorf("warnings are %q", c.Warnings)
+	}
+}
+
+func TestIPVSFlags(t *testing.T) {
+	flags := []string{"--hostname-override=n", "--cluster-cidr=10.244.0.0/16", "--ipvs-scheduler=lc", "--ipvs-strict-arp",
+		"--ipvs-tcp-timeout=15m", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m"}
+	c, err := parse(t, append(flags, "--mode=ipvs")...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := proxier.IPVSTuning{Scheduler: "lc", StrictARP: true, TCPTimeout: 15 * time.Minute, TCPFinTimeout: 30 * time.Second, UDPTimeout: time.Minute}
+	if c.Mode != ModeIPVS || c.IPVS != want || len(c.Warnings) != 0 {
+		t.Errorf("got %s, %+v, warnings %q", c.Mode, c.IPVS, c.Warnings)
+	}
+	if c, err = parse(t, append(flags, "--mode=nftables")...); err != nil || len(c.Warnings) != 1 {
+		t.Errorf("in another mode: warnings %q, %v", c.Warnings, err)
 	}
 }
 
@@ -82,6 +99,9 @@ func TestMistakesAreNamed(t *testing.T) {
 		{"--cluster-cidr=10.0.0.0", []string{"--cluster-cidr", `"10.0.0.0"`}},
 		{"--cluster-cidr=10.0.0.0/8,10.1.0.0/16", []string{"--cluster-cidr", "at most one"}},
 		{"--cluster-cidr=10.0.0.0/8,fd00::/8,fd01::/16", []string{"at most one"}},
+		{"--ipvs-scheduler=-D", []string{"--ipvs-scheduler=-D", "scheduler"}},
+		{"--ipvs-udp-timeout=1500ms", []string{"--ipvs-udp-timeout=1.5s", "whole seconds"}},
+		{"--ipvs-tcp-timeout=-1s", []string{"--ipvs-tcp-timeout=-1s"}},
 		{"--detect-local-mode=Magic", []string{"--detect-local-mode=Magic", "NodeCIDR"}},
 		{"--detect-local-mode=BridgeInterface", []string{"needs --pod-bridge-interface"}},
 		{"--detect-local-mode=InterfaceNamePrefix", []string{"needs --pod-interface-name-prefix"}},

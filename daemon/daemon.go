@@ -110,7 +110,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *p
 	}
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
-		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark})
+		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
 		if err != nil {
 			closeAll()
 			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)

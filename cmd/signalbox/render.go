@@ -46,7 +46,7 @@ daemon speaks to the kernel directly.`,
 				return err
 			}
 			for _, plan := range plans {
-				text, err := mode.Render(proxier.Options{Family: plan.Family, MasqueradeMark: cfg.MasqueradeMark}, plan)
+				text, err := mode.Render(proxier.Options{Family: plan.Family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS}, plan)
 				if err != nil {
 					return fmt.Errorf("rendering %s for %s: %w", mode.Name, plan.Family, err)
 				}
