@@ -156,7 +156,7 @@ func (s *schema) declaration(f *family, table *nft.Table) *nft.Set {
 		KeyByteOrder:  binaryutil.BigEndian,
 		Comment:       s.comment,
 	}
-	if len(s.key) == 1 && s.key[0] == idField {
+	if len(s.key) == 1 && (s.key[0] == idField || s.key[0] == slotField) {
 		set.KeyByteOrder = binaryutil.NativeEndian
 	}
 	if s.data != nil {
