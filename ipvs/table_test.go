@@ -1,10 +1,16 @@
 package ipvs
 
 import (
+	"maps"
+	"net/netip"
+	"os/exec"
 	"runtime"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netns"
 
 	"signalbox/nftables"
@@ -53,4 +59,57 @@ func TestKernelTakesRules(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestListing compares what the kernel holds, as nft lists it, with what Render
+// prints.
+func TestListing(t *testing.T) {
+	for _, family := range proxier.Families {
+		t.Run(family.String(), func(t *testing.T) {
+			inNamespace(t)
+			plan := world{family}.example()
+			f := nftables.FamilyOf(family)
+			table, err := nftables.OpenTable(f, tableName, newSets())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer table.Close()
+			p := &Proxier{IPFamily: f, mark: proxier.DefaultMasqueradeMark, tuning: proxier.IPVSTuning{Scheduler: "rr"}, table: table}
+			st := newState(&ruleset{IPFamily: f, mark: p.mark, node: plan.Node, timeouts: timeoutsOf(plan)})
+			st.others = map[netip.Addr]bool{}
+			names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
+			b, err := st.stage(plan, names, p.compiler(st, func(markKey) uint32 { return 0 }))
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.all = true
+			// Over a table that is there: the second time the map of clients stays.
+			for range 2 {
+				if err := p.writeTable(st, b); err != nil {
+					t.Fatal(err)
+				}
+			}
+			out, err := exec.Command("nft", "list", "table", f.Word(), tableName).CombinedOutput()
+			if err != nil {
+				t.Fatalf("nft: %v\n%s", err, out)
+			}
+			_, want, _ := strings.Cut(Render(options(family), plan), "# nft -f\n")
+			if diff := cmp.Diff(words(want), words(string(out))); diff != "" {
+				t.Errorf("-rendered +listed:\n%s", diff)
+			}
+		})
+	}
+}
+
+// words sorts what is listed, for the kernel keeps elements in an order of its
+// own.
+func words(listing string) []string {
+	var lines []string
+	for line := range strings.Lines(strings.NewReplacer("elements = {", "\n", ",", "\n", " }", "\n").Replace(listing)) {
+		if line = strings.TrimSpace(line); line != "" {
+			lines = append(lines, line)
+		}
+	}
+	slices.Sort(lines)
+	return lines
 }

@@ -3,6 +3,7 @@ package nftables
 import (
 	"encoding/binary"
 	"fmt"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -68,8 +69,14 @@ func ConstantMark(mark uint32) Value {
 // MarkIs matches packets whose mark has exactly those of the bits in mask set
 // that mark has.
 func MarkIs(mask, mark uint32) Statement {
+	text := fmt.Sprintf("meta mark & 0x%08x == 0x%08x", mask, mark)
+	if ones := bits.LeadingZeros32(^mask); ones == 32 {
+		text = fmt.Sprintf("meta mark 0x%08x", mark)
+	} else if ones == bits.OnesCount32(mask) && ones > 0 {
+		text = fmt.Sprintf("meta mark 0x%08x/%d", mark, ones)
+	}
 	return statement{
-		fmt.Sprintf("meta mark & 0x%08x == 0x%08x", mask, mark),
+		text,
 		append(MarkBits(mask, 0).load(0), &expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(mark)}),
 	}
 }

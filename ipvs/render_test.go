@@ -1,0 +1,61 @@
+package ipvs
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/proxier"
+)
+
+func options(f proxier.Family) proxier.Options {
+	return proxier.Options{Family: f, MasqueradeMark: proxier.DefaultMasqueradeMark}
+}
+
+func TestRender(t *testing.T) {
+	for _, family := range proxier.Families {
+		t.Run(family.String(), func(t *testing.T) {
+			got := Render(options(family), world{family}.example())
+			file := filepath.Join("testdata", "render-"+family.String()+".txt")
+			if *update {
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), got); diff != "" {
+				t.Errorf("-want +got (-update writes the file anew):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestRefused checks that what cannot be written is refused with its name.
+func TestRefused(t *testing.T) {
+	w := world{proxier.IPv4}
+	set := w.pods(1)
+	foreign := world{proxier.IPv6}
+	for want, plan := range map[string]*proxier.Plan{
+		"cluster IP fd00:96::1 is not of IPv4":           w.plan(w.service("web", proxier.TCP, set, clusterIP(foreign.vip(1), 80, set))),
+		"endpoint [fd00:244:1::1]:8080 is not of IPv4":   w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, foreign.pods(1)))),
+		"default/web: cluster IP has port 0":             w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 0, set))),
+		"default/web: cluster IP lacks an endpoint set":  w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, nil))),
+		"default/web: -t 10.96.0.1:80 is default/double": w.plan(w.service("double", proxier.TCP, set, clusterIP(w.vip(1), 80, set)), w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))),
+	} {
+		if got := Render(options(w.family), plan); !strings.HasPrefix(got, "# cannot be programmed") || !strings.Contains(got, want) {
+			t.Errorf("want %q, got %.200s", want, got)
+		}
+	}
+	plan := w.plan()
+	plan.Node.ServiceCIDRs = []netip.Prefix{foreign.prefix("", "fd00::/8")}
+	if got := Render(options(w.family), plan); !strings.Contains(got, "node: prefix fd00::/8 is not of IPv4") {
+		t.Errorf("got %.200s", got)
+	}
+}

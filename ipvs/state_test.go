@@ -1,0 +1,335 @@
+package ipvs
+
+import (
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+func TestDiff(t *testing.T) {
+	w := world{proxier.IPv4}
+	key := func(p proxier.Protocol) serverKey { return serverKey{addr: w.vip(1), port: 80, protocol: p} }
+	at := func(weights map[int]int) map[netip.AddrPort]int {
+		dests := make(map[netip.AddrPort]int)
+		for n, weight := range weights {
+			dests[w.pods(n).Endpoints[0].AddrPort] = weight
+		}
+		return dests
+	}
+	have := func(weights map[int]int) *server { return &server{scheduler: "rr", dests: at(weights)} }
+	want := func(scheduler string, serving *proxier.EndpointSet, pods ...int) *wanted {
+		return &wanted{scheduler: scheduler, dests: destsOf(w.pods(pods...)), serving: serving}
+	}
+	for _, test := range []struct {
+		name         string
+		protocol     proxier.Protocol
+		have         *server
+		want         *wanted
+		grow, shrink string
+	}{
+		{"new", proxier.TCP, nil, want("lc", nil, 1, 2),
+			"-A -t V -s lc\n-a -t V -r 1 -m -w 1\n-a -t V -r 2 -m -w 1\n", ""},
+		{"as it is", proxier.TCP, have(map[int]int{1: 1}), want("rr", nil, 1), "", ""},
+		{"another scheduler", proxier.TCP, have(map[int]int{1: 1}), want("sh", nil, 1), "-E -t V -s sh\n", ""},
+		{"one replaced", proxier.TCP, have(map[int]int{1: 1, 2: 1}), want("rr", nil, 2, 3),
+			"-a -t V -r 3 -m -w 1\n", "-e -t V -r 1 -m -w 0\n"},
+		{"one comes back", proxier.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 1, 2), "-e -t V -r 1 -m -w 1\n", ""},
+		{"one still drains", proxier.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 2), "", ""},
+		{"goes", proxier.TCP, have(map[int]int{1: 1, 2: 0}), nil, "", "-e -t V -r 1 -m -w 0\n"},
+		{"goes, and nothing is left", proxier.TCP, have(nil), nil, "", "-D -t V\n"},
+		{"was not there", proxier.TCP, nil, nil, "", ""},
+		{"UDP that still answers", proxier.UDP, have(map[int]int{1: 1, 2: 1}), want("rr", w.pods(1), 2), "", "-e -u V -r 1 -m -w 0\n"},
+		{"UDP that answers no more", proxier.UDP, have(map[int]int{1: 0, 2: 1}), want("rr", w.pods(2), 2), "", "-d -u V -r 1\n"},
+		{"UDP goes", proxier.UDP, have(map[int]int{1: 1}), nil, "", "-d -u V -r 1\n-D -u V\n"},
+		{"SCTP drains as TCP does", proxier.SCTP, have(map[int]int{1: 1}), nil, "", "-e --sctp-service V -r 1 -m -w 0\n"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			grow, shrink := diff(test.have, test.want, key(test.protocol))
+			short := strings.NewReplacer("10.96.0.1:80", "V", "10.244.1.", "", ":8080", "")
+			if got := short.Replace(opsText(grow)); got != test.grow {
+				t.Errorf("before the rules: got\n%s\nwant\n%s", got, test.grow)
+			}
+			if got := short.Replace(opsText(shrink)); got != test.shrink {
+				t.Errorf("after the rules: got\n%s\nwant\n%s", got, test.shrink)
+			}
+		})
+	}
+}
+
+// model is a kernel that follows every message, and refuses what the real one
+// would.
+type model struct {
+	t        *testing.T
+	servers  map[serverKey]*server
+	elements map[elementKey]nftables.Element
+}
+
+func (m *model) do(o op) {
+	m.t.Helper()
+	id := o.key.id()
+	s := m.servers[id]
+	if (s == nil) != (o.verb == addServer) {
+		m.t.Fatalf("%s: the server's existence is the other way round", o)
+	}
+	switch _, exists := map[netip.AddrPort]int(nil)[o.dest]; o.verb {
+	case addServer:
+		m.servers[id] = &server{scheduler: o.scheduler, dests: map[netip.AddrPort]int{}}
+	case setServer:
+		s.scheduler = o.scheduler
+	case addDest, setDest, removeDest:
+		if _, exists = s.dests[o.dest]; exists == (o.verb == addDest) {
+			m.t.Fatalf("%s: the destination's existence is the other way round", o)
+		}
+		s.dests[o.dest] = o.weight
+		if o.verb == removeDest {
+			delete(s.dests, o.dest)
+		}
+	case removeServer:
+		delete(m.servers, id)
+	}
+}
+
+func (m *model) apply(st *state, b *batch) {
+	m.t.Helper()
+	for _, o := range b.grow {
+		m.do(o)
+		st.note(o)
+	}
+	for _, e := range b.remove {
+		set, key, end := e.ID()
+		k := elementKey{set, key, end}
+		if _, there := m.elements[k]; !there {
+			m.t.Fatalf("an element of %s is removed that is not there", setNames[set])
+		}
+		delete(m.elements, k)
+	}
+	for _, e := range b.add {
+		set, key, end := e.ID()
+		k := elementKey{set, key, end}
+		if _, there := m.elements[k]; there {
+			m.t.Fatalf("an element of %s is added twice", setNames[set])
+		}
+		m.elements[k] = e
+	}
+	for _, a := range b.newVIPs {
+		st.held[a] = true
+	}
+	for _, o := range b.shrink {
+		m.do(o)
+		st.note(o)
+	}
+	st.commit(b, time.Time{})
+}
+
+// inUse is what new connections meet, whatever marks it goes by.
+func (m *model) inUse() string {
+	var lines []string
+	for key, s := range m.servers {
+		if key.mark != 0 {
+			key = serverKey{}
+		}
+		var dests []string
+		for _, d := range sortedDests(s.dests) {
+			if s.dests[d] > 0 {
+				dests = append(dests, d.String())
+			}
+		}
+		if len(dests) > 0 {
+			lines = append(lines, fmt.Sprint(key, " ", s.scheduler, " ", dests))
+		}
+	}
+	for k, e := range m.elements {
+		_, data := e.Bytes()
+		if data != "" || k.set >= affinityMembers && k.set < localPods {
+			lines = append(lines, fmt.Sprintf("%s %d", setNames[k.set], len(k.key))) // holds a mark
+			continue
+		}
+		lines = append(lines, fmt.Sprintf("%s %x-%x", setNames[k.set], k.key, k.end))
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+// randomService is one of few shapes, with few endpoints.
+func (w world) randomService(r *rand.Rand, n int) *proxier.ServicePort {
+	some := func() *proxier.EndpointSet {
+		var numbers []int
+		for n := range 5 {
+			if r.IntN(2) == 0 {
+				numbers = append(numbers, n+1)
+			}
+		}
+		return w.pods(numbers...)
+	}
+	all, here := some(), some()
+	protocol := proxier.Protocols[n%3]
+	sp := w.service(fmt.Sprint("s", n), protocol, all, clusterIP(w.vip(n+1), 80, all))
+	if r.IntN(2) == 0 {
+		sp.Frontends = append(sp.Frontends, local(proxier.LoadBalancerIP, w.external(n%3+1), uint16(80+n), all, here))
+	}
+	if r.IntN(2) == 0 {
+		sp.Frontends = append(sp.Frontends, local(proxier.NodePort, netip.Addr{}, uint16(30000+n), all, all))
+	}
+	sp.AffinityTimeout = []time.Duration{0, 0, time.Hour, time.Minute}[r.IntN(4)]
+	return sp
+}
+
+// TestChangesEndAsAFreshStart makes many random changes, and compares what they
+// lead to with what one sync of the last plan makes.
+func TestChangesEndAsAFreshStart(t *testing.T) {
+	for _, family := range proxier.Families {
+		for seed := range uint64(20) {
+			t.Run(fmt.Sprint(family, "/", seed), func(t *testing.T) {
+				w, r := world{family}, rand.New(rand.NewPCG(seed, 1))
+				plan := w.plan()
+				p := &Proxier{IPFamily: nftables.FamilyOf(family), tuning: proxier.IPVSTuning{Scheduler: "rr"}}
+				grown := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
+				st := newState(&ruleset{IPFamily: p.IPFamily})
+				st.others = map[netip.Addr]bool{}
+				for range 60 {
+					names := make(map[proxier.ServicePortName]bool)
+					for range 1 + r.IntN(3) {
+						sp := w.randomService(r, r.IntN(8))
+						names[sp.Name] = true
+						plan.Services[sp.Name] = sp
+						if r.IntN(4) == 0 {
+							delete(plan.Services, sp.Name)
+						}
+					}
+					step(t, p, st, plan, slices.Collect(maps.Keys(names)), grown)
+				}
+				fresh := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
+				anew := newState(&ruleset{IPFamily: p.IPFamily})
+				step(t, p, anew, plan, slices.Collect(maps.Keys(plan.Services)), fresh)
+				if diff := cmp.Diff(fresh.inUse(), grown.inUse()); diff != "" {
+					t.Errorf("-fresh +grown:\n%s", diff)
+				}
+				compareStates(t, anew, st)
+			})
+		}
+	}
+}
+
+func step(t *testing.T, p *Proxier, st *state, plan *proxier.Plan, names []proxier.ServicePortName, m *model) {
+	t.Helper()
+	slices.SortFunc(names, proxier.ServicePortName.Compare)
+	st.others = map[netip.Addr]bool{}
+	before := func(name proxier.ServicePortName) func(markKey) uint32 {
+		return func(k markKey) uint32 {
+			if r := st.records[name]; r != nil {
+				return r.marks[k]
+			}
+			return 0
+		}
+	}
+	b, err := st.stage(plan, names, p.compilerBy(st, before))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.apply(st, b)
+}
+
+// compareStates compares what two states, which came to the same plan by
+// different ways, keep for it.
+func compareStates(t *testing.T, want, got *state) {
+	t.Helper()
+	if d := cmp.Diff(len(want.uses), len(got.uses)); d != "" {
+		t.Errorf("elements in use: %s", d)
+	}
+	if !maps.Equal(want.wanted, got.wanted) {
+		t.Errorf("addresses wanted: %v, not %v", got.wanted, want.wanted)
+	}
+	if len(want.live) != len(got.live) {
+		t.Errorf("%d virtual servers are wanted, not %d", len(got.live), len(want.live))
+	}
+	for a := range got.held {
+		if _, leaves := got.leaving[a]; leaves == (got.wanted[a] > 0) {
+			t.Errorf("%s is wanted %d times, and leaves: %v", a, got.wanted[a], leaves)
+		}
+	}
+	for key, s := range got.servers {
+		for d, weight := range s.dests {
+			if _, drains := got.draining[key][d]; drains != (weight == 0) {
+				t.Errorf("%s of %s has weight %d, and drains: %v", d, key, weight, drains)
+			}
+		}
+	}
+	// Every base is held by its record and by the servers under it, and no
+	// other.
+	bases := make(map[uint32]int)
+	for _, r := range got.records {
+		for _, b := range r.bases {
+			bases[b]++
+		}
+	}
+	for key := range got.servers {
+		if key.mark != 0 {
+			bases[baseOf(key.mark)]++
+		}
+	}
+	if !maps.Equal(bases, got.pool.uses) {
+		t.Errorf("marks in use are %v, the pool says %v", bases, got.pool.uses)
+	}
+}
+
+// TestMarksStay checks that a change of endpoints keeps the marks: open
+// connections are under them.
+func TestMarksStay(t *testing.T) {
+	w := world{proxier.IPv4}
+	p := &Proxier{IPFamily: nftables.FamilyOf(w.family), tuning: proxier.IPVSTuning{Scheduler: "rr"}}
+	st := newState(&ruleset{IPFamily: p.IPFamily})
+	m := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
+	service := func(all, here *proxier.EndpointSet) *proxier.ServicePort {
+		sp := w.service("web", proxier.TCP, all, clusterIP(w.vip(1), 80, all), local(proxier.NodePort, netip.Addr{}, 30080, all, here))
+		return sp
+	}
+	for _, timeout := range []time.Duration{0, time.Hour} {
+		marks := func(pods ...int) map[markKey]uint32 {
+			sp := service(w.pods(pods...), w.pods(pods[0]))
+			sp.AffinityTimeout = timeout
+			step(t, p, st, w.plan(sp), []proxier.ServicePortName{sp.Name}, m)
+			return st.records[sp.Name].marks
+		}
+		if before, after := marks(1, 2), marks(2, 3, 4); len(before) == 0 || !maps.Equal(before, after) {
+			t.Errorf("marks were %v and are %v", before, after)
+		}
+	}
+}
+
+// TestMarkPool checks that marks come back only when all others had their turn.
+func TestMarkPool(t *testing.T) {
+	p := newMarkPool()
+	p.nextUse = stickyLast
+	last, err := p.takeBlock()
+	first, err2 := p.takeBlock()
+	if last != stickyLast || first != stickySpace || err != nil || err2 != nil {
+		t.Fatalf("got %#x and %#x (%v, %v)", last, first, err, err2)
+	}
+	p.hold(first | endpointFlag | 7)
+	p.release(first)
+	p.nextUse = stickySpace
+	if next, _ := p.takeBlock(); next == first {
+		t.Errorf("a block is given out while a server is under it")
+	}
+	p.release(first | endpointFlag | 7)
+	p.nextUse = stickySpace
+	if next, _ := p.takeBlock(); next != first {
+		t.Errorf("a free block is not given out: %#x", next)
+	}
+	for m := setFirst; m < setFirst+3; m++ {
+		p.hold(m)
+	}
+	if m, _ := p.takeSet(); m != setFirst+3 {
+		t.Errorf("got %#x", m)
+	}
+}
