@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"strings"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -93,6 +94,10 @@ func usableFamilies(log *slog.Logger) []proxier.Family {
 	return usable
 }
 
+// fullSyncPeriod is how often everything is written anew, as kube-proxy does,
+// in case other software changed our rules without an error telling us.
+const fullSyncPeriod = time.Hour
+
 // newLoop makes the mode work in each family and joins it with what removes
 // stale flows. closeAll lets go of all of it.
 func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
@@ -107,6 +112,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *p
 	opts := proxier.LoopOptions{
 		NodeName: cfg.NodeName, Settings: cfg.ForMode(choice.Mode.Name), MinSyncPeriod: cfg.MinSyncPeriod,
 		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: onSync(choice.Mode, log),
+		SyncPeriod: fullSyncPeriod,
 	}
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
