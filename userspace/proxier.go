@@ -29,8 +29,7 @@ type Proxier struct {
 
 var _ proxier.Proxier = (*Proxier)(nil)
 
-// New opens the relay's sockets and the connections to the kernel. Nothing is
-// captured before Sync.
+// New opens the connections to the kernel. The relay begins with the first Sync.
 func New(opts proxier.Options) (*Proxier, error) {
 	f := nftables.FamilyOf(opts.Family)
 	fail := func(err error) (*Proxier, error) {
@@ -51,7 +50,6 @@ func New(opts proxier.Options) (*Proxier, error) {
 		t.Close()
 		return fail(err)
 	}
-	relay.start()
 	return &Proxier{family: f, mark: opts.MasqueradeMark, table: t, routes: routes, relay: relay,
 		unrelayed: map[proxier.ServicePortName]bool{}}, nil
 }
@@ -80,19 +78,26 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	if plan.Family != p.family.Family {
 		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", Mode, plan.Family, p.family.Family)
 	}
-	rules := ruleset{p.family, p.mark, p.relay.listeners.ports, plan.Node}
 	if change.All || p.state == nil {
-		return p.syncAll(rules, plan)
+		return p.syncAll(plan)
 	}
 	if change.Empty() {
 		return nil
 	}
-	return p.syncChange(rules, plan, change)
+	return p.syncChange(plan, change)
+}
+
+func (p *Proxier) rules(plan *proxier.Plan) ruleset {
+	r := ruleset{IPFamily: p.family, mark: p.mark, node: plan.Node}
+	if p.relay.listeners != nil {
+		r.ports = p.relay.listeners.ports
+	}
+	return r
 }
 
 // syncAll replaces the table. Frontends keep their numbers.
-func (p *Proxier) syncAll(rules ruleset, plan *proxier.Plan) error {
-	if err := rules.validateNode(); err != nil {
+func (p *Proxier) syncAll(plan *proxier.Plan) error {
+	if err := p.rules(plan).validateNode(); err != nil {
 		return err
 	}
 	if err := p.routes.ensure(); err != nil {
@@ -106,6 +111,11 @@ func (p *Proxier) syncAll(rules ruleset, plan *proxier.Plan) error {
 	}
 	list := s.targets()
 	added := p.relay.targets.announce(list)
+	if err := p.relay.start(); err != nil {
+		p.relay.targets.withdraw(added)
+		return err
+	}
+	rules := p.rules(plan)
 	p.table.ReplaceTable()
 	p.table.AddChains(rules.chains())
 	p.table.AddElements(append(s.add, rules.nodeElements()...))
@@ -121,7 +131,8 @@ func (p *Proxier) syncAll(rules ruleset, plan *proxier.Plan) error {
 }
 
 // syncChange writes what change names.
-func (p *Proxier) syncChange(rules ruleset, plan *proxier.Plan, change proxier.Change) error {
+func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
+	rules := p.rules(plan)
 	if change.Node {
 		if err := rules.validateNode(); err != nil {
 			return err

@@ -19,6 +19,7 @@ type relay struct {
 	targets   targets
 	chooser   *chooser
 	limits    limits
+	idle      idleTimes
 	counts    counters
 	log       quietLog
 
@@ -29,8 +30,7 @@ type relay struct {
 	flows  flowTable
 }
 
-// newRelay opens the relay's sockets in the network namespace of the calling
-// thread.
+// newRelay makes a relay for the network namespace of the calling thread.
 func newRelay(f proxier.Family, r *routes) (*relay, error) {
 	files, err := raiseFileLimit()
 	if err != nil {
@@ -40,34 +40,43 @@ func newRelay(f proxier.Family, r *routes) (*relay, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := listen(f)
-	if err != nil {
-		ns.close()
-		return nil, err
-	}
 	re := &relay{
-		family: f, ns: ns, listeners: l, dialer: newDialer(f, ns), routes: r,
+		family: f, ns: ns, dialer: newDialer(f, ns), routes: r,
 		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
-		chooser: newChooser(), limits: limitsFor(files),
+		chooser: newChooser(), limits: limitsFor(files), idle: idleTimes{answerIdle, flowIdle},
 		conns: connSet{open: map[*conn]struct{}{}}, flows: flowTable{open: map[flowKey]*flow{}},
 	}
 	re.ctx, re.cancel = context.WithCancel(context.Background())
 	return re, nil
 }
 
-// start lets the relay work.
-func (r *relay) start() {
+// start opens the sockets that captured traffic arrives at, in the network
+// namespace of the calling thread, unless they are open. It must know its
+// targets by then: where another process relays already, some connections come
+// here at once.
+func (r *relay) start() error {
+	if r.listeners != nil {
+		return nil
+	}
+	l, err := listen(r.family)
+	if err != nil {
+		return err
+	}
+	r.listeners = l
 	for o := range originCount {
 		r.done.Go(func() { r.acceptAll(o) })
 		r.done.Go(func() { r.receiveAll(o) })
 	}
 	r.done.Go(r.expireAll)
+	return nil
 }
 
 // close ends the relay and all that it has open.
 func (r *relay) close() {
 	r.cancel()
-	r.listeners.close()
+	if r.listeners != nil {
+		r.listeners.close()
+	}
 	r.conns.closeAll()
 	r.flows.closeAll()
 	r.done.Wait()

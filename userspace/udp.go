@@ -51,11 +51,14 @@ type flow struct {
 	refused  atomic.Bool  // the endpoint's port is closed
 }
 
-func (f *flow) idle() time.Duration {
+// idleTimes are answerIdle and flowIdle, but in tests.
+type idleTimes struct{ answer, flow time.Duration }
+
+func (i idleTimes) of(f *flow) time.Duration {
 	if f.sent.Load() > 1 {
-		return flowIdle
+		return i.flow
 	}
-	return answerIdle
+	return i.answer
 }
 
 type flowTable struct {
@@ -234,8 +237,7 @@ func (r *relay) answer(f *flow) {
 	back := r.listeners.udp[f.key.origin]
 	from := sourceControl(f.key.id.addr(r.family))
 	for {
-		idle := f.idle()
-		f.socket.SetReadDeadline(time.Unix(0, f.last.Load()).Add(idle))
+		f.socket.SetReadDeadline(time.Unix(0, f.last.Load()).Add(r.idle.of(f)))
 		buffer, n, err := receive(raw)
 		switch {
 		case err == nil:
@@ -244,7 +246,7 @@ func (r *relay) answer(f *flow) {
 			back.WriteMsgUDPAddrPort((*buffer)[:n], from, f.key.client)
 			datagrams.Put(buffer)
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			if time.Since(time.Unix(0, f.last.Load())) >= f.idle() {
+			if time.Since(time.Unix(0, f.last.Load())) >= r.idle.of(f) {
 				return
 			}
 		case errors.Is(err, unix.ECONNREFUSED):

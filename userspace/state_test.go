@@ -1,0 +1,207 @@
+package userspace
+
+import (
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+// examplePlan has a Service port of every kind.
+func examplePlan(f proxier.Family) *proxier.Plan {
+	addr := func(v4, v6 string) netip.Addr {
+		if f == proxier.IPv6 {
+			return netip.MustParseAddr(v6)
+		}
+		return netip.MustParseAddr(v4)
+	}
+	prefix := func(v4, v6 string, bits4, bits6 int) netip.Prefix {
+		if f == proxier.IPv6 {
+			return netip.PrefixFrom(netip.MustParseAddr(v6), bits6)
+		}
+		return netip.PrefixFrom(netip.MustParseAddr(v4), bits4)
+	}
+	here := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(addr("10.244.1.1", "fd00:244::1"), 8080)}}}
+	all := &proxier.EndpointSet{Endpoints: append(slices.Clone(here.Endpoints),
+		proxier.Endpoint{AddrPort: netip.AddrPortFrom(addr("10.244.2.1", "fd00:244::2"), 8080)})}
+	none := &proxier.EndpointSet{}
+	vip := func(n int) netip.Addr {
+		return addr(fmt.Sprintf("10.96.0.%d", n), fmt.Sprintf("fd00:96::%x", n))
+	}
+	plan := &proxier.Plan{
+		Family: f,
+		Node: proxier.Node{
+			LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{prefix("10.244.1.0", "fd00:244::", 24, 64)}},
+			NodePortAddrs: proxier.NodePortAddrs{All: true},
+			ServiceCIDRs:  []netip.Prefix{prefix("10.96.0.0", "fd00:96::", 16, 112)},
+		},
+		Services: map[proxier.ServicePortName]*proxier.ServicePort{},
+	}
+	add := func(name string, p proxier.Protocol, affinity time.Duration, frontends ...proxier.Frontend) {
+		n := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "shop", Name: name}, Port: "main", Protocol: p}
+		plan.Services[n] = &proxier.ServicePort{Name: n, AffinityTimeout: affinity, Frontends: frontends, Serving: all}
+	}
+	add("web", proxier.TCP, time.Hour,
+		proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(1), Port: 80, Internal: all, External: all, Masquerade: proxier.FromOutside},
+		proxier.Frontend{Kind: proxier.LoadBalancerIP, Addr: addr("203.0.113.1", "2001:db8::1"), Port: 80, Internal: all, External: here,
+			Sources: []netip.Prefix{prefix("198.51.100.0", "2001:db8:1::", 24, 48)}},
+		proxier.Frontend{Kind: proxier.NodePort, Port: 30080, Internal: all, External: none, WhenEmpty: proxier.Drop})
+	add("dns", proxier.UDP, 0, proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(1), Port: 53, Internal: all, External: all})
+	add("empty", proxier.TCP, 0, proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(2), Port: 80, Internal: none, External: none})
+	add("calls", proxier.SCTP, 0, proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(3), Port: 2905, Internal: all, External: all})
+	return plan
+}
+
+func TestRender(t *testing.T) {
+	for _, f := range proxier.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			got, err := Render(proxier.Options{Family: f, MasqueradeMark: proxier.DefaultMasqueradeMark}, examplePlan(f))
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join("testdata", f.String()+".nft")
+			if *update {
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("the table differs from %s (-update rewrites it):\n%s", file, got)
+			}
+		})
+	}
+}
+
+// TestChangesAddUp makes many small changes, some of which fail, and compares
+// the kernel's sets with what one sync writes to an empty kernel.
+func TestChangesAddUp(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		random := rand.New(rand.NewPCG(1, 2))
+		full := examplePlan(w.family)
+		w.plan.Node = full.Node
+		w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+		names := slices.SortedFunc(maps.Keys(full.Services), proxier.ServicePortName.Compare)
+		for range 300 {
+			name := names[random.IntN(len(names))]
+			if random.IntN(3) == 0 {
+				delete(w.plan.Services, name)
+			} else {
+				w.plan.Services[name] = variantOf(full.Services[name], random)
+			}
+			if random.IntN(10) == 0 {
+				w.fail(name)
+			}
+			w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{Services: []proxier.ServicePortName{name}, Node: random.IntN(20) == 0}))
+		}
+		grown := w.contents()
+		w.must(Cleanup(w.family))
+		w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+		if fresh := w.contents(); grown != fresh {
+			t.Errorf("after many changes:\n%s\nwritten at once:\n%s", grown, fresh)
+		}
+		if n := len(w.p.state.pool.used); n != len(w.p.state.ids) {
+			t.Errorf("%d numbers are taken, %d frontends have one", n, len(w.p.state.ids))
+		}
+		if n := len(w.p.relay.targets.byID); n != len(w.p.state.ids) {
+			t.Errorf("the relay knows %d frontends, the table %d", n, len(w.p.state.ids))
+		}
+	})
+}
+
+// variantOf is the Service port with some frontends left out and some emptied.
+func variantOf(sp *proxier.ServicePort, random *rand.Rand) *proxier.ServicePort {
+	out := *sp
+	out.Frontends = nil
+	for _, fe := range sp.Frontends {
+		switch random.IntN(4) {
+		case 0:
+			continue
+		case 1:
+			fe.Internal = &proxier.EndpointSet{}
+		case 2:
+			fe.Sources = nil
+		}
+		out.Frontends = append(out.Frontends, fe)
+	}
+	return &out
+}
+
+// fail syncs a change that cannot be written.
+func (w *world) fail(name proxier.ServicePortName) {
+	w.t.Helper()
+	bad := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "shop", Name: "bad"}, Protocol: proxier.TCP}
+	w.plan.Services[bad] = &proxier.ServicePort{Name: bad, Frontends: []proxier.Frontend{{Addr: netip.MustParseAddr("::ffff:1.2.3.4"), Port: 1}}}
+	defer delete(w.plan.Services, bad)
+	if err := w.p.Sync(w.t.Context(), w.plan, proxier.Change{Services: []proxier.ServicePortName{name, bad}}); err == nil {
+		w.t.Error("an address of no family was written")
+	}
+}
+
+// contents lists the table's sets without the numbers of frontends.
+func (w *world) contents() string {
+	w.t.Helper()
+	var lines []string
+	for set := range setCount {
+		elements, err := w.p.table.Read(set)
+		w.must(err)
+		for _, e := range elements {
+			lines = append(lines, fmt.Sprintf("%s %x-%x %v %q", setNames[set], e.Key, e.KeyEnd, e.IntervalEnd, e.Comment))
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+func TestNumbers(t *testing.T) {
+	for _, f := range proxier.Families {
+		for _, id := range []frontendID{0, 1, 255, 256, 1<<idBits - 1} {
+			a := id.addr(f)
+			if got, ok := idOf(f, a); !ok || got != id || proxier.FamilyOf(a) != f {
+				t.Errorf("%d became %s and that %d, %v", id, a, got, ok)
+			}
+		}
+		if id, ok := idOf(f, netip.MustParseAddr("192.0.2.1")); ok {
+			t.Errorf("an address of somebody else became number %d", id)
+		}
+	}
+	p := newIDPool()
+	p.next = 1<<idBits - 1
+	a, _ := p.take()
+	b, _ := p.take()
+	p.giveBack(a)
+	c, _ := p.take()
+	if a != 1<<idBits-1 || b != 0 || c != 1 {
+		t.Errorf("took %d, %d and %d: a number that came free was given again at once", a, b, c)
+	}
+	if p.claim(b) || !p.claim(7) {
+		t.Error("claimed a number that is taken, or could not claim one that is free")
+	}
+}
+
+func TestFamiliesOfAddressesAreChecked(t *testing.T) {
+	good := examplePlan(proxier.IPv4)
+	for name, sp := range good.Services {
+		if err := validate(nftables.FamilyOf(proxier.IPv4), sp); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := validate(nftables.FamilyOf(proxier.IPv6), sp); err == nil {
+			t.Errorf("%s: IPv4 addresses pass for IPv6", name)
+		}
+	}
+}

@@ -1,0 +1,125 @@
+package userspace
+
+import (
+	"net"
+	"testing"
+	"time"
+)
+
+func TestFlowStaysAndMoves(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.echoUDP(0, 1)
+		w.serve(0, 0, 0)
+		// A connected socket hears only the address that it sent to.
+		c := w.dialUDP(0)
+		if got := w.askUDP(c); got != "0" {
+			t.Fatalf("%q answered", got)
+		}
+		w.serve(0, 0, 0, 1)
+		for range 10 {
+			if got := w.askUDP(c); got != "0" {
+				t.Fatalf("%q answered, though the flow's endpoint still serves", got)
+			}
+		}
+		if n := w.p.Stats().FlowsMade; n != 1 {
+			t.Errorf("%d flows were made, want 1", n)
+		}
+		w.serve(0, 0, 1)
+		if got := w.askUDP(c); got != "1" {
+			t.Errorf("%q answered, though it does not serve any more", got)
+		}
+		w.await("the end of the old flow", func() bool { return w.p.Stats().Flows == 1 })
+	})
+}
+
+func TestFlowMovesFromRefusingEndpoint(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.echoUDP(1)
+		w.serve(0, 0, 0, 1) // nobody is at 0
+		for range 10 {
+			if got := w.askUDP(w.dialUDP(0)); got != "1" {
+				t.Fatalf("%q answered", got)
+			}
+		}
+	})
+}
+
+func TestFlowAffinity(t *testing.T) {
+	w := newWorld(t, 4)
+	w.echoUDP(0, 1, 2)
+	w.serve(0, time.Hour, 0, 1, 2)
+	first := w.askUDP(w.dialUDP(0))
+	for range 20 {
+		if got := w.askUDP(w.dialUDP(0)); got != first {
+			t.Fatalf("%q answered, %q did before", got, first)
+		}
+	}
+}
+
+func TestIdleFlowsEnd(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.p.relay.idle = idleTimes{answer: 50 * time.Millisecond, flow: time.Hour}
+		w.echoUDP(0)
+		w.serve(0, 0, 0)
+		once, often := w.dialUDP(0), w.dialUDP(0)
+		w.askUDP(often)
+		w.askUDP(once)
+		w.askUDP(often)
+		w.await("the end of the flow that was one question", func() bool { return w.p.Stats().Flows <= 1 })
+		if got := w.askUDP(once); got != "0" {
+			t.Errorf("%q answered after the flow's end", got)
+		}
+	})
+}
+
+func TestFlowLimit(t *testing.T) {
+	w := newWorld(t, 4)
+	w.p.relay.limits.flows = 1
+	w.echoUDP(0)
+	w.serve(0, 0, 0)
+	first := w.dialUDP(0)
+	w.askUDP(first)
+	second := w.dialUDP(0)
+	second.Write([]byte("?"))
+	w.await("a refused datagram", func() bool { return w.p.Stats().Refused == 1 })
+	if got := w.askUDP(first); got != "0" {
+		t.Errorf("%q answered the flow that was there", got)
+	}
+}
+
+// TestLargeDatagram sends what fits into no packet.
+func TestLargeDatagram(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		size := make(chan int, 1)
+		c, err := net.ListenPacket("udp", w.endpoint(0).String())
+		w.must(err)
+		defer c.Close()
+		go func() {
+			b := make([]byte, maxDatagram)
+			for {
+				n, from, err := c.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				select {
+				case size <- n:
+				default:
+				}
+				c.WriteTo(b[:n], from)
+			}
+		}()
+		w.serve(0, 0, 0)
+		u := w.dialUDP(0)
+		b := make([]byte, 60000)
+		if _, err := u.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		if n := <-size; n != len(b) {
+			t.Errorf("endpoint got %d bytes of %d", n, len(b))
+		}
+		u.SetReadDeadline(time.Now().Add(patience))
+		if n, err := u.Read(make([]byte, maxDatagram)); n != len(b) || err != nil {
+			t.Errorf("client got %d bytes of %d, error %v", n, len(b), err)
+		}
+	})
+}
