@@ -131,6 +131,26 @@ func (d *device) add(a netip.Addr) error {
 	return nil
 }
 
+// settle waits until packets to addresses that were just added are taken for
+// the node's own: the kernel's IPv6 sees to that a moment after it has said that
+// the address is there. A connection that is quicker would be forwarded, and
+// could not be redirected any more.
+func (d *device) settle(addrs []netip.Addr) error {
+	if d.family != proxier.IPv6 {
+		return nil
+	}
+	end := time.Now().Add(10 * time.Second)
+	for _, a := range addrs {
+		for wait := 100 * time.Microsecond; !d.isLocal(a); wait = min(2*wait, 50*time.Millisecond) {
+			if time.Now().After(end) {
+				return fmt.Errorf("the kernel does not take %s on %s for an address of this node", a, deviceName)
+			}
+			time.Sleep(wait)
+		}
+	}
+	return nil
+}
+
 func (d *device) remove(a netip.Addr) error {
 	if err := d.nl.AddrDel(d.link, d.addr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 		return fmt.Errorf("take the address %s from %s: %w", a, deviceName, err)

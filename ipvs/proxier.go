@@ -192,6 +192,9 @@ func (p *Proxier) write(st *state, b *batch) error {
 		}
 		st.held[a] = true
 	}
+	if err := p.device.settle(b.newVIPs); err != nil {
+		return unknown(err)
+	}
 	for _, o := range b.shrink {
 		if err := p.do(st, o); err != nil {
 			return unknown(err)

@@ -1,6 +1,7 @@
 package ipvs
 
 import (
+	"embed"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -11,6 +12,11 @@ import (
 
 	"signalbox/proxier"
 )
+
+// golden goes into the test binary, which also runs where the files are not.
+//
+//go:embed testdata
+var golden embed.FS
 
 func options(f proxier.Family) proxier.Options {
 	return proxier.Options{Family: f, MasqueradeMark: proxier.DefaultMasqueradeMark}
@@ -26,7 +32,10 @@ func TestRender(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			want, err := os.ReadFile(file)
+			want, err := golden.ReadFile(file)
+			if *update {
+				want, err = os.ReadFile(file)
+			}
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -102,10 +102,11 @@ func TestListing(t *testing.T) {
 }
 
 // words sorts what is listed, for the kernel keeps elements in an order of its
-// own.
+// own. Where there is no /etc/protocols, nft lists numbers.
 func words(listing string) []string {
 	var lines []string
-	for line := range strings.Lines(strings.NewReplacer("elements = {", "\n", ",", "\n", " }", "\n").Replace(listing)) {
+	for line := range strings.Lines(strings.NewReplacer("elements = {", "\n", ",", "\n", " }", "\n",
+		"tcp . ", "6 . ", "udp . ", "17 . ", "sctp . ", "132 . ", "l4proto tcp", "l4proto 6", "l4proto udp", "l4proto 17", "l4proto sctp", "l4proto 132").Replace(listing)) {
 		if line = strings.TrimSpace(line); line != "" {
 			lines = append(lines, line)
 		}

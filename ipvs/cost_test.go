@@ -1,0 +1,66 @@
+package ipvs
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+// TestCost measures 10,000 Services with 10 endpoints each from nothing, and
+// the change of one endpoint, beside the nftables mode in the same kernel. What
+// is checked is the number of messages; times are for the log.
+func TestCost(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a minute on an emulated processor")
+	}
+	const services = 10_000
+	eachFamily(t, func(t *testing.T, w world) {
+		if w.family != proxier.IPv4 {
+			return // the other family costs the same
+		}
+		plan := proxiertest.Fleet(w.family, services, 10)
+		p, sent := start(t, w.family, nil)
+		nft, err := nftables.New(options(w.family))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nft.Close()
+		cold, one := figures(t, p, plan)
+		nftCold, nftOne := figures(t, nft, plan)
+		t.Logf("%d x 10 from nothing: ipvs %v, nftables %v, ratio %.2f", services, cold, nftCold, float64(cold)/float64(nftCold))
+		t.Logf("one endpoint replaced: ipvs %v, nftables %v, ratio %.2f", one, nftOne, float64(one)/float64(nftOne))
+		if want := services*11 + 2*rounds; len(sent.ops) != want {
+			t.Errorf("%d messages were sent, not %d", len(sent.ops), want)
+		}
+		again, sent := start(t, w.family, nil)
+		began := time.Now()
+		syncAll(t, again, plan)
+		t.Logf("%d x 10 read back by a new process: %v, with %d messages that change something", services, time.Since(began), len(sent.ops))
+	})
+}
+
+const rounds = 50
+
+// figures returns how long it takes to write everything, and on average to
+// replace one endpoint. The plan is as before afterwards.
+func figures(t *testing.T, p proxier.Proxier, plan *proxier.Plan) (cold, one time.Duration) {
+	t.Helper()
+	began := time.Now()
+	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		t.Fatal(err)
+	}
+	cold = time.Since(began)
+	began = time.Now()
+	for round := range rounds {
+		sp := proxiertest.FleetService(plan.Family, 500, 5000+(round+1)%2, 10)
+		plan.Services[sp.Name] = sp
+		if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return cold, time.Since(began) / rounds
+}

@@ -1,0 +1,440 @@
+package ipvs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"signalbox/node"
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+// eachFamily runs a test in a network namespace of its own for each family, or
+// skips it where the kernel has no IPVS; that of a virtual machine has.
+func eachFamily(t *testing.T, test func(t *testing.T, w world)) {
+	for _, family := range proxier.Families {
+		t.Run(family.String(), func(t *testing.T) {
+			inNamespace(t)
+			if err := Supported(family); err != nil {
+				if os.Getenv("SIGNALBOX_VM_RELEASE") != "" {
+					t.Fatal(err)
+				}
+				t.Skip(err)
+			}
+			lo, err := netlink.LinkByName("lo")
+			if err == nil {
+				err = netlink.LinkSetUp(lo)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			w := world{family}
+			give(t, lo, w.addr("192.0.2.200", "2001:db8::200"))
+			test(t, w)
+		})
+	}
+}
+
+func give(t *testing.T, link netlink.Link, a netip.Addr) {
+	t.Helper()
+	addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.IP(a.AsSlice()), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}, Flags: unix.IFA_F_NODAD}
+	if a.Is4() {
+		addr.Flags = 0
+	}
+	if err := netlink.AddrAdd(link, addr); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// counting counts the messages to IPVS.
+type counting struct {
+	kernel
+	ops []string
+}
+
+func (c *counting) do(o op) error {
+	c.ops = append(c.ops, o.String())
+	return c.kernel.do(o)
+}
+
+func start(t testing.TB, family proxier.Family, change func(*proxier.Options)) (*Proxier, *counting) {
+	t.Helper()
+	o := options(family)
+	if change != nil {
+		change(&o)
+	}
+	p, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &counting{kernel: p.kernel}
+	p.kernel = c
+	t.Cleanup(func() { p.Close() })
+	return p, c
+}
+
+func syncAll(t testing.TB, p *Proxier, plan *proxier.Plan) {
+	t.Helper()
+	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func syncOne(t testing.TB, p *Proxier, plan *proxier.Plan, sp *proxier.ServicePort) {
+	t.Helper()
+	plan.Services[sp.Name] = sp
+	if len(sp.Frontends) == 0 {
+		delete(plan.Services, sp.Name)
+	}
+	if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRestartWritesNothing checks that a second process finds all as it is to
+// be, and that a change costs a number of messages that does not depend on how
+// many Services and endpoints there are.
+func TestRestartWritesNothing(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w world) {
+		plan := w.example()
+		for i := range 50 {
+			sp := proxiertest.FleetService(w.family, i+100, 10*i, 10)
+			plan.Services[sp.Name] = sp
+		}
+		first, sent := start(t, w.family, nil)
+		syncAll(t, first, plan)
+		if len(sent.ops) < 500 {
+			t.Errorf("only %d messages made everything", len(sent.ops))
+		}
+		second, sent := start(t, w.family, nil)
+		syncAll(t, second, plan)
+		if len(sent.ops) != 0 {
+			t.Errorf("the second process sent %q", sent.ops)
+		}
+		syncOne(t, second, plan, proxiertest.FleetService(w.family, 100, 1, 10))
+		if len(sent.ops) != 2 {
+			t.Errorf("a moved endpoint took %q", sent.ops)
+		}
+		checkKernel(t, second)
+	})
+}
+
+// checkKernel compares what the kernel holds with what the Proxier takes it to
+// hold.
+func checkKernel(t *testing.T, p *Proxier) {
+	t.Helper()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	read, err := p.read(&ruleset{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := func(st *state) []string {
+		var lines []string
+		for key, s := range st.servers {
+			lines = append(lines, fmt.Sprint(key, s.scheduler))
+			for d, weight := range s.dests {
+				lines = append(lines, fmt.Sprint(key, d, weight))
+			}
+		}
+		for a := range st.held {
+			lines = append(lines, a.String())
+		}
+		slices.Sort(lines)
+		return lines
+	}
+	if diff := cmp.Diff(text(read), text(p.state)); diff != "" {
+		t.Errorf("-kernel +state:\n%s", diff)
+	}
+}
+
+// TestTuning checks what an operator can choose.
+func TestTuning(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w world) {
+		plan := w.example()
+		for _, scheduler := range []string{"lc", "wrr", "sh", "mh", "sed", "nq", "rr"} {
+			p, _ := start(t, w.family, func(o *proxier.Options) {
+				o.IPVS = proxier.IPVSTuning{Scheduler: scheduler, StrictARP: true, TCPTimeout: 5 * time.Minute, UDPTimeout: time.Minute}
+			})
+			syncAll(t, p, plan)
+			all, err := p.kernel.servers()
+			if err != nil || len(all) == 0 {
+				t.Fatal(len(all), err)
+			}
+			for key, s := range all {
+				if s.scheduler != scheduler {
+					t.Errorf("%s has the scheduler %s, not %s", key, s.scheduler, scheduler)
+				}
+			}
+		}
+		p, _ := start(t, w.family, func(o *proxier.Options) { o.IPVS.Scheduler = "nonsense" })
+		if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); !errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(err.Error(), "nonsense") {
+			t.Errorf("a scheduler that does not exist: %v", err)
+		}
+		want := map[string]string{"net/ipv4/vs/conntrack": "1", "net/ipv4/vs/expire_nodest_conn": "1", "net/ipv4/vs/expire_quiescent_template": "1"}
+		if w.family == proxier.IPv4 {
+			maps.Copy(want, map[string]string{"net/ipv4/conf/all/arp_ignore": "1", "net/ipv4/conf/all/arp_announce": "2"})
+		}
+		for name, value := range want {
+			if got, err := node.Sysctl(name); got != value || err != nil {
+				t.Errorf("%s is %s, not %s (%v)", name, got, value, err)
+			}
+		}
+	})
+}
+
+// TestOthersStay checks that virtual servers, addresses and tables of others
+// outlive everything that this mode does.
+func TestOthersStay(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w world) {
+		k, err := openKernel(w.family)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer k.close()
+		foreign := []serverKey{
+			{mark: 7}, {mark: 0x8000_0001}, {addr: w.addr("192.0.2.200", "2001:db8::200"), port: 30443, protocol: proxier.TCP},
+			{addr: w.external(77), port: 80, protocol: proxier.UDP},
+		}
+		dest := w.pods(99).Endpoints[0].AddrPort
+		for _, key := range foreign {
+			for _, o := range []op{{verb: addServer, key: key, scheduler: "wlc"}, {verb: addDest, key: key, dest: dest, weight: 5}} {
+				if err := k.do(o); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		check := func(when string) {
+			t.Helper()
+			for _, key := range foreign {
+				dests, err := k.dests(key)
+				if err != nil || len(dests) != 1 || dests[0].weight != 5 || dests[0].addr != dest {
+					t.Errorf("%s: %s has %v (%v)", when, key, dests, err)
+				}
+			}
+		}
+		p, _ := start(t, w.family, nil)
+		syncAll(t, p, w.example())
+		check("after a sync")
+		syncAll(t, p, w.plan())
+		p.drainOnce(time.Now().Add(2 * drainBound))
+		check("without Services")
+		p2, _ := start(t, w.family, nil)
+		syncAll(t, p2, w.example())
+		for range 2 { // the second time there is nothing
+			if err := Cleanup(w.family); err != nil {
+				t.Fatal(err)
+			}
+		}
+		check("after the cleanup")
+		all, err := k.servers()
+		if err != nil || len(all) != len(foreign) {
+			t.Errorf("left after the cleanup: %v (%v)", all, err)
+		}
+		if _, err := netlink.LinkByName(deviceName); err == nil {
+			t.Errorf("%s is left after the cleanup", deviceName)
+		}
+		word := map[proxier.Family]string{proxier.IPv4: "ip", proxier.IPv6: "ip6"}[w.family]
+		if out, err := exec.Command("nft", "list", "tables", word).CombinedOutput(); err != nil || strings.Contains(string(out), tableName) {
+			t.Errorf("tables after the cleanup: %s (%v)", out, err)
+		}
+	})
+}
+
+// serve echoes what comes to a TCP port of the node.
+func serve(t *testing.T, at netip.AddrPort) {
+	t.Helper()
+	l, err := net.Listen("tcp", at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				io.Copy(c, c)
+				c.Close()
+			}()
+		}
+	}()
+}
+
+func dial(t *testing.T, to netip.AddrPort) (*net.TCPConn, error) {
+	t.Helper()
+	c, err := net.DialTimeout("tcp", to.String(), 30*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	t.Cleanup(func() { c.Close() })
+	return c.(*net.TCPConn), nil
+}
+
+func echoes(c net.Conn) error {
+	if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+		return err
+	}
+	if _, err := c.Write([]byte("x")); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(c, make([]byte, 1))
+	return err
+}
+
+// TestOnlyServicesAtVirtualAddresses checks that a daemon of the node that
+// listens everywhere is not to be reached at virtual addresses, except where a
+// load balancer asks for the node's health.
+func TestOnlyServicesAtVirtualAddresses(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w world) {
+		serve(t, netip.AddrPortFrom(w.addr("0.0.0.0", "::"), 22))
+		serve(t, netip.AddrPortFrom(w.addr("0.0.0.0", "::"), 32000))
+		own := w.addr("192.0.2.200", "2001:db8::200")
+		plan := w.example()
+		own80 := w.service("own", proxier.TCP, nil, proxier.Frontend{Kind: proxier.ExternalIP, Addr: own, Port: 80, Internal: w.pods(1), External: w.pods(1)})
+		plan.Services[own80.Name] = own80
+		p, _ := start(t, w.family, nil)
+		syncAll(t, p, plan)
+		for to, open := range map[netip.AddrPort]bool{
+			netip.AddrPortFrom(w.vip(1), 22):         false,
+			netip.AddrPortFrom(w.vip(2), 32000):      false,
+			netip.AddrPortFrom(w.external(1), 22):    false,
+			netip.AddrPortFrom(w.external(1), 32000): true,
+			netip.AddrPortFrom(own, 22):              true, // an external IP that is the node's own
+			netip.AddrPortFrom(own, 32000):           true,
+		} {
+			c, err := dial(t, to)
+			if err == nil {
+				err = echoes(c)
+			}
+			switch {
+			case open && err != nil:
+				t.Errorf("%s: %v", to, err)
+			case !open && !errors.Is(err, syscall.ECONNREFUSED):
+				t.Errorf("%s is not refused: %v", to, err)
+			}
+		}
+	})
+}
+
+// TestDrain checks that a connection outlives its endpoint's place in the
+// Service and the Service itself, and that when it ends nothing stays.
+func TestDrain(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w world) {
+		own := w.addr("192.0.2.200", "2001:db8::200")
+		serve(t, netip.AddrPortFrom(own, 8080))
+		here := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(own, 8080)}}}
+		web := func(set *proxier.EndpointSet) *proxier.ServicePort {
+			return w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))
+		}
+		plan := w.plan(web(here))
+		p, sent := start(t, w.family, nil)
+		syncAll(t, p, plan)
+		to := netip.AddrPortFrom(w.vip(1), 80)
+		open := func() *net.TCPConn {
+			t.Helper()
+			c, err := dial(t, to)
+			if err == nil {
+				err = echoes(c)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c
+		}
+		c := open()
+		syncOne(t, p, plan, web(w.pods(5)))
+		if err := echoes(c); err != nil {
+			t.Errorf("its endpoint has left the Service: %v", err)
+		}
+		syncOne(t, p, plan, &proxier.ServicePort{Name: web(nil).Name})
+		if err := echoes(c); err != nil {
+			t.Errorf("the Service is gone: %v", err)
+		}
+		if _, err := dial(t, to); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("a new connection to the Service that is gone: %v", err)
+		}
+		// The Service comes back before the connection has ended.
+		syncOne(t, p, plan, web(here))
+		second := open()
+		if err := echoes(c); err != nil {
+			t.Errorf("the Service is back: %v", err)
+		}
+		syncOne(t, p, plan, &proxier.ServicePort{Name: web(nil).Name})
+		checkKernel(t, p)
+		// Resets are forgotten sooner than orderly ends.
+		for _, conn := range []*net.TCPConn{c, second} {
+			conn.SetLinger(0)
+			conn.Close()
+		}
+		waitFor(t, "nothing to be left", func() bool {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return len(p.state.servers) == 0 && len(p.state.held) == 0 && len(p.state.draining) == 0
+		})
+		checkKernel(t, p)
+		if len(sent.ops) == 0 || !strings.HasPrefix(sent.ops[len(sent.ops)-1], "-D ") {
+			t.Errorf("sent %q", sent.ops)
+		}
+		// And a bound ends what does not end.
+		syncOne(t, p, plan, web(here))
+		c = open()
+		syncOne(t, p, plan, &proxier.ServicePort{Name: web(nil).Name})
+		p.drainOnce(time.Now().Add(drainBound + time.Minute))
+		if p.state == nil || len(p.state.servers) != 0 || len(p.state.held) != 0 {
+			t.Errorf("left after the bound: %+v", p.state)
+		}
+		checkKernel(t, p)
+	})
+}
+
+func waitFor(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Minute); !done(); {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+		poll := time.NewTimer(50 * time.Millisecond)
+		<-poll.C
+	}
+}
+
+// TestRepair checks that what others changed is as it was after everything is
+// written anew.
+func TestRepair(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w world) {
+		p, sent := start(t, w.family, nil)
+		plan := w.example()
+		syncAll(t, p, plan)
+		p.mu.Lock()
+		before := p.state
+		p.mu.Unlock()
+		if err := Cleanup(w.family); err != nil { // somebody's idea of an empty node
+			t.Fatal(err)
+		}
+		sent.ops = nil
+		syncAll(t, p, plan)
+		if len(sent.ops) == 0 || len(before.servers) != len(p.state.servers) {
+			t.Errorf("%d messages made %d servers of %d", len(sent.ops), len(p.state.servers), len(before.servers))
+		}
+		checkKernel(t, p)
+	})
+}
