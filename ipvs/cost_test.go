@@ -33,13 +33,13 @@ func TestCost(t *testing.T) {
 		nftCold, nftOne := figures(t, nft, plan)
 		t.Logf("%d x 10 from nothing: ipvs %v, nftables %v, ratio %.2f", services, cold, nftCold, float64(cold)/float64(nftCold))
 		t.Logf("one endpoint replaced: ipvs %v, nftables %v, ratio %.2f", one, nftOne, float64(one)/float64(nftOne))
-		if want := services*11 + 2*rounds; len(sent.ops) != want {
-			t.Errorf("%d messages were sent, not %d", len(sent.ops), want)
+		if n, want := len(sent.take()), services*11+2*rounds; n != want {
+			t.Errorf("%d messages were sent, not %d", n, want)
 		}
 		again, sent := start(t, w.family, nil)
 		began := time.Now()
 		syncAll(t, again, plan)
-		t.Logf("%d x 10 read back by a new process: %v, with %d messages that change something", services, time.Since(began), len(sent.ops))
+		t.Logf("%d x 10 read back by a new process: %v, with %d messages that change something", services, time.Since(began), len(sent.take()))
 	})
 }
 

@@ -152,7 +152,7 @@ func (d *device) settle(addrs []netip.Addr) error {
 }
 
 func (d *device) remove(a netip.Addr) error {
-	if err := d.nl.AddrDel(d.link, d.addr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+	if err := d.nl.AddrDel(d.link, d.addr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) && !errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("take the address %s from %s: %w", a, deviceName, err)
 	}
 	return nil

@@ -40,6 +40,8 @@ type compiler struct {
 	before func(markKey) uint32
 	// numbered finds the marks that endpoints of a block have had so far.
 	numbered func(block uint32) map[netip.AddrPort]uint32
+	// claimed says which marks other Service ports of the batch have taken.
+	claimed map[uint32]bool
 	// foreign says whether another device than the mode's own holds a.
 	foreign func(a netip.Addr) bool
 	// class numbers a time-out of affinity.
@@ -245,7 +247,7 @@ func (c *compiler) newMark(i int, k markKey) (uint32, error) {
 		return c.out.bases[0] | class<<variantBits | uint32(i), err
 	}
 	mark := c.before(k)
-	if mark == 0 || mark == noEndpoints || isSticky(mark) || slices.Contains(c.out.bases, mark) {
+	if mark == 0 || mark == noEndpoints || isSticky(mark) || c.claimed[mark] || slices.Contains(c.out.bases, mark) {
 		var err error
 		if mark, err = c.pool.takeSet(); err != nil {
 			return 0, err
@@ -263,7 +265,7 @@ func (c *compiler) takeBlock() error {
 	for i := range c.port.Frontends {
 		for _, internal := range []bool{false, true} {
 			mark := c.before(markKey{c.port.Frontends[i].Key(c.port.Name.Protocol), internal})
-			if mark != 0 && isSticky(mark) {
+			if mark != 0 && isSticky(mark) && !c.claimed[baseOf(mark)] {
 				c.pool.hold(mark)
 				c.out.bases = []uint32{baseOf(mark)}
 				return nil

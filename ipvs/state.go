@@ -103,14 +103,20 @@ func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName, comp
 	}
 	want := make(map[serverKey]*wanted)
 	owner := make(map[serverKey]proxier.ServicePortName)
+	claimed := make(map[uint32]bool)
 	var keys []serverKey
 	for _, name := range names {
 		old := st.records[name]
 		var r *record
 		if port := plan.Services[name]; port != nil {
 			var err error
-			if r, err = compilerOf(name).compile(port); err != nil {
+			c := compilerOf(name)
+			c.claimed = claimed
+			if r, err = c.compile(port); err != nil {
 				return fail(err)
+			}
+			for _, base := range r.bases {
+				claimed[base] = true
 			}
 		}
 		b.old, b.new = append(b.old, old), append(b.new, r)

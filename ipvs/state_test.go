@@ -333,3 +333,30 @@ func TestMarkPool(t *testing.T) {
 		t.Errorf("got %#x", m)
 	}
 }
+
+// TestMarksPartWays checks that two Service ports which come by frontends of one
+// do not share its mark.
+func TestMarksPartWays(t *testing.T) {
+	w := world{proxier.IPv4}
+	set := w.pods(1)
+	port := func(n uint16) proxier.Frontend {
+		return proxier.Frontend{Kind: proxier.NodePort, Port: n, Internal: set, External: set}
+	}
+	for _, timeout := range []time.Duration{0, time.Hour} {
+		one, other := w.service("one", proxier.TCP, set, port(30001)), w.service("other", proxier.TCP, set, port(30002))
+		one.AffinityTimeout, other.AffinityTimeout = timeout, timeout
+		mark := setFirst + 5
+		if timeout > 0 {
+			mark = stickySpace + 5<<blockBits
+		}
+		p := &Proxier{IPFamily: nftables.FamilyOf(w.family), tuning: proxier.IPVSTuning{Scheduler: "rr"}}
+		st := newState(&ruleset{IPFamily: p.IPFamily})
+		b, err := st.stage(w.plan(one, other), []proxier.ServicePortName{one.Name, other.Name}, p.compiler(st, func(markKey) uint32 { return mark }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first, second := b.new[0].bases[0], b.new[1].bases[0]; first != mark || second == mark {
+			t.Errorf("the mark %#x became %#x and %#x", mark, first, second)
+		}
+	}
+}
