@@ -47,6 +47,9 @@ func (e *restoreError) Error() string {
 
 func (e *restoreError) Unwrap() error { return e.err }
 
+// errNotPermitted is about the process, not about any rule.
+var errNotPermitted = errors.New("this process may not change rules")
+
 // apply makes the kernel take the script. An error wraps
 // proxier.ErrUnknownState where a table may have taken effect.
 func (t *tools) apply(ctx context.Context, s *script) error {
@@ -73,7 +76,10 @@ func (t *tools) apply(ctx context.Context, s *script) error {
 	}
 	err = error(e)
 	var exit *exec.ExitError
-	if errors.As(e.err, &exit) && exit.ExitCode() == exitLocked {
+	switch {
+	case strings.Contains(e.msg, "Permission denied"):
+		err = fmt.Errorf("%w: %w", errNotPermitted, e)
+	case errors.As(e.err, &exit) && exit.ExitCode() == exitLocked && strings.Contains(e.msg, "lock"):
 		err = fmt.Errorf("another program has held the lock of iptables (%s) for %s: %w", t.lockFile(), t.wait, e)
 	}
 	if len(s.commits) > 1 && (e.line == 0 || s.committedBefore(e.line)) {

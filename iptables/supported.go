@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"os"
 	"time"
 
@@ -82,6 +83,11 @@ func (t *tools) feature(i int) (table, string) {
 
 // unsupported blames the table where not even an empty chain can be made.
 func (t *tools) unsupported(ctx context.Context, feature string, in table, err error) error {
+	if errors.Is(err, errNotPermitted) {
+		return &proxier.UnsupportedError{
+			Mode: Mode, Family: t.family, Missing: "the capability CAP_NET_ADMIN", Remedy: "run as root or give it to the container", Err: err,
+		}
+	}
 	var empty [tableCount][]string
 	empty[in] = []string{" -j RETURN"}
 	if tableErr := t.tryRules(ctx, empty); tableErr != nil {

@@ -22,7 +22,8 @@ const maxInterrupted = 10
 var errNoAddrs = errors.New("the kernel named no address at all")
 
 // Addrs returns the addresses of this node's interfaces in both families, each
-// once, loopback included, in the kernel's order of interfaces. Temporary and
+// once, loopback included: those of the interface that has the default route
+// come first, then the kernel's order of interfaces. Temporary and
 // deprecated IPv6 addresses come last: they are the node's, and nobody should
 // be sent to them. IPv6 link-local addresses are left out: they mean nothing
 // without an interface beside them. The list is never empty without an error.
@@ -52,14 +53,38 @@ func addrs(h *netlink.Handle) ([]netip.Addr, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listing this node's addresses: %w", err)
 	}
-	out := ordered(list)
+	out := ordered(list, defaultLink(h))
 	if len(out) == 0 {
 		return nil, fmt.Errorf("listing this node's addresses: %w", errNoAddrs)
 	}
 	return out, nil
 }
 
-func ordered(list []netlink.Addr) []netip.Addr {
+// defaultLink is the index of the interface that the default route leaves by,
+// IPv4's before IPv6's, or 0. Where routes cannot be read, no order is lost
+// that anybody could rely on.
+func defaultLink(h *netlink.Handle) int {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, _ := h.RouteListFiltered(family, &netlink.Route{}, netlink.RT_FILTER_DST)
+		for _, r := range routes {
+			if r.LinkIndex > 0 && (r.Type == unix.RTN_UNICAST || r.Type == 0) {
+				return r.LinkIndex
+			}
+		}
+	}
+	return 0
+}
+
+func ordered(list []netlink.Addr, first int) []netip.Addr {
+	slices.SortStableFunc(list, func(a, b netlink.Addr) int {
+		switch {
+		case a.LinkIndex == first && b.LinkIndex != first:
+			return -1
+		case a.LinkIndex != first && b.LinkIndex == first:
+			return 1
+		}
+		return 0
+	})
 	var out, last []netip.Addr
 	seen := map[netip.Addr]bool{}
 	for _, a := range list {

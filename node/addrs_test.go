@@ -73,7 +73,7 @@ func TestOrder(t *testing.T) {
 	got := ordered([]netlink.Addr{
 		*address("127.0.0.1/8", 0), *address("2001:db8::2/64", unix.IFA_F_TEMPORARY), *address("2001:db8::3/64", unix.IFA_F_DEPRECATED),
 		*address("2001:db8::4/64", unix.IFA_F_DADFAILED), *address("2001:db8::1/64", 0), *address("192.0.2.1/24", 0), *address("2001:db8::1/128", 0),
-	})
+	}, 0)
 	want := []string{"127.0.0.1", "2001:db8::1", "192.0.2.1", "2001:db8::2", "2001:db8::3"}
 	if !slices.EqualFunc(got, want, func(a netip.Addr, s string) bool { return a.String() == s }) {
 		t.Errorf("ordered = %v, want %v", got, want)
@@ -195,4 +195,20 @@ func TestWatchNeverShrinksToNothing(t *testing.T) {
 		}
 		return slices.Contains(a, netip.MustParseAddr("192.0.2.8"))
 	})
+}
+
+func TestDefaultRouteComesFirst(t *testing.T) {
+	on := func(link int, cidr string) netlink.Addr {
+		a, err := netlink.ParseAddr(cidr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.LinkIndex = link
+		return *a
+	}
+	got := ordered([]netlink.Addr{on(1, "127.0.0.1/8"), on(2, "10.244.1.1/24"), on(3, "192.168.9.1/24"), on(3, "fd00::1/64")}, 3)
+	want := []netip.Addr{netip.MustParseAddr("192.168.9.1"), netip.MustParseAddr("fd00::1"), netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("10.244.1.1")}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
 }
