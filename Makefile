@@ -6,7 +6,7 @@ GO ?= go
 BIN := bin/signalbox
 # What the tests, the demo and the benchmarks run besides Go. The daemon itself
 # needs none of it in nftables mode.
-PACKAGES := nftables iptables iproute2
+PACKAGES := nftables iptables iproute2 qemu-system-x86
 
 .PHONY: build
 build: ## the binary, statically linked

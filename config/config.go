@@ -208,6 +208,8 @@ func (f *Flags) checkDetectLocal(c *Config) error {
 		return fmt.Errorf("--detect-local-mode=%s: not one of ClusterCIDR, NodeCIDR, BridgeInterface and InterfaceNamePrefix", s.DetectLocal)
 	case need.flag != "" && need.value == "":
 		return fmt.Errorf("--detect-local-mode=%s needs %s", s.DetectLocal, need.flag)
+	case strings.ContainsAny(need.value, "/ \t\n"):
+		return fmt.Errorf("%s=%q: not the name of an interface", need.flag, need.value)
 	case len(need.value) > 15:
 		return fmt.Errorf("%s=%s: the kernel's interface names have at most 15 characters", need.flag, need.value)
 	case s.DetectLocal == proxier.DetectLocalClusterCIDR && f.clusterCIDR == "":

@@ -24,7 +24,7 @@ type Mode struct {
 	// New makes the mode work in the network namespace of the calling thread.
 	New func(proxier.Options) (proxier.Proxier, error)
 	// Render writes what New's Proxier would put into the kernel for a plan,
-	// as the text that the kernel's own tool for it reads.
+	// in the words in which the kernel's own tool for it lists rules.
 	Render func(proxier.Options, *proxier.Plan) (string, error)
 	// Cleanup removes everything that the mode ever put into the kernel.
 	Cleanup func(proxier.Family) error

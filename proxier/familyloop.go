@@ -192,8 +192,16 @@ func (f *familyLoop) try(ctx context.Context, plan *Plan, change Change) (err er
 			f.all = false
 		}
 	}()
+	slow := time.AfterFunc(slowSync, func() {
+		f.opts.Logger.Warn("a sync takes long; changes wait for it, what was served before still is",
+			"family", f.family.String(), "servicePorts", len(change.Services), "everything", change.All, "for", slowSync)
+	})
+	defer slow.Stop()
 	return f.proxier.Sync(ctx, plan, change)
 }
+
+// slowSync is after how long a sync is worth a line in the log.
+const slowSync = 10 * time.Second
 
 // done notes what is in the kernel now.
 func (f *familyLoop) done(names []ServicePortName) {

@@ -184,6 +184,9 @@ func (l *Loop) update() bool {
 	}
 	first := !l.settled
 	l.settled = true
+	if first {
+		l.warnOfGuesses()
+	}
 	names, node := l.tracker.takeDirty()
 	for _, f := range l.families {
 		if got.resync && !f.all {
@@ -200,6 +203,18 @@ func (l *Loop) update() bool {
 		}
 	}
 	return true
+}
+
+// warnOfGuesses names what the settings need to know of the Node object and do
+// not: it may still come.
+func (l *Loop) warnOfGuesses() {
+	s, n := &l.opts.Settings, &l.tracker.node
+	if s.DetectLocal == DetectLocalNodeCIDR && len(n.podCIDRs) == 0 {
+		l.opts.Logger.Warn("this node's Pod ranges are not known, so its Pods cannot be told from other traffic until a Node object says them", "node", l.opts.NodeName)
+	}
+	if s.NodePortAddresses.Primary && len(n.addresses) == 0 {
+		l.opts.Logger.Warn("this node's own address is not known: until a Node object says it, NodePorts are served at the first address of the interface with the default route", "node", l.opts.NodeName)
+	}
 }
 
 // plan resolves the named Services and those that gain or lose a frontend by

@@ -22,8 +22,9 @@ func renderCommand() *cobra.Command {
 		Short: "Print the rules that a mode would write for the manifests of a directory",
 		Long: `Prints what "run" would put into the kernel for the manifests of a directory:
 nothing is written, no privileges are needed, and the same manifests give the
-same text on every machine. Take an nftables rendering as something to read: the
-daemon speaks to the kernel directly.`,
+same text on every machine. IPv4 comes first, then IPv6, each below a line that
+says so. An nftables rendering is something to read: the daemon speaks to the
+kernel directly, and nft cannot load all that the kernel can hold.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := flags.Config()
@@ -50,7 +51,7 @@ daemon speaks to the kernel directly.`,
 				if err != nil {
 					return fmt.Errorf("rendering %s for %s: %w", mode.Name, plan.Family, err)
 				}
-				fmt.Fprint(cmd.OutOrStdout(), text)
+				fmt.Fprintf(cmd.OutOrStdout(), "# %s\n%s\n", plan.Family, text)
 			}
 			return nil
 		},

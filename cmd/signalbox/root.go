@@ -21,7 +21,7 @@ func rootCommand() *cobra.Command {
 	root.Short = "Make Kubernetes Services work on this node, in the place of kube-proxy"
 	root.SilenceUsage = true
 	root.SilenceErrors = true
-	root.PersistentFlags().IntVarP(&l.verbosity, "v", "v", 0, "how much is logged: 0 for what an operator acts on, 2 for each sync, 4 for everything")
+	root.PersistentFlags().IntVarP(&l.verbosity, "v", "v", 0, "how much is logged: 0 for what an operator acts on, 2 and above for every sync too")
 	root.PersistentFlags().StringVar(&l.format, "logging-format", "text", "text or json")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return l.install() }
 	root.CompletionOptions.HiddenDefaultCmd = true
