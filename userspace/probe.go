@@ -40,6 +40,14 @@ func Supported(f proxier.Family) error {
 		return missing("something that the rules need",
 			"the kernel needs CONFIG_NF_TABLES with NAT, CONFIG_NFT_SOCKET, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_FIB_IPV6, CONFIG_NFT_REJECT and CONFIG_NFT_CT, of release 5.6 or later", err)
 	}
+	r, err := newRoutes(f, proxier.DefaultMasqueradeMark)
+	if err == nil {
+		err = r.try()
+		r.close()
+	}
+	if err != nil {
+		return missing("routing by rules", "the kernel needs CONFIG_IP_MULTIPLE_TABLES and CONFIG_IPV6_MULTIPLE_TABLES; IPv6 must not be disabled", err)
+	}
 	l, err := listen(f)
 	if err != nil {
 		return missing("a socket for captured traffic", "run as root; for IPv6 it must not be disabled", err)

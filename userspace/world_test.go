@@ -37,12 +37,14 @@ type world struct {
 // namespace, and ends with the test's goroutine.
 func newWorld(t testing.TB, f proxier.Family) *world {
 	t.Helper()
-	runtime.LockOSThread()
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatalf("new network namespace (this test needs root): %v", err)
+	if os.Getenv(inOwnProcess) == "" {
+		runtime.LockOSThread()
+		ns, err := netns.New()
+		if err != nil {
+			t.Fatalf("new network namespace (this test needs root): %v", err)
+		}
+		t.Cleanup(func() { ns.Close() })
 	}
-	t.Cleanup(func() { ns.Close() })
 	w := &world{t: t, family: f, plan: &proxier.Plan{
 		Family: f, Node: proxier.Node{NodePortAddrs: proxier.NodePortAddrs{All: true}},
 		Services: map[proxier.ServicePortName]*proxier.ServicePort{},
@@ -51,7 +53,7 @@ func newWorld(t testing.TB, f proxier.Family) *world {
 	w.must(err)
 	w.must(netlink.LinkSetUp(lo))
 	for n := range 4 {
-		w.must(netlink.AddrAdd(lo, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(w.endpoint(n).Addr(), f.HostBits())), Flags: unix.IFA_F_NODAD}))
+		w.must(netlink.AddrReplace(lo, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(w.endpoint(n).Addr(), f.HostBits())), Flags: unix.IFA_F_NODAD}))
 	}
 	// The kernel makes an IPv6 address one of the node's a moment later.
 	for n := range 4 {
@@ -61,7 +63,7 @@ func newWorld(t testing.TB, f proxier.Family) *world {
 		})
 	}
 	// Something must route virtual addresses before their packets are captured.
-	w.must(netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(netip.PrefixFrom(w.vip(0).Addr(), f.HostBits()-8))}))
+	w.must(netlink.RouteReplace(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(netip.PrefixFrom(w.vip(0).Addr(), f.HostBits()-8))}))
 	w.p = w.proxier()
 	return w
 }

@@ -1,0 +1,92 @@
+package userspace
+
+import (
+	"errors"
+	"os"
+	"testing"
+
+	nft "github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// TestCleanupLeavesNothing compares the namespace before and after.
+func TestCleanupLeavesNothing(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		before := w.kernel()
+		for range 2 { // also where a table is there already
+			w.serve(0, 0, 0)
+			w.p.state = nil
+		}
+		if during := w.kernel(); during == before {
+			t.Fatal("nothing was written")
+		}
+		for range 2 { // also where nothing is there any more
+			w.must(Cleanup(w.family))
+		}
+		if after := w.kernel(); after != before {
+			t.Errorf("there are %+v, there were %+v", after, before)
+		}
+	})
+}
+
+// kernelObjects counts what the mode may have made.
+type kernelObjects struct{ tables, rules, routes int }
+
+func (w *world) kernel() (k kernelObjects) {
+	w.t.Helper()
+	conn, err := nft.New()
+	w.must(err)
+	tables, err := conn.ListTables()
+	w.must(err)
+	family := (&routes{family: w.family}).number()
+	rules, err := netlink.RuleList(family)
+	w.must(err)
+	found, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	w.must(err)
+	return kernelObjects{len(tables), len(rules), len(found)}
+}
+
+func TestSupported(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.must(Supported(w.family))
+		w.serve(0, 0, 0)
+		before := w.kernel()
+		w.must(Supported(w.family)) // while one is at work
+		if after := w.kernel(); after != before {
+			t.Errorf("the probe left %+v, there were %+v", after, before)
+		}
+	})
+}
+
+func TestUnsupportedSaysWhatIsMissing(t *testing.T) {
+	w := newWorld(t, proxier.IPv6)
+	for _, conf := range []string{"all", "lo"} {
+		w.must(os.WriteFile("/proc/sys/net/ipv6/conf/"+conf+"/disable_ipv6", []byte("1"), 0o644))
+	}
+	var missing *proxier.UnsupportedError
+	if err := Supported(proxier.IPv6); !errors.As(err, &missing) || missing.Family != proxier.IPv6 || missing.Mode != Mode {
+		t.Errorf("without IPv6 Supported answers %v, want an UnsupportedError for it", err)
+	}
+}
+
+// TestSCTPIsRefused looks at what the rules say of a port that is not relayed.
+func TestSCTPIsRefused(t *testing.T) {
+	plan := examplePlan(proxier.IPv4)
+	for name, sp := range plan.Services {
+		if name.Protocol != proxier.SCTP {
+			continue
+		}
+		f := nftables.FamilyOf(proxier.IPv4)
+		for _, e := range compile(f, sp, nil) {
+			if e.Set() != rejected && e.Set() != clusterIPs {
+				t.Errorf("an SCTP port is in %s", setNames[e.Set()])
+			}
+		}
+		return
+	}
+	t.Fatal("the example has no SCTP port")
+}
