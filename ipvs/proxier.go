@@ -248,6 +248,9 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 	for _, a := range b.newVIPs {
 		add = append(add, vipElement(a))
 	}
+	if len(add)+len(b.remove) == 0 && !b.node && b.knownTimeouts == len(st.rules.timeouts) {
+		return nil // as when an endpoint comes or goes
+	}
 	t.RemoveElements(bySet(b.remove))
 	t.AddElements(bySet(add))
 	return t.Commit()
