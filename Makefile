@@ -33,7 +33,11 @@ contract: deps ## every mode against the contract suite, with real packets
 
 .PHONY: e2e
 e2e: deps build ## the real binary against a real kube-apiserver and etcd
-	cd e2e && $(GO) test -timeout 40m ./...
+	cd e2e && $(GO) test -timeout 40m . ./cluster/...
+
+.PHONY: vm
+vm: deps ## the contract suite on Debian's kernel in QEMU: IPVS, SCTP, and an older nf_tables
+	cd e2e && $(GO) test -timeout 90m ./vm/...
 
 .PHONY: demo
 demo: deps build ## a lab on this machine, every mode, real connections
