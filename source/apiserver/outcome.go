@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
 	"syscall"
 	"time"
@@ -14,6 +15,10 @@ import (
 
 // repeatAfter is how often a failure that lasts is logged.
 const repeatAfter = time.Minute
+
+// errNoAnswer stands for the error that client-go withholds when a watch gets
+// no answer.
+var errNoAnswer = errors.New("the connection timed out or was closed before an answer came")
 
 // outcome follows whether requests for one resource succeed, and logs when
 // that changes. The lists and watches of a reflector come from one goroutine or
@@ -69,6 +74,7 @@ func (o *outcome) note(ctx context.Context, verb string, err error) {
 
 // explain says in a few words what an operator should look at.
 func explain(resource string, err error) string {
+	var network net.Error
 	switch {
 	case apierrors.IsUnauthorized(err):
 		return "the credentials are not accepted"
@@ -79,9 +85,11 @@ func explain(resource string, err error) string {
 	case apierrors.IsTooManyRequests(err), apierrors.IsServiceUnavailable(err):
 		return "the server is overloaded or starting"
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return "nothing listens at its address"
+		return "nothing listens at its address; look at --master or the kubeconfig's server, and whether the API server runs"
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
 		return "there is no route to its address"
+	case errors.Is(err, errNoAnswer), errors.As(err, &network) && network.Timeout():
+		return "no answer comes from its address; look for a packet filter on the way, and whether the API server hangs"
 	}
 	return "the request failed"
 }

@@ -216,12 +216,25 @@ func listWatch[L runtime.Object](
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 			restrict(&o)
 			w, err := watchFunc(ctx, o)
-			// A list that cannot be had as a stream is asked for plainly, and
-			// how that ends counts.
-			if err == nil || o.SendInitialEvents == nil {
+			switch {
+			case err == nil && reflect.TypeOf(w) == emptyWatch:
+				out.note(ctx, "watch", errNoAnswer)
+			case o.SendInitialEvents != nil && cannotStream(err):
+				// The list is asked for plainly now, and how that ends counts.
+			default:
 				out.note(ctx, "watch", err)
 			}
 			return w, err
 		},
 	}
 }
+
+// emptyWatch is what client-go returns, without an error, in place of a watch
+// whose connection timed out or was closed before the server answered.
+var emptyWatch = reflect.TypeOf(watch.NewEmptyWatch())
+
+// cannotStream tells whether the server refused no more than to send a list as
+// a stream, as those do that know no such request or have it switched off. All
+// else has to be noted at once: where nothing listens, the reflector tries the
+// stream for ever and never asks for the list plainly.
+func cannotStream(err error) bool { return apierrors.IsInvalid(err) || apierrors.IsBadRequest(err) }

@@ -34,14 +34,20 @@ type server struct {
 
 func newServer(t *testing.T) (*server, kubernetes.Interface) {
 	t.Helper()
-	s := &server{t: t, version: "10", feed: make(chan *watch.Event)}
-	h := httptest.NewServer(s)
-	t.Cleanup(h.Close)
-	client, err := Client(ClientOptions{Master: h.URL, QPS: 1000, Burst: 1000})
+	s, host := newServerAt(t)
+	client, err := Client(ClientOptions{Master: host, QPS: 1000, Burst: 1000})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s, client
+}
+
+func newServerAt(t *testing.T) (*server, string) {
+	t.Helper()
+	s := &server{t: t, version: "10", feed: make(chan *watch.Event)}
+	h := httptest.NewServer(s)
+	t.Cleanup(h.Close)
+	return s, h.URL
 }
 
 func (s *server) set(version string, refuse int, objects ...*corev1.Service) {

@@ -43,15 +43,15 @@ func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source
 // Run tells the sink what the API server says until ctx ends, and returns nil
 // then. An API server that cannot be reached or refuses is asked again and
 // again; what it said before stays with the sink.
+//
+// It does not wait for the reflectors, which sleep between tries without regard
+// for ctx; the sink hears nothing after Run has returned.
 func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
-	services, slices, node, cidrs := s.services(sink), s.endpointSlices(sink), s.node(sink), s.serviceCIDRs(sink)
-	done := make(chan struct{})
-	all := []*resource{services, slices, node, cidrs}
-	for _, r := range all {
-		go func() {
-			r.run(ctx)
-			done <- struct{}{}
-		}()
+	door := &gate{sink: sink}
+	defer door.shut()
+	services, slices, node, cidrs := s.services(door), s.endpointSlices(door), s.node(door), s.serviceCIDRs(door)
+	for _, r := range []*resource{services, slices, node, cidrs} {
+		go r.run(ctx)
 	}
 	if listed(ctx, services, slices) {
 		extras, cancel := context.WithTimeout(ctx, extrasWait)
@@ -59,9 +59,7 @@ func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
 		cancel()
 		sink.Synced()
 	}
-	for range all {
-		<-done
-	}
+	<-ctx.Done()
 	return nil
 }
 
