@@ -74,7 +74,7 @@ func newSets() []*nftables.Set {
 		toMark("internal-marks", frontend, "the same, where traffic of this node and its Pods goes elsewhere"),
 		toMark("nodeport-marks", nodePort, ""),
 		toMark("internal-nodeport-marks", nodePort, ""),
-		set("masquerade", fields{addr, proto, port, mark}, "frontend . origin"),
+		set("masqueraded", fields{addr, proto, port, mark}, "frontend . origin"),
 		set("nodeport-masquerade", fields{proto, port, mark}, "node port . origin"),
 		set("rejected", frontend, "frontends without endpoints"),
 		set("dropped", frontend, "frontends without endpoints that may be used here"),
