@@ -20,15 +20,14 @@ import (
 
 // The values of --mode.
 const (
-	ModeAuto      = "auto"
-	ModeNFTables  = "nftables"
-	ModeIPTables  = "iptables"
-	ModeUserspace = "userspace"
-	ModeIPVS      = "ipvs"
+	ModeAuto     = "auto"
+	ModeNFTables = "nftables"
+	ModeIPTables = "iptables"
+	ModeIPVS     = "ipvs"
 )
 
 // Modes lists what --mode takes.
-var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeIPVS, ModeUserspace}
+var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeIPVS}
 
 // Config is what an operator decided.
 type Config struct {

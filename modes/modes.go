@@ -12,7 +12,6 @@ import (
 	"signalbox/ipvs"
 	"signalbox/nftables"
 	"signalbox/proxier"
-	"signalbox/userspace"
 )
 
 // Mode is one dataplane.
@@ -52,13 +51,6 @@ var All = []Mode{
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
 		Render:    func(o proxier.Options, p *proxier.Plan) (string, error) { return ipvs.Render(o, p), nil },
 		Cleanup:   ipvs.Cleanup,
-	},
-	{
-		Name:      userspace.Mode,
-		Supported: userspace.Supported,
-		New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
-		Render:    userspace.Render,
-		Cleanup:   userspace.Cleanup,
 	},
 }
 
