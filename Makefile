@@ -6,7 +6,7 @@ GO ?= go
 BIN := bin/signalbox
 # What the tests, the demo and the benchmarks run besides Go. The daemon itself
 # needs none of it in nftables mode.
-PACKAGES := nftables iptables iproute2 qemu-system-x86
+PACKAGES := nftables iptables iproute2
 
 .PHONY: build
 build: ## the binary, statically linked
@@ -36,6 +36,7 @@ e2e: deps build ## the real binary against a real kube-apiserver and etcd
 	cd e2e && $(GO) test -timeout 40m . ./cluster/...
 
 .PHONY: vm
+vm: PACKAGES += qemu-system-x86
 vm: deps ## the contract suite on Debian's kernel in QEMU: IPVS, SCTP, and an older nf_tables
 	cd e2e && $(GO) test -timeout 90m ./vm/...
 

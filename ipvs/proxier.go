@@ -107,7 +107,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 // syncAll reads what there is and makes of it what is wanted.
 func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	rules := &ruleset{IPFamily: p.IPFamily, mark: p.mark, node: plan.Node, timeouts: timeoutsOf(plan)}
-	if err := rules.validateNode(); err != nil {
+	if err := rules.ValidateNode(rules.node); err != nil {
 		return err
 	}
 	if err := p.prepare(); err != nil {
@@ -145,7 +145,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 	if change.Node {
 		rules := *st.rules
 		rules.node = plan.Node
-		if err := rules.validateNode(); err != nil {
+		if err := rules.ValidateNode(rules.node); err != nil {
 			return err
 		}
 	}

@@ -23,7 +23,7 @@ func Render(opts proxier.Options, plan *proxier.Plan) string {
 	st.others = map[netip.Addr]bool{}
 	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS}
 	p.tuning.Scheduler = cmp.Or(p.tuning.Scheduler, defaultScheduler)
-	err := rules.validateNode()
+	err := rules.ValidateNode(rules.node)
 	var b *batch
 	if err == nil {
 		names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)

@@ -294,20 +294,3 @@ func (r *ruleset) nodeElements() []nftables.Element {
 	intervals(serviceCIDRs, r.node.ServiceCIDRs)
 	return list
 }
-
-// validateNode refuses facts that could not be written.
-func (r *ruleset) validateNode() error {
-	for _, list := range [][]netip.Prefix{r.node.LocalPods.Prefixes, r.node.ServiceCIDRs} {
-		for _, p := range list {
-			if !p.IsValid() || !r.Holds(p.Addr()) {
-				return fmt.Errorf("node: prefix %s is not of %s", p, r.Family)
-			}
-		}
-	}
-	for _, a := range r.node.NodePortAddrs.Addrs {
-		if !r.Holds(a) {
-			return fmt.Errorf("node: address for NodePorts %s is not of %s", a, r.Family)
-		}
-	}
-	return nil
-}

@@ -2,7 +2,9 @@ package nftables
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net/netip"
+	"slices"
 
 	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -67,3 +69,18 @@ func appendProto(b []byte, p proxier.Protocol) []byte { return append(b, byte(p)
 // appendID appends a value that the kernel holds in the machine's byte order:
 // an id or a slot.
 func appendID(b []byte, id uint32) []byte { return binary.NativeEndian.AppendUint32(b, id) }
+
+// ValidateNode refuses facts that could not be written as rules.
+func (f *family) ValidateNode(n proxier.Node) error {
+	for _, p := range slices.Concat(n.LocalPods.Prefixes, n.ServiceCIDRs) {
+		if !p.IsValid() || !f.holds(p.Addr()) {
+			return fmt.Errorf("node: prefix %s is not of %s", p, f.Family)
+		}
+	}
+	for _, a := range n.NodePortAddrs.Addrs {
+		if !f.holds(a) {
+			return fmt.Errorf("node: address for NodePorts %s is not of %s", a, f.Family)
+		}
+	}
+	return nil
+}

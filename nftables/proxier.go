@@ -59,7 +59,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 // old table, it goes too.
 func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
-	if err := rules.validateNode(); err != nil {
+	if err := rules.ValidateNode(rules.node); err != nil {
 		return err
 	}
 	old, before, err := p.recall(plan)
@@ -132,7 +132,7 @@ func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
 func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
 	if change.Node {
-		if err := rules.validateNode(); err != nil {
+		if err := rules.ValidateNode(rules.node); err != nil {
 			return err
 		}
 	}
@@ -198,19 +198,4 @@ func (r ruleset) chains(st *state) []chain {
 		chains = append(chains, c.chain(r.family))
 	}
 	return append(append(chains, r.nodeChains()...), r.baseChains()...)
-}
-
-// validateNode refuses facts that could not be written.
-func (r ruleset) validateNode() error {
-	for _, p := range slices.Concat(r.node.LocalPods.Prefixes, r.node.ServiceCIDRs) {
-		if !p.IsValid() || !r.holds(p.Addr()) {
-			return fmt.Errorf("node: prefix %s is not of %s", p, r.Family)
-		}
-	}
-	for _, a := range r.node.NodePortAddrs.Addrs {
-		if !r.holds(a) {
-			return fmt.Errorf("node: address for NodePorts %s is not of %s", a, r.Family)
-		}
-	}
-	return nil
 }

@@ -14,7 +14,7 @@ import (
 func Render(opts proxier.Options, plan *proxier.Plan) string {
 	f := familyOf(opts.Family)
 	rules := ruleset{f, opts.MasqueradeMark, plan.Node}
-	err := rules.validateNode()
+	err := rules.ValidateNode(rules.node)
 	var st *state
 	if err == nil {
 		st, err = newStateOf(f, plan, nil)

@@ -85,7 +85,7 @@ func Cleanup(f proxier.Family) error {
 func Render(opts proxier.Options, plan *proxier.Plan) (string, error) {
 	f := nftables.FamilyOf(opts.Family)
 	rules := ruleset{f, opts.MasqueradeMark, firstPorts, plan.Node}
-	if err := rules.validateNode(); err != nil {
+	if err := rules.ValidateNode(rules.node); err != nil {
 		return "", err
 	}
 	st := newState(f)

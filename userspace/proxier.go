@@ -97,7 +97,7 @@ func (p *Proxier) rules(plan *proxier.Plan) ruleset {
 
 // syncAll replaces the table. Frontends keep their numbers.
 func (p *Proxier) syncAll(plan *proxier.Plan) error {
-	if err := p.rules(plan).validateNode(); err != nil {
+	if err := p.rules(plan).ValidateNode(plan.Node); err != nil {
 		return err
 	}
 	if err := p.routes.ensure(); err != nil {
@@ -134,7 +134,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 	rules := p.rules(plan)
 	if change.Node {
-		if err := rules.validateNode(); err != nil {
+		if err := rules.ValidateNode(rules.node); err != nil {
 			return err
 		}
 	}
