@@ -23,17 +23,6 @@ func newModel() *model {
 	return m
 }
 
-func (m *model) clone() *model {
-	c := &model{}
-	for t := range m {
-		c[t] = maps.Clone(m[t])
-		for name, rules := range c[t] {
-			c[t][name] = slices.Clone(rules)
-		}
-	}
-	return c
-}
-
 // apply takes a script, table by table: seen is called after each COMMIT.
 func (m *model) apply(input string, seen func()) error {
 	var chains map[string][]string

@@ -81,13 +81,13 @@ func (m *model) do(o op) {
 	if (s == nil) != (o.verb == addServer) {
 		m.t.Fatalf("%s: the server's existence is the other way round", o)
 	}
-	switch _, exists := map[netip.AddrPort]int(nil)[o.dest]; o.verb {
+	switch o.verb {
 	case addServer:
 		m.servers[id] = &server{scheduler: o.scheduler, dests: map[netip.AddrPort]int{}}
 	case setServer:
 		s.scheduler = o.scheduler
 	case addDest, setDest, removeDest:
-		if _, exists = s.dests[o.dest]; exists == (o.verb == addDest) {
+		if _, exists := s.dests[o.dest]; exists == (o.verb == addDest) {
 			m.t.Fatalf("%s: the destination's existence is the other way round", o)
 		}
 		s.dests[o.dest] = o.weight

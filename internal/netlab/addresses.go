@@ -8,10 +8,6 @@ type Pair struct{ V4, V6 netip.Addr }
 // PrefixPair is a range of each IP family.
 type PrefixPair struct{ V4, V6 netip.Prefix }
 
-func pair(v4, v6 string) Pair {
-	return Pair{netip.MustParseAddr(v4), netip.MustParseAddr(v6)}
-}
-
 func prefixes(v4, v6 string) PrefixPair {
 	return PrefixPair{netip.MustParsePrefix(v4), netip.MustParsePrefix(v6)}
 }
