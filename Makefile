@@ -17,7 +17,8 @@ deps: ## install what is missing from Debian's packages
 	@hack/deps.sh $(PACKAGES)
 
 .PHONY: test
-test: deps build vet unit contract e2e ## everything
+test: PACKAGES += qemu-system-x86
+test: deps build vet unit contract e2e vm ## everything
 
 .PHONY: vet
 vet:
