@@ -226,7 +226,7 @@ func (f *Flags) checkIPVS(c *Config) error {
 	c.IPVS = f.ipvs
 	var wrong []error
 	name := f.ipvs.Scheduler
-	if len(name) > 15 || strings.ContainsFunc(name, func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_' }) {
+	if name != "" && !proxier.ValidScheduler(name) {
 		wrong = append(wrong, fmt.Errorf("--ipvs-scheduler=%s: not a name of a scheduler: at most 15 lower-case letters, digits and underscores", name))
 	}
 	for _, t := range []struct {
@@ -273,11 +273,12 @@ func parsePrefixes(flag string, texts []string) ([]netip.Prefix, error) {
 	return out, errors.Join(wrong...)
 }
 
-// ForMode returns the settings as the mode, once it is known, reads them:
-// nftables mode serves NodePorts at the Node's own address alone unless told
+// ForMode returns the settings as the mode, once it is known, reads them: ipvs
+// mode alone has schedulers, and nftables mode serves NodePorts at the Node's own address alone unless told
 // otherwise, as kube-proxy does since 1.31.
 func (c *Config) ForMode(mode string) proxier.Settings {
 	s := c.Settings
+	s.HasSchedulers = mode == ModeIPVS
 	if mode == ModeNFTables {
 		if len(s.NodePortAddresses.CIDRs) == 0 {
 			s.NodePortAddresses.Primary = true

@@ -144,6 +144,7 @@ func TestNodePortAddressesByMode(t *testing.T) {
 	}{
 		{ModeNFTables, "", true},
 		{ModeIPTables, "", false},
+		{ModeIPVS, "", false},
 		{ModeIPTables, "--nodeport-addresses=primary", true},
 		{ModeNFTables, "--nodeport-addresses=0.0.0.0/0", false},
 	} {
@@ -155,8 +156,9 @@ func TestNodePortAddressesByMode(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := c.ForMode(test.mode).NodePortAddresses.Primary; got != test.primary {
-			t.Errorf("mode %s with %q: primary is %v", test.mode, test.flag, got)
+		s := c.ForMode(test.mode)
+		if s.NodePortAddresses.Primary != test.primary || s.HasSchedulers != (test.mode == ModeIPVS) {
+			t.Errorf("mode %s with %q: primary is %v, schedulers %v", test.mode, test.flag, s.NodePortAddresses.Primary, s.HasSchedulers)
 		}
 	}
 }

@@ -45,6 +45,7 @@ type operator struct {
 	NodePortsAtPrimary bool
 	LocalhostNodePorts bool
 	IgnoreExternalIPs  bool
+	HasSchedulers      bool
 	LocalAddrs         []netip.Addr
 }
 
@@ -54,6 +55,7 @@ func (o *operator) settings() Settings {
 		PodBridgeInterface: o.Bridge, PodInterfaceNamePrefix: o.InterfacePrefix,
 		NodePortAddresses:  NodePortSelector{Primary: o.NodePortsAtPrimary, CIDRs: o.NodePortsAt},
 		LocalhostNodePorts: o.LocalhostNodePorts, IgnoreExternalIPs: o.IgnoreExternalIPs,
+		HasSchedulers: o.HasSchedulers,
 	}
 }
 

@@ -23,7 +23,7 @@ func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
 	return &resolver{
 		settings:  settings,
 		family:    family,
-		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone)},
+		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone), weighs: settings.HasSchedulers},
 		primary:   t.node.primary(family),
 		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
 	}
@@ -37,12 +37,13 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 	}
 	ports := make([]*ServicePort, 0, len(s.ports))
 	for _, port := range s.ports {
-		chosen := r.locality.choose(candidates(filed, r.family, port.name, port.protocol))
+		chosen := r.locality.choose(candidates(filed, r.family, port.name, port.protocol, s.weights))
 		ports = append(ports, &ServicePort{
 			Name:            ServicePortName{s.name, port.name, port.protocol},
 			AffinityTimeout: s.affinity,
 			Frontends:       r.frontends(s, port, chosen),
 			Serving:         chosen.serving,
+			Scheduler:       r.scheduler(s),
 		})
 	}
 	slices.SortFunc(ports, func(a, b *ServicePort) int { return a.Name.Compare(b.Name) })
@@ -50,6 +51,13 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 		ports[0].HealthCheckNodePort = s.healthCheckNodePort
 	}
 	return ports
+}
+
+func (r *resolver) scheduler(s *service) string {
+	if !r.settings.HasSchedulers {
+		return ""
+	}
+	return s.scheduler
 }
 
 func (r *resolver) serves(a netip.Addr) bool { return FamilyOf(a) == r.family }

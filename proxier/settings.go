@@ -45,6 +45,9 @@ type Settings struct {
 	LocalhostNodePorts bool
 	// IgnoreExternalIPs leaves spec.externalIPs out (KEP-5707).
 	IgnoreExternalIPs bool
+	// HasSchedulers says that the mode chooses endpoints by a scheduler and by
+	// weights, so that AnnotationScheduler and weights above 1 count.
+	HasSchedulers bool
 }
 
 // localPods is how this node's Pods are told apart in one family, given the

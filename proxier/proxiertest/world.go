@@ -110,6 +110,7 @@ func (w *world) configure(v variant) error {
 		PodInterfaceNamePrefix: "veth-",
 		LocalhostNodePorts:     setup.LocalhostNodePorts,
 		IgnoreExternalIPs:      setup.IgnoreExternalIPs,
+		HasSchedulers:          w.mode.HasSchedulers,
 	}
 	if setup.ClusterCIDR != "none" {
 		for _, family := range w.families {
