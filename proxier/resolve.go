@@ -97,7 +97,7 @@ func (r *resolver) frontends(s *service, port servicePort, chosen selection) []F
 // this way; where Pods cannot be told apart, nothing is.
 func (r *resolver) internal(s *service, chosen selection) Frontend {
 	f := Frontend{Internal: chosen.cluster, External: chosen.cluster}
-	if s.internalLocal {
+	if r.keepsLocal(s.internalLocal, chosen) {
 		f.Internal, f.External = chosen.local, chosen.local
 		f.WhenEmpty = whenNoneLocal(chosen)
 	}
@@ -116,13 +116,22 @@ func (r *resolver) internal(s *service, chosen selection) Frontend {
 // node's own source is rewritten on that way, as it may be an address that
 // endpoints cannot answer.
 func (r *resolver) external(s *service, chosen selection) Frontend {
-	if s.externalLocal {
-		return Frontend{
+	if r.keepsLocal(s.externalLocal, chosen) {
+		f := Frontend{
 			Internal: chosen.cluster, External: chosen.local,
 			WhenEmpty: whenNoneLocal(chosen), Masquerade: FromNode,
 		}
+		if r.settings.KubeProxyIPVSPolicies {
+			f.Internal = chosen.local
+		}
+		return f
 	}
 	return Frontend{Internal: chosen.cluster, External: chosen.cluster, Masquerade: FromAnywhere}
+}
+
+// keepsLocal says whether a traffic policy is Local in effect.
+func (r *resolver) keepsLocal(local bool, chosen selection) bool {
+	return local && (chosen.local.Len() > 0 || !r.settings.KubeProxyIPVSPolicies)
 }
 
 func whenNoneLocal(chosen selection) Verdict {

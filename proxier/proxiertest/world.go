@@ -111,6 +111,7 @@ func (w *world) configure(v variant) error {
 		LocalhostNodePorts:     setup.LocalhostNodePorts,
 		IgnoreExternalIPs:      setup.IgnoreExternalIPs,
 		HasSchedulers:          w.mode.HasSchedulers,
+		KubeProxyIPVSPolicies:  setup.KubeProxyIPVSPolicies,
 	}
 	if setup.ClusterCIDR != "none" {
 		for _, family := range w.families {
