@@ -78,6 +78,7 @@ type Flags struct {
 	podInterfaceNamePrefix string
 	nodePortAddresses      []string
 	ipvs                   proxier.IPVSTuning
+	kubeProxyIPVSPolicies  bool
 }
 
 // Add registers the flags with their defaults.
@@ -101,6 +102,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	fs.StringSliceVar(&f.nodePortAddresses, "nodeport-addresses", nil, `serve NodePorts only at local addresses inside these ranges, or only at the Node's own address with the single word "primary" (default: primary in nftables mode, all addresses in iptables mode)`)
 	fs.StringVar(&f.ipvs.Scheduler, "ipvs-scheduler", "", "ipvs mode: the kernel's scheduler that chooses endpoints, such as rr, wrr, lc, wlc, sed, nq, sh, dh or mh (default rr)")
 	fs.BoolVar(&f.ipvs.StrictARP, "ipvs-strict-arp", false, "ipvs mode: answer ARP only for addresses of the interface that is asked (arp_ignore=1, arp_announce=2)")
+	fs.BoolVar(&f.kubeProxyIPVSPolicies, "ipvs-kube-proxy-policies", false, "ipvs mode: traffic policies as in kube-proxy's ipvs mode: Local without an endpoint on this node falls back to those of other nodes, and this node's own Pods and processes follow externalTrafficPolicy too")
 	fs.DurationVar(&f.ipvs.TCPTimeout, "ipvs-tcp-timeout", 0, "ipvs mode: how long an idle TCP connection is remembered, in whole seconds; 0 leaves the kernel's value")
 	fs.DurationVar(&f.ipvs.TCPFinTimeout, "ipvs-tcpfin-timeout", 0, "ipvs mode: the same for a TCP connection that one side has closed")
 	fs.DurationVar(&f.ipvs.UDPTimeout, "ipvs-udp-timeout", 0, "ipvs mode: the same for a UDP flow")
@@ -115,6 +117,7 @@ func (f *Flags) Config() (*Config, error) {
 			MasqueradeAll: f.masqueradeAll, LocalhostNodePorts: f.localhostNodePorts,
 			DetectLocal:        proxier.DetectLocal(f.detectLocalMode),
 			PodBridgeInterface: f.podBridgeInterface, PodInterfaceNamePrefix: f.podInterfaceNamePrefix,
+			KubeProxyIPVSPolicies: f.kubeProxyIPVSPolicies,
 		},
 	}
 	var wrong []error
@@ -226,7 +229,7 @@ func (f *Flags) checkIPVS(c *Config) error {
 	c.IPVS = f.ipvs
 	var wrong []error
 	name := f.ipvs.Scheduler
-	if len(name) > 15 || strings.ContainsFunc(name, func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_' }) {
+	if name != "" && !proxier.ValidScheduler(name) {
 		wrong = append(wrong, fmt.Errorf("--ipvs-scheduler=%s: not a name of a scheduler: at most 15 lower-case letters, digits and underscores", name))
 	}
 	for _, t := range []struct {
@@ -237,7 +240,7 @@ func (f *Flags) checkIPVS(c *Config) error {
 			wrong = append(wrong, fmt.Errorf("--ipvs-%s-timeout=%v: must be whole seconds and not negative", t.flag, t.time))
 		}
 	}
-	if set := f.ipvs != (proxier.IPVSTuning{}); set && c.Mode != ModeIPVS {
+	if set := f.ipvs != (proxier.IPVSTuning{}) || f.kubeProxyIPVSPolicies; set && c.Mode != ModeIPVS {
 		c.Warnings = append(c.Warnings, "the --ipvs flags have no effect without --mode=ipvs")
 	}
 	return errors.Join(wrong...)
@@ -273,11 +276,13 @@ func parsePrefixes(flag string, texts []string) ([]netip.Prefix, error) {
 	return out, errors.Join(wrong...)
 }
 
-// ForMode returns the settings as the mode, once it is known, reads them:
-// nftables mode serves NodePorts at the Node's own address alone unless told
+// ForMode returns the settings as the mode, once it is known, reads them: ipvs
+// mode alone has schedulers and kube-proxy's deviations, and nftables mode serves NodePorts at the Node's own address alone unless told
 // otherwise, as kube-proxy does since 1.31.
 func (c *Config) ForMode(mode string) proxier.Settings {
 	s := c.Settings
+	s.HasSchedulers = mode == ModeIPVS
+	s.KubeProxyIPVSPolicies = s.KubeProxyIPVSPolicies && mode == ModeIPVS
 	if mode == ModeNFTables {
 		if len(s.NodePortAddresses.CIDRs) == 0 {
 			s.NodePortAddresses.Primary = true

@@ -30,6 +30,8 @@ type kernel interface {
 	dests(serverKey) ([]destination, error)
 	// do sends one message. That there is nothing to remove is no error.
 	do(op) error
+	// hasScheduler says whether the kernel has, or can load, a scheduler.
+	hasScheduler(name string) (bool, error)
 	setTimeouts(tcp, tcpFin, udp time.Duration) error
 	close()
 }
@@ -212,6 +214,25 @@ func (h *handle) dests(key serverKey) ([]destination, error) {
 		})
 	}
 	return dests, nil
+}
+
+// hasScheduler makes a virtual server for a moment, by a mark that no packet
+// has: the kernel tells nobody which schedulers there are.
+func (h *handle) hasScheduler(name string) (bool, error) {
+	probe := op{verb: addServer, key: serverKey{mark: noEndpoints}, scheduler: name}
+	err := h.do(probe)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return false, nil
+	case errors.Is(err, unix.EEXIST): // left by a process that was killed
+		if err = h.do(op{verb: removeServer, key: probe.key}); err == nil {
+			return h.hasScheduler(name)
+		}
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, h.do(op{verb: removeServer, key: probe.key})
 }
 
 func (h *handle) setTimeouts(tcp, tcpFin, udp time.Duration) error {

@@ -31,7 +31,8 @@ type Proxier struct {
 	kernel kernel
 	device *device
 	// state is nil until the first Sync, and after one that failed half-way.
-	state *state
+	state      *state
+	schedulers *schedulers
 	// last are the records of the last Sync that is known to have succeeded.
 	last map[proxier.ServicePortName]*record
 
@@ -65,12 +66,16 @@ func New(opts proxier.Options) (*Proxier, error) {
 		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, table: table, kernel: kernel, device: dev,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 	}
-	p.tuning.Scheduler = cmp.Or(p.tuning.Scheduler, defaultScheduler)
+	p.schedulers = newSchedulers(opts.IPVS.Scheduler, kernel.hasScheduler)
+	if !p.schedulers.has(p.schedulers.own) {
+		table.Close()
+		dev.close()
+		kernel.close()
+		return fail(fmt.Errorf("--ipvs-scheduler=%s: %w", p.schedulers.own, errNoScheduler(p.schedulers.own)))
+	}
 	go p.drainLoop()
 	return p, nil
 }
-
-const defaultScheduler = "rr"
 
 // Close ends the watch over what drains, and closes the connections. Virtual
 // servers and rules stay.
@@ -113,6 +118,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	if err := p.prepare(); err != nil {
 		return err
 	}
+	p.schedulers.forgetMissing()
 	st, err := p.read(rules)
 	if err != nil {
 		return err
@@ -273,7 +279,7 @@ func (p *Proxier) compiler(st *state, before func(markKey) uint32) func(proxier.
 func (p *Proxier) compilerBy(st *state, before func(proxier.ServicePortName) func(markKey) uint32) func(proxier.ServicePortName) *compiler {
 	return func(name proxier.ServicePortName) *compiler {
 		return &compiler{
-			IPFamily: p.IPFamily, scheduler: p.tuning.Scheduler, pool: st.pool,
+			IPFamily: p.IPFamily, schedulers: p.schedulers, pool: st.pool,
 			before: before(name), numbered: st.numbered, class: st.class,
 			foreign: func(a netip.Addr) bool {
 				switch {

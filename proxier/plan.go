@@ -111,10 +111,14 @@ type Endpoint struct {
 	// connection that this node sends back to it; that connection's source
 	// must be rewritten or the answer would bypass the node.
 	MayHairpin bool
+	// Weight is the endpoint's share of new connections, compared with others
+	// of its set, in a mode that has weights; 0 stands for 1. See
+	// AnnotationWeights.
+	Weight uint16
 }
 
-// EndpointSet is a set of endpoints among which new connections are spread
-// evenly. Sets are immutable once resolved and shared by reference: two
+// EndpointSet is a set of endpoints among which new connections are spread,
+// evenly but for weights and schedulers. Sets are immutable once resolved and shared by reference: two
 // frontends with the same *EndpointSet send traffic to the same place.
 // Endpoints are sorted by address and port and hold no duplicates.
 type EndpointSet struct {
@@ -259,6 +263,9 @@ type ServicePort struct {
 	// HealthCheckNodePort is the TCP port on which a load balancer asks
 	// whether this node has local endpoints; 0 for none.
 	HealthCheckNodePort uint16
+	// Scheduler is the kernel's name of what chooses among endpoints, in a
+	// mode that has schedulers; "" for the mode's own.
+	Scheduler string
 }
 
 // LocalPods tells connections of this node's Pods from others. The zero value

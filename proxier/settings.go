@@ -45,6 +45,14 @@ type Settings struct {
 	LocalhostNodePorts bool
 	// IgnoreExternalIPs leaves spec.externalIPs out (KEP-5707).
 	IgnoreExternalIPs bool
+	// HasSchedulers says that the mode chooses endpoints by a scheduler and by
+	// weights, so that AnnotationScheduler and weights above 1 count.
+	HasSchedulers bool
+	// KubeProxyIPVSPolicies makes traffic policies what they are in
+	// kube-proxy's ipvs mode: where policy Local finds no endpoint on this node
+	// it is Cluster, and where externalTrafficPolicy Local finds one, Pods and
+	// processes of this node get no others either.
+	KubeProxyIPVSPolicies bool
 }
 
 // localPods is how this node's Pods are told apart in one family, given the

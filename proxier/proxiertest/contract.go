@@ -26,6 +26,8 @@ type Mode struct {
 	// *proxier.UnsupportedError. It is called inside a network namespace of a
 	// lab.
 	Supported func(proxier.Family) error
+	// HasSchedulers is Settings.HasSchedulers.
+	HasSchedulers bool
 	// Flows makes what removes stale UDP flows of a node whose addresses
 	// localAddrs returns; called inside the node. May be nil for a mode that
 	// needs none.

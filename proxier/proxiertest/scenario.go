@@ -42,6 +42,8 @@ type Setup struct {
 	MasqueradeAll      bool
 	LocalhostNodePorts bool
 	IgnoreExternalIPs  bool
+	// KubeProxyIPVSPolicies is proxier.Settings'.
+	KubeProxyIPVSPolicies bool
 }
 
 // Scenarios returns the contract, sorted by name.
@@ -145,6 +147,8 @@ func (s *Setup) set(key, value string) (err error) {
 		s.LocalhostNodePorts, err = yes(value)
 	case "ignore-external-ips":
 		s.IgnoreExternalIPs, err = yes(value)
+	case "kube-proxy-ipvs-policies":
+		s.KubeProxyIPVSPolicies, err = yes(value)
 	default:
 		err = fmt.Errorf("there is no setting %q", key)
 	}

@@ -110,6 +110,8 @@ func (w *world) configure(v variant) error {
 		PodInterfaceNamePrefix: "veth-",
 		LocalhostNodePorts:     setup.LocalhostNodePorts,
 		IgnoreExternalIPs:      setup.IgnoreExternalIPs,
+		HasSchedulers:          w.mode.HasSchedulers,
+		KubeProxyIPVSPolicies:  setup.KubeProxyIPVSPolicies,
 	}
 	if setup.ClusterCIDR != "none" {
 		for _, family := range w.families {
