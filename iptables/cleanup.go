@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"signalbox/nftables"
 	"signalbox/proxier"
 )
 
@@ -61,9 +62,25 @@ func cleanup(f proxier.Family, fn func(context.Context, *tools) error) error {
 		}
 	}
 	if !found {
-		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "program " + commandName(f), Remedy: "install the package iptables"}
+		return withoutTools(f)
 	}
 	return errors.Join(failed...)
+}
+
+// withoutTools tells a node that has no iptables from one that has rules
+// nobody can remove.
+func withoutTools(f proxier.Family) error {
+	missing := &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "program " + commandName(f), Remedy: "install the package iptables"}
+	legacy := tools{backend: Legacy, family: f}
+	if names := legacy.tables(); len(names) > 0 {
+		return fmt.Errorf("the kernel has iptables rules (legacy, tables %s), but the program %s is missing: install the package iptables, or use an image that has it",
+			strings.Join(names, ", "), commandName(f))
+	}
+	if held, err := nftables.HasChain(f, nat.String(), servicesChain); err == nil && held {
+		return fmt.Errorf("the kernel has the iptables chain %s (nft), but the program %s is missing: install the package iptables, or use an image that has it",
+			servicesChain, commandName(f))
+	}
+	return missing
 }
 
 // signed says whether the rules of Services are this mode's.

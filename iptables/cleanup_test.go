@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -130,4 +131,20 @@ func TestCleanupKubeProxyInUse(t *testing.T) {
 			t.Errorf("a canary is left:\n%s", all)
 		}
 	})
+}
+
+// Without the tools, rules that are there are not taken for none.
+func TestCleanupWithoutTools(t *testing.T) {
+	for _, f := range proxier.Families {
+		ownNamespace(t)
+		p := newProxier(t, f, NFT)
+		var missing *proxier.UnsupportedError
+		if err := withoutTools(f); !errors.As(err, &missing) {
+			t.Errorf("%s, with no rules: %v", f, err)
+		}
+		mustSync(t, p, planOf(f), proxier.Change{All: true})
+		if err := withoutTools(f); errors.As(err, &missing) || !strings.Contains(err.Error(), "install") {
+			t.Errorf("%s, with rules: %v", f, err)
+		}
+	}
 }

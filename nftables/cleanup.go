@@ -3,7 +3,9 @@ package nftables
 import (
 	"errors"
 	"fmt"
+	"slices"
 
+	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
@@ -18,6 +20,20 @@ func Cleanup(f proxier.Family) error { return removeTable(f, tableName) }
 
 // CleanupKubeProxy removes the table of kube-proxy's nftables mode likewise.
 func CleanupKubeProxy(f proxier.Family) error { return removeTable(f, kubeProxyTable) }
+
+// HasChain says whether a table of other software has a chain.
+func HasChain(f proxier.Family, table, chain string) (bool, error) {
+	w, err := dial(familyOf(f), table)
+	if err != nil {
+		return false, err
+	}
+	defer w.close()
+	chains, err := w.conn.ListChainsOfTableFamily(w.family.table)
+	if err != nil {
+		return false, fmt.Errorf("list chains: %w", err)
+	}
+	return slices.ContainsFunc(chains, func(c *nft.Chain) bool { return c.Table.Name == table && c.Name == chain }), nil
+}
 
 func removeTable(f proxier.Family, name string) error {
 	w, err := dial(familyOf(f), name)
