@@ -74,7 +74,7 @@ type Config struct {
 	// ConfigSyncPeriod is accepted and has no effect: watches miss nothing.
 	ConfigSyncPeriod time.Duration
 
-	Conntrack Conntrack
+	Conntrack node.Conntrack
 	// OOMScoreAdj is this process's own, -1000 to 1000; nil leaves it.
 	OOMScoreAdj *int32
 	// Cleanup removes what is in the kernel and ends.
@@ -90,18 +90,6 @@ type Config struct {
 	// Warnings are about settings that are accepted but do not do what their
 	// words suggest.
 	Warnings []string
-}
-
-// Conntrack are the settings of the kernel's connection tracking that are made
-// at the start. A zero leaves what the kernel has.
-type Conntrack struct {
-	// MaxPerCore times the machine's CPUs is how many connections can be
-	// tracked, but at least Min where MaxPerCore is given.
-	MaxPerCore, Min                            int32
-	TCPEstablishedTimeout, TCPCloseWaitTimeout time.Duration
-	// TCPBeLiberal tracks TCP segments outside the window too.
-	TCPBeLiberal                 bool
-	UDPTimeout, UDPStreamTimeout time.Duration
 }
 
 // Flags are the words of the command line, before they are checked. Names and
@@ -161,7 +149,7 @@ func (f *Flags) Config() (*Config, error) {
 		MetricsBindAddress: netip.MustParseAddrPort("127.0.0.1:10249"),
 		SyncPeriod:         30 * time.Second,
 		ConfigSyncPeriod:   15 * time.Minute,
-		Conntrack:          Conntrack{MaxPerCore: 32768, Min: 131072, TCPEstablishedTimeout: 24 * time.Hour, TCPCloseWaitTimeout: time.Hour},
+		Conntrack:          node.Conntrack{MaxPerCore: 32768, Min: 131072, TCPEstablishedTimeout: 24 * time.Hour, TCPCloseWaitTimeout: time.Hour},
 		OOMScoreAdj:        ptr.To[int32](-999),
 		KubeProxy:          &kubeproxyconfigv1alpha1.KubeProxyConfiguration{},
 		Settings: proxier.Settings{
