@@ -61,6 +61,8 @@ type SyncReport struct {
 	Totals   Totals
 	// HealthChecks are those of the whole plan. Nil: they are what they were.
 	HealthChecks map[ServiceName]HealthCheck
+	// NodePortAddrs are the addresses at which they are asked for.
+	NodePortAddrs NodePortAddrs
 	// Kernel is what the mode keeps in the kernel; nil for a mode that does
 	// not count it.
 	Kernel []KernelObjects
@@ -88,9 +90,7 @@ func NewLoop(opts LoopOptions) *Loop {
 		opts.Logger = slog.Default()
 	}
 	if opts.Report == nil {
-		opts.Report = func(p Problem) {
-			opts.Logger.Warn("cannot serve part of an object", "kind", p.Kind, "object", p.Object, "field", p.Field, "reason", p.Reason)
-		}
+		opts.Report = LogProblems(opts.Logger)
 	}
 	if opts.RetryPeriod == 0 {
 		opts.RetryPeriod = 30 * time.Second

@@ -47,7 +47,7 @@ func (f *familyLoop) current() bool {
 
 // report completes a report and hands it out.
 func (f *familyLoop) report(r SyncReport) {
-	r.SetAside, r.Totals = len(f.aside), f.planner.totals.Totals
+	r.SetAside, r.Totals, r.NodePortAddrs = len(f.aside), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
 	r.Repaired, f.repaired = f.repaired, false
 	if r.Current = f.current(); r.Current {
 		r.Queued, r.Triggers = f.since, f.triggers

@@ -26,7 +26,7 @@ type Tracker struct {
 	// change its label.
 	sliceOwners  map[sliceName]ServiceName
 	node         nodeObject
-	nodeExists   bool // as far as is known
+	nodeExists   bool                      // as far as is known
 	serviceCIDRs map[string][]netip.Prefix // by name of the ServiceCIDR
 
 	dirty     map[ServiceName]struct{}
