@@ -70,11 +70,11 @@ type counting struct {
 	ops []op
 }
 
-func (c *counting) do(o op) error {
+func (c *counting) send(ops []op, done func(op)) error {
 	c.mu.Lock()
-	c.ops = append(c.ops, o)
+	c.ops = append(c.ops, ops...)
 	c.mu.Unlock()
-	return c.kernel.do(o)
+	return c.kernel.send(ops, done)
 }
 
 // take returns the messages since the last call that do not end what has
@@ -201,6 +201,15 @@ func TestTuning(t *testing.T) {
 				}
 			}
 		}
+		h, err := openKernel(w.family)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer h.close()
+		config, err := h.lib.GetConfig()
+		if err != nil || config.TimeoutTCP != 5*time.Minute || config.TimeoutTCPFin != 2*time.Minute || config.TimeoutUDP != time.Minute {
+			t.Errorf("the time-outs are %+v (%v); that of a half-closed connection should be the kernel's", config, err)
+		}
 		o := options(w.family)
 		o.IPVS.Scheduler = "nonsense"
 		if p, err := New(o); err == nil || !strings.Contains(err.Error(), "modprobe ip_vs_nonsense") {
@@ -326,7 +335,7 @@ func TestOthersStay(t *testing.T) {
 		dest := w.pods(99).Endpoints[0].AddrPort
 		for _, key := range foreign {
 			for _, o := range []op{{verb: addServer, key: key, scheduler: "wlc"}, {verb: addDest, key: key, dest: dest, weight: 5}} {
-				if err := k.do(o); err != nil {
+				if err := do(k, o); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -506,6 +515,9 @@ func TestDrain(t *testing.T) {
 		syncOne(t, p, plan, web(here))
 		c = open()
 		syncOne(t, p, plan, &proxier.ServicePort{Name: web(nil).Name})
+		if err := echoes(c); err != nil {
+			t.Errorf("before the bound has passed: %v", err)
+		}
 		p.drainOnce(time.Now().Add(drainBound + time.Minute))
 		if p.state == nil || len(p.state.servers) != 0 || len(p.state.held) != 0 {
 			t.Errorf("left after the bound: %+v", p.state)
