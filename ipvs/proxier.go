@@ -184,38 +184,22 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 // write puts a batch into the kernel and the state.
 func (p *Proxier) write(st *state, b *batch) error {
 	unknown := func(err error) error { return fmt.Errorf("%w: %w", proxier.ErrUnknownState, err) }
-	for _, o := range b.grow {
-		if err := p.do(st, o); err != nil {
-			return unknown(err)
-		}
+	if err := p.kernel.send(b.grow, st.note); err != nil {
+		return unknown(err)
 	}
 	if err := p.writeTable(st, b); err != nil {
 		return unknown(fmt.Errorf("write table %s: %w", tableName, err))
 	}
-	for _, a := range b.newVIPs {
-		if err := p.device.add(a); err != nil {
-			return unknown(err)
-		}
-		st.held[a] = true
+	if err := p.device.add(b.newVIPs, func(a netip.Addr) { st.held[a] = true }); err != nil {
+		return unknown(err)
 	}
 	if err := p.device.settle(b.newVIPs); err != nil {
 		return unknown(err)
 	}
-	for _, o := range b.shrink {
-		if err := p.do(st, o); err != nil {
-			return unknown(err)
-		}
+	if err := p.kernel.send(b.shrink, st.note); err != nil {
+		return unknown(err)
 	}
 	st.commit(b, time.Now())
-	return nil
-}
-
-// do sends one message, and keeps what the kernel is known to hold.
-func (p *Proxier) do(st *state, o op) error {
-	if err := p.kernel.do(o); err != nil {
-		return err
-	}
-	st.note(o)
 	return nil
 }
 

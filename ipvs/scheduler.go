@@ -66,13 +66,19 @@ func (s *schedulers) forgetMissing() {
 // kernel may lack what a Service asks for; then the Service is served like
 // those that ask for nothing.
 func (s *schedulers) of(port *proxier.ServicePort) string {
-	if port.Scheduler != "" {
-		if s.has(port.Scheduler) {
-			return port.Scheduler
-		}
-		slog.Error("ipvs: a Service asks for a scheduler that the kernel has not got; it is served with the mode's own, and the kernel is asked again when everything is written anew",
-			"service", port.Name.String(), "scheduler", port.Scheduler, "instead", s.own, "error", errNoScheduler(port.Scheduler))
+	if port.Scheduler == "" {
+		return s.unasked(port)
 	}
+	if s.has(port.Scheduler) {
+		return port.Scheduler
+	}
+	instead := s.unasked(port)
+	slog.Error("ipvs: a Service asks for a scheduler that the kernel has not got; it is served with another, and the kernel is asked again when everything is written anew",
+		"service", port.Name.String(), "scheduler", port.Scheduler, "instead", instead, "error", errNoScheduler(port.Scheduler))
+	return instead
+}
+
+func (s *schedulers) unasked(port *proxier.ServicePort) string {
 	if kin := weightedKin[s.own]; kin != "" && hasWeights(port) && s.has(kin) {
 		return kin
 	}

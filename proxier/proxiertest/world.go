@@ -56,6 +56,11 @@ type variant struct {
 }
 
 func newWorld(mode Mode, s *Scenario, v variant) (*world, error) {
+	if slices.Contains(s.Setup.Needs, "sctp") {
+		if err := netlab.SCTP(); err != nil {
+			return nil, err
+		}
+	}
 	lab, err := netlab.New(labs[v.lab])
 	if err != nil {
 		return nil, err
