@@ -155,3 +155,10 @@ func quiet(k kernel, key serverKey) (busy bool, err error) {
 	}
 	return busy, nil
 }
+
+// HasKubeProxy says whether there are sets of kube-proxy's ipvs mode: it makes
+// them whenever it writes anything.
+func HasKubeProxy(f proxier.Family) bool {
+	_, err := listSet(setName("KUBE-CLUSTER-IP", f))
+	return err == nil
+}
