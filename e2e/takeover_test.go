@@ -104,6 +104,19 @@ var signs = map[string]string{
 	"signalbox userspace":        "table ip6 signalbox-userspace",
 }
 
+// serves waits until signalbox has written all and removed what others wrote.
+func (s *site) serves(p *program) {
+	s.Helper()
+	s.eventually("signalbox in mode "+p.mode, func() error {
+		for _, family := range []string{"IPv4", "IPv6"} {
+			if !strings.Contains(p.Log(), `IPVS servers, addresses and ipsets" family=`+family) {
+				return fmt.Errorf("it has not taken over %s", family)
+			}
+		}
+		return nil
+	})
+}
+
 // servesAlone waits until the program's rules are there, and nobody else's.
 func (s *site) servesAlone(p *program) {
 	s.Helper()
@@ -138,46 +151,122 @@ func (s *site) terminated(p *program) {
 // TestTakeover exchanges what serves a node again and again, kube-proxy first
 // and last, without losing a connection. In a rolling update of a DaemonSet
 // the old process ends before the new one starts; with a surge they overlap.
+//
+// kube-proxy is last given the node by a mode whose rules are in a table of
+// their own. Its nftables mode removes iptables rules under its names before it
+// writes anything, whoever wrote them: there is nothing that signalbox's
+// iptables mode could do.
 func TestTakeover(t *testing.T) {
 	for _, kubeProxyMode := range kubeProxyModes {
 		for name, overlap := range map[string]bool{"one after the other": false, "overlapping": true} {
 			t.Run("kube-proxy "+kubeProxyMode+", "+name, func(t *testing.T) {
 				s := newSite(t, shared, "")
 				svc := createBalanced(s)
-				old := s.launchKubeProxy(kubeProxyMode)
-				s.kubeProxyServes(old)
+				r := relay{site: s, overlap: overlap, runs: s.launchKubeProxy(kubeProxyMode)}
+				s.kubeProxyServes(r.runs)
 				checkBalanced(s, svc)
-				e := s.exchange(svc)
-				follow := func(what string, start func() *program) {
-					e.does(what, func() {
-						if !overlap {
-							s.terminated(old)
-						}
-						next := start()
-						if overlap {
-							e.passes(newConnections)
-							s.terminated(old)
-						}
-						s.servesAlone(next)
-						old = next
+				r.exchange = s.exchange(svc)
+				for _, mode := range []string{"nftables", "iptables", "nftables"} {
+					r.pass("the change to signalbox in mode "+mode, func() *program {
+						next := s.launchSignalbox(mode)
+						s.serves(next)
+						return next
 					})
 				}
-				for _, mode := range []string{"nftables", "iptables"} {
-					follow("the change to signalbox in mode "+mode, func() *program { return s.launchSignalbox(mode) })
-				}
-				e.does("the way back to kube-proxy", func() {
-					if !overlap {
-						s.terminated(old)
-					}
+				r.pass("the way back to kube-proxy", func() *program {
 					next := s.launchKubeProxy(kubeProxyMode)
 					s.kubeProxyServes(next)
-					if overlap {
-						s.terminated(old)
-					}
 					s.cleanup()
-					s.servesAlone(next)
+					return next
 				})
+				r.exchange.end()
+			})
+		}
+	}
+}
+
+// relay hands a node from one program to the next while there is traffic.
+type relay struct {
+	*site
+	exchange *exchange
+	overlap  bool
+	runs     *program
+}
+
+// pass lets the program that runs be replaced by the one that start starts and
+// waits for.
+func (r *relay) pass(what string, start func() *program) {
+	r.Helper()
+	r.exchange.does(what, func() {
+		if !r.overlap {
+			r.terminated(r.runs)
+		}
+		next := start()
+		if r.overlap {
+			r.exchange.passes(newConnections)
+			r.terminated(r.runs)
+		}
+		r.servesAlone(next)
+		r.runs = next
+	})
+}
+
+// kube-proxy is started where a signalbox has ended and left its rules. From
+// then on kube-proxy's endpoints are taken, also before signalbox's rules are
+// removed.
+func TestKubeProxyPrevails(t *testing.T) {
+	for _, kubeProxyMode := range kubeProxyModes {
+		for name, before := range map[string]bool{"for the first time": false, "again": true} {
+			t.Run("kube-proxy "+kubeProxyMode+" "+name, func(t *testing.T) {
+				s := newSite(t, shared, "")
+				svc := s.createService("web", []string{"pod-a"}, asNodePort)
+				if before {
+					// Its hooks are made before those of signalbox.
+					p := s.launchKubeProxy(kubeProxyMode)
+					s.kubeProxyServes(p)
+					s.terminated(p)
+				}
+				p := s.launchSignalbox("nftables")
+				s.servesAlone(p)
+				s.reaches(svc, "pod-a")
+				p.Kill()
+				p = s.launchKubeProxy(kubeProxyMode)
+				s.kubeProxyServes(p)
+				s.setEndpoints("web", []string{"pod-b", "pod-c"})
+				s.reaches(svc, "pod-b", "pod-c")
+				s.cleanup()
+				s.servesAlone(p)
+				s.reaches(svc, "pod-b", "pod-c")
+			})
+		}
+	}
+}
+
+// A kube-proxy that is not ended after all writes its rules again, and ends
+// some time later. Signalbox has the node for itself in the end, with its own
+// endpoints.
+func TestKubeProxyLingers(t *testing.T) {
+	for _, kubeProxyMode := range kubeProxyModes {
+		for _, mode := range []string{"nftables", "iptables"} {
+			t.Run("kube-proxy "+kubeProxyMode+", signalbox "+mode, func(t *testing.T) {
+				s := newSite(t, shared, "")
+				svc := createBalanced(s)
+				lingering := s.launchKubeProxy(kubeProxyMode)
+				s.kubeProxyServes(lingering)
+				e := s.exchange(svc)
+				p := s.launchSignalbox(mode)
+				e.does("the takeover", func() { s.serves(p) })
+				e.does("changes of another Service", func() {
+					for i := range 3 {
+						name := fmt.Sprintf("other-%d", i)
+						s.reaches(s.createService(name, []string{"pod-b"}), "pod-b")
+					}
+				})
+				e.does("the end of kube-proxy", func() { s.terminated(lingering) })
+				s.servesAlone(p)
 				e.end()
+				s.setEndpoints("other-1", []string{"pod-c"})
+				s.reaches(s.service("other-1"), "pod-c")
 			})
 		}
 	}
