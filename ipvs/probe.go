@@ -101,7 +101,7 @@ func Cleanup(f proxier.Family) error {
 	if err != nil {
 		return err
 	}
-	if _, err := listSet(setName("KUBE-CLUSTER-IP", f)); err == nil {
+	if HasKubeProxy(f) {
 		ours, d.link = nil, nil // kube-proxy's now
 	}
 	// First the addresses: then no packet comes for what goes after them.
