@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/go-logr/logr"
 	"k8s.io/component-base/featuregate"
 	"k8s.io/kube-proxy/config/v1alpha1"
 )
@@ -41,18 +42,18 @@ var gates = sync.OnceValue(func() map[featuregate.Feature]featuregate.FeatureSpe
 	return out
 })
 
-// newGates returns every known gate at its default.
-func newGates() featuregate.MutableFeatureGate {
+// gatesWith returns every known gate as wanted, or at its default.
+func gatesWith(wanted map[string]bool) (featuregate.FeatureGate, error) {
 	g := featuregate.NewFeatureGate()
 	if err := g.Add(maps.Clone(gates())); err != nil {
 		panic(err) // the embedded list contradicts itself
 	}
-	return g
+	// What it would log, withoutEffect says in other words.
+	return g, g.SetFromMapWithLogger(logr.Discard(), wanted)
 }
 
 func gateOn(k *v1alpha1.KubeProxyConfiguration, name featuregate.Feature) bool {
-	g := newGates()
-	_ = g.SetFromMap(k.FeatureGates) // featureGatesWrong names what is wrong with it
+	g, _ := gatesWith(k.FeatureGates) // featureGatesWrong names what is wrong with them
 	return g.Enabled(name)
 }
 
@@ -62,7 +63,7 @@ func gateMatters(name string) bool {
 }
 
 func featureGatesWrong(wanted map[string]bool) string {
-	if err := newGates().SetFromMap(wanted); err != nil {
+	if _, err := gatesWith(wanted); err != nil {
 		text := strings.TrimSuffix(strings.TrimPrefix(fmt.Sprint(wanted), "map["), "]")
 		return fmt.Sprintf("%s: %v", strings.ReplaceAll(strings.ReplaceAll(text, ":", "="), " ", ","), err)
 	}

@@ -58,8 +58,7 @@ func (jsonFormat) Create(c logsapi.LoggingConfiguration, o logsapi.LoggingOption
 }
 
 func validateLogging(k *v1alpha1.KubeProxyConfiguration) field.ErrorList {
-	gates := newGates()
-	_ = gates.SetFromMap(k.FeatureGates) // what is wrong with these has a rule of its own
+	gates, _ := gatesWith(k.FeatureGates) // what is wrong with these has a rule of its own
 	return logsapi.Validate(&k.Logging, gates, field.NewPath("logging"))
 }
 

@@ -49,6 +49,11 @@ func (f *Flags) readFile() (*reading, error) {
 	if err != nil {
 		return nil, err
 	}
+	return f.beside(k, ignored)
+}
+
+// beside puts the flags that count beside a file over what it says.
+func (f *Flags) beside(k *v1alpha1.KubeProxyConfiguration, ignored error) (*reading, error) {
 	r := &reading{KubeProxyConfiguration: k, file: f.file, ownMode: f.own.mode != ""}
 	if ignored != nil {
 		r.warnings = append(r.warnings, fmt.Sprintf("--config=%s: part of it is not read: %v", f.file, ignored))
@@ -57,6 +62,7 @@ func (f *Flags) readFile() (*reading, error) {
 	k.Mode = cmp.Or(v1alpha1.ProxyMode(f.own.mode), k.Mode, ModeIPTables)
 	r.minSyncPeriod = timingOf(k).minSync
 	setDefaults(k)
+	var err error
 	if f.kubeProxy.HostnameOverride != "" {
 		k.HostnameOverride, err = nodeName(f.kubeProxy.HostnameOverride)
 	}
