@@ -14,6 +14,7 @@ type script struct {
 	lines   int
 	commits []int // numbers of the lines that say COMMIT
 	spans   []span
+	rules   counts // lines that write one
 }
 
 // span says whose the lines from first to the next span are; owner is empty
@@ -57,10 +58,12 @@ func (s *script) table(t table, edits []edit, jumps ...jump) {
 		for _, rule := range e.rules {
 			s.line(rule.owner, "-A ", e.name, rule.text)
 		}
+		s.rules[t] += len(e.rules)
 	}
 	for _, j := range jumps {
 		if j.table == t {
 			s.line("", "-I ", j.from, j.rule())
+			s.rules[t]++
 		}
 	}
 	for _, e := range edits {
