@@ -109,6 +109,15 @@ func (w *wire) deleteTable() {
 	w.conn.DelTable(w.table)
 }
 
+// exists says whether the kernel has the table.
+func (w *wire) exists() (bool, error) {
+	tables, err := w.conn.ListTablesOfFamily(w.family.table)
+	if err != nil {
+		return false, fmt.Errorf("list tables: %w", err)
+	}
+	return slices.ContainsFunc(tables, func(t *nft.Table) bool { return t.Name == w.table.Name }), nil
+}
+
 // addSets adds all sets but those that are there already.
 func (w *wire) addSets(present ...setID) {
 	for i, set := range w.sets {

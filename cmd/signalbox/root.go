@@ -26,7 +26,7 @@ func rootCommand() *cobra.Command {
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return l.install() }
 	root.CompletionOptions.HiddenDefaultCmd = true
 	run := runCommand()
-	root.AddCommand(run, renderCommand(), demoCommand(), versionCommand())
+	root.AddCommand(run, renderCommand(), cleanupCommand(), demoCommand(), versionCommand())
 	return root
 }
 
