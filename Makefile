@@ -33,7 +33,7 @@ contract: deps ## every mode against the contract suite, with real packets
 
 .PHONY: e2e
 e2e: deps build ## the real binary against a real kube-apiserver and etcd
-	cd e2e && $(GO) test -timeout 40m . ./cluster/...
+	cd e2e && $(GO) test -timeout 40m . ./cluster/... ./configuration
 
 .PHONY: vm
 vm: PACKAGES += qemu-system-x86

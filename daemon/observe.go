@@ -40,11 +40,12 @@ func newObserver(cfg *config.Config, choice modes.Choice, log *slog.Logger) (*ob
 		cfg: cfg, log: log,
 		metrics: metrics.New(metrics.Options{Mode: choice.Mode.Name, Families: choice.Families}),
 		pages: metrics.Pages{
-			Mode: choice.Mode.Name, Config: cfg.KubeProxy, Profiling: cfg.EnableProfiling, Started: started,
+			Mode: choice.Mode.Name, Config: cfg.KubeProxy, Flags: cfg.Flags, Profiling: cfg.EnableProfiling,
+			SetVerbosity: cfg.Logging.SetVerbosity, Started: started,
 		},
 	}
-	for _, g := range featureGates(cfg) {
-		metrics.Feature(g.name, g.stage, g.enabled)
+	if err := cfg.ShowFeatureGates(); err != nil {
+		return nil, err
 	}
 	if cfg.SourceDir == "" {
 		client, err := apiserver.Client(clientOptions(cfg))
@@ -54,31 +55,6 @@ func newObserver(cfg *config.Config, choice modes.Choice, log *slog.Logger) (*ob
 		o.events = events.New(events.Options{Client: client, NodeName: cfg.NodeName, Log: log, Counted: o.metrics.Event})
 	}
 	return o, nil
-}
-
-// featureGate is a feature gate of Kubernetes that is about a service proxy.
-type featureGate struct {
-	name, stage string
-	enabled     bool
-}
-
-// featureGates are those of Kubernetes 1.36, as the configuration sets them.
-// What is settled has no stage any more.
-func featureGates(cfg *config.Config) []featureGate {
-	gates := []featureGate{
-		{"AllowServiceExternalIPs", "", true},
-		{"ComponentFlagz", "BETA", true},
-		{"ComponentStatusz", "BETA", true},
-		{"MultiCIDRServiceAllocator", "", true},
-		{"NFTablesProxyMode", "", true},
-		{"PreferSameTrafficDistribution", "", true},
-	}
-	for i := range gates {
-		if set, ok := cfg.KubeProxy.FeatureGates[gates[i].name]; ok {
-			gates[i].enabled = set
-		}
-	}
-	return gates
 }
 
 // hook has the Loop, before it is made, tell the observer.
