@@ -3,7 +3,6 @@ package config
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"net/netip"
 	"os"
@@ -71,9 +70,8 @@ func (f *Flags) build(r *reading) (*Config, error) {
 		SyncPeriod: timing.sync, MinSyncPeriod: r.minSyncPeriod, ConfigSyncPeriod: k.ConfigSyncPeriod.Duration,
 		Conntrack: conntrack(k), OOMScoreAdj: k.OOMScoreAdj,
 		Cleanup: f.cleanup, InitOnly: f.initOnly, WriteTo: f.writeTo,
-		Logging:   Logging{Format: k.Logging.Format, Verbosity: int(k.Logging.Verbosity), level: new(slog.LevelVar)},
+		Logging:   Logging{Format: k.Logging.Format, Verbosity: int(k.Logging.Verbosity)},
 		KubeProxy: k,
-		Flags:     f.values(),
 		Warnings:  slices.Concat(r.warnings, withoutEffect(k), f.flagsWithoutEffect()),
 	}, nil
 }

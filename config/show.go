@@ -17,8 +17,8 @@ func (c *Config) ShowFeatureGates() error {
 	return nil
 }
 
-// values are what the flags say, by name.
-func (f *Flags) values() map[string]string {
+// Values are what the flags say, by name.
+func (f *Flags) Values() map[string]string {
 	all := map[string]string{}
 	for _, group := range f.Groups().FlagSets {
 		group.VisitAll(func(flag *pflag.Flag) { all[flag.Name] = flag.Value.String() })
@@ -26,7 +26,14 @@ func (f *Flags) values() map[string]string {
 	return all
 }
 
-// SetVerbosity changes how much Handler's log writes from now on.
+// Adjustable returns l as one whose verbosity can be set later.
+func (l Logging) Adjustable() Logging {
+	l.level = new(slog.LevelVar)
+	return l
+}
+
+// SetVerbosity changes how much is logged from now on by the Handler of an
+// Adjustable Logging.
 func (l Logging) SetVerbosity(v int) {
 	if v >= debugFrom {
 		l.level.Set(slog.LevelDebug)
