@@ -94,6 +94,10 @@ type Config struct {
 	// only.
 	KubeProxy *v1alpha1.KubeProxyConfiguration
 
+	// Flags are the values of all flags, by name, for /flagz; Config leaves
+	// them out.
+	Flags map[string]string
+
 	// Warnings are about settings that are accepted but do not do what their
 	// words suggest.
 	Warnings []string

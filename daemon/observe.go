@@ -40,8 +40,12 @@ func newObserver(cfg *config.Config, choice modes.Choice, log *slog.Logger) (*ob
 		cfg: cfg, log: log,
 		metrics: metrics.New(metrics.Options{Mode: choice.Mode.Name, Families: choice.Families}),
 		pages: metrics.Pages{
-			Mode: choice.Mode.Name, Config: cfg.KubeProxy, Profiling: cfg.EnableProfiling, Started: started,
+			Mode: choice.Mode.Name, Config: cfg.KubeProxy, Flags: cfg.Flags, Profiling: cfg.EnableProfiling,
+			SetVerbosity: cfg.Logging.SetVerbosity, Started: started,
 		},
+	}
+	if err := cfg.ShowFeatureGates(); err != nil {
+		return nil, err
 	}
 	if cfg.SourceDir == "" {
 		client, err := apiserver.Client(clientOptions(cfg))

@@ -126,7 +126,7 @@ func (s *Services) Run(ctx context.Context) error {
 		case <-s.wake:
 			s.settle(ctx, s.sockets())
 		case <-retry.C:
-			s.listenAll(ctx)
+			s.listenAgain(ctx)
 		}
 		s.tellState()
 	}
@@ -193,8 +193,8 @@ func (s *Services) settle(ctx context.Context, want map[socket]target) {
 	}
 }
 
-// listenAll tries those again that failed.
-func (s *Services) listenAll(ctx context.Context) {
+// listenAgain tries those again that failed.
+func (s *Services) listenAgain(ctx context.Context) {
 	for at, sv := range maps.Clone(s.failed) {
 		s.listen(ctx, at, sv)
 	}

@@ -17,7 +17,7 @@ const ipFamily = "ip_family"
 var (
 	syncBuckets    = prometheus.ExponentialBuckets(0.001, 2, 15)
 	networkBuckets = concat(
-		[]float64{0.25, 0.5},
+		[]float64{0, 0.25, 0.5},
 		prometheus.LinearBuckets(1, 1, 59),
 		prometheus.LinearBuckets(60, 5, 12),
 		prometheus.LinearBuckets(120, 30, 7),

@@ -1,7 +1,6 @@
 package metrics
 
 import (
-	"context"
 	"net/http"
 	"runtime"
 	"strings"
@@ -11,7 +10,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"k8s.io/component-base/metrics/legacyregistry"
-	"k8s.io/component-base/metrics/prometheus/feature"
 	_ "k8s.io/component-base/metrics/prometheus/restclient" // rest_client_*
 
 	"signalbox/internal/buildinfo"
@@ -92,12 +90,6 @@ func (m *Metrics) setBuildInfo() {
 		runtime.Version(), runtime.Compiler, runtime.GOOS+"/"+runtime.GOARCH,
 	).Set(1)
 	m.own.buildInfo.WithLabelValues(buildinfo.Version, buildinfo.Revision(), runtime.Version()).Set(1)
-}
-
-// Feature notes a feature gate, as kubernetes_feature_enabled. stage is ALPHA,
-// BETA, DEPRECATED or empty for one that is settled.
-func Feature(name, stage string, enabled bool) {
-	feature.RecordFeatureInfo(context.Background(), name, stage, enabled)
 }
 
 // ReadProgress has each scrape ask how far the Loop has come.

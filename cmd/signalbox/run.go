@@ -23,6 +23,7 @@ the rules in the kernel: connections go on, also while it is away.`,
 			if err != nil {
 				return err
 			}
+			cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
 			installLog(cfg.Logging)
 			if cfg.WriteTo != "" {
 				return config.Write(cfg.WriteTo, cfg.KubeProxy)
