@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	kubeproxyconfigv1alpha1 "k8s.io/kube-proxy/config/v1alpha1"
+	"k8s.io/utils/ptr"
 
 	"signalbox/node"
 	"signalbox/proxier"
@@ -50,10 +52,41 @@ type Config struct {
 	// MasqueradeMark is the packet mark's bit for source rewriting.
 	MasqueradeMark uint32
 	// IPVS is for ModeIPVS alone.
-	IPVS proxier.IPVSTuning
+	IPVS     proxier.IPVSTuning
+	Settings proxier.Settings
+
+	// BindAddress, unless it is unspecified (0.0.0.0 or ::), is this node's own
+	// address of its family, whatever the Node object says. Nothing listens
+	// there.
+	BindAddress netip.Addr
+	// HealthzBindAddress and MetricsBindAddress are where the two servers
+	// listen; an invalid one means that there is none.
+	HealthzBindAddress, MetricsBindAddress netip.AddrPort
+	// BindAddressHardFail ends the process where one of the two cannot listen.
+	BindAddressHardFail bool
+	// EnableProfiling serves pprof beside the metrics.
+	EnableProfiling bool
+	// SyncPeriod is how long an update may wait before health calls it late,
+	// and the longest wait before what failed is tried again.
+	SyncPeriod time.Duration
 	// MinSyncPeriod is the least time between two syncs; 0 for none.
 	MinSyncPeriod time.Duration
-	Settings      proxier.Settings
+	// ConfigSyncPeriod is accepted and has no effect: watches miss nothing.
+	ConfigSyncPeriod time.Duration
+
+	Conntrack node.Conntrack
+	// OOMScoreAdj is this process's own, -1000 to 1000; nil leaves it.
+	OOMScoreAdj *int32
+	// Cleanup removes what is in the kernel and ends.
+	Cleanup bool
+	// InitOnly does what needs all privileges, the kernel settings, and ends.
+	InitOnly bool
+
+	// KubeProxy is what is in force in kube-proxy's own form, for /configz:
+	// the file or the flags, with every default filled in. It is to be read
+	// only.
+	KubeProxy *kubeproxyconfigv1alpha1.KubeProxyConfiguration
+
 	// Warnings are about settings that are accepted but do not do what their
 	// words suggest.
 	Warnings []string
@@ -111,6 +144,14 @@ func (f *Flags) Config() (*Config, error) {
 	c := &Config{
 		Mode: f.mode, SourceDir: f.source, Kubeconfig: f.kubeconfig, Master: f.master,
 		QPS: f.qps, Burst: f.burst, MinSyncPeriod: f.minSyncPeriod,
+		BindAddress:        netip.IPv4Unspecified(),
+		HealthzBindAddress: netip.AddrPortFrom(netip.IPv4Unspecified(), 10256),
+		MetricsBindAddress: netip.MustParseAddrPort("127.0.0.1:10249"),
+		SyncPeriod:         30 * time.Second,
+		ConfigSyncPeriod:   15 * time.Minute,
+		Conntrack:          node.Conntrack{MaxPerCore: 32768, Min: 131072, TCPEstablishedTimeout: 24 * time.Hour, TCPCloseWaitTimeout: time.Hour},
+		OOMScoreAdj:        ptr.To[int32](-999),
+		KubeProxy:          &kubeproxyconfigv1alpha1.KubeProxyConfiguration{},
 		Settings: proxier.Settings{
 			MasqueradeAll: f.masqueradeAll, LocalhostNodePorts: f.localhostNodePorts,
 			DetectLocal:        proxier.DetectLocal(f.detectLocalMode),

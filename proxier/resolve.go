@@ -36,8 +36,13 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 		return nil
 	}
 	ports := make([]*ServicePort, 0, len(s.ports))
+	var local []netip.Addr // of ready endpoints, for any port
 	for _, port := range s.ports {
-		chosen := r.locality.choose(candidates(filed, r.family, port.name, port.protocol))
+		all := candidates(filed, r.family, port.name, port.protocol)
+		chosen := r.locality.choose(all)
+		if s.healthCheckNodePort != 0 {
+			local = r.locality.appendReady(local, all)
+		}
 		ports = append(ports, &ServicePort{
 			Name:            ServicePortName{s.name, port.name, port.protocol},
 			AffinityTimeout: s.affinity,
@@ -47,7 +52,7 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 	}
 	slices.SortFunc(ports, func(a, b *ServicePort) int { return a.Name.Compare(b.Name) })
 	if len(ports) > 0 {
-		ports[0].HealthCheckNodePort = s.healthCheckNodePort
+		ports[0].HealthCheckNodePort, ports[0].LocalEndpoints = s.healthCheckNodePort, distinct(local)
 	}
 	return ports
 }
