@@ -40,7 +40,7 @@ contract: deps ## every mode against the contract suite, with real packets
 
 .PHONY: e2e
 e2e: deps build ## the real binary and manifests against a real kube-apiserver and etcd
-	cd e2e && $(GO) test -timeout 40m . ./cluster/... ./manifests/...
+	cd e2e && $(GO) test -timeout 40m . ./cluster/... ./configuration ./manifests/...
 
 .PHONY: vm
 vm: PACKAGES += qemu-system-x86

@@ -5,6 +5,7 @@ go 1.26.8
 replace signalbox => ..
 
 require (
+	github.com/google/go-cmp v0.7.0
 	github.com/prometheus/common v0.73.1
 	github.com/prometheus/prometheus v0.316.0
 	github.com/vishvananda/netlink v1.3.1

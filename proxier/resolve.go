@@ -24,7 +24,7 @@ func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
 		settings:  settings,
 		family:    family,
 		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone)},
-		primary:   t.node.primary(family),
+		primary:   settings.primary(family, &t.node),
 		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
 	}
 }

@@ -23,9 +23,13 @@ the rules in the kernel: connections go on, also while it is away.`,
 			if err != nil {
 				return err
 			}
+			installLog(cfg.Logging)
+			if cfg.WriteTo != "" {
+				return config.Write(cfg.WriteTo, cfg.KubeProxy)
+			}
 			return daemon.Run(cmd.Context(), cfg, slog.Default())
 		},
 	}
-	flags.Add(cmd.Flags())
+	addFlags(cmd, &flags)
 	return cmd
 }

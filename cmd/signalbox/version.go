@@ -20,11 +20,15 @@ func versionCommand() *cobra.Command {
 		Short: "Say which signalbox this is",
 		Args:  cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
-			revision := buildinfo.Revision()
-			if revision != "" {
-				revision = " " + revision
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "signalbox %s%s %s %s/%s\n", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintf(cmd.OutOrStdout(), "signalbox %s\n", versionText())
 		},
 	}
+}
+
+func versionText() string {
+	revision := buildinfo.Revision()
+	if revision != "" {
+		revision = " " + revision
+	}
+	return fmt.Sprintf("%s%s %s %s/%s", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
