@@ -21,8 +21,8 @@ type KernelObjects struct {
 
 // Counter is implemented by Proxiers that know what they keep in the kernel.
 type Counter interface {
-	// Counts is called after a Sync by the same goroutine. Its cost must not
-	// grow with what it counts.
+	// Counts is called after each Sync by the same goroutine, so that it must
+	// cost next to nothing beside a Sync, at any size.
 	Counts() []KernelObjects
 }
 
