@@ -1,14 +1,20 @@
 package manifests
 
 import (
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
+	"github.com/spf13/pflag"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/tools/clientcmd"
 	kubeproxyconfigv1alpha1 "k8s.io/kube-proxy/config/v1alpha1"
+
+	"signalbox/config"
 )
 
 const configMount = "/var/lib/kube-proxy"
@@ -45,8 +51,8 @@ func TestConfigMap(t *testing.T) {
 			t.Errorf("the ConfigMap has %d keys", len(files.Data))
 		}
 		config := strictConfig(t, files.Data["config.conf"])
-		if string(config.Mode) != mode {
-			t.Errorf("mode %q", config.Mode)
+		if config.Mode != "" {
+			t.Errorf("mode %q: the command line says it, for this file and for kubeadm's", config.Mode)
 		}
 		if want := configMount + "/kubeconfig.conf"; config.ClientConnection.Kubeconfig != want {
 			t.Errorf("kubeconfig %q, want %q", config.ClientConnection.Kubeconfig, want)
@@ -90,4 +96,49 @@ func TestChartConfig(t *testing.T) {
 		config.ClientConnection.Kubeconfig == "" || config.OOMScoreAdj == nil || *config.OOMScoreAdj != -997 {
 		t.Errorf("%+v", config)
 	}
+}
+
+// signalbox itself understands the command line and the file that it names.
+func TestArguments(t *testing.T) {
+	eachRendering(t, func(t *testing.T, mode string, objects []*unstructured.Unstructured) {
+		files := &corev1.ConfigMap{}
+		find(t, objects, "ConfigMap", files)
+		dir := t.TempDir()
+		for name, text := range files.Data {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		spec := daemonSet(t, objects).Spec.Template.Spec
+		for _, c := range append(spec.InitContainers, spec.Containers...) {
+			cfg, err := understood(strings.NewReplacer(configMount, dir, "$(NODE_NAME)", "Node-1"), c.Args)
+			if err != nil {
+				t.Fatalf("%s %q: %v", c.Name, c.Args, err)
+			}
+			if cfg.Mode != mode || cfg.NodeName != "node-1" || cfg.InitOnly != (c.Name == "kernel-settings") {
+				t.Errorf("%s: mode %s, node %s, init only %v", c.Name, cfg.Mode, cfg.NodeName, cfg.InitOnly)
+			}
+			for _, probe := range []*corev1.Probe{c.ReadinessProbe, c.LivenessProbe} {
+				if probe != nil && probe.HTTPGet.Port.IntValue() != int(cfg.HealthzBindAddress.Port()) {
+					t.Errorf("%s answers at %v and is asked at %v", c.Name, cfg.HealthzBindAddress, probe.HTTPGet.Port)
+				}
+			}
+		}
+	})
+}
+
+// understood is what signalbox makes of a container's arguments, in which some
+// words are replaced first.
+func understood(replace *strings.Replacer, args []string) (*config.Config, error) {
+	var flags config.Flags
+	fs := pflag.NewFlagSet("signalbox", pflag.ContinueOnError)
+	flags.Add(fs)
+	words := make([]string, len(args))
+	for i, a := range args {
+		words[i] = replace.Replace(a)
+	}
+	if err := fs.Parse(words); err != nil {
+		return nil, err
+	}
+	return flags.Config()
 }

@@ -13,7 +13,6 @@ apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 clientConnection:
   kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
-mode: {{ .Values.mode }}
 # What the kubelet gives to system-node-critical Pods: to be safer than that,
 # signalbox would need CAP_SYS_RESOURCE.
 oomScoreAdj: -997
