@@ -2,7 +2,6 @@ package manifests
 
 import (
 	"context"
-	"encoding/json"
 	"maps"
 	"slices"
 	"testing"
@@ -11,14 +10,10 @@ import (
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/restmapper"
 )
 
 const (
@@ -26,62 +21,24 @@ const (
 	account   = "system:serviceaccount:kube-system:signalbox"
 )
 
-// applier applies objects as kubectl apply --server-side does.
-type applier struct {
-	*testing.T
-	client dynamic.Interface
-	mapper meta.RESTMapper
-}
-
-func newApplier(t *testing.T) *applier {
+// apply wants every object to be accepted, and removes them when the test ends.
+func apply(t *testing.T, objects []*unstructured.Unstructured) {
 	t.Helper()
 	config, err := shared.Config("admin", "system:masters")
 	if err != nil {
 		t.Fatal(err)
 	}
-	client, err := dynamic.NewForConfig(config)
+	a, err := NewApplier(config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	groups, err := restmapper.GetAPIGroupResources(shared.Admin().Discovery())
-	if err != nil {
+	t.Cleanup(func() {
+		if err := a.Delete(context.WithoutCancel(t.Context()), objects); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := a.Apply(t.Context(), objects); err != nil {
 		t.Fatal(err)
-	}
-	return &applier{t, client, restmapper.NewDiscoveryRESTMapper(groups)}
-}
-
-func (a *applier) resource(o *unstructured.Unstructured) dynamic.ResourceInterface {
-	a.Helper()
-	kind := o.GroupVersionKind()
-	m, err := a.mapper.RESTMapping(kind.GroupKind(), kind.Version)
-	if err != nil {
-		a.Fatal(err)
-	}
-	if m.Scope.Name() == meta.RESTScopeNameNamespace {
-		return a.client.Resource(m.Resource).Namespace(o.GetNamespace())
-	}
-	return a.client.Resource(m.Resource)
-}
-
-// apply wants every object to be accepted without so much as an unknown field,
-// and removes them when the test ends.
-func (a *applier) apply(objects []*unstructured.Unstructured) {
-	a.Helper()
-	strict := metav1.PatchOptions{FieldManager: "test", FieldValidation: metav1.FieldValidationStrict}
-	for _, o := range objects {
-		text, err := json.Marshal(o)
-		if err != nil {
-			a.Fatal(err)
-		}
-		if _, err := a.resource(o).Patch(a.Context(), o.GetName(), "application/apply-patch+yaml", text, strict); err != nil {
-			a.Fatalf("%s %s: %v", o.GetKind(), o.GetName(), err)
-		}
-		a.Cleanup(func() {
-			err := a.resource(o).Delete(context.WithoutCancel(a.Context()), o.GetName(), metav1.DeleteOptions{})
-			if err != nil && !apierrors.IsNotFound(err) {
-				a.Error(err)
-			}
-		})
 	}
 }
 
@@ -113,7 +70,7 @@ func TestAPIServerAccepts(t *testing.T) {
 			"helm":      helmed(t, chartValues(mode)),
 		} {
 			t.Run(mode+"/"+name, func(t *testing.T) {
-				newApplier(t).apply(objects)
+				apply(t, objects)
 				ds := daemonSet(t, objects)
 				pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{GenerateName: "signalbox-", Labels: ds.Spec.Template.Labels}, Spec: ds.Spec.Template.Spec}
 				dryRun := metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}, FieldValidation: metav1.FieldValidationStrict}
@@ -149,7 +106,7 @@ func TestRights(t *testing.T) {
 			if binding.RoleRef.Name != role.Name {
 				t.Errorf("bound to %s", binding.RoleRef.Name)
 			}
-			newApplier(t).apply(objects)
+			apply(t, objects)
 			got, nobody := rights(t, account), rights(t, "system:serviceaccount:kube-system:nobody")
 			maps.DeleteFunc(got, func(right string, _ bool) bool { return nobody[right] })
 			want := map[string]bool{}
