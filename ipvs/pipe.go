@@ -55,13 +55,17 @@ func (p *pipe) close() {
 	p.ns.Close()
 }
 
-// send sends requests in order and tells answered for each what the kernel said,
+// send sends n requests in order and tells answered for each what the kernel said,
 // nil for done; answered says whether to go on: after false, the rest of the
 // window is still told and no more is sent. The error is that of the
 // connection; what was not told of by then may or may not be done.
-func (p *pipe) send(requests []netlink.Message, answered func(i int, err error) bool) error {
-	first := 0
-	for part := range slices.Chunk(requests, window) {
+func (p *pipe) send(n int, request func(i int) netlink.Message, answered func(i int, err error) bool) error {
+	part := make([]netlink.Message, 0, min(n, window))
+	for first := 0; first < n; first += window {
+		part = part[:0]
+		for i := first; i < min(first+window, n); i++ {
+			part = append(part, request(i))
+		}
 		on := true
 		err := p.exchange(part, func(i int, err error) {
 			on = answered(first+i, err) && on
@@ -73,7 +77,6 @@ func (p *pipe) send(requests []netlink.Message, answered func(i int, err error) 
 		if err != nil || !on {
 			return err
 		}
-		first += len(part)
 	}
 	return nil
 }

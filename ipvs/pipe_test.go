@@ -86,9 +86,8 @@ func TestRefusalIsItsRequests(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	requests := addressRequests(unix.RTM_NEWADDR, d.link.Attrs().Index, addrs)
 	answers := 0
-	err := d.pipe.send(requests, func(i int, err error) bool {
+	err := d.pipe.send(len(addrs), addressRequests(unix.RTM_NEWADDR, d.link.Attrs().Index, addrs), func(i int, err error) bool {
 		if refused := slices.Contains(wrong, i); i != answers || refused != errors.Is(err, unix.EEXIST) || refused == (err == nil) {
 			t.Errorf("answer %d is to request %d: %v", answers, i, err)
 		}
