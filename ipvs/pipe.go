@@ -70,7 +70,7 @@ func (p *pipe) send(n int, request func(i int) netlink.Message, answered func(i 
 		err := p.exchange(part, func(i int, err error) {
 			on = answered(first+i, err) && on
 		})
-		if err != nil {
+		if err != nil && p.conn != nil {
 			p.conn.Close() // so that no late answer is taken for another's
 			p.conn = nil
 		}

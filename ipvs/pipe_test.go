@@ -168,3 +168,22 @@ func TestEncoding(t *testing.T) {
 		t.Errorf("also there: %v", found)
 	}
 }
+
+// TestNoConnection checks that a pipe which cannot be opened again says so, and
+// works when it can.
+func TestNoConnection(t *testing.T) {
+	w := world{proxier.IPv4}
+	d := loopback(t, w.family)
+	d.pipe.conn.Close()
+	possible := d.pipe.protocol
+	d.pipe.protocol = -1
+	for range 2 {
+		if err := d.add(w.addresses(1), func(netip.Addr) {}); err == nil {
+			t.Error("there is no error without a connection")
+		}
+	}
+	d.pipe.protocol = possible
+	if err := d.add(w.addresses(1), func(netip.Addr) {}); err != nil {
+		t.Error(err)
+	}
+}
