@@ -56,7 +56,7 @@ func TestIPVSFlags(t *testing.T) {
 }
 
 func TestWhatFlagsSet(t *testing.T) {
-	c, err := parse(t, "--hostname-override=n", "--proxy-mode=iptables", "--cluster-cidr=10.244.1.2/16, fd00:244::/56",
+	c, err := parse(t, "--hostname-override=n", "--proxy-mode=iptables", "--cluster-cidr=10.244.1.2/16,fd00:244::/56",
 		"--nodeport-addresses=192.168.0.0/16,fd00::/8", "--masquerade-all", "--iptables-masquerade-bit=31", "--iptables-localhost-nodeports=false",
 		"--kubeconfig=/k", "--master=https://m", "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=cali")
 	if err != nil {
@@ -99,12 +99,11 @@ func TestMistakesAreNamed(t *testing.T) {
 		{"--cluster-cidr=10.0.0.0", []string{"--cluster-cidr", `"10.0.0.0"`}},
 		{"--cluster-cidr=10.0.0.0/8,10.1.0.0/16", []string{"--cluster-cidr", "at most one"}},
 		{"--cluster-cidr=10.0.0.0/8,fd00::/8,fd01::/16", []string{"at most one"}},
-		{"--ipvs-scheduler=-D", []string{"--ipvs-scheduler=-D", "scheduler"}},
-		{"--ipvs-udp-timeout=1500ms", []string{"--ipvs-udp-timeout=1.5s", "whole seconds"}},
-		{"--ipvs-tcp-timeout=-1s", []string{"--ipvs-tcp-timeout=-1s"}},
+		{"--mode=ipvs --ipvs-scheduler=-D", []string{"--ipvs-scheduler=-D", "scheduler"}},
+		{"--mode=ipvs --ipvs-tcp-timeout=-1s", []string{"--ipvs-tcp-timeout=-1s"}},
 		{"--detect-local-mode=Magic", []string{"--detect-local-mode=Magic", "NodeCIDR"}},
-		{"--detect-local-mode=BridgeInterface", []string{"needs --pod-bridge-interface"}},
-		{"--detect-local-mode=InterfaceNamePrefix", []string{"needs --pod-interface-name-prefix"}},
+		{"--detect-local-mode=BridgeInterface", []string{"--pod-bridge-interface=", "BridgeInterface", "needs it"}},
+		{"--detect-local-mode=InterfaceNamePrefix", []string{"--pod-interface-name-prefix=", "needs it"}},
 		{"--detect-local-mode=BridgeInterface --pod-bridge-interface=a-name-far-too-long", []string{"15 characters"}},
 		{"--nodeport-addresses=primary,10.0.0.0/8", []string{"stands alone"}},
 		{"--nodeport-addresses=10.0.0.0/33", []string{"--nodeport-addresses", `"10.0.0.0/33"`}},

@@ -84,7 +84,9 @@ func probeServer(f proxier.Family, unsupported func(missing, remedy string, err 
 
 // Cleanup removes this mode's table, its virtual servers and their addresses,
 // of one family, and the device with the last address. Virtual servers of other
-// software stay. It is no error if there is nothing.
+// software stay, and where kube-proxy's sets say that it serves in its ipvs
+// mode, so do the addresses and what is at them. It is no error if there is
+// nothing.
 func Cleanup(f proxier.Family) error {
 	var failed []error
 	d, err := openDevice(f)
@@ -98,6 +100,9 @@ func Cleanup(f proxier.Family) error {
 	ours, _, err := d.held()
 	if err != nil {
 		return err
+	}
+	if HasKubeProxy(f) {
+		ours, d.link = nil, nil // kube-proxy's now
 	}
 	// First the addresses: then no packet comes for what goes after them.
 	if d.link != nil {

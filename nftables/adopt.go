@@ -27,12 +27,8 @@ type legacy struct {
 
 // survey reads what there is to take over; nil if there is no table.
 func (w *wire) survey() (*legacy, error) {
-	tables, err := w.conn.ListTablesOfFamily(w.family.table)
-	if err != nil {
-		return nil, fmt.Errorf("list tables: %w", err)
-	}
-	if !slices.ContainsFunc(tables, func(t *nft.Table) bool { return t.Name == w.table.Name }) {
-		return nil, nil
+	if exists, err := w.exists(); err != nil || !exists {
+		return nil, err
 	}
 	old := &legacy{}
 	chains, err := w.conn.ListChainsOfTableFamily(w.family.table)

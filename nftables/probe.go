@@ -2,7 +2,6 @@ package nftables
 
 import (
 	"errors"
-	"fmt"
 
 	"golang.org/x/sys/unix"
 
@@ -12,21 +11,6 @@ import (
 // probeTable is a table that never comes to be: the transaction that adds it
 // deletes it again.
 const probeTable = "signalbox-probe"
-
-// Cleanup removes this mode's table of the family, and nothing else. It is no
-// error if there is none.
-func Cleanup(f proxier.Family) error {
-	w, err := dial(familyOf(f), tableName)
-	if err != nil {
-		return err
-	}
-	defer w.close()
-	w.deleteTable()
-	if err := w.flush(); err != nil {
-		return fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
-	}
-	return nil
-}
 
 // Supported says whether this node's kernel can do all that the mode needs, by
 // asking it to. The error is a *proxier.UnsupportedError.

@@ -1,7 +1,6 @@
 package nftables
 
 import (
-	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -9,7 +8,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
 )
 
 // TestSupported: this kernel can all, each feature alone can be tried, and
@@ -63,28 +61,5 @@ func TestDiagnose(t *testing.T) {
 		if !errors.As(err, &unsupported) || unsupported.Mode != Mode || !strings.Contains(err.Error(), test.want) || unsupported.Err == nil {
 			t.Errorf("error %v, want an UnsupportedError that names %q", err, test.want)
 		}
-	}
-}
-
-// TestCleanup: our table goes, others stay, and none is no error.
-func TestCleanup(t *testing.T) {
-	for _, f := range proxier.Families {
-		t.Run(f.String(), func(t *testing.T) {
-			inNamespace(t)
-			if err := Cleanup(f); err != nil {
-				t.Errorf("with no table: %v", err)
-			}
-			p := newProxier(t, f)
-			if err := p.Sync(context.Background(), proxiertest.Fleet(f, 3, 2), proxier.Change{All: true}); err != nil {
-				t.Fatal(err)
-			}
-			runNft(t, "add", "table", p.word, "kube-proxy")
-			if err := Cleanup(f); err != nil {
-				t.Error(err)
-			}
-			if got, want := strings.TrimSpace(runNft(t, "list", "tables")), "table "+p.word+" kube-proxy"; got != want {
-				t.Errorf("tables after Cleanup: %q, want %q", got, want)
-			}
-		})
 	}
 }

@@ -20,6 +20,7 @@ type Proxier struct {
 	mark  uint32
 	wire  *wire
 	state *state // nil until the first Sync
+	size  size
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
@@ -80,6 +81,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 		return fmt.Errorf("write table %s: %w", tableName, err)
 	}
 	p.state = st
+	p.size = sizeOf(rules, st, p.wire.added)
 	return nil
 }
 
@@ -104,6 +106,7 @@ func (p *Proxier) warn(message string, err error) {
 // writeAll writes the whole table in one transaction. Rules go before elements:
 // a rule that is bound to a map makes the kernel walk all its elements.
 func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
+	w.added = 0
 	if old != nil && old.keeps {
 		w.clear(old)
 		w.addSets(affinity)
@@ -145,6 +148,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 		return fmt.Errorf("write %s to table %s: %w", changeText(change), tableName, err)
 	}
 	s.commit()
+	p.size.change(rules, s, change.Node)
 	return nil
 }
 

@@ -114,6 +114,24 @@ func (l locality) choose(all []candidate) selection {
 	return s
 }
 
+// appendReady appends the addresses of this node's ready endpoints. One that
+// drains does not count, though it may still get traffic: a load balancer that
+// was told of it would go on sending here until the last moment. Nor does one of
+// weight 0, which gets none.
+func (l locality) appendReady(to []netip.Addr, all []candidate) []netip.Addr {
+	for _, c := range all {
+		if c.from.ready && c.weight > 0 && l.isLocal(c) {
+			to = append(to, c.addr.Addr())
+		}
+	}
+	return to
+}
+
+func distinct(addrs []netip.Addr) int {
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return len(slices.Compact(addrs))
+}
+
 // closest narrows ready endpoints down to those that hints name for this node,
 // else for its zone. A hint counts only where every ready endpoint carries one
 // of its kind: a slice without is still being updated, or too old for it.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 	"unique"
 
 	corev1 "k8s.io/api/core/v1"
@@ -29,6 +30,9 @@ type endpointSlice struct {
 	// spreadsUnevenly says that the slice's own annotation asks for more than
 	// equal shares.
 	spreadsUnevenly bool
+	// trigger is when what this slice tells of came about; zero where it does
+	// not say. Slices that differ in it alone say the same.
+	trigger time.Time
 }
 
 type slicePort struct {
@@ -107,6 +111,8 @@ func readEndpointSlice(obj *discoveryv1.EndpointSlice) (*endpointSlice, []Proble
 		name:    sliceName{obj.Namespace, obj.Name},
 		service: ServiceName{obj.Namespace, owner},
 	}
+	// What is not a time says nothing.
+	s.trigger, _ = time.Parse(time.RFC3339Nano, obj.Annotations[corev1.EndpointsLastChangeTriggerTime])
 	switch obj.AddressType {
 	case discoveryv1.AddressTypeIPv4:
 		s.family = IPv4

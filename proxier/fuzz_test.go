@@ -216,6 +216,7 @@ func mustSyncBoth(t *testing.T, loop *Loop, modes []*fakeProxier) {
 	for i, family := range Families {
 		plan := loop.Plan(family)
 		checkPlan(t, plan)
+		checkTotals(t, loop.families[i].planner)
 		if len(modes[i].broken) > 0 {
 			t.Fatal(modes[i].broken)
 		}

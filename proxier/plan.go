@@ -261,11 +261,16 @@ type ServicePort struct {
 	// topology or termination say: the flows to these must not be cut.
 	Serving *EndpointSet
 	// HealthCheckNodePort is the TCP port on which a load balancer asks
-	// whether this node has local endpoints; 0 for none.
+	// whether this node has local endpoints; 0 for none. One port of a Service
+	// carries it for the whole of the Service.
 	HealthCheckNodePort uint16
 	// Scheduler is the kernel's name of what chooses among endpoints, in a
 	// mode that has schedulers; "" for the mode's own.
 	Scheduler string
+	// LocalEndpoints is what it is told there: the number of addresses of ready
+	// endpoints on this node, over all ports of the Service. 0 without a
+	// HealthCheckNodePort.
+	LocalEndpoints int
 }
 
 // LocalPods tells connections of this node's Pods from others. The zero value

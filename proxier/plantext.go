@@ -64,7 +64,7 @@ func (p *ServicePort) print(w io.Writer) {
 		fmt.Fprintf(w, ", affinity %v", p.AffinityTimeout)
 	}
 	if p.HealthCheckNodePort != 0 {
-		fmt.Fprintf(w, ", health check on %d", p.HealthCheckNodePort)
+		fmt.Fprintf(w, ", health check on %d with %d local endpoints", p.HealthCheckNodePort, p.LocalEndpoints)
 	}
 	if p.Scheduler != "" {
 		fmt.Fprintf(w, ", scheduler %s", p.Scheduler)

@@ -24,7 +24,7 @@ func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
 		settings:  settings,
 		family:    family,
 		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone), weighs: settings.HasSchedulers},
-		primary:   t.node.primary(family),
+		primary:   settings.primary(family, &t.node),
 		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
 	}
 }
@@ -36,8 +36,13 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 		return nil
 	}
 	ports := make([]*ServicePort, 0, len(s.ports))
+	var local []netip.Addr // of ready endpoints, for any port
 	for _, port := range s.ports {
-		chosen := r.locality.choose(candidates(filed, r.family, port.name, port.protocol, s.weights))
+		all := candidates(filed, r.family, port.name, port.protocol, s.weights)
+		chosen := r.locality.choose(all)
+		if s.healthCheckNodePort != 0 {
+			local = r.locality.appendReady(local, all)
+		}
 		ports = append(ports, &ServicePort{
 			Name:            ServicePortName{s.name, port.name, port.protocol},
 			AffinityTimeout: s.affinity,
@@ -48,7 +53,7 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 	}
 	slices.SortFunc(ports, func(a, b *ServicePort) int { return a.Name.Compare(b.Name) })
 	if len(ports) > 0 {
-		ports[0].HealthCheckNodePort = s.healthCheckNodePort
+		ports[0].HealthCheckNodePort, ports[0].LocalEndpoints = s.healthCheckNodePort, distinct(local)
 	}
 	return ports
 }

@@ -14,19 +14,21 @@ import (
 	"syscall"
 )
 
-// KubeVersion is the Kubernetes release that the API server is built from; it
-// must be the one that tools/go.mod requires.
+// KubeVersion is the Kubernetes release that the API server and kube-proxy are
+// built from; it must be the one that tools/go.mod requires.
 const KubeVersion = "v1.36.3"
 
-// Binaries are the paths of the programs of a control plane.
+// Binaries are the paths of programs of Kubernetes: those of a control plane,
+// and the proxy that signalbox replaces.
 type Binaries struct {
 	Etcd      string
 	APIServer string
+	KubeProxy string
 }
 
-// Build builds etcd and kube-apiserver from the module e2e/tools, unless
-// e2e/.cache holds them already. log is told before something that takes
-// minutes begins.
+// Build builds etcd, kube-apiserver and kube-proxy from the module e2e/tools,
+// unless e2e/.cache holds them already. log is told before something that
+// takes minutes begins.
 func Build(ctx context.Context, log func(format string, args ...any)) (Binaries, error) {
 	root, cache, unlock, err := openCache(ctx)
 	if err != nil {
@@ -42,10 +44,15 @@ func Build(ctx context.Context, log func(format string, args ...any)) (Binaries,
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return Binaries{}, err
 	}
-	bin := Binaries{Etcd: filepath.Join(dir, "etcd"), APIServer: filepath.Join(dir, "kube-apiserver")}
+	bin := Binaries{
+		Etcd:      filepath.Join(dir, "etcd"),
+		APIServer: filepath.Join(dir, "kube-apiserver"),
+		KubeProxy: filepath.Join(dir, "kube-proxy"),
+	}
 	for path, pkg := range map[string]string{
 		bin.Etcd:      "go.etcd.io/etcd/server/v3",
 		bin.APIServer: "k8s.io/kubernetes/cmd/kube-apiserver",
+		bin.KubeProxy: "k8s.io/kubernetes/cmd/kube-proxy",
 	} {
 		if _, err := os.Stat(path); err == nil {
 			continue
@@ -139,8 +146,8 @@ func goBuild(ctx context.Context, dir, path, pkg string) error {
 	return os.Rename(part, path)
 }
 
-// versionFlags stamp the API server with its release, which it would otherwise
-// not know: clients read it at /version.
+// versionFlags stamp the programs with their release, which they would
+// otherwise not know: clients read the API server's at /version.
 func versionFlags() string {
 	var flags []string
 	for _, pkg := range []string{"k8s.io/component-base/version", "k8s.io/client-go/pkg/version"} {

@@ -194,3 +194,21 @@ func unmap(a netip.AddrPort) netip.AddrPort {
 }
 
 func isClosed(err error) bool { return errors.Is(err, net.ErrClosed) }
+
+// Retransmitted says whether this host has sent anything on a TCP connection
+// twice, its SYN included: a packet was lost, or answered very late.
+func (c *Conn) Retransmitted() bool {
+	tcp, ok := c.conn.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var info *unix.TCPInfo
+	if raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }) != nil || err != nil {
+		return false
+	}
+	return info.Total_retrans > 0
+}

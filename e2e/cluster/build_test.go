@@ -1,0 +1,23 @@
+package cluster
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// The proxy that signalbox is compared with must be the release that the
+// documentation names.
+func TestKubeProxyRelease(t *testing.T) {
+	bin, err := Build(t.Context(), t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(bin.KubeProxy, "--version").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := strings.TrimSpace(string(out)), "Kubernetes "+KubeVersion; got != want {
+		t.Errorf("built %q, want %q", got, want)
+	}
+}
