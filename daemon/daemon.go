@@ -33,6 +33,10 @@ type Source interface {
 // can be served at all: no mode works here, or the source cannot be reached by
 // any retry.
 func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	return RunChanging(ctx, cfg, nil, func(*config.Config) *slog.Logger { return log })
+}
+
+func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.Logger) error {
 	spareMemory()
 	for _, w := range cfg.Warnings {
 		log.Warn(w)
@@ -48,7 +52,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	for _, lost := range choice.Lost {
 		log.Warn("an IP family is not served", "reason", lost)
 	}
-	loop, closeAll, err := newLoop(cfg, choice, log)
+	loop, closeAll, err := newLoop(cfg, choice, planes, log)
 	if err != nil {
 		return err
 	}
@@ -56,6 +60,10 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		tune(cfg, log)
+		return nil
+	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, loop) })
 	group.Go(func() error { return loop.Run(ctx) })
@@ -73,6 +81,7 @@ func newSource(cfg *config.Config, log *slog.Logger) (Source, error) {
 	apiserver.LogTo(log)
 	client, err := apiserver.Client(apiserver.ClientOptions{
 		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
+		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes,
 	})
 	if err != nil {
 		return nil, err
@@ -99,8 +108,8 @@ func usableFamilies(log *slog.Logger) []proxier.Family {
 const fullSyncPeriod = time.Hour
 
 // newLoop makes the mode work in each family and joins it with what removes
-// stale flows. closeAll lets go of all of it.
-func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
+// stale flows. closeAll lets go of all of it but the dataplanes.
+func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
 	var closers []func() error
 	closeAll = func() {
 		for _, c := range closers {
@@ -111,17 +120,17 @@ func newLoop(cfg *config.Config, choice modes.Choice, log *slog.Logger) (loop *p
 	}
 	opts := proxier.LoopOptions{
 		NodeName: cfg.NodeName, Settings: cfg.ForMode(choice.Mode.Name), MinSyncPeriod: cfg.MinSyncPeriod,
-		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: onSync(choice.Mode, log),
-		SyncPeriod: fullSyncPeriod,
+		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log,
+		SyncPeriod: fullSyncPeriod, RetryPeriod: cfg.SyncPeriod,
 	}
+	opts.Synced = planes.onceServing(choice.Families, onSync(choice.Mode, log), func(err error) { log.Warn("closing", "error", err) })
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
-		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
+		p, err := planes.get(choice.Mode, proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
 		if err != nil {
 			closeAll()
 			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)
 		}
-		closers = append(closers, p.Close)
 		opts.Proxiers[family] = p
 		if r, ok := p.(interface{ RelayPrefix() netip.Prefix }); ok {
 			relays = append(relays, r.RelayPrefix())

@@ -32,10 +32,7 @@ endpoints: [{addresses: [10.244.1.5]}]
 // are there.
 func TestModesLeaveNothingBehind(t *testing.T) {
 	dir := t.TempDir()
-	binary := filepath.Join(dir, "signalbox")
-	if out, err := exec.Command("go", "build", "-o", binary, "signalbox/cmd/signalbox").CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
+	binary := buildBinary(t, dir)
 	source := filepath.Join(dir, "source")
 	if err := os.Mkdir(source, 0o700); err != nil {
 		t.Fatal(err)
@@ -82,6 +79,15 @@ func TestModesLeaveNothingBehind(t *testing.T) {
 			t.Errorf("mode %s took its rules away when it ended", mode)
 		}
 	}
+}
+
+func buildBinary(t *testing.T, dir string) string {
+	t.Helper()
+	binary := filepath.Join(dir, "signalbox")
+	if out, err := exec.Command("go", "build", "-o", binary, "signalbox/cmd/signalbox").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	return binary
 }
 
 // eventually waits for what another process does, for as long as a slow
