@@ -52,18 +52,20 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	loop, closeAll, err := newLoop(cfg, choice, watched, log)
+	old := newLeftovers(choice, log)
+	loop, closeAll, err := newLoop(cfg, choice, watched, old, log)
 	if err != nil {
 		return err
 	}
 	defer closeAll()
+	old.resync = loop.Resync
 	sink := watched.watch(loop)
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
-	group.Go(func() error { return loop.Run(ctx) })
+	group.Go(func() error { return serve(ctx, loop, old, log) })
 	watched.start(ctx, group)
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
@@ -110,7 +112,7 @@ const fullSyncPeriod = time.Hour
 
 // newLoop makes the mode work in each family and joins it with what removes
 // stale flows. closeAll lets go of all of it.
-func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
+func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
 	var closers []func() error
 	closeAll = func() {
 		for _, c := range closers {
@@ -121,7 +123,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, log *sl
 	}
 	opts := proxier.LoopOptions{
 		NodeName: cfg.NodeName, Settings: cfg.ForMode(choice.Mode.Name), MinSyncPeriod: cfg.MinSyncPeriod,
-		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: onSync(choice.Mode, log),
+		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: onSync(old, log),
 		SyncPeriod: fullSyncPeriod,
 	}
 	var relays []netip.Prefix
@@ -133,6 +135,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, log *sl
 		}
 		closers = append(closers, p.Close)
 		opts.Proxiers[family] = p
+		old.shares(family, p)
 		if r, ok := p.(interface{ RelayPrefix() netip.Prefix }); ok {
 			relays = append(relays, r.RelayPrefix())
 		}
@@ -153,19 +156,13 @@ func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, log *sl
 	return proxier.NewLoop(opts), closeAll, nil
 }
 
-// onSync says when a family is first served and tidies up then; each later
-// sync is logged at debug level.
-func onSync(mode modes.Mode, log *slog.Logger) func(proxier.SyncReport) {
-	served := map[proxier.Family]bool{}
+// onSync says when a family is first served, and tells what waits for that;
+// each later sync is logged at debug level.
+func onSync(old *leftovers, log *slog.Logger) func(proxier.SyncReport) {
 	return func(r proxier.SyncReport) {
 		level := slog.LevelDebug
-		if r.Err == nil && !served[r.Family] {
-			served[r.Family] = true
+		if r.Err == nil && r.All && old.serves(r.Family) {
 			level = slog.LevelInfo
-			go func() {
-				clearLeftovers(mode, r.Family, log)
-				returnMemory()
-			}()
 		}
 		log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
 			"took", r.Took, "everything", r.All, "setAside", r.SetAside, "failed", r.Err != nil)

@@ -32,15 +32,15 @@ var ours = belongings{
 const signature = "-A " + servicesChain + " -j " + externalServicesChain
 
 // Cleanup removes from both variants what this mode wrote: the jumps and the
-// chains they lead to. Where kube-proxy has filled these chains since, they are
-// its own, and stay. A chain that rules of other software use keeps its name;
+// chains they lead to. Where kube-proxy has filled these chains since, or was
+// started and is about to, they are its own, and stay. A chain that rules of other software use keeps its name;
 // KUBE-MARK-MASQ and KUBE-POSTROUTING then keep their rules too, without which
 // those rules would change their meaning. KUBE-FIREWALL, which the kubelet
 // shares, stays as it is, and so does the sysctl route_localnet.
 func Cleanup(f proxier.Family) error {
 	return cleanup(f, func(ctx context.Context, t *tools) error {
 		signed, err := t.signed(ctx)
-		if err != nil || !signed {
+		if err != nil || !signed || t.hasMangleChain(ctx, canaryChain) {
 			return err
 		}
 		return t.remove(ctx, ours)

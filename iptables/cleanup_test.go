@@ -107,6 +107,22 @@ func TestCleanupLeavesKubeProxysRules(t *testing.T) {
 	})
 }
 
+// A kube-proxy that was started, and has written nothing yet but its canaries,
+// finds the chains that it is about to fill.
+func TestCleanupBesideStartingKubeProxy(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), proxier.Change{All: true})
+		run(t, "*mangle\n:KUBE-PROXY-CANARY - [0:0]\nCOMMIT\n", p.tools.restore, "--noflush")
+		before := wholeSave(t, p)
+		if err := Cleanup(p.opts.Family); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(before, wholeSave(t, p)); diff != "" {
+			t.Errorf("(-before +after)\n%s", diff)
+		}
+	})
+}
+
 // A takeover within one variant replaces kube-proxy's chains in place; only what
 // this mode has not got remains to be removed.
 func TestCleanupKubeProxyInUse(t *testing.T) {

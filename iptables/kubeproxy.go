@@ -63,3 +63,26 @@ func CleanupKubeProxy(f proxier.Family, inUse Backend) error {
 		return t.remove(ctx, kubeProxys)
 	})
 }
+
+// HasKubeProxy says whether kube-proxy has written rules in its iptables mode
+// since they were last removed: it makes its canaries with them. The tables
+// with the rules themselves, which may be large, are not read.
+func HasKubeProxy(ctx context.Context, f proxier.Family) bool {
+	for _, b := range []Backend{NFT, Legacy} {
+		t, err := findTools(f, b, defaultWait)
+		if err == nil && t.hasMangleChain(ctx, canaryChain) {
+			return true
+		}
+	}
+	return false
+}
+
+// Intact says whether the rules of Services in a variant's tables are this
+// mode's.
+func Intact(ctx context.Context, f proxier.Family, b Backend) (bool, error) {
+	t, err := findTools(f, b, defaultWait)
+	if err != nil {
+		return false, err
+	}
+	return t.signed(ctx)
+}

@@ -51,3 +51,14 @@ func removeTable(f proxier.Family, name string) error {
 	}
 	return nil
 }
+
+// HasKubeProxy says whether there is a table of kube-proxy's nftables mode.
+func HasKubeProxy(f proxier.Family) bool {
+	w, err := dial(familyOf(f), kubeProxyTable)
+	if err != nil {
+		return false
+	}
+	defer w.close()
+	exists, err := w.exists()
+	return err == nil && exists
+}

@@ -79,8 +79,9 @@ type Loop struct {
 
 	tracker  *Tracker
 	local    []netip.Addr
-	settled  bool // the source has synced and its objects were taken
-	resolved int  // how often a Service was resolved, over all families
+	settled  bool                     // the source has synced and its objects were taken
+	resolved int                      // how often a Service was resolved, over all families
+	toldEven map[ServiceName]struct{} // see warnOfEvenSpread
 	families []*familyLoop
 }
 
@@ -95,7 +96,7 @@ func NewLoop(opts LoopOptions) *Loop {
 	if opts.RetryPeriod == 0 {
 		opts.RetryPeriod = 30 * time.Second
 	}
-	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName)}
+	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName), toldEven: map[ServiceName]struct{}{}}
 	l.progress.pending = map[Family]time.Time{}
 	for _, family := range Families {
 		if p := opts.Proxiers[family]; p != nil {
@@ -214,6 +215,7 @@ func (l *Loop) update() bool {
 		l.warnOfGuesses()
 	}
 	names, node := l.tracker.takeDirty()
+	l.warnOfEvenSpread(names)
 	for _, f := range l.families {
 		f.queued(got.since, l.tracker.takeTriggers(f.family))
 		if got.resync && !f.all {

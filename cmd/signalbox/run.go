@@ -28,6 +28,9 @@ the rules in the kernel: connections go on, also while it is away.`,
 			if cfg.WriteTo != "" {
 				return config.Write(cfg.WriteTo, cfg.KubeProxy)
 			}
+			if cfg.Cleanup {
+				return cleanup(false)
+			}
 			return daemon.Run(cmd.Context(), cfg, slog.Default())
 		},
 	}

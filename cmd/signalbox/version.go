@@ -26,9 +26,9 @@ func versionCommand() *cobra.Command {
 }
 
 func versionText() string {
-	text := version
-	if revision := buildinfo.Revision(); revision != "" {
-		text += " " + revision
+	revision := buildinfo.Revision()
+	if revision != "" {
+		revision = " " + revision
 	}
-	return fmt.Sprintf("%s %s %s/%s", text, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("%s%s %s %s/%s", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }
