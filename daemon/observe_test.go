@@ -1,12 +1,10 @@
 package daemon_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,16 +68,8 @@ func (d *daemon) stop() {
 
 // get returns status and body, or an error.
 func (d *daemon) get(url string) (int, string, error) {
-	client := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
-			err = d.host.Do(func() error {
-				c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
-				return err
-			})
-			return c, err
-		},
-	}}
+	client := d.host.Client()
+	defer client.CloseIdleConnections()
 	resp, err := client.Get(url)
 	if err != nil {
 		return 0, "", err
@@ -162,18 +152,14 @@ func TestTakenPorts(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(source, "balanced.yaml"), []byte(balancedManifest), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	take := func(port int) net.Listener {
-		var l net.Listener
-		err := host.Do(func() (err error) {
-			l, err = net.Listen("tcp", fmt.Sprintf(":%d", port))
-			return err
-		})
+	take := func(addr string) net.Listener {
+		l, err := host.Listen("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return l
 	}
-	health, service := take(10256), take(31900)
+	health, service := take(":10256"), take(":31900")
 	defer service.Close()
 	d := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0")
 	d.answers("http://127.0.0.1:10249/metrics", 200,

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -37,16 +36,7 @@ type reply struct {
 
 // get asks an HTTP server from a host of the lab.
 func (s *site) get(from, url string) (reply, error) {
-	client := http.Client{Timeout: patience, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
-			err = s.lab.Host(from).Do(func() error {
-				c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
-				return err
-			})
-			return c, err
-		},
-	}}
+	client := s.lab.Host(from).Client()
 	defer client.CloseIdleConnections()
 	resp, err := client.Get(url)
 	if err != nil {
@@ -371,11 +361,8 @@ func (s *site) forgetEvents() {
 // take has a port of node1 listened on, by somebody else.
 func (s *site) take(port int32) net.Listener {
 	s.Helper()
-	var l net.Listener
-	s.must(s.lab.Host("node1").Do(func() (err error) {
-		l, err = net.Listen("tcp", fmt.Sprintf(":%d", port))
-		return err
-	}))
+	l, err := s.lab.Host("node1").Listen("tcp", fmt.Sprintf(":%d", port))
+	s.must(err)
 	s.Cleanup(func() { l.Close() })
 	return l
 }
