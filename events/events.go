@@ -221,12 +221,17 @@ func (r *Recorder) Flush(atMost time.Duration) {
 	}
 }
 
+// identifyFor bounds the search for a UID; the Event is of use without it.
+const identifyFor = 10 * time.Second
+
 // identify finds a Service's UID, without which kubectl describe does not show
 // the Event. The rights of a service proxy do for a list and not for a get.
 func (r *Recorder) identify(ctx context.Context, ref *corev1.ObjectReference) {
 	if ref.UID != "" {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, identifyFor)
+	defer cancel()
 	found, err := r.opts.Client.CoreV1().Services(ref.Namespace).List(ctx, metav1.ListOptions{
 		FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name).String(),
 	})
