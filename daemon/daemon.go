@@ -52,6 +52,13 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.
 	for _, lost := range choice.Lost {
 		log.Warn("an IP family is not served", "reason", lost)
 	}
+	warnings, err := cfg.CheckFamilies(choice.Families, choice.Mode.Name)
+	if err != nil {
+		return err
+	}
+	for _, w := range warnings {
+		log.Warn(w)
+	}
 	loop, closeAll, err := newLoop(cfg, choice, planes, log)
 	if err != nil {
 		return err
