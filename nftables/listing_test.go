@@ -210,7 +210,7 @@ func TestKernelFollows(t *testing.T) {
 // made at once.
 func compareMeaning(t testing.TB, st *state, plan *proxier.Plan) {
 	t.Helper()
-	fresh, err := newStateOf(st.family, plan, nil)
+	fresh, err := newStateOf(st.family, plan, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
