@@ -41,13 +41,13 @@ func TestDefaults(t *testing.T) {
 
 func TestIPVSFlags(t *testing.T) {
 	flags := []string{"--hostname-override=n", "--cluster-cidr=10.244.0.0/16", "--ipvs-scheduler=lc", "--ipvs-strict-arp",
-		"--ipvs-tcp-timeout=15m", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m"}
+		"--ipvs-tcp-timeout=15m", "--ipvs-kube-proxy-policies", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m"}
 	c, err := parse(t, append(flags, "--mode=ipvs")...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := proxier.IPVSTuning{Scheduler: "lc", StrictARP: true, TCPTimeout: 15 * time.Minute, TCPFinTimeout: 30 * time.Second, UDPTimeout: time.Minute}
-	if c.Mode != ModeIPVS || c.IPVS != want || len(c.Warnings) != 0 {
+	if c.Mode != ModeIPVS || c.IPVS != want || len(c.Warnings) != 0 || !c.ForMode(ModeIPVS).KubeProxyIPVSPolicies || c.ForMode(ModeIPTables).KubeProxyIPVSPolicies {
 		t.Errorf("got %s, %+v, warnings %q", c.Mode, c.IPVS, c.Warnings)
 	}
 	if c, err = parse(t, append(flags, "--mode=nftables")...); err != nil || len(c.Warnings) != 1 {
@@ -56,7 +56,7 @@ func TestIPVSFlags(t *testing.T) {
 }
 
 func TestWhatFlagsSet(t *testing.T) {
-	c, err := parse(t, "--hostname-override=n", "--proxy-mode=iptables", "--cluster-cidr=10.244.1.2/16, fd00:244::/56",
+	c, err := parse(t, "--hostname-override=n", "--proxy-mode=iptables", "--cluster-cidr=10.244.1.2/16,fd00:244::/56",
 		"--nodeport-addresses=192.168.0.0/16,fd00::/8", "--masquerade-all", "--iptables-masquerade-bit=31", "--iptables-localhost-nodeports=false",
 		"--kubeconfig=/k", "--master=https://m", "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=cali")
 	if err != nil {
@@ -99,12 +99,11 @@ func TestMistakesAreNamed(t *testing.T) {
 		{"--cluster-cidr=10.0.0.0", []string{"--cluster-cidr", `"10.0.0.0"`}},
 		{"--cluster-cidr=10.0.0.0/8,10.1.0.0/16", []string{"--cluster-cidr", "at most one"}},
 		{"--cluster-cidr=10.0.0.0/8,fd00::/8,fd01::/16", []string{"at most one"}},
-		{"--ipvs-scheduler=-D", []string{"--ipvs-scheduler=-D", "scheduler"}},
-		{"--ipvs-udp-timeout=1500ms", []string{"--ipvs-udp-timeout=1.5s", "whole seconds"}},
-		{"--ipvs-tcp-timeout=-1s", []string{"--ipvs-tcp-timeout=-1s"}},
+		{"--mode=ipvs --ipvs-scheduler=-D", []string{"--ipvs-scheduler=-D", "scheduler"}},
+		{"--mode=ipvs --ipvs-tcp-timeout=-1s", []string{"--ipvs-tcp-timeout=-1s"}},
 		{"--detect-local-mode=Magic", []string{"--detect-local-mode=Magic", "NodeCIDR"}},
-		{"--detect-local-mode=BridgeInterface", []string{"needs --pod-bridge-interface"}},
-		{"--detect-local-mode=InterfaceNamePrefix", []string{"needs --pod-interface-name-prefix"}},
+		{"--detect-local-mode=BridgeInterface", []string{"--pod-bridge-interface=", "BridgeInterface", "needs it"}},
+		{"--detect-local-mode=InterfaceNamePrefix", []string{"--pod-interface-name-prefix=", "needs it"}},
 		{"--detect-local-mode=BridgeInterface --pod-bridge-interface=a-name-far-too-long", []string{"15 characters"}},
 		{"--nodeport-addresses=primary,10.0.0.0/8", []string{"stands alone"}},
 		{"--nodeport-addresses=10.0.0.0/33", []string{"--nodeport-addresses", `"10.0.0.0/33"`}},
@@ -144,6 +143,7 @@ func TestNodePortAddressesByMode(t *testing.T) {
 	}{
 		{ModeNFTables, "", true},
 		{ModeIPTables, "", false},
+		{ModeIPVS, "", false},
 		{ModeIPTables, "--nodeport-addresses=primary", true},
 		{ModeNFTables, "--nodeport-addresses=0.0.0.0/0", false},
 	} {
@@ -155,8 +155,9 @@ func TestNodePortAddressesByMode(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := c.ForMode(test.mode).NodePortAddresses.Primary; got != test.primary {
-			t.Errorf("mode %s with %q: primary is %v", test.mode, test.flag, got)
+		s := c.ForMode(test.mode)
+		if s.NodePortAddresses.Primary != test.primary || s.HasSchedulers != (test.mode == ModeIPVS) {
+			t.Errorf("mode %s with %q: primary is %v, schedulers %v", test.mode, test.flag, s.NodePortAddresses.Primary, s.HasSchedulers)
 		}
 	}
 }

@@ -37,10 +37,6 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	for _, w := range cfg.Warnings {
 		log.Warn(w)
 	}
-	source, err := newSource(cfg, log)
-	if err != nil {
-		return err
-	}
 	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
 	if err != nil {
 		return err
@@ -48,19 +44,29 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	for _, lost := range choice.Lost {
 		log.Warn("an IP family is not served", "reason", lost)
 	}
+	watched, err := newObserver(cfg, choice, log)
+	if err != nil {
+		return err
+	}
+	source, err := newSource(cfg, watched, log)
+	if err != nil {
+		return err
+	}
 	old := newLeftovers(choice, log)
-	loop, closeAll, err := newLoop(cfg, choice, old, log)
+	loop, closeAll, err := newLoop(cfg, choice, watched, old, log)
 	if err != nil {
 		return err
 	}
 	defer closeAll()
 	old.resync = loop.Resync
+	sink := watched.watch(loop)
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
-	group.Go(func() error { return source.Run(ctx, loop) })
+	group.Go(func() error { return source.Run(ctx, sink) })
 	group.Go(func() error { return serve(ctx, loop, old, log) })
+	watched.start(ctx, group)
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -68,18 +74,22 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	return nil
 }
 
-func newSource(cfg *config.Config, log *slog.Logger) (Source, error) {
+func newSource(cfg *config.Config, watched *observer, log *slog.Logger) (Source, error) {
 	if cfg.SourceDir != "" {
 		return file.New(cfg.SourceDir, log)
 	}
 	apiserver.LogTo(log)
-	client, err := apiserver.Client(apiserver.ClientOptions{
-		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
-	})
+	client, err := apiserver.Client(clientOptions(cfg))
 	if err != nil {
 		return nil, err
 	}
-	return apiserver.New(client, cfg.NodeName, log), nil
+	source := apiserver.New(client, cfg.NodeName, log)
+	source.Noted = watched.metrics.Source
+	return source, nil
+}
+
+func clientOptions(cfg *config.Config) apiserver.ClientOptions {
+	return apiserver.ClientOptions{Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst}
 }
 
 // usableFamilies leaves out a family that the kernel has not got or that is
@@ -102,7 +112,7 @@ const fullSyncPeriod = time.Hour
 
 // newLoop makes the mode work in each family and joins it with what removes
 // stale flows. closeAll lets go of all of it.
-func newLoop(cfg *config.Config, choice modes.Choice, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
+func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
 	var closers []func() error
 	closeAll = func() {
 		for _, c := range closers {
@@ -134,6 +144,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, old *leftovers, log *slog.
 		Logger:     log,
 		LocalAddrs: node.Addrs,
 		Relays:     relays,
+		Passed:     watched.metrics.FlowsPassed,
 	})
 	if err != nil {
 		log.Warn("stale UDP flows are not removed", "reason", err)
@@ -141,6 +152,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, old *leftovers, log *slog.
 		closers = append(closers, flows.Close)
 		opts.Flows = flows
 	}
+	watched.hook(&opts)
 	return proxier.NewLoop(opts), closeAll, nil
 }
 

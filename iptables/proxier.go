@@ -35,6 +35,8 @@ type Proxier struct {
 	log   *slog.Logger
 	// state is what the kernel holds; nil while that is not known.
 	state *state
+	// written is what the last Sync wrote.
+	written counts
 }
 
 // New chooses the variant of the tools. It writes nothing.
@@ -154,6 +156,7 @@ func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
 func (p *Proxier) apply(ctx context.Context, s *script) error {
 	err := p.tools.apply(ctx, s)
 	if err == nil {
+		p.written = s.rules
 		return nil
 	}
 	if errors.Is(err, proxier.ErrUnknownState) {

@@ -14,6 +14,7 @@ type script struct {
 	lines   int
 	commits []int // numbers of the lines that say COMMIT
 	spans   []span
+	rules   counts // lines that write one
 }
 
 // span says whose the lines from first to the next span are; owner is empty
@@ -54,6 +55,10 @@ func (s *script) table(t table, edits []edit, jumps ...jump) {
 			first = append(first, "-I "+j.from+j.rule())
 		}
 	}
+	for _, e := range edits {
+		s.rules[t] += len(e.rules)
+	}
+	s.rules[t] += len(first)
 	s.section(t.String(), edits, first)
 }
 

@@ -71,7 +71,7 @@ func (c *cleanup) run(f proxier.Family) (draining int, err error) {
 		c.removeAddrs(busy)
 	}
 	for _, key := range gone {
-		c.fail(k.do(op{verb: removeServer, key: key}))
+		c.fail(do(k, op{verb: removeServer, key: key}))
 	}
 	// The sets tell which servers at the node's own addresses are kube-proxy's:
 	// they go with the last.
@@ -127,11 +127,13 @@ func (c *cleanup) removeAddrs(busy []serverKey) {
 	for _, key := range busy {
 		stays[key.addr] = true
 	}
+	var gone []netip.Addr
 	for a := range c.held {
 		if !stays[a] {
-			c.fail(c.device.remove(a))
+			gone = append(gone, a)
 		}
 	}
+	c.fail(c.device.remove(gone, func(netip.Addr) {}))
 	if c.device.link != nil {
 		c.fail(c.device.removeUnused())
 	}
@@ -147,7 +149,7 @@ func quiet(k kernel, key serverKey) (busy bool, err error) {
 	for _, d := range dests {
 		busy = busy || d.connections > 0
 		if d.weight != 0 {
-			failed = append(failed, k.do(op{verb: setDest, key: key, dest: d.addr}))
+			failed = append(failed, do(k, op{verb: setDest, key: key, dest: d.addr}))
 		}
 	}
 	if err := errors.Join(failed...); err != nil {

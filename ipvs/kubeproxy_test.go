@@ -162,7 +162,7 @@ func TestCleanupKubeProxy(t *testing.T) {
 		serve := func(key serverKey) {
 			t.Helper()
 			for _, o := range []op{{verb: addServer, key: key, scheduler: "rr"}, {verb: addDest, key: key, dest: dest, weight: 1}} {
-				if err := k.do(o); err != nil {
+				if err := do(k, o); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -185,7 +185,7 @@ func TestCleanupKubeProxy(t *testing.T) {
 		if err := d.ensure(); err != nil {
 			t.Fatal(err)
 		}
-		if err := d.add(vip); err != nil {
+		if err := d.add([]netip.Addr{vip}, func(netip.Addr) {}); err != nil {
 			t.Fatal(err)
 		}
 		whole := serversText(t, k)

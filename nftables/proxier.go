@@ -22,6 +22,7 @@ type Proxier struct {
 	mark  uint32
 	wire  *wire
 	state *state // nil until the first Sync
+	size  size
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
@@ -86,6 +87,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 		return fmt.Errorf("write table %s: %w", tableName, err)
 	}
 	p.state = st
+	p.size = sizeOf(rules, st, p.wire.added)
 	return nil
 }
 
@@ -121,6 +123,7 @@ func (p *Proxier) recall(rules ruleset, plan *proxier.Plan) (old *legacy, before
 		return old, before, false, nil
 	}
 	st.digest, p.state = rules.digest(), st
+	p.size = sizeOf(rules, st, fix.elements)
 	return old, before, true, nil
 }
 
@@ -131,6 +134,7 @@ func (p *Proxier) warn(message string, err error) {
 // writeAll writes the whole table in one transaction. Rules go before elements:
 // a rule that is bound to a map makes the kernel walk all its elements.
 func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
+	w.added = 0
 	if old != nil && old.keeps {
 		w.clear(old)
 		w.addSets(affinity)
@@ -178,6 +182,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 	}
 	s.commit()
 	p.state.digest = digest
+	p.size.change(rules, s, change.Node)
 	return nil
 }
 
@@ -235,5 +240,5 @@ func (r ruleset) chains(st *state) []chain {
 		chains = append(chains, c.chain(r.family))
 	}
 	chains = append(append(chains, r.nodeChains()...), r.baseChains()...)
-	return append(chains, chain{name: r.digest()})
+	return append(chains, chain{name: cmp.Or(st.digest, r.digest())})
 }

@@ -298,10 +298,8 @@ func (r *resumption) addr(set setID, key string) (netip.AddrPort, bool) {
 type repair struct {
 	chains      []sizedChain // to make
 	remove, add map[setID][]nft.SetElement
+	elements    int // that the table holds then, but for clients with affinity
 }
-
-// empty says that there is nothing to write.
-func (p *repair) empty() bool { return len(p.chains)+len(p.remove)+len(p.add) == 0 }
 
 // compare finds what is missing and what is too much. It uses up what was read.
 func (r *resumption) compare(st *state) *repair {
@@ -314,6 +312,7 @@ func (r *resumption) compare(st *state) *repair {
 	slices.SortFunc(p.chains, sizedChain.compare)
 	var wanted []nft.SetElement
 	emit := func(e element) {
+		p.elements++
 		wanted = r.schemas[e.set].wire(&e, wanted[:0])
 		for i := range wanted {
 			h := holdingOf(e.set, &wanted[i])

@@ -26,6 +26,7 @@ type wire struct {
 
 	// wireElements is reused from one batch to the next.
 	wireElements []nft.SetElement
+	added        int // elements since somebody set it to 0
 	// failed is the first error of gathering.
 	failed error
 }
@@ -196,6 +197,9 @@ func (w *wire) put(list []element, op func(*nft.Set, []nft.SetElement) error) {
 	}
 }
 
-func (w *wire) add(list []element) { w.put(list, w.conn.SetAddElements) }
+func (w *wire) add(list []element) {
+	w.added += len(list)
+	w.put(list, w.conn.SetAddElements)
+}
 
 func (w *wire) remove(list []element) { w.put(list, w.conn.SetDeleteElements) }

@@ -11,23 +11,38 @@ const sysctlRoot = "/proc/sys"
 
 // Sysctl reads a kernel setting, named with slashes as below /proc/sys:
 // "net/ipv4/ip_forward".
-func Sysctl(name string) (string, error) {
-	b, err := os.ReadFile(filepath.Join(sysctlRoot, name))
+func Sysctl(name string) (string, error) { return readSetting(filepath.Join(sysctlRoot, name)) }
+
+// SetSysctl writes a kernel setting unless it has that value already, so that
+// a read-only /proc/sys is no obstacle where nothing has to change.
+func SetSysctl(name, value string) error {
+	return writeSetting(filepath.Join(sysctlRoot, name), value)
+}
+
+func readSetting(file string) (string, error) {
+	b, err := os.ReadFile(file)
 	if err != nil {
 		return "", fmt.Errorf("reading a kernel setting: %w", err)
 	}
 	return strings.TrimSpace(string(b)), nil
 }
 
-// SetSysctl writes a kernel setting unless it has that value already, so that
-// a read-only /proc/sys is no obstacle where nothing has to change.
-func SetSysctl(name, value string) error {
-	now, err := Sysctl(name)
+func writeSetting(file, value string) error {
+	now, err := readSetting(file)
 	if err != nil || now == value {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(sysctlRoot, name), []byte(value), 0o644); err != nil {
-		return fmt.Errorf("setting %s, which is %s, to %s: %w", strings.ReplaceAll(name, "/", "."), now, value, err)
+	if err := os.WriteFile(file, []byte(value), 0o644); err != nil {
+		return fmt.Errorf("setting %s, which is %s, to %s: %w", nameOf(file), now, value, err)
 	}
 	return nil
+}
+
+// nameOf is what a setting is called by sysctl(8), and the path of one that
+// sysctl does not know.
+func nameOf(file string) string {
+	if name, ok := strings.CutPrefix(file, sysctlRoot+"/"); ok {
+		return strings.ReplaceAll(name, "/", ".")
+	}
+	return file
 }

@@ -36,16 +36,18 @@ func TestPlans(t *testing.T) {
 
 // operator is the file "settings".
 type operator struct {
-	MasqueradeAll      bool
-	DetectLocal        DetectLocal
-	ClusterCIDRs       []netip.Prefix
-	Bridge             string
-	InterfacePrefix    string
-	NodePortsAt        []netip.Prefix
-	NodePortsAtPrimary bool
-	LocalhostNodePorts bool
-	IgnoreExternalIPs  bool
-	LocalAddrs         []netip.Addr
+	MasqueradeAll         bool
+	DetectLocal           DetectLocal
+	ClusterCIDRs          []netip.Prefix
+	Bridge                string
+	InterfacePrefix       string
+	NodePortsAt           []netip.Prefix
+	NodePortsAtPrimary    bool
+	LocalhostNodePorts    bool
+	IgnoreExternalIPs     bool
+	HasSchedulers         bool
+	KubeProxyIPVSPolicies bool
+	LocalAddrs            []netip.Addr
 }
 
 func (o *operator) settings() Settings {
@@ -54,6 +56,7 @@ func (o *operator) settings() Settings {
 		PodBridgeInterface: o.Bridge, PodInterfaceNamePrefix: o.InterfacePrefix,
 		NodePortAddresses:  NodePortSelector{Primary: o.NodePortsAtPrimary, CIDRs: o.NodePortsAt},
 		LocalhostNodePorts: o.LocalhostNodePorts, IgnoreExternalIPs: o.IgnoreExternalIPs,
+		HasSchedulers: o.HasSchedulers, KubeProxyIPVSPolicies: o.KubeProxyIPVSPolicies,
 	}
 }
 

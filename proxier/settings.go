@@ -43,8 +43,27 @@ type Settings struct {
 	// LocalhostNodePorts serves NodePorts on 127.0.0.1 too, in the modes that
 	// can, where NodePortAddresses covers it.
 	LocalhostNodePorts bool
+	// NodeAddress, where valid, is the node's own address of its family,
+	// whatever the Node object says (--bind-address).
+	NodeAddress netip.Addr
 	// IgnoreExternalIPs leaves spec.externalIPs out (KEP-5707).
 	IgnoreExternalIPs bool
+	// HasSchedulers says that the mode chooses endpoints by a scheduler and by
+	// weights, so that AnnotationScheduler and weights above 1 count.
+	HasSchedulers bool
+	// KubeProxyIPVSPolicies makes traffic policies what they are in
+	// kube-proxy's ipvs mode: where policy Local finds no endpoint on this node
+	// it is Cluster, and where externalTrafficPolicy Local finds one, Pods and
+	// processes of this node get no others either.
+	KubeProxyIPVSPolicies bool
+}
+
+// primary is the node's own address of a family; not valid where none is known.
+func (s *Settings) primary(family Family, n *nodeObject) netip.Addr {
+	if s.NodeAddress.IsValid() && FamilyOf(s.NodeAddress) == family {
+		return s.NodeAddress
+	}
+	return n.primary(family)
 }
 
 // localPods is how this node's Pods are told apart in one family, given the

@@ -25,13 +25,15 @@ and so does what the kubelet shares: the iptables chains KUBE-FIREWALL,
 KUBE-IPTABLES-HINT and KUBE-KUBELET-CANARY. The exit code is 1 if something is
 left, and the messages name it.`,
 		Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			if err := daemon.Cleanup(kubeProxy, slog.Default()); err != nil {
-				return fmt.Errorf("cleanup is not complete:\n%w", err)
-			}
-			return nil
-		},
+		RunE: func(*cobra.Command, []string) error { return cleanup(kubeProxy) },
 	}
 	cmd.Flags().BoolVar(&kubeProxy, "kube-proxy", false, "remove what kube-proxy has written, too")
 	return cmd
+}
+
+func cleanup(kubeProxy bool) error {
+	if err := daemon.Cleanup(kubeProxy, slog.Default()); err != nil {
+		return fmt.Errorf("cleanup is not complete:\n%w", err)
+	}
+	return nil
 }

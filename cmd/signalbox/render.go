@@ -31,6 +31,7 @@ kernel directly, and nft cannot load all that the kernel can hold.`,
 			if err != nil {
 				return err
 			}
+			installLog(cfg.Logging)
 			addrs, err := parseAddrs(nodeAddresses)
 			if err != nil {
 				return err
@@ -56,7 +57,7 @@ kernel directly, and nft cannot load all that the kernel can hold.`,
 			return nil
 		},
 	}
-	flags.Add(cmd.Flags())
+	addFlags(cmd, &flags)
 	cmd.Flags().StringSliceVar(&nodeAddresses, "node-addresses", nil, "addresses that the node's interfaces have, for --nodeport-addresses to choose from")
 	return cmd
 }

@@ -6,44 +6,62 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	cliflag "k8s.io/component-base/cli/flag"
+
+	"signalbox/config"
 )
 
-// logging is what the flags say about the log, which goes to standard error.
-type logging struct {
-	verbosity int
-	format    string
-}
-
 func rootCommand() *cobra.Command {
-	var l logging
 	root := runCommand()
 	root.Use = "signalbox"
 	root.Short = "Make Kubernetes Services work on this node, in the place of kube-proxy"
 	root.SilenceUsage = true
 	root.SilenceErrors = true
-	root.PersistentFlags().IntVarP(&l.verbosity, "v", "v", 0, "how much is logged: 0 for what an operator acts on, 2 and above for every sync too")
-	root.PersistentFlags().StringVar(&l.format, "logging-format", "text", "text or json")
-	root.PersistentPreRunE = func(*cobra.Command, []string) error { return l.install() }
+	root.Version = versionText()
+	root.SetVersionTemplate("signalbox {{.Version}}\n")
 	root.CompletionOptions.HiddenDefaultCmd = true
-	run := runCommand()
-	root.AddCommand(run, renderCommand(), cleanupCommand(), demoCommand(), versionCommand())
+	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), demoCommand(), versionCommand())
 	return root
 }
 
-// install makes the log what the flags ask for. slog has one level below Info;
-// kube-proxy's numbers are folded onto the two.
-func (l *logging) install() error {
-	opts := &slog.HandlerOptions{Level: slog.LevelInfo}
-	if l.verbosity >= 2 {
-		opts.Level = slog.LevelDebug
-	}
-	switch l.format {
-	case "text":
-		slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, opts)))
-	case "json":
-		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, opts)))
-	default:
-		return fmt.Errorf("--logging-format=%s: neither text nor json", l.format)
-	}
-	return nil
+// addFlags gives a command the flags of a configuration. They are shown in
+// their groups, and after them what else the command has.
+func addFlags(cmd *cobra.Command, flags *config.Flags) {
+	groups := flags.Groups()
+	cmd.Flags().SetNormalizeFunc(cliflag.WordSepNormalizeFunc)
+	flags.Add(cmd.Flags())
+	cmd.SetUsageFunc(func(cmd *cobra.Command) error {
+		out := cmd.OutOrStderr()
+		fmt.Fprintf(out, "Usage:\n  %s\n", cmd.UseLine())
+		if cmd.HasAvailableSubCommands() {
+			fmt.Fprintf(out, "  %s [command]\n\nCommands:\n", cmd.CommandPath())
+		}
+		for _, sub := range cmd.Commands() {
+			if sub.IsAvailableCommand() {
+				fmt.Fprintf(out, "  %-10s %s\n", sub.Name(), sub.Short)
+			}
+		}
+		cliflag.PrintSections(out, groups, 0)
+		cliflag.PrintSections(out, otherFlags(cmd, groups), 0)
+		return nil
+	})
+}
+
+func otherFlags(cmd *cobra.Command, groups cliflag.NamedFlagSets) (other cliflag.NamedFlagSets) {
+	fs := other.FlagSet("other")
+	cmd.LocalFlags().VisitAll(func(flag *pflag.Flag) {
+		for _, group := range groups.FlagSets {
+			if group.Lookup(flag.Name) != nil {
+				return
+			}
+		}
+		fs.AddFlag(flag)
+	})
+	return other
+}
+
+// installLog makes the process's log what the configuration asks for.
+func installLog(l config.Logging) {
+	slog.SetDefault(slog.New(l.Handler(os.Stderr)))
 }

@@ -23,9 +23,17 @@ the rules in the kernel: connections go on, also while it is away.`,
 			if err != nil {
 				return err
 			}
+			cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
+			installLog(cfg.Logging)
+			if cfg.WriteTo != "" {
+				return config.Write(cfg.WriteTo, cfg.KubeProxy)
+			}
+			if cfg.Cleanup {
+				return cleanup(false)
+			}
 			return daemon.Run(cmd.Context(), cfg, slog.Default())
 		},
 	}
-	flags.Add(cmd.Flags())
+	addFlags(cmd, &flags)
 	return cmd
 }

@@ -3,13 +3,16 @@ package main
 import (
 	"fmt"
 	"runtime"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"signalbox/internal/buildinfo"
 )
 
 // version is set when a release is linked.
 var version = "devel"
+
+func init() { buildinfo.Version = version }
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
@@ -17,22 +20,15 @@ func versionCommand() *cobra.Command {
 		Short: "Say which signalbox this is",
 		Args:  cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) {
-			fmt.Fprintf(cmd.OutOrStdout(), "signalbox %s%s %s %s/%s\n", version, revision(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Fprintf(cmd.OutOrStdout(), "signalbox %s\n", versionText())
 		},
 	}
 }
 
-// revision is the commit that the binary was built from, where the build
-// recorded it.
-func revision() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return ""
+func versionText() string {
+	revision := buildinfo.Revision()
+	if revision != "" {
+		revision = " " + revision
 	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return " " + s.Value
-		}
-	}
-	return ""
+	return fmt.Sprintf("%s%s %s %s/%s", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

@@ -79,7 +79,7 @@ func OutcomeOf(err error) Outcome {
 
 var errEnded = errors.New("the connection ended")
 
-// Conn is a TCP connection or a UDP flow (one source port) from a host.
+// Conn is a TCP or SCTP connection or a UDP flow (one source port) from a host.
 type Conn struct {
 	conn    net.Conn
 	in      *bufio.Reader
@@ -88,8 +88,8 @@ type Conn struct {
 
 var questions atomic.Uint64
 
-// Open connects to an address and port from a host. network is "tcp" or "udp";
-// source may be the zero AddrPort, or have port 0. A UDP flow sends nothing
+// Open connects to an address and port from a host. network is "tcp", "udp" or
+// "sctp"; source may be the zero AddrPort, or have port 0. A UDP flow sends nothing
 // before its first Ask.
 func (h *Host) Open(ctx context.Context, network string, source, target netip.AddrPort) (*Conn, error) {
 	d := net.Dialer{KeepAlive: -1, Control: reportErrors}
@@ -105,6 +105,10 @@ func (h *Host) Open(ctx context.Context, network string, source, target netip.Ad
 	err := h.Do(func() (err error) {
 		// With a literal address the socket is made on this thread, so inside
 		// the host.
+		if network == "sctp" {
+			c, err = dialSCTP(ctx, source, target)
+			return err
+		}
 		c, err = d.DialContext(ctx, network, target.String())
 		return err
 	})

@@ -1,0 +1,186 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"k8s.io/kube-proxy/config/v1alpha1"
+	"k8s.io/utils/ptr"
+
+	"signalbox/node"
+	"signalbox/proxier"
+)
+
+// Config checks the flags and the file that they name. Every mistake is in the
+// error, not only the first.
+func (f *Flags) Config() (*Config, error) {
+	f.Groups()
+	r, err := f.read()
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(r.validate(), f.own.check(r.KubeProxyConfiguration, f.master)); err != nil {
+		return nil, err
+	}
+	return f.build(r)
+}
+
+func (o *own) check(k *v1alpha1.KubeProxyConfiguration, master string) error {
+	var wrong []error
+	if mode := oneOf(o.mode, Modes); mode != "" {
+		wrong = append(wrong, fmt.Errorf("--mode=%s", mode))
+	}
+	return errors.Join(append(wrong, o.checkSource(k, master))...)
+}
+
+func (o *own) checkSource(k *v1alpha1.KubeProxyConfiguration, master string) error {
+	if o.source == "" {
+		return nil
+	}
+	if k.ClientConnection.Kubeconfig != "" || master != "" {
+		return fmt.Errorf("--source=%s contradicts --kubeconfig and --master: objects come from a directory or from an API server, not from both", o.source)
+	}
+	if info, err := os.Stat(o.source); err == nil && !info.IsDir() {
+		return fmt.Errorf("--source=%s: not a directory", o.source)
+	}
+	return nil
+}
+
+// build says what a configuration that breaks no rule means.
+func (f *Flags) build(r *reading) (*Config, error) {
+	k, timing := r.KubeProxyConfiguration, timingOf(r.KubeProxyConfiguration)
+	name, err := nodeName(k.HostnameOverride)
+	if err != nil {
+		return nil, err
+	}
+	client := &k.ClientConnection
+	return &Config{
+		Mode: string(k.Mode), NodeName: name,
+		SourceDir: f.own.source, Kubeconfig: client.Kubeconfig, Master: f.master,
+		ContentType: client.ContentType, AcceptContentTypes: client.AcceptContentTypes, QPS: client.QPS, Burst: int(client.Burst),
+		MasqueradeMark: 1 << masqueradeBit(k), IPVS: ipvsTuning(k), Settings: f.settings(k),
+		BindAddress: netip.MustParseAddr(k.BindAddress), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
+		BindAddressHardFail: k.BindAddressHardFail, EnableProfiling: k.EnableProfiling,
+		SyncPeriod: timing.sync, MinSyncPeriod: r.minSyncPeriod, ConfigSyncPeriod: k.ConfigSyncPeriod.Duration,
+		Conntrack: conntrack(k), OOMScoreAdj: k.OOMScoreAdj,
+		Cleanup: f.cleanup, InitOnly: f.initOnly, WriteTo: f.writeTo,
+		Logging:   Logging{Format: k.Logging.Format, Verbosity: int(k.Logging.Verbosity)},
+		KubeProxy: k,
+		Warnings:  slices.Concat(r.warnings, withoutEffect(k), f.flagsWithoutEffect(k)),
+	}, nil
+}
+
+func masqueradeBit(k *v1alpha1.KubeProxyConfiguration) int32 {
+	if k.Mode == ModeNFTables {
+		return *k.NFTables.MasqueradeBit
+	}
+	return *k.IPTables.MasqueradeBit
+}
+
+func masqueradeAll(k *v1alpha1.KubeProxyConfiguration) bool {
+	if k.Mode == ModeNFTables {
+		return k.NFTables.MasqueradeAll
+	}
+	return k.IPTables.MasqueradeAll
+}
+
+func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
+	s := proxier.Settings{
+		MasqueradeAll: masqueradeAll(k), LocalhostNodePorts: *k.IPTables.LocalhostNodePorts,
+		DetectLocal:        proxier.DetectLocal(k.DetectLocalMode),
+		PodBridgeInterface: k.DetectLocal.BridgeInterface, PodInterfaceNamePrefix: k.DetectLocal.InterfaceNamePrefix,
+		IgnoreExternalIPs:     !gateOn(k, gateAllowServiceExternalIPs),
+		KubeProxyIPVSPolicies: f.own.kubeProxyIPVSPolicies,
+	}
+	if k.ClusterCIDR != "" {
+		s.ClusterCIDRs = prefixes(strings.Split(k.ClusterCIDR, ","))
+	}
+	if a := netip.MustParseAddr(k.BindAddress).Unmap(); !a.IsUnspecified() {
+		s.NodeAddress = a
+	}
+	if slices.Contains(k.NodePortAddresses, Primary) {
+		s.NodePortAddresses.Primary = true
+	} else {
+		s.NodePortAddresses.CIDRs = prefixes(k.NodePortAddresses)
+	}
+	return s
+}
+
+func ipvsTuning(k *v1alpha1.KubeProxyConfiguration) proxier.IPVSTuning {
+	return proxier.IPVSTuning{
+		Scheduler: k.IPVS.Scheduler, StrictARP: k.IPVS.StrictARP,
+		TCPTimeout: wholeSeconds(k.IPVS.TCPTimeout.Duration), TCPFinTimeout: wholeSeconds(k.IPVS.TCPFinTimeout.Duration),
+		UDPTimeout: wholeSeconds(k.IPVS.UDPTimeout.Duration),
+	}
+}
+
+// wholeSeconds counts a part of a second as one: IPVS knows no shorter time,
+// and 0 would leave what the kernel has.
+func wholeSeconds(d time.Duration) time.Duration {
+	return (d + time.Second - 1).Truncate(time.Second)
+}
+
+func conntrack(k *v1alpha1.KubeProxyConfiguration) node.Conntrack {
+	c := &k.Conntrack
+	return node.Conntrack{
+		MaxPerCore: ptr.Deref(c.MaxPerCore, 0), Min: ptr.Deref(c.Min, 0),
+		TCPEstablishedTimeout: c.TCPEstablishedTimeout.Duration, TCPCloseWaitTimeout: c.TCPCloseWaitTimeout.Duration,
+		TCPBeLiberal: c.TCPBeLiberal, UDPTimeout: c.UDPTimeout.Duration, UDPStreamTimeout: c.UDPStreamTimeout.Duration,
+	}
+}
+
+// listener is where a server listens; not valid for nowhere.
+func listener(text string) netip.AddrPort {
+	a, err := netip.ParseAddrPort(text)
+	if err != nil {
+		return netip.AddrPort{}
+	}
+	return a
+}
+
+// withoutEffect says once what is accepted and does not do what its words
+// suggest.
+func withoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
+	out := loggingWithoutEffect(&k.Logging)
+	note := func(when bool, format string, args ...any) {
+		if when {
+			out = append(out, fmt.Sprintf(format, args...))
+		}
+	}
+	local := v1alpha1.LocalMode(proxier.DetectLocalClusterCIDR)
+	note(k.DetectLocalMode == local && k.ClusterCIDR == "",
+		"--cluster-cidr is not given, nor clusterCIDR in a file: Pods cannot be told from other traffic, so nothing sent to a cluster IP from outside the cluster is masqueraded")
+	for mode, other := range map[proxier.DetectLocal][2]string{
+		proxier.DetectLocalBridgeInterface:     {"--pod-bridge-interface", k.DetectLocal.BridgeInterface},
+		proxier.DetectLocalInterfaceNamePrefix: {"--pod-interface-name-prefix", k.DetectLocal.InterfaceNamePrefix},
+	} {
+		note(other[1] != "" && k.DetectLocalMode != v1alpha1.LocalMode(mode), "%s=%s has no effect with --detect-local-mode=%s", other[0], other[1], k.DetectLocalMode)
+	}
+	note(len(k.IPVS.ExcludeCIDRs) > 0, "no effect: --ipvs-exclude-cidrs: virtual servers of others are left alone anyway")
+	note(k.ConfigSyncPeriod.Duration != 15*time.Minute, "no effect: --config-sync-period: watches miss nothing")
+	note(k.ShowHiddenMetricsForVersion != "", "no effect: --show-hidden-metrics-for-version: no metric is hidden")
+	note(k.Winkernel != (v1alpha1.KubeProxyWinkernelConfiguration{}) || k.WindowsRunAsService, "no effect: winkernel and windowsRunAsService: this is not Windows")
+	for _, gate := range slices.Sorted(maps.Keys(k.FeatureGates)) {
+		note(!gateMatters(gate), "no effect: feature gate %s", gate)
+	}
+	return out
+}
+
+func (f *Flags) flagsWithoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
+	var out []string
+	if k.Mode != ModeIPVS && (f.own.kubeProxyIPVSPolicies || ipvsTuning(k) != (proxier.IPVSTuning{})) {
+		out = append(out, "the --ipvs flags have no effect without --mode=ipvs")
+	}
+	for _, name := range []string{"boot-id-file", "machine-id-file"} {
+		if f.given(name) {
+			out = append(out, "no effect: --"+name)
+		}
+	}
+	return out
+}

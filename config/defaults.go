@@ -1,0 +1,72 @@
+package config
+
+import (
+	"cmp"
+	"net"
+	"net/netip"
+	"strconv"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	logsapi "k8s.io/component-base/logs/api/v1"
+	"k8s.io/kube-proxy/config/v1alpha1"
+)
+
+const (
+	healthzPort = 10256
+	metricsPort = 10249
+	// off is what stands for "nowhere" in an address to listen at. kube-proxy
+	// takes the empty string for its default there and has no word for it.
+	off = "0"
+)
+
+// setDefaults fills in what is not there, with the values of kube-proxy 1.36.
+// A zero is not there, unless the field is a pointer.
+func setDefaults(k *v1alpha1.KubeProxyConfiguration) {
+	c := &k.ClientConnection
+	orElse(&c.ContentType, "application/vnd.kubernetes.protobuf")
+	orElse(&c.QPS, 5)
+	orElse(&c.Burst, 10)
+	logsapi.SetRecommendedLoggingConfiguration(&k.Logging)
+
+	orElse(&k.BindAddress, "0.0.0.0")
+	everywhere, loopback := "0.0.0.0", "127.0.0.1"
+	if a, err := netip.ParseAddr(k.BindAddress); err == nil && a.Is6() && !a.Is4In6() {
+		everywhere, loopback = "::", "::1"
+	}
+	k.HealthzBindAddress = withPort(cmp.Or(k.HealthzBindAddress, everywhere), healthzPort)
+	k.MetricsBindAddress = withPort(cmp.Or(k.MetricsBindAddress, loopback), metricsPort)
+
+	orPointer(&k.IPTables.MasqueradeBit, 14)
+	orPointer(&k.IPTables.LocalhostNodePorts, true)
+	orElse(&k.IPTables.SyncPeriod.Duration, 30*time.Second)
+	orElse(&k.IPTables.MinSyncPeriod.Duration, time.Second)
+	orElse(&k.IPVS.SyncPeriod.Duration, 30*time.Second)
+	orPointer(&k.NFTables.MasqueradeBit, 14)
+	orElse(&k.NFTables.SyncPeriod.Duration, 30*time.Second)
+	orElse(&k.NFTables.MinSyncPeriod.Duration, time.Second)
+
+	orPointer(&k.OOMScoreAdj, -999)
+	orPointer(&k.Conntrack.MaxPerCore, 32*1024)
+	orPointer(&k.Conntrack.Min, 128*1024)
+	orPointer(&k.Conntrack.TCPEstablishedTimeout, metav1.Duration{Duration: 24 * time.Hour})
+	orPointer(&k.Conntrack.TCPCloseWaitTimeout, metav1.Duration{Duration: time.Hour})
+	orElse(&k.ConfigSyncPeriod.Duration, 15*time.Minute)
+}
+
+func orElse[T comparable](field *T, value T) { *field = cmp.Or(*field, value) }
+
+func orPointer[T any](field **T, value T) {
+	if *field == nil {
+		*field = &value
+	}
+}
+
+// withPort adds a port to an address that is without one. What is no address
+// is left for validation to name.
+func withPort(address string, port int) string {
+	if _, err := netip.ParseAddr(address); err != nil {
+		return address
+	}
+	return net.JoinHostPort(address, strconv.Itoa(port))
+}

@@ -1,0 +1,243 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	logsapi "k8s.io/component-base/logs/api/v1"
+	"k8s.io/kube-proxy/config/v1alpha1"
+
+	"signalbox/proxier"
+)
+
+// Primary is the word that --nodeport-addresses takes instead of ranges.
+const Primary = "primary"
+
+// rule is one thing that must hold of a configuration. field is its place in
+// the file, flag the flag for it. wrong is the value and what is the matter
+// with it, or empty.
+type rule struct{ field, flag, wrong string }
+
+// validate returns every rule that the reading breaks, joined, each with the
+// name that the setting has where it was set.
+func (r *reading) validate() error {
+	var wrong []error
+	for _, rule := range r.rules() {
+		switch {
+		case rule.wrong == "":
+		case r.file != "":
+			wrong = append(wrong, fmt.Errorf("--config=%s: %s: %s", r.file, rule.field, strings.TrimPrefix(rule.wrong, ": ")))
+		default:
+			wrong = append(wrong, fmt.Errorf("--%s=%s", rule.flag, rule.wrong))
+		}
+	}
+	return errors.Join(wrong...)
+}
+
+func (r *reading) rules() []rule {
+	k := r.KubeProxyConfiguration
+	c, local := &k.Conntrack, &k.DetectLocal
+	timing := timingOf(k)
+	list := []rule{
+		{"iptables.masqueradeBit", "iptables-masquerade-bit", between(*k.IPTables.MasqueradeBit, 0, 31, "the packet mark has the bits 0 to 31")},
+		{timing.field + ".syncPeriod", timing.flag + "-sync-period", positive(timing.sync)},
+		{timing.field + ".minSyncPeriod", timing.flag + "-min-sync-period", minSyncPeriod(timing)},
+		{"clientConnection.burst", "kube-api-burst", notNegative(k.ClientConnection.Burst)},
+		{"configSyncPeriod", "config-sync-period", positive(k.ConfigSyncPeriod.Duration)},
+		{"bindAddress", "bind-address", address(k.BindAddress)},
+		{"healthzBindAddress", "healthz-bind-address", listenAddress(k.HealthzBindAddress)},
+		{"metricsBindAddress", "metrics-bind-address", listenAddress(k.MetricsBindAddress)},
+		{"clusterCIDR", "cluster-cidr", clusterCIDR(k.ClusterCIDR)},
+		{"nodePortAddresses", "nodeport-addresses", nodePortAddresses(k.NodePortAddresses)},
+		{"detectLocalMode", "detect-local-mode", oneOf(string(k.DetectLocalMode), detectLocalModes)},
+		{"detectLocal.bridgeInterface", "pod-bridge-interface", interfaceFor(proxier.DetectLocalBridgeInterface, k, local.BridgeInterface)},
+		{"detectLocal.interfaceNamePrefix", "pod-interface-name-prefix", interfaceFor(proxier.DetectLocalInterfaceNamePrefix, k, local.InterfaceNamePrefix)},
+		{"oomScoreAdj", "oom-score-adj", between(*k.OOMScoreAdj, -1000, 1000, "must be from -1000 to 1000")},
+		{"conntrack.maxPerCore", "conntrack-max-per-core", notNegative(*c.MaxPerCore)},
+		{"conntrack.min", "conntrack-min", notNegative(*c.Min)},
+		{"conntrack.tcpEstablishedTimeout", "conntrack-tcp-timeout-established", notNegative(c.TCPEstablishedTimeout.Duration)},
+		{"conntrack.tcpCloseWaitTimeout", "conntrack-tcp-timeout-close-wait", notNegative(c.TCPCloseWaitTimeout.Duration)},
+		{"conntrack.udpTimeout", "conntrack-udp-timeout", notNegative(c.UDPTimeout.Duration)},
+		{"conntrack.udpStreamTimeout", "conntrack-udp-timeout-stream", notNegative(c.UDPStreamTimeout.Duration)},
+		{"featureGates", "feature-gates", featureGatesWrong(k.FeatureGates)},
+	}
+	if !r.ownMode {
+		list = append(list, rule{"mode", "proxy-mode", oneOf(string(k.Mode), Modes)})
+	}
+	if k.Mode == ModeNFTables {
+		list = append(list, rule{"nftables.masqueradeBit", "iptables-masquerade-bit", between(*k.NFTables.MasqueradeBit, 0, 31, "the packet mark has the bits 0 to 31")})
+	}
+	if k.Mode == ModeIPVS {
+		list = append(list,
+			rule{"ipvs.scheduler", "ipvs-scheduler", scheduler(k.IPVS.Scheduler)},
+			rule{"ipvs.tcpTimeout", "ipvs-tcp-timeout", notNegative(k.IPVS.TCPTimeout.Duration)},
+			rule{"ipvs.tcpFinTimeout", "ipvs-tcpfin-timeout", notNegative(k.IPVS.TCPFinTimeout.Duration)},
+			rule{"ipvs.udpTimeout", "ipvs-udp-timeout", notNegative(k.IPVS.UDPTimeout.Duration)},
+			rule{"ipvs.excludeCIDRs", "ipvs-exclude-cidrs", cidrs(k.IPVS.ExcludeCIDRs)},
+		)
+	}
+	return append(list, loggingRules(k)...)
+}
+
+// loggingRules are those of Kubernetes' components, in their own words.
+func loggingRules(k *v1alpha1.KubeProxyConfiguration) []rule {
+	flags := map[string]string{
+		"logging.format": "logging-format", "logging.flushFrequency": logsapi.LogFlushFreqFlagName,
+		"logging.verbosity": "v", "logging.vmodule": "vmodule",
+		"logging.options.text.splitStream": "log-text-split-stream", "logging.options.text.infoBufferSize": "log-text-info-buffer-size",
+		"logging.options.json.splitStream": "log-json-split-stream", "logging.options.json.infoBufferSize": "log-json-info-buffer-size",
+	}
+	var list []rule
+	for _, err := range validateLogging(k) {
+		field, _, _ := strings.Cut(err.Field, "[")
+		flag, ok := flags[field]
+		if !ok {
+			flag = "logging-format"
+		}
+		list = append(list, rule{err.Field, flag, fmt.Sprintf("%v: %s", err.BadValue, err.Detail)})
+	}
+	return list
+}
+
+func oneOf(value string, known []string) string {
+	if value == "" || slices.Contains(known, value) {
+		return ""
+	}
+	return fmt.Sprintf("%s: not one of %s", value, strings.Join(known, ", "))
+}
+
+func between(value, low, high int32, why string) string {
+	if low <= value && value <= high {
+		return ""
+	}
+	return fmt.Sprintf("%d: %s", value, why)
+}
+
+func notNegative[T int32 | time.Duration](value T) string {
+	if value >= 0 {
+		return ""
+	}
+	return fmt.Sprintf("%v: must not be negative", value)
+}
+
+func positive(value time.Duration) string {
+	if value > 0 {
+		return ""
+	}
+	return fmt.Sprintf("%v: must be more than 0", value)
+}
+
+func minSyncPeriod(t timing) string {
+	if wrong := notNegative(t.minSync); wrong != "" {
+		return wrong
+	}
+	if t.minSync > t.sync && t.sync > 0 {
+		return fmt.Sprintf("%v: must not be longer than the sync period, which is %v", t.minSync, t.sync)
+	}
+	return ""
+}
+
+func address(text string) string {
+	if _, err := netip.ParseAddr(text); err != nil {
+		return fmt.Sprintf("%s: not an IP address", text)
+	}
+	return ""
+}
+
+// listenAddress accepts no host names: which of its addresses would be meant?
+func listenAddress(text string) string {
+	if text == "" || text == off {
+		return ""
+	}
+	a, err := netip.ParseAddrPort(text)
+	switch {
+	case err != nil:
+		return fmt.Sprintf("%s: not an IP address and a port, such as 127.0.0.1:10249, nor %s for nowhere", text, off)
+	case a.Port() == 0:
+		return fmt.Sprintf("%s: the port must be from 1 to 65535; %s alone is for nowhere", text, off)
+	}
+	return ""
+}
+
+func clusterCIDR(text string) string {
+	if text == "" {
+		return ""
+	}
+	list := strings.Split(text, ",")
+	if wrong := cidrs(list); wrong != "" {
+		return wrong
+	}
+	first, _ := parsePrefix(list[0])
+	if len(list) > 2 || len(list) == 2 && proxier.FamilyOf(first.Addr()) == proxier.FamilyOf(prefixes(list)[1].Addr()) {
+		return fmt.Sprintf("%s: at most one range of each IP family", text)
+	}
+	return ""
+}
+
+func cidrs(list []string) string {
+	for _, text := range list {
+		if _, err := parsePrefix(text); err != nil {
+			return fmt.Sprintf("%s: %q is not a CIDR such as 10.0.0.0/8 or fd00::/48", strings.Join(list, ","), text)
+		}
+	}
+	return ""
+}
+
+func nodePortAddresses(list []string) string {
+	if !slices.Contains(list, Primary) {
+		return cidrs(list)
+	}
+	if len(list) > 1 {
+		return fmt.Sprintf("%s: %q stands alone or not at all", strings.Join(list, ","), Primary)
+	}
+	return ""
+}
+
+var detectLocalModes = []string{
+	string(proxier.DetectLocalClusterCIDR), string(proxier.DetectLocalNodeCIDR),
+	string(proxier.DetectLocalBridgeInterface), string(proxier.DetectLocalInterfaceNamePrefix),
+}
+
+// interfaceFor checks the name of an interface, or the begin of one, that a
+// mode needs.
+func interfaceFor(mode proxier.DetectLocal, k *v1alpha1.KubeProxyConfiguration, name string) string {
+	const longest = 15 // the kernel's IFNAMSIZ, less the byte that ends it
+	switch {
+	case proxier.DetectLocal(k.DetectLocalMode) != mode:
+		return ""
+	case name == "":
+		return fmt.Sprintf(": the mode %s of telling Pods from other traffic needs it", mode)
+	case strings.ContainsAny(name, "/ \t\n"):
+		return fmt.Sprintf("%q: not the name of an interface", name)
+	case len(name) > longest:
+		return fmt.Sprintf("%s: the kernel's interface names have at most %d characters", name, longest)
+	}
+	return ""
+}
+
+func scheduler(name string) string {
+	if name != "" && !proxier.ValidScheduler(name) {
+		return fmt.Sprintf("%s: not a name of a scheduler: at most 15 lower-case letters, digits and underscores", name)
+	}
+	return ""
+}
+
+func parsePrefix(text string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(text)
+	return p.Masked(), err
+}
+
+// prefixes parses what cidrs has found right.
+func prefixes(list []string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, text := range list {
+		if p, err := parsePrefix(text); err == nil {
+			out = append(out, p)
+		}
+	}
+	return out
+}
