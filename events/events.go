@@ -195,7 +195,7 @@ func (r *Recorder) identify(ctx context.Context, ref *corev1.ObjectReference) {
 	found, err := r.opts.Client.CoreV1().Services(ref.Namespace).List(ctx, metav1.ListOptions{
 		FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name).String(),
 	})
-	if err == nil && len(found.Items) == 1 {
+	if err == nil && len(found.Items) == 1 && found.Items[0].Name == ref.Name {
 		ref.UID = found.Items[0].UID
 	}
 }
