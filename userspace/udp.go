@@ -347,7 +347,7 @@ func sourceControl(a netip.Addr) []byte {
 // isShortage says whether it was this node that lacked something, so that the
 // endpoint is not to blame.
 func isShortage(err error) bool {
-	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL} {
+	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EADDRINUSE} {
 		if errors.Is(err, e) {
 			return true
 		}
