@@ -16,6 +16,7 @@ import (
 
 	"signalbox/config"
 	"signalbox/conntrack"
+	"signalbox/internal/handover"
 	"signalbox/modes"
 	"signalbox/node"
 	"signalbox/proxier"
@@ -53,7 +54,8 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		return err
 	}
 	old := newLeftovers(choice, log)
-	loop, closeAll, err := newLoop(cfg, choice, watched, old, log)
+	sockets := handover.FromEnvironment()
+	loop, closeAll, err := newLoop(cfg, choice, sockets, watched, old, log)
 	if err != nil {
 		return err
 	}
@@ -66,6 +68,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
 	group.Go(func() error { return serve(ctx, loop, old, log) })
+	group.Go(func() error { tellManager(ctx, old, sockets, log); return nil })
 	watched.start(ctx, group)
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
@@ -112,7 +115,7 @@ const fullSyncPeriod = time.Hour
 
 // newLoop makes the mode work in each family and joins it with what removes
 // stale flows. closeAll lets go of all of it.
-func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
+func newLoop(cfg *config.Config, choice modes.Choice, sockets *handover.Sockets, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
 	var closers []func() error
 	closeAll = func() {
 		for _, c := range closers {
@@ -128,7 +131,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, old *le
 	}
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
-		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
+		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS, Sockets: sockets})
 		if err != nil {
 			closeAll()
 			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)
