@@ -4,20 +4,28 @@
 SHELL := /bin/bash
 GO ?= go
 BIN := bin/signalbox
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+IMAGE ?= signalbox
 # What the tests, the demo and the benchmarks run besides Go. The daemon itself
 # needs none of it in nftables mode.
 PACKAGES := nftables iptables iproute2
 
 .PHONY: build
 build: ## the binary, statically linked
-	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) ./cmd/signalbox
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-X main.version=$(VERSION)" -o $(BIN) ./cmd/signalbox
+
+.PHONY: image
+image: ## the container images: IMAGE:VERSION, and IMAGE-iptables:VERSION with the iptables tools
+	docker build $(DOCKER_FLAGS) --build-arg VERSION=$(VERSION) --target signalbox -t $(IMAGE):$(VERSION) .
+	docker build $(DOCKER_FLAGS) --build-arg VERSION=$(VERSION) --target signalbox-iptables -t $(IMAGE)-iptables:$(VERSION) .
 
 .PHONY: deps
 deps: ## install what is missing from Debian's packages
 	@hack/deps.sh $(PACKAGES)
 
 .PHONY: test
-test: deps build vet unit contract e2e ## everything
+test: PACKAGES += qemu-system-x86
+test: deps build vet unit contract e2e vm ## everything
 
 .PHONY: vet
 vet:
@@ -32,8 +40,8 @@ contract: deps ## every mode against the contract suite, with real packets
 	$(GO) test -timeout 30m ./proxier/proxiertest
 
 .PHONY: e2e
-e2e: deps build ## the real binary against a real kube-apiserver and etcd
-	cd e2e && $(GO) test -timeout 40m . ./cluster/... ./configuration
+e2e: deps build ## the real binary and manifests against a real kube-apiserver and etcd
+	cd e2e && $(GO) test -timeout 40m . ./cluster/... ./configuration ./manifests/...
 
 .PHONY: vm
 vm: PACKAGES += qemu-system-x86

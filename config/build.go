@@ -64,7 +64,7 @@ func (f *Flags) build(r *reading) (*Config, error) {
 		Mode: string(k.Mode), NodeName: name,
 		SourceDir: f.own.source, Kubeconfig: client.Kubeconfig, Master: f.master,
 		ContentType: client.ContentType, AcceptContentTypes: client.AcceptContentTypes, QPS: client.QPS, Burst: int(client.Burst),
-		MasqueradeMark: 1 << masqueradeBit(k), IPVS: ipvsTuning(k), Settings: settings(k),
+		MasqueradeMark: 1 << masqueradeBit(k), IPVS: ipvsTuning(k), Settings: f.settings(k),
 		BindAddress: netip.MustParseAddr(k.BindAddress), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
 		BindAddressHardFail: k.BindAddressHardFail, EnableProfiling: k.EnableProfiling,
 		SyncPeriod: timing.sync, MinSyncPeriod: r.minSyncPeriod, ConfigSyncPeriod: k.ConfigSyncPeriod.Duration,
@@ -72,7 +72,7 @@ func (f *Flags) build(r *reading) (*Config, error) {
 		Cleanup: f.cleanup, InitOnly: f.initOnly, WriteTo: f.writeTo,
 		Logging:   Logging{Format: k.Logging.Format, Verbosity: int(k.Logging.Verbosity)},
 		KubeProxy: k,
-		Warnings:  slices.Concat(r.warnings, withoutEffect(k), f.flagsWithoutEffect()),
+		Warnings:  slices.Concat(r.warnings, withoutEffect(k), f.flagsWithoutEffect(k)),
 	}, nil
 }
 
@@ -90,12 +90,13 @@ func masqueradeAll(k *v1alpha1.KubeProxyConfiguration) bool {
 	return k.IPTables.MasqueradeAll
 }
 
-func settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
+func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
 	s := proxier.Settings{
 		MasqueradeAll: masqueradeAll(k), LocalhostNodePorts: *k.IPTables.LocalhostNodePorts,
 		DetectLocal:        proxier.DetectLocal(k.DetectLocalMode),
 		PodBridgeInterface: k.DetectLocal.BridgeInterface, PodInterfaceNamePrefix: k.DetectLocal.InterfaceNamePrefix,
-		IgnoreExternalIPs: !gateOn(k, gateAllowServiceExternalIPs),
+		IgnoreExternalIPs:     !gateOn(k, gateAllowServiceExternalIPs),
+		KubeProxyIPVSPolicies: f.own.kubeProxyIPVSPolicies,
 	}
 	if k.ClusterCIDR != "" {
 		s.ClusterCIDRs = prefixes(strings.Split(k.ClusterCIDR, ","))
@@ -161,7 +162,6 @@ func withoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 	} {
 		note(other[1] != "" && k.DetectLocalMode != v1alpha1.LocalMode(mode), "%s=%s has no effect with --detect-local-mode=%s", other[0], other[1], k.DetectLocalMode)
 	}
-	note(k.Mode != ModeIPVS && ipvsTuning(k) != (proxier.IPVSTuning{}), "the --ipvs flags have no effect without --mode=ipvs")
 	note(len(k.IPVS.ExcludeCIDRs) > 0, "no effect: --ipvs-exclude-cidrs: virtual servers of others are left alone anyway")
 	note(k.ConfigSyncPeriod.Duration != 15*time.Minute, "no effect: --config-sync-period: watches miss nothing")
 	note(k.ShowHiddenMetricsForVersion != "", "no effect: --show-hidden-metrics-for-version: no metric is hidden")
@@ -172,8 +172,11 @@ func withoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 	return out
 }
 
-func (f *Flags) flagsWithoutEffect() []string {
+func (f *Flags) flagsWithoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 	var out []string
+	if k.Mode != ModeIPVS && (f.own.kubeProxyIPVSPolicies || ipvsTuning(k) != (proxier.IPVSTuning{})) {
+		out = append(out, "the --ipvs flags have no effect without --mode=ipvs")
+	}
 	for _, name := range []string{"boot-id-file", "machine-id-file"} {
 		if f.given(name) {
 			out = append(out, "no effect: --"+name)

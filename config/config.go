@@ -94,16 +94,23 @@ type Config struct {
 	// only.
 	KubeProxy *v1alpha1.KubeProxyConfiguration
 
+	// Flags are the values of all flags, by name, for /flagz; Config leaves
+	// them out.
+	Flags map[string]string
+
 	// Warnings are about settings that are accepted but do not do what their
 	// words suggest.
 	Warnings []string
 }
 
-// ForMode returns the settings as the mode, once it is known, reads them:
-// nftables mode serves NodePorts at the Node's own address alone unless told
-// otherwise, as kube-proxy does since 1.31.
+// ForMode returns the settings as the mode, once it is known, reads them: ipvs
+// mode alone has schedulers and kube-proxy's deviations, and nftables mode serves
+// NodePorts at the Node's own address alone unless told otherwise, as kube-proxy
+// does since 1.31.
 func (c *Config) ForMode(mode string) proxier.Settings {
 	s := c.Settings
+	s.HasSchedulers = mode == ModeIPVS
+	s.KubeProxyIPVSPolicies = s.KubeProxyIPVSPolicies && mode == ModeIPVS
 	if mode == ModeNFTables {
 		if len(s.NodePortAddresses.CIDRs) == 0 {
 			s.NodePortAddresses.Primary = true

@@ -41,13 +41,13 @@ func TestDefaults(t *testing.T) {
 
 func TestIPVSFlags(t *testing.T) {
 	flags := []string{"--hostname-override=n", "--cluster-cidr=10.244.0.0/16", "--ipvs-scheduler=lc", "--ipvs-strict-arp",
-		"--ipvs-tcp-timeout=15m", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m"}
+		"--ipvs-tcp-timeout=15m", "--ipvs-kube-proxy-policies", "--ipvs-tcpfin-timeout=30s", "--ipvs-udp-timeout=1m"}
 	c, err := parse(t, append(flags, "--mode=ipvs")...)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := proxier.IPVSTuning{Scheduler: "lc", StrictARP: true, TCPTimeout: 15 * time.Minute, TCPFinTimeout: 30 * time.Second, UDPTimeout: time.Minute}
-	if c.Mode != ModeIPVS || c.IPVS != want || len(c.Warnings) != 0 {
+	if c.Mode != ModeIPVS || c.IPVS != want || len(c.Warnings) != 0 || !c.ForMode(ModeIPVS).KubeProxyIPVSPolicies || c.ForMode(ModeIPTables).KubeProxyIPVSPolicies {
 		t.Errorf("got %s, %+v, warnings %q", c.Mode, c.IPVS, c.Warnings)
 	}
 	if c, err = parse(t, append(flags, "--mode=nftables")...); err != nil || len(c.Warnings) != 1 {
@@ -143,6 +143,7 @@ func TestNodePortAddressesByMode(t *testing.T) {
 	}{
 		{ModeNFTables, "", true},
 		{ModeIPTables, "", false},
+		{ModeIPVS, "", false},
 		{ModeIPTables, "--nodeport-addresses=primary", true},
 		{ModeNFTables, "--nodeport-addresses=0.0.0.0/0", false},
 	} {
@@ -154,8 +155,9 @@ func TestNodePortAddressesByMode(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := c.ForMode(test.mode).NodePortAddresses.Primary; got != test.primary {
-			t.Errorf("mode %s with %q: primary is %v", test.mode, test.flag, got)
+		s := c.ForMode(test.mode)
+		if s.NodePortAddresses.Primary != test.primary || s.HasSchedulers != (test.mode == ModeIPVS) {
+			t.Errorf("mode %s with %q: primary is %v, schedulers %v", test.mode, test.flag, s.NodePortAddresses.Primary, s.HasSchedulers)
 		}
 	}
 }

@@ -43,7 +43,7 @@ var gates = sync.OnceValue(func() map[featuregate.Feature]featuregate.FeatureSpe
 })
 
 // gatesWith returns every known gate as wanted, or at its default.
-func gatesWith(wanted map[string]bool) (featuregate.FeatureGate, error) {
+func gatesWith(wanted map[string]bool) (featuregate.MutableFeatureGate, error) {
 	g := featuregate.NewFeatureGate()
 	if err := g.Add(maps.Clone(gates())); err != nil {
 		panic(err) // the embedded list contradicts itself

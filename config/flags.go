@@ -32,8 +32,9 @@ type Flags struct {
 // own are signalbox's own settings. They are flags and nothing else: a file of
 // kube-proxy's is one that kube-proxy can read again on the way back.
 type own struct {
-	mode   string
-	source string
+	mode                  string
+	source                string
+	kubeProxyIPVSPolicies bool
 }
 
 // The groups of flags, in the order in which help shows them.
@@ -64,6 +65,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 func (o *own) add(fs *pflag.FlagSet) {
 	fs.StringVar(&o.mode, "mode", "", "how Services are served: "+strings.Join(Modes, ", ")+"; wins over --proxy-mode and over the mode in --config. auto, the default where none of them says anything, takes the first of nftables and iptables that works on this node")
 	fs.StringVar(&o.source, "source", "", "serve the Services, EndpointSlices, Nodes and ServiceCIDRs in the YAML and JSON files of this directory, which is watched, instead of asking an API server")
+	fs.BoolVar(&o.kubeProxyIPVSPolicies, "ipvs-kube-proxy-policies", false, "ipvs mode: traffic policies as in kube-proxy's ipvs mode: Local without an endpoint on this node falls back to those of other nodes, and this node's own Pods and processes follow externalTrafficPolicy too")
 }
 
 func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {

@@ -18,6 +18,8 @@ type Logging struct {
 	Format string
 	// Verbosity is kube-proxy's number for how much is logged.
 	Verbosity int
+
+	level *slog.LevelVar // nil: Verbosity is final
 }
 
 // debugFrom is the verbosity from which every sync is logged. slog has one
@@ -29,6 +31,10 @@ func (l Logging) Handler(w io.Writer) slog.Handler {
 	opts := &slog.HandlerOptions{Level: slog.LevelInfo}
 	if l.Verbosity >= debugFrom {
 		opts.Level = slog.LevelDebug
+	}
+	if l.level != nil {
+		l.SetVerbosity(l.Verbosity)
+		opts.Level = l.level
 	}
 	if l.Format == logsapi.JSONLogFormat {
 		return slog.NewJSONHandler(w, opts)

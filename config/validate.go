@@ -220,7 +220,7 @@ func interfaceFor(mode proxier.DetectLocal, k *v1alpha1.KubeProxyConfiguration, 
 }
 
 func scheduler(name string) string {
-	if len(name) > 15 || strings.ContainsFunc(name, func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_' }) {
+	if name != "" && !proxier.ValidScheduler(name) {
 		return fmt.Sprintf("%s: not a name of a scheduler: at most 15 lower-case letters, digits and underscores", name)
 	}
 	return ""

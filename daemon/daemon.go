@@ -41,10 +41,6 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.
 	for _, w := range cfg.Warnings {
 		log.Warn(w)
 	}
-	source, err := newSource(cfg, log)
-	if err != nil {
-		return err
-	}
 	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
 	if err != nil {
 		return err
@@ -59,11 +55,22 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.
 	for _, w := range warnings {
 		log.Warn(w)
 	}
-	loop, closeAll, err := newLoop(cfg, choice, planes, log)
+	watched, err := newObserver(cfg, choice, log)
+	if err != nil {
+		return err
+	}
+	source, err := newSource(cfg, watched, log)
+	if err != nil {
+		return err
+	}
+	old := newLeftovers(choice, log)
+	loop, closeAll, err := newLoop(cfg, choice, planes, watched, old, log)
 	if err != nil {
 		return err
 	}
 	defer closeAll()
+	old.resync = loop.Resync
+	sink := watched.watch(loop)
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
@@ -72,8 +79,9 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.
 		return nil
 	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
-	group.Go(func() error { return source.Run(ctx, loop) })
-	group.Go(func() error { return loop.Run(ctx) })
+	group.Go(func() error { return source.Run(ctx, sink) })
+	group.Go(func() error { return serve(ctx, loop, old, log) })
+	watched.start(ctx, group)
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -81,19 +89,25 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.
 	return nil
 }
 
-func newSource(cfg *config.Config, log *slog.Logger) (Source, error) {
+func newSource(cfg *config.Config, watched *observer, log *slog.Logger) (Source, error) {
 	if cfg.SourceDir != "" {
 		return file.New(cfg.SourceDir, log)
 	}
 	apiserver.LogTo(log)
-	client, err := apiserver.Client(apiserver.ClientOptions{
-		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
-		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes,
-	})
+	client, err := apiserver.Client(clientOptions(cfg))
 	if err != nil {
 		return nil, err
 	}
-	return apiserver.New(client, cfg.NodeName, log), nil
+	source := apiserver.New(client, cfg.NodeName, log)
+	source.Noted = watched.metrics.Source
+	return source, nil
+}
+
+func clientOptions(cfg *config.Config) apiserver.ClientOptions {
+	return apiserver.ClientOptions{
+		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
+		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes,
+	}
 }
 
 // usableFamilies leaves out a family that the kernel has not got or that is
@@ -116,7 +130,7 @@ const fullSyncPeriod = time.Hour
 
 // newLoop makes the mode work in each family and joins it with what removes
 // stale flows. closeAll lets go of all of it but the dataplanes.
-func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
+func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
 	var closers []func() error
 	closeAll = func() {
 		for _, c := range closers {
@@ -130,7 +144,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, log *s
 		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log,
 		SyncPeriod: fullSyncPeriod, RetryPeriod: cfg.SyncPeriod,
 	}
-	opts.Synced = planes.onceServing(choice.Families, onSync(choice.Mode, log), func(err error) { log.Warn("closing", "error", err) })
+	opts.Synced = planes.onceServing(choice.Families, onSync(old, log), func(err error) { log.Warn("closing", "error", err) })
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
 		p, err := planes.get(choice.Mode, proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
@@ -139,6 +153,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, log *s
 			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)
 		}
 		opts.Proxiers[family] = p
+		old.shares(family, p)
 		if r, ok := p.(interface{ RelayPrefix() netip.Prefix }); ok {
 			relays = append(relays, r.RelayPrefix())
 		}
@@ -147,6 +162,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, log *s
 		Logger:     log,
 		LocalAddrs: node.Addrs,
 		Relays:     relays,
+		Passed:     watched.metrics.FlowsPassed,
 	})
 	if err != nil {
 		log.Warn("stale UDP flows are not removed", "reason", err)
@@ -154,22 +170,17 @@ func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, log *s
 		closers = append(closers, flows.Close)
 		opts.Flows = flows
 	}
+	watched.hook(&opts)
 	return proxier.NewLoop(opts), closeAll, nil
 }
 
-// onSync says when a family is first served and tidies up then; each later
-// sync is logged at debug level.
-func onSync(mode modes.Mode, log *slog.Logger) func(proxier.SyncReport) {
-	served := map[proxier.Family]bool{}
+// onSync says when a family is first served, and tells what waits for that;
+// each later sync is logged at debug level.
+func onSync(old *leftovers, log *slog.Logger) func(proxier.SyncReport) {
 	return func(r proxier.SyncReport) {
 		level := slog.LevelDebug
-		if r.Err == nil && !served[r.Family] {
-			served[r.Family] = true
+		if r.Err == nil && r.All && old.serves(r.Family) {
 			level = slog.LevelInfo
-			go func() {
-				clearLeftovers(mode, r.Family, log)
-				returnMemory()
-			}()
 		}
 		log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
 			"took", r.Took, "everything", r.All, "setAside", r.SetAside, "failed", r.Err != nil)

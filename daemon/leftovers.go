@@ -1,29 +1,156 @@
 package daemon
 
 import (
-	"errors"
+	"context"
 	"log/slog"
+	"slices"
+	"sync"
+	"time"
 
+	"signalbox/iptables"
+	"signalbox/ipvs"
 	"signalbox/modes"
+	"signalbox/nftables"
 	"signalbox/proxier"
 )
 
-// clearLeftovers removes what other modes, of an earlier signalbox or of a
-// kube-proxy, left in the kernel for a family. It is called once this mode
-// serves the family: new connections find the new rules first and the old ones
-// gone after, never neither.
-func clearLeftovers(current modes.Mode, family proxier.Family, log *slog.Logger) {
-	for _, other := range modes.All {
-		if other.Name == current.Name {
-			continue
+// leftovers removes what others have written to serve Services on this node:
+// kube-proxy in any mode, and signalbox in other modes. Nothing is removed
+// before this mode serves: new connections find the new rules first and the
+// old ones gone after, never neither.
+//
+// A kube-proxy that still runs writes its rules again, and may end only then.
+// So it is looked for again: soon at first, and for as long as this process
+// runs.
+type leftovers struct {
+	mode     modes.Mode
+	families []proxier.Family
+	shared   map[proxier.Family]inUse
+	// resync has this mode's own rules written anew.
+	resync func()
+	log    *slog.Logger
+
+	mu     sync.Mutex // guards served
+	served map[proxier.Family]bool
+	ready  chan struct{} // closed when all families are served
+}
+
+func newLeftovers(choice modes.Choice, log *slog.Logger) *leftovers {
+	l := &leftovers{mode: choice.Mode, families: choice.Families, shared: map[proxier.Family]inUse{}, log: log}
+	l.forget()
+	return l
+}
+
+// shares notes what the mode at work has in common with kube-proxy.
+func (l *leftovers) shares(family proxier.Family, p proxier.Proxier) {
+	shared := inUse{ipvs: l.mode.Name == ipvs.Mode}
+	if p, ok := p.(interface{ Backend() iptables.Backend }); ok {
+		shared.iptables = p.Backend()
+	}
+	l.shared[family] = shared
+}
+
+// forget has everything served anew before anything is removed.
+func (l *leftovers) forget() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.served, l.ready = map[proxier.Family]bool{}, make(chan struct{})
+}
+
+// serves notes that all of a family's Services are in the kernel, and says
+// whether this is the first time.
+func (l *leftovers) serves(family proxier.Family) (first bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.served[family] {
+		return false
+	}
+	l.served[family] = true
+	if len(l.served) == len(l.families) {
+		close(l.ready)
+	}
+	return true
+}
+
+// wait returns when all families are served; false if ctx ends first.
+func (l *leftovers) wait(ctx context.Context) bool {
+	l.mu.Lock()
+	ready := l.ready
+	l.mu.Unlock()
+	select {
+	case <-ready:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+const (
+	firstLook = 5 * time.Second
+	lastLook  = time.Minute
+)
+
+// run removes everything once, and then what comes back, until ctx ends.
+func (l *leftovers) run(ctx context.Context) {
+	l.removeAll()
+	returnMemory()
+	pause := firstLook
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
 		}
-		err := other.Cleanup(family)
-		var unsupported *proxier.UnsupportedError
-		switch {
-		case errors.As(err, &unsupported):
-			log.Debug("another mode cannot have left anything", "mode", other.Name, "reason", err)
-		case err != nil:
-			log.Warn("what another mode left could not be removed; its rules may still be obeyed", "mode", other.Name, "family", family.String(), "error", err)
+		pause = min(2*pause, lastLook)
+		for _, family := range l.families {
+			if l.look(ctx, family) {
+				pause = firstLook
+			}
 		}
 	}
+}
+
+func (l *leftovers) removeAll() {
+	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool { return m.Name == l.mode.Name })
+	for _, family := range l.families {
+		l.remove(family, signalboxRemovals(others))
+		l.remove(family, l.kubeProxy(family))
+	}
+}
+
+// kubeProxy is what kube-proxy's rules are removed by while this mode serves.
+func (l *leftovers) kubeProxy(family proxier.Family) []removal {
+	return kubeProxyRemovals(l.shared[family])
+}
+
+func (l *leftovers) remove(family proxier.Family, todo []removal) {
+	for _, r := range todo {
+		if err := r.do(family, l.log); err != nil {
+			l.log.Warn("what others wrote could not be removed; it may still be obeyed", "family", family.String(), "error", err)
+		}
+	}
+}
+
+// look removes kube-proxy's rules if they are back, and has this mode's own
+// written again if they were replaced.
+func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
+	if l.kubeProxyWrote(ctx, family) {
+		found = true
+		l.log.Warn("kube-proxy has written its rules again and they are removed again; does it still run on this node?", "family", family.String())
+		l.remove(family, l.kubeProxy(family))
+	}
+	if b := l.shared[family].iptables; b != "" {
+		if intact, err := iptables.Intact(ctx, family, b); err == nil && !intact {
+			found = true
+			l.log.Warn("another program has replaced the rules of Services; they are written anew", "family", family.String())
+			l.resync()
+		}
+	}
+	return found
+}
+
+// kubeProxyWrote looks for what kube-proxy has in each of its modes, at the
+// least cost.
+func (l *leftovers) kubeProxyWrote(ctx context.Context, family proxier.Family) bool {
+	return nftables.HasKubeProxy(family) || ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family, l.shared[family].iptables)
 }

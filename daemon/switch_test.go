@@ -28,18 +28,30 @@ ports: [{name: http, port: 8080}]
 endpoints: [{addresses: [10.244.1.5]}]
 `
 
-// Whatever mode a node is switched to, in the end the rules of that mode alone
-// are there.
-func TestModesLeaveNothingBehind(t *testing.T) {
-	dir := t.TempDir()
-	binary := buildBinary(t, dir)
-	source := filepath.Join(dir, "source")
-	if err := os.Mkdir(source, 0o700); err != nil {
-		t.Fatal(err)
+// build returns the path of the program.
+func build(t *testing.T) string {
+	t.Helper()
+	binary := filepath.Join(t.TempDir(), "signalbox")
+	if out, err := exec.Command("go", "build", "-o", binary, "signalbox/cmd/signalbox").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
 	}
+	return binary
+}
+
+// manifests returns a directory with manifest in it.
+func manifests(t *testing.T) string {
+	t.Helper()
+	source := t.TempDir()
 	if err := os.WriteFile(filepath.Join(source, "web.yaml"), []byte(manifest), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	return source
+}
+
+// Whatever mode a node is switched to, in the end the rules of that mode alone
+// are there.
+func TestModesLeaveNothingBehind(t *testing.T) {
+	binary, source := build(t), manifests(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -79,15 +91,6 @@ func TestModesLeaveNothingBehind(t *testing.T) {
 			t.Errorf("mode %s took its rules away when it ended", mode)
 		}
 	}
-}
-
-func buildBinary(t *testing.T, dir string) string {
-	t.Helper()
-	binary := filepath.Join(dir, "signalbox")
-	if out, err := exec.Command("go", "build", "-o", binary, "signalbox/cmd/signalbox").CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
-	return binary
 }
 
 // eventually waits for what another process does, for as long as a slow

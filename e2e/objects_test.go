@@ -152,6 +152,14 @@ func (o *objects) createService(name string, pods []string, edit ...func(*corev1
 	return svc
 }
 
+// service is a Service as it is now.
+func (o *objects) service(name string) *corev1.Service {
+	o.t.Helper()
+	svc, err := o.client.CoreV1().Services(o.namespace).Get(o.t.Context(), name, metav1.GetOptions{})
+	o.must(err)
+	return svc
+}
+
 // tryCreateService makes a Service without endpoints, if the API server agrees.
 func (o *objects) tryCreateService(name string, edit ...func(*corev1.Service)) (*corev1.Service, error) {
 	svc := newService(name)

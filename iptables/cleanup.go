@@ -5,19 +5,50 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
-	"github.com/coreos/go-iptables/iptables"
-
+	"signalbox/nftables"
 	"signalbox/proxier"
 )
 
-// Cleanup removes from both variants what this mode, or kube-proxy in its
-// iptables mode, wrote: the jumps and the chains they lead to. A chain that
-// rules of other software use keeps its name; KUBE-MARK-MASQ and
-// KUBE-POSTROUTING then keep their rules too, without which those rules would
-// change their meaning. KUBE-FIREWALL, which the kubelet shares, stays as it
-// is, and so does the sysctl route_localnet.
+// belongings are what a proxy has in the tables: chains, and rules in built-in
+// chains that lead to them.
+type belongings struct {
+	owns  func(table, chain string) bool
+	jumps []jump
+}
+
+// ours is what this mode writes.
+var ours = belongings{
+	owns: func(table, chain string) bool {
+		i := slices.Index(tableNames[:], table)
+		return i >= 0 && (isServiceChain(chain) || slices.Contains(fixedChains[i], chain))
+	},
+	jumps: jumps,
+}
+
+// signature is a rule that this mode has always in the filter table and
+// kube-proxy never: by it one tells whose the chains are that both name alike.
+const signature = "-A " + servicesChain + " -j " + externalServicesChain
+
+// Cleanup removes from both variants what this mode wrote: the jumps and the
+// chains they lead to. Where kube-proxy has filled these chains since, or was
+// started and is about to, they are its own, and stay. A chain that rules of other software use keeps its name;
+// KUBE-MARK-MASQ and KUBE-POSTROUTING then keep their rules too, without which
+// those rules would change their meaning. KUBE-FIREWALL, which the kubelet
+// shares, stays as it is, and so does the sysctl route_localnet.
 func Cleanup(f proxier.Family) error {
+	return cleanup(f, func(ctx context.Context, t *tools) error {
+		signed, err := t.signed(ctx)
+		if err != nil || !signed || t.hasChain(ctx, "mangle", canaryChain) {
+			return err
+		}
+		return t.remove(ctx, ours)
+	})
+}
+
+// cleanup runs fn for both variants.
+func cleanup(f proxier.Family, fn func(context.Context, *tools) error) error {
 	var failed []error
 	found := false
 	for _, b := range []Backend{NFT, Legacy} {
@@ -26,75 +57,91 @@ func Cleanup(f proxier.Family) error {
 			continue
 		}
 		found = true
-		if err := t.cleanup(context.Background()); err != nil {
+		if err := fn(context.Background(), t); err != nil {
 			failed = append(failed, fmt.Errorf("clean up %s iptables, %s: %w", b, f, err))
 		}
 	}
 	if !found {
-		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "program " + commandName(f), Remedy: "install the package iptables"}
+		return withoutTools(f)
 	}
 	return errors.Join(failed...)
 }
 
-func (t *tools) cleanup(ctx context.Context) error {
-	client, err := t.client()
-	if err != nil {
-		return err
+// withoutTools tells a node that has no iptables from one that has rules
+// nobody can remove.
+func withoutTools(f proxier.Family) error {
+	missing := &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "program " + commandName(f), Remedy: "install the package iptables"}
+	legacy := tools{backend: Legacy, family: f}
+	if names := legacy.tables(); len(names) > 0 {
+		return fmt.Errorf("the kernel has iptables rules (legacy, tables %s), but the program %s is missing: install the package iptables, or use an image that has it",
+			strings.Join(names, ", "), commandName(f))
 	}
-	exist := t.tables()
+	if held, err := nftables.HasChain(f, nat.String(), servicesChain); err == nil && held {
+		return fmt.Errorf("the kernel has the iptables chain %s (nft), but the program %s is missing: install the package iptables, or use an image that has it",
+			servicesChain, commandName(f))
+	}
+	return missing
+}
+
+// signed says whether the rules of Services are this mode's.
+func (t *tools) signed(ctx context.Context) (bool, error) {
+	if !slices.Contains(t.tables(), filter.String()) {
+		return false, nil
+	}
+	l, err := t.list(ctx, filter.String())
+	return err == nil && l.signed, err
+}
+
+// remove takes belongings out of every table that exists. Nothing is written
+// where there are none. The filter table goes last: it holds the signature, by
+// which a removal that was cut short is found and finished.
+func (t *tools) remove(ctx context.Context, b belongings) error {
 	w := &script{}
-	for in := range tableCount {
-		if !slices.Contains(exist, in.String()) {
+	for _, table := range []string{"mangle", nat.String(), filter.String()} {
+		if !slices.Contains(t.tables(), table) {
 			continue
 		}
-		l, err := t.list(ctx, in.String())
+		l, err := t.listFor(ctx, table, func(chain string) bool { return b.owns(table, chain) })
 		if err != nil {
 			return err
 		}
-		if !slices.ContainsFunc(l.chains, isOurs) {
-			continue
+		edits, builtin := l.removal(table, b)
+		if len(edits)+len(builtin) > 0 {
+			w.section(table, edits, builtin)
 		}
-		if err := removeJumps(client, in); err != nil {
-			return err
-		}
-		// What still leads to a chain now is not ours.
-		if l, err = t.list(ctx, in.String()); err != nil {
-			return err
-		}
-		w.table(in, l.removals(in))
 	}
 	return t.apply(ctx, w)
 }
 
-func removeJumps(client *iptables.IPTables, in table) error {
-	for _, j := range jumps {
-		if j.table != in {
-			continue
-		}
-		// Twice, where an accident put it in twice.
-		for exists := true; exists; {
-			err := client.Delete(in.String(), j.from, j.args()...)
-			if err != nil && !isNoChain(err) {
-				return fmt.Errorf("jump from %s %s to %s: %w", in, j.from, j.target, err)
-			}
-			exists = err == nil
+// removal is what leaves nothing of b in the table, except for chains that
+// others use.
+func (l *listing) removal(table string, b belongings) (edits []edit, builtin []string) {
+	used := make(map[string]bool)
+	for _, line := range l.builtin {
+		if b.leads(table, line) {
+			builtin = append(builtin, "-D "+strings.TrimPrefix(line, "-A "))
+		} else {
+			used[jumpTarget(line)] = true
 		}
 	}
-	return nil
-}
-
-// removals are the edits that leave none of this mode's chains in the table,
-// except for those that others use.
-func (l *listing) removals(in table) []edit {
-	var edits []edit
 	for _, name := range l.chains {
 		switch {
-		case !isServiceChain(name) && !slices.Contains(fixedChains[in], name):
-		case !l.referenced[name]:
+		case !b.owns(table, name):
+		case !used[name] && !l.referenced[name]:
 			edits = append(edits, removal(name))
 		case name != markMasqChain && name != postroutingChain:
 			edits = append(edits, edit{name: name})
 		}
 	}
-	return edits
+	return edits, builtin
+}
+
+// leads says whether a rule of a built-in chain, as iptables-save writes it, is
+// one of the belongings' jumps. The comment and the target tell: how the tools
+// write the rest depends on their version.
+func (b *belongings) leads(table, line string) bool {
+	return slices.ContainsFunc(b.jumps, func(j jump) bool {
+		return j.table.String() == table && strings.HasPrefix(line, "-A "+j.from+" ") &&
+			jumpTarget(line) == j.target && strings.Contains(line, comment(j.comment)+" ")
+	})
 }

@@ -3,7 +3,6 @@ package iptables
 import (
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/coreos/go-iptables/iptables"
 )
@@ -111,11 +110,4 @@ func addLocalnetFirewall(client *iptables.IPTables) error {
 // isOurs says whether this mode writes and removes the chain, in some table.
 func isOurs(name string) bool {
 	return isServiceChain(name) || slices.Contains(fixedChains[nat], name) || slices.Contains(fixedChains[filter], name)
-}
-
-// isNoChain says that a command failed because the chain or rule, or what it
-// jumps to, is not there.
-func isNoChain(err error) bool {
-	e, ok := err.(*iptables.Error)
-	return ok && (e.IsNotExist() || strings.Contains(e.Error(), "doesn't exist"))
 }

@@ -127,6 +127,7 @@ func TestChangesEqualFullSync(t *testing.T) {
 		mustSync(t, p, plan, proxier.Change{})
 		for range 6 {
 			mustSync(t, p, plan, w.change(plan))
+			compareCounts(t, p)
 		}
 		changed := saved(t, p)
 		if err := Cleanup(p.opts.Family); err != nil {
@@ -140,6 +141,31 @@ func TestChangesEqualFullSync(t *testing.T) {
 			t.Errorf("-full sync +changes\n%s", diff)
 		}
 	})
+}
+
+// compareCounts fails unless Counts are the rules in the kernel, where nobody
+// else has any.
+func compareCounts(t *testing.T, p *Proxier) {
+	t.Helper()
+	want, got := map[string]int{}, map[string]int{}
+	for table := range tableCount {
+		saved := run(t, "", p.tools.save, "-t", table.String())
+		for line := range strings.Lines(saved) {
+			// The rule that protects 127.0.0.0/8 is the kubelet's as well.
+			if strings.HasPrefix(line, "-A ") && !strings.Contains(line, "KUBE-FIREWALL") {
+				want[table.String()]++
+			}
+		}
+	}
+	for _, k := range p.Counts() {
+		got[k.Table] = k.Count
+		if k.Written == 0 && k.Table == nat.String() {
+			t.Errorf("nothing was written to table %s", k.Table)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Fatalf("Counts (- in the kernel, + counted):\n%s", diff)
+	}
 }
 
 // kubeProxyRules is a node as kube-proxy leaves it, with Services that are

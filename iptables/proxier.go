@@ -38,6 +38,8 @@ type Proxier struct {
 	// saidNoLocalnet says that the log tells why NodePorts are not served on
 	// 127.0.0.1.
 	saidNoLocalnet bool
+	// written is what the last Sync wrote.
+	written counts
 }
 
 // New chooses the variant of the tools. It writes nothing.
@@ -157,6 +159,7 @@ func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
 func (p *Proxier) apply(ctx context.Context, s *script) error {
 	err := p.tools.apply(ctx, s)
 	if err == nil {
+		p.written = s.rules
 		return nil
 	}
 	if errors.Is(err, proxier.ErrUnknownState) {

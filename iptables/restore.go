@@ -104,15 +104,22 @@ type listing struct {
 	chains []string
 	// builtin are the rules of built-in chains, as iptables-save writes them.
 	builtin []string
-	// referenced are the chains that rules outside of chains of ours jump to:
+	// referenced are the chains that rules in other software's chains jump to:
 	// they cannot be removed.
 	referenced map[string]bool
 	rules      int
+	// signed says that this mode wrote the table's rules. See signature.
+	signed bool
 }
 
 // list reads one table. A table that does not exist is empty; the legacy tool
 // then makes it.
 func (t *tools) list(ctx context.Context, name string) (*listing, error) {
+	return t.listFor(ctx, name, isOurs)
+}
+
+// listFor reads one table for whoever owns the chains that mine names.
+func (t *tools) listFor(ctx context.Context, name string, mine func(chain string) bool) (*listing, error) {
 	cmd := exec.CommandContext(ctx, t.save, "-t", name)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -124,14 +131,14 @@ func (t *tools) list(ctx context.Context, name string) (*listing, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("read table %s: %w", name, err)
 	}
-	l, scanErr := parseListing(bufio.NewScanner(out))
+	l, scanErr := parseListing(bufio.NewScanner(out), mine)
 	if err := errors.Join(cmd.Wait(), scanErr); err != nil {
 		return nil, fmt.Errorf("read table %s: %s: %w", name, strings.TrimSpace(stderr.String()), err)
 	}
 	return l, nil
 }
 
-func parseListing(lines *bufio.Scanner) (*listing, error) {
+func parseListing(lines *bufio.Scanner, mine func(chain string) bool) (*listing, error) {
 	l := &listing{referenced: map[string]bool{}}
 	builtin := map[string]bool{}
 	lines.Buffer(nil, 1<<20)
@@ -151,11 +158,12 @@ func parseListing(lines *bufio.Scanner) (*listing, error) {
 			continue
 		}
 		l.rules++
+		l.signed = l.signed || line == signature
 		name, rule, _ := strings.Cut(rest, " ")
-		if builtin[name] {
+		switch {
+		case builtin[name]:
 			l.builtin = append(l.builtin, line)
-		}
-		if !isOurs(name) {
+		case !mine(name):
 			l.referenced[jumpTarget(rule)] = true
 		}
 	}
@@ -176,9 +184,13 @@ func jumpTarget(rule string) string {
 // stale are the chains that Services had; those that none has any more are to
 // be removed.
 func (l *listing) stale() []string {
+	used := make(map[string]bool)
+	for _, line := range l.builtin {
+		used[jumpTarget(line)] = true
+	}
 	var names []string
 	for _, name := range l.chains {
-		if isServiceChain(name) && !l.referenced[name] {
+		if isServiceChain(name) && !l.referenced[name] && !used[name] {
 			names = append(names, name)
 		}
 	}

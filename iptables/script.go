@@ -14,6 +14,7 @@ type script struct {
 	lines   int
 	commits []int // numbers of the lines that say COMMIT
 	spans   []span
+	rules   counts // lines that write one
 }
 
 // span says whose the lines from first to the next span are; owner is empty
@@ -48,20 +49,33 @@ func (s *script) table(t table, edits []edit, jumps ...jump) {
 	if len(edits) == 0 {
 		return
 	}
+	var first []string
+	for _, j := range jumps {
+		if j.table == t {
+			first = append(first, "-I "+j.from+j.rule())
+		}
+	}
+	for _, e := range edits {
+		s.rules[t] += len(e.rules)
+	}
+	s.rules[t] += len(first)
+	s.section(t.String(), edits, first)
+}
+
+// section is table with whole lines about rules of built-in chains.
+func (s *script) section(table string, edits []edit, builtin []string) {
 	slices.SortFunc(edits, func(a, b edit) int {
 		return cmp.Or(cmp.Compare(a.level, b.level), cmp.Compare(b.name, a.name))
 	})
-	s.line("", "*", t.String())
+	s.line("", "*", table)
 	for _, e := range edits {
 		s.line("", ":", e.name, " - [0:0]")
 		for _, rule := range e.rules {
 			s.line(rule.owner, "-A ", e.name, rule.text)
 		}
 	}
-	for _, j := range jumps {
-		if j.table == t {
-			s.line("", "-I ", j.from, j.rule())
-		}
+	for _, line := range builtin {
+		s.line("", line)
 	}
 	for _, e := range edits {
 		if e.gone {

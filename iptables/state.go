@@ -17,6 +17,7 @@ type state struct {
 	frame    [tableCount][]chain
 	trees    [treeCount]*tree
 	services map[proxier.ServicePortName]*proxier.ServicePort
+	own      counts // rules of Services' own chains
 }
 
 // newState is what plan asks for, without its Services.
@@ -67,6 +68,7 @@ func (s *state) full(plan *proxier.Plan, stale [tableCount][]string, missing []j
 	s.services = maps.Clone(plan.Services)
 	for _, name := range slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare) {
 		p := s.compiler.compile(plan.Services[name])
+		s.own.add(p.size())
 		for i := range p.items {
 			s.trees[p.items[i].tree].put(&p.items[i])
 		}
@@ -119,6 +121,7 @@ type transition struct {
 	node     proxier.Node
 	undo     []func()
 	script   script
+	own      counts // as it will be
 }
 
 // change brings the trees to what plan says of the named Services and, where
@@ -130,7 +133,7 @@ type transition struct {
 // the new one: its rules take no packet that has an endpoint. Most changes need
 // only one of the three parts.
 func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
-	t := &transition{state: s, node: s.node, services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+	t := &transition{state: s, node: s.node, services: map[proxier.ServicePortName]*proxier.ServicePort{}, own: s.own}
 	var d difference
 	for _, name := range change.Services {
 		old, next := s.services[name], plan.Services[name]
@@ -138,7 +141,9 @@ func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
 			continue
 		}
 		t.services[name] = next
-		d.compare(name.String(), s.programOf(old), s.programOf(next))
+		before, after := s.programOf(old), s.programOf(next)
+		t.own.replace(before.size(), after.size())
+		d.compare(name.String(), before, after)
 	}
 	if change.Node {
 		t.setNode(plan.Node)
@@ -219,7 +224,7 @@ func (t *transition) commit() {
 			t.state.services[name] = sp
 		}
 	}
-	t.state.node = t.node
+	t.state.node, t.state.own = t.node, t.own
 }
 
 // rollback says that the kernel holds nothing of the change.

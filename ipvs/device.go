@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -21,6 +22,7 @@ const deviceName = "kube-ipvs0"
 type device struct {
 	family proxier.Family
 	nl     *netlink.Handle
+	pipe   *pipe        // for what changes addresses
 	link   netlink.Link // nil until ensure
 }
 
@@ -33,10 +35,18 @@ func openDevice(family proxier.Family) (*device, error) {
 		nl.Close()
 		return nil, err
 	}
-	return &device{family: family, nl: nl}, nil
+	p, err := openPipe(unix.NETLINK_ROUTE)
+	if err != nil {
+		nl.Close()
+		return nil, err
+	}
+	return &device{family: family, nl: nl, pipe: p}, nil
 }
 
-func (d *device) close() { d.nl.Close() }
+func (d *device) close() {
+	d.nl.Close()
+	d.pipe.close()
+}
 
 // find looks for the device; it is no error if there is none.
 func (d *device) find() error {
@@ -116,19 +126,36 @@ func (d *device) isLocal(a netip.Addr) bool {
 	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
 }
 
-func (d *device) addr(a netip.Addr) *netlink.Addr {
-	out := &netlink.Addr{IPNet: &net.IPNet{IP: net.IP(a.AsSlice()), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}}
-	if a.Is6() {
-		out.Flags = unix.IFA_F_NODAD // others hold the address as well
-	}
-	return out
+// add gives the device addresses and tells done of each that it has then.
+func (d *device) add(addrs []netip.Addr, done func(netip.Addr)) error {
+	return d.change(unix.RTM_NEWADDR, addrs, "cannot be added to", done)
 }
 
-func (d *device) add(a netip.Addr) error {
-	if err := d.nl.AddrAdd(d.link, d.addr(a)); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("give %s the address %s: %w", deviceName, a, err)
+// remove takes addresses from the device and tells done of each that it has no
+// more.
+func (d *device) remove(addrs []netip.Addr, done func(netip.Addr)) error {
+	return d.change(unix.RTM_DELADDR, addrs, "cannot be taken from", done)
+}
+
+func (d *device) change(verb uint16, addrs []netip.Addr, complaint string, done func(netip.Addr)) error {
+	if len(addrs) == 0 {
+		return nil
 	}
-	return nil
+	requests := addressRequests(verb, d.link.Attrs().Index, addrs)
+	already := map[uint16][]error{unix.RTM_NEWADDR: {unix.EEXIST}, unix.RTM_DELADDR: {unix.EADDRNOTAVAIL, unix.ENODEV}}[verb]
+	var refused []error
+	err := d.pipe.send(requests, func(i int, err error) bool {
+		if err == nil || slices.ContainsFunc(already, func(a error) bool { return errors.Is(err, a) }) {
+			done(addrs[i])
+		} else {
+			refused = append(refused, fmt.Errorf("%s %s the device %s: %w", addrs[i], complaint, deviceName, err))
+		}
+		return len(refused) == 0
+	})
+	if err != nil {
+		refused = append(refused, fmt.Errorf("change the addresses of %s: %w", deviceName, err))
+	}
+	return summary(refused)
 }
 
 // settle waits until packets to addresses that were just added are taken for
@@ -147,13 +174,6 @@ func (d *device) settle(addrs []netip.Addr) error {
 			}
 			time.Sleep(wait)
 		}
-	}
-	return nil
-}
-
-func (d *device) remove(a netip.Addr) error {
-	if err := d.nl.AddrDel(d.link, d.addr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("take the address %s from %s: %w", a, deviceName, err)
 	}
 	return nil
 }

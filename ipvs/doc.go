@@ -62,7 +62,8 @@
 // compile turns a Service port into a record: elements of the table, virtual
 // servers and addresses. state stages the difference between records; diff is
 // that of one virtual server. All of this is pure. handle (IPVS), device and
-// the table are what speaks to the kernel.
+// the table are what speaks to the kernel; what they change goes through a pipe,
+// many messages at a time.
 //
 // IPVS has no transactions. A Sync sends first what adds virtual servers and
 // destinations, then writes the table in one transaction, then addresses, then

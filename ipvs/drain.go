@@ -112,7 +112,7 @@ func (p *Proxier) drainServer(st *state, key serverKey, now time.Time) error {
 		if busy[dest] && now.Before(waiting[dest]) {
 			continue
 		}
-		if err := p.do(st, op{verb: removeDest, key: key, dest: dest}); err != nil {
+		if err := p.kernel.send([]op{{verb: removeDest, key: key, dest: dest}}, st.note); err != nil {
 			return err
 		}
 		delete(waiting, dest)
@@ -122,7 +122,7 @@ func (p *Proxier) drainServer(st *state, key serverKey, now time.Time) error {
 	}
 	delete(st.draining, key)
 	if s := st.servers[key]; s != nil && len(s.dests) == 0 && !st.live[key] {
-		return p.do(st, op{verb: removeServer, key: key})
+		return p.kernel.send([]op{{verb: removeServer, key: key}}, st.note)
 	}
 	return nil
 }
@@ -130,27 +130,28 @@ func (p *Proxier) drainServer(st *state, key serverKey, now time.Time) error {
 // releaseAddresses gives up addresses that no connection needs. The rules that
 // refuse what comes for them go last.
 func (p *Proxier) releaseAddresses(st *state, now time.Time) error {
-	var gone []nftables.Element
+	var unused []netip.Addr
 	for a, l := range st.leaving {
 		if now.Before(l.until) && slices.ContainsFunc(l.servers, func(key serverKey) bool {
 			return len(st.draining[key]) > 0 || key.mark != 0 && st.live[key]
 		}) {
 			continue
 		}
-		if err := p.device.remove(a); err != nil {
-			return err
-		}
+		unused = append(unused, a)
+	}
+	var gone []nftables.Element
+	err := p.device.remove(unused, func(a netip.Addr) {
 		delete(st.leaving, a)
 		delete(st.held, a)
 		gone = append(gone, vipElement(a))
-	}
+	})
 	if len(gone) == 0 {
-		return nil
+		return err
 	}
 	p.table.RemoveElements(gone)
 	if err := p.table.Commit(); err != nil {
 		p.state = nil // the next Sync writes everything
 		return err
 	}
-	return nil
+	return err
 }

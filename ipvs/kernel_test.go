@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -21,7 +20,6 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/proxier/proxiertest"
 )
@@ -70,11 +68,11 @@ type counting struct {
 	ops []op
 }
 
-func (c *counting) do(o op) error {
+func (c *counting) send(ops []op, done func(op)) error {
 	c.mu.Lock()
-	c.ops = append(c.ops, o)
+	c.ops = append(c.ops, ops...)
 	c.mu.Unlock()
-	return c.kernel.do(o)
+	return c.kernel.send(ops, done)
 }
 
 // take returns the messages since the last call that do not end what has
@@ -178,41 +176,6 @@ func checkKernel(t *testing.T, p *Proxier) {
 	}
 }
 
-// TestTuning checks what an operator can choose.
-func TestTuning(t *testing.T) {
-	eachFamily(t, func(t *testing.T, w world) {
-		plan := w.example()
-		for _, scheduler := range []string{"lc", "wrr", "sh", "mh", "sed", "nq", "rr"} {
-			p, _ := start(t, w.family, func(o *proxier.Options) {
-				o.IPVS = proxier.IPVSTuning{Scheduler: scheduler, StrictARP: true, TCPTimeout: 5 * time.Minute, UDPTimeout: time.Minute}
-			})
-			syncAll(t, p, plan)
-			all, err := p.kernel.servers()
-			if err != nil || len(all) == 0 {
-				t.Fatal(len(all), err)
-			}
-			for key, s := range all {
-				if s.scheduler != scheduler {
-					t.Errorf("%s has the scheduler %s, not %s", key, s.scheduler, scheduler)
-				}
-			}
-		}
-		p, _ := start(t, w.family, func(o *proxier.Options) { o.IPVS.Scheduler = "nonsense" })
-		if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); !errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(err.Error(), "nonsense") {
-			t.Errorf("a scheduler that does not exist: %v", err)
-		}
-		want := map[string]string{"net/ipv4/vs/conntrack": "1", "net/ipv4/vs/expire_nodest_conn": "1", "net/ipv4/vs/expire_quiescent_template": "1"}
-		if w.family == proxier.IPv4 {
-			maps.Copy(want, map[string]string{"net/ipv4/conf/all/arp_ignore": "1", "net/ipv4/conf/all/arp_announce": "2"})
-		}
-		for name, value := range want {
-			if got, err := node.Sysctl(name); got != value || err != nil {
-				t.Errorf("%s is %s, not %s (%v)", name, got, value, err)
-			}
-		}
-	})
-}
-
 // TestOthersStay checks that virtual servers, addresses and tables of others
 // outlive everything that this mode does.
 func TestOthersStay(t *testing.T) {
@@ -229,7 +192,7 @@ func TestOthersStay(t *testing.T) {
 		dest := w.pods(99).Endpoints[0].AddrPort
 		for _, key := range foreign {
 			for _, o := range []op{{verb: addServer, key: key, scheduler: "wlc"}, {verb: addDest, key: key, dest: dest, weight: 5}} {
-				if err := k.do(o); err != nil {
+				if err := do(k, o); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -409,6 +372,9 @@ func TestDrain(t *testing.T) {
 		syncOne(t, p, plan, web(here))
 		c = open()
 		syncOne(t, p, plan, &proxier.ServicePort{Name: web(nil).Name})
+		if err := echoes(c); err != nil {
+			t.Errorf("before the bound has passed: %v", err)
+		}
 		p.drainOnce(time.Now().Add(drainBound + time.Minute))
 		if p.state == nil || len(p.state.servers) != 0 || len(p.state.held) != 0 {
 			t.Errorf("left after the bound: %+v", p.state)

@@ -5,12 +5,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"time"
 
 	lvs "github.com/moby/ipvs"
 	"github.com/sirupsen/logrus"
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
@@ -28,20 +28,18 @@ type kernel interface {
 	// servers lists all virtual servers of the family, others' too.
 	servers() (map[serverKey]*server, error)
 	dests(serverKey) ([]destination, error)
-	// do sends one message. That there is nothing to remove is no error.
-	do(op) error
+	// allDests returns those of all virtual servers at once, as far as that can
+	// be had.
+	allDests() (map[serverKey][]destination, error)
+	// send sends messages in order and tells done of each that the kernel has
+	// followed. After one that it refuses only those go on that are on their
+	// way. That there is nothing to remove is no refusal.
+	send(ops []op, done func(op)) error
+	// hasScheduler says whether the kernel has, or can load, a scheduler.
+	hasScheduler(name string) (bool, error)
 	setTimeouts(tcp, tcpFin, udp time.Duration) error
 	close()
 }
-
-// The flags of a virtual server, from <linux/ip_vs.h>.
-const (
-	// schedulerFallback makes the hashing schedulers pass over a destination
-	// of weight 0 instead of refusing its clients.
-	schedulerFallback = 1 << 3
-	// schedulerPort makes them hash the client's port, too.
-	schedulerPort = 1 << 4
-)
 
 // patience is how long one exchange with the kernel may take. The longest is
 // the listing of all virtual servers.
@@ -49,13 +47,17 @@ const patience = 30 * time.Second
 
 var errNoAnswer = errors.New("IPVS did not answer in time")
 
-// handle speaks to IPVS of one network namespace through a library that waits
-// for ever for an answer that got lost. So every exchange runs on a goroutine
-// that is left to itself after a while; closing its socket ends it.
+// handle speaks to IPVS of one network namespace. What changes IPVS goes through
+// a pipe. What reads it goes through a library that waits for ever for an answer
+// that got lost; so that runs on a goroutine which is left to itself after a
+// while; closing its socket ends it.
 type handle struct {
 	family proxier.Family
-	ns     netns.NsHandle
+	number uint16 // of IPVS in generic netlink
+	pipe   *pipe
 	lib    *lvs.Handle // nil after an exchange was abandoned
+	// listing is nil where the kernel has none.
+	listing *os.File
 }
 
 // familyName is what generic netlink calls IPVS.
@@ -65,16 +67,17 @@ const familyName = "IPVS"
 func openKernel(family proxier.Family) (*handle, error) {
 	// The library asks once in a process which number the kernel gave IPVS,
 	// and keeps a failure for good; so it is not asked where there is none.
-	if _, err := netlink.GenlFamilyGet(familyName); err != nil {
-		return nil, err
-	}
-	ns, err := netns.Get()
+	genl, err := netlink.GenlFamilyGet(familyName)
 	if err != nil {
 		return nil, err
 	}
-	h := &handle{family: family, ns: ns}
+	p, err := openPipe(unix.NETLINK_GENERIC)
+	if err != nil {
+		return nil, err
+	}
+	h := &handle{family: family, number: genl.ID, pipe: p, listing: openListing()}
 	if err := h.open(); err != nil {
-		ns.Close()
+		h.close()
 		return nil, err
 	}
 	return h, nil
@@ -83,7 +86,7 @@ func openKernel(family proxier.Family) (*handle, error) {
 func (h *handle) open() (err error) {
 	// It warns where there is no modprobe to load what is there already.
 	logrus.SetLevel(logrus.PanicLevel)
-	h.lib, err = lvs.New(fmt.Sprintf("/proc/self/fd/%d", int(h.ns)))
+	h.lib, err = lvs.New(fmt.Sprintf("/proc/self/fd/%d", int(h.pipe.ns)))
 	return err
 }
 
@@ -91,7 +94,10 @@ func (h *handle) close() {
 	if h.lib != nil {
 		h.lib.Close()
 	}
-	h.ns.Close()
+	if h.listing != nil {
+		h.listing.Close()
+	}
+	h.pipe.close()
 }
 
 // exchange runs fn, but not longer than patience.
@@ -122,52 +128,13 @@ func (h *handle) addressFamily() uint16 {
 	return unix.AF_INET
 }
 
-func (h *handle) service(key serverKey, scheduler string) *lvs.Service {
-	s := &lvs.Service{
-		FWMark: key.mark, AddressFamily: h.addressFamily(), SchedName: scheduler,
-		Protocol: uint16(key.protocol), Port: key.port, Netmask: 0xffffffff,
-	}
-	if h.family == proxier.IPv6 {
-		s.Netmask = 128 // a prefix length here
-	}
+// service is what the library asks about a virtual server by.
+func (h *handle) service(key serverKey) *lvs.Service {
+	s := &lvs.Service{FWMark: key.mark, AddressFamily: h.addressFamily(), Protocol: uint16(key.protocol), Port: key.port}
 	if key.mark == 0 {
 		s.Address = net.IP(key.addr.AsSlice())
 	}
-	switch scheduler {
-	case "sh":
-		s.Flags = schedulerFallback
-	case "mh":
-		s.Flags = schedulerFallback | schedulerPort
-	}
 	return s
-}
-
-func (h *handle) do(o op) error {
-	s := h.service(o.key, o.scheduler)
-	d := &lvs.Destination{Weight: o.weight, ConnectionFlags: lvs.ConnectionFlagMasq, AddressFamily: h.addressFamily()}
-	if o.dest.IsValid() {
-		d.Address, d.Port = net.IP(o.dest.Addr().AsSlice()), o.dest.Port()
-	}
-	err := h.exchange(func(lib *lvs.Handle) error {
-		switch o.verb {
-		case addServer:
-			return lib.NewService(s)
-		case setServer:
-			return lib.UpdateService(s)
-		case addDest:
-			return lib.NewDestination(s, d)
-		case setDest:
-			return lib.UpdateDestination(s, d)
-		case removeDest:
-			return lib.DelDestination(s, d)
-		}
-		return lib.DelService(s)
-	})
-	gone := o.verb == removeDest || o.verb == removeServer
-	if err == nil || gone && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH)) {
-		return nil
-	}
-	return fmt.Errorf("ipvsadm %s: %w", o, err)
 }
 
 func (h *handle) servers() (map[serverKey]*server, error) {
@@ -195,7 +162,7 @@ func (h *handle) servers() (map[serverKey]*server, error) {
 }
 
 func (h *handle) dests(key serverKey) ([]destination, error) {
-	s := h.service(key, "")
+	s := h.service(key)
 	var list []*lvs.Destination
 	err := h.exchange(func(lib *lvs.Handle) (err error) {
 		list, err = lib.GetDestinations(s)
@@ -212,6 +179,25 @@ func (h *handle) dests(key serverKey) ([]destination, error) {
 		})
 	}
 	return dests, nil
+}
+
+// hasScheduler makes a virtual server for a moment, by a mark that no packet
+// has: the kernel tells nobody which schedulers there are.
+func (h *handle) hasScheduler(name string) (bool, error) {
+	probe := op{verb: addServer, key: serverKey{mark: noEndpoints}, scheduler: name}
+	err := do(h, probe)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return false, nil
+	case errors.Is(err, unix.EEXIST): // left by a process that was killed
+		if err = do(h, op{verb: removeServer, key: probe.key}); err == nil {
+			return h.hasScheduler(name)
+		}
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, do(h, op{verb: removeServer, key: probe.key})
 }
 
 func (h *handle) setTimeouts(tcp, tcpFin, udp time.Duration) error {

@@ -80,13 +80,19 @@ func (p *Proxier) read(rules *ruleset) (*state, error) {
 	if err != nil {
 		return nil, err
 	}
+	listed, err := p.kernel.allDests()
+	if err != nil {
+		return nil, err
+	}
 	for key, s := range all {
 		if !isOurs(key.mark) && !st.held[key.addr] {
 			continue
 		}
-		dests, err := p.kernel.dests(key)
-		if err != nil {
-			return nil, err
+		dests := listed[key]
+		if len(dests) == 0 {
+			if dests, err = p.kernel.dests(key); err != nil {
+				return nil, err
+			}
 		}
 		s.dests = make(map[netip.AddrPort]int, len(dests))
 		st.addServer(key, s)

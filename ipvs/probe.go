@@ -3,7 +3,10 @@ package ipvs
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -70,10 +73,10 @@ func probeServer(f proxier.Family, unsupported func(missing, remedy string, err 
 	}
 	defer k.close()
 	key := serverKey{mark: noEndpoints}
-	if err := k.do(op{verb: addServer, key: key, scheduler: defaultScheduler}); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := do(k, op{verb: addServer, key: key, scheduler: defaultScheduler}); err != nil && !errors.Is(err, unix.EEXIST) {
 		return unsupported(fmt.Sprintf("IPVS for %s with the scheduler %s", f, defaultScheduler), "the kernel needs CONFIG_IP_VS_RR, and for IPv6 CONFIG_IP_VS_IPV6", err)
 	}
-	if err := k.do(op{verb: removeServer, key: key}); err != nil {
+	if err := do(k, op{verb: removeServer, key: key}); err != nil {
 		return unsupported("the right to change IPVS", "run as root or with CAP_NET_ADMIN", err)
 	}
 	return nil
@@ -81,7 +84,9 @@ func probeServer(f proxier.Family, unsupported func(missing, remedy string, err 
 
 // Cleanup removes this mode's table, its virtual servers and their addresses,
 // of one family, and the device with the last address. Virtual servers of other
-// software stay. It is no error if there is nothing.
+// software stay, and where kube-proxy's sets say that it serves in its ipvs
+// mode, so do the addresses and what is at them. It is no error if there is
+// nothing.
 func Cleanup(f proxier.Family) error {
 	var failed []error
 	d, err := openDevice(f)
@@ -96,21 +101,23 @@ func Cleanup(f proxier.Family) error {
 	if err != nil {
 		return err
 	}
-	// First the addresses: then no packet comes for what goes after them.
-	for a := range ours {
-		failed = append(failed, d.remove(a))
+	if HasKubeProxy(f) {
+		ours, d.link = nil, nil // kube-proxy's now
 	}
+	// First the addresses: then no packet comes for what goes after them.
 	if d.link != nil {
+		failed = append(failed, d.remove(slices.Collect(maps.Keys(ours)), func(netip.Addr) {}))
 		failed = append(failed, d.removeUnused())
 	}
 	if k, err := openKernel(f); err == nil { // without IPVS there is nothing to remove
 		all, err := k.servers()
-		failed = append(failed, err)
+		var remove []op
 		for key := range all {
 			if isOurs(key.mark) || ours[key.addr] {
-				failed = append(failed, k.do(op{verb: removeServer, key: key}))
+				remove = append(remove, op{verb: removeServer, key: key})
 			}
 		}
+		failed = append(failed, err, k.send(remove, func(op) {}))
 		k.close()
 	}
 	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, nil)

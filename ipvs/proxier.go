@@ -31,7 +31,8 @@ type Proxier struct {
 	kernel kernel
 	device *device
 	// state is nil until the first Sync, and after one that failed half-way.
-	state *state
+	state      *state
+	schedulers *schedulers
 	// last are the records of the last Sync that is known to have succeeded.
 	last map[proxier.ServicePortName]*record
 
@@ -65,12 +66,16 @@ func New(opts proxier.Options) (*Proxier, error) {
 		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, table: table, kernel: kernel, device: dev,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 	}
-	p.tuning.Scheduler = cmp.Or(p.tuning.Scheduler, defaultScheduler)
+	p.schedulers = newSchedulers(opts.IPVS.Scheduler, kernel.hasScheduler)
+	if !p.schedulers.has(p.schedulers.own) {
+		table.Close()
+		dev.close()
+		kernel.close()
+		return fail(fmt.Errorf("--ipvs-scheduler=%s: %w", p.schedulers.own, errNoScheduler(p.schedulers.own)))
+	}
 	go p.drainLoop()
 	return p, nil
 }
-
-const defaultScheduler = "rr"
 
 // Close ends the watch over what drains, and closes the connections. Virtual
 // servers and rules stay.
@@ -113,6 +118,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	if err := p.prepare(); err != nil {
 		return err
 	}
+	p.schedulers.forgetMissing()
 	st, err := p.read(rules)
 	if err != nil {
 		return err
@@ -178,38 +184,22 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 // write puts a batch into the kernel and the state.
 func (p *Proxier) write(st *state, b *batch) error {
 	unknown := func(err error) error { return fmt.Errorf("%w: %w", proxier.ErrUnknownState, err) }
-	for _, o := range b.grow {
-		if err := p.do(st, o); err != nil {
-			return unknown(err)
-		}
+	if err := p.kernel.send(b.grow, st.note); err != nil {
+		return unknown(err)
 	}
 	if err := p.writeTable(st, b); err != nil {
 		return unknown(fmt.Errorf("write table %s: %w", tableName, err))
 	}
-	for _, a := range b.newVIPs {
-		if err := p.device.add(a); err != nil {
-			return unknown(err)
-		}
-		st.held[a] = true
+	if err := p.device.add(b.newVIPs, func(a netip.Addr) { st.held[a] = true }); err != nil {
+		return unknown(err)
 	}
 	if err := p.device.settle(b.newVIPs); err != nil {
 		return unknown(err)
 	}
-	for _, o := range b.shrink {
-		if err := p.do(st, o); err != nil {
-			return unknown(err)
-		}
+	if err := p.kernel.send(b.shrink, st.note); err != nil {
+		return unknown(err)
 	}
 	st.commit(b, time.Now())
-	return nil
-}
-
-// do sends one message, and keeps what the kernel is known to hold.
-func (p *Proxier) do(st *state, o op) error {
-	if err := p.kernel.do(o); err != nil {
-		return err
-	}
-	st.note(o)
 	return nil
 }
 
@@ -273,7 +263,7 @@ func (p *Proxier) compiler(st *state, before func(markKey) uint32) func(proxier.
 func (p *Proxier) compilerBy(st *state, before func(proxier.ServicePortName) func(markKey) uint32) func(proxier.ServicePortName) *compiler {
 	return func(name proxier.ServicePortName) *compiler {
 		return &compiler{
-			IPFamily: p.IPFamily, scheduler: p.tuning.Scheduler, pool: st.pool,
+			IPFamily: p.IPFamily, schedulers: p.schedulers, pool: st.pool,
 			before: before(name), numbered: st.numbered, class: st.class,
 			foreign: func(a netip.Addr) bool {
 				switch {

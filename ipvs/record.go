@@ -34,8 +34,8 @@ type markKey struct {
 // compiler turns Service ports into records.
 type compiler struct {
 	*nftables.IPFamily
-	scheduler string
-	pool      *markPool
+	schedulers *schedulers
+	pool       *markPool
 	// before finds the mark that a frontend has had so far, 0 for none.
 	before func(markKey) uint32
 	// numbered finds the marks that endpoints of a block have had so far.
@@ -47,15 +47,16 @@ type compiler struct {
 	// class numbers a time-out of affinity.
 	class func(time.Duration) (uint32, error)
 
-	port *proxier.ServicePort
-	out  *record
-	sets []*proxier.EndpointSet
-	ids  []uint32 // marks of sets; 0 where none is needed yet
+	port      *proxier.ServicePort
+	scheduler string // of port
+	out       *record
+	sets      []*proxier.EndpointSet
+	ids       []uint32 // marks of sets; 0 where none is needed yet
 }
 
 // compile makes the record of a Service port. On error the pool is as it was.
 func (c *compiler) compile(port *proxier.ServicePort) (*record, error) {
-	c.port, c.sets, c.ids = port, nil, nil
+	c.port, c.scheduler, c.sets, c.ids = port, c.schedulers.of(port), nil, nil
 	c.out = &record{port: port, marks: make(map[markKey]uint32)}
 	err := c.validate()
 	if err == nil {
@@ -320,7 +321,7 @@ func (c *compiler) compileEndpoints() {
 				c.emit(affinityMarks, nftables.MarkKey(block)+addrPortBytes(e.AddrPort), nftables.MarkData(mark))
 				c.out.servers = append(c.out.servers, wanted{
 					key:       serverKey{mark: mark, protocol: c.port.Name.Protocol},
-					scheduler: c.scheduler, dests: []netip.AddrPort{e.AddrPort}, serving: c.port.Serving,
+					scheduler: defaultScheduler, dests: []weighted{{e.AddrPort, 1}}, serving: c.port.Serving,
 				})
 			}
 			c.emit(affinityMembers+v, nftables.MarkKey(mark), "")

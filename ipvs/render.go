@@ -1,7 +1,6 @@
 package ipvs
 
 import (
-	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -21,8 +20,7 @@ func Render(opts proxier.Options, plan *proxier.Plan) string {
 	rules := &ruleset{IPFamily: f, mark: opts.MasqueradeMark, node: plan.Node, timeouts: timeoutsOf(plan)}
 	st := newState(rules)
 	st.others = map[netip.Addr]bool{}
-	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS}
-	p.tuning.Scheduler = cmp.Or(p.tuning.Scheduler, defaultScheduler)
+	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, schedulers: newSchedulers(opts.IPVS.Scheduler, nil)}
 	err := rules.ValidateNode(rules.node)
 	var b *batch
 	if err == nil {

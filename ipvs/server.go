@@ -44,15 +44,18 @@ func (k serverKey) id() serverKey {
 type wanted struct {
 	key       serverKey
 	scheduler string
-	// dests are sorted and unique.
-	dests []netip.AddrPort
+	// dests are sorted and unique; each has a weight of at least 1.
+	dests []weighted
 	// serving are the endpoints that still answer. A UDP destination that does
 	// not is removed at once: its clients would not notice.
 	serving *proxier.EndpointSet
 }
 
-// weight is that of every destination that gets new connections.
-const weight = 1
+// weighted is a destination and its share of new connections.
+type weighted struct {
+	addr   netip.AddrPort
+	weight int
+}
 
 // server is a virtual server in the kernel, as far as this process knows.
 type server struct {
@@ -116,22 +119,22 @@ func diff(have *server, want *wanted, key serverKey) (grow, shrink []op) {
 	if want != nil && want.scheduler != have.scheduler {
 		grow = append(grow, op{verb: setServer, key: key, scheduler: want.scheduler})
 	}
-	var dests []netip.AddrPort
+	var dests []weighted
 	var serving *proxier.EndpointSet
 	if want != nil {
 		dests, serving = want.dests, want.serving
 	}
 	for _, d := range dests {
-		switch now, exists := have.dests[d]; {
+		switch now, exists := have.dests[d.addr]; {
 		case !exists:
-			grow = append(grow, op{verb: addDest, key: key, dest: d, weight: weight})
-		case now != weight:
-			grow = append(grow, op{verb: setDest, key: key, dest: d, weight: weight})
+			grow = append(grow, op{verb: addDest, key: key, dest: d.addr, weight: d.weight})
+		case now != d.weight:
+			grow = append(grow, op{verb: setDest, key: key, dest: d.addr, weight: d.weight})
 		}
 	}
 	left := 0
 	for _, d := range sortedDests(have.dests) {
-		if _, found := slices.BinarySearchFunc(dests, d, netip.AddrPort.Compare); found {
+		if _, found := slices.BinarySearchFunc(dests, d, weighted.compare); found {
 			continue
 		}
 		switch {
@@ -170,10 +173,12 @@ func contains(set *proxier.EndpointSet, a netip.AddrPort) bool {
 	return found
 }
 
-func destsOf(set *proxier.EndpointSet) []netip.AddrPort {
-	dests := make([]netip.AddrPort, set.Len())
-	for i := range dests {
-		dests[i] = set.Endpoints[i].AddrPort
+func (d weighted) compare(a netip.AddrPort) int { return d.addr.Compare(a) }
+
+func destsOf(set *proxier.EndpointSet) []weighted {
+	dests := make([]weighted, set.Len())
+	for i, e := range set.Endpoints {
+		dests[i] = weighted{e.AddrPort, int(max(e.Weight, 1))}
 	}
 	return dests
 }

@@ -30,6 +30,13 @@ func TestDiff(t *testing.T) {
 	want := func(scheduler string, serving *proxier.EndpointSet, pods ...int) *wanted {
 		return &wanted{scheduler: scheduler, dests: destsOf(w.pods(pods...)), serving: serving}
 	}
+	heavier := func(pods ...int) *wanted {
+		set := w.pods(pods...)
+		for i := range set.Endpoints {
+			set.Endpoints[i].Weight = 5
+		}
+		return &wanted{scheduler: "rr", dests: destsOf(set)}
+	}
 	for _, test := range []struct {
 		name         string
 		protocol     proxier.Protocol
@@ -41,6 +48,8 @@ func TestDiff(t *testing.T) {
 			"-A -t V -s lc\n-a -t V -r 1 -m -w 1\n-a -t V -r 2 -m -w 1\n", ""},
 		{"as it is", proxier.TCP, have(map[int]int{1: 1}), want("rr", nil, 1), "", ""},
 		{"another scheduler", proxier.TCP, have(map[int]int{1: 1}), want("sh", nil, 1), "-E -t V -s sh\n", ""},
+		{"other weights", proxier.TCP, have(map[int]int{1: 1, 2: 5, 3: 2}), heavier(1, 2, 4),
+			"-e -t V -r 1 -m -w 5\n-a -t V -r 4 -m -w 5\n", "-e -t V -r 3 -m -w 0\n"},
 		{"one replaced", proxier.TCP, have(map[int]int{1: 1, 2: 1}), want("rr", nil, 2, 3),
 			"-a -t V -r 3 -m -w 1\n", "-e -t V -r 1 -m -w 0\n"},
 		{"one comes back", proxier.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 1, 2), "-e -t V -r 1 -m -w 1\n", ""},
@@ -141,7 +150,7 @@ func (m *model) inUse() string {
 		var dests []string
 		for _, d := range sortedDests(s.dests) {
 			if s.dests[d] > 0 {
-				dests = append(dests, d.String())
+				dests = append(dests, fmt.Sprint(d, "=", s.dests[d]))
 			}
 		}
 		if len(dests) > 0 {
@@ -172,6 +181,9 @@ func (w world) randomService(r *rand.Rand, n int) *proxier.ServicePort {
 		return w.pods(numbers...)
 	}
 	all, here := some(), some()
+	for i := range all.Endpoints {
+		all.Endpoints[i].Weight = uint16(r.IntN(4))
+	}
 	protocol := proxier.Protocols[n%3]
 	sp := w.service(fmt.Sprint("s", n), protocol, all, clusterIP(w.vip(n+1), 80, all))
 	if r.IntN(2) == 0 {
@@ -180,6 +192,7 @@ func (w world) randomService(r *rand.Rand, n int) *proxier.ServicePort {
 	if r.IntN(2) == 0 {
 		sp.Frontends = append(sp.Frontends, local(proxier.NodePort, netip.Addr{}, uint16(30000+n), all, all))
 	}
+	sp.Scheduler = []string{"", "", "sh"}[r.IntN(3)]
 	sp.AffinityTimeout = []time.Duration{0, 0, time.Hour, time.Minute}[r.IntN(4)]
 	return sp
 }
@@ -192,7 +205,7 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 			t.Run(fmt.Sprint(family, "/", seed), func(t *testing.T) {
 				w, r := world{family}, rand.New(rand.NewPCG(seed, 1))
 				plan := w.plan()
-				p := &Proxier{IPFamily: nftables.FamilyOf(family), tuning: proxier.IPVSTuning{Scheduler: "rr"}}
+				p := &Proxier{IPFamily: nftables.FamilyOf(family), schedulers: newSchedulers("", nil)}
 				grown := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
 				st := newState(&ruleset{IPFamily: p.IPFamily})
 				st.others = map[netip.Addr]bool{}
@@ -286,7 +299,7 @@ func compareStates(t *testing.T, want, got *state) {
 // connections are under them.
 func TestMarksStay(t *testing.T) {
 	w := world{proxier.IPv4}
-	p := &Proxier{IPFamily: nftables.FamilyOf(w.family), tuning: proxier.IPVSTuning{Scheduler: "rr"}}
+	p := &Proxier{IPFamily: nftables.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
 	st := newState(&ruleset{IPFamily: p.IPFamily})
 	m := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
 	service := func(all, here *proxier.EndpointSet) *proxier.ServicePort {
@@ -349,7 +362,7 @@ func TestMarksPartWays(t *testing.T) {
 		if timeout > 0 {
 			mark = stickySpace + 5<<blockBits
 		}
-		p := &Proxier{IPFamily: nftables.FamilyOf(w.family), tuning: proxier.IPVSTuning{Scheduler: "rr"}}
+		p := &Proxier{IPFamily: nftables.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
 		st := newState(&ruleset{IPFamily: p.IPFamily})
 		b, err := st.stage(w.plan(one, other), []proxier.ServicePortName{one.Name, other.Name}, p.compiler(st, func(markKey) uint32 { return mark }))
 		if err != nil {

@@ -74,7 +74,7 @@ func TestListing(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer table.Close()
-			p := &Proxier{IPFamily: f, mark: proxier.DefaultMasqueradeMark, tuning: proxier.IPVSTuning{Scheduler: "rr"}, table: table}
+			p := &Proxier{IPFamily: f, mark: proxier.DefaultMasqueradeMark, schedulers: newSchedulers("", nil), table: table}
 			st := newState(&ruleset{IPFamily: f, mark: p.mark, node: plan.Node, timeouts: timeoutsOf(plan)})
 			st.others = map[netip.Addr]bool{}
 			names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)

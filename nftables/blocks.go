@@ -263,8 +263,16 @@ func (w *wire) ReplaceTable() {
 	w.addSets()
 }
 
-// DeleteTable deletes the table if it exists.
-func (w *wire) DeleteTable() { w.deleteTable() }
+// DeleteTable deletes the table if it exists. If not, there is nothing to
+// Commit.
+func (w *wire) DeleteTable() {
+	switch exists, err := w.exists(); {
+	case err != nil && w.failed == nil:
+		w.failed = err
+	case exists:
+		w.deleteTable()
+	}
+}
 
 // AddChains adds chains and then their rules, which may jump to any of them.
 func (w *wire) AddChains(chains []Chain) { w.addChains(chains) }

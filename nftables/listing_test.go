@@ -197,12 +197,34 @@ func TestKernelFollows(t *testing.T) {
 					compareKernel(t, p, plan.Node)
 				}
 				compareMeaning(t, p.state, plan)
+				compareCounts(t, p, plan.Node)
 			}
 			if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
 				t.Fatal(err)
 			}
 			compareKernel(t, p, plan.Node)
+			compareCounts(t, p, plan.Node)
 		})
+	}
+}
+
+// compareCounts fails unless Counts are what is believed to be in the kernel.
+func compareCounts(t testing.TB, p *Proxier, node proxier.Node) {
+	t.Helper()
+	want := map[string]int{}
+	rules := ruleset{p.family, p.mark, node}
+	for _, c := range rules.chains(p.state) {
+		want["chain"]++
+		want["rule"] += len(c.rules)
+	}
+	rules.compileNode(func(element) { want["element"]++ })
+	p.state.emitAll(func(element) { want["element"]++ })
+	got := map[string]int{}
+	for _, k := range p.Counts() {
+		got[k.Kind] = k.Count
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Fatalf("Counts (- held, + counted):\n%s", diff)
 	}
 }
 
@@ -210,7 +232,7 @@ func TestKernelFollows(t *testing.T) {
 // made at once.
 func compareMeaning(t testing.TB, st *state, plan *proxier.Plan) {
 	t.Helper()
-	fresh, err := newStateOf(st.family, plan, nil)
+	fresh, err := newStateOf(st.family, plan, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

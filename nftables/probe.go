@@ -2,7 +2,6 @@ package nftables
 
 import (
 	"errors"
-	"fmt"
 
 	"golang.org/x/sys/unix"
 
@@ -10,23 +9,8 @@ import (
 )
 
 // probeTable is a table that never comes to be: the transaction that adds it
-// deletes it again.
+// fails.
 const probeTable = "signalbox-probe"
-
-// Cleanup removes this mode's table of the family, and nothing else. It is no
-// error if there is none.
-func Cleanup(f proxier.Family) error {
-	w, err := dial(familyOf(f), tableName)
-	if err != nil {
-		return err
-	}
-	defer w.close()
-	w.deleteTable()
-	if err := w.flush(); err != nil {
-		return fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
-	}
-	return nil
-}
 
 // Supported says whether this node's kernel can do all that the mode needs, by
 // asking it to. The error is a *proxier.UnsupportedError.
@@ -45,15 +29,24 @@ type feature struct {
 	write           func(w *wire)
 }
 
-// tryFeatures writes features into a table of their own, in one transaction
-// that leaves nothing behind.
+// tryFeatures writes features into a table of their own, in a transaction that
+// the kernel looks at and undoes, because at its end it asks for a new table
+// where there is one by then. So a start writes nothing, and other software that
+// watches the rules is not woken.
 func (w *wire) tryFeatures(features ...feature) error {
-	w.replaceTable()
+	w.conn.AddTable(w.table)
 	for _, f := range features {
 		f.write(w)
 	}
-	w.conn.DelTable(w.table)
-	return w.flush()
+	w.conn.CreateTable(w.table)
+	err := w.flush()
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	if err == nil {
+		err = errors.New("the kernel made two tables of one name")
+	}
+	return err
 }
 
 // diagnose tries all at once, and only if that fails one feature after the

@@ -1,7 +1,6 @@
 package nftables
 
 import (
-	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -9,7 +8,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
 )
 
 // TestSupported: this kernel can all, each feature alone can be tried, and
@@ -18,8 +16,12 @@ func TestSupported(t *testing.T) {
 	for _, f := range proxier.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			inNamespace(t)
+			before := generation(t)
 			if err := Supported(f); err != nil {
 				t.Fatal(err)
+			}
+			if now := generation(t); now != before {
+				t.Errorf("the kernel counted %d transactions, so somebody was told of rules", now-before)
 			}
 			w, err := dial(familyOf(f), probeTable)
 			if err != nil {
@@ -30,6 +32,13 @@ func TestSupported(t *testing.T) {
 				if err := w.tryFeatures(feature); err != nil {
 					t.Errorf("%s: %v", feature.missing, err)
 				}
+			}
+			lost := feature{"a chain", "none", func(w *wire) {
+				w.addChain(chain{name: "probe"})
+				w.addRules(chain{name: "nowhere", rules: []rule{newRule(drop())}})
+			}}
+			if err := w.tryFeatures(lost); !errors.Is(err, unix.ENOENT) {
+				t.Errorf("a rule of a chain that does not exist: %v", err)
 			}
 			if listing := runNft(t, "list", "ruleset"); listing != "" {
 				t.Errorf("the attempt left behind:\n%s", listing)
@@ -63,28 +72,5 @@ func TestDiagnose(t *testing.T) {
 		if !errors.As(err, &unsupported) || unsupported.Mode != Mode || !strings.Contains(err.Error(), test.want) || unsupported.Err == nil {
 			t.Errorf("error %v, want an UnsupportedError that names %q", err, test.want)
 		}
-	}
-}
-
-// TestCleanup: our table goes, others stay, and none is no error.
-func TestCleanup(t *testing.T) {
-	for _, f := range proxier.Families {
-		t.Run(f.String(), func(t *testing.T) {
-			inNamespace(t)
-			if err := Cleanup(f); err != nil {
-				t.Errorf("with no table: %v", err)
-			}
-			p := newProxier(t, f)
-			if err := p.Sync(context.Background(), proxiertest.Fleet(f, 3, 2), proxier.Change{All: true}); err != nil {
-				t.Fatal(err)
-			}
-			runNft(t, "add", "table", p.word, "kube-proxy")
-			if err := Cleanup(f); err != nil {
-				t.Error(err)
-			}
-			if got, want := strings.TrimSpace(runNft(t, "list", "tables")), "table "+p.word+" kube-proxy"; got != want {
-				t.Errorf("tables after Cleanup: %q, want %q", got, want)
-			}
-		})
 	}
 }

@@ -19,7 +19,11 @@ type chain struct {
 }
 
 // hook binds a base chain. The priorities are those that kube-proxy documents,
-// so that other software's chains keep their place before or after.
+// so that other software's chains keep their place before or after. The two that
+// send to endpoints are one later: where rules of a kube-proxy are there too,
+// which is before they are removed and after kube-proxy has taken the node back,
+// its endpoints are taken and not those of a table that nobody keeps up to date.
+// (At one priority the chain that was made last would come first.)
 type hook struct {
 	kind     nft.ChainType
 	num      *nft.ChainHook
@@ -33,8 +37,8 @@ var (
 	filterInput       = hook{nft.ChainTypeFilter, nft.ChainHookInput, 0, "type filter hook input priority filter"}
 	filterForward     = hook{nft.ChainTypeFilter, nft.ChainHookForward, 0, "type filter hook forward priority filter"}
 	filterOutput      = hook{nft.ChainTypeFilter, nft.ChainHookOutput, 0, "type filter hook output priority filter"}
-	natPrerouting     = hook{nft.ChainTypeNAT, nft.ChainHookPrerouting, -100, "type nat hook prerouting priority dstnat"}
-	natOutput         = hook{nft.ChainTypeNAT, nft.ChainHookOutput, -100, "type nat hook output priority -100"}
+	natPrerouting     = hook{nft.ChainTypeNAT, nft.ChainHookPrerouting, -99, "type nat hook prerouting priority dstnat + 1"}
+	natOutput         = hook{nft.ChainTypeNAT, nft.ChainHookOutput, -99, "type nat hook output priority -99"}
 	natPostrouting    = hook{nft.ChainTypeNAT, nft.ChainHookPostrouting, 100, "type nat hook postrouting priority srcnat"}
 )
 

@@ -26,6 +26,7 @@ type wire struct {
 
 	// wireElements is reused from one batch to the next.
 	wireElements []nft.SetElement
+	added        int // elements since somebody set it to 0
 	// failed is the first error of gathering.
 	failed error
 }
@@ -108,6 +109,15 @@ func (w *wire) deleteTable() {
 	w.conn.DelTable(w.table)
 }
 
+// exists says whether the kernel has the table.
+func (w *wire) exists() (bool, error) {
+	tables, err := w.conn.ListTablesOfFamily(w.family.table)
+	if err != nil {
+		return false, fmt.Errorf("list tables: %w", err)
+	}
+	return slices.ContainsFunc(tables, func(t *nft.Table) bool { return t.Name == w.table.Name }), nil
+}
+
 // addSets adds all sets but those that are there already.
 func (w *wire) addSets(present ...setID) {
 	for i, set := range w.sets {
@@ -187,6 +197,9 @@ func (w *wire) put(list []element, op func(*nft.Set, []nft.SetElement) error) {
 	}
 }
 
-func (w *wire) add(list []element) { w.put(list, w.conn.SetAddElements) }
+func (w *wire) add(list []element) {
+	w.added += len(list)
+	w.put(list, w.conn.SetAddElements)
+}
 
 func (w *wire) remove(list []element) { w.put(list, w.conn.SetDeleteElements) }

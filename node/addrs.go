@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -28,7 +28,7 @@ var errNoAddrs = errors.New("the kernel named no address at all")
 // be sent to them. IPv6 link-local addresses are left out: they mean nothing
 // without an interface beside them. The list is never empty without an error.
 func Addrs() ([]netip.Addr, error) {
-	h, err := openRoute(netns.None())
+	h, err := openRoute()
 	if err != nil {
 		return nil, err
 	}
@@ -36,8 +36,8 @@ func Addrs() ([]netip.Addr, error) {
 	return addrs(h)
 }
 
-func openRoute(ns netns.NsHandle) (*netlink.Handle, error) {
-	h, err := netlink.NewHandleAt(ns, unix.NETLINK_ROUTE)
+func openRoute() (*netlink.Handle, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("opening a netlink socket for this node's addresses: %w", err)
 	}
@@ -115,20 +115,17 @@ const (
 // again. It is an error that the kernel offers no netlink socket at all.
 func Watch(ctx context.Context, changed func([]netip.Addr)) error {
 	// Sockets that are opened later must be of the namespace that the caller
-	// is in now.
-	ns, err := netns.Get()
-	if err != nil {
-		return fmt.Errorf("finding this network namespace: %w", err)
-	}
-	defer ns.Close()
-	h, err := openRoute(ns)
+	// is in now. To name it would cost CAP_SYS_ADMIN, which a container has not.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	h, err := openRoute()
 	if err != nil {
 		return err
 	}
 	defer h.Close()
 	w := watch{handle: h, changed: changed, retry: firstRetry}
 	for ctx.Err() == nil {
-		if err := w.follow(ctx, ns); err != nil {
+		if err := w.follow(ctx); err != nil {
 			pause(ctx, w.retry)
 			w.retry = min(2*w.retry, lastRetry)
 		}
@@ -146,11 +143,11 @@ type watch struct {
 // follow reads the addresses and again after every change, until the
 // subscription breaks (the kernel drops it where changes come faster than they
 // are read) or reading fails.
-func (w *watch) follow(ctx context.Context, ns netns.NsHandle) error {
+func (w *watch) follow(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	updates := make(chan netlink.AddrUpdate, 64)
-	opts := netlink.AddrSubscribeOptions{Namespace: &ns, ErrorCallback: func(error) {}}
+	opts := netlink.AddrSubscribeOptions{ErrorCallback: func(error) {}}
 	if err := netlink.AddrSubscribeWithOptions(updates, ctx.Done(), opts); err != nil {
 		return fmt.Errorf("subscribing to this node's addresses: %w", err)
 	}

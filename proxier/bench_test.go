@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
 
@@ -26,6 +27,7 @@ func slicesOf(i, endpoints, moved int) *discoveryv1.EndpointSlice {
 	s := newSlice(fmt.Sprintf("svc-%d", i), addresses...)
 	for n := range s.Endpoints {
 		s.Endpoints[n].NodeName = new(fmt.Sprintf("node%d", n+i%100))
+		s.Endpoints[n].TargetRef = &corev1.ObjectReference{Name: fmt.Sprintf("svc-%d-5d78c9869d-%05d", i, n+moved)}
 	}
 	return s
 }

@@ -8,15 +8,17 @@ import (
 
 // candidate is an endpoint of one Service port, merged from its slices.
 type candidate struct {
-	addr netip.AddrPort
-	from *sliceEndpoint
+	addr   netip.AddrPort
+	weight uint16 // share of new connections; 0 for none
+	from   *sliceEndpoint
 }
 
 // candidates merges the slices of one family for one Service port, sorted by
 // address and port. An address and port that several slices name counts once:
 // an entry that is not terminating goes before one that is, a ready one before
-// one that is not, and otherwise the first slice by name wins.
-func candidates(filed []*endpointSlice, family Family, portName string, protocol Protocol) []candidate {
+// one that is not, and otherwise the first slice by name wins. What no slice
+// says about weights is said by weights.
+func candidates(filed []*endpointSlice, family Family, portName string, protocol Protocol, weights weightRules) []candidate {
 	var all []candidate
 	for _, s := range filed {
 		if s.family != family {
@@ -29,7 +31,7 @@ func candidates(filed []*endpointSlice, family Family, portName string, protocol
 			all = slices.Grow(all, len(s.endpoints))
 			for i := range s.endpoints {
 				e := &s.endpoints[i]
-				all = append(all, candidate{netip.AddrPortFrom(e.addr, port.port), e})
+				all = append(all, candidate{netip.AddrPortFrom(e.addr, port.port), e.weightBy(weights), e})
 			}
 		}
 	}
@@ -40,6 +42,16 @@ func candidates(filed []*endpointSlice, family Family, portName string, protocol
 		return a.rank() - b.rank()
 	})
 	return slices.CompactFunc(all, func(a, b candidate) bool { return a.addr == b.addr })
+}
+
+func (e *sliceEndpoint) weightBy(service weightRules) uint16 {
+	if e.weighted {
+		return e.weight
+	}
+	if w, said := service.of(e.addr, e.target); said {
+		return w
+	}
+	return 1
 }
 
 func (c candidate) rank() int {
@@ -68,16 +80,19 @@ type selection struct {
 type locality struct {
 	node unique.Handle[string]
 	zone unique.Handle[string]
+	// weighs says that the mode gives endpoints different shares.
+	weighs bool
 }
 
 var unnamed = unique.Make("")
 
 func (l locality) isLocal(c candidate) bool { return c.from.node == l.node && l.node != unnamed }
 
-// choose applies readiness, termination and topology.
+// choose applies readiness, termination and topology. An endpoint of weight 0
+// is none for new connections, and keeps what it has.
 func (l locality) choose(all []candidate) selection {
-	ready := filter(all, func(c candidate) bool { return c.from.ready })
-	draining := filter(all, candidate.draining)
+	ready := filter(all, func(c candidate) bool { return c.from.ready && c.weight > 0 })
+	draining := filter(all, func(c candidate) bool { return c.draining() && c.weight > 0 })
 
 	cluster := l.closest(ready)
 	if len(cluster) == 0 {
@@ -97,6 +112,24 @@ func (l locality) choose(all []candidate) selection {
 	s.local = share(local)
 	s.serving = share(filter(all, func(c candidate) bool { return c.from.serving || c.from.ready }))
 	return s
+}
+
+// appendReady appends the addresses of this node's ready endpoints. One that
+// drains does not count, though it may still get traffic: a load balancer that
+// was told of it would go on sending here until the last moment. Nor does one of
+// weight 0, which gets none.
+func (l locality) appendReady(to []netip.Addr, all []candidate) []netip.Addr {
+	for _, c := range all {
+		if c.from.ready && c.weight > 0 && l.isLocal(c) {
+			to = append(to, c.addr.Addr())
+		}
+	}
+	return to
+}
+
+func distinct(addrs []netip.Addr) int {
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	return len(slices.Compact(addrs))
 }
 
 // closest narrows ready endpoints down to those that hints name for this node,
@@ -127,6 +160,9 @@ func (l locality) set(chosen []candidate) *EndpointSet {
 	s := &EndpointSet{Endpoints: make([]Endpoint, len(chosen))}
 	for i, c := range chosen {
 		s.Endpoints[i] = Endpoint{AddrPort: c.addr, MayHairpin: c.from.node == l.node || c.from.node == unnamed}
+		if l.weighs && c.weight > 1 {
+			s.Endpoints[i].Weight = c.weight
+		}
 	}
 	return s
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 	"unique"
 
 	corev1 "k8s.io/api/core/v1"
@@ -26,6 +27,12 @@ type endpointSlice struct {
 	family    Family
 	ports     []slicePort
 	endpoints []sliceEndpoint
+	// spreadsUnevenly says that the slice's own annotation asks for more than
+	// equal shares.
+	spreadsUnevenly bool
+	// trigger is when what this slice tells of came about; zero where it does
+	// not say. Slices that differ in it alone say the same.
+	trigger time.Time
 }
 
 type slicePort struct {
@@ -42,6 +49,9 @@ type sliceEndpoint struct {
 	ready       bool
 	serving     bool
 	terminating bool
+	weighted    bool   // the slice says weight
+	weight      uint16 // share of new connections; 0 for none
+	target      string // name of what is behind the address, mostly a Pod; may be empty
 	hints       *hints // nil for none; endpoints with the same may share them
 }
 
@@ -73,11 +83,11 @@ func (h *hints) forNodes() []unique.Handle[string] {
 
 func (e sliceEndpoint) equal(o sliceEndpoint) bool {
 	return e.addr == o.addr && e.node == o.node && e.ready == o.ready && e.serving == o.serving && e.terminating == o.terminating &&
-		e.hints.equal(o.hints)
+		e.weighted == o.weighted && e.weight == o.weight && e.target == o.target && e.hints.equal(o.hints)
 }
 
 func (s *endpointSlice) equal(o *endpointSlice) bool {
-	return s.name == o.name && s.service == o.service && s.family == o.family && slices.Equal(s.ports, o.ports) &&
+	return s.name == o.name && s.service == o.service && s.family == o.family && s.spreadsUnevenly == o.spreadsUnevenly && slices.Equal(s.ports, o.ports) &&
 		slices.EqualFunc(s.endpoints, o.endpoints, sliceEndpoint.equal)
 }
 
@@ -101,6 +111,8 @@ func readEndpointSlice(obj *discoveryv1.EndpointSlice) (*endpointSlice, []Proble
 		name:    sliceName{obj.Namespace, obj.Name},
 		service: ServiceName{obj.Namespace, owner},
 	}
+	// What is not a time says nothing.
+	s.trigger, _ = time.Parse(time.RFC3339Nano, obj.Annotations[corev1.EndpointsLastChangeTriggerTime])
 	switch obj.AddressType {
 	case discoveryv1.AddressTypeIPv4:
 		s.family = IPv4
@@ -111,7 +123,9 @@ func readEndpointSlice(obj *discoveryv1.EndpointSlice) (*endpointSlice, []Proble
 		return nil, p.all()
 	}
 	s.ports = readSlicePorts(&p, obj.Ports)
-	s.readEndpoints(&p, obj.Endpoints)
+	weights := readWeights(&p, obj)
+	s.spreadsUnevenly = weights.differ()
+	s.readEndpoints(&p, obj.Endpoints, weights)
 	return s, p.all()
 }
 
@@ -141,7 +155,7 @@ func readSlicePorts(p *problems, ports []discoveryv1.EndpointPort) []slicePort {
 
 // readEndpoints uses the first address of each endpoint, as the API asks of
 // its consumers, and reads missing conditions as the API defines them.
-func (s *endpointSlice) readEndpoints(p *problems, endpoints []discoveryv1.Endpoint) {
+func (s *endpointSlice) readEndpoints(p *problems, endpoints []discoveryv1.Endpoint, weights weightRules) {
 	s.endpoints = make([]sliceEndpoint, 0, len(endpoints))
 	for i := range endpoints {
 		ep := &endpoints[i]
@@ -160,8 +174,10 @@ func (s *endpointSlice) readEndpoints(p *problems, endpoints []discoveryv1.Endpo
 			ready:       ep.Conditions.Ready == nil || *ep.Conditions.Ready,
 			serving:     ep.Conditions.Serving == nil || *ep.Conditions.Serving,
 			terminating: deref(ep.Conditions.Terminating),
+			target:      deref(ep.TargetRef).Name,
 			hints:       readHints(ep.Hints),
 		}
+		e.weight, e.weighted = weights.of(e.addr, e.target)
 		if n := len(s.endpoints); n > 0 && e.hints.equal(s.endpoints[n-1].hints) {
 			e.hints = s.endpoints[n-1].hints
 		}

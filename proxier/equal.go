@@ -25,7 +25,7 @@ func (p *ServicePort) equal(o *ServicePort) bool {
 		return p == o
 	}
 	return p.Name == o.Name && p.AffinityTimeout == o.AffinityTimeout && p.HealthCheckNodePort == o.HealthCheckNodePort &&
-		p.Serving.equal(o.Serving) &&
+		p.Scheduler == o.Scheduler && p.LocalEndpoints == o.LocalEndpoints && p.Serving.equal(o.Serving) &&
 		slices.EqualFunc(p.Frontends, o.Frontends, func(a, b Frontend) bool { return a.equal(&b) })
 }
 

@@ -28,6 +28,14 @@ type familyLoop struct {
 	aside   map[ServicePortName]refusal
 	retryAt time.Time // zero: nothing is due
 	backoff time.Duration
+
+	written  bool // everything was written at least once
+	asked    bool // all is set because the Loop was asked to, not after a failure
+	repaired bool // in this sync; see SyncReport
+	// since is when the oldest update came in that is not in the kernel;
+	// triggers are what the slices among them tell.
+	since    time.Time
+	triggers []time.Time
 }
 
 // refusal is a mode's answer to one Service port alone.
@@ -69,18 +77,18 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 		if due {
 			f.retryAt, f.backoff = time.Time{}, 0
 		}
+		f.since, f.triggers = time.Time{}, nil // these changed nothing that counts
 		return false, nil
 	}
-	began, all := time.Now(), f.all
+	report := SyncReport{Family: f.family, Services: len(names), All: f.all}
+	if f.all {
+		report.Services = len(f.planner.plan.Services)
+	}
+	began := time.Now()
 	err = f.write(ctx, names)
 	f.schedule(due, err)
-	if f.opts.Synced != nil {
-		report := SyncReport{Family: f.family, Took: time.Since(began), Services: len(names), All: all, SetAside: len(f.aside), Err: err}
-		if all {
-			report.Services = len(f.planner.plan.Services)
-		}
-		f.opts.Synced(report)
-	}
+	report.Took, report.Err = time.Since(began), err
+	f.report(report)
 	return true, err
 }
 
@@ -189,7 +197,8 @@ func (f *familyLoop) try(ctx context.Context, plan *Plan, change Change) (err er
 		case errors.Is(err, ErrUnknownState):
 			f.all = true
 		case err == nil && change.All:
-			f.all = false
+			f.repaired = f.repaired || f.written && !f.asked
+			f.all, f.asked, f.written = false, false, true
 		}
 	}()
 	slow := time.AfterFunc(slowSync, func() {

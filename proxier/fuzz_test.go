@@ -73,6 +73,13 @@ func (d *dice) meta() metav1.ObjectMeta {
 	return m
 }
 
+func (d *dice) weights() map[string]string {
+	return map[string]string{
+		AnnotationWeights:   pick(d, "", "*=2", "a*=0, 10.0.0.1=3", "a=1,b=5,a=7", "=,x=*,*=,**=1,*=70000", "\xff=1", "fd00::1=9, 10.0.0.2=0"),
+		AnnotationScheduler: pick(d, "", "wlc", "sh", "no such", "\xff"),
+	}
+}
+
 func (d *dice) object() runtime.Object {
 	switch d.roll(8) {
 	case 0, 1, 2:
@@ -93,6 +100,7 @@ func (d *dice) prefix() string {
 
 func (d *dice) service() *corev1.Service {
 	s := &corev1.Service{ObjectMeta: d.meta()}
+	s.Annotations = d.weights()
 	if d.roll(10) == 9 {
 		s.Labels[LabelServiceProxyName] = "x"
 	}
@@ -119,6 +127,7 @@ func (d *dice) service() *corev1.Service {
 func (d *dice) slice() *discoveryv1.EndpointSlice {
 	s := &discoveryv1.EndpointSlice{ObjectMeta: d.meta(), AddressType: pick(d, discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6, discoveryv1.AddressTypeFQDN)}
 	s.Labels[discoveryv1.LabelServiceName] = d.name()
+	s.Annotations = d.weights()
 	s.Ports = list(d, 3, func() discoveryv1.EndpointPort {
 		return discoveryv1.EndpointPort{
 			Name: optional(d, func() string { return pick(d, "", "x", "y") }), Port: optional(d, d.port), Protocol: optional(d, d.protocol),
@@ -127,6 +136,7 @@ func (d *dice) slice() *discoveryv1.EndpointSlice {
 	s.Endpoints = list(d, 5, func() discoveryv1.Endpoint {
 		e := discoveryv1.Endpoint{Addresses: list(d, 2, d.addr), NodeName: optional(d, d.node)}
 		e.Conditions = discoveryv1.EndpointConditions{Ready: optional(d, d.maybe), Serving: optional(d, d.maybe), Terminating: optional(d, d.maybe)}
+		e.TargetRef = optional(d, func() corev1.ObjectReference { return corev1.ObjectReference{Name: d.name()} })
 		e.Hints = optional(d, func() discoveryv1.EndpointHints {
 			return discoveryv1.EndpointHints{
 				ForZones: list(d, 2, func() discoveryv1.ForZone { return discoveryv1.ForZone{Name: d.zone()} }),
@@ -151,7 +161,7 @@ func (d *dice) nodeObject() *corev1.Node {
 
 func (d *dice) settings() Settings {
 	return Settings{
-		MasqueradeAll: d.maybe(), IgnoreExternalIPs: d.maybe(), LocalhostNodePorts: d.maybe(),
+		MasqueradeAll: d.maybe(), IgnoreExternalIPs: d.maybe(), LocalhostNodePorts: d.maybe(), HasSchedulers: d.maybe(), KubeProxyIPVSPolicies: d.maybe(),
 		DetectLocal:        pick(d, DetectLocalClusterCIDR, DetectLocalNodeCIDR, DetectLocalBridgeInterface),
 		PodBridgeInterface: "cni0",
 		NodePortAddresses:  NodePortSelector{Primary: d.maybe()},
@@ -206,6 +216,7 @@ func mustSyncBoth(t *testing.T, loop *Loop, modes []*fakeProxier) {
 	for i, family := range Families {
 		plan := loop.Plan(family)
 		checkPlan(t, plan)
+		checkTotals(t, loop.families[i].planner)
 		if len(modes[i].broken) > 0 {
 			t.Fatal(modes[i].broken)
 		}

@@ -36,17 +36,19 @@ func TestPlans(t *testing.T) {
 
 // operator is the file "settings".
 type operator struct {
-	MasqueradeAll      bool
-	DetectLocal        DetectLocal
-	ClusterCIDRs       []netip.Prefix
-	Bridge             string
-	InterfacePrefix    string
-	NodePortsAt        []netip.Prefix
-	NodePortsAtPrimary bool
-	NodeAddress        netip.Addr
-	LocalhostNodePorts bool
-	IgnoreExternalIPs  bool
-	LocalAddrs         []netip.Addr
+	MasqueradeAll         bool
+	DetectLocal           DetectLocal
+	ClusterCIDRs          []netip.Prefix
+	Bridge                string
+	InterfacePrefix       string
+	NodePortsAt           []netip.Prefix
+	NodePortsAtPrimary    bool
+	NodeAddress           netip.Addr
+	LocalhostNodePorts    bool
+	IgnoreExternalIPs     bool
+	HasSchedulers         bool
+	KubeProxyIPVSPolicies bool
+	LocalAddrs            []netip.Addr
 }
 
 func (o *operator) settings() Settings {
@@ -56,6 +58,7 @@ func (o *operator) settings() Settings {
 		NodePortAddresses:  NodePortSelector{Primary: o.NodePortsAtPrimary, CIDRs: o.NodePortsAt},
 		NodeAddress:        o.NodeAddress,
 		LocalhostNodePorts: o.LocalhostNodePorts, IgnoreExternalIPs: o.IgnoreExternalIPs,
+		HasSchedulers: o.HasSchedulers, KubeProxyIPVSPolicies: o.KubeProxyIPVSPolicies,
 	}
 }
 

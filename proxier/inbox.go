@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"k8s.io/apimachinery/pkg/runtime"
 )
@@ -19,6 +20,9 @@ type inbox struct {
 	moved  bool // addrs changed since they were last taken
 	resync bool
 	synced bool
+	// progress has nothing wait before synced: until then there is nothing to
+	// do.
+	progress progress
 }
 
 type event struct {
@@ -36,6 +40,7 @@ func (b *inbox) Delete(obj runtime.Object) { b.push(event{obj: obj, delete: true
 func (b *inbox) Synced() {
 	b.mu.Lock()
 	b.synced = true
+	b.progress.queue(time.Now())
 	b.mu.Unlock()
 	b.wakeUp()
 }
@@ -46,6 +51,7 @@ func (b *inbox) SetLocalAddrs(addrs []netip.Addr) {
 	b.mu.Lock()
 	if !slices.Equal(b.addrs, addrs) {
 		b.addrs, b.moved = slices.Clone(addrs), true
+		b.queue()
 	}
 	b.mu.Unlock()
 	b.wakeUp()
@@ -70,8 +76,16 @@ func (b *inbox) Resync() {
 func (b *inbox) push(e event) {
 	b.mu.Lock()
 	b.events = append(b.events, e)
+	b.progress.told(e.obj)
+	b.queue()
 	b.mu.Unlock()
 	b.wakeUp()
+}
+
+func (b *inbox) queue() {
+	if b.synced {
+		b.progress.queue(time.Now())
+	}
 }
 
 func (b *inbox) wakeUp() {
@@ -81,6 +95,12 @@ func (b *inbox) wakeUp() {
 	}
 }
 
+func (b *inbox) settle(held Held, done []Family) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.progress.settle(held, done)
+}
+
 // delivery is what an inbox held.
 type delivery struct {
 	events []event
@@ -88,12 +108,13 @@ type delivery struct {
 	moved  bool
 	resync bool
 	synced bool
+	since  time.Time // when the oldest of it came in; zero for nothing
 }
 
 func (b *inbox) take() delivery {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	d := delivery{b.events, b.addrs, b.moved, b.resync, b.synced}
+	d := delivery{b.events, b.addrs, b.moved, b.resync, b.synced, b.progress.take()}
 	b.events, b.moved, b.resync = nil, false, false
 	return d
 }

@@ -45,21 +45,43 @@ type SyncReport struct {
 	Services int  // Service ports to write or remove
 	All      bool // everything was written anew
 	SetAside int  // Service ports that the mode refuses, in all
-	Err      error
+	// Current says that the kernel now does what the plan asks for, but for
+	// what is set aside.
+	Current bool
+	// Repaired says that the kernel's state had become unknown, or was not
+	// what had been written, and that everything was written anew.
+	Repaired bool
+	// Queued is when the oldest update came in that is in the kernel now; zero
+	// where none is, as after a failure or where nothing but a retry was due.
+	Queued time.Time
+	// Triggers are the times of the changes, as the EndpointSlices' annotation
+	// endpoints.kubernetes.io/last-change-trigger-time tells them, that are in
+	// the kernel now.
+	Triggers []time.Time
+	Totals   Totals
+	// HealthChecks are those of the whole plan. Nil: they are what they were.
+	HealthChecks map[ServiceName]HealthCheck
+	// NodePortAddrs are the addresses at which they are asked for.
+	NodePortAddrs NodePortAddrs
+	// Kernel is what the mode keeps in the kernel; nil for a mode that does
+	// not count it.
+	Kernel []KernelObjects
+	Err    error
 }
 
 // Loop feeds objects through Tracker and resolver into the Proxiers. It is a
-// Sink: Apply, Delete, Synced, SetLocalAddrs, LocalAddrs and Resync may be
-// called from any goroutine; everything else belongs to the one that calls Run
-// or SyncNow.
+// Sink: Apply, Delete, Synced, SetLocalAddrs, LocalAddrs, Resync and Progress
+// may be called from any goroutine; everything else belongs to the one that
+// calls Run or SyncNow.
 type Loop struct {
 	*inbox
 	opts LoopOptions
 
 	tracker  *Tracker
 	local    []netip.Addr
-	settled  bool // the source has synced and its objects were taken
-	resolved int  // how often a Service was resolved, over all families
+	settled  bool                     // the source has synced and its objects were taken
+	resolved int                      // how often a Service was resolved, over all families
+	toldEven map[ServiceName]struct{} // see warnOfEvenSpread
 	families []*familyLoop
 }
 
@@ -69,16 +91,16 @@ func NewLoop(opts LoopOptions) *Loop {
 		opts.Logger = slog.Default()
 	}
 	if opts.Report == nil {
-		opts.Report = func(p Problem) {
-			opts.Logger.Warn("cannot serve part of an object", "kind", p.Kind, "object", p.Object, "field", p.Field, "reason", p.Reason)
-		}
+		opts.Report = LogProblems(opts.Logger)
 	}
 	if opts.RetryPeriod == 0 {
 		opts.RetryPeriod = 30 * time.Second
 	}
-	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName)}
+	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName), toldEven: map[ServiceName]struct{}{}}
+	l.progress.pending = map[Family]time.Time{}
 	for _, family := range Families {
 		if p := opts.Proxiers[family]; p != nil {
+			l.progress.pending[family] = time.Time{}
 			l.families = append(l.families, newFamilyLoop(family, p, &l.opts))
 		}
 	}
@@ -153,6 +175,8 @@ func (l *Loop) SyncNow(ctx context.Context) error {
 }
 
 func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
+	var done []Family
+	defer func() { l.settle(l.tracker.held(), done) }()
 	if !l.update() {
 		return false, nil
 	}
@@ -161,6 +185,9 @@ func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 		wrote, err := f.sync(ctx, urgent)
 		worked = worked || wrote
 		failed = append(failed, err)
+		if f.current() {
+			done = append(done, f.family)
+		}
 	}
 	return worked, errors.Join(failed...)
 }
@@ -188,9 +215,11 @@ func (l *Loop) update() bool {
 		l.warnOfGuesses()
 	}
 	names, node := l.tracker.takeDirty()
+	l.warnOfEvenSpread(names)
 	for _, f := range l.families {
+		f.queued(got.since, l.tracker.takeTriggers(f.family))
 		if got.resync && !f.all {
-			f.all, f.retryAt = true, time.Time{}
+			f.all, f.asked, f.retryAt = true, true, time.Time{}
 		}
 		todo := names
 		if node || got.moved || first {

@@ -111,10 +111,14 @@ type Endpoint struct {
 	// connection that this node sends back to it; that connection's source
 	// must be rewritten or the answer would bypass the node.
 	MayHairpin bool
+	// Weight is the endpoint's share of new connections, compared with others
+	// of its set, in a mode that has weights; 0 stands for 1. See
+	// AnnotationWeights.
+	Weight uint16
 }
 
-// EndpointSet is a set of endpoints among which new connections are spread
-// evenly. Sets are immutable once resolved and shared by reference: two
+// EndpointSet is a set of endpoints among which new connections are spread,
+// evenly but for weights and schedulers. Sets are immutable once resolved and shared by reference: two
 // frontends with the same *EndpointSet send traffic to the same place.
 // Endpoints are sorted by address and port and hold no duplicates.
 type EndpointSet struct {
@@ -257,8 +261,16 @@ type ServicePort struct {
 	// topology or termination say: the flows to these must not be cut.
 	Serving *EndpointSet
 	// HealthCheckNodePort is the TCP port on which a load balancer asks
-	// whether this node has local endpoints; 0 for none.
+	// whether this node has local endpoints; 0 for none. One port of a Service
+	// carries it for the whole of the Service.
 	HealthCheckNodePort uint16
+	// Scheduler is the kernel's name of what chooses among endpoints, in a
+	// mode that has schedulers; "" for the mode's own.
+	Scheduler string
+	// LocalEndpoints is what it is told there: the number of addresses of ready
+	// endpoints on this node, over all ports of the Service. 0 without a
+	// HealthCheckNodePort.
+	LocalEndpoints int
 }
 
 // LocalPods tells connections of this node's Pods from others. The zero value

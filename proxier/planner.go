@@ -8,6 +8,7 @@ type planner struct {
 	plan     *Plan
 	services map[ServiceName]*plannedService
 	claims   claims
+	totals   totals
 
 	// changed holds the Service ports that are not in the kernel as the plan
 	// has them -> what the kernel holds of them instead, nil for nothing.
@@ -27,6 +28,7 @@ func newPlanner(family Family) *planner {
 		plan:     &Plan{Family: family, Services: map[ServicePortName]*ServicePort{}},
 		services: map[ServiceName]*plannedService{},
 		claims:   newClaims(),
+		totals:   newTotals(),
 		changed:  map[ServicePortName]*ServicePort{},
 	}
 }
@@ -79,7 +81,7 @@ func (p *planner) grant(next *plannedService, ports []*ServicePort) {
 	for _, sp := range ports {
 		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f Frontend) bool { return !p.claims.has(f.wish(sp.Name, next.since)) })
 		if sp.HealthCheckNodePort != 0 && !p.claims.has(sp.healthCheckWish(next.since)) {
-			sp.HealthCheckNodePort = 0
+			sp.HealthCheckNodePort, sp.LocalEndpoints = 0, 0
 		}
 		if len(sp.Frontends) > 0 || sp.HealthCheckNodePort != 0 {
 			p.set(sp.Name, sp)
@@ -116,6 +118,7 @@ func (p *planner) set(name ServicePortName, sp *ServicePort) {
 		sp.keepSets(written)
 		p.changed[name] = written
 	}
+	p.totals.exchange(old, sp)
 	if sp == nil {
 		delete(p.plan.Services, name)
 	} else {

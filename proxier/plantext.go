@@ -24,7 +24,7 @@ import (
 //	  b: 10.244.1.5:8080*
 //	  serving: a
 //
-// A star marks an endpoint that may hairpin.
+// A star marks an endpoint that may hairpin, and =3 one of weight 3.
 func (p *Plan) String() string {
 	var b strings.Builder
 	fmt.Fprintln(&b, p.Family)
@@ -64,7 +64,10 @@ func (p *ServicePort) print(w io.Writer) {
 		fmt.Fprintf(w, ", affinity %v", p.AffinityTimeout)
 	}
 	if p.HealthCheckNodePort != 0 {
-		fmt.Fprintf(w, ", health check on %d", p.HealthCheckNodePort)
+		fmt.Fprintf(w, ", health check on %d with %d local endpoints", p.HealthCheckNodePort, p.LocalEndpoints)
+	}
+	if p.Scheduler != "" {
+		fmt.Fprintf(w, ", scheduler %s", p.Scheduler)
 	}
 	fmt.Fprintln(w)
 	letters := setLetters{}
@@ -113,8 +116,8 @@ func (o Origins) String() string {
 	return strings.Join(words, " ")
 }
 
-// String returns the endpoints with a star after each that may hairpin, or
-// "nobody" for an empty set.
+// String returns the endpoints with a star after each that may hairpin and the
+// weights above 1, or "nobody" for an empty set.
 func (s *EndpointSet) String() string {
 	if s.Len() == 0 {
 		return "nobody"
@@ -124,6 +127,9 @@ func (s *EndpointSet) String() string {
 		words[i] = e.AddrPort.String()
 		if e.MayHairpin {
 			words[i] += "*"
+		}
+		if e.Weight > 1 {
+			words[i] += fmt.Sprintf("=%d", e.Weight)
 		}
 	}
 	return strings.Join(words, " ")

@@ -23,7 +23,7 @@ func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
 	return &resolver{
 		settings:  settings,
 		family:    family,
-		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone)},
+		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone), weighs: settings.HasSchedulers},
 		primary:   settings.primary(family, &t.node),
 		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
 	}
@@ -36,20 +36,33 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 		return nil
 	}
 	ports := make([]*ServicePort, 0, len(s.ports))
+	var local []netip.Addr // of ready endpoints, for any port
 	for _, port := range s.ports {
-		chosen := r.locality.choose(candidates(filed, r.family, port.name, port.protocol))
+		all := candidates(filed, r.family, port.name, port.protocol, s.weights)
+		chosen := r.locality.choose(all)
+		if s.healthCheckNodePort != 0 {
+			local = r.locality.appendReady(local, all)
+		}
 		ports = append(ports, &ServicePort{
 			Name:            ServicePortName{s.name, port.name, port.protocol},
 			AffinityTimeout: s.affinity,
 			Frontends:       r.frontends(s, port, chosen),
 			Serving:         chosen.serving,
+			Scheduler:       r.scheduler(s),
 		})
 	}
 	slices.SortFunc(ports, func(a, b *ServicePort) int { return a.Name.Compare(b.Name) })
 	if len(ports) > 0 {
-		ports[0].HealthCheckNodePort = s.healthCheckNodePort
+		ports[0].HealthCheckNodePort, ports[0].LocalEndpoints = s.healthCheckNodePort, distinct(local)
 	}
 	return ports
+}
+
+func (r *resolver) scheduler(s *service) string {
+	if !r.settings.HasSchedulers {
+		return ""
+	}
+	return s.scheduler
 }
 
 func (r *resolver) serves(a netip.Addr) bool { return FamilyOf(a) == r.family }
@@ -89,7 +102,7 @@ func (r *resolver) frontends(s *service, port servicePort, chosen selection) []F
 // this way; where Pods cannot be told apart, nothing is.
 func (r *resolver) internal(s *service, chosen selection) Frontend {
 	f := Frontend{Internal: chosen.cluster, External: chosen.cluster}
-	if s.internalLocal {
+	if r.keepsLocal(s.internalLocal, chosen) {
 		f.Internal, f.External = chosen.local, chosen.local
 		f.WhenEmpty = whenNoneLocal(chosen)
 	}
@@ -108,13 +121,22 @@ func (r *resolver) internal(s *service, chosen selection) Frontend {
 // node's own source is rewritten on that way, as it may be an address that
 // endpoints cannot answer.
 func (r *resolver) external(s *service, chosen selection) Frontend {
-	if s.externalLocal {
-		return Frontend{
+	if r.keepsLocal(s.externalLocal, chosen) {
+		f := Frontend{
 			Internal: chosen.cluster, External: chosen.local,
 			WhenEmpty: whenNoneLocal(chosen), Masquerade: FromNode,
 		}
+		if r.settings.KubeProxyIPVSPolicies {
+			f.Internal = chosen.local
+		}
+		return f
 	}
 	return Frontend{Internal: chosen.cluster, External: chosen.cluster, Masquerade: FromAnywhere}
+}
+
+// keepsLocal says whether a traffic policy is Local in effect.
+func (r *resolver) keepsLocal(local bool, chosen selection) bool {
+	return local && (chosen.local.Len() > 0 || !r.settings.KubeProxyIPVSPolicies)
 }
 
 func whenNoneLocal(chosen selection) Verdict {

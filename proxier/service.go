@@ -24,6 +24,8 @@ type service struct {
 	externalLocal       bool
 	affinity            time.Duration
 	healthCheckNodePort uint16
+	scheduler           string // "" for the mode's own
+	weights             weightRules
 }
 
 type servicePort struct {
@@ -39,7 +41,8 @@ func (s *service) equal(o *service) bool {
 		slices.Equal(s.loadBalancerIPs, o.loadBalancerIPs) && slices.Equal(s.sources, o.sources) &&
 		slices.Equal(s.deniedFamilies, o.deniedFamilies) && slices.Equal(s.ports, o.ports) &&
 		s.internalLocal == o.internalLocal && s.externalLocal == o.externalLocal &&
-		s.affinity == o.affinity && s.healthCheckNodePort == o.healthCheckNodePort
+		s.affinity == o.affinity && s.healthCheckNodePort == o.healthCheckNodePort &&
+		s.scheduler == o.scheduler && slices.Equal(s.weights, o.weights)
 }
 
 // readService returns nil for a Service that no proxy serves: headless,
@@ -58,6 +61,8 @@ func readService(obj *corev1.Service) (*service, []Problem) {
 		ports:               readServicePorts(&p, obj.Spec.Ports),
 		affinity:            readAffinity(&p, obj),
 		healthCheckNodePort: readHealthCheckNodePort(&p, obj),
+		scheduler:           readScheduler(&p, obj),
+		weights:             readWeights(&p, obj),
 	}
 	s.readSources(&p, obj.Spec.LoadBalancerSourceRanges)
 	s.internalLocal = isLocal(&p, "spec.internalTrafficPolicy", string(deref(obj.Spec.InternalTrafficPolicy)))

@@ -48,6 +48,14 @@ type Settings struct {
 	NodeAddress netip.Addr
 	// IgnoreExternalIPs leaves spec.externalIPs out (KEP-5707).
 	IgnoreExternalIPs bool
+	// HasSchedulers says that the mode chooses endpoints by a scheduler and by
+	// weights, so that AnnotationScheduler and weights above 1 count.
+	HasSchedulers bool
+	// KubeProxyIPVSPolicies makes traffic policies what they are in
+	// kube-proxy's ipvs mode: where policy Local finds no endpoint on this node
+	// it is Cluster, and where externalTrafficPolicy Local finds one, Pods and
+	// processes of this node get no others either.
+	KubeProxyIPVSPolicies bool
 }
 
 // primary is the node's own address of a family; not valid where none is known.

@@ -4,6 +4,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -25,10 +26,17 @@ type Tracker struct {
 	// change its label.
 	sliceOwners  map[sliceName]ServiceName
 	node         nodeObject
+	nodeExists   bool                      // as far as is known
 	serviceCIDRs map[string][]netip.Prefix // by name of the ServiceCIDR
 
 	dirty     map[ServiceName]struct{}
 	dirtyNode bool // what Node values are made from changed
+
+	// triggers are when what changed slices of each family was changed, as
+	// they say themselves, since they were last taken. What was changed before
+	// started is old news, told by a first list.
+	triggers map[Family][]time.Time
+	started  time.Time
 }
 
 // NewTracker returns a Tracker for the node of that name, knowing nothing.
@@ -40,6 +48,8 @@ func NewTracker(nodeName string) *Tracker {
 		sliceOwners:  map[sliceName]ServiceName{},
 		serviceCIDRs: map[string][]netip.Prefix{},
 		dirty:        map[ServiceName]struct{}{},
+		triggers:     map[Family][]time.Time{},
+		started:      time.Now(),
 	}
 }
 
@@ -60,6 +70,7 @@ func (t *Tracker) Apply(obj runtime.Object) []Problem {
 			return nil
 		}
 		n, found := readNode(obj)
+		t.nodeExists = true
 		t.setNode(n)
 		return found
 	case *networkingv1.ServiceCIDR:
@@ -78,6 +89,8 @@ func (t *Tracker) Delete(obj runtime.Object) {
 		t.setService(ServiceName{obj.Namespace, obj.Name}, nil)
 	case *discoveryv1.EndpointSlice:
 		t.setSlice(sliceName{obj.Namespace, obj.Name}, nil)
+	case *corev1.Node:
+		t.nodeExists = t.nodeExists && obj.Name != t.nodeName
 	case *networkingv1.ServiceCIDR:
 		t.setServiceCIDR(obj.Name, nil)
 	}
@@ -102,12 +115,15 @@ func (t *Tracker) setSlice(name sliceName, s *endpointSlice) {
 		if s != nil && t.slices[owner][i].equal(s) {
 			return
 		}
+		t.noteTrigger(t.slices[owner][i], s)
 		t.dirty[owner] = struct{}{}
 		if s != nil && s.service == owner {
 			t.slices[owner][i] = s
 			return
 		}
 		t.unfileSlice(name, owner, i)
+	} else {
+		t.noteTrigger(nil, s)
 	}
 	if s == nil {
 		return
@@ -180,6 +196,30 @@ func (t *Tracker) takeDirty() (names []ServiceName, node bool) {
 	}
 	t.dirtyNode = false
 	return names, node
+}
+
+// noteTrigger remembers when a slice's change was made, once for each time that
+// it tells. Nobody tells it of a deletion.
+func (t *Tracker) noteTrigger(old, s *endpointSlice) {
+	if s == nil || !s.trigger.After(t.started) || old != nil && old.trigger.Equal(s.trigger) {
+		return
+	}
+	t.triggers[s.family] = append(t.triggers[s.family], s.trigger)
+}
+
+// takeTriggers returns what noteTrigger remembers for a family, and forgets it.
+func (t *Tracker) takeTriggers(family Family) []time.Time {
+	triggers := t.triggers[family]
+	t.triggers[family] = nil
+	return triggers
+}
+
+func (t *Tracker) held() Held {
+	h := Held{Services: len(t.services), EndpointSlices: len(t.sliceOwners), ServiceCIDRs: len(t.serviceCIDRs)}
+	if t.nodeExists {
+		h.Nodes = 1
+	}
+	return h
 }
 
 // cidrsOf returns the ranges of one family that cluster IPs are given from.

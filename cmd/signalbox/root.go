@@ -21,7 +21,7 @@ func rootCommand() *cobra.Command {
 	root.Version = versionText()
 	root.SetVersionTemplate("signalbox {{.Version}}\n")
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(runCommand(), renderCommand(), demoCommand(), versionCommand())
+	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), demoCommand(), versionCommand())
 	return root
 }
 

@@ -32,7 +32,7 @@ the rules in the kernel: connections go on, also while it is away.`,
 }
 
 func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
-	log := installLog(cfg)
+	log := installLog(shown(cfg, flags))
 	switch {
 	case cfg.WriteTo != "":
 		if err := config.Write(cfg.WriteTo, cfg.KubeProxy); err != nil {
@@ -46,13 +46,22 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		}
 		log.Info("what needs all privileges is done")
 		return nil
+	case cfg.Cleanup:
+		return cleanup(false)
 	}
 	changes := make(chan *config.Config)
 	go flags.Watch(ctx, log, func(changed *config.Config) {
 		select {
-		case changes <- changed:
+		case changes <- shown(changed, flags):
 		case <-ctx.Done():
 		}
 	})
 	return daemon.RunChanging(ctx, cfg, changes, installLog)
+}
+
+// shown completes a configuration with what the debugging pages show and
+// change.
+func shown(cfg *config.Config, flags *config.Flags) *config.Config {
+	cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
+	return cfg
 }

@@ -3,13 +3,16 @@ package main
 import (
 	"fmt"
 	"runtime"
-	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"signalbox/internal/buildinfo"
 )
 
 // version is set when a release is linked.
 var version = "devel"
+
+func init() { buildinfo.Version = version }
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
@@ -23,20 +26,9 @@ func versionCommand() *cobra.Command {
 }
 
 func versionText() string {
-	return fmt.Sprintf("%s%s %s %s/%s", version, revision(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
-}
-
-// revision is the commit that the binary was built from, where the build
-// recorded it.
-func revision() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return ""
+	revision := buildinfo.Revision()
+	if revision != "" {
+		revision = " " + revision
 	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return " " + s.Value
-		}
-	}
-	return ""
+	return fmt.Sprintf("%s%s %s %s/%s", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

@@ -157,6 +157,7 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file=" + file("sa.key"), "--service-account-signing-key-file=" + file("sa.key"),
 		"--audit-policy-file=" + file("audit.yaml"), "--audit-log-path=" + file("audit.log"), "--audit-log-mode=blocking",
+		"--allow-privileged=true", // as everywhere that kubeadm has been
 		"--authorization-mode=RBAC", "--anonymous-auth=false", "--profiling=false",
 		"--etcd-compaction-interval=0", // history expires when a test says so
 		"--shutdown-delay-duration=0s",

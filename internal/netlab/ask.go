@@ -79,7 +79,7 @@ func OutcomeOf(err error) Outcome {
 
 var errEnded = errors.New("the connection ended")
 
-// Conn is a TCP connection or a UDP flow (one source port) from a host.
+// Conn is a TCP or SCTP connection or a UDP flow (one source port) from a host.
 type Conn struct {
 	conn    net.Conn
 	in      *bufio.Reader
@@ -88,8 +88,8 @@ type Conn struct {
 
 var questions atomic.Uint64
 
-// Open connects to an address and port from a host. network is "tcp" or "udp";
-// source may be the zero AddrPort, or have port 0. A UDP flow sends nothing
+// Open connects to an address and port from a host. network is "tcp", "udp" or
+// "sctp"; source may be the zero AddrPort, or have port 0. A UDP flow sends nothing
 // before its first Ask.
 func (h *Host) Open(ctx context.Context, network string, source, target netip.AddrPort) (*Conn, error) {
 	d := net.Dialer{KeepAlive: -1, Control: reportErrors}
@@ -105,6 +105,10 @@ func (h *Host) Open(ctx context.Context, network string, source, target netip.Ad
 	err := h.Do(func() (err error) {
 		// With a literal address the socket is made on this thread, so inside
 		// the host.
+		if network == "sctp" {
+			c, err = dialSCTP(ctx, source, target)
+			return err
+		}
 		c, err = d.DialContext(ctx, network, target.String())
 		return err
 	})
@@ -190,3 +194,21 @@ func unmap(a netip.AddrPort) netip.AddrPort {
 }
 
 func isClosed(err error) bool { return errors.Is(err, net.ErrClosed) }
+
+// Retransmitted says whether this host has sent anything on a TCP connection
+// twice, its SYN included: a packet was lost, or answered very late.
+func (c *Conn) Retransmitted() bool {
+	tcp, ok := c.conn.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var info *unix.TCPInfo
+	if raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }) != nil || err != nil {
+		return false
+	}
+	return info.Total_retrans > 0
+}

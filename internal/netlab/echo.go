@@ -9,7 +9,7 @@ import (
 	"sync"
 )
 
-// server is one listening socket that answers every line (TCP) or datagram
+// server is one listening socket that answers every line (TCP, SCTP) or datagram
 // (UDP) with "<what was sent> <host's name> <own address> <address of the
 // asker>".
 type server struct{ close func() }
@@ -31,41 +31,53 @@ func (l *Lab) serve() error {
 	return nil
 }
 
-// Serve answers on one address and port of the host, over TCP and UDP, until
-// the lab is closed.
+// Serve answers on one address and port of the host, over TCP, UDP and where the
+// kernel can over SCTP, until the lab is closed.
 func (h *Host) Serve(at netip.AddrPort) error {
-	var tcp *net.TCPListener
-	var udp *net.UDPConn
-	err := h.Do(func() (err error) {
-		if tcp, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at)); err != nil {
+	err := h.Do(func() error {
+		tcp, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at))
+		if err != nil {
 			return err
 		}
-		udp, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
-		return err
+		h.serveStreams(tcp)
+		udp, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(at))
+		if err != nil {
+			return err
+		}
+		go serveUDP(h.Name, udp)
+		h.lab.servers = append(h.lab.servers, server{func() { udp.Close() }})
+		if SCTP() != nil {
+			return nil
+		}
+		sctp, err := listenSCTP(at)
+		if err != nil {
+			return err
+		}
+		h.serveStreams(sctp)
+		return nil
 	})
 	if err != nil {
-		if tcp != nil {
-			tcp.Close()
-		}
 		return fmt.Errorf("serving on %s: %w", h.Name, err)
 	}
-	s := &tcpServer{host: h.Name, listener: tcp, open: map[net.Conn]bool{}}
-	go s.run()
-	go serveUDP(h.Name, udp)
-	h.lab.servers = append(h.lab.servers, server{s.close}, server{func() { udp.Close() }})
 	return nil
 }
 
-type tcpServer struct {
+func (h *Host) serveStreams(listener net.Listener) {
+	s := &streamServer{host: h.Name, listener: listener, open: map[net.Conn]bool{}}
+	go s.run()
+	h.lab.servers = append(h.lab.servers, server{s.close})
+}
+
+type streamServer struct {
 	host     string
-	listener *net.TCPListener
+	listener net.Listener
 
 	mu     sync.Mutex // guards what follows
 	open   map[net.Conn]bool
 	closed bool
 }
 
-func (s *tcpServer) run() {
+func (s *streamServer) run() {
 	for {
 		c, err := s.listener.Accept()
 		if err != nil {
@@ -82,7 +94,7 @@ func (s *tcpServer) run() {
 	}
 }
 
-func (s *tcpServer) answer(c net.Conn) {
+func (s *streamServer) answer(c net.Conn) {
 	defer func() {
 		c.Close()
 		s.mu.Lock()
@@ -101,7 +113,7 @@ func (s *tcpServer) answer(c net.Conn) {
 	}
 }
 
-func (s *tcpServer) close() {
+func (s *streamServer) close() {
 	s.listener.Close()
 	s.mu.Lock()
 	defer s.mu.Unlock()

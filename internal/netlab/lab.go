@@ -54,7 +54,7 @@ type Options struct {
 	Underlay Underlay
 	// Pods may be nil for DefaultPods; at most 200.
 	Pods []PodSpec
-	// Ports are the TCP and UDP ports on which Pods and nodes answer; nil for
+	// Ports are the TCP, UDP and SCTP ports on which Pods and nodes answer; nil for
 	// 8080 and 8081. ControlPort is always answered, too.
 	Ports []uint16
 }

@@ -26,6 +26,8 @@ type Mode struct {
 	// *proxier.UnsupportedError. It is called inside a network namespace of a
 	// lab.
 	Supported func(proxier.Family) error
+	// HasSchedulers is Settings.HasSchedulers.
+	HasSchedulers bool
 	// Flows makes what removes stale UDP flows of a node whose addresses
 	// localAddrs returns; called inside the node. May be nil for a mode that
 	// needs none.
@@ -112,14 +114,14 @@ func skipUnlessRequired(t *testing.T, feature string, err error) {
 
 // required says whether a feature ("nftables/IPv6", "lab/vxlan") must exist on
 // this kernel. Unless SIGNALBOX_REQUIRE holds a list of what must, with * at
-// the end of a word for anything, all must but IPVS: a suite that skips by itself
-// would be green where nothing works.
+// the end of a word for anything, all must but IPVS and SCTP: a suite that skips
+// by itself would be green where nothing works.
 func required(feature string) bool {
 	list, set := os.LookupEnv("SIGNALBOX_REQUIRE")
 	if !set {
-		// Many kernels come without IPVS; those of the virtual machines have it.
+		// Many kernels come without; those of the virtual machines have both.
 		_, machine := os.LookupEnv("SIGNALBOX_VM_RELEASE")
-		return machine || !strings.HasPrefix(feature, "ipvs/")
+		return machine || !strings.HasPrefix(feature, "ipvs/") && feature != "lab/sctp"
 	}
 	return slices.ContainsFunc(strings.Split(list, ","), func(word string) bool {
 		start, any := strings.CutSuffix(strings.TrimSpace(word), "*")

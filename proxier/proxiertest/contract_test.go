@@ -79,10 +79,11 @@ func TestNFTables(t *testing.T) {
 
 func TestIPVS(t *testing.T) {
 	proxiertest.Run(t, proxiertest.Mode{
-		Name:      ipvs.Mode,
-		New:       func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
-		Supported: ipvs.Supported,
-		Flows:     cleanFlows,
+		Name:          ipvs.Mode,
+		New:           func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
+		Supported:     ipvs.Supported,
+		HasSchedulers: true,
+		Flows:         cleanFlows,
 		Dump: func(f proxier.Family) string {
 			text := dumpNFT(f)
 			for _, file := range []string{"ip_vs", "ip_vs_conn"} {

@@ -34,6 +34,7 @@ type Setup struct {
 	// Modes names the only modes that the scenario is for; empty for all. Why
 	// says why the others do otherwise.
 	Modes    []string
+	Needs    []string // features of the kernel: "sctp"
 	Families []string // "IPv4", "IPv6", or "both" for one run that serves both
 	Why      string
 
@@ -42,6 +43,8 @@ type Setup struct {
 	MasqueradeAll      bool
 	LocalhostNodePorts bool
 	IgnoreExternalIPs  bool
+	// KubeProxyIPVSPolicies is proxier.Settings'.
+	KubeProxyIPVSPolicies bool
 }
 
 // Scenarios returns the contract, sorted by name.
@@ -133,6 +136,8 @@ func (s *Setup) set(key, value string) (err error) {
 		s.Families, err = listOf(value, "IPv4", "IPv6", "both")
 	case "modes":
 		s.Modes, err = listOf(value)
+	case "needs":
+		s.Needs, err = listOf(value, "sctp")
 	case "why":
 		s.Why = value
 	case "nodeport-addresses":
@@ -145,6 +150,8 @@ func (s *Setup) set(key, value string) (err error) {
 		s.LocalhostNodePorts, err = yes(value)
 	case "ignore-external-ips":
 		s.IgnoreExternalIPs, err = yes(value)
+	case "kube-proxy-ipvs-policies":
+		s.KubeProxyIPVSPolicies, err = yes(value)
 	default:
 		err = fmt.Errorf("there is no setting %q", key)
 	}

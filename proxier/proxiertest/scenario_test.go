@@ -59,7 +59,7 @@ func TestBadScenarios(t *testing.T) {
 		"no outcome":         {"About.\n-- script --\nfrom client1 tcp $vip1:80\n", "nothing says what must happen"},
 		"unknown outcome":    {"About.\n-- script --\nfrom client1 tcp $vip1:80 vanishes\n", `"vanishes" is not`},
 		"nobody":             {"About.\n-- script --\nfrom client1 tcp $vip1:80 ->\n", "nobody is named"},
-		"unknown protocol":   {"About.\n-- script --\nfrom client1 icmp $vip1:80 refused\n", "neither tcp nor udp"},
+		"unknown protocol":   {"About.\n-- script --\nfrom client1 icmp $vip1:80 refused\n", "none of tcp, udp and sctp"},
 		"source of nothing":  {"About.\n-- script --\nfrom client1 tcp $vip1:80 refused, source node1\n", "has a source"},
 		"more after refused": {"About.\n-- script --\nfrom client1 tcp $vip1:80 refused twice\n", "what does"},
 		"apply nothing":      {"About.\n-- script --\napply\n", "no file is named"},

@@ -88,22 +88,22 @@ func nothingAfter(words []string) error {
 type probe struct {
 	host    string
 	at      string // source address, may be empty
-	network string
+	network string // "tcp", "udp" or "sctp"
 	target  string
 }
 
-// parseProbe reads "HOST [at SOURCE] tcp|udp TARGET" and returns what follows.
+// parseProbe reads "HOST [at SOURCE] tcp|udp|sctp TARGET" and returns what follows.
 func parseProbe(words []string) (p probe, rest []string, err error) {
 	if len(words) < 3 {
-		return p, nil, errors.New("expected: HOST [at SOURCE] tcp|udp ADDRESS:PORT")
+		return p, nil, errors.New("expected: HOST [at SOURCE] tcp|udp|sctp ADDRESS:PORT")
 	}
 	p.host, words = words[0], words[1:]
 	if words[0] == "at" && len(words) > 3 {
 		p.at, words = words[1], words[2:]
 	}
 	p.network, p.target = words[0], words[1]
-	if p.network != "tcp" && p.network != "udp" {
-		return p, nil, fmt.Errorf("%q is neither tcp nor udp", p.network)
+	if !slices.Contains([]string{"tcp", "udp", "sctp"}, p.network) {
+		return p, nil, fmt.Errorf("%q is none of tcp, udp and sctp", p.network)
 	}
 	return p, words[2:], nil
 }

@@ -56,6 +56,11 @@ type variant struct {
 }
 
 func newWorld(mode Mode, s *Scenario, v variant) (*world, error) {
+	if slices.Contains(s.Setup.Needs, "sctp") {
+		if err := netlab.SCTP(); err != nil {
+			return nil, err
+		}
+	}
 	lab, err := netlab.New(labs[v.lab])
 	if err != nil {
 		return nil, err
@@ -110,6 +115,8 @@ func (w *world) configure(v variant) error {
 		PodInterfaceNamePrefix: "veth-",
 		LocalhostNodePorts:     setup.LocalhostNodePorts,
 		IgnoreExternalIPs:      setup.IgnoreExternalIPs,
+		HasSchedulers:          w.mode.HasSchedulers,
+		KubeProxyIPVSPolicies:  setup.KubeProxyIPVSPolicies,
 	}
 	if setup.ClusterCIDR != "none" {
 		for _, family := range w.families {

@@ -28,6 +28,7 @@ type outcome struct {
 	optional bool   // Services can be served without it
 	log      *slog.Logger
 	now      func() time.Time
+	noted    func(resource string, err error) // may be nil; see Source
 
 	mu     sync.Mutex
 	since  time.Time // of the first failure in a row; zero: the last request succeeded
@@ -40,6 +41,7 @@ func (o *outcome) note(ctx context.Context, verb string, err error) {
 	if ctx.Err() != nil {
 		return
 	}
+	o.tell(err)
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	now := o.now()
@@ -50,7 +52,7 @@ func (o *outcome) note(ctx context.Context, verb string, err error) {
 		o.log.Info("the API server answers again", "resource", o.resource, "after", now.Sub(o.since).Round(time.Millisecond))
 		o.since, o.said = time.Time{}, ""
 		return
-	case apierrors.IsResourceExpired(err), apierrors.IsGone(err), apierrors.IsTimeout(err):
+	case isStale(err):
 		o.log.Debug("the API server wants everything to be listed anew", "resource", o.resource, "error", err)
 		return
 	}
@@ -70,6 +72,21 @@ func (o *outcome) note(ctx context.Context, verb string, err error) {
 	}
 	o.log.Warn("asking the API server failed; what is known goes on being served, and it is asked again",
 		"resource", o.resource, "request", verb, "reason", reason, "since", o.since.Format(time.RFC3339), "error", err)
+}
+
+// isStale tells whether the server is well and only wants to be asked anew.
+func isStale(err error) bool {
+	return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) || apierrors.IsTimeout(err)
+}
+
+func (o *outcome) tell(err error) {
+	switch {
+	case o.noted == nil || isStale(err):
+	case o.optional && apierrors.IsNotFound(err):
+		o.noted(o.resource, nil)
+	default:
+		o.noted(o.resource, err)
+	}
 }
 
 // explain says in a few words what an operator should look at.

@@ -33,6 +33,11 @@ type Source struct {
 	client   kubernetes.Interface
 	nodeName string
 	log      *slog.Logger
+	// Noted is told, whenever a list or a watch of a resource was asked for,
+	// what keeps the API server from telling of it: nil for nothing. It is not
+	// a failure that a server does not know an optional resource. May be nil;
+	// set before Run.
+	Noted func(resource string, err error)
 }
 
 // New returns a Source for the node of that name.
@@ -119,7 +124,7 @@ func (s *Source) serviceCIDRs(sink proxier.Sink) *resource {
 }
 
 func (s *Source) outcome(resource string, optional bool) *outcome {
-	return &outcome{resource: resource, optional: optional, log: s.log, now: time.Now}
+	return &outcome{resource: resource, optional: optional, log: s.log, now: time.Now, noted: s.Noted}
 }
 
 func (s *Source) resource(out *outcome, example object, sink proxier.Sink, lw *cache.ListWatch) *resource {

@@ -8,6 +8,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"signalbox/proxier"
 )
 
 // The labels and annotations that mean something to a proxy.
@@ -20,6 +22,8 @@ var (
 	}
 	keptAnnotations = map[string]bool{
 		corev1.EndpointsLastChangeTriggerTime: true,
+		proxier.AnnotationScheduler:           true,
+		proxier.AnnotationWeights:             true,
 	}
 )
 
@@ -36,7 +40,10 @@ func trim(obj any) (any, error) {
 		trimMeta(&o.ObjectMeta)
 		for i := range o.Endpoints {
 			e := &o.Endpoints[i]
-			e.TargetRef, e.Hostname, e.Zone, e.DeprecatedTopology = nil, nil, nil, nil
+			e.Hostname, e.Zone, e.DeprecatedTopology = nil, nil, nil
+			if t := e.TargetRef; t != nil {
+				e.TargetRef = &corev1.ObjectReference{Name: t.Name}
+			}
 		}
 	case *corev1.Node:
 		trimMeta(&o.ObjectMeta)

@@ -10,6 +10,8 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
+
+	"signalbox/proxier"
 )
 
 var (
@@ -18,12 +20,12 @@ var (
 		Namespace: "default", Name: "web", UID: "1-2-3", ResourceVersion: "77", Generation: 3, CreationTimestamp: made, Finalizers: []string{"f"},
 		OwnerReferences: []metav1.OwnerReference{{Name: "o"}}, ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kubectl"}},
 		Labels:      map[string]string{"app": "web", discoveryv1.LabelServiceName: "web", corev1.LabelTopologyZone: "z1"},
-		Annotations: map[string]string{"note": "long", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
+		Annotations: map[string]string{"note": "long", proxier.AnnotationWeights: "*=2", proxier.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
 	}
 	lean = metav1.ObjectMeta{
 		Namespace: "default", Name: "web", CreationTimestamp: made,
 		Labels:      map[string]string{discoveryv1.LabelServiceName: "web", corev1.LabelTopologyZone: "z1"},
-		Annotations: map[string]string{corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
+		Annotations: map[string]string{proxier.AnnotationWeights: "*=2", proxier.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
 	}
 )
 
@@ -44,10 +46,11 @@ func TestTrim(t *testing.T) {
 		"EndpointSlice": {
 			&discoveryv1.EndpointSlice{ObjectMeta: *ballast.DeepCopy(), Endpoints: []discoveryv1.Endpoint{{
 				Addresses: []string{"10.0.0.1"}, Conditions: ready, NodeName: ptr.To("n"), Hints: hints,
-				TargetRef: &corev1.ObjectReference{Name: "pod"}, Hostname: ptr.To("h"), Zone: ptr.To("z"), DeprecatedTopology: map[string]string{"a": "b"},
+				TargetRef: &corev1.ObjectReference{Kind: "Pod", Name: "pod", UID: "4-5-6"}, Hostname: ptr.To("h"), Zone: ptr.To("z"), DeprecatedTopology: map[string]string{"a": "b"},
 			}}},
 			&discoveryv1.EndpointSlice{ObjectMeta: lean, Endpoints: []discoveryv1.Endpoint{{
 				Addresses: []string{"10.0.0.1"}, Conditions: ready, NodeName: ptr.To("n"), Hints: hints,
+				TargetRef: &corev1.ObjectReference{Name: "pod"},
 			}}},
 		},
 		"Node": {

@@ -1,0 +1,87 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"signalbox/iptables"
+	"signalbox/ipvs"
+	"signalbox/modes"
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// Cleanup removes from the kernel what signalbox has put there, in every mode
+// and both families, and with kubeProxy also what kube-proxy has, in each of
+// its modes; nothing of anybody else's. Kernel settings (sysctls) and tracked
+// connections stay, and so does the kubelet's share of the iptables rules. It
+// needs no API server, only the network namespace of the node.
+//
+// Whatever fails, the rest is removed all the same; the error names what is
+// left and why.
+func Cleanup(kubeProxy bool, log *slog.Logger) error {
+	todo := signalboxRemovals(modes.All)
+	if kubeProxy {
+		todo = append(kubeProxyRemovals(noMode), todo...)
+	}
+	var left []error
+	for _, r := range todo {
+		for _, family := range proxier.Families {
+			left = append(left, r.do(family, log))
+		}
+	}
+	return errors.Join(left...)
+}
+
+// removal takes one thing out of the kernel.
+type removal struct {
+	what   string
+	remove func(proxier.Family) error
+}
+
+// do returns an error that names what is left. What this machine cannot have
+// is not left.
+func (r removal) do(family proxier.Family, log *slog.Logger) error {
+	err := r.remove(family)
+	var unsupported *proxier.UnsupportedError
+	if errors.As(err, &unsupported) {
+		log.Debug("nothing to remove here", "what", r.what, "family", family.String(), "reason", err)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%s may be left for %s: %w", r.what, family, err)
+	}
+	log.Debug("removed", "what", r.what, "family", family.String())
+	return nil
+}
+
+// signalboxRemovals are those of modes.
+func signalboxRemovals(list []modes.Mode) []removal {
+	var all []removal
+	for _, m := range list {
+		all = append(all, removal{"what signalbox's mode " + m.Name + " wrote", m.Cleanup})
+	}
+	return all
+}
+
+// inUse says what a mode at work shares with kube-proxy.
+type inUse struct {
+	iptables iptables.Backend // its variant of the tools; "" in other modes
+	ipvs     bool
+}
+
+var noMode inUse
+
+// kubeProxyRemovals remove what kube-proxy has written and a mode at work has
+// not taken over. Its sets come after the iptables rules that use them.
+func kubeProxyRemovals(shared inUse) []removal {
+	return []removal{
+		{"kube-proxy's iptables rules", func(f proxier.Family) error { return iptables.CleanupKubeProxy(f, shared.iptables) }},
+		{"kube-proxy's nftables table", nftables.CleanupKubeProxy},
+		{"kube-proxy's IPVS servers, addresses and ipsets", func(f proxier.Family) error {
+			_, err := ipvs.CleanupKubeProxy(f, shared.ipvs, false)
+			return err
+		}},
+	}
+}

@@ -1,0 +1,159 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"signalbox/config"
+	"signalbox/events"
+	"signalbox/health"
+	"signalbox/internal/httpserve"
+	"signalbox/metrics"
+	"signalbox/modes"
+	"signalbox/proxier"
+	"signalbox/source/apiserver"
+	"signalbox/userspace"
+)
+
+// observer tells others what the daemon does: metrics, health, the answers to
+// load balancers, and Kubernetes Events. Nothing in it can hold up a sync.
+type observer struct {
+	cfg      *config.Config
+	log      *slog.Logger
+	metrics  *metrics.Metrics
+	pages    metrics.Pages
+	events   *events.Recorder // nil without an API server
+	health   *health.Health
+	services *health.Services
+}
+
+// started is when this process was.
+var started = time.Now()
+
+func newObserver(cfg *config.Config, choice modes.Choice, log *slog.Logger) (*observer, error) {
+	o := &observer{
+		cfg: cfg, log: log,
+		metrics: metrics.New(metrics.Options{Mode: choice.Mode.Name, Families: choice.Families}),
+		pages: metrics.Pages{
+			Mode: choice.Mode.Name, Config: cfg.KubeProxy, Flags: cfg.Flags, Profiling: cfg.EnableProfiling,
+			SetVerbosity: cfg.Logging.SetVerbosity, Started: started,
+		},
+	}
+	if err := cfg.ShowFeatureGates(); err != nil {
+		return nil, err
+	}
+	if cfg.SourceDir == "" {
+		client, err := apiserver.Client(clientOptions(cfg))
+		if err != nil {
+			return nil, err
+		}
+		o.events = events.New(events.Options{Client: client, NodeName: cfg.NodeName, Log: log, Counted: o.metrics.Event})
+	}
+	return o, nil
+}
+
+// hook has the Loop, before it is made, tell the observer.
+func (o *observer) hook(opts *proxier.LoopOptions) {
+	report, synced := proxier.LogProblems(o.log), opts.Synced
+	opts.Report = func(p proxier.Problem) {
+		report(p)
+		o.metrics.Problem(p)
+		o.events.Problem(p)
+	}
+	opts.Synced = func(r proxier.SyncReport) {
+		synced(r)
+		o.metrics.Synced(r)
+		o.health.Synced(r)
+		o.services.Synced(r)
+	}
+	for family, p := range opts.Proxiers {
+		if relay, ok := p.(interface{ Stats() userspace.Stats }); ok {
+			o.metrics.ReadRelay(family, relay.Stats)
+		}
+	}
+}
+
+// watch has the observer ask the Loop, and returns what the source is to tell.
+func (o *observer) watch(loop *proxier.Loop) proxier.Sink {
+	o.metrics.ReadProgress(loop.Progress)
+	o.health = health.New(health.Options{
+		Progress: loop.Progress, SyncPeriod: o.cfg.SyncPeriod,
+		NodeName: o.cfg.NodeName, NodeOptional: o.cfg.SourceDir != "",
+		Healthz: o.metrics.Healthz, Livez: o.metrics.Livez,
+	})
+	o.services = health.NewServices(health.ServiceOptions{
+		Healthy: o.dataplaneHealthy(),
+		Failed:  o.events.HealthCheckFailed,
+		Tried:   o.tried(metrics.ServiceHealthServer, nil),
+		State: func(family proxier.Family, services, failing int) {
+			o.metrics.HealthChecks(family, services)
+			o.metrics.ListenFailing(metrics.ServiceHealthServer, failing)
+		},
+		Log: o.log,
+	})
+	return o.health.Watch(loop)
+}
+
+// dataplaneHealthy is nil where nobody is to know: without /healthz no load
+// balancer is told that the node is sick either.
+func (o *observer) dataplaneHealthy() func() bool {
+	if !o.cfg.HealthzBindAddress.IsValid() {
+		return nil
+	}
+	return o.health.Healthy
+}
+
+// start runs the servers until ctx ends.
+func (o *observer) start(ctx context.Context, group *errgroup.Group) {
+	group.Go(func() error { return o.events.Run(ctx) })
+	group.Go(func() error { return o.services.Run(ctx) })
+	o.events.Started()
+	o.serve(ctx, group, metrics.HealthzServer, o.cfg.HealthzBindAddress, o.health.Handler(), o.events.HealthzFailed)
+	o.serve(ctx, group, metrics.MetricsServer, o.cfg.MetricsBindAddress, o.metrics.Mux(o.pages), o.events.MetricsFailed)
+}
+
+// flushFor is how long an Event about the end of this process may keep it.
+const flushFor = 2 * time.Second
+
+func (o *observer) serve(ctx context.Context, group *errgroup.Group, name string, at netip.AddrPort, h http.Handler, failed func(error)) {
+	if !at.IsValid() {
+		return
+	}
+	s := httpserve.Server{Name: name, Addr: at, Handler: h, HardFail: o.cfg.BindAddressHardFail, Log: o.log, Tried: o.tried(name, failed)}
+	group.Go(func() error {
+		err := s.Run(ctx)
+		if err != nil {
+			o.events.Flush(flushFor)
+		}
+		return err
+	})
+}
+
+// tried returns what notes how an attempt to listen ended. failed is told of
+// the first of failures in a row; it may be nil, and then somebody else counts
+// where nobody listens.
+func (o *observer) tried(name string, failed func(error)) func(error) {
+	failing := false
+	return func(err error) {
+		if err != nil {
+			o.metrics.ListenFailed(name)
+		}
+		if failed == nil {
+			return
+		}
+		if err == nil {
+			o.metrics.ListenFailing(name, 0)
+		} else {
+			o.metrics.ListenFailing(name, 1)
+			if !failing {
+				failed(err)
+			}
+		}
+		failing = err != nil
+	}
+}

@@ -1,0 +1,327 @@
+package health
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/internal/netlab"
+	"signalbox/proxier"
+)
+
+// world is Services at work on a host of a lab of their own.
+type world struct {
+	*testing.T
+	*Services
+	host     *netlab.Host
+	healthy  atomic.Bool
+	failures chan string
+	states   chan [2]int // Services and failures of IPv4
+	stop     func()
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	lab, err := netlab.New(netlab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lab.Close() })
+	w := &world{T: t, host: lab.Host("node1"), failures: make(chan string, 100), states: make(chan [2]int, 1000)}
+	w.healthy.Store(true)
+	w.Services = NewServices(ServiceOptions{
+		Healthy: w.healthy.Load,
+		Failed: func(name proxier.ServiceName, port uint16, err error) {
+			w.failures <- fmt.Sprintf("%s %d %v", name, port, errors.Is(err, syscall.EADDRINUSE))
+		},
+		State: func(f proxier.Family, services, failing int) {
+			if f == proxier.IPv4 {
+				w.states <- [2]int{services, failing}
+			}
+		},
+		Log: slog.New(slog.DiscardHandler),
+		Listen: func(network, addr string) (l net.Listener, err error) {
+			err = w.host.Do(func() error {
+				l, err = net.Listen(network, addr)
+				return err
+			})
+			return l, err
+		},
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := w.Services.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	}()
+	w.stop = func() { cancel(); <-done }
+	t.Cleanup(func() { w.stop() })
+	return w
+}
+
+// tell gives a family its plan.
+func (w *world) tell(family proxier.Family, addrs proxier.NodePortAddrs, checks map[proxier.ServiceName]proxier.HealthCheck) {
+	w.Helper()
+	w.Services.Synced(proxier.SyncReport{Family: family, Current: true, NodePortAddrs: addrs, HealthChecks: checks})
+}
+
+// awaitState waits until so many Services of IPv4 have a check, and so many
+// sockets of both families fail.
+func (w *world) awaitState(services, failing int) {
+	w.Helper()
+	for last := [2]int{-1, -1}; last != [2]int{services, failing}; {
+		select {
+		case last = <-w.states:
+		case <-time.After(time.Minute):
+			w.Fatalf("the state is %v, want %d Services and %d that fail", last, services, failing)
+		}
+	}
+}
+
+var all = proxier.NodePortAddrs{All: true}
+
+type checks = map[proxier.ServiceName]proxier.HealthCheck
+
+var web, db = proxier.ServiceName{Namespace: "default", Name: "web"}, proxier.ServiceName{Namespace: "default", Name: "db"}
+
+// ask returns status, weight and body, or what kept the answer away.
+func (w *world) ask(addr netip.Addr, port uint16, path string) (status int, weight, body string, err error) {
+	client := http.Client{Timeout: time.Minute, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
+			err = w.host.Do(func() error {
+				c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
+				return err
+			})
+			return c, err
+		},
+	}}
+	resp, err := client.Get("http://" + netip.AddrPortFrom(addr, port).String() + path)
+	if err != nil {
+		return 0, "", "", err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, resp.Header.Get("X-Load-Balancing-Endpoint-Weight"), string(text), err
+}
+
+func (w *world) want(addr netip.Addr, port uint16, status int, weight string) {
+	w.Helper()
+	w.eventually(func() error {
+		got, gotWeight, body, err := w.ask(addr, port, "/")
+		if err != nil || got != status || gotWeight != weight {
+			return fmt.Errorf("%s port %d: %d, weight %q (%v: %s), want %d, weight %q", addr, port, got, gotWeight, err, body, status, weight)
+		}
+		return nil
+	})
+}
+
+// eventually waits until check has nothing to say any more.
+func (w *world) eventually(check func() error) {
+	w.Helper()
+	end := time.Now().Add(time.Minute)
+	for err := check(); err != nil; err = check() {
+		if time.Now().After(end) {
+			w.Fatal(err)
+		}
+	}
+}
+
+func (w *world) wantClosed(addr netip.Addr, port uint16) {
+	w.Helper()
+	w.eventually(func() error {
+		if _, _, body, err := w.ask(addr, port, "/"); !errors.Is(err, syscall.ECONNREFUSED) {
+			return fmt.Errorf("%s port %d: %v, %s, want a closed port", addr, port, err, body)
+		}
+		return nil
+	})
+}
+
+func TestServiceAnswers(t *testing.T) {
+	w := newWorld(t)
+	v4, v6 := w.host.Addr.V4, w.host.Addr.V6
+	w.tell(proxier.IPv6, all, checks{web: {Port: 31000, LocalEndpoints: 0}})
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
+	w.awaitState(1, 0)
+	// Each family has the port, and a count of its own.
+	w.want(v4, 31000, 200, "2")
+	w.want(netip.MustParseAddr("127.0.0.1"), 31000, 200, "2")
+	w.want(v6, 31000, 503, "0")
+
+	_, _, body, err := w.ask(v4, 31000, "/some/path?x=y")
+	want := "{\n\t\"service\": {\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"web\"\n\t},\n\t\"localEndpoints\": 2,\n\t\"serviceProxyHealthy\": true\n}"
+	if err != nil || body != want {
+		t.Errorf("%v: %s", err, cmp.Diff(want, body))
+	}
+	w.healthy.Store(false)
+	w.want(v4, 31000, 503, "2")
+	w.healthy.Store(true)
+
+	// A new count needs no new socket.
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}})
+	w.awaitState(1, 0)
+	w.want(v4, 31000, 200, "1")
+	// Nothing about health checks is no news about them.
+	w.tell(proxier.IPv4, all, nil)
+	w.want(v4, 31000, 200, "1")
+
+	// Ports change, and change hands.
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31001, LocalEndpoints: 1}, db: {Port: 31000, LocalEndpoints: 5}})
+	w.awaitState(2, 0)
+	w.want(v4, 31001, 200, "1")
+	w.want(v4, 31000, 200, "5")
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}, db: {Port: 31001, LocalEndpoints: 5}})
+	w.awaitState(2, 0)
+	w.want(v4, 31000, 200, "1")
+	w.want(v4, 31001, 200, "5")
+
+	w.tell(proxier.IPv4, all, checks{})
+	w.awaitState(0, 0)
+	w.wantClosed(v4, 31000)
+	w.wantClosed(v4, 31001)
+	w.want(v6, 31000, 503, "0")
+	w.stop()
+	w.wantClosed(v6, 31000)
+}
+
+func TestOnlyNodePortAddressesAnswer(t *testing.T) {
+	w := newWorld(t)
+	v4 := w.host.Addr.V4
+	w.tell(proxier.IPv4, proxier.NodePortAddrs{Addrs: []netip.Addr{v4}}, checks{web: {Port: 31000, LocalEndpoints: 1}})
+	w.awaitState(1, 0)
+	w.want(v4, 31000, 200, "1")
+	w.wantClosed(netip.MustParseAddr("127.0.0.1"), 31000)
+	// The node's addresses change while the plan's health checks do not.
+	w.tell(proxier.IPv4, proxier.NodePortAddrs{Addrs: []netip.Addr{netip.MustParseAddr("127.0.0.1")}}, nil)
+	w.awaitState(1, 0)
+	w.want(netip.MustParseAddr("127.0.0.1"), 31000, 200, "1")
+	w.wantClosed(v4, 31000)
+	// A sync that failed says nothing.
+	w.Services.Synced(proxier.SyncReport{Family: proxier.IPv4, NodePortAddrs: all, HealthChecks: checks{}})
+	w.want(netip.MustParseAddr("127.0.0.1"), 31000, 200, "1")
+}
+
+func TestAPortThatIsTakenIsTriedAgain(t *testing.T) {
+	w := newWorld(t)
+	taken, err := w.opts.Listen("tcp4", ":31000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}, db: {Port: 31001, LocalEndpoints: 1}})
+	w.awaitState(2, 1)
+	if got := <-w.failures; got != "default/web 31000 true" {
+		t.Errorf("told of %s", got)
+	}
+	w.want(w.host.Addr.V4, 31001, 200, "1")
+	// What changes meanwhile counts when the port is free.
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 7}, db: {Port: 31001, LocalEndpoints: 1}})
+	w.awaitState(2, 1)
+	taken.Close()
+	w.awaitState(2, 0)
+	w.want(w.host.Addr.V4, 31000, 200, "7")
+	if len(w.failures) > 0 {
+		t.Errorf("told again of %s", <-w.failures)
+	}
+}
+
+// A Service that goes while its port is taken is not waited for.
+func TestAFailedPortIsForgotten(t *testing.T) {
+	w := newWorld(t)
+	taken, err := w.opts.Listen("tcp4", ":31000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000}})
+	w.awaitState(1, 1)
+	w.tell(proxier.IPv4, all, checks{})
+	w.awaitState(0, 0)
+}
+
+// Without anybody who knows, the dataplane counts as healthy.
+func TestServiceHealthWithoutHealthz(t *testing.T) {
+	s := NewServices(ServiceOptions{Log: slog.New(slog.DiscardHandler)})
+	sv := &server{service: web}
+	sv.local.Store(1)
+	r := newRecorder()
+	s.handler(sv).ServeHTTP(r, nil)
+	if r.status != 200 {
+		t.Errorf("%d: %s", r.status, r.body)
+	}
+}
+
+type recorder struct {
+	status int
+	body   []byte
+	header http.Header
+}
+
+func newRecorder() *recorder                    { return &recorder{header: http.Header{}} }
+func (r *recorder) Header() http.Header         { return r.header }
+func (r *recorder) WriteHeader(status int)      { r.status = status }
+func (r *recorder) Write(b []byte) (int, error) { r.body = append(r.body, b...); return len(b), nil }
+
+// Services that come and go, and ports that move, leave no socket behind.
+func TestChurnLeavesNothing(t *testing.T) {
+	w := newWorld(t)
+	name := func(i int) proxier.ServiceName {
+		return proxier.ServiceName{Namespace: "churn", Name: fmt.Sprint(i)}
+	}
+	files := func() int {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	w.tell(proxier.IPv4, all, checks{})
+	w.awaitState(0, 0)
+	before := files()
+	for round := range 30 {
+		want := checks{}
+		for i := range 40 {
+			want[name(i+round%5)] = proxier.HealthCheck{Port: uint16(31000 + (i*7+round)%50), LocalEndpoints: i}
+		}
+		// Each port once.
+		seen := map[uint16]bool{}
+		maps.DeleteFunc(want, func(_ proxier.ServiceName, c proxier.HealthCheck) bool {
+			defer func() { seen[c.Port] = true }()
+			return seen[c.Port]
+		})
+		w.tell(proxier.IPv4, all, want)
+		w.tell(proxier.IPv6, all, want)
+		w.awaitState(len(want), 0)
+		for _, c := range want {
+			status := 503
+			if c.LocalEndpoints > 0 {
+				status = 200
+			}
+			w.want(w.host.Addr.V4, c.Port, status, fmt.Sprint(c.LocalEndpoints))
+			break
+		}
+	}
+	w.tell(proxier.IPv6, all, checks{})
+	w.tell(proxier.IPv4, all, checks{})
+	w.awaitState(0, 0)
+	w.eventually(func() error {
+		if n := files(); n > before {
+			return fmt.Errorf("%d files are open, before there were %d", n, before)
+		}
+		return nil
+	})
+}

@@ -1,0 +1,101 @@
+// Package httpserve runs HTTP servers whose port may be taken when they start.
+package httpserve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"time"
+)
+
+// RetryAfter is how long a server waits before it tries to listen again.
+const RetryAfter = 5 * time.Second
+
+// Server is an HTTP server at one address.
+type Server struct {
+	// Name is for messages: "healthz", "metrics".
+	Name string
+	// Addr may be unspecified (0.0.0.0 or ::): then one socket takes both IP
+	// families, where the node has both.
+	Addr    netip.AddrPort
+	Handler http.Handler
+	// HardFail makes Run return where it cannot listen, instead of trying
+	// again.
+	HardFail bool
+	Log      *slog.Logger
+	// Tried is told how each attempt to listen ended; may be nil.
+	Tried func(error)
+	// Listen is net.Listen when nil.
+	Listen func(network, addr string) (net.Listener, error)
+}
+
+// Run serves until ctx ends and returns nil then; the port is free at once. It
+// returns an error only with HardFail.
+func (s *Server) Run(ctx context.Context) error {
+	for said := false; ; {
+		l, err := s.listen()
+		if s.Tried != nil {
+			s.Tried(err)
+		}
+		if err == nil {
+			s.Log.Info("listening", "server", s.Name, "address", l.Addr().String())
+			if err = Serve(ctx, l, s.Handler, s.Log); err == nil {
+				return nil
+			}
+		}
+		err = fmt.Errorf("%s server at %s: %w", s.Name, s.Addr, err)
+		if s.HardFail {
+			return err
+		}
+		if !said {
+			s.Log.Error("cannot listen; trying again until the port is free", "server", s.Name, "address", s.Addr.String(), "every", RetryAfter, "error", err)
+			said = true
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(RetryAfter):
+		}
+	}
+}
+
+func (s *Server) listen() (net.Listener, error) {
+	listen := s.Listen
+	if listen == nil {
+		listen = net.Listen
+	}
+	host := s.Addr.Addr().String()
+	if s.Addr.Addr().IsUnspecified() {
+		host = "" // Go's word for both families at once
+	}
+	return listen("tcp", net.JoinHostPort(host, fmt.Sprint(s.Addr.Port())))
+}
+
+// The time-outs of a server that answers small questions of strangers: nobody
+// may hold a connection without asking anything.
+const (
+	headerTimeout = 10 * time.Second
+	idleTimeout   = 2 * time.Minute
+	maxHeader     = 16 << 10
+)
+
+// Serve answers at l until ctx ends, and returns nil then with l and every
+// connection closed.
+func Serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
+	server := &http.Server{
+		Handler: h, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
+	defer stop()
+	err := server.Serve(l)
+	_ = server.Close() // after an error of Accept
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}

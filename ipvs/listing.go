@@ -1,0 +1,120 @@
+package ipvs
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"signalbox/proxier"
+)
+
+// listingFile is the kernel's list of all virtual servers and destinations of
+// the thread's network namespace. Over netlink the destinations of each virtual
+// server must be asked for by themselves.
+const listingFile = "/proc/thread-self/net/ip_vs"
+
+// allDests reads the destinations of all virtual servers of the family. Others
+// may change IPVS meanwhile; then some may be missing.
+func (h *handle) allDests() (map[serverKey][]destination, error) {
+	if h.listing == nil {
+		return nil, nil
+	}
+	if _, err := h.listing.Seek(0, io.SeekStart); err != nil {
+		return nil, err
+	}
+	return parseListing(h.listing, h.family)
+}
+
+// openListing returns nil where there is no such file; netlink then does.
+func openListing() *os.File {
+	f, err := os.Open(listingFile)
+	if err != nil {
+		return nil
+	}
+	return f
+}
+
+// parseListing reads lines like these, with hexadecimal addresses and ports:
+//
+//	TCP  0A600001:0050 rr
+//	  -> 0AF40105:1F90      Masq    1      0          0
+//	UDP  [fd00:0096:0000:0000:0000:0000:0000:0001]:0035 wrr
+//	FWM  40000001 rr
+//
+// Of a virtual server by mark only the destinations say which family it is of.
+func parseListing(text io.Reader, family proxier.Family) (map[serverKey][]destination, error) {
+	found := make(map[serverKey][]destination)
+	var server serverKey
+	known := false // whether server could be read
+	lines := bufio.NewScanner(text)
+	for n := 0; lines.Scan(); n++ {
+		words := strings.Fields(lines.Text())
+		switch {
+		case n < 3 || len(words) < 2: // the head
+		case words[0] != "->":
+			server, known = parseServer(words[0], words[1])
+		case known:
+			d, err := parseDest(words)
+			if err != nil {
+				return nil, fmt.Errorf("%s: line %d: %w", listingFile, n+1, err)
+			}
+			if proxier.FamilyOf(d.addr.Addr()) == family {
+				found[server] = append(found[server], d)
+			}
+		}
+	}
+	return found, lines.Err()
+}
+
+func parseServer(protocol, at string) (serverKey, bool) {
+	if protocol == "FWM" {
+		mark, err := strconv.ParseUint(at, 16, 32)
+		return serverKey{mark: uint32(mark)}, err == nil
+	}
+	for _, p := range proxier.Protocols {
+		if strings.EqualFold(p.String(), protocol) {
+			a, err := parseHexAddrPort(at)
+			return serverKey{addr: a.Addr(), port: a.Port(), protocol: p}, err == nil
+		}
+	}
+	return serverKey{}, false
+}
+
+func parseDest(words []string) (d destination, err error) {
+	if len(words) < 6 {
+		return d, fmt.Errorf("%q is not a destination", words)
+	}
+	if d.addr, err = parseHexAddrPort(words[1]); err != nil {
+		return d, err
+	}
+	var numbers [3]int
+	for i := range numbers {
+		if numbers[i], err = strconv.Atoi(words[3+i]); err != nil {
+			return d, err
+		}
+	}
+	d.weight, d.connections = numbers[0], numbers[1]+numbers[2]
+	return d, nil
+}
+
+func parseHexAddrPort(text string) (netip.AddrPort, error) {
+	i := strings.LastIndexByte(text, ':')
+	if i < 0 {
+		return netip.AddrPort{}, fmt.Errorf("%q is not an address and port", text)
+	}
+	port, err := strconv.ParseUint(text[i+1:], 16, 16)
+	if err != nil {
+		return netip.AddrPort{}, err
+	}
+	if long, found := strings.CutPrefix(text[:i], "["); found {
+		a, err := netip.ParseAddr(strings.TrimSuffix(long, "]"))
+		return netip.AddrPortFrom(a, uint16(port)), err
+	}
+	v4, err := strconv.ParseUint(text[:i], 16, 32)
+	a := netip.AddrFrom4([4]byte{byte(v4 >> 24), byte(v4 >> 16), byte(v4 >> 8), byte(v4)})
+	return netip.AddrPortFrom(a, uint16(port)), err
+}

@@ -1,0 +1,62 @@
+package ipvs
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/proxier"
+)
+
+const exampleListing = `IP Virtual Server version 1.2.1 (size=4096)
+Prot LocalAddress:Port Scheduler Flags
+  -> RemoteAddress:Port Forward Weight ActiveConn InActConn
+TCP  0A600001:0050 rr ` + `
+  -> 0AF40105:1F90      Masq    3      2          5         
+  -> 0AF40106:1F90      Masq    0      0          0         
+SCTP 0A600002:0B59 mh (mh-fallback,mh-port) persistent 360 FFFFFFFF
+  -> 0AF40107:1F90      Route   1      1          0         
+UDP  [fd00:0096:0000:0000:0000:0000:0000:0001]:0035 wrr ` + `
+  -> [fd00:0244:0000:0000:0000:0000:0000:0005]:1F91      Masq    65535  0          1         
+FWM  40000001 rr ` + `
+  -> 0AF40108:1F90      Masq    1      0          0         
+FWM  40000001 rr ` + `
+  -> [fd00:0244:0000:0000:0000:0000:0000:0006]:1F90      Masq    1      0          0         
+FWM  40000002 rr ` + `
+TCP  0A600003:0050 rr ` + `
+`
+
+func TestParseListing(t *testing.T) {
+	for family, want := range map[proxier.Family]map[string]string{
+		proxier.IPv4: {
+			"-f 1073741825":                 "10.244.1.8:8080 weight 1 connections 0;",
+			"-t 10.96.0.1:80":               "10.244.1.5:8080 weight 3 connections 7;10.244.1.6:8080 weight 0 connections 0;",
+			"--sctp-service 10.96.0.2:2905": "10.244.1.7:8080 weight 1 connections 1;",
+		},
+		proxier.IPv6: {
+			"-f 1073741825":      "[fd00:244::6]:8080 weight 1 connections 0;",
+			"-u [fd00:96::1]:53": "[fd00:244::5]:8081 weight 65535 connections 1;",
+		},
+	} {
+		found, err := parseListing(strings.NewReader(exampleListing), family)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make(map[string]string)
+		for key, dests := range found {
+			for _, d := range dests {
+				got[key.String()] += fmt.Sprintf("%s weight %d connections %d;", d.addr, d.weight, d.connections)
+			}
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", family, diff)
+		}
+	}
+	for _, bad := range []string{"  -> 0AF40105 Masq 1 0 0", "  -> 0AF40105:1F90 Masq", "  -> 0AF40105:1F90 Masq x 0 0", "  -> [x]:1F90 Masq 1 0 0"} {
+		if _, err := parseListing(strings.NewReader("\n\n\nTCP  0A600001:0050 rr\n"+bad+"\n"), proxier.IPv4); err == nil {
+			t.Errorf("%q was read", bad)
+		}
+	}
+}

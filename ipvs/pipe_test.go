@@ -1,0 +1,163 @@
+package ipvs
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// loopback is the device lo of a network namespace of its own in the place of
+// the mode's, which not every kernel can make.
+func loopback(t *testing.T, family proxier.Family) *device {
+	t.Helper()
+	inNamespace(t)
+	d, err := openDevice(family)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.close)
+	if d.link, err = d.nl.LinkByName("lo"); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.nl.LinkSetUp(d.link); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func (w world) addresses(n int) []netip.Addr {
+	var list []netip.Addr
+	for a := w.addr("10.96.0.1", "fd00:96::1"); len(list) < n; a = a.Next() {
+		list = append(list, a)
+	}
+	return list
+}
+
+// TestManyAddresses adds and removes more addresses than are on their way at a
+// time, some of which are there already, or not.
+func TestManyAddresses(t *testing.T) {
+	for _, family := range proxier.Families {
+		t.Run(family.String(), func(t *testing.T) {
+			d := loopback(t, family)
+			addrs := world{family}.addresses(5*window + 7)
+			check := func(change func([]netip.Addr, func(netip.Addr)) error, args, want []netip.Addr) {
+				t.Helper()
+				var done []netip.Addr
+				if err := change(args, func(a netip.Addr) { done = append(done, a) }); err != nil {
+					t.Fatal(err)
+				}
+				if !slices.Equal(done, args) {
+					t.Errorf("%d of %d are said to be done, or not in order", len(done), len(args))
+				}
+				held, _, err := d.held()
+				for a := range held {
+					if a.IsLoopback() {
+						delete(held, a)
+					}
+				}
+				if err != nil || len(held) != len(want) || slices.ContainsFunc(want, func(a netip.Addr) bool { return !held[a] }) {
+					t.Errorf("the device has %d addresses and not %d (%v)", len(held), len(want), err)
+				}
+			}
+			check(d.add, addrs[3:200], addrs[3:200])
+			check(d.add, addrs, addrs)
+			check(d.remove, addrs[:300], addrs[300:])
+			check(d.remove, addrs, nil)
+		})
+	}
+}
+
+// TestRefusalIsItsRequests checks that an answer is told of the request that it
+// is to, and that after a refusal no more is sent than was on its way.
+func TestRefusalIsItsRequests(t *testing.T) {
+	w := world{proxier.IPv4}
+	d := loopback(t, w.family)
+	addrs := w.addresses(4 * window)
+	const wrong = window + 5
+	if err := d.add(addrs[wrong:wrong+1], func(netip.Addr) {}); err != nil {
+		t.Fatal(err)
+	}
+	requests := addressRequests(unix.RTM_NEWADDR, d.link.Attrs().Index, addrs)
+	answers := 0
+	err := d.pipe.send(requests, func(i int, err error) bool {
+		if i != answers || (i == wrong) != errors.Is(err, unix.EEXIST) || (i != wrong) != (err == nil) {
+			t.Errorf("answer %d is to request %d: %v", answers, i, err)
+		}
+		answers++
+		return err == nil
+	})
+	if err != nil || answers != 2*window {
+		t.Errorf("%d answers, %v", answers, err)
+	}
+}
+
+// TestLostAnswers checks that answers for which there is no room are noticed,
+// and that what comes after is not mistaken for them.
+func TestLostAnswers(t *testing.T) {
+	w := world{proxier.IPv4}
+	d := loopback(t, w.family)
+	if err := d.pipe.conn.SetReadBuffer(1); err != nil {
+		t.Fatal(err)
+	}
+	addrs := w.addresses(window)
+	if err := d.add(addrs, func(netip.Addr) {}); !errors.Is(err, unix.ENOBUFS) {
+		t.Errorf("answers without room for them: %v", err)
+	}
+	done := 0
+	if err := d.add(addrs, func(netip.Addr) { done++ }); err != nil || done != len(addrs) {
+		t.Errorf("again: %d of %d, %v", done, len(addrs), err)
+	}
+}
+
+// TestEncoding compares requests with what <linux/ip_vs.h> asks for.
+func TestEncoding(t *testing.T) {
+	w := world{proxier.IPv4}
+	key := serverKey{addr: w.vip(1), port: 80, protocol: proxier.SCTP}
+	dest := w.pods(3).Endpoints[0].AddrPort
+	h := &handle{family: w.family}
+	data := h.encode(&op{verb: setDest, key: key, dest: dest, weight: 65535})
+	if string(data[:4]) != "\x06\x01\x00\x00" {
+		t.Errorf("generic header % x", data[:4])
+	}
+	found := make(map[[2]uint16][]byte) // group and attribute -> value
+	ad, err := netlink.NewAttributeDecoder(data[4:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ad.Next() {
+		group := ad.Type()
+		ad.Nested(func(ad *netlink.AttributeDecoder) error {
+			for ad.Next() {
+				found[[2]uint16{group, ad.Type()}] = ad.Bytes()
+			}
+			return nil
+		})
+	}
+	if ad.Err() != nil {
+		t.Fatal(ad.Err())
+	}
+	native := func(n uint16) string { return string(binary.NativeEndian.AppendUint16(nil, n)) }
+	for where, want := range map[[2]uint16]string{
+		{attrService, serviceFamily}: native(unix.AF_INET), {attrService, serviceProtocol}: native(132),
+		{attrService, serviceAddr}: "\x0a\x60\x00\x01", {attrService, servicePort}: "\x00\x50",
+		{attrDest, destAddr}: "\x0a\xf4\x01\x03", {attrDest, destPort}: "\x1f\x90",
+		{attrDest, destMethod}:         string(binary.NativeEndian.AppendUint32(nil, methodMasq)),
+		{attrDest, destWeight}:         string(binary.NativeEndian.AppendUint32(nil, 65535)),
+		{attrDest, destUpperThreshold}: "\x00\x00\x00\x00", {attrDest, destLowerThreshold}: "\x00\x00\x00\x00",
+	} {
+		if got, there := found[where]; !there || string(got) != want {
+			t.Errorf("attribute %v is % x and not % x", where, got, want)
+		}
+		delete(found, where)
+	}
+	if len(found) > 0 {
+		t.Errorf("also there: %v", found)
+	}
+}

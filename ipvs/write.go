@@ -1,0 +1,177 @@
+package ipvs
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// Commands, attributes and flags of <linux/ip_vs.h>.
+const (
+	genlVersion = 1
+
+	cmdNewService = 1
+	cmdSetService = 2
+	cmdDelService = 3
+	cmdNewDest    = 5
+	cmdSetDest    = 6
+	cmdDelDest    = 7
+
+	attrService = 1
+	attrDest    = 2
+
+	serviceFamily    = 1
+	serviceProtocol  = 2
+	serviceAddr      = 3
+	servicePort      = 4
+	serviceMark      = 5
+	serviceScheduler = 6
+	serviceFlags     = 7
+	serviceTimeout   = 8
+	serviceNetmask   = 9
+
+	destAddr           = 1
+	destPort           = 2
+	destMethod         = 3
+	destWeight         = 4
+	destUpperThreshold = 5
+	destLowerThreshold = 6
+
+	// methodMasq rewrites the destination address.
+	methodMasq = 0
+
+	// schedulerFallback makes the hashing schedulers pass over a destination
+	// of weight 0 instead of refusing its clients.
+	schedulerFallback = 1 << 3
+	// schedulerPort makes them hash the client's port, too.
+	schedulerPort = 1 << 4
+	allFlags      = ^uint32(0)
+)
+
+var commands = map[verb]uint8{
+	addServer: cmdNewService, setServer: cmdSetService, removeServer: cmdDelService,
+	addDest: cmdNewDest, setDest: cmdSetDest, removeDest: cmdDelDest,
+}
+
+// send implements kernel.
+func (h *handle) send(ops []op, done func(op)) error {
+	requests := make([]netlink.Message, len(ops))
+	for i := range ops {
+		requests[i] = netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(h.number)}, Data: h.encode(&ops[i])}
+	}
+	var refused []error
+	err := h.pipe.send(requests, func(i int, err error) bool {
+		gone := ops[i].verb == removeDest || ops[i].verb == removeServer
+		if err == nil || gone && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH)) {
+			done(ops[i])
+		} else {
+			refused = append(refused, fmt.Errorf("ipvsadm %s: %w", ops[i], err))
+		}
+		return len(refused) == 0
+	})
+	if err != nil {
+		refused = append(refused, fmt.Errorf("write to IPVS: %w", err))
+	}
+	return summary(refused)
+}
+
+// maxRefusals is how many are told one by one: one virtual server that cannot be
+// made makes all of its destinations fail.
+const maxRefusals = 3
+
+func summary(refused []error) error {
+	if more := len(refused) - maxRefusals; more > 0 {
+		refused = append(refused[:maxRefusals], fmt.Errorf("and %d more", more))
+	}
+	return errors.Join(refused...)
+}
+
+// do sends one message.
+func do(k kernel, o op) error { return k.send([]op{o}, func(op) {}) }
+
+// encode is an op as generic netlink takes it.
+func (h *handle) encode(o *op) []byte {
+	a := attributes(make([]byte, 0, 160))
+	a = append(a, commands[o.verb], genlVersion, 0, 0)
+	a.nested(attrService, func(a *attributes) { h.encodeService(a, o) })
+	if o.dest.IsValid() {
+		a.nested(attrDest, func(a *attributes) { encodeDest(a, o) })
+	}
+	return a
+}
+
+func (h *handle) encodeService(a *attributes, o *op) {
+	a.uint16(serviceFamily, h.addressFamily())
+	if o.key.mark != 0 {
+		a.uint32(serviceMark, o.key.mark)
+	} else {
+		a.uint16(serviceProtocol, uint16(o.key.protocol))
+		a.bytes(serviceAddr, o.key.addr.AsSlice())
+		a.bytes(servicePort, bigEndian(o.key.port))
+	}
+	if o.verb != addServer && o.verb != setServer {
+		return
+	}
+	a.text(serviceScheduler, o.scheduler)
+	a.bytes(serviceFlags, binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint32(nil, flagsOf(o.scheduler)), allFlags))
+	a.uint32(serviceTimeout, 0) // only persistence has one
+	a.uint32(serviceNetmask, h.netmask())
+}
+
+func flagsOf(scheduler string) uint32 {
+	switch scheduler {
+	case "sh":
+		return schedulerFallback
+	case "mh":
+		return schedulerFallback | schedulerPort
+	}
+	return 0
+}
+
+// netmask is that of one client: a prefix length for IPv6.
+func (h *handle) netmask() uint32 {
+	if h.family == proxier.IPv6 {
+		return 128
+	}
+	return 0xffffffff
+}
+
+func encodeDest(a *attributes, o *op) {
+	a.bytes(destAddr, o.dest.Addr().AsSlice())
+	a.bytes(destPort, bigEndian(o.dest.Port()))
+	if o.verb == removeDest {
+		return
+	}
+	a.uint32(destMethod, methodMasq)
+	a.uint32(destWeight, uint32(o.weight))
+	a.uint32(destUpperThreshold, 0)
+	a.uint32(destLowerThreshold, 0)
+}
+
+func bigEndian(port uint16) []byte { return binary.BigEndian.AppendUint16(nil, port) }
+
+// addressRequests asks for addresses of a device to be added or removed.
+func addressRequests(verb uint16, device int, addrs []netip.Addr) []netlink.Message {
+	requests := make([]netlink.Message, len(addrs))
+	for i, addr := range addrs {
+		family, flags := byte(unix.AF_INET), byte(0)
+		if addr.Is6() {
+			family, flags = unix.AF_INET6, unix.IFA_F_NODAD // others hold the address as well
+		}
+		a := attributes{family, byte(addr.BitLen()), flags, unix.RT_SCOPE_UNIVERSE}
+		a = binary.NativeEndian.AppendUint32(a, uint32(device))
+		a.bytes(unix.IFA_LOCAL, addr.AsSlice())
+		a.bytes(unix.IFA_ADDRESS, addr.AsSlice())
+		requests[i] = netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(verb)}, Data: a}
+		if verb == unix.RTM_NEWADDR {
+			requests[i].Header.Flags = netlink.Create | netlink.Excl
+		}
+	}
+	return requests
+}

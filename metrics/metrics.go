@@ -1,0 +1,219 @@
+package metrics
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// What the names begin with: kubeproxy_ where the name, type, labels and
+// buckets are kube-proxy's, signalbox_ for what it has not.
+const (
+	kubeproxy = "kubeproxy"
+	signalbox = "signalbox"
+)
+
+const ipFamily = "ip_family"
+
+// The buckets of kube-proxy's histograms, in seconds.
+var (
+	syncBuckets    = prometheus.ExponentialBuckets(0.001, 2, 15)
+	networkBuckets = concat(
+		[]float64{0, 0.25, 0.5},
+		prometheus.LinearBuckets(1, 1, 59),
+		prometheus.LinearBuckets(60, 5, 12),
+		prometheus.LinearBuckets(120, 30, 7),
+	)
+)
+
+// kernelBuckets are finer than kube-proxy's: half a millisecond to a minute.
+var kernelBuckets = prometheus.ExponentialBuckets(0.0005, 2, 18)
+
+// compatible are the series that kube-proxy has, in every mode.
+type compatible struct {
+	syncDuration        *prometheus.HistogramVec
+	fullSyncDuration    *prometheus.HistogramVec
+	partialSyncDuration *prometheus.HistogramVec
+	networkProgramming  *prometheus.HistogramVec
+	lastTimestamp       *prometheus.GaugeVec
+	noLocalEndpoints    *prometheus.GaugeVec
+	healthz, livez      *prometheus.CounterVec
+	reconcilerDuration  *prometheus.HistogramVec
+	reconcilerDeleted   *prometheus.CounterVec
+
+	buildInfo *prometheus.GaugeVec
+
+	// Of single modes; nil in the others.
+	iptablesTotal, iptablesLast *prometheus.GaugeVec
+	restoreFailures             *prometheus.CounterVec
+	partialRestoreFailures      *prometheus.CounterVec
+	nftablesFailures            *prometheus.CounterVec
+	nftablesCleanupFailures     *prometheus.CounterVec
+}
+
+func newCompatible(r factory, mode string) compatible {
+	c := compatible{
+		syncDuration: r.histogram(kubeproxy, "sync_proxy_rules_duration_seconds", "Time that a sync of one IP family took.",
+			syncBuckets, ipFamily),
+		networkProgramming: r.histogram(kubeproxy, "network_programming_duration_seconds", "Time from a change of a Service's endpoints, as its EndpointSlice tells it, to its being in the kernel.",
+			networkBuckets, ipFamily),
+		lastTimestamp: r.gauge(kubeproxy, "sync_proxy_rules_last_timestamp_seconds", "When the kernel was last brought to what is wanted, in Unix time.",
+			ipFamily),
+		noLocalEndpoints: r.gauge(kubeproxy, "sync_proxy_rules_no_local_endpoints_total", "Service ports with the traffic policy Local that have endpoints, but none on this node.",
+			"traffic_policy", ipFamily),
+		healthz: r.counter(kubeproxy, "proxy_healthz_total", "Answers of /healthz by HTTP status.", "code"),
+		livez:   r.counter(kubeproxy, "proxy_livez_total", "Answers of /livez by HTTP status.", "code"),
+		reconcilerDuration: r.histogram(kubeproxy, "conntrack_reconciler_sync_duration_seconds", "Time that a pass over the connection-tracking table took.",
+			syncBuckets, ipFamily),
+		reconcilerDeleted: r.counter(kubeproxy, "conntrack_reconciler_deleted_entries_total", "Flows to endpoints that are gone that were removed from the connection-tracking table.",
+			ipFamily),
+		buildInfo: r.gauge("kubernetes", "build_info", "1 for the release of kube-proxy that this behaves like. The part of git_version after the plus sign is signalbox's own version.",
+			"major", "minor", "git_version", "git_commit", "git_tree_state", "build_date", "go_version", "compiler", "platform"),
+	}
+	if mode == modeIPTables || mode == modeNFTables {
+		c.fullSyncDuration = r.histogram(kubeproxy, "sync_full_proxy_rules_duration_seconds", "Time that a sync took that wrote everything anew.",
+			syncBuckets, ipFamily)
+		c.partialSyncDuration = r.histogram(kubeproxy, "sync_partial_proxy_rules_duration_seconds", "Time that a sync took that wrote what had changed.",
+			syncBuckets, ipFamily)
+	}
+	if mode == modeIPTables || mode == modeIPVS {
+		c.restoreFailures = r.counter(kubeproxy, "sync_proxy_rules_iptables_restore_failures_total", "Syncs that failed.", ipFamily)
+	}
+	switch mode {
+	case modeIPTables:
+		c.iptablesTotal = r.gauge(kubeproxy, "sync_proxy_rules_iptables_total", "Rules of ours in a table of iptables.", "table", ipFamily)
+		c.iptablesLast = r.gauge(kubeproxy, "sync_proxy_rules_iptables_last", "Rules that the last sync wrote into a table of iptables.", "table", ipFamily)
+		c.partialRestoreFailures = r.counter(kubeproxy, "sync_proxy_rules_iptables_partial_restore_failures_total", "Syncs of what had changed that failed.", ipFamily)
+	case modeNFTables:
+		c.nftablesFailures = r.counter(kubeproxy, "sync_proxy_rules_nftables_sync_failures_total", "Syncs that failed.", ipFamily)
+		c.nftablesCleanupFailures = r.counter(kubeproxy, "sync_proxy_rules_nftables_cleanup_failures_total", "Removals of what is no longer used that failed. Always 0: what is no longer used goes with the sync that gave it up.", ipFamily)
+	}
+	return c
+}
+
+// own are the series that kube-proxy has not.
+type own struct {
+	syncs          *prometheus.CounterVec
+	eventToKernel  *prometheus.HistogramVec
+	repaired       *prometheus.CounterVec
+	setAside       *prometheus.GaugeVec
+	servicePorts   *prometheus.GaugeVec
+	endpoints      *prometheus.GaugeVec
+	kernelObjects  *prometheus.GaugeVec
+	problems       *prometheus.CounterVec
+	flowsRemoved   *prometheus.CounterVec
+	flowPassErrors *prometheus.CounterVec
+
+	buildInfo, modeInfo, familyServed *prometheus.GaugeVec
+	sysctlProblem                     *prometheus.GaugeVec
+	sourceFailing                     *prometheus.GaugeVec
+	healthChecks                      *prometheus.GaugeVec
+	listenFailing                     *prometheus.GaugeVec
+	listenFailures                    *prometheus.CounterVec
+	events                            *prometheus.CounterVec
+}
+
+func newOwn(r factory) own {
+	return own{
+		syncs: r.counter(signalbox, "syncs_total", "Syncs by what was to be written (change, everything) and how they ended (success, failure).",
+			"scope", "result", ipFamily),
+		eventToKernel: r.histogram(signalbox, "event_to_kernel_duration_seconds", "Time from an update's arrival in this process to its being in the kernel; of updates written together, the oldest counts.",
+			kernelBuckets, ipFamily),
+		repaired: r.counter(signalbox, "drift_repaired_total", "How often the kernel's state had become unknown, or was not what had been written, and everything was written anew.",
+			ipFamily),
+		setAside: r.gauge(signalbox, "service_ports_set_aside", "Service ports whose rules the kernel refuses; what was served there before still is.",
+			ipFamily),
+		servicePorts: r.gauge(signalbox, "service_ports", "Service ports that are served.", ipFamily),
+		endpoints:    r.gauge(signalbox, "endpoints", "Endpoints that answer, counted for each Service port that they serve.", ipFamily),
+		kernelObjects: r.gauge(signalbox, "kernel_objects", "What the mode keeps in the kernel, by table (empty for what is in none) and kind.",
+			"table", "kind", ipFamily),
+		problems: r.counter(signalbox, "object_problems_total", "Parts of objects that were found not to be servable, by the object's kind.",
+			"kind"),
+		flowsRemoved:   r.counter(signalbox, "flows_removed_total", "UDP flows to endpoints that are gone that were removed.", ipFamily),
+		flowPassErrors: r.counter(signalbox, "flow_pass_failures_total", "Passes over the connection-tracking table that failed and are made again.", ipFamily),
+
+		buildInfo:     r.gauge(signalbox, "build_info", "1 for the release at work.", "version", "revision", "go_version"),
+		modeInfo:      r.gauge(signalbox, "mode_info", "1 for the mode at work.", "mode"),
+		familyServed:  r.gauge(signalbox, "family_served", "1 for an IP family that is served, 0 for one that is not.", ipFamily),
+		sysctlProblem: r.gauge(signalbox, "sysctl_problem", "1 for a kernel setting that could not be made.", "sysctl"),
+		sourceFailing: r.gauge(signalbox, "source_failing", "1 for a resource that the API server at present does not tell of, 0 for one that it does.",
+			"resource"),
+		healthChecks: r.gauge(signalbox, "service_health_checks", "Services with a healthCheckNodePort.", ipFamily),
+		listenFailing: r.gauge(signalbox, "listen_failing", "Addresses at which a server (healthz, metrics, service-health) should listen and at present cannot.",
+			"server"),
+		listenFailures: r.counter(signalbox, "listen_failures_total", "Attempts to listen that failed.", "server"),
+		events:         r.counter(signalbox, "events_total", "Kubernetes Events by what became of them: sent, dropped to stay within the rate, or failed.", "result"),
+	}
+}
+
+// The names of what is read at each scrape.
+type scraped struct {
+	lastQueued                            *prometheus.Desc
+	serviceChanges, serviceChangesPending *prometheus.Desc
+	sliceChanges, sliceChangesPending     *prometheus.Desc
+	objects, pendingAge                   *prometheus.Desc
+	relayConnections, relayFlows          *prometheus.Desc
+	relayAccepted, relayFlowsMade         *prometheus.Desc
+	relayDialFailures, relayNoEndpoint    *prometheus.Desc
+	relayRefused, relayAcceptFailures     *prometheus.Desc
+	relayTransparent                      *prometheus.Desc
+}
+
+func newScraped() scraped {
+	desc := func(prefix, name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc(prefix+"_"+name, help, labels, nil)
+	}
+	return scraped{
+		lastQueued:            desc(kubeproxy, "sync_proxy_rules_last_queued_timestamp_seconds", "When something to do last came in, in Unix time.", ipFamily),
+		serviceChanges:        desc(kubeproxy, "sync_proxy_rules_service_changes_total", "Additions, changes and deletions of Services that came in."),
+		serviceChangesPending: desc(kubeproxy, "sync_proxy_rules_service_changes_pending", "Those of them that no sync has ended yet."),
+		sliceChanges:          desc(kubeproxy, "sync_proxy_rules_endpoint_changes_total", "Additions, changes and deletions of EndpointSlices that came in."),
+		sliceChangesPending:   desc(kubeproxy, "sync_proxy_rules_endpoint_changes_pending", "Those of them that no sync has ended yet."),
+
+		objects:    desc(signalbox, "objects", "Objects that are held, by kind.", "kind"),
+		pendingAge: desc(signalbox, "oldest_pending_update_age_seconds", "How long the oldest update has waited that is not in the kernel yet; 0 where none waits.", ipFamily),
+
+		relayConnections:    desc(signalbox, "relay_open_connections", "Mode userspace: TCP connections that are open.", ipFamily),
+		relayFlows:          desc(signalbox, "relay_open_flows", "Mode userspace: UDP flows that are open.", ipFamily),
+		relayAccepted:       desc(signalbox, "relay_connections_total", "Mode userspace: TCP connections that were accepted.", ipFamily),
+		relayFlowsMade:      desc(signalbox, "relay_flows_total", "Mode userspace: UDP flows that were made.", ipFamily),
+		relayDialFailures:   desc(signalbox, "relay_dial_failures_total", "Mode userspace: attempts to reach an endpoint that failed.", ipFamily),
+		relayNoEndpoint:     desc(signalbox, "relay_no_endpoint_total", "Mode userspace: connections and datagrams that no endpoint was found for.", ipFamily),
+		relayRefused:        desc(signalbox, "relay_refused_total", "Mode userspace: connections and datagrams that found as many open as there may be.", ipFamily),
+		relayAcceptFailures: desc(signalbox, "relay_accept_failures_total", "Mode userspace: connections that could not be accepted, for want of file descriptors most likely.", ipFamily),
+		relayTransparent:    desc(signalbox, "relay_transparent_total", "Mode userspace: connections and flows that bore their client's address to the endpoint.", ipFamily),
+	}
+}
+
+// The modes whose series differ; the names are those of --mode.
+const (
+	modeIPTables = "iptables"
+	modeNFTables = "nftables"
+	modeIPVS     = "ipvs"
+)
+
+// factory makes vectors and registers them.
+type factory struct{ prometheus.Registerer }
+
+func (r factory) counter(prefix, name, help string, labels ...string) *prometheus.CounterVec {
+	v := prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: prefix, Name: name, Help: help}, labels)
+	r.MustRegister(v)
+	return v
+}
+
+func (r factory) gauge(prefix, name, help string, labels ...string) *prometheus.GaugeVec {
+	v := prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: prefix, Name: name, Help: help}, labels)
+	r.MustRegister(v)
+	return v
+}
+
+func (r factory) histogram(prefix, name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {
+	v := prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: prefix, Name: name, Help: help, Buckets: buckets}, labels)
+	r.MustRegister(v)
+	return v
+}
+
+func concat(parts ...[]float64) (all []float64) {
+	for _, p := range parts {
+		all = append(all, p...)
+	}
+	return all
+}

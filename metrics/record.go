@@ -1,0 +1,134 @@
+package metrics
+
+import (
+	"strconv"
+
+	"signalbox/conntrack"
+	"signalbox/proxier"
+)
+
+// Synced notes what a sync did. It has the form of LoopOptions.Synced.
+func (m *Metrics) Synced(r proxier.SyncReport) {
+	family := r.Family.String()
+	m.noteSync(family, r)
+	if r.Current {
+		m.compatible.lastTimestamp.WithLabelValues(family).Set(seconds(m.now()))
+	}
+	if r.Repaired {
+		m.own.repaired.WithLabelValues(family).Inc()
+	}
+	if !r.Queued.IsZero() {
+		m.own.eventToKernel.WithLabelValues(family).Observe(m.now().Sub(r.Queued).Seconds())
+	}
+	for _, at := range r.Triggers {
+		m.compatible.networkProgramming.WithLabelValues(family).Observe(m.now().Sub(at).Seconds())
+	}
+	m.own.setAside.WithLabelValues(family).Set(float64(r.SetAside))
+	m.own.servicePorts.WithLabelValues(family).Set(float64(r.Totals.ServicePorts))
+	m.own.endpoints.WithLabelValues(family).Set(float64(r.Totals.Endpoints))
+	m.compatible.noLocalEndpoints.WithLabelValues("internal", family).Set(float64(r.Totals.NoLocalInternal))
+	m.compatible.noLocalEndpoints.WithLabelValues("external", family).Set(float64(r.Totals.NoLocalExternal))
+	for _, k := range r.Kernel {
+		m.noteKernel(family, k)
+	}
+}
+
+func (m *Metrics) noteSync(family string, r proxier.SyncReport) {
+	scope, result, kind := "change", "success", m.compatible.partialSyncDuration
+	if r.All {
+		scope, kind = "everything", m.compatible.fullSyncDuration
+	}
+	if r.Err != nil {
+		result = "failure"
+		m.noteFailure(family, r.All)
+	}
+	m.own.syncs.WithLabelValues(scope, result, family).Inc()
+	m.compatible.syncDuration.WithLabelValues(family).Observe(r.Took.Seconds())
+	if kind != nil {
+		kind.WithLabelValues(family).Observe(r.Took.Seconds())
+	}
+}
+
+func (m *Metrics) noteFailure(family string, all bool) {
+	c := &m.compatible
+	if c.restoreFailures != nil {
+		c.restoreFailures.WithLabelValues(family).Inc()
+	}
+	if c.partialRestoreFailures != nil && !all {
+		c.partialRestoreFailures.WithLabelValues(family).Inc()
+	}
+	if c.nftablesFailures != nil {
+		c.nftablesFailures.WithLabelValues(family).Inc()
+	}
+}
+
+func (m *Metrics) noteKernel(family string, k proxier.KernelObjects) {
+	m.own.kernelObjects.WithLabelValues(k.Table, k.Kind, family).Set(float64(k.Count))
+	if m.compatible.iptablesTotal != nil && k.Kind == "rule" {
+		m.compatible.iptablesTotal.WithLabelValues(k.Table, family).Set(float64(k.Count))
+		m.compatible.iptablesLast.WithLabelValues(k.Table, family).Set(float64(k.Written))
+	}
+}
+
+// FlowsPassed notes a pass over the connection-tracking table. It has the form
+// of conntrack.Options.Passed.
+func (m *Metrics) FlowsPassed(p conntrack.Pass) {
+	family := p.Family.String()
+	m.compatible.reconcilerDuration.WithLabelValues(family).Observe(p.Took.Seconds())
+	m.compatible.reconcilerDeleted.WithLabelValues(family).Add(float64(p.Deleted))
+	m.own.flowsRemoved.WithLabelValues(family).Add(float64(p.Deleted))
+	if p.Err != nil {
+		m.own.flowPassErrors.WithLabelValues(family).Inc()
+	}
+}
+
+// Problem counts what cannot be served. It has the form of LoopOptions.Report.
+func (m *Metrics) Problem(p proxier.Problem) { m.own.problems.WithLabelValues(p.Kind).Inc() }
+
+// Healthz and Livez count answers by HTTP status.
+func (m *Metrics) Healthz(status int) {
+	m.compatible.healthz.WithLabelValues(strconv.Itoa(status)).Inc()
+}
+
+// Livez is as Healthz.
+func (m *Metrics) Livez(status int) { m.compatible.livez.WithLabelValues(strconv.Itoa(status)).Inc() }
+
+// Sysctl notes whether a kernel setting, named with dots, could be made.
+func (m *Metrics) Sysctl(name string, err error) {
+	m.own.sysctlProblem.WithLabelValues(name).Set(oneIf(err != nil))
+}
+
+// Source notes whether the API server tells of a resource at present.
+func (m *Metrics) Source(resource string, err error) {
+	m.own.sourceFailing.WithLabelValues(resource).Set(oneIf(err != nil))
+}
+
+// HealthChecks notes how many Services have a healthCheckNodePort.
+func (m *Metrics) HealthChecks(family proxier.Family, services int) {
+	m.own.healthChecks.WithLabelValues(family.String()).Set(float64(services))
+}
+
+// The servers whose attempts to listen are told to Listen.
+const (
+	HealthzServer       = "healthz"
+	MetricsServer       = "metrics"
+	ServiceHealthServer = "service-health"
+)
+
+// ListenFailed counts an attempt to listen that failed.
+func (m *Metrics) ListenFailed(server string) { m.own.listenFailures.WithLabelValues(server).Inc() }
+
+// ListenFailing notes at how many addresses a server at present cannot listen.
+func (m *Metrics) ListenFailing(server string, addresses int) {
+	m.own.listenFailing.WithLabelValues(server).Set(float64(addresses))
+}
+
+// Event counts a Kubernetes Event by what became of it.
+func (m *Metrics) Event(result string) { m.own.events.WithLabelValues(result).Inc() }
+
+func oneIf(yes bool) float64 {
+	if yes {
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,190 @@
+package metrics
+
+import (
+	"net/http"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"k8s.io/component-base/metrics/legacyregistry"
+	_ "k8s.io/component-base/metrics/prometheus/restclient" // rest_client_*
+
+	"signalbox/internal/buildinfo"
+	"signalbox/proxier"
+	"signalbox/userspace"
+)
+
+// Options is what Metrics are made of.
+type Options struct {
+	// Mode is the mode at work; some series are of single modes.
+	Mode string
+	// Families are those that are served.
+	Families []proxier.Family
+}
+
+// Metrics are the series of a daemon at work. What it is told may come from any
+// goroutine.
+type Metrics struct {
+	registry   *prometheus.Registry
+	compatible compatible
+	own        own
+	scraped    scraped
+	now        func() time.Time
+
+	mu       sync.Mutex // guards what follows
+	progress func() proxier.Progress
+	relays   map[proxier.Family]func() userspace.Stats
+}
+
+// New makes the series. Counters begin at 0 for each served family, so that
+// their first increase is seen.
+func New(opts Options) *Metrics {
+	registry := prometheus.NewRegistry()
+	r := factory{registry}
+	m := &Metrics{
+		registry: registry, compatible: newCompatible(r, opts.Mode), own: newOwn(r), scraped: newScraped(),
+		now: time.Now, relays: map[proxier.Family]func() userspace.Stats{},
+	}
+	registry.MustRegister(m)
+	m.setBuildInfo()
+	m.own.modeInfo.WithLabelValues(opts.Mode).Set(1)
+	for _, family := range proxier.Families {
+		m.own.familyServed.WithLabelValues(family.String()).Set(0)
+	}
+	for _, family := range opts.Families {
+		m.begin(family.String())
+	}
+	for _, server := range []string{HealthzServer, MetricsServer, ServiceHealthServer} {
+		m.own.listenFailing.WithLabelValues(server).Set(0)
+		m.own.listenFailures.WithLabelValues(server).Add(0)
+	}
+	return m
+}
+
+func (m *Metrics) begin(family string) {
+	m.own.familyServed.WithLabelValues(family).Set(1)
+	c := &m.compatible
+	for _, counter := range []*prometheus.CounterVec{
+		c.restoreFailures, c.partialRestoreFailures, c.nftablesFailures, c.nftablesCleanupFailures, c.reconcilerDeleted,
+		m.own.repaired, m.own.flowsRemoved, m.own.flowPassErrors,
+	} {
+		if counter != nil {
+			counter.WithLabelValues(family).Add(0)
+		}
+	}
+	for _, scope := range []string{"change", "everything"} {
+		for _, result := range []string{"success", "failure"} {
+			m.own.syncs.WithLabelValues(scope, result, family).Add(0)
+		}
+	}
+}
+
+func (m *Metrics) setBuildInfo() {
+	major, rest, _ := strings.Cut(strings.TrimPrefix(buildinfo.Kubernetes, "v"), ".")
+	minor, _, _ := strings.Cut(rest, ".")
+	m.compatible.buildInfo.WithLabelValues(
+		major, minor, buildinfo.Kubernetes+"+signalbox."+buildinfo.Version, buildinfo.Revision(), "", "",
+		runtime.Version(), runtime.Compiler, runtime.GOOS+"/"+runtime.GOARCH,
+	).Set(1)
+	m.own.buildInfo.WithLabelValues(buildinfo.Version, buildinfo.Revision(), runtime.Version()).Set(1)
+}
+
+// ReadProgress has each scrape ask how far the Loop has come.
+func (m *Metrics) ReadProgress(progress func() proxier.Progress) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.progress = progress
+}
+
+// ReadRelay has each scrape ask a family's relay what it did.
+func (m *Metrics) ReadRelay(family proxier.Family, stats func() userspace.Stats) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.relays[family] = stats
+}
+
+// Handler serves the series, with those of the Kubernetes client, the Go
+// runtime and the process, which are one for all that this process ever runs.
+func (m *Metrics) Handler() http.Handler {
+	return promhttp.HandlerFor(prometheus.Gatherers{m.registry, legacyregistry.DefaultGatherer}, promhttp.HandlerOpts{
+		ErrorHandling: promhttp.ContinueOnError,
+	})
+}
+
+// Describe implements prometheus.Collector for what is read at each scrape.
+func (m *Metrics) Describe(ch chan<- *prometheus.Desc) {
+	s := &m.scraped
+	for _, d := range []*prometheus.Desc{
+		s.lastQueued, s.serviceChanges, s.serviceChangesPending, s.sliceChanges, s.sliceChangesPending, s.objects, s.pendingAge,
+		s.relayConnections, s.relayFlows, s.relayAccepted, s.relayFlowsMade, s.relayDialFailures, s.relayNoEndpoint,
+		s.relayRefused, s.relayAcceptFailures, s.relayTransparent,
+	} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	s := sender{ch}
+	if m.progress != nil {
+		m.collectProgress(s, m.progress())
+	}
+	for family, stats := range m.relays {
+		m.collectRelay(s, family.String(), stats())
+	}
+}
+
+func (m *Metrics) collectProgress(s sender, p proxier.Progress) {
+	d := &m.scraped
+	s.counter(d.serviceChanges, float64(p.Services.Total))
+	s.gauge(d.serviceChangesPending, float64(p.Services.Pending))
+	s.counter(d.sliceChanges, float64(p.EndpointSlices.Total))
+	s.gauge(d.sliceChangesPending, float64(p.EndpointSlices.Pending))
+	for kind, n := range map[string]int{
+		"Service": p.Held.Services, "EndpointSlice": p.Held.EndpointSlices, "Node": p.Held.Nodes, "ServiceCIDR": p.Held.ServiceCIDRs,
+	} {
+		s.gauge(d.objects, float64(n), kind)
+	}
+	now := m.now()
+	for family, since := range p.Pending {
+		age := 0.0
+		if !since.IsZero() {
+			age = now.Sub(since).Seconds()
+		}
+		s.gauge(d.pendingAge, age, family.String())
+		if !p.LastQueued.IsZero() {
+			s.gauge(d.lastQueued, seconds(p.LastQueued), family.String())
+		}
+	}
+}
+
+func (m *Metrics) collectRelay(s sender, family string, r userspace.Stats) {
+	d := &m.scraped
+	s.gauge(d.relayConnections, float64(r.Connections), family)
+	s.gauge(d.relayFlows, float64(r.Flows), family)
+	s.counter(d.relayAccepted, float64(r.Accepted), family)
+	s.counter(d.relayFlowsMade, float64(r.FlowsMade), family)
+	s.counter(d.relayDialFailures, float64(r.DialFailures), family)
+	s.counter(d.relayNoEndpoint, float64(r.NoEndpoint), family)
+	s.counter(d.relayRefused, float64(r.Refused), family)
+	s.counter(d.relayAcceptFailures, float64(r.AcceptFailures), family)
+	s.counter(d.relayTransparent, float64(r.Transparent), family)
+}
+
+// sender hands values to a scrape.
+type sender struct{ ch chan<- prometheus.Metric }
+
+func (s sender) counter(d *prometheus.Desc, v float64, labels ...string) {
+	s.ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, v, labels...)
+}
+
+func (s sender) gauge(d *prometheus.Desc, v float64, labels ...string) {
+	s.ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+}
+
+func seconds(t time.Time) float64 { return float64(t.UnixNano()) / float64(time.Second) }

@@ -1,0 +1,64 @@
+package nftables
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	nft "github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
+)
+
+// kubeProxyTable is the table of kube-proxy's nftables mode.
+const kubeProxyTable = "kube-proxy"
+
+// Cleanup removes this mode's table of the family, and nothing else. It is no
+// error if there is none, and then nothing is written.
+func Cleanup(f proxier.Family) error { return removeTable(f, tableName) }
+
+// CleanupKubeProxy removes the table of kube-proxy's nftables mode likewise.
+func CleanupKubeProxy(f proxier.Family) error { return removeTable(f, kubeProxyTable) }
+
+// HasChain says whether a table of other software has a chain.
+func HasChain(f proxier.Family, table, chain string) (bool, error) {
+	w, err := dial(familyOf(f), table)
+	if err != nil {
+		return false, err
+	}
+	defer w.close()
+	chains, err := w.conn.ListChainsOfTableFamily(w.family.table)
+	if err != nil {
+		return false, fmt.Errorf("list chains: %w", err)
+	}
+	return slices.ContainsFunc(chains, func(c *nft.Chain) bool { return c.Table.Name == table && c.Name == chain }), nil
+}
+
+func removeTable(f proxier.Family, name string) error {
+	w, err := dial(familyOf(f), name)
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	w.DeleteTable()
+	err = w.flush()
+	if errors.Is(err, unix.EINVAL) { // of nfnetlink, which knows no nf_tables
+		return unsupported(f, "nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
+	}
+	if err != nil {
+		return fmt.Errorf("delete table %s of %s: %w", name, f, err)
+	}
+	return nil
+}
+
+// HasKubeProxy says whether there is a table of kube-proxy's nftables mode.
+func HasKubeProxy(f proxier.Family) bool {
+	w, err := dial(familyOf(f), kubeProxyTable)
+	if err != nil {
+		return false
+	}
+	defer w.close()
+	exists, err := w.exists()
+	return err == nil && exists
+}

@@ -1,0 +1,81 @@
+package nftables
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+
+	"signalbox/proxier"
+)
+
+// generation is the kernel's count of transactions.
+func generation(t *testing.T) uint32 {
+	t.Helper()
+	w, err := dial(familyOf(proxier.IPv4), tableName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.close()
+	gen, err := w.conn.GetGen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return gen.ID
+}
+
+func nftText(t *testing.T, input string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command("nft", args...)
+	cmd.Stdin = strings.NewReader(input)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v: %s", cmd, err, out)
+	}
+	return string(out)
+}
+
+// Each of the two goes alone, and other tables stay as they are, also those
+// whose names are nearly the same.
+func TestCleanup(t *testing.T) {
+	inNamespace(t)
+	const foreign = `table ip kube-proxy-2 { chain kube-proxy { type nat hook prerouting priority dstnat; ip daddr 10.0.0.1 accept; }; }
+table inet kube-proxy { set signalbox { type ipv4_addr; elements = { 10.0.0.1 }; }; }
+table ip filter { chain DOCKER { counter; }; }
+`
+	nftText(t, foreign, "-f", "-")
+	before := nftText(t, "", "list", "ruleset")
+	for _, f := range proxier.Families {
+		if err := newProxier(t, f).Sync(t.Context(), &proxier.Plan{Family: f}, proxier.Change{All: true}); err != nil {
+			t.Fatal(err)
+		}
+		nftText(t, "table "+familyOf(f).word+" kube-proxy { chain services { }; }", "-f", "-")
+	}
+	for _, f := range proxier.Families {
+		if err := Cleanup(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if text := nftText(t, "", "list", "tables"); strings.Contains(text, "signalbox") || strings.Count(text, "kube-proxy\n") != 3 {
+		t.Errorf("Cleanup leaves\n%s", text)
+	}
+	for _, f := range proxier.Families {
+		if err := CleanupKubeProxy(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if after := nftText(t, "", "list", "ruleset"); after != before {
+		t.Errorf("left is\n%s\nwant\n%s", after, before)
+	}
+	gen := generation(t)
+	for _, f := range proxier.Families {
+		if err := Cleanup(f); err != nil {
+			t.Error(err)
+		}
+		if err := CleanupKubeProxy(f); err != nil {
+			t.Error(err)
+		}
+	}
+	if now := generation(t); now != gen {
+		t.Errorf("with nothing to remove, the kernel counted %d transactions", now-gen)
+	}
+}

@@ -1,0 +1,104 @@
+package proxier
+
+import "maps"
+
+// HealthCheck is what a load balancer that asks this node about a Service is
+// to be told (spec.healthCheckNodePort).
+type HealthCheck struct {
+	// Port is the TCP port on which it asks.
+	Port uint16
+	// LocalEndpoints counts the addresses of ready endpoints on this node, over
+	// all ports of the Service.
+	LocalEndpoints int
+}
+
+// Totals are sums over a family's plan.
+type Totals struct {
+	ServicePorts int
+	// Endpoints that still answer, counted for each Service port that they
+	// serve.
+	Endpoints int
+	// NoLocalInternal and NoLocalExternal count the Service ports whose
+	// internal or external traffic policy is Local and which have endpoints,
+	// but none on this node: what is sent to them here is dropped.
+	NoLocalInternal, NoLocalExternal int
+}
+
+// totals follow a plan as Service ports come and go, so that nobody has to walk
+// it.
+type totals struct {
+	Totals
+	health      map[ServicePortName]HealthCheck // by the port that carries it
+	healthMoved bool                            // since takeHealth was last asked
+}
+
+func newTotals() totals {
+	return totals{health: map[ServicePortName]HealthCheck{}, healthMoved: true}
+}
+
+// exchange counts next in the place of old; either may be nil.
+func (t *totals) exchange(old, next *ServicePort) {
+	t.count(old, -1)
+	t.count(next, 1)
+	if was, is := old.healthCheck(), next.healthCheck(); was != is {
+		t.healthMoved = true
+		if is.Port != 0 {
+			t.health[next.Name] = is
+		} else {
+			delete(t.health, old.Name)
+		}
+	}
+}
+
+func (t *totals) count(p *ServicePort, by int) {
+	if p == nil {
+		return
+	}
+	t.ServicePorts += by
+	t.Endpoints += by * p.Serving.Len()
+	internal, external := p.dropsForWantOfLocal()
+	if internal {
+		t.NoLocalInternal += by
+	}
+	if external {
+		t.NoLocalExternal += by
+	}
+}
+
+// takeHealth returns the health checks of the plan, or nil where they are what
+// they were at the last call.
+func (t *totals) takeHealth() map[ServiceName]HealthCheck {
+	if !t.healthMoved {
+		return nil
+	}
+	t.healthMoved = false
+	checks := make(map[ServiceName]HealthCheck, len(t.health))
+	for name, check := range maps.All(t.health) {
+		checks[name.ServiceName] = check
+	}
+	return checks
+}
+
+func (p *ServicePort) healthCheck() HealthCheck {
+	if p == nil || p.HealthCheckNodePort == 0 {
+		return HealthCheck{}
+	}
+	return HealthCheck{p.HealthCheckNodePort, p.LocalEndpoints}
+}
+
+// dropsForWantOfLocal says whether connections from inside and from outside are
+// dropped because all endpoints are on other nodes.
+func (p *ServicePort) dropsForWantOfLocal() (internal, external bool) {
+	for i := range p.Frontends {
+		f := &p.Frontends[i]
+		if f.WhenEmpty != Drop || f.External.Len() > 0 {
+			continue
+		}
+		if f.Kind == ClusterIP {
+			internal = true
+		} else {
+			external = true
+		}
+	}
+	return internal, external
+}
