@@ -75,15 +75,13 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		for _, p := range tune(cfg, log) {
-			watched.metrics.Sysctl(p.Name(), p)
-		}
+		watched.kernelProblems(tune(cfg, log))
 		return nil
 	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
-	group.Go(func() error { return serve(ctx, loop, old, log) })
-	watched.start(ctx, group)
+	group.Go(func() error { return watched.tell(ctx) })
+	group.Go(func() error { return serve(ctx, loop, watched.serve, old, log) })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
