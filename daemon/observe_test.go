@@ -222,7 +222,7 @@ func TestTakenPorts(t *testing.T) {
 	d := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0")
 	d.answers("http://127.0.0.1:10249/metrics", 200,
 		"signalbox_listen_failing{server=\"healthz\"} 1\n", "signalbox_listen_failing{server=\"service-health\"} 1\n", "signalbox_listen_failing{server=\"metrics\"} 0\n",
-		"signalbox_service_ports{ip_family=\"IPv4\"} 2\n")
+		"signalbox_listen_failures_total{server=\"service-health\"} 2\n", "signalbox_service_ports{ip_family=\"IPv4\"} 2\n")
 	service.Close()
 	d.answers("http://127.0.0.1:31900/", 200, `"localEndpoints": 1`)
 	d.stop()
