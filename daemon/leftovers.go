@@ -134,7 +134,7 @@ func (l *leftovers) remove(family proxier.Family, todo []removal) {
 // look removes kube-proxy's rules if they are back, and has this mode's own
 // written again if they were replaced.
 func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
-	if kubeProxyWrote(ctx, family) {
+	if l.kubeProxyWrote(ctx, family) {
 		found = true
 		l.log.Warn("kube-proxy has written its rules again and they are removed again; does it still run on this node?", "family", family.String())
 		l.remove(family, l.kubeProxy(family))
@@ -151,6 +151,6 @@ func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool
 
 // kubeProxyWrote looks for what kube-proxy has in each of its modes, at the
 // least cost.
-func kubeProxyWrote(ctx context.Context, family proxier.Family) bool {
-	return nftables.HasKubeProxy(family) || ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family)
+func (l *leftovers) kubeProxyWrote(ctx context.Context, family proxier.Family) bool {
+	return nftables.HasKubeProxy(family) || ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family, l.shared[family].iptables)
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -81,7 +82,7 @@ func (h *heard) count(what string) int {
 // lost.
 func TestConfigurationChanges(t *testing.T) {
 	dir := t.TempDir()
-	binary := buildBinary(t, dir)
+	binary := build(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -169,7 +170,7 @@ current-context: dead
 // force before is so again, and the next change counts.
 func TestConfigurationThatDoesNotWork(t *testing.T) {
 	dir := t.TempDir()
-	binary := buildBinary(t, dir)
+	binary := build(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -213,7 +214,7 @@ func keepAsking(t *testing.T, from *netlab.Host, at netip.AddrPort) (end func() 
 			}
 			asked++
 			if err := errors.Join(err1, err2); err != nil {
-				failed = append(failed, err)
+				failed = append(failed, fmt.Errorf("at %s: %w", time.Now().UTC().Format("15:04:05.000"), err))
 			}
 		}
 	}()

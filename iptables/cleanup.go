@@ -40,7 +40,7 @@ const signature = "-A " + servicesChain + " -j " + externalServicesChain
 func Cleanup(f proxier.Family) error {
 	return cleanup(f, func(ctx context.Context, t *tools) error {
 		signed, err := t.signed(ctx)
-		if err != nil || !signed || t.hasMangleChain(ctx, canaryChain) {
+		if err != nil || !signed || t.hasChain(ctx, "mangle", canaryChain) {
 			return err
 		}
 		return t.remove(ctx, ours)

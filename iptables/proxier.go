@@ -35,11 +35,11 @@ type Proxier struct {
 	log   *slog.Logger
 	// state is what the kernel holds; nil while that is not known.
 	state *state
-	// written is what the last Sync wrote.
-	written counts
 	// saidNoLocalnet says that the log tells why NodePorts are not served on
 	// 127.0.0.1.
 	saidNoLocalnet bool
+	// written is what the last Sync wrote.
+	written counts
 }
 
 // New chooses the variant of the tools. It writes nothing.
