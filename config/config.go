@@ -20,14 +20,15 @@ import (
 
 // The values of --mode.
 const (
-	ModeAuto     = "auto"
-	ModeNFTables = "nftables"
-	ModeIPTables = "iptables"
-	ModeIPVS     = "ipvs"
+	ModeAuto      = "auto"
+	ModeNFTables  = "nftables"
+	ModeIPTables  = "iptables"
+	ModeUserspace = "userspace"
+	ModeIPVS      = "ipvs"
 )
 
 // Modes lists what --mode takes.
-var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeIPVS}
+var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeIPVS, ModeUserspace}
 
 // Config is what an operator decided.
 type Config struct {

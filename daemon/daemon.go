@@ -33,6 +33,10 @@ type Source interface {
 // can be served at all: no mode works here, or the source cannot be reached by
 // any retry.
 func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	return RunChanging(ctx, cfg, nil, func(*config.Config) *slog.Logger { return log })
+}
+
+func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.Logger) error {
 	spareMemory()
 	for _, w := range cfg.Warnings {
 		log.Warn(w)
@@ -53,7 +57,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		return err
 	}
 	old := newLeftovers(choice, log)
-	loop, closeAll, err := newLoop(cfg, choice, watched, old, log)
+	loop, closeAll, err := newLoop(cfg, choice, planes, watched, old, log)
 	if err != nil {
 		return err
 	}
@@ -63,6 +67,10 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		watched.tuned(tune(cfg, log))
+		return nil
+	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
 	group.Go(func() error { return serve(ctx, loop, old, log) })
@@ -89,7 +97,10 @@ func newSource(cfg *config.Config, watched *observer, log *slog.Logger) (Source,
 }
 
 func clientOptions(cfg *config.Config) apiserver.ClientOptions {
-	return apiserver.ClientOptions{Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst}
+	return apiserver.ClientOptions{
+		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
+		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes,
+	}
 }
 
 // usableFamilies leaves out a family that the kernel has not got or that is
@@ -111,8 +122,8 @@ func usableFamilies(log *slog.Logger) []proxier.Family {
 const fullSyncPeriod = time.Hour
 
 // newLoop makes the mode work in each family and joins it with what removes
-// stale flows. closeAll lets go of all of it.
-func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
+// stale flows. closeAll lets go of all of it but the dataplanes.
+func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
 	var closers []func() error
 	closeAll = func() {
 		for _, c := range closers {
@@ -123,17 +134,17 @@ func newLoop(cfg *config.Config, choice modes.Choice, watched *observer, old *le
 	}
 	opts := proxier.LoopOptions{
 		NodeName: cfg.NodeName, Settings: cfg.ForMode(choice.Mode.Name), MinSyncPeriod: cfg.MinSyncPeriod,
-		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: onSync(old, log),
-		SyncPeriod: fullSyncPeriod,
+		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log,
+		SyncPeriod: fullSyncPeriod, RetryPeriod: cfg.SyncPeriod,
 	}
+	opts.Synced = planes.onceServing(choice.Families, onSync(old, log), func(err error) { log.Warn("closing", "error", err) })
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
-		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
+		p, err := planes.get(choice.Mode, proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
 		if err != nil {
 			closeAll()
 			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)
 		}
-		closers = append(closers, p.Close)
 		opts.Proxiers[family] = p
 		old.shares(family, p)
 		if r, ok := p.(interface{ RelayPrefix() netip.Prefix }); ok {

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -15,6 +16,7 @@ import (
 	"signalbox/internal/httpserve"
 	"signalbox/metrics"
 	"signalbox/modes"
+	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/source/apiserver"
 	"signalbox/userspace"
@@ -106,6 +108,14 @@ func (o *observer) dataplaneHealthy() func() bool {
 		return nil
 	}
 	return o.health.Healthy
+}
+
+// tuned tells of kernel settings that could not be made.
+func (o *observer) tuned(problems []*node.KernelProblem) {
+	for _, p := range problems {
+		name := strings.TrimPrefix(strings.TrimPrefix(p.File, "/proc/sys/"), "/sys/")
+		o.metrics.Sysctl(strings.ReplaceAll(name, "/", "."), p)
+	}
 }
 
 // start runs the servers until ctx ends.

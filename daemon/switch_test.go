@@ -69,10 +69,13 @@ func TestModesLeaveNothingBehind(t *testing.T) {
 		return strings.Contains(string(out), what)
 	}
 	rules := map[string]func() bool{
-		"nftables": func() bool { return has("table ip signalbox", "nft", "list", "tables") },
+		"nftables": func() bool { return has("table ip signalbox\n", "nft", "list", "tables") },
 		"iptables": func() bool { return has("KUBE-S", "iptables-save") || has("KUBE-S", "ip6tables-save") },
+		"userspace": func() bool {
+			return has("signalbox-userspace", "nft", "list", "tables") || has("251.0.0.0/8", "ip", "route", "show", "table", "local")
+		},
 	}
-	for _, mode := range []string{"nftables", "iptables", "nftables"} {
+	for _, mode := range []string{"nftables", "userspace", "iptables", "userspace", "nftables"} {
 		cmd := exec.Command(binary, "run", "--source", source, "--mode", mode, "--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16")
 		cmd.Stderr = t.Output()
 		if err := node.Start(cmd); err != nil {

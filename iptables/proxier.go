@@ -39,6 +39,9 @@ type Proxier struct {
 	written counts
 	// started says that this process has written, or found, its rules once.
 	started bool
+	// saidNoLocalnet says that the log tells why NodePorts are not served on
+	// 127.0.0.1.
+	saidNoLocalnet bool
 }
 
 // New chooses the variant of the tools. It writes nothing.
@@ -187,7 +190,7 @@ const routeLocalnet = "/proc/sys/net/ipv4/conf/all/route_localnet"
 
 // prepareNode makes the kernel route packets between NodePorts on 127.0.0.1
 // and Pods, where these are wanted. It is never undone: other software may
-// need it by then.
+// need it by then. Where the setting cannot be made, everything else is served.
 func (p *Proxier) prepareNode(node *proxier.Node) error {
 	if !node.LocalhostNodePorts || p.opts.Family != proxier.IPv4 {
 		return nil
@@ -200,6 +203,15 @@ func (p *Proxier) prepareNode(node *proxier.Node) error {
 	if err := addLocalnetFirewall(client); err != nil {
 		return err
 	}
+	if err := openLocalnet(); err != nil && !p.saidNoLocalnet {
+		p.saidNoLocalnet = true
+		p.log.Warn("NodePorts are not served on 127.0.0.1, where a kernel setting cannot be made", "error", err,
+			"remedy", "run signalbox --init-only in a privileged container first, or give --iptables-localhost-nodeports=false")
+	}
+	return nil
+}
+
+func openLocalnet() error {
 	if set, err := os.ReadFile(routeLocalnet); err == nil && strings.TrimSpace(string(set)) == "1" {
 		return nil
 	}

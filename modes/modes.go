@@ -12,16 +12,24 @@ import (
 	"signalbox/ipvs"
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/userspace"
 )
 
 // Mode is one dataplane.
 type Mode struct {
 	Name string
+	// Automatic says that "auto" may take the mode; others only serve those who
+	// ask for them by name.
+	Automatic bool
 	// Supported says why the mode cannot serve a family on this machine, or
 	// returns nil. The error is a *proxier.UnsupportedError.
 	Supported func(proxier.Family) error
 	// New makes the mode work in the network namespace of the calling thread.
 	New func(proxier.Options) (proxier.Proxier, error)
+	// Init does beforehand what New's Proxier needs more than CAP_NET_ADMIN
+	// for; nil where that is nothing. localhost says whether NodePorts are
+	// served on the loopback address.
+	Init func(o proxier.Options, localhost bool) error
 	// Render writes what New's Proxier would put into the kernel for a plan,
 	// in the words in which the kernel's own tool for it lists rules.
 	Render func(proxier.Options, *proxier.Plan) (string, error)
@@ -33,6 +41,7 @@ type Mode struct {
 var All = []Mode{
 	{
 		Name:      nftables.Mode,
+		Automatic: true,
 		Supported: nftables.Supported,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
 		Render:    func(o proxier.Options, p *proxier.Plan) (string, error) { return nftables.Render(o, p), nil },
@@ -40,8 +49,10 @@ var All = []Mode{
 	},
 	{
 		Name:      iptables.Mode,
+		Automatic: true,
 		Supported: iptables.Supported,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return iptables.New(o) },
+		Init:      iptables.Init,
 		Render:    iptables.Render,
 		Cleanup:   iptables.Cleanup,
 	},
@@ -49,8 +60,16 @@ var All = []Mode{
 		Name:      ipvs.Mode,
 		Supported: ipvs.Supported,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
+		Init:      func(o proxier.Options, _ bool) error { return ipvs.Init(o) },
 		Render:    func(o proxier.Options, p *proxier.Plan) (string, error) { return ipvs.Render(o, p), nil },
 		Cleanup:   ipvs.Cleanup,
+	},
+	{
+		Name:      userspace.Mode,
+		Supported: userspace.Supported,
+		New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
+		Render:    userspace.Render,
+		Cleanup:   userspace.Cleanup,
 	},
 }
 
@@ -75,21 +94,26 @@ type Choice struct {
 	Lost []error
 }
 
-// Choose returns the named mode, or for "auto" the first that can serve all of
-// the wanted families, else the first that can serve one of them. The error
-// names what every candidate lacks.
+// candidates are the modes that a name stands for.
+func candidates(name string) ([]Mode, error) {
+	if name == "auto" {
+		return slices.DeleteFunc(slices.Clone(All), func(m Mode) bool { return !m.Automatic }), nil
+	}
+	m, err := Named(name)
+	return []Mode{m}, err
+}
+
+// Choose returns the named mode, or for "auto" the first automatic one that can
+// serve all of the wanted families, else the first that can serve one of them.
+// The error names what every candidate lacks.
 func Choose(name string, wanted []proxier.Family) (Choice, error) {
-	candidates := All
-	if name != "auto" {
-		m, err := Named(name)
-		if err != nil {
-			return Choice{}, err
-		}
-		candidates = []Mode{m}
+	list, err := candidates(name)
+	if err != nil {
+		return Choice{}, err
 	}
 	var best Choice
 	var lacks []error
-	for _, m := range candidates {
+	for _, m := range list {
 		c := Choice{Mode: m}
 		for _, family := range wanted {
 			if err := m.Supported(family); err != nil {

@@ -1,6 +1,7 @@
 package userspace
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -176,7 +177,9 @@ func dialOptions(f proxier.Family, transparent bool) []option {
 	if f == proxier.IPv6 {
 		foreign = intOption(unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, 1)
 	}
-	return append(options, foreign, onlyFor("tcp", intOption(unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)))
+	return append(options, foreign, onlyFor("tcp",
+		// Connections to different endpoints may have the same port.
+		intOption(unix.SOL_SOCKET, unix.SO_REUSEADDR, 1), intOption(unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)))
 }
 
 // dialer opens connections to endpoints.
@@ -184,27 +187,50 @@ type dialer struct {
 	ns          *namespace
 	own         func(string, string, syscall.RawConn) error
 	transparent func(string, string, syscall.RawConn) error
+	ports       foreignPorts
 }
 
+// newDialer makes a dialer for the network namespace of the calling thread, ns.
 func newDialer(f proxier.Family, ns *namespace) *dialer {
-	return &dialer{ns: ns, own: control(dialOptions(f, false)), transparent: control(dialOptions(f, true))}
+	return &dialer{
+		ns: ns, own: control(dialOptions(f, false)), transparent: control(dialOptions(f, true)),
+		ports: newForeignPorts(),
+	}
 }
 
 // dial connects from the given address, or with the zero one from the node's.
 func (d *dialer) dial(ctx context.Context, network string, from netip.Addr, to netip.AddrPort) (conn net.Conn, err error) {
-	nd := net.Dialer{KeepAlive: -1, Control: d.own}
-	nd.SetMultipathTCP(false)
-	if from.IsValid() {
-		nd.Control = d.transparent
-		local := netip.AddrPortFrom(from, 0)
-		if network == "udp" {
-			nd.LocalAddr = net.UDPAddrFromAddrPort(local)
-		} else {
-			nd.LocalAddr = net.TCPAddrFromAddrPort(local)
+	e := d.ns.do(func() {
+		if from.IsValid() {
+			conn, err = d.dialAs(ctx, network, from, to)
+			return
+		}
+		nd := net.Dialer{KeepAlive: -1, Control: d.own}
+		nd.SetMultipathTCP(false)
+		conn, err = nd.DialContext(ctx, network, to.String())
+	})
+	return conn, cmp.Or(e, err)
+}
+
+// dialAs connects from a client's address.
+func (d *dialer) dialAs(ctx context.Context, network string, client netip.Addr, to netip.AddrPort) (net.Conn, error) {
+	for range foreignPortTries {
+		conn, err := d.dialFrom(ctx, network, netip.AddrPortFrom(client, d.ports.any()), to)
+		if !isPortTaken(err) {
+			return conn, err
 		}
 	}
-	if e := d.ns.do(func() { conn, err = nd.DialContext(ctx, network, to.String()) }); e != nil {
-		return nil, e
+	return d.dialFrom(ctx, network, netip.AddrPortFrom(client, 0), to)
+}
+
+// dialFrom connects from an address that need not be this node's. With port 0
+// the kernel chooses one.
+func (d *dialer) dialFrom(ctx context.Context, network string, from, to netip.AddrPort) (net.Conn, error) {
+	nd := net.Dialer{KeepAlive: -1, Control: d.transparent}
+	nd.SetMultipathTCP(false)
+	nd.LocalAddr = net.TCPAddrFromAddrPort(from)
+	if network == "udp" {
+		nd.LocalAddr = net.UDPAddrFromAddrPort(from)
 	}
-	return conn, err
+	return nd.DialContext(ctx, network, to.String())
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -47,8 +48,34 @@ type flow struct {
 	endpoint netip.AddrPort
 	socket   *net.UDPConn
 	sent     atomic.Int64 // datagrams of the client
-	last     atomic.Int64 // when something was sent or received, Unix time in ns
+	last     atomic.Int64 // when something was sent or received, Unix time in ns, or flowOver
 	refused  atomic.Bool  // the endpoint's port is closed
+}
+
+// flowOver in flow.last says that the flow takes no more datagrams.
+const flowOver = math.MinInt64
+
+// use puts off the flow's end; false if that has come. Only then may its socket
+// be written to: of a datagram and the end of the idle time, one is first.
+func (f *flow) use() bool {
+	for {
+		last := f.last.Load()
+		if last == flowOver {
+			return false
+		}
+		if f.last.CompareAndSwap(last, time.Now().UnixNano()) {
+			return true
+		}
+	}
+}
+
+// ends is when the flow is over if nothing more is sent or received.
+func (f *flow) ends(idle idleTimes) time.Time { return time.Unix(0, f.last.Load()).Add(idle.of(f)) }
+
+// expire ends the flow if its time is over.
+func (f *flow) expire(idle idleTimes) bool {
+	last := f.last.Load()
+	return time.Since(time.Unix(0, last)) >= idle.of(f) && f.last.CompareAndSwap(last, flowOver)
 }
 
 // idleTimes are answerIdle and flowIdle, but in tests.
@@ -146,8 +173,10 @@ func (r *relay) forward(k flowKey, datagram []byte) {
 				return
 			}
 		}
-		f.last.Store(time.Now().UnixNano())
-		_, err := f.socket.Write(datagram)
+		err := net.ErrClosed
+		if f.use() {
+			_, err = f.socket.Write(datagram)
+		}
 		if err == nil {
 			f.sent.Add(1)
 			return
@@ -217,7 +246,9 @@ func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) *flow {
 	if source.IsValid() {
 		r.counts.transparent.Add(1)
 	}
-	return &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn)}
+	f := &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn)}
+	f.last.Store(time.Now().UnixNano()) // its time begins before anybody looks whether it is over
+	return f
 }
 
 // end lets go of a flow; its goroutine notices by itself.
@@ -237,16 +268,16 @@ func (r *relay) answer(f *flow) {
 	back := r.listeners.udp[f.key.origin]
 	from := sourceControl(f.key.id.addr(r.family))
 	for {
-		f.socket.SetReadDeadline(time.Unix(0, f.last.Load()).Add(r.idle.of(f)))
+		f.socket.SetReadDeadline(f.ends(r.idle))
 		buffer, n, err := receive(raw)
 		switch {
 		case err == nil:
-			f.last.Store(time.Now().UnixNano())
+			f.use()
 			r.chooser.health.answered(f.endpoint)
 			back.WriteMsgUDPAddrPort((*buffer)[:n], from, f.key.client)
 			datagrams.Put(buffer)
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			if time.Since(time.Unix(0, f.last.Load())) >= r.idle.of(f) {
+			if f.expire(r.idle) {
 				return
 			}
 		case errors.Is(err, unix.ECONNREFUSED):
@@ -316,7 +347,7 @@ func sourceControl(a netip.Addr) []byte {
 // isShortage says whether it was this node that lacked something, so that the
 // endpoint is not to blame.
 func isShortage(err error) bool {
-	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL} {
+	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EADDRINUSE} {
 		if errors.Is(err, e) {
 			return true
 		}

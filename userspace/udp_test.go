@@ -4,6 +4,8 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"signalbox/proxier"
 )
 
 func TestFlowStaysAndMoves(t *testing.T) {
@@ -122,4 +124,66 @@ func TestLargeDatagram(t *testing.T) {
 			t.Errorf("client got %d bytes of %d, error %v", n, len(b), err)
 		}
 	})
+}
+
+// TestFlowBeginsAlive makes a flow as forward does. Its goroutine may be the
+// first to run, and must not find the flow's time to be over.
+func TestFlowBeginsAlive(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.echoUDP(0)
+		w.serve(0, 0, 0)
+		r := w.p.relay
+		for range 100 {
+			k := flowKey{w.endpoint(3), 0, fromNode}
+			for id := range r.targets.byID {
+				k.id = id
+			}
+			f := r.newFlow(k, r.targets.find(k.id, false), nil)
+			if left := time.Until(f.ends(r.idle)); left < answerIdle/2 {
+				t.Fatalf("a new flow has %v left of %v", left, answerIdle)
+			}
+			r.end(f)
+		}
+	})
+}
+
+// TestFlowIsUsedOrExpires tries both orders of a datagram and the end of the
+// idle time.
+func TestFlowIsUsedOrExpires(t *testing.T) {
+	over := idleTimes{}
+	f := &flow{}
+	if !f.expire(over) {
+		t.Fatal("a flow whose time is over does not expire")
+	}
+	if f.use() {
+		t.Error("a flow that has expired takes a datagram, whose answer nobody waits for")
+	}
+	f = &flow{}
+	if !f.use() {
+		t.Fatal("a flow that has not expired takes no datagram")
+	}
+	if f.expire(idleTimes{answerIdle, flowIdle}) {
+		t.Error("a flow expired just after a datagram")
+	}
+}
+
+// TestExpiredFlowIsReplaced sends a datagram into a flow between its end and
+// its removal.
+func TestExpiredFlowIsReplaced(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	w.echoUDP(0)
+	w.serve(0, 0, 0)
+	c := w.dialUDP(0)
+	w.askUDP(c)
+	for _, f := range w.p.relay.flows.open {
+		if !f.expire(idleTimes{}) {
+			t.Fatal("the flow does not expire")
+		}
+	}
+	if got := w.askUDP(c); got != "0" {
+		t.Errorf("%q answered", got)
+	}
+	if n := w.p.Stats().FlowsMade; n != 2 {
+		t.Errorf("%d flows were made, want a second one in place of the first", n)
+	}
 }

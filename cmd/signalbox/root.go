@@ -62,6 +62,9 @@ func otherFlags(cmd *cobra.Command, groups cliflag.NamedFlagSets) (other cliflag
 }
 
 // installLog makes the process's log what the configuration asks for.
-func installLog(l config.Logging) {
-	slog.SetDefault(slog.New(l.Handler(os.Stderr)))
+func installLog(cfg *config.Config) *slog.Logger {
+	cfg.Logging = cfg.Logging.Adjustable()
+	log := slog.New(cfg.Logging.Handler(os.Stderr))
+	slog.SetDefault(log)
+	return log
 }

@@ -13,11 +13,13 @@ import (
 	"testing"
 
 	"signalbox/conntrack"
+	"signalbox/internal/netlab"
 	"signalbox/iptables"
 	"signalbox/ipvs"
 	"signalbox/nftables"
 	"signalbox/proxier"
 	"signalbox/proxier/proxiertest"
+	"signalbox/userspace"
 )
 
 // TestMain lets more scenarios run at a time than there are processors: they
@@ -74,6 +76,23 @@ func TestNFTables(t *testing.T) {
 		Supported: nftables.Supported,
 		Flows:     cleanFlows,
 		Dump:      dumpNFT,
+	})
+}
+
+func TestUserspace(t *testing.T) {
+	proxiertest.Run(t, proxiertest.Mode{
+		Name:      userspace.Mode,
+		New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
+		Supported: userspace.Supported,
+		Flows: func(localAddrs func() ([]netip.Addr, error)) (proxiertest.Flows, error) {
+			return conntrack.New(conntrack.Options{LocalAddrs: localAddrs, Relays: userspace.RelayPrefixes()})
+		},
+		Dump: dumpNFT,
+		// An answer between two Pods on a bridge, or from the node itself to
+		// a Pod, cannot be taken in on its way to the client.
+		NodeSource: func(link netlab.PodLink, client, server string) bool {
+			return strings.HasPrefix(client, "pod-") && (server == "node1" || link == netlab.Bridged && strings.HasPrefix(server, "pod-"))
+		},
 	})
 }
 
