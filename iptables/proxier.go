@@ -35,13 +35,13 @@ type Proxier struct {
 	log   *slog.Logger
 	// state is what the kernel holds; nil while that is not known.
 	state *state
-	// saidNoLocalnet says that the log tells why NodePorts are not served on
-	// 127.0.0.1.
-	saidNoLocalnet bool
 	// written is what the last Sync wrote.
 	written counts
 	// started says that this process has written, or found, its rules once.
 	started bool
+	// saidNoLocalnet says that the log tells why NodePorts are not served on
+	// 127.0.0.1.
+	saidNoLocalnet bool
 }
 
 // New chooses the variant of the tools. It writes nothing.

@@ -40,14 +40,14 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		}
 		log.Info("wrote the configuration", "file", cfg.WriteTo)
 		return nil
+	case cfg.Cleanup:
+		return cleanup(true) // as `kube-proxy --cleanup`, whatever wrote it
 	case cfg.InitOnly:
 		if err := daemon.Init(cfg, log); err != nil {
 			return fmt.Errorf("--init-only: %w", err)
 		}
 		log.Info("what needs all privileges is done")
 		return nil
-	case cfg.Cleanup:
-		return cleanup(false)
 	}
 	changes := make(chan *config.Config)
 	go flags.Watch(ctx, log, func(changed *config.Config) {
