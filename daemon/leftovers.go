@@ -12,6 +12,7 @@ import (
 	"signalbox/modes"
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/userspace"
 )
 
 // leftovers removes what others have written to serve Services on this node:
@@ -91,9 +92,16 @@ const (
 )
 
 // run removes everything once, and then what comes back, until ctx ends.
-func (l *leftovers) run(ctx context.Context) {
+func (l *leftovers) run(ctx context.Context, s *seat) {
 	l.removeAll()
 	returnMemory()
+	var late sync.WaitGroup
+	defer late.Wait()
+	late.Go(func() {
+		if s.alone(ctx) {
+			l.removeRelay()
+		}
+	})
 	pause := firstLook
 	for {
 		select {
@@ -111,10 +119,25 @@ func (l *leftovers) run(ctx context.Context) {
 }
 
 func (l *leftovers) removeAll() {
-	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool { return m.Name == l.mode.Name })
+	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool {
+		return m.Name == l.mode.Name || m.Name == userspace.Mode
+	})
 	for _, family := range l.families {
 		l.remove(family, signalboxRemovals(others))
 		l.remove(family, l.kubeProxy(family))
+	}
+}
+
+// removeRelay removes what leads to a relay. That comes last: connections that
+// it has open need its rules and routes until it ends. New ones do not come to
+// it, as other modes' rules are looked at first.
+func (l *leftovers) removeRelay() {
+	if l.mode.Name == userspace.Mode {
+		return
+	}
+	relay := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool { return m.Name != userspace.Mode })
+	for _, family := range l.families {
+		l.remove(family, signalboxRemovals(relay))
 	}
 }
 

@@ -46,7 +46,7 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		log.Info("wrote the configuration", "file", cfg.WriteTo)
 		return nil
 	case cfg.Cleanup:
-		return cleanup(false)
+		return cleanup(true) // as `kube-proxy --cleanup`, whatever wrote it
 	case cfg.InitOnly:
 		if err := daemon.Init(cfg, log); err != nil {
 			return fmt.Errorf("--init-only: %w", err)
