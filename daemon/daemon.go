@@ -48,6 +48,13 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 	for _, lost := range choice.Lost {
 		log.Warn("an IP family is not served", "reason", lost)
 	}
+	warnings, err := cfg.CheckFamilies(choice.Families, choice.Mode.Name)
+	if err != nil {
+		return err
+	}
+	for _, w := range warnings {
+		log.Warn(w)
+	}
 	watched, err := newObserver(cfg, choice, log)
 	if err != nil {
 		return err
@@ -68,13 +75,13 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		watched.tuned(tune(cfg, log))
+		watched.kernelProblems(tune(cfg, log))
 		return nil
 	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
-	group.Go(func() error { return serve(ctx, place, loop, old, log) })
-	watched.start(ctx, group)
+	group.Go(func() error { return watched.tell(ctx) })
+	group.Go(func() error { return serve(ctx, place, loop, watched.serve, old, log) })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}

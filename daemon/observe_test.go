@@ -1,12 +1,10 @@
 package daemon_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,16 +68,8 @@ func (d *daemon) stop() {
 
 // get returns status and body, or an error.
 func (d *daemon) get(url string) (int, string, error) {
-	client := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
-			err = d.host.Do(func() error {
-				c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
-				return err
-			})
-			return c, err
-		},
-	}}
+	client := d.host.Client()
+	defer client.CloseIdleConnections()
 	resp, err := client.Get(url)
 	if err != nil {
 		return 0, "", err
@@ -155,6 +145,64 @@ func TestObservedWithoutAPIServer(t *testing.T) {
 	d.stop()
 }
 
+// brokenTools returns a PATH on which iptables-restore fails for as long as the
+// file exists whose name is returned too.
+func brokenTools(t *testing.T) (path, broken string) {
+	t.Helper()
+	dir := t.TempDir()
+	broken = filepath.Join(dir, "broken")
+	for _, tool := range []string{"iptables", "ip6tables"} {
+		for _, variant := range []string{"", "-nft", "-legacy"} {
+			name := tool + variant + "-restore"
+			real, err := exec.LookPath(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			script := fmt.Sprintf("#!/bin/sh\n[ -e %s ] && echo broken >&2 && exit 1\nexec %s \"$@\"\n", broken, real)
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return dir + ":" + os.Getenv("PATH"), broken
+}
+
+// A kernel that takes nothing any more makes the node unhealthy, for the one
+// who asks about the node and for the one who asks about a Service, until it
+// does again.
+func TestUnhealthyDataplane(t *testing.T) {
+	binary, source, host := build(t), manifests(t), newNode(t)
+	balanced := filepath.Join(source, "balanced.yaml")
+	if err := os.WriteFile(balanced, []byte(balancedManifest), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	path, broken := brokenTools(t)
+	t.Setenv("PATH", path)
+	d := startDaemon(t, host, binary, source, "--mode=iptables", "--iptables-sync-period=1s", "--iptables-min-sync-period=1s")
+	const check, livez, healthz = "http://127.0.0.1:31900/", "http://127.0.0.1:10256/livez", "http://127.0.0.1:10256/healthz"
+	d.answers(check, 200, `"localEndpoints": 1`)
+	d.answers(healthz, 200)
+
+	if err := os.WriteFile(broken, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	more := strings.Replace(balancedManifest, "10.244.2.5], nodeName: node2", "10.244.1.6], nodeName: node1", 1)
+	if err := os.WriteFile(balanced, []byte(more), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.answers(livez, 503, `"healthy":false,"status":{"IPv4":{"lastUpdated":`)
+	d.answers(healthz, 503, `"nodeEligible":true`)
+	d.answers(check, 503, `"localEndpoints": 1`, `"serviceProxyHealthy": false`)
+	d.answers("http://127.0.0.1:10249/metrics", 200, `kubeproxy_proxy_livez_total{code="503"}`)
+
+	if err := os.Remove(broken); err != nil {
+		t.Fatal(err)
+	}
+	d.answers(livez, 200)
+	d.answers(check, 200, `"localEndpoints": 2`, `"serviceProxyHealthy": true`)
+	d.stop()
+}
+
 // A port that somebody else has costs what is asked there, and is told of
 // elsewhere.
 func TestTakenPorts(t *testing.T) {
@@ -162,18 +210,14 @@ func TestTakenPorts(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(source, "balanced.yaml"), []byte(balancedManifest), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	take := func(port int) net.Listener {
-		var l net.Listener
-		err := host.Do(func() (err error) {
-			l, err = net.Listen("tcp", fmt.Sprintf(":%d", port))
-			return err
-		})
+	take := func(addr string) net.Listener {
+		l, err := host.Listen("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return l
 	}
-	health, service := take(10256), take(31900)
+	health, service := take(":10256"), take(":31900")
 	defer service.Close()
 	d := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0")
 	d.answers("http://127.0.0.1:10249/metrics", 200,

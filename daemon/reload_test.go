@@ -100,20 +100,14 @@ func TestConfigurationChanges(t *testing.T) {
 	log := start(t, node, binary, "--config", filepath.Join(mounted.dir, "config.conf"), "--source", source)
 	web := netip.MustParseAddrPort("10.96.0.10:80")
 	nodePort := netip.AddrPortFrom(node.Addr.V4, 30080)
-	answers := func(from *netlab.Host, at netip.AddrPort) bool {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		_, err := from.Ask(ctx, "tcp", netip.AddrPort{}, at)
-		return err == nil
-	}
-	eventually(t, "the cluster IP answers", func() bool { return answers(client, web) })
-	if answers(outside, nodePort) {
+	eventually(t, "the cluster IP answers", func() bool { return answers(t, client, web) })
+	if answers(t, outside, nodePort) {
 		t.Fatal("the NodePort answers where it should not")
 	}
 
 	traffic := keepAsking(t, client, web)
 	mounted.write(off + "mode: nftables\nnodePortAddresses: [0.0.0.0/0]\n")
-	eventually(t, "the NodePort answers", func() bool { return answers(outside, nodePort) })
+	eventually(t, "the NodePort answers", func() bool { return answers(t, outside, nodePort) })
 	mounted.write(off + "mode: magic\n")
 	eventually(t, "a wrong file is reported", func() bool { return log.count("mode: magic: not one of") > 0 })
 	mounted.write(off + "mode: iptables\nnodePortAddresses: [0.0.0.0/0]\n")
@@ -125,13 +119,21 @@ func TestConfigurationChanges(t *testing.T) {
 		})
 		return err == nil && !strings.Contains(string(tables), "signalbox")
 	})
-	if !answers(client, web) || !answers(outside, nodePort) {
+	if !answers(t, client, web) || !answers(t, outside, nodePort) {
 		t.Error("the Service does not answer any more")
 	}
 	asked, failed := traffic()
 	if len(failed) > 0 || asked < 10 {
 		t.Errorf("of %d connections %d failed, first: %v", asked, len(failed), failed[0])
 	}
+}
+
+// answers says whether a connection is answered, soon.
+func answers(t *testing.T, from *netlab.Host, at netip.AddrPort) bool {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	_, err := from.Ask(ctx, "tcp", netip.AddrPort{}, at)
+	return err == nil
 }
 
 // start runs a program until the test ends, and hears what it logs.

@@ -10,17 +10,18 @@ import (
 )
 
 // serve runs the loop until ctx ends, but for the times when a signalbox that
-// was started later serves the node.
-func serve(ctx context.Context, s *seat, loop *proxier.Loop, old *leftovers, log *slog.Logger) error {
+// was started later serves the node. beside is what runs with the loop, and for
+// as long: servers, whose ports the other needs. Its error ends everything.
+func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) error {
 	for again := false; s.standBy(ctx); again = true {
 		if again {
 			log.Warn("the other signalbox has ended; this one serves the node again")
 			old.forget()
 			loop.Resync()
 		}
-		next := serveUntilAsked(ctx, s, loop, old, log)
-		if next == nil {
-			return nil
+		next, err := serveUntilAsked(ctx, s, loop, beside, old, log)
+		if next == nil || err != nil {
+			return err
 		}
 		if err := s.give(next); err != nil {
 			log.Warn("the signalbox that takes over has ended before it could", "error", err)
@@ -31,13 +32,28 @@ func serve(ctx context.Context, s *seat, loop *proxier.Loop, old *leftovers, log
 }
 
 // serveUntilAsked serves until another process wants to, which it returns; nil
-// when ctx ends. When it returns nothing is being written.
-func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, old *leftovers, log *slog.Logger) *successor {
+// when ctx ends, or with the error of beside. When it returns nothing is being
+// written.
+func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) (*successor, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	var work sync.WaitGroup
-	defer work.Wait()
 	defer cancel()
+	var work sync.WaitGroup
+	var failed error
 	work.Go(func() { loop.Run(ctx) })
+	work.Go(func() {
+		if failed = beside(ctx); failed != nil {
+			cancel()
+		}
+	})
+	next := takeSeat(ctx, s, &work, old, log)
+	cancel()
+	work.Wait()
+	return next, failed
+}
+
+// takeSeat gets the seat once everything is served, and returns who wants it
+// next; nil when ctx ends.
+func takeSeat(ctx context.Context, s *seat, work *sync.WaitGroup, old *leftovers, log *slog.Logger) *successor {
 	if !old.wait(ctx) {
 		return nil
 	}

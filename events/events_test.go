@@ -174,7 +174,25 @@ func TestRate(t *testing.T) {
 	}
 	r.await(Dropped, 1000-burst)
 	r.run()
-	r.await(Sent, 2) // the first, and that there were more of the same
+	r.await(Sent, 1) // of one moment
+}
+
+// Problems of one Service that are found together are one Event.
+func TestProblemsOfOneMoment(t *testing.T) {
+	r := newRig(t)
+	for _, reason := range []string{"a", "b", "a"} {
+		r.Problem(proxier.Problem{Kind: "Service", Object: "shop/web", Field: "f", Reason: reason})
+	}
+	r.Problem(proxier.Problem{Kind: "Service", Object: "shop/other", Field: "f", Reason: "c"})
+	r.run()
+	r.await(Sent, 2)
+	r.Flush(time.Minute)
+	for _, e := range r.events("shop") {
+		want := map[string]string{"web": "node node1: f: a; node node1: f: b", "other": "node node1: f: c"}[e.Regarding.Name]
+		if e.Note != want {
+			t.Errorf("%s: %q, want %q", e.Regarding.Name, e.Note, want)
+		}
+	}
 }
 
 // An API server that refuses harms nothing and is complained about once.

@@ -51,6 +51,10 @@ func (p *KernelProblem) Error() string {
 
 func (p *KernelProblem) Unwrap() error { return p.Err }
 
+// Name is what the setting is called by sysctl(8), and its path where it is
+// none of these.
+func (p *KernelProblem) Name() string { return nameOf(p.File) }
+
 // Remedy is what an operator can do about it.
 func (p *KernelProblem) Remedy() string {
 	switch {

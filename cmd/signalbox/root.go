@@ -63,7 +63,6 @@ func otherFlags(cmd *cobra.Command, groups cliflag.NamedFlagSets) (other cliflag
 
 // installLog makes the process's log what the configuration asks for.
 func installLog(cfg *config.Config) *slog.Logger {
-	cfg.Logging = cfg.Logging.Adjustable()
 	log := slog.New(cfg.Logging.Handler(os.Stderr))
 	slog.SetDefault(log)
 	return log

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -32,8 +33,11 @@ the rules in the kernel: connections go on, also while it is away.`,
 }
 
 func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
-	cfg.Flags = flags.Values()
-	log := installLog(cfg)
+	logger := func(cfg *config.Config) *slog.Logger {
+		cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
+		return installLog(cfg)
+	}
+	log := logger(cfg)
 	switch {
 	case cfg.WriteTo != "":
 		if err := config.Write(cfg.WriteTo, cfg.KubeProxy); err != nil {
@@ -52,11 +56,10 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 	}
 	changes := make(chan *config.Config)
 	go flags.Watch(ctx, log, func(changed *config.Config) {
-		changed.Flags = cfg.Flags
 		select {
 		case changes <- changed:
 		case <-ctx.Done():
 		}
 	})
-	return daemon.RunChanging(ctx, cfg, changes, installLog)
+	return daemon.RunChanging(ctx, cfg, changes, logger)
 }

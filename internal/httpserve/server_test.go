@@ -33,26 +33,6 @@ func newHost(t *testing.T) *netlab.Host {
 	return lab.Host("node1")
 }
 
-func listenOn(host *netlab.Host) func(network, addr string) (net.Listener, error) {
-	return func(network, addr string) (l net.Listener, err error) {
-		err = host.Do(func() error {
-			l, err = net.Listen(network, addr)
-			return err
-		})
-		return l, err
-	}
-}
-
-func clientOn(host *netlab.Host) *http.Client {
-	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
-		err = host.Do(func() error {
-			c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
-			return err
-		})
-		return c, err
-	}}}
-}
-
 func get(client *http.Client, url string) error {
 	resp, err := client.Get(url)
 	if err != nil {
@@ -87,11 +67,11 @@ func run(t *testing.T, s *Server) (end func()) {
 func TestBothFamiliesAndTheSamePortAgain(t *testing.T) {
 	host := newHost(t)
 	for _, unspecified := range []string{"0.0.0.0:10256", "[::]:10256"} {
-		client := clientOn(host)
+		client := host.Client()
 		// The port is free as soon as Run has returned, whatever connections
 		// clients keep.
 		for range 3 {
-			s := &Server{Name: "test", Addr: netip.MustParseAddrPort(unspecified), Handler: hello(), HardFail: true, Log: quiet, Listen: listenOn(host)}
+			s := &Server{Name: "test", Addr: netip.MustParseAddrPort(unspecified), Handler: hello(), HardFail: true, Log: quiet, Listen: host.Listen}
 			end := run(t, s)
 			for _, url := range []string{"http://127.0.0.1:10256", "http://[::1]:10256"} {
 				if err := get(client, url); err != nil {
@@ -108,9 +88,9 @@ func TestBothFamiliesAndTheSamePortAgain(t *testing.T) {
 
 func TestOneAddressIsOneAddress(t *testing.T) {
 	host := newHost(t)
-	s := &Server{Name: "test", Addr: netip.MustParseAddrPort("127.0.0.1:10249"), Handler: hello(), Log: quiet, Listen: listenOn(host)}
+	s := &Server{Name: "test", Addr: netip.MustParseAddrPort("127.0.0.1:10249"), Handler: hello(), Log: quiet, Listen: host.Listen}
 	defer run(t, s)()
-	client := clientOn(host)
+	client := host.Client()
 	if err := get(client, "http://127.0.0.1:10249"); err != nil {
 		t.Error(err)
 	}
@@ -123,12 +103,12 @@ func TestOneAddressIsOneAddress(t *testing.T) {
 
 func TestHardFail(t *testing.T) {
 	host := newHost(t)
-	taken, err := listenOn(host)("tcp", ":10256")
+	taken, err := host.Listen("tcp", ":10256")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	s := &Server{Name: "healthz", Addr: netip.MustParseAddrPort("0.0.0.0:10256"), Handler: hello(), HardFail: true, Log: quiet, Listen: listenOn(host)}
+	s := &Server{Name: "healthz", Addr: netip.MustParseAddrPort("0.0.0.0:10256"), Handler: hello(), HardFail: true, Log: quiet, Listen: host.Listen}
 	if err := s.Run(t.Context()); !errors.Is(err, syscall.EADDRINUSE) {
 		t.Errorf("the error is %v", err)
 	}
