@@ -5,8 +5,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"signalbox/e2e/cluster"
 	"signalbox/internal/netlab"
@@ -241,6 +245,63 @@ func TestKubeProxyPrevails(t *testing.T) {
 		}
 	}
 }
+
+// What signalbox wrote is gone to the last chain when kube-proxy has the node
+// back, and what kube-proxy wrote before is when signalbox has cleaned up.
+func TestNothingIsLeft(t *testing.T) {
+	for _, kubeProxyMode := range kubeProxyModes {
+		for _, mode := range []string{"nftables", "iptables"} {
+			t.Run("kube-proxy "+kubeProxyMode+", signalbox "+mode, func(t *testing.T) {
+				s := newSite(t, shared, "")
+				bare := s.sortedKernel()
+				svc := createBalanced(s)
+				p := s.launchKubeProxy(kubeProxyMode)
+				s.kubeProxyServes(p)
+				before := s.sortedKernel()
+				if len(before) < len(bare)+30 {
+					t.Fatalf("kube-proxy wrote only %q", before)
+				}
+				s.terminated(p)
+				p = s.launchSignalbox(mode)
+				s.serves(p)
+				s.terminated(p)
+				p = s.launchKubeProxy(kubeProxyMode)
+				s.kubeProxyServes(p)
+				s.reaches(svc, "pod-a", "pod-c")
+				s.cleanup()
+				if diff := cmp.Diff(before, s.sortedKernel()); diff != "" {
+					t.Errorf("kube-proxy's rules (-before signalbox +after)\n%s", diff)
+				}
+				s.terminated(p)
+				s.cleanup("--kube-proxy")
+				if diff := cmp.Diff(bare, s.sortedKernel()); diff != "" {
+					t.Errorf("(-before anybody +after cleanup --kube-proxy)\n%s", diff)
+				}
+			})
+		}
+	}
+}
+
+var passing = regexp.MustCompile(`(?m)^#.*\n|\[\d+:\d+\]|counter packets \d+ bytes \d+`)
+
+// sortedKernel is the kernel's rules without counters, and without what the
+// tools leave of tables that were in use once: built-in chains without rules,
+// and the kubelet's share. Its lines are sorted, as the order of chains says
+// nothing; the tests of connections speak for that of rules.
+func (s *site) sortedKernel() []string {
+	s.Helper()
+	var lines []string
+	for line := range strings.Lines(passing.ReplaceAllString(s.kernel(), "")) {
+		if keep := strings.TrimSpace(line); keep != "" && !idle.MatchString(keep) {
+			lines = append(lines, keep)
+		}
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+// idle are lines that say nothing about Services.
+var idle = regexp.MustCompile(`^(\*.*|COMMIT|:[A-Z]+ ACCEPT.*|\}|type .* hook .*|table .*|chain (INPUT|OUTPUT|FORWARD|PREROUTING|POSTROUTING) \{|.*KUBE-FIREWALL.*|ip saddr != 127.0.0.0/8 .*)$`)
 
 // A kube-proxy that is not ended after all writes its rules again, and ends
 // some time later. Signalbox has the node for itself in the end, with its own
