@@ -17,7 +17,7 @@ import (
 // in a privileged container is what to do.
 func TestReadOnlySysctls(t *testing.T) {
 	dir := t.TempDir()
-	binary := buildBinary(t, dir)
+	binary := build(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)

@@ -81,7 +81,7 @@ func (h *heard) count(what string) int {
 // lost.
 func TestConfigurationChanges(t *testing.T) {
 	dir := t.TempDir()
-	binary := buildBinary(t, dir)
+	binary := build(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -169,7 +169,7 @@ current-context: dead
 // force before is so again, and the next change counts.
 func TestConfigurationThatDoesNotWork(t *testing.T) {
 	dir := t.TempDir()
-	binary := buildBinary(t, dir)
+	binary := build(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)

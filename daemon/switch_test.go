@@ -31,7 +31,11 @@ endpoints: [{addresses: [10.244.1.5]}]
 // build returns the path of the program.
 func build(t *testing.T) string {
 	t.Helper()
-	return buildBinary(t, t.TempDir())
+	binary := filepath.Join(t.TempDir(), "signalbox")
+	if out, err := exec.Command("go", "build", "-o", binary, "signalbox/cmd/signalbox").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	return binary
 }
 
 // manifests returns a directory with manifest in it.
@@ -90,15 +94,6 @@ func TestModesLeaveNothingBehind(t *testing.T) {
 			t.Errorf("mode %s took its rules away when it ended", mode)
 		}
 	}
-}
-
-func buildBinary(t *testing.T, dir string) string {
-	t.Helper()
-	binary := filepath.Join(dir, "signalbox")
-	if out, err := exec.Command("go", "build", "-o", binary, "signalbox/cmd/signalbox").CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
-	return binary
 }
 
 // eventually waits for what another process does, for as long as a slow
