@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -213,7 +214,7 @@ func keepAsking(t *testing.T, from *netlab.Host, at netip.AddrPort) (end func() 
 			}
 			asked++
 			if err := errors.Join(err1, err2); err != nil {
-				failed = append(failed, err)
+				failed = append(failed, fmt.Errorf("at %s: %w", time.Now().UTC().Format("15:04:05.000"), err))
 			}
 		}
 	}()

@@ -13,5 +13,5 @@ func Init(opts proxier.Options) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(p.prepare(), p.Close())
+	return errors.Join(p.prepare(), p.makeSettings(), p.Close())
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -33,11 +32,7 @@ the rules in the kernel: connections go on, also while it is away.`,
 }
 
 func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
-	logger := func(cfg *config.Config) *slog.Logger {
-		cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
-		return installLog(cfg)
-	}
-	log := logger(cfg)
+	log := installLog(shown(cfg, flags))
 	switch {
 	case cfg.WriteTo != "":
 		if err := config.Write(cfg.WriteTo, cfg.KubeProxy); err != nil {
@@ -46,7 +41,7 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		log.Info("wrote the configuration", "file", cfg.WriteTo)
 		return nil
 	case cfg.Cleanup:
-		return cleanup(false)
+		return cleanup(true) // as `kube-proxy --cleanup`, whatever wrote it
 	case cfg.InitOnly:
 		if err := daemon.Init(cfg, log); err != nil {
 			return fmt.Errorf("--init-only: %w", err)
@@ -57,9 +52,16 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 	changes := make(chan *config.Config)
 	go flags.Watch(ctx, log, func(changed *config.Config) {
 		select {
-		case changes <- changed:
+		case changes <- shown(changed, flags):
 		case <-ctx.Done():
 		}
 	})
-	return daemon.RunChanging(ctx, cfg, changes, logger)
+	return daemon.RunChanging(ctx, cfg, changes, installLog)
+}
+
+// shown completes a configuration with what the debugging pages show and
+// change.
+func shown(cfg *config.Config, flags *config.Flags) *config.Config {
+	cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
+	return cfg
 }
