@@ -36,7 +36,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	return RunChanging(ctx, cfg, nil, func(*config.Config) *slog.Logger { return log })
 }
 
-func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.Logger) error {
+func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *seat, log *slog.Logger) error {
 	spareMemory()
 	for _, w := range cfg.Warnings {
 		log.Warn(w)
@@ -75,13 +75,15 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, log *slog.
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		watched.kernelProblems(tune(cfg, log))
+		for _, p := range tune(cfg, log) {
+			watched.metrics.Sysctl(p.Name(), p)
+		}
 		return nil
 	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
 	group.Go(func() error { return watched.tell(ctx) })
-	group.Go(func() error { return serve(ctx, loop, watched.serve, old, log) })
+	group.Go(func() error { return serve(ctx, place, loop, watched.serve, old, log) })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}

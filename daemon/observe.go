@@ -15,7 +15,6 @@ import (
 	"signalbox/internal/httpserve"
 	"signalbox/metrics"
 	"signalbox/modes"
-	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/source/apiserver"
 	"signalbox/userspace"
@@ -169,12 +168,5 @@ func (o *observer) tried(name string, failed func(error)) func(error) {
 		if failures == patience {
 			failed(err)
 		}
-	}
-}
-
-// kernelProblems notes the kernel settings that could not be made.
-func (o *observer) kernelProblems(problems []*node.KernelProblem) {
-	for _, p := range problems {
-		o.metrics.Sysctl(p.Name(), p)
 	}
 }

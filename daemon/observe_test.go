@@ -222,7 +222,7 @@ func TestTakenPorts(t *testing.T) {
 	d := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0")
 	d.answers("http://127.0.0.1:10249/metrics", 200,
 		"signalbox_listen_failing{server=\"healthz\"} 1\n", "signalbox_listen_failing{server=\"service-health\"} 1\n", "signalbox_listen_failing{server=\"metrics\"} 0\n",
-		"signalbox_service_ports{ip_family=\"IPv4\"} 2\n")
+		"signalbox_listen_failures_total{server=\"service-health\"} 2\n", "signalbox_service_ports{ip_family=\"IPv4\"} 2\n")
 	service.Close()
 	d.answers("http://127.0.0.1:31900/", 200, `"localEndpoints": 1`)
 	d.stop()
@@ -237,4 +237,31 @@ func TestTakenPorts(t *testing.T) {
 		t.Errorf("with --bind-address-hard-fail: %v\n%s", err, d.log)
 	}
 	health.Close()
+}
+
+// In an update with a surge the new process gets the ports of the old one,
+// which stands by, and the old one has them again should the new one end.
+func TestPortsChangeHands(t *testing.T) {
+	binary, source, host := build(t), manifests(t), newNode(t)
+	if err := os.WriteFile(filepath.Join(source, "balanced.yaml"), []byte(balancedManifest), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	const flagz, check, livez = "http://127.0.0.1:10249/flagz", "http://127.0.0.1:31900/", "http://127.0.0.1:10256/livez"
+	old := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0", "--v=1")
+	old.answers(flagz, 200, "\nv=1\n")
+	old.answers(check, 200)
+	next := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0", "--v=2")
+	next.answers(flagz, 200, "\nv=2\n")
+	next.answers(check, 200)
+	next.answers(livez, 200)
+	next.stop()
+	old.answers(flagz, 200, "\nv=1\n")
+	old.answers(check, 200)
+	old.answers(livez, 200)
+	old.stop()
+	for _, log := range []*strings.Builder{old.log, next.log} {
+		if strings.Contains(log.String(), "cannot be answered") {
+			t.Errorf("a port that changes hands is an error in the log:\n%s", log)
+		}
+	}
 }

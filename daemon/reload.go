@@ -13,11 +13,12 @@ import (
 // work before it serves is put back to the one before. logger makes the log
 // that a configuration asks for.
 func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan *config.Config, logger func(*config.Config) *slog.Logger) (err error) {
-	planes := newDataplanes()
+	planes, place := newDataplanes(), newSeat(slog.Default())
+	defer place.leave()
 	var before *config.Config
 	for {
 		log := logger(cfg)
-		next, err := untilChanged(ctx, cfg, changes, planes, log)
+		next, err := untilChanged(ctx, cfg, changes, planes, place, log)
 		switch {
 		case next != nil:
 			cfg, before = next, cfg
@@ -27,6 +28,7 @@ func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan *config
 			cfg, before = before, nil
 			continue
 		}
+		drain(planes, place, log)
 		if err := planes.close(); err != nil {
 			log.Warn("closing", "error", err)
 		}
@@ -36,12 +38,12 @@ func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan *config
 
 // untilChanged runs with one configuration until there is another, which it
 // returns, or until ctx ends.
-func untilChanged(ctx context.Context, cfg *config.Config, changes <-chan *config.Config, planes *dataplanes, log *slog.Logger) (next *config.Config, err error) {
+func untilChanged(ctx context.Context, cfg *config.Config, changes <-chan *config.Config, planes *dataplanes, place *seat, log *slog.Logger) (next *config.Config, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	planes.begin()
 	ended := make(chan error, 1)
-	go func() { ended <- run(ctx, cfg, planes, log) }()
+	go func() { ended <- run(ctx, cfg, planes, place, log) }()
 	select {
 	case err := <-ended:
 		return nil, err

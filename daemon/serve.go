@@ -12,10 +12,13 @@ import (
 // serve runs the loop until ctx ends, but for the times when a signalbox that
 // was started later serves the node. beside is what runs with the loop, and for
 // as long: servers, whose ports the other needs. Its error ends everything.
-func serve(ctx context.Context, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) error {
-	s := newSeat(log)
-	defer s.leave()
-	for {
+func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) error {
+	for again := false; s.standBy(ctx); again = true {
+		if again {
+			log.Warn("the other signalbox has ended; this one serves the node again")
+			old.forget()
+			loop.Resync()
+		}
 		next, err := serveUntilAsked(ctx, s, loop, beside, old, log)
 		if next == nil || err != nil {
 			return err
@@ -24,14 +27,8 @@ func serve(ctx context.Context, loop *proxier.Loop, beside func(context.Context)
 			log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
 		log.Info("another signalbox was started and serves this node; this one stands by")
-		next.outlive(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
-		log.Warn("the other signalbox has ended; this one serves the node again")
-		old.forget()
-		loop.Resync()
 	}
+	return nil
 }
 
 // serveUntilAsked serves until another process wants to, which it returns; nil
@@ -61,7 +58,7 @@ func takeSeat(ctx context.Context, s *seat, work *sync.WaitGroup, old *leftovers
 		return nil
 	}
 	err := s.take(ctx)
-	work.Go(func() { old.run(ctx) })
+	work.Go(func() { old.run(ctx, s) })
 	for ; err != nil && ctx.Err() == nil; err = s.take(ctx) {
 		log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
 		select {
@@ -73,4 +70,37 @@ func takeSeat(ctx context.Context, s *seat, work *sync.WaitGroup, old *leftovers
 		return nil
 	}
 	return s.waits(ctx)
+}
+
+// drainer is a Proxier through which connections pass, so that they end with
+// it.
+type drainer interface{ Drain(context.Context) }
+
+// drainTime bounds the wait for such connections when the process is told to
+// end. It is less than the 30 s that Kubernetes gives a Pod for that by default.
+const drainTime = 25 * time.Second
+
+// drain lets connections end that pass through this process. Meanwhile it lets
+// go of the seat when it is asked to.
+func drain(planes *dataplanes, s *seat, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+	var asked, drained sync.WaitGroup
+	defer asked.Wait()
+	defer cancel()
+	asked.Go(func() {
+		if next := s.waits(ctx); next != nil {
+			if err := s.give(next); err != nil {
+				log.Warn("the signalbox that takes over has ended before it could", "error", err)
+			}
+		}
+	})
+	for _, p := range planes.open {
+		if p, ok := p.(drainer); ok {
+			drained.Go(func() { p.Drain(ctx) })
+		}
+	}
+	drained.Wait()
+	if ctx.Err() != nil {
+		log.Warn("connections that are relayed yet end with this process", "after", drainTime)
+	}
 }

@@ -224,6 +224,25 @@ func TestAPortThatIsTakenIsTriedAgain(t *testing.T) {
 	}
 }
 
+// A process that stands by leaves the ports to the one that serves, and has
+// them again when that has ended.
+func TestRunAgain(t *testing.T) {
+	w := newWorld(t)
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}})
+	w.want(w.host.Addr.V4, 31000, 200, "1")
+	w.stop()
+	w.wantClosed(w.host.Addr.V4, 31000)
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- w.Services.Run(ctx) }()
+	w.want(w.host.Addr.V4, 31000, 200, "2")
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // A Service that goes while its port is taken is not waited for.
 func TestAFailedPortIsForgotten(t *testing.T) {
 	w := newWorld(t)
