@@ -54,10 +54,10 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		log.Info("what needs all privileges is done")
 		return nil
 	}
-	changes := make(chan *config.Config)
-	go flags.Watch(ctx, log, func(changed *config.Config) {
+	changes := make(chan daemon.Change)
+	go flags.Watch(ctx, log, func(changed *config.Config, err error) {
 		select {
-		case changes <- changed:
+		case changes <- daemon.Change{Config: changed, Err: err}:
 		case <-ctx.Done():
 		}
 	})
