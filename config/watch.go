@@ -35,8 +35,6 @@ func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Confi
 		return fmt.Errorf("watching files: %w", err)
 	}
 	defer watcher.Close()
-	// The directory, because a file that is renamed into place is another file,
-	// and a mounted ConfigMap is switched by a link beside it.
 	if err := watcher.Add(filepath.Dir(f.file)); err != nil {
 		return fmt.Errorf("watching %s: %w", filepath.Dir(f.file), err)
 	}
@@ -55,8 +53,18 @@ func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Confi
 			log.Debug("events of the configuration file were lost; it is read again", "error", err)
 			settled.Reset(quiet)
 		case <-settled.C:
+			f.follow(watcher)
 			f.readAgain(changed)
 		}
+	}
+}
+
+// follow watches the directory of the file that the path leads to at present.
+// Directories are watched because a file that is renamed into place is another
+// file; the path's own, because a mounted ConfigMap is switched by a link there.
+func (f *Flags) follow(watcher *fsnotify.Watcher) {
+	if target, err := filepath.EvalSymlinks(f.file); err == nil {
+		_ = watcher.Add(filepath.Dir(target)) // the path's own is watched anyway
 	}
 }
 

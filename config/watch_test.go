@@ -79,6 +79,21 @@ func TestWatch(t *testing.T) {
 	if s := <-changes; s.err != nil || len(s.config.Settings.ClusterCIDRs) != 1 {
 		t.Errorf("written again: %+v", s)
 	}
+	elsewhere := filepath.Join(t.TempDir(), "config.conf")
+	if err := errors.Join(os.WriteFile(elsewhere, []byte(fileHead+"mode: ipvs"), 0o600), os.Remove(path), os.Symlink(elsewhere, path)); err != nil {
+		t.Fatal(err)
+	}
+	for s := range changes { // the moment without a file may be seen, too
+		if s.err == nil {
+			break
+		}
+	}
+	if err := errors.Join(os.WriteFile(elsewhere+".new", []byte(fileHead+"mode: iptables"), 0o600), os.Rename(elsewhere+".new", elsewhere)); err != nil {
+		t.Fatal(err)
+	}
+	if s := <-changes; s.err != nil || s.config.Mode != ModeIPTables {
+		t.Errorf("a file behind a link: %+v", s)
+	}
 	if len(changes) > 0 {
 		t.Errorf("%d more changes than there were", len(changes))
 	}
