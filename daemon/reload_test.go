@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -254,7 +255,6 @@ current-context: dead
 // force before is so again, and the next change counts.
 func TestConfigurationThatDoesNotWork(t *testing.T) {
 	dir := t.TempDir()
-	binary := build(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -264,15 +264,38 @@ func TestConfigurationThatDoesNotWork(t *testing.T) {
 	if err := os.WriteFile(kubeconfig, []byte(deadServer), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	mounted.write(off + "mode: nftables\nclientConnection: {kubeconfig: " + kubeconfig + "}\n")
-	log := start(t, lab.Host("node1"), binary, "--config", mounted.path())
-	eventually(t, "it has started", func() bool { return log.count("msg=starting") == 1 })
-	mounted.write(off + "mode: nftables\nclientConnection: {kubeconfig: " + filepath.Join(dir, "none") + "}\n")
+	const measured = "mode: nftables\nhealthzBindAddress: \"0\"\nconntrack: {maxPerCore: 0}\nclientConnection: {kubeconfig: "
+	mounted.write(measured + kubeconfig + "}\n")
+	node := lab.Host("node1")
+	log := start(t, node, build(t), "--config", mounted.path())
+	rejected := func(want string) {
+		t.Helper()
+		eventually(t, "signalbox_configuration_rejected is "+want, func() bool {
+			return strings.Contains(page(node, "http://127.0.0.1:10249/metrics"), "\nsignalbox_configuration_rejected "+want+"\n")
+		})
+	}
+	rejected("0")
+	mounted.write(measured + filepath.Join(dir, "none") + "}\n")
 	eventually(t, "it goes back", func() bool {
 		return log.count("what was in force before is so again") == 1 && log.count("msg=starting") == 2
 	})
-	mounted.write(off + "mode: nftables\nmasqueradeAll: true\nclientConnection: {kubeconfig: " + kubeconfig + "}\n")
+	rejected("1")
+	mounted.write(measured + kubeconfig + "}\niptables: {masqueradeAll: true}\n")
 	eventually(t, "the next change counts", func() bool { return log.count("msg=starting") == 3 })
+	rejected("0")
+	mounted.write("mode: magic\n")
+	rejected("1")
+}
+
+// page is what a server on a host's loopback address answers; empty for none.
+func page(on *netlab.Host, url string) string {
+	answer, err := on.Client().Get(url)
+	if err != nil {
+		return ""
+	}
+	defer answer.Body.Close()
+	text, _ := io.ReadAll(answer.Body)
+	return string(text)
 }
 
 // keepAsking opens up to 200 connections a second, one after the other, and asks
