@@ -75,7 +75,9 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		watched.kernelProblems(tune(cfg, log))
+		for _, p := range tune(cfg, log) {
+			watched.metrics.Sysctl(p.Name(), p)
+		}
 		return nil
 	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })

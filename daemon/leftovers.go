@@ -20,9 +20,10 @@ import (
 // before this mode serves: new connections find the new rules first and the
 // old ones gone after, never neither.
 //
-// A kube-proxy that still runs writes its rules again, and may end only then.
-// So it is looked for again: soon at first, and for as long as this process
-// runs.
+// A kube-proxy that is about to end may write its rules once more, and leave
+// them. So those are looked for again for a while. What a kube-proxy writes
+// that was started later stays: it is to have the node, and its rules come
+// before this mode's.
 type leftovers struct {
 	mode     modes.Mode
 	families []proxier.Family
@@ -34,6 +35,12 @@ type leftovers struct {
 	mu     sync.Mutex // guards served
 	served map[proxier.Family]bool
 	ready  chan struct{} // closed when all families are served
+
+	// The goroutine's own: of which families kube-proxy had rules, until when
+	// they are removed again, and of which it was said that they are there.
+	had   map[proxier.Family]bool
+	until time.Time
+	said  map[proxier.Family]bool
 }
 
 func newLeftovers(choice modes.Choice, log *slog.Logger) *leftovers {
@@ -89,11 +96,14 @@ func (l *leftovers) wait(ctx context.Context) bool {
 const (
 	firstLook = 5 * time.Second
 	lastLook  = time.Minute
+	// swapTime is how long a kube-proxy that served before may run on: several
+	// times what Kubernetes gives a Pod to end by default.
+	swapTime = 2 * time.Minute
 )
 
 // run removes everything once, and then what comes back, until ctx ends.
 func (l *leftovers) run(ctx context.Context, s *seat) {
-	l.removeAll()
+	l.removeAll(ctx)
 	returnMemory()
 	var late sync.WaitGroup
 	defer late.Wait()
@@ -118,12 +128,14 @@ func (l *leftovers) run(ctx context.Context, s *seat) {
 	}
 }
 
-func (l *leftovers) removeAll() {
+func (l *leftovers) removeAll(ctx context.Context) {
 	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool {
 		return m.Name == l.mode.Name || m.Name == userspace.Mode
 	})
+	l.had, l.said, l.until = map[proxier.Family]bool{}, map[proxier.Family]bool{}, time.Now().Add(swapTime)
 	for _, family := range l.families {
 		l.remove(family, signalboxRemovals(others))
+		l.had[family] = l.kubeProxyWrote(ctx, family)
 		l.remove(family, l.kubeProxy(family))
 	}
 }
@@ -155,13 +167,12 @@ func (l *leftovers) remove(family proxier.Family, todo []removal) {
 }
 
 // look removes kube-proxy's rules if they are back, and has this mode's own
-// written again if they were replaced.
+// written again if somebody else replaced them.
 func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
 	if l.kubeProxyWrote(ctx, family) {
-		found = true
-		l.log.Warn("kube-proxy has written its rules again and they are removed again; does it still run on this node?", "family", family.String())
-		l.remove(family, l.kubeProxy(family))
+		return l.dealWithKubeProxy(family)
 	}
+	l.said[family] = false
 	if b := l.shared[family].iptables; b != "" {
 		if intact, err := iptables.Intact(ctx, family, b); err == nil && !intact {
 			found = true
@@ -170,6 +181,24 @@ func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool
 		}
 	}
 	return found
+}
+
+// dealWithKubeProxy removes its rules, if it is one that served before.
+func (l *leftovers) dealWithKubeProxy(family proxier.Family) (removed bool) {
+	if l.had[family] && time.Now().Before(l.until) {
+		l.log.Warn("kube-proxy has written its rules again, and they are removed again; does it still run on this node?", "family", family.String())
+		l.remove(family, l.kubeProxy(family))
+		if l.shared[family].iptables != "" {
+			l.resync()
+		}
+		return true
+	}
+	if !l.said[family] {
+		l.said[family] = true
+		l.log.Warn("kube-proxy has written rules on this node, and they come before those of signalbox; end one of the two, and remove what it leaves with `signalbox cleanup` or `signalbox cleanup --kube-proxy`",
+			"family", family.String())
+	}
+	return false
 }
 
 // kubeProxyWrote looks for what kube-proxy has in each of its modes, at the

@@ -152,6 +152,15 @@ func (s *site) terminated(p *program) {
 	}
 }
 
+// takeoverModes are those through which a node is handed, where the old process
+// overlaps with the new one and where it does not. A relay can only be replaced
+// while it works: with it go its connections, and the rules that lead to it lead
+// nowhere.
+var takeoverModes = map[bool][]string{
+	true:  {"nftables", "iptables", "userspace"},
+	false: {"nftables", "iptables", "nftables"},
+}
+
 // TestTakeover exchanges what serves a node again and again, kube-proxy first
 // and last, without losing a connection. In a rolling update of a DaemonSet
 // the old process ends before the new one starts; with a surge they overlap.
@@ -170,17 +179,19 @@ func TestTakeover(t *testing.T) {
 				s.kubeProxyServes(r.runs)
 				checkBalanced(s, svc)
 				r.exchange = s.exchange(svc)
-				for _, mode := range []string{"nftables", "iptables", "nftables"} {
+				for _, mode := range takeoverModes[overlap] {
 					r.pass("the change to signalbox in mode "+mode, func() *program {
 						next := s.launchSignalbox(mode)
 						s.serves(next)
 						return next
 					})
 				}
+				if r.runs.mode == "userspace" {
+					r.exchange.losesRelay()
+				}
 				r.pass("the way back to kube-proxy", func() *program {
 					next := s.launchKubeProxy(kubeProxyMode)
 					s.kubeProxyServes(next)
-					s.cleanup()
 					return next
 				})
 				r.exchange.end()
@@ -209,6 +220,9 @@ func (r *relay) pass(what string, start func() *program) {
 		if r.overlap {
 			r.exchange.passes(newConnections)
 			r.terminated(r.runs)
+		}
+		if next.name == "kube-proxy" {
+			r.cleanup() // once signalbox has ended
 		}
 		r.servesAlone(next)
 		r.runs = next

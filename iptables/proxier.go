@@ -37,11 +37,11 @@ type Proxier struct {
 	state *state
 	// written is what the last Sync wrote.
 	written counts
-	// started says that this process has written, or found, its rules once.
-	started bool
 	// saidNoLocalnet says that the log tells why NodePorts are not served on
 	// 127.0.0.1.
 	saidNoLocalnet bool
+	// started says that this process has written, or found, its rules once.
+	started bool
 }
 
 // New chooses the variant of the tools. It writes nothing.
