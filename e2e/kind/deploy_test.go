@@ -26,11 +26,16 @@ const (
 	folder    = "../../manifests"
 )
 
-// deploy brings every node to a mode, from whatever was there before, as an
-// operator does with an overlay of his own.
-func (s *site) deploy(mode string) {
+// deploy brings every node to a mode, from the one that was there before, as an
+// operator does with an overlay of his own. To remove iptables rules takes the
+// image with these tools.
+func (s *site) deploy(mode, before string) {
 	s.Helper()
-	objects, err := manifests.Kustomize(s.kustomization(mode))
+	small, tools := setting("SIGNALBOX_IMAGE", "signalbox:devel"), setting("SIGNALBOX_IPTABLES_IMAGE", "signalbox-iptables:devel")
+	if before == "iptables" {
+		small = tools
+	}
+	objects, err := manifests.Kustomize(s.kustomization(mode, small, tools))
 	s.must(err)
 	s.must(s.applier.Apply(s.Context(), objects))
 	s.rolledOut()
@@ -44,7 +49,7 @@ func (s *site) undeploy() {
 
 // kustomization writes that overlay: the images, the address of the API server,
 // the Pods' network, and what nodes that are containers cannot have.
-func (s *site) kustomization(mode string) string {
+func (s *site) kustomization(mode, small, tools string) string {
 	s.Helper()
 	dir := s.TempDir()
 	base, err := filepath.Abs(filepath.Join(folder, "overlays", mode))
@@ -60,8 +65,7 @@ func (s *site) kustomization(mode string) string {
 		"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": namespace,
 		"resources": []string{base},
 		"images": []any{
-			image("signalbox", setting("SIGNALBOX_IMAGE", "signalbox:devel")),
-			image("signalbox-iptables", setting("SIGNALBOX_IPTABLES_IMAGE", "signalbox-iptables:devel")),
+			image("signalbox", small), image("signalbox-iptables", tools),
 		},
 		"configMapGenerator": []any{map[string]any{
 			"name": "signalbox", "behavior": "merge", "files": []string{"config.conf", "kubeconfig.conf"},

@@ -26,6 +26,7 @@ type load struct {
 	stop   context.CancelFunc
 	all    sync.WaitGroup
 	done   atomic.Int64
+	ended  atomic.Int64 // lasting connections that a relay ended with itself
 	mu     sync.Mutex
 	failed []string
 }
@@ -58,7 +59,7 @@ func (l *load) every(ctx context.Context, pause time.Duration, ask func() error)
 
 // startLoad asks a NodePort of every worker from outside: by new connections,
 // by one connection that lasts, and by one UDP flow.
-func (s *site) startLoad(svc *corev1.Service) *load {
+func (s *site) startLoad(svc *corev1.Service, mode string) *load {
 	s.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	l := &load{stop: stop}
@@ -70,7 +71,7 @@ func (s *site) startLoad(svc *corev1.Service) *load {
 				_, err := ask(context.Background(), "tcp", tcp, "hostname")
 				return describe("a new connection to", tcp, err)
 			})
-			l.lasting(ctx, tcp)
+			l.lasting(ctx, tcp, mode == relay)
 			udp := netip.AddrPortFrom(at, uint16(nodePort(svc, "udp")))
 			flow, err := net.Dial("udp", udp.String())
 			s.must(err)
@@ -92,14 +93,18 @@ func describe(what string, to netip.AddrPort, err error) error {
 }
 
 // lasting makes many requests on one connection. A second connection is a
-// failure: the first was lost.
-func (l *load) lasting(ctx context.Context, to netip.AddrPort) {
+// failure, for the first was lost; or counted, where the mode may end it.
+func (l *load) lasting(ctx context.Context, to netip.AddrPort, mayEnd bool) {
 	var dialled atomic.Int64
 	dialer := &net.Dialer{}
 	once := &http.Client{Timeout: answerWithin, Transport: &http.Transport{
 		MaxConnsPerHost: 1,
 		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
 			if dialled.Add(1) > 1 {
+				if mayEnd {
+					l.ended.Add(1)
+					return dialer.DialContext(ctx, network, addr)
+				}
 				return nil, errors.New("the connection that should last was lost")
 			}
 			return dialer.DialContext(ctx, network, addr)
@@ -107,6 +112,9 @@ func (l *load) lasting(ctx context.Context, to netip.AddrPort) {
 	}}
 	l.every(ctx, 50*time.Millisecond, func() error {
 		resp, err := once.Get("http://" + to.String() + "/hostname")
+		if mayEnd && err != nil { // its end may meet a request on the way
+			resp, err = once.Get("http://" + to.String() + "/hostname")
+		}
 		if err == nil {
 			_, err = io.Copy(io.Discard, resp.Body)
 			resp.Body.Close()
@@ -120,7 +128,7 @@ func (l *load) end(s *site) {
 	s.Helper()
 	l.stop()
 	l.all.Wait()
-	s.Logf("%d requests from outside, %d failed", l.done.Load(), len(l.failed))
+	s.Logf("%d requests from outside, %d failed; %d lasting connections ended", l.done.Load(), len(l.failed), l.ended.Load())
 	if l.done.Load() == 0 {
 		s.Error("nothing was asked")
 	}
@@ -176,17 +184,9 @@ func (s *site) endPodLoad() {
 	}
 }
 
-// testRestart starts every Pod of the DaemonSet anew, then kills one without
-// warning.
-func (s *site) testRestart() {
-	s.underLoad(func() {
-		s.restart()
-		s.kill(s.workers[1].name)
-	})
-}
-
-// underLoad does something while Pods and the outside go on as if nothing were.
-func (s *site) underLoad(do func()) {
+// underLoad does something to nodes in a mode while Pods and the outside go on
+// as if nothing were.
+func (s *site) underLoad(mode string, do func()) {
 	s.Helper()
 	svc := s.fresh("busy", bothServers, func(spec *corev1.ServiceSpec) { spec.Type = corev1.ServiceTypeNodePort })
 	for _, family := range s.families {
@@ -199,7 +199,7 @@ func (s *site) underLoad(do func()) {
 	}
 	s.reaches(client, "tcp", svc.Spec.ClusterIP, 80, serverA, serverB)
 	s.startPodLoad(net.JoinHostPort(svc.Spec.ClusterIP, "80"))
-	l := s.startLoad(svc)
+	l := s.startLoad(svc, mode)
 	do()
 	l.end(s)
 	s.endPodLoad()
