@@ -22,7 +22,6 @@ import (
 
 const (
 	namespace = "kube-system"
-	selector  = "k8s-app=signalbox"
 	folder    = "../../manifests"
 )
 
@@ -102,7 +101,7 @@ func (s *site) writeYAML(path string, value any) {
 func (s *site) rolledOut() {
 	s.Helper()
 	s.eventually("the rollout", func(ctx context.Context) error {
-		ds, err := s.client.AppsV1().DaemonSets(namespace).Get(ctx, "signalbox", metav1.GetOptions{})
+		ds, err := s.client.AppsV1().DaemonSets(namespace).Get(ctx, s.watched, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
@@ -120,7 +119,7 @@ func done(ds *appsv1.DaemonSet) bool {
 }
 
 func (s *site) pods(ctx context.Context) []corev1.Pod {
-	pods, err := s.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: selector})
+	pods, err := s.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: "k8s-app=" + s.watched})
 	if err != nil {
 		return nil
 	}
@@ -169,7 +168,7 @@ func (s *site) report() {
 	}
 	ctx := context.WithoutCancel(s.Context())
 	for _, p := range s.pods(ctx) {
-		s.Logf("%s on %s said:\n%s", p.Name, p.Spec.NodeName, s.said(ctx, p.Name, "signalbox"))
+		s.Logf("%s on %s said:\n%s", p.Name, p.Spec.NodeName, s.said(ctx, p.Name, s.watched))
 	}
 }
 
@@ -187,10 +186,10 @@ func (s *site) noErrors() {
 				s.Errorf("%s was started again %d times", p.Name, c.RestartCount)
 			}
 		}
-		for _, c := range []string{"kernel-settings", "signalbox"} {
-			for line := range strings.Lines(s.said(s.Context(), p.Name, c)) {
+		for _, c := range append(p.Spec.InitContainers, p.Spec.Containers...) {
+			for line := range strings.Lines(s.said(s.Context(), p.Name, c.Name)) {
 				if strings.Contains(line, "level=ERROR") && !strings.Contains(line, overlap) {
-					s.Errorf("%s on %s: %s", c, p.Spec.NodeName, line)
+					s.Errorf("%s on %s: %s", c.Name, p.Spec.NodeName, line)
 				}
 			}
 		}

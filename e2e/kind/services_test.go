@@ -20,6 +20,9 @@ import (
 // before, and asks of each the same.
 func TestModes(t *testing.T) {
 	s := newSite(t)
+	if s.kubeProxyDaemonSet() != nil {
+		t.Skip("the cluster has a kube-proxy: it is for TestMigration")
+	}
 	s.populate()
 	t.Cleanup(func() {
 		s.depopulate()
