@@ -84,6 +84,7 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 	group.Go(func() error { return source.Run(ctx, sink) })
 	group.Go(func() error { return watched.tell(ctx) })
 	group.Go(func() error { return serve(ctx, place, loop, watched.serve, old, log) })
+	group.Go(func() error { tellManager(ctx, old, planes.sockets, log); return nil })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -149,7 +150,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, watche
 	opts.Synced = planes.onceServing(choice.Families, onSync(old, log), func(err error) { log.Warn("closing", "error", err) })
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
-		p, err := planes.get(choice.Mode, proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
+		p, err := planes.get(choice.Mode, proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS, Sockets: planes.sockets})
 		if err != nil {
 			closeAll()
 			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)

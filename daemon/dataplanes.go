@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 
+	"signalbox/internal/handover"
 	"signalbox/modes"
 	"signalbox/proxier"
 )
@@ -11,6 +12,9 @@ import (
 // configuration that does not concern them: a relay would lose its connections
 // otherwise, and a table would have to be read back from the kernel.
 type dataplanes struct {
+	// sockets are those that a service manager keeps for this process.
+	sockets *handover.Sockets
+
 	open map[planeKey]proxier.Proxier
 	used map[planeKey]bool // by the configuration in force
 	// serving says that every plane that is used was synced under the
@@ -23,7 +27,9 @@ type planeKey struct {
 	opts proxier.Options
 }
 
-func newDataplanes() *dataplanes { return &dataplanes{open: map[planeKey]proxier.Proxier{}} }
+func newDataplanes() *dataplanes {
+	return &dataplanes{sockets: handover.FromEnvironment(), open: map[planeKey]proxier.Proxier{}}
+}
 
 // begin is called for each configuration before what it uses is asked for.
 func (d *dataplanes) begin() { d.used, d.serving = map[planeKey]bool{}, false }

@@ -28,6 +28,7 @@ func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan *config
 			cfg, before = before, nil
 			continue
 		}
+		tellManagerOfEnd(log)
 		drain(planes, place, log)
 		if err := planes.close(); err != nil {
 			log.Warn("closing", "error", err)

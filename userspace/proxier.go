@@ -44,7 +44,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 		t.Close()
 		return fail(err)
 	}
-	relay, err := newRelay(opts.Family, routes)
+	relay, err := newRelay(opts.Family, routes, opts.Sockets)
 	if err != nil {
 		routes.close()
 		t.Close()

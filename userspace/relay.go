@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"signalbox/internal/handover"
 	"signalbox/proxier"
 )
 
@@ -13,6 +14,7 @@ import (
 type relay struct {
 	family    proxier.Family
 	ns        *namespace
+	left      *handover.Sockets
 	listeners *listeners
 	dialer    *dialer
 	routes    *routes
@@ -31,7 +33,7 @@ type relay struct {
 }
 
 // newRelay makes a relay for the network namespace of the calling thread.
-func newRelay(f proxier.Family, r *routes) (*relay, error) {
+func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, error) {
 	files, err := raiseFileLimit()
 	if err != nil {
 		return nil, err
@@ -41,7 +43,7 @@ func newRelay(f proxier.Family, r *routes) (*relay, error) {
 		return nil, err
 	}
 	re := &relay{
-		family: f, ns: ns, dialer: newDialer(f, ns), routes: r,
+		family: f, ns: ns, left: left, dialer: newDialer(f, ns), routes: r,
 		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
 		chooser: newChooser(), limits: limitsFor(files), idle: idleTimes{answerIdle, flowIdle},
 		conns: connSet{open: map[*conn]struct{}{}}, flows: flowTable{open: map[flowKey]*flow{}},
@@ -58,7 +60,7 @@ func (r *relay) start() error {
 	if r.listeners != nil {
 		return nil
 	}
-	l, err := listen(r.family)
+	l, err := listen(r.family, r.left)
 	if err != nil {
 		return err
 	}

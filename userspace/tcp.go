@@ -30,6 +30,9 @@ func (r *relay) acceptAll(o origin) {
 		switch {
 		case err == nil:
 			wait = acceptPause
+			if r.listeners.inherited {
+				c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount})
+			}
 			r.accept(o, c)
 			continue
 		case errors.Is(err, net.ErrClosed):
