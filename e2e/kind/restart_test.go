@@ -3,6 +3,7 @@
 package kind
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -92,35 +93,62 @@ func describe(what string, to netip.AddrPort, err error) error {
 	return fmt.Errorf("%s %s: %w", what, to, err)
 }
 
-// lasting makes many requests on one connection. A second connection is a
-// failure, for the first was lost; or counted, where the mode may end it.
+// lasting makes many requests on one connection. That it ends is a failure; or
+// counted, where the mode may end it, and another one takes its place.
 func (l *load) lasting(ctx context.Context, to netip.AddrPort, mayEnd bool) {
-	var dialled atomic.Int64
-	dialer := &net.Dialer{}
-	once := &http.Client{Timeout: answerWithin, Transport: &http.Transport{
-		MaxConnsPerHost: 1,
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			if dialled.Add(1) > 1 {
-				if mayEnd {
-					l.ended.Add(1)
-					return dialer.DialContext(ctx, network, addr)
-				}
-				return nil, errors.New("the connection that should last was lost")
+	var kept *keptConn
+	l.every(ctx, 50*time.Millisecond, func() (err error) {
+		if kept == nil {
+			if kept, err = keep(to); err != nil {
+				return describe("a lasting connection to", to, err)
 			}
-			return dialer.DialContext(ctx, network, addr)
-		},
-	}}
-	l.every(ctx, 50*time.Millisecond, func() error {
-		resp, err := once.Get("http://" + to.String() + "/hostname")
-		if mayEnd && err != nil { // its end may meet a request on the way
-			resp, err = once.Get("http://" + to.String() + "/hostname")
 		}
-		if err == nil {
-			_, err = io.Copy(io.Discard, resp.Body)
-			resp.Body.Close()
+		if err = kept.ask(); err == nil {
+			return nil
+		}
+		kept.Close()
+		kept = nil
+		if mayEnd {
+			l.ended.Add(1)
+			return nil
 		}
 		return describe("the lasting connection to", to, err)
 	})
+}
+
+// keptConn is one connection for many requests. http.Client would now and then
+// take another one without a word.
+type keptConn struct {
+	net.Conn
+	in *bufio.Reader
+}
+
+func keep(to netip.AddrPort) (*keptConn, error) {
+	conn, err := net.DialTimeout("tcp", to.String(), answerWithin)
+	if err != nil {
+		return nil, err
+	}
+	return &keptConn{conn, bufio.NewReader(conn)}, nil
+}
+
+func (c *keptConn) ask() error {
+	if err := c.SetDeadline(time.Now().Add(answerWithin)); err != nil {
+		return err
+	}
+	req, err := http.NewRequest(http.MethodGet, "http://lasting/hostname", nil)
+	if err != nil {
+		return err
+	}
+	if err := req.Write(c); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(c.in, req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err
 }
 
 // end stops the load and wants it to have gone on without a failure.
