@@ -165,6 +165,54 @@ func TestRelayOutlivesConfiguration(t *testing.T) {
 	}
 }
 
+// A configuration that asks for another mode does not end what the relay of the
+// one before has open; the relay's rules go with the last connection.
+func TestRelayDrainsAfterConfiguration(t *testing.T) {
+	lab, err := netlab.New(netlab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lab.Close() })
+	client, node := lab.Host("pod-x"), lab.Host("node1")
+	mounted, source := mountConfiguration(t), serviceTo(t, lab.Host("pod-a"))
+	mounted.write(off + "mode: userspace\n")
+	log := start(t, node, build(t), "--config", mounted.path(), "--source", source)
+	web := netip.MustParseAddrPort("10.96.0.10:80")
+	eventually(t, "the cluster IP answers", func() bool { return answers(t, client, web) })
+	open, err := client.Open(t.Context(), "tcp", netip.AddrPort{}, web)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	tables := func() (list string) {
+		if err := node.Do(func() error {
+			out, err := exec.Command("nft", "list", "tables").Output()
+			list = string(out)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return list
+	}
+	for i, mode := range []string{"nftables", "userspace", "nftables"} {
+		mounted.write(off + "mode: " + mode + "\n")
+		eventually(t, "mode "+mode+" serves", func() bool { return log.count("msg=synced family=IPv4") == i+2 })
+		for range 20 {
+			if !answers(t, client, web) {
+				t.Errorf("mode %s: a new connection is not answered", mode)
+			}
+		}
+		if _, err := open.Ask(t.Context()); err != nil {
+			t.Fatalf("mode %s: the open connection: %v", mode, err)
+		}
+	}
+	if list := tables(); !strings.Contains(list, "signalbox-userspace") {
+		t.Errorf("the rules of an open connection are gone: %s", list)
+	}
+	open.Close()
+	eventually(t, "the relay's rules are gone", func() bool { return !strings.Contains(tables(), "signalbox-userspace") })
+}
+
 // answers says whether a connection is answered, soon.
 func answers(t *testing.T, from *netlab.Host, at netip.AddrPort) bool {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
