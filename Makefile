@@ -30,6 +30,7 @@ test: deps build vet unit contract e2e vm ## everything
 .PHONY: vet
 vet:
 	$(GO) vet ./...
+	cd e2e && $(GO) vet -tags kind ./...
 
 .PHONY: unit
 unit: deps ## all packages but the contract suite
