@@ -23,6 +23,9 @@ func serve(ctx context.Context, loop *proxier.Loop, old *leftovers, log *slog.Lo
 			log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
 		log.Info("another signalbox was started and serves this node; this one stands by")
+		for _, standBy := range old.standBy {
+			standBy()
+		}
 		next.outlive(ctx)
 		if ctx.Err() != nil {
 			return nil
