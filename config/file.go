@@ -30,13 +30,12 @@ func newScheme() *runtime.Scheme {
 // readFile reads kube-proxy's configuration file, without defaults. ignored
 // says what in it is unknown or there twice: as with kube-proxy, that stops
 // nothing.
-func readFile(path string) (k *v1alpha1.KubeProxyConfiguration, ignored error, err error) {
-	text, err := os.ReadFile(path)
-	if err != nil {
+func (f *Flags) readFile() (k *v1alpha1.KubeProxyConfiguration, ignored error, err error) {
+	if f.text, err = os.ReadFile(f.file); err != nil {
 		return nil, nil, fmt.Errorf("--config: %w", err)
 	}
-	if k, ignored, err = decode(text); err != nil {
-		return nil, nil, fmt.Errorf("--config=%s: %w", path, err)
+	if k, ignored, err = decode(f.text); err != nil {
+		return nil, nil, fmt.Errorf("--config=%s: %w", f.file, err)
 	}
 	return k, ignored, nil
 }

@@ -24,6 +24,9 @@ type Flags struct {
 	bootIDFile, machineIDFile string
 
 	own own
+
+	// text is what the file held when it was last read.
+	text []byte
 }
 
 // own are signalbox's own settings. They are flags and nothing else: a file of

@@ -41,11 +41,7 @@ func (f *Flags) readEither() (*reading, error) {
 	if f.file == "" {
 		return f.readCommandLine()
 	}
-	return f.readFile()
-}
-
-func (f *Flags) readFile() (*reading, error) {
-	k, ignored, err := readFile(f.file)
+	k, ignored, err := f.readFile()
 	if err != nil {
 		return nil, err
 	}

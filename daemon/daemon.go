@@ -16,7 +16,6 @@ import (
 
 	"signalbox/config"
 	"signalbox/conntrack"
-	"signalbox/internal/handover"
 	"signalbox/modes"
 	"signalbox/node"
 	"signalbox/proxier"
@@ -34,6 +33,10 @@ type Source interface {
 // can be served at all: no mode works here, or the source cannot be reached by
 // any retry.
 func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	return RunChanging(ctx, cfg, nil, func(*config.Config) *slog.Logger { return log })
+}
+
+func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *seat, log *slog.Logger) error {
 	spareMemory()
 	for _, w := range cfg.Warnings {
 		log.Warn(w)
@@ -45,6 +48,13 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	for _, lost := range choice.Lost {
 		log.Warn("an IP family is not served", "reason", lost)
 	}
+	warnings, err := cfg.CheckFamilies(choice.Families, choice.Mode.Name)
+	if err != nil {
+		return err
+	}
+	for _, w := range warnings {
+		log.Warn(w)
+	}
 	watched, err := newObserver(cfg, choice, log)
 	if err != nil {
 		return err
@@ -54,8 +64,7 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 		return err
 	}
 	old := newLeftovers(choice, log)
-	sockets := handover.FromEnvironment()
-	loop, closeAll, err := newLoop(cfg, choice, sockets, watched, old, log)
+	loop, closeAll, err := newLoop(cfg, choice, planes, watched, old, log)
 	if err != nil {
 		return err
 	}
@@ -65,11 +74,17 @@ func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		for _, p := range tune(cfg, log) {
+			watched.metrics.Sysctl(p.Name(), p)
+		}
+		return nil
+	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
-	group.Go(func() error { return serve(ctx, loop, old, log) })
-	group.Go(func() error { tellManager(ctx, old, sockets, log); return nil })
-	watched.start(ctx, group)
+	group.Go(func() error { return watched.tell(ctx) })
+	group.Go(func() error { return serve(ctx, place, loop, watched.serve, old, log) })
+	group.Go(func() error { tellManager(ctx, old, planes.sockets, log); return nil })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -92,7 +107,10 @@ func newSource(cfg *config.Config, watched *observer, log *slog.Logger) (Source,
 }
 
 func clientOptions(cfg *config.Config) apiserver.ClientOptions {
-	return apiserver.ClientOptions{Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst}
+	return apiserver.ClientOptions{
+		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
+		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes,
+	}
 }
 
 // usableFamilies leaves out a family that the kernel has not got or that is
@@ -114,8 +132,8 @@ func usableFamilies(log *slog.Logger) []proxier.Family {
 const fullSyncPeriod = time.Hour
 
 // newLoop makes the mode work in each family and joins it with what removes
-// stale flows. closeAll lets go of all of it.
-func newLoop(cfg *config.Config, choice modes.Choice, sockets *handover.Sockets, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
+// stale flows. closeAll lets go of all of it but the dataplanes.
+func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, watched *observer, old *leftovers, log *slog.Logger) (loop *proxier.Loop, closeAll func(), err error) {
 	var closers []func() error
 	closeAll = func() {
 		for _, c := range closers {
@@ -126,17 +144,17 @@ func newLoop(cfg *config.Config, choice modes.Choice, sockets *handover.Sockets,
 	}
 	opts := proxier.LoopOptions{
 		NodeName: cfg.NodeName, Settings: cfg.ForMode(choice.Mode.Name), MinSyncPeriod: cfg.MinSyncPeriod,
-		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log, Synced: onSync(old, log),
-		SyncPeriod: fullSyncPeriod,
+		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log,
+		SyncPeriod: fullSyncPeriod, RetryPeriod: cfg.SyncPeriod,
 	}
+	opts.Synced = planes.onceServing(choice.Families, onSync(old, log), func(err error) { log.Warn("closing", "error", err) })
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
-		p, err := choice.Mode.New(proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS, Sockets: sockets})
+		p, err := planes.get(choice.Mode, proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS, Sockets: planes.sockets})
 		if err != nil {
 			closeAll()
 			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)
 		}
-		closers = append(closers, p.Close)
 		opts.Proxiers[family] = p
 		old.shares(family, p)
 		if r, ok := p.(interface{ RelayPrefix() netip.Prefix }); ok {

@@ -12,6 +12,7 @@ import (
 	"signalbox/modes"
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/userspace"
 )
 
 // leftovers removes what others have written to serve Services on this node:
@@ -19,9 +20,10 @@ import (
 // before this mode serves: new connections find the new rules first and the
 // old ones gone after, never neither.
 //
-// A kube-proxy that still runs writes its rules again, and may end only then.
-// So it is looked for again: soon at first, and for as long as this process
-// runs.
+// A kube-proxy that is about to end may write its rules once more, and leave
+// them. So those are looked for again for a while. What a kube-proxy writes
+// that was started later stays: it is to have the node, and its rules come
+// before this mode's.
 type leftovers struct {
 	mode     modes.Mode
 	families []proxier.Family
@@ -36,6 +38,12 @@ type leftovers struct {
 	mu     sync.Mutex // guards served
 	served map[proxier.Family]bool
 	ready  chan struct{} // closed when all families are served
+
+	// The goroutine's own: of which families kube-proxy had rules, until when
+	// they are removed again, and of which it was said that they are there.
+	had   map[proxier.Family]bool
+	until time.Time
+	said  map[proxier.Family]bool
 }
 
 func newLeftovers(choice modes.Choice, log *slog.Logger) *leftovers {
@@ -94,12 +102,22 @@ func (l *leftovers) wait(ctx context.Context) bool {
 const (
 	firstLook = 5 * time.Second
 	lastLook  = time.Minute
+	// handover is how long a kube-proxy that served before may run on: several
+	// times what Kubernetes gives a Pod to end by default.
+	handover = 2 * time.Minute
 )
 
 // run removes everything once, and then what comes back, until ctx ends.
-func (l *leftovers) run(ctx context.Context) {
-	l.removeAll()
+func (l *leftovers) run(ctx context.Context, s *seat) {
+	l.removeAll(ctx)
 	returnMemory()
+	var late sync.WaitGroup
+	defer late.Wait()
+	late.Go(func() {
+		if s.alone(ctx) {
+			l.removeRelay()
+		}
+	})
 	pause := firstLook
 	for {
 		select {
@@ -116,11 +134,28 @@ func (l *leftovers) run(ctx context.Context) {
 	}
 }
 
-func (l *leftovers) removeAll() {
-	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool { return m.Name == l.mode.Name })
+func (l *leftovers) removeAll(ctx context.Context) {
+	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool {
+		return m.Name == l.mode.Name || m.Name == userspace.Mode
+	})
+	l.had, l.said, l.until = map[proxier.Family]bool{}, map[proxier.Family]bool{}, time.Now().Add(handover)
 	for _, family := range l.families {
 		l.remove(family, signalboxRemovals(others))
+		l.had[family] = l.kubeProxyWrote(ctx, family)
 		l.remove(family, l.kubeProxy(family))
+	}
+}
+
+// removeRelay removes what leads to a relay. That comes last: connections that
+// it has open need its rules and routes until it ends. New ones do not come to
+// it, as other modes' rules are looked at first.
+func (l *leftovers) removeRelay() {
+	if l.mode.Name == userspace.Mode {
+		return
+	}
+	relay := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool { return m.Name != userspace.Mode })
+	for _, family := range l.families {
+		l.remove(family, signalboxRemovals(relay))
 	}
 }
 
@@ -138,13 +173,12 @@ func (l *leftovers) remove(family proxier.Family, todo []removal) {
 }
 
 // look removes kube-proxy's rules if they are back, and has this mode's own
-// written again if they were replaced.
+// written again if somebody else replaced them.
 func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
-	if kubeProxyWrote(ctx, family) {
-		found = true
-		l.log.Warn("kube-proxy has written its rules again and they are removed again; does it still run on this node?", "family", family.String())
-		l.remove(family, l.kubeProxy(family))
+	if l.kubeProxyWrote(ctx, family) {
+		return l.dealWithKubeProxy(family)
 	}
+	l.said[family] = false
 	if b := l.shared[family].iptables; b != "" {
 		if intact, err := iptables.Intact(ctx, family, b); err == nil && !intact {
 			found = true
@@ -155,8 +189,26 @@ func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool
 	return found
 }
 
+// dealWithKubeProxy removes its rules, if it is one that served before.
+func (l *leftovers) dealWithKubeProxy(family proxier.Family) (removed bool) {
+	if l.had[family] && time.Now().Before(l.until) {
+		l.log.Warn("kube-proxy has written its rules again, and they are removed again; does it still run on this node?", "family", family.String())
+		l.remove(family, l.kubeProxy(family))
+		if l.shared[family].iptables != "" {
+			l.resync()
+		}
+		return true
+	}
+	if !l.said[family] {
+		l.said[family] = true
+		l.log.Warn("kube-proxy has written rules on this node, and they come before those of signalbox; end one of the two, and remove what it leaves with `signalbox cleanup` or `signalbox cleanup --kube-proxy`",
+			"family", family.String())
+	}
+	return false
+}
+
 // kubeProxyWrote looks for what kube-proxy has in each of its modes, at the
 // least cost.
-func kubeProxyWrote(ctx context.Context, family proxier.Family) bool {
-	return nftables.HasKubeProxy(family) || ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family)
+func (l *leftovers) kubeProxyWrote(ctx context.Context, family proxier.Family) bool {
+	return nftables.HasKubeProxy(family) || ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family, l.shared[family].iptables)
 }

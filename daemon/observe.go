@@ -108,52 +108,65 @@ func (o *observer) dataplaneHealthy() func() bool {
 	return o.health.Healthy
 }
 
-// start runs the servers until ctx ends.
-func (o *observer) start(ctx context.Context, group *errgroup.Group) {
-	group.Go(func() error { return o.events.Run(ctx) })
-	group.Go(func() error { return o.services.Run(ctx) })
+// tell sends Events until ctx ends, the first of them that the node is being
+// taken care of.
+func (o *observer) tell(ctx context.Context) error {
 	o.events.Started()
-	o.serve(ctx, group, metrics.HealthzServer, o.cfg.HealthzBindAddress, o.health.Handler(), o.events.HealthzFailed)
-	o.serve(ctx, group, metrics.MetricsServer, o.cfg.MetricsBindAddress, o.metrics.Mux(o.pages), o.events.MetricsFailed)
+	return o.events.Run(ctx)
+}
+
+// serve runs the servers until ctx ends. An error is about a port that somebody
+// else has, where that is to end the process.
+func (o *observer) serve(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return o.services.Run(ctx) })
+	group.Go(func() error {
+		return o.listen(ctx, metrics.HealthzServer, o.cfg.HealthzBindAddress, o.health.Handler(), o.events.HealthzFailed)
+	})
+	group.Go(func() error {
+		return o.listen(ctx, metrics.MetricsServer, o.cfg.MetricsBindAddress, o.metrics.Mux(o.pages), o.events.MetricsFailed)
+	})
+	return group.Wait()
 }
 
 // flushFor is how long an Event about the end of this process may keep it.
 const flushFor = 2 * time.Second
 
-func (o *observer) serve(ctx context.Context, group *errgroup.Group, name string, at netip.AddrPort, h http.Handler, failed func(error)) {
+func (o *observer) listen(ctx context.Context, name string, at netip.AddrPort, h http.Handler, failed func(error)) error {
 	if !at.IsValid() {
-		return
+		return nil
 	}
 	s := httpserve.Server{Name: name, Addr: at, Handler: h, HardFail: o.cfg.BindAddressHardFail, Log: o.log, Tried: o.tried(name, failed)}
-	group.Go(func() error {
-		err := s.Run(ctx)
-		if err != nil {
-			o.events.Flush(flushFor)
-		}
-		return err
-	})
+	err := s.Run(ctx)
+	if err != nil {
+		o.events.Flush(flushFor)
+	}
+	return err
 }
 
-// tried returns what notes how an attempt to listen ended. failed is told of
-// the first of failures in a row; it may be nil, and then somebody else counts
-// where nobody listens.
+// tried returns what notes how an attempt to listen ended. failed is told once
+// of failures in a row: of the second, because a signalbox that this one takes
+// the place of has the port for a moment, or of the first where there will be
+// no other. It may be nil, and then somebody else counts where nobody listens.
 func (o *observer) tried(name string, failed func(error)) func(error) {
-	failing := false
+	patience := 2
+	if o.cfg.BindAddressHardFail {
+		patience = 1
+	}
+	failures := 0
 	return func(err error) {
-		if err != nil {
+		if err == nil {
+			failures = 0
+		} else {
+			failures++
 			o.metrics.ListenFailed(name)
 		}
 		if failed == nil {
 			return
 		}
-		if err == nil {
-			o.metrics.ListenFailing(name, 0)
-		} else {
-			o.metrics.ListenFailing(name, 1)
-			if !failing {
-				failed(err)
-			}
+		o.metrics.ListenFailing(name, min(failures, 1))
+		if failures == patience {
+			failed(err)
 		}
-		failing = err != nil
 	}
 }

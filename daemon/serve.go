@@ -10,14 +10,18 @@ import (
 )
 
 // serve runs the loop until ctx ends, but for the times when a signalbox that
-// was started later serves the node.
-func serve(ctx context.Context, loop *proxier.Loop, old *leftovers, log *slog.Logger) error {
-	s := newSeat(log)
-	defer s.leave()
-	for {
-		next := serveUntilAsked(ctx, s, loop, old, log)
-		if next == nil {
-			return nil
+// was started later serves the node. beside is what runs with the loop, and for
+// as long: servers, whose ports the other needs. Its error ends everything.
+func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) error {
+	for again := false; s.standBy(ctx); again = true {
+		if again {
+			log.Warn("the other signalbox has ended; this one serves the node again")
+			old.forget()
+			loop.Resync()
+		}
+		next, err := serveUntilAsked(ctx, s, loop, beside, old, log)
+		if next == nil || err != nil {
+			return err
 		}
 		if err := s.give(next); err != nil {
 			log.Warn("the signalbox that takes over has ended before it could", "error", err)
@@ -26,29 +30,38 @@ func serve(ctx context.Context, loop *proxier.Loop, old *leftovers, log *slog.Lo
 		for _, standBy := range old.standBy {
 			standBy()
 		}
-		next.outlive(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
-		log.Warn("the other signalbox has ended; this one serves the node again")
-		old.forget()
-		loop.Resync()
 	}
+	return nil
 }
 
 // serveUntilAsked serves until another process wants to, which it returns; nil
-// when ctx ends. When it returns nothing is being written.
-func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, old *leftovers, log *slog.Logger) *successor {
+// when ctx ends, or with the error of beside. When it returns nothing is being
+// written.
+func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) (*successor, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	var work sync.WaitGroup
-	defer work.Wait()
 	defer cancel()
+	var work sync.WaitGroup
+	var failed error
 	work.Go(func() { loop.Run(ctx) })
+	work.Go(func() {
+		if failed = beside(ctx); failed != nil {
+			cancel()
+		}
+	})
+	next := takeSeat(ctx, s, &work, old, log)
+	cancel()
+	work.Wait()
+	return next, failed
+}
+
+// takeSeat gets the seat once everything is served, and returns who wants it
+// next; nil when ctx ends.
+func takeSeat(ctx context.Context, s *seat, work *sync.WaitGroup, old *leftovers, log *slog.Logger) *successor {
 	if !old.wait(ctx) {
 		return nil
 	}
 	err := s.take(ctx)
-	work.Go(func() { old.run(ctx) })
+	work.Go(func() { old.run(ctx, s) })
 	for ; err != nil && ctx.Err() == nil; err = s.take(ctx) {
 		log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
 		select {
@@ -60,4 +73,37 @@ func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, old *left
 		return nil
 	}
 	return s.waits(ctx)
+}
+
+// drainer is a Proxier through which connections pass, so that they end with
+// it.
+type drainer interface{ Drain(context.Context) }
+
+// drainTime bounds the wait for such connections when the process is told to
+// end. It is less than the 30 s that Kubernetes gives a Pod for that by default.
+const drainTime = 25 * time.Second
+
+// drain lets connections end that pass through this process. Meanwhile it lets
+// go of the seat when it is asked to.
+func drain(planes *dataplanes, s *seat, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+	var asked, drained sync.WaitGroup
+	defer asked.Wait()
+	defer cancel()
+	asked.Go(func() {
+		if next := s.waits(ctx); next != nil {
+			if err := s.give(next); err != nil {
+				log.Warn("the signalbox that takes over has ended before it could", "error", err)
+			}
+		}
+	})
+	for _, p := range planes.open {
+		if p, ok := p.(drainer); ok {
+			drained.Go(func() { p.Drain(ctx) })
+		}
+	}
+	drained.Wait()
+	if ctx.Err() != nil {
+		log.Warn("connections that are relayed yet end with this process", "after", drainTime)
+	}
 }

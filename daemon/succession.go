@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -31,8 +32,13 @@ type seat struct {
 	// patience bounds the wait for an old process that does not answer.
 	patience time.Duration
 
-	mu       sync.Mutex // guards listener
+	mu       sync.Mutex // guards what follows
 	listener *net.UnixListener
+	// before are connections to processes that this one took the seat from.
+	// They are never closed: that would say that this process has ended.
+	before []*net.UnixConn
+	// after is the process that took the seat from this one.
+	after *successor
 }
 
 func newSeat(log *slog.Logger) *seat {
@@ -49,6 +55,12 @@ var errStranger = errors.New("it belongs to another user")
 // take gets the seat, from whoever has it. Where the holder does not answer in
 // time the error says so; the seat is tried for again with the next call.
 func (s *seat) take(ctx context.Context) error {
+	s.mu.Lock()
+	mine := s.listener != nil
+	s.mu.Unlock()
+	if mine {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, s.patience)
 	defer cancel()
 	for {
@@ -87,21 +99,34 @@ func (s *seat) ask(ctx context.Context) error {
 		return err
 	}
 	s.log.Info("the signalbox that served this node before has stopped writing")
-	keepOpen(c)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.before = append(s.before, c)
 	return nil
 }
 
-// kept are connections to predecessors. They are never closed: that would tell
-// them that this process has ended.
-var kept struct {
-	sync.Mutex
-	conns []*net.UnixConn
+// alone waits until the processes have ended that served before; false if ctx
+// ends first. They may have connections open.
+func (s *seat) alone(ctx context.Context) bool {
+	s.mu.Lock()
+	before := slices.Clone(s.before)
+	s.mu.Unlock()
+	for _, c := range before {
+		waitForEnd(ctx, c)
+	}
+	return ctx.Err() == nil
 }
 
-func keepOpen(c *net.UnixConn) {
-	kept.Lock()
-	defer kept.Unlock()
-	kept.conns = append(kept.conns, c)
+// waitForEnd returns when the other side of a connection has ended, or ctx.
+func waitForEnd(ctx context.Context, c *net.UnixConn) {
+	stop := context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	c.SetReadDeadline(time.Time{})
+	for {
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			return
+		}
+	}
 }
 
 func (s *seat) listen() error {
@@ -123,6 +148,11 @@ func (s *seat) waits(ctx context.Context) *successor {
 	s.mu.Lock()
 	l := s.listener
 	s.mu.Unlock()
+	if l == nil {
+		<-ctx.Done()
+		return nil
+	}
+	l.SetDeadline(time.Time{})
 	stop := context.AfterFunc(ctx, func() { l.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	for {
@@ -147,6 +177,9 @@ func (s *seat) waits(ctx context.Context) *successor {
 // give lets go of the seat. Nothing may be written from before on.
 func (s *seat) give(to *successor) error {
 	s.leave()
+	s.mu.Lock()
+	s.after = to
+	s.mu.Unlock()
 	to.conn.SetDeadline(time.Now().Add(s.patience))
 	return tell(to.conn, wordGiven)
 }
@@ -161,17 +194,23 @@ func (s *seat) leave() {
 	}
 }
 
-// outlive waits until the successor has ended, or ctx.
-func (to *successor) outlive(ctx context.Context) {
-	defer to.conn.Close()
-	stop := context.AfterFunc(ctx, func() { to.conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	to.conn.SetDeadline(time.Time{})
-	for {
-		if _, err := to.conn.Read(make([]byte, 1)); err != nil {
-			return
-		}
+// standBy waits while another process has the seat; false if ctx ends first.
+func (s *seat) standBy(ctx context.Context) bool {
+	s.mu.Lock()
+	to := s.after
+	s.mu.Unlock()
+	if to == nil {
+		return true
 	}
+	waitForEnd(ctx, to.conn)
+	if ctx.Err() != nil {
+		return false // and the connection stays: this process may have others open
+	}
+	to.conn.Close()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.after = nil
+	return true
 }
 
 func tell(c *net.UnixConn, word string) error {

@@ -160,6 +160,19 @@ func (o *objects) service(name string) *corev1.Service {
 	return svc
 }
 
+// endpointsOf are the Pods that a Service has for endpoints.
+func (o *objects) endpointsOf(name string) []string {
+	o.t.Helper()
+	found, err := o.client.DiscoveryV1().EndpointSlices(o.namespace).Get(o.t.Context(), name+"-ipv4", metav1.GetOptions{})
+	o.must(err)
+	var pods []string
+	for _, e := range found.Endpoints {
+		i := slices.IndexFunc(netlab.DefaultPods, func(p netlab.PodSpec) bool { return o.lab.Host(p.Name).Addr.V4.String() == e.Addresses[0] })
+		pods = append(pods, netlab.DefaultPods[i].Name)
+	}
+	return pods
+}
+
 // tryCreateService makes a Service without endpoints, if the API server agrees.
 func (o *objects) tryCreateService(name string, edit ...func(*corev1.Service)) (*corev1.Service, error) {
 	svc := newService(name)

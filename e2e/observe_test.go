@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -21,6 +20,8 @@ import (
 	"github.com/prometheus/common/model"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"signalbox/e2e/cluster"
 	"signalbox/internal/netlab"
@@ -35,16 +36,7 @@ type reply struct {
 
 // get asks an HTTP server from a host of the lab.
 func (s *site) get(from, url string) (reply, error) {
-	client := http.Client{Timeout: patience, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
-			err = s.lab.Host(from).Do(func() error {
-				c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
-				return err
-			})
-			return c, err
-		},
-	}}
+	client := s.lab.Host(from).Client()
 	defer client.CloseIdleConnections()
 	resp, err := client.Get(url)
 	if err != nil {
@@ -321,9 +313,6 @@ func (s *site) converse(port int32) talk {
 	return k
 }
 
-// answersOfOurOwn says why an answer is not kube-proxy's.
-var answersOfOurOwn = map[string]string{}
-
 // Load balancers, probes and scripts get the answers that they know.
 func TestAnswersAreKubeProxys(t *testing.T) {
 	inEachMode(t, func(s *site) {
@@ -334,13 +323,145 @@ func TestAnswersAreKubeProxys(t *testing.T) {
 		s.start()
 		got := s.converse(31900)
 		for _, what := range slices.Sorted(maps.Keys(want)) {
-			reason, excused := answersOfOurOwn[what]
-			switch same := want[what] == got[what]; {
-			case !same && !excused:
-				s.Errorf("%s: kube-proxy says\n%s\nsignalbox\n%s", what, want[what], got[what])
-			case same && excused:
-				s.Errorf("%s: the answer is kube-proxy's, although %s", what, reason)
+			if want[what] != got[what] {
+				s.Errorf("%s: kube-proxy says\n%q\nsignalbox\n%q", what, want[what], got[what])
 			}
 		}
+	})
+}
+
+// event waits for an Event about an object, of a reason.
+func (s *site) event(namespace, kind, name, reason string) *eventsv1.Event {
+	s.Helper()
+	var found *eventsv1.Event
+	s.eventually("Event "+reason, func() error {
+		list, err := s.client.EventsV1().Events(namespace).List(s.Context(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for i := range list.Items {
+			if e := &list.Items[i]; e.Reason == reason && e.Regarding.Kind == kind && e.Regarding.Name == name {
+				found = e
+				return nil
+			}
+		}
+		return fmt.Errorf("not among %d Events", len(list.Items))
+	})
+	return found
+}
+
+// forgetEvents removes those of an earlier proxy.
+func (s *site) forgetEvents() {
+	s.Helper()
+	for _, namespace := range []string{metav1.NamespaceDefault, s.namespace} {
+		s.must(s.client.EventsV1().Events(namespace).DeleteCollection(s.Context(), metav1.DeleteOptions{}, metav1.ListOptions{}))
+	}
+}
+
+// take has a port of node1 listened on, by somebody else.
+func (s *site) take(port int32) net.Listener {
+	s.Helper()
+	l, err := s.lab.Host("node1").Listen("tcp", fmt.Sprintf(":%d", port))
+	s.must(err)
+	s.Cleanup(func() { l.Close() })
+	return l
+}
+
+// An operator is told on the objects, in kube-proxy's words where it has some.
+func TestEvents(t *testing.T) {
+	const port = 31901
+	inEachMode(t, func(s *site) {
+		taken := s.take(port)
+		svc := s.createService("balanced", []string{"pod-a"}, asLoadBalancer, func(svc *corev1.Service) {
+			svc.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+			svc.Spec.HealthCheckNodePort = port
+		})
+		words := func(start func(...string)) (said []string) {
+			s.forgetEvents()
+			start()
+			for _, e := range []*eventsv1.Event{
+				s.event(metav1.NamespaceDefault, "Node", "node1", "Starting"),
+				s.event(s.namespace, "Service", "balanced", "FailedToStartServiceHealthcheck"),
+			} {
+				said = append(said, fmt.Sprint(e.Type, e.Reason, e.Action, e.ReportingController, e.ReportingInstance, e.Namespace, e.Regarding.APIVersion))
+			}
+			return said
+		}
+		want := words(s.startKubeProxy)
+		s.crash()
+		before, err := shared.Requests()
+		s.must(err)
+		got := words(s.start)
+		if !slices.Equal(want, got) {
+			s.Errorf("kube-proxy says %q, signalbox %q", want, got)
+		}
+		if uid := s.event(s.namespace, "Service", "balanced", "FailedToStartServiceHealthcheck").Regarding.UID; uid != svc.UID {
+			s.Errorf("kubectl describe asks for Events about %s, this is about %q", svc.UID, uid)
+		}
+		s.reaches(svc, "pod-a") // served all the same
+		taken.Close()
+		s.eventually("the health check", func() error {
+			r, err := s.get("node1", fmt.Sprintf("http://%s:%d", s.lab.Host("node1").Addr.V4, port))
+			if err == nil && r.status != http.StatusOK {
+				err = fmt.Errorf("%d: %s", r.status, r.body)
+			}
+			return err
+		})
+
+		// Two Services that claim one address: one of them is not served there.
+		external := func(svc *corev1.Service) { svc.Spec.ExternalIPs = []string{"192.0.2.77"} }
+		s.createService("first", []string{"pod-a"}, external)
+		s.createService("second", []string{"pod-b"}, external)
+		if e := s.event(s.namespace, "Service", "second", "NotFullyServed"); !strings.Contains(e.Note, "first") || !strings.Contains(e.Note, "node1") {
+			s.Errorf("the Event says %q", e.Note)
+		}
+		requests, err := shared.Requests()
+		s.must(err)
+		for _, r := range requests[len(before):] {
+			if r.Code == http.StatusUnauthorized || r.Code == http.StatusForbidden {
+				s.Errorf("kube-proxy's rights do not suffice: %+v", r)
+			}
+		}
+	})
+}
+
+// The Node object goes, and comes back.
+func TestHealthFollowsTheNode(t *testing.T) {
+	inEachMode(t, func(s *site) {
+		s.start()
+		status := func(path string, want int) {
+			s.Helper()
+			s.eventually(fmt.Sprintf("%s: %d", path, want), func() error {
+				r, err := s.get("node1", healthURL+path)
+				if err == nil && r.status != want {
+					err = fmt.Errorf("%d: %s", r.status, r.body)
+				}
+				return err
+			})
+		}
+		status("/healthz", http.StatusOK)
+		s.deleteNode("node1")
+		status("/healthz", http.StatusServiceUnavailable)
+		status("/livez", http.StatusOK)
+		s.createNode("node1", s.lab.Host("node1").Addr, netlab.NodePodNetwork("node1"))
+		status("/healthz", http.StatusOK)
+		// The API server is away: nothing waits to be programmed.
+		s.relay.Cut()
+		s.eventually("a failing source", func() error {
+			r, err := s.get("node1", metricsURL+"/metrics")
+			if err == nil && !strings.Contains(r.body, "signalbox_source_failing{resource=\"services\"} 1\n") {
+				err = errors.New("services are not said to fail")
+			}
+			return err
+		})
+		status("/healthz", http.StatusOK)
+		s.must(s.relay.Restore())
+		s.eventually("a source that is well", func() error {
+			r, err := s.get("node1", metricsURL+"/metrics")
+			if err == nil && !strings.Contains(r.body, "signalbox_source_failing{resource=\"services\"} 0\n") {
+				err = errors.New("services are still said to fail")
+			}
+			return err
+		})
 	})
 }

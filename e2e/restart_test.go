@@ -2,8 +2,13 @@ package e2e
 
 import (
 	"context"
+	"fmt"
+	"math/rand/v2"
 	"net/netip"
+	"slices"
+	"sync"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -83,4 +88,87 @@ func TestProxyRestart(t *testing.T) {
 			})
 		})
 	}
+}
+
+// storm is many Services whose endpoints change all the time.
+const (
+	stormServices = 30
+	crashes       = 25
+)
+
+// Signalbox is killed at any moment of a storm of changes, also in the middle of
+// writing, again and again. No connection to a Service that does not change
+// fails, and in the end every other is what the API says, too.
+func TestKilledInAStorm(t *testing.T) {
+	inEachMode(t, func(s *site) {
+		steady := createBalanced(s)
+		pods := []string{"pod-a", "pod-b", "pod-c"}
+		for i := range stormServices {
+			s.createService(fmt.Sprintf("storm-%d", i), pods[:1+i%3], asNodePort)
+		}
+		s.start()
+		checkBalanced(s, steady)
+		e := s.exchange(steady)
+		random := rand.New(rand.NewPCG(7, uint64(len(s.mode))))
+		ctx, calm := context.WithCancel(s.Context())
+		var storm sync.WaitGroup
+		storm.Go(func() { s.storm(ctx, pods) })
+		for i := range crashes {
+			e.does(fmt.Sprintf("crash %d", i), func() {
+				// From before the first sync to long after it.
+				delay := time.NewTimer(time.Duration(random.IntN(400)) * time.Millisecond)
+				select {
+				case <-delay.C:
+				case <-s.proxy.Done():
+					s.Fatalf("signalbox ended: %v", s.proxy.Err())
+				}
+				s.crash()
+				s.start()
+			})
+		}
+		calm()
+		storm.Wait()
+		e.does("the calm after", func() {
+			for i := range stormServices {
+				name := fmt.Sprintf("storm-%d", i)
+				s.reaches(s.service(name), s.endpointsOf(name)...)
+			}
+		})
+		e.end()
+	})
+}
+
+// storm changes the endpoints of one Service after the other until ctx ends.
+func (s *site) storm(ctx context.Context, pods []string) {
+	random := rand.New(rand.NewPCG(8, 8))
+	for ctx.Err() == nil {
+		chosen := slices.Clone(pods)
+		random.Shuffle(len(chosen), func(i, j int) { chosen[i], chosen[j] = chosen[j], chosen[i] })
+		s.setEndpoints(fmt.Sprintf("storm-%d", random.IntN(stormServices)), chosen[:1+random.IntN(len(chosen))])
+	}
+}
+
+// A restart with nothing changed writes nothing: the kernel counts no
+// transaction, and the tools' rules keep their counters.
+func TestRestartWritesNothing(t *testing.T) {
+	inEachMode(t, func(s *site) {
+		createBalanced(s)
+		svc := s.createService("other", []string{"pod-a"}, asNodePort)
+		p := s.launchSignalbox(s.mode)
+		s.serves(p)
+		s.reaches(svc, "pod-a")
+		s.terminated(p)
+		before, rules := s.generation(), s.kernel()
+		p = s.launchSignalbox(s.mode)
+		s.serves(p)
+		if now := s.generation(); now != before {
+			t.Errorf("the kernel counted the transactions from %s to %s; the log says\n%s", before, now, p.Log())
+		}
+		if now := passing.ReplaceAllString(s.kernel(), ""); now != passing.ReplaceAllString(rules, "") {
+			t.Errorf("the rules were\n%s\nand are\n%s", rules, now)
+		}
+		// And it is at work.
+		s.setEndpoints("other", []string{"pod-b"})
+		s.reaches(svc, "pod-b")
+	})
 }

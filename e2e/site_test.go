@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"k8s.io/apimachinery/pkg/util/wait"
 
 	"signalbox/e2e/cluster"
@@ -178,4 +179,23 @@ func (s *site) kernel() string {
 		}
 	}
 	return all.String()
+}
+
+// generation is the kernel's count of transactions of nf_tables on node1. A
+// program that listens to changes of rules is told it with each.
+func (s *site) generation() (count string) {
+	s.Helper()
+	s.must(s.lab.Host("node1").Do(func() error {
+		conn, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		gen, err := conn.GetGen()
+		if err != nil {
+			return err
+		}
+		count = fmt.Sprint(gen.ID)
+		return nil
+	}))
+	return count
 }

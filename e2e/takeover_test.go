@@ -5,8 +5,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"signalbox/e2e/cluster"
 	"signalbox/internal/netlab"
@@ -148,6 +152,15 @@ func (s *site) terminated(p *program) {
 	}
 }
 
+// takeoverModes are those through which a node is handed, where the old process
+// overlaps with the new one and where it does not. A relay can only be replaced
+// while it works: with it go its connections, and the rules that lead to it lead
+// nowhere.
+var takeoverModes = map[bool][]string{
+	true:  {"nftables", "iptables", "userspace"},
+	false: {"nftables", "iptables", "nftables"},
+}
+
 // TestTakeover exchanges what serves a node again and again, kube-proxy first
 // and last, without losing a connection. In a rolling update of a DaemonSet
 // the old process ends before the new one starts; with a surge they overlap.
@@ -166,17 +179,19 @@ func TestTakeover(t *testing.T) {
 				s.kubeProxyServes(r.runs)
 				checkBalanced(s, svc)
 				r.exchange = s.exchange(svc)
-				for _, mode := range []string{"nftables", "iptables", "nftables"} {
+				for _, mode := range takeoverModes[overlap] {
 					r.pass("the change to signalbox in mode "+mode, func() *program {
 						next := s.launchSignalbox(mode)
 						s.serves(next)
 						return next
 					})
 				}
+				if r.runs.mode == "userspace" {
+					r.exchange.losesRelay()
+				}
 				r.pass("the way back to kube-proxy", func() *program {
 					next := s.launchKubeProxy(kubeProxyMode)
 					s.kubeProxyServes(next)
-					s.cleanup()
 					return next
 				})
 				r.exchange.end()
@@ -205,6 +220,9 @@ func (r *relay) pass(what string, start func() *program) {
 		if r.overlap {
 			r.exchange.passes(newConnections)
 			r.terminated(r.runs)
+		}
+		if next.name == "kube-proxy" {
+			r.cleanup() // once signalbox has ended
 		}
 		r.servesAlone(next)
 		r.runs = next
@@ -241,6 +259,63 @@ func TestKubeProxyPrevails(t *testing.T) {
 		}
 	}
 }
+
+// What signalbox wrote is gone to the last chain when kube-proxy has the node
+// back, and what kube-proxy wrote before is when signalbox has cleaned up.
+func TestNothingIsLeft(t *testing.T) {
+	for _, kubeProxyMode := range kubeProxyModes {
+		for _, mode := range []string{"nftables", "iptables"} {
+			t.Run("kube-proxy "+kubeProxyMode+", signalbox "+mode, func(t *testing.T) {
+				s := newSite(t, shared, "")
+				bare := s.sortedKernel()
+				svc := createBalanced(s)
+				p := s.launchKubeProxy(kubeProxyMode)
+				s.kubeProxyServes(p)
+				before := s.sortedKernel()
+				if len(before) < len(bare)+30 {
+					t.Fatalf("kube-proxy wrote only %q", before)
+				}
+				s.terminated(p)
+				p = s.launchSignalbox(mode)
+				s.serves(p)
+				s.terminated(p)
+				p = s.launchKubeProxy(kubeProxyMode)
+				s.kubeProxyServes(p)
+				s.reaches(svc, "pod-a", "pod-c")
+				s.cleanup()
+				if diff := cmp.Diff(before, s.sortedKernel()); diff != "" {
+					t.Errorf("kube-proxy's rules (-before signalbox +after)\n%s", diff)
+				}
+				s.terminated(p)
+				s.cleanup("--kube-proxy")
+				if diff := cmp.Diff(bare, s.sortedKernel()); diff != "" {
+					t.Errorf("(-before anybody +after cleanup --kube-proxy)\n%s", diff)
+				}
+			})
+		}
+	}
+}
+
+var passing = regexp.MustCompile(`(?m)^#.*\n|\[\d+:\d+\]|counter packets \d+ bytes \d+`)
+
+// sortedKernel is the kernel's rules without counters, and without what the
+// tools leave of tables that were in use once: built-in chains without rules,
+// and the kubelet's share. Its lines are sorted, as the order of chains says
+// nothing; the tests of connections speak for that of rules.
+func (s *site) sortedKernel() []string {
+	s.Helper()
+	var lines []string
+	for line := range strings.Lines(passing.ReplaceAllString(s.kernel(), "")) {
+		if keep := strings.TrimSpace(line); keep != "" && !idle.MatchString(keep) {
+			lines = append(lines, keep)
+		}
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+// idle are lines that say nothing about Services.
+var idle = regexp.MustCompile(`^(\*.*|COMMIT|:[A-Z]+ ACCEPT.*|\}|type .* hook .*|table .*|chain (INPUT|OUTPUT|FORWARD|PREROUTING|POSTROUTING) \{|.*KUBE-FIREWALL.*|ip saddr != 127.0.0.0/8 .*)$`)
 
 // A kube-proxy that is not ended after all writes its rules again, and ends
 // some time later. Signalbox has the node for itself in the end, with its own

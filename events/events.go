@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -63,7 +64,7 @@ type Recorder struct {
 
 // event is an Event that is to be sent.
 type event struct {
-	regarding                  *corev1.ObjectReference
+	regarding                  corev1.ObjectReference
 	kind, reason, action, note string
 }
 
@@ -94,7 +95,7 @@ func (r *Recorder) node(kind, reason, note string) {
 	}
 	// The UID is what the kubelet writes and kubectl describe asks for.
 	r.send(event{
-		regarding: &corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: r.opts.NodeName, UID: types.UID(r.opts.NodeName)},
+		regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: r.opts.NodeName, UID: types.UID(r.opts.NodeName)},
 		kind:      kind, reason: reason, action: "StartKubeProxy", note: note,
 	})
 }
@@ -122,7 +123,7 @@ func (r *Recorder) Problem(p proxier.Problem) {
 
 func (r *Recorder) service(name proxier.ServiceName, reason, action, note string) {
 	r.send(event{
-		regarding: &corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: name.Namespace, Name: name.Name},
+		regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: name.Namespace, Name: name.Name},
 		kind:      corev1.EventTypeWarning, reason: reason, action: action, note: note,
 	})
 }
@@ -157,11 +158,45 @@ func (r *Recorder) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case e := <-r.queue:
-			r.identify(ctx, e.regarding)
-			recorder.Eventf(e.regarding, nil, e.kind, e.reason, e.action, "%s", shorten(e.note))
+		case first := <-r.queue:
+			for _, e := range r.gather(first) {
+				r.identify(ctx, &e.regarding)
+				recorder.Eventf(&e.regarding, nil, e.kind, e.reason, e.action, "%s", shorten(e.note))
+			}
 		}
 	}
+}
+
+// moment is how long what comes to one Event is waited for.
+const moment = 100 * time.Millisecond
+
+// gather makes one Event of those of a moment that differ in their note alone:
+// a Service often has several problems at once, and the API counts what looks
+// the same instead of keeping every note.
+func (r *Recorder) gather(first event) []event {
+	all := []event{first}
+	for end := time.After(moment); ; {
+		select {
+		case <-end:
+			return all
+		case e := <-r.queue:
+			i := slices.IndexFunc(all, e.sameBut)
+			if i < 0 {
+				all = append(all, e)
+				continue
+			}
+			r.open.Add(-1)
+			if !strings.Contains(all[i].note, e.note) {
+				all[i].note += "; " + e.note
+			}
+		}
+	}
+}
+
+// sameBut says whether two Events differ in their note at most.
+func (e event) sameBut(o event) bool {
+	e.note = o.note
+	return e == o
 }
 
 func (r *Recorder) settled(result string) {
@@ -186,16 +221,21 @@ func (r *Recorder) Flush(atMost time.Duration) {
 	}
 }
 
+// identifyFor bounds the search for a UID; the Event is of use without it.
+const identifyFor = 10 * time.Second
+
 // identify finds a Service's UID, without which kubectl describe does not show
 // the Event. The rights of a service proxy do for a list and not for a get.
 func (r *Recorder) identify(ctx context.Context, ref *corev1.ObjectReference) {
 	if ref.UID != "" {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, identifyFor)
+	defer cancel()
 	found, err := r.opts.Client.CoreV1().Services(ref.Namespace).List(ctx, metav1.ListOptions{
 		FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name).String(),
 	})
-	if err == nil && len(found.Items) == 1 {
+	if err == nil && len(found.Items) == 1 && found.Items[0].Name == ref.Name {
 		ref.UID = found.Items[0].UID
 	}
 }

@@ -181,12 +181,17 @@ func reply(w http.ResponseWriter, a answer, ok bool, count func(int)) {
 		status = http.StatusOK
 		a.LastUpdated = a.CurrentTime
 	}
+	body, err := json.Marshal(a)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
 	if count != nil {
 		count(status)
 	}
 	setJSON(w.Header())
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(a) // who does not wait for the answer needs none
+	_, _ = w.Write(body) // who does not wait for the answer needs none
 }
 
 func setJSON(h http.Header) {

@@ -24,8 +24,9 @@ type ServiceOptions struct {
 	// Healthy says whether the dataplane is; nil: always. A node that offers no
 	// /healthz is not for that reason a sick one.
 	Healthy func() bool
-	// Failed is told once when a Service's port cannot be listened on, until
-	// that has succeeded in between; may be nil.
+	// Failed is told once when a Service's port cannot be listened on, at the
+	// second failure in a row: a process that this one takes the place of has
+	// it for a moment. May be nil.
 	Failed func(service proxier.ServiceName, port uint16, err error)
 	// Tried is told how each attempt to listen ended; may be nil.
 	Tried func(error)
@@ -70,6 +71,7 @@ type server struct {
 	service proxier.ServiceName
 	local   atomic.Int64
 	close   func() // nil while it does not listen
+	tries   int    // that failed in a row
 }
 
 // NewServices returns Services that know of none.
@@ -114,11 +116,13 @@ func (s *Services) Synced(r proxier.SyncReport) {
 }
 
 // Run opens and closes servers until ctx ends, and returns nil then with all of
-// them closed.
+// them closed. It may be called again afterwards.
 func (s *Services) Run(ctx context.Context) error {
 	retry := time.NewTicker(httpserve.RetryAfter)
 	defer retry.Stop()
 	defer s.settle(ctx, nil)
+	s.settle(ctx, s.sockets())
+	s.tellState()
 	for {
 		select {
 		case <-ctx.Done():
@@ -209,10 +213,10 @@ func (s *Services) listen(ctx context.Context, at socket, sv *server) {
 		s.opts.Tried(err)
 	}
 	if err != nil {
-		if s.failed[at] == nil {
+		s.failed[at] = sv
+		if sv.tries++; sv.tries == 2 {
 			s.tellFailure(at, sv, err)
 		}
-		s.failed[at] = sv
 		return
 	}
 	if s.failed[at] != nil {

@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -52,14 +51,8 @@ func newWorld(t *testing.T) *world {
 				w.states <- [2]int{services, failing}
 			}
 		},
-		Log: slog.New(slog.DiscardHandler),
-		Listen: func(network, addr string) (l net.Listener, err error) {
-			err = w.host.Do(func() error {
-				l, err = net.Listen(network, addr)
-				return err
-			})
-			return l, err
-		},
+		Log:    slog.New(slog.DiscardHandler),
+		Listen: w.host.Listen,
 	})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -101,16 +94,8 @@ var web, db = proxier.ServiceName{Namespace: "default", Name: "web"}, proxier.Se
 
 // ask returns status, weight and body, or what kept the answer away.
 func (w *world) ask(addr netip.Addr, port uint16, path string) (status int, weight, body string, err error) {
-	client := http.Client{Timeout: time.Minute, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
-			err = w.host.Do(func() error {
-				c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
-				return err
-			})
-			return c, err
-		},
-	}}
+	client := w.host.Client()
+	defer client.CloseIdleConnections()
 	resp, err := client.Get("http://" + netip.AddrPortFrom(addr, port).String() + path)
 	if err != nil {
 		return 0, "", "", err
@@ -218,7 +203,7 @@ func TestOnlyNodePortAddressesAnswer(t *testing.T) {
 
 func TestAPortThatIsTakenIsTriedAgain(t *testing.T) {
 	w := newWorld(t)
-	taken, err := w.opts.Listen("tcp4", ":31000")
+	taken, err := w.host.Listen("tcp4", ":31000")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -239,10 +224,29 @@ func TestAPortThatIsTakenIsTriedAgain(t *testing.T) {
 	}
 }
 
+// A process that stands by leaves the ports to the one that serves, and has
+// them again when that has ended.
+func TestRunAgain(t *testing.T) {
+	w := newWorld(t)
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}})
+	w.want(w.host.Addr.V4, 31000, 200, "1")
+	w.stop()
+	w.wantClosed(w.host.Addr.V4, 31000)
+	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- w.Services.Run(ctx) }()
+	w.want(w.host.Addr.V4, 31000, 200, "2")
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 // A Service that goes while its port is taken is not waited for.
 func TestAFailedPortIsForgotten(t *testing.T) {
 	w := newWorld(t)
-	taken, err := w.opts.Listen("tcp4", ":31000")
+	taken, err := w.host.Listen("tcp4", ":31000")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -178,7 +178,7 @@ func chooseTools(ctx context.Context, f proxier.Family, wait time.Duration) (t *
 	both := []*tools{nft, legacy}
 	for _, hint := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
 		for _, t := range both {
-			if t.hasMangleChain(ctx, hint) {
+			if t.hasChain(ctx, "mangle", hint) {
 				return t, "the kubelet's chain " + hint, nil
 			}
 		}
@@ -219,11 +219,11 @@ func (t *tools) tables() []string {
 	return names
 }
 
-func (t *tools) hasMangleChain(ctx context.Context, name string) bool {
-	if !slices.Contains(t.tables(), "mangle") {
+func (t *tools) hasChain(ctx context.Context, table, name string) bool {
+	if !slices.Contains(t.tables(), table) {
 		return false
 	}
-	l, err := t.list(ctx, "mangle")
+	l, err := t.list(ctx, table)
 	return err == nil && slices.Contains(l.chains, name)
 }
 

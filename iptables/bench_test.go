@@ -90,3 +90,24 @@ func BenchmarkSyncOne(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkCounts is what is done beside each sync to tell how many rules
+// there are.
+func BenchmarkCounts(b *testing.B) {
+	for _, services := range []int{1000, 10000, 50000} {
+		b.Run(fmt.Sprintf("%d", services), func(b *testing.B) {
+			plan := proxiertest.Fleet(proxier.IPv4, services, endpointsEach)
+			s, err := newState(proxier.Options{Family: proxier.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node, facts{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			s.full(plan, [tableCount][]string{}, nil)
+			p := &Proxier{state: s}
+			b.ReportAllocs()
+			b.ResetTimer()
+			for b.Loop() {
+				p.Counts()
+			}
+		})
+	}
+}

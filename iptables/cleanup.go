@@ -16,6 +16,8 @@ import (
 type belongings struct {
 	owns  func(table, chain string) bool
 	jumps []jump
+	// leaveUsed leaves alone what others use; else it is emptied.
+	leaveUsed bool
 }
 
 // ours is what this mode writes.
@@ -25,6 +27,19 @@ var ours = belongings{
 		return i >= 0 && (isServiceChain(chain) || slices.Contains(fixedChains[i], chain))
 	},
 	jumps: jumps,
+}
+
+// oursAlone is what no kube-proxy would name like that, and none removes from
+// the filter table.
+var oursAlone = belongings{
+	owns: func(table, chain string) bool {
+		if table != nat.String() && table != filter.String() {
+			return false
+		}
+		own := func(shape treeShape) bool { return strings.HasPrefix(chain, shape.prefix) }
+		return chain == externalPortsChain || strings.HasPrefix(chain, markPrefix) || slices.ContainsFunc(treeShapes[:], own)
+	},
+	leaveUsed: true,
 }
 
 // signature is a rule that this mode has always in the filter table and
@@ -40,8 +55,11 @@ const signature = "-A " + servicesChain + " -j " + externalServicesChain
 func Cleanup(f proxier.Family) error {
 	return cleanup(f, func(ctx context.Context, t *tools) error {
 		signed, err := t.signed(ctx)
-		if err != nil || !signed || t.hasMangleChain(ctx, canaryChain) {
+		if err != nil || signed && t.hasChain(ctx, "mangle", canaryChain) {
 			return err
+		}
+		if !signed {
+			return t.remove(ctx, oursAlone)
 		}
 		return t.remove(ctx, ours)
 	})
@@ -129,7 +147,7 @@ func (l *listing) removal(table string, b belongings) (edits []edit, builtin []s
 		case !b.owns(table, name):
 		case !used[name] && !l.referenced[name]:
 			edits = append(edits, removal(name))
-		case name != markMasqChain && name != postroutingChain:
+		case !b.leaveUsed && name != markMasqChain && name != postroutingChain:
 			edits = append(edits, edit{name: name})
 		}
 	}

@@ -64,13 +64,17 @@ func CleanupKubeProxy(f proxier.Family, inUse Backend) error {
 	})
 }
 
-// HasKubeProxy says whether kube-proxy has written rules in its iptables mode
-// since they were last removed: it makes its canaries with them. The tables
-// with the rules themselves, which may be large, are not read.
-func HasKubeProxy(ctx context.Context, f proxier.Family) bool {
+// HasKubeProxy says whether kube-proxy has written rules since they were last
+// removed. A kube-proxy that runs on writes what changes at once, and its
+// canaries half a minute later; in the variant in use, where the names of the
+// chains do not tell, these are all there is to go by.
+func HasKubeProxy(ctx context.Context, f proxier.Family, inUse Backend) bool {
 	for _, b := range []Backend{NFT, Legacy} {
 		t, err := findTools(f, b, defaultWait)
-		if err == nil && t.hasMangleChain(ctx, canaryChain) {
+		if err != nil {
+			continue
+		}
+		if t.hasChain(ctx, "mangle", canaryChain) || b != inUse && t.hasChain(ctx, nat.String(), servicesChain) {
 			return true
 		}
 	}

@@ -37,6 +37,11 @@ type Proxier struct {
 	state *state
 	// written is what the last Sync wrote.
 	written counts
+	// saidNoLocalnet says that the log tells why NodePorts are not served on
+	// 127.0.0.1.
+	saidNoLocalnet bool
+	// started says that this process has written, or found, its rules once.
+	started bool
 }
 
 // New chooses the variant of the tools. It writes nothing.
@@ -119,7 +124,8 @@ func (s *state) needsFull(node *proxier.Node) bool {
 }
 
 // full writes everything, removes what is left of earlier proxies, and puts in
-// the jumps that are missing: those that are there stay where they are.
+// the jumps that are missing: those that are there stay where they are. What an
+// earlier process wrote, and is as it should be, is not written again.
 func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
 	client, err := p.tools.client()
 	if err != nil {
@@ -145,11 +151,26 @@ func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
 	if err := p.prepareNode(&plan.Node); err != nil {
 		return err
 	}
-	if err := p.apply(ctx, next.full(plan, stale, missing)); err != nil {
+	script := next.full(plan, stale, missing)
+	if !p.started && next.holds(nat, held[nat]) && next.holds(filter, held[filter]) {
+		script = onlyJumps(missing)
+	}
+	if err := p.apply(ctx, script); err != nil {
 		return err
 	}
-	p.state = next
+	p.state, p.started = next, true
 	return nil
+}
+
+// onlyJumps puts in jumps that somebody removed; nothing where there are none.
+func onlyJumps(missing []jump) *script {
+	w := &script{}
+	for t := range tableCount {
+		if lines := jumpLines(t, missing); len(lines) > 0 {
+			w.section(t.String(), nil, lines)
+		}
+	}
+	return w
 }
 
 // apply forgets the state where it may have become another one.
@@ -169,7 +190,7 @@ const routeLocalnet = "/proc/sys/net/ipv4/conf/all/route_localnet"
 
 // prepareNode makes the kernel route packets between NodePorts on 127.0.0.1
 // and Pods, where these are wanted. It is never undone: other software may
-// need it by then.
+// need it by then. Where the setting cannot be made, everything else is served.
 func (p *Proxier) prepareNode(node *proxier.Node) error {
 	if !node.LocalhostNodePorts || p.opts.Family != proxier.IPv4 {
 		return nil
@@ -182,6 +203,15 @@ func (p *Proxier) prepareNode(node *proxier.Node) error {
 	if err := addLocalnetFirewall(client); err != nil {
 		return err
 	}
+	if err := openLocalnet(); err != nil && !p.saidNoLocalnet {
+		p.saidNoLocalnet = true
+		p.log.Warn("NodePorts are not served on 127.0.0.1, where a kernel setting cannot be made", "error", err,
+			"remedy", "run signalbox --init-only in a privileged container first, or give --iptables-localhost-nodeports=false")
+	}
+	return nil
+}
+
+func openLocalnet() error {
 	if set, err := os.ReadFile(routeLocalnet); err == nil && strings.TrimSpace(string(set)) == "1" {
 		return nil
 	}

@@ -108,6 +108,8 @@ type listing struct {
 	// they cannot be removed.
 	referenced map[string]bool
 	rules      int
+	// own is how much there is of this mode's.
+	own extent
 	// signed says that this mode wrote the table's rules. See signature.
 	signed bool
 }
@@ -148,6 +150,9 @@ func parseListing(lines *bufio.Scanner, mine func(chain string) bool) (*listing,
 			name, policy, _ := strings.Cut(rest, " ")
 			if strings.HasPrefix(policy, "-") {
 				l.chains = append(l.chains, name)
+				if mine(name) {
+					l.own.chains++
+				}
 			} else {
 				builtin[name] = true
 			}
@@ -163,7 +168,9 @@ func parseListing(lines *bufio.Scanner, mine func(chain string) bool) (*listing,
 		switch {
 		case builtin[name]:
 			l.builtin = append(l.builtin, line)
-		case !mine(name):
+		case mine(name):
+			l.own.rules++
+		default:
 			l.referenced[jumpTarget(rule)] = true
 		}
 	}

@@ -49,17 +49,23 @@ func (s *script) table(t table, edits []edit, jumps ...jump) {
 	if len(edits) == 0 {
 		return
 	}
-	var first []string
-	for _, j := range jumps {
-		if j.table == t {
-			first = append(first, "-I "+j.from+j.rule())
-		}
-	}
+	first := jumpLines(t, jumps)
 	for _, e := range edits {
 		s.rules[t] += len(e.rules)
 	}
 	s.rules[t] += len(first)
 	s.section(t.String(), edits, first)
+}
+
+// jumpLines put the jumps of one table in.
+func jumpLines(t table, jumps []jump) []string {
+	var lines []string
+	for _, j := range jumps {
+		if j.table == t {
+			lines = append(lines, "-I "+j.from+j.rule())
+		}
+	}
+	return lines
 }
 
 // section is table with whole lines about rules of built-in chains.

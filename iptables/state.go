@@ -18,6 +18,12 @@ type state struct {
 	trees    [treeCount]*tree
 	services map[proxier.ServicePortName]*proxier.ServicePort
 	own      counts // rules of Services' own chains
+	// sums are digests of what Services have in each table, and marks the names
+	// of the chains that say so in the kernel.
+	sums  sums
+	marks [tableCount]string
+	// extents are those of the tables when all was written at once.
+	extents [tableCount]extent
 }
 
 // newState is what plan asks for, without its Services.
@@ -69,6 +75,7 @@ func (s *state) full(plan *proxier.Plan, stale [tableCount][]string, missing []j
 	for _, name := range slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare) {
 		p := s.compiler.compile(plan.Services[name])
 		s.own.add(p.size())
+		s.sums.add(p.sums())
 		for i := range p.items {
 			s.trees[p.items[i].tree].put(&p.items[i])
 		}
@@ -80,6 +87,11 @@ func (s *state) full(plan *proxier.Plan, stale [tableCount][]string, missing []j
 	}
 	for _, t := range s.trees {
 		edits[t.table] = append(edits[t.table], t.all()...)
+	}
+	for t := range tableCount {
+		s.marks[t] = s.mark(t, s.sums)
+		edits[t] = append(edits[t], edit{name: s.marks[t]})
+		s.extents[t] = extentOf(edits[t])
 	}
 	w := &script{}
 	for _, t := range []table{filter, nat} {
@@ -122,6 +134,8 @@ type transition struct {
 	undo     []func()
 	script   script
 	own      counts // as it will be
+	sums     sums
+	marks    [tableCount]string
 }
 
 // change brings the trees to what plan says of the named Services and, where
@@ -133,7 +147,7 @@ type transition struct {
 // the new one: its rules take no packet that has an endpoint. Most changes need
 // only one of the three parts.
 func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
-	t := &transition{state: s, node: s.node, services: map[proxier.ServicePortName]*proxier.ServicePort{}, own: s.own}
+	t := &transition{state: s, node: s.node, services: map[proxier.ServicePortName]*proxier.ServicePort{}, own: s.own, sums: s.sums, marks: s.marks}
 	var d difference
 	for _, name := range change.Services {
 		old, next := s.services[name], plan.Services[name]
@@ -143,26 +157,46 @@ func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
 		t.services[name] = next
 		before, after := s.programOf(old), s.programOf(next)
 		t.own.replace(before.size(), after.size())
+		t.sums.replace(before.sums(), after.sums())
 		d.compare(name.String(), before, after)
 	}
 	if change.Node {
 		t.setNode(plan.Node)
 	}
-	t.part(filter, d.before)
-	t.part(nat, d.during)
-	t.part(filter, d.after)
+	before, during, after := t.part(filter, d.before), t.part(nat, d.during), t.part(filter, d.after)
+	t.remark(filter, &before, &after)
+	t.remark(nat, &during)
+	t.script.table(filter, before)
+	t.script.table(nat, during)
+	t.script.table(filter, after)
 	return t
 }
 
-// part adds one table to the script, with the trees' share.
-func (t *transition) part(in table, p part) {
+// remark has a table say what it holds from its last part on, and from its first
+// part to there nothing.
+func (t *transition) remark(in table, parts ...*[]edit) {
+	parts = slices.DeleteFunc(parts, func(p *[]edit) bool { return len(*p) == 0 })
+	if len(parts) == 0 {
+		return
+	}
+	first, last := parts[0], parts[len(parts)-1]
+	t.marks[in] = t.state.mark(in, t.sums)
+	if first == last && t.marks[in] == t.state.marks[in] {
+		return
+	}
+	*first = append(*first, removal(t.state.marks[in]))
+	*last = append(*last, edit{name: t.marks[in]})
+}
+
+// part returns the edits of one part, with the trees' share.
+func (t *transition) part(in table, p part) []edit {
 	for _, it := range p.drop {
 		t.drop(it)
 	}
 	for _, it := range p.put {
 		t.put(it)
 	}
-	t.script.table(in, append(t.state.treeEdits(in), p.edits...))
+	return append(t.state.treeEdits(in), p.edits...)
 }
 
 func (s *state) programOf(sp *proxier.ServicePort) program {
@@ -225,6 +259,7 @@ func (t *transition) commit() {
 		}
 	}
 	t.state.node, t.state.own = t.node, t.own
+	t.state.sums, t.state.marks = t.sums, t.marks
 }
 
 // rollback says that the kernel holds nothing of the change.

@@ -173,7 +173,7 @@ func TestOneServiceIsWrittenAlone(t *testing.T) {
 		return tr.script.String()
 	}
 	moved := script(proxiertest.FleetService(proxier.IPv4, 7, 500001, endpoints))
-	if n := len(moved); n > 1500 || strings.Contains(moved, "*filter") {
+	if n := len(moved); n > 1600 || strings.Contains(moved, "*filter") {
 		t.Errorf("endpoints that moved make %d bytes:\n%s", n, moved)
 	}
 	added := script(proxiertest.FleetService(proxier.IPv4, services+1, 500001, endpoints))

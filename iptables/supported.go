@@ -33,7 +33,8 @@ var features = []struct {
 
 // Supported says whether this node can run the mode in one family: a
 // *proxier.UnsupportedError names what is missing. It makes an unused chain
-// for a moment where the kernel has to be asked.
+// for a moment where the kernel has to be asked; where an earlier process has
+// its rules, they are the answer.
 func Supported(f proxier.Family) error {
 	if f == proxier.IPv6 {
 		if _, err := os.Stat("/proc/net/if_inet6"); err != nil {
@@ -43,6 +44,9 @@ func Supported(f proxier.Family) error {
 	t, _, err := pickTools(f, Tuning{LockWait: defaultWait})
 	if err != nil {
 		return err
+	}
+	if signed, err := t.signed(context.Background()); err == nil && signed {
+		return nil
 	}
 	return t.probe()
 }

@@ -141,10 +141,9 @@ func (d *device) change(verb uint16, addrs []netip.Addr, complaint string, done 
 	if len(addrs) == 0 {
 		return nil
 	}
-	requests := addressRequests(verb, d.link.Attrs().Index, addrs)
 	already := map[uint16][]error{unix.RTM_NEWADDR: {unix.EEXIST}, unix.RTM_DELADDR: {unix.EADDRNOTAVAIL, unix.ENODEV}}[verb]
 	var refused []error
-	err := d.pipe.send(requests, func(i int, err error) bool {
+	err := d.pipe.send(len(addrs), addressRequests(verb, d.link.Attrs().Index, addrs), func(i int, err error) bool {
 		if err == nil || slices.ContainsFunc(already, func(a error) bool { return errors.Is(err, a) }) {
 			done(addrs[i])
 		} else {

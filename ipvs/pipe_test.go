@@ -74,20 +74,21 @@ func TestManyAddresses(t *testing.T) {
 	}
 }
 
-// TestRefusalIsItsRequests checks that an answer is told of the request that it
-// is to, and that after a refusal no more is sent than was on its way.
+// TestRefusalIsItsRequests checks that a refusal is told of the request that it
+// is to, and that after it no more than the rest of the window is sent.
 func TestRefusalIsItsRequests(t *testing.T) {
 	w := world{proxier.IPv4}
 	d := loopback(t, w.family)
 	addrs := w.addresses(4 * window)
-	const wrong = window + 5
-	if err := d.add(addrs[wrong:wrong+1], func(netip.Addr) {}); err != nil {
-		t.Fatal(err)
+	wrong := []int{window, window + 5, window + 6, 2*window - 1} // a window's first and last, too
+	for _, i := range wrong {
+		if err := d.add(addrs[i:i+1], func(netip.Addr) {}); err != nil {
+			t.Fatal(err)
+		}
 	}
-	requests := addressRequests(unix.RTM_NEWADDR, d.link.Attrs().Index, addrs)
 	answers := 0
-	err := d.pipe.send(requests, func(i int, err error) bool {
-		if i != answers || (i == wrong) != errors.Is(err, unix.EEXIST) || (i != wrong) != (err == nil) {
+	err := d.pipe.send(len(addrs), addressRequests(unix.RTM_NEWADDR, d.link.Attrs().Index, addrs), func(i int, err error) bool {
+		if refused := slices.Contains(wrong, i); i != answers || refused != errors.Is(err, unix.EEXIST) || refused == (err == nil) {
 			t.Errorf("answer %d is to request %d: %v", answers, i, err)
 		}
 		answers++
@@ -103,16 +104,22 @@ func TestRefusalIsItsRequests(t *testing.T) {
 func TestLostAnswers(t *testing.T) {
 	w := world{proxier.IPv4}
 	d := loopback(t, w.family)
+	addrs := w.addresses(window)
+	add := func() (done int, err error) {
+		err = d.add(addrs, func(netip.Addr) { done++ })
+		return done, err
+	}
+	if n, err := add(); n != window || err != nil {
+		t.Fatal(n, err)
+	}
 	if err := d.pipe.conn.SetReadBuffer(1); err != nil {
 		t.Fatal(err)
 	}
-	addrs := w.addresses(window)
-	if err := d.add(addrs, func(netip.Addr) {}); !errors.Is(err, unix.ENOBUFS) {
-		t.Errorf("answers without room for them: %v", err)
+	if n, err := add(); !errors.Is(err, unix.ENOBUFS) { // each is there already, and that is an answer
+		t.Errorf("answers without room for them: %d done, %v", n, err)
 	}
-	done := 0
-	if err := d.add(addrs, func(netip.Addr) { done++ }); err != nil || done != len(addrs) {
-		t.Errorf("again: %d of %d, %v", done, len(addrs), err)
+	if n, err := add(); n != window || err != nil {
+		t.Errorf("again: %d of %d, %v", n, window, err)
 	}
 }
 
@@ -159,5 +166,24 @@ func TestEncoding(t *testing.T) {
 	}
 	if len(found) > 0 {
 		t.Errorf("also there: %v", found)
+	}
+}
+
+// TestNoConnection checks that a pipe which cannot be opened again says so, and
+// works when it can.
+func TestNoConnection(t *testing.T) {
+	w := world{proxier.IPv4}
+	d := loopback(t, w.family)
+	d.pipe.conn.Close()
+	possible := d.pipe.protocol
+	d.pipe.protocol = -1
+	for range 2 {
+		if err := d.add(w.addresses(1), func(netip.Addr) {}); err == nil {
+			t.Error("there is no error without a connection")
+		}
+	}
+	d.pipe.protocol = possible
+	if err := d.add(w.addresses(1), func(netip.Addr) {}); err != nil {
+		t.Error(err)
 	}
 }

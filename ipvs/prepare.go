@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net/netip"
 
 	"golang.org/x/sys/unix"
@@ -50,21 +51,33 @@ func kernelBefore(major, minor int) bool {
 	return a < major || a == major && b < minor
 }
 
-// prepare makes the device and the kernel settings.
+// prepare makes the device and the kernel settings. Most works without the
+// settings, so one that cannot be made is no reason to serve nothing.
 func (p *Proxier) prepare() error {
 	if err := p.device.ensure(); err != nil {
 		return err
 	}
-	for _, s := range p.settings() {
-		if err := node.SetSysctl(s.name, s.value); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	if err := p.makeSettings(); err != nil && !p.saidNoSettings {
+		p.saidNoSettings = true
+		slog.Warn("kernel settings of the ipvs mode cannot be made: masquerading and the removal of endpoints may not work as they should",
+			"family", p.Family.String(), "error", err, "remedy", "run signalbox --init-only in a privileged container first")
 	}
 	t := &p.tuning
 	if t.TCPTimeout == 0 && t.TCPFinTimeout == 0 && t.UDPTimeout == 0 {
 		return nil
 	}
 	return p.kernel.setTimeouts(t.TCPTimeout, t.TCPFinTimeout, t.UDPTimeout)
+}
+
+// makeSettings leaves out what the kernel has not got.
+func (p *Proxier) makeSettings() error {
+	var failed []error
+	for _, s := range p.settings() {
+		if err := node.SetSysctl(s.name, s.value); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			failed = append(failed, err)
+		}
+	}
+	return errors.Join(failed...)
 }
 
 // read makes the state of what is in the kernel and this mode's: virtual

@@ -35,6 +35,9 @@ type Proxier struct {
 	schedulers *schedulers
 	// last are the records of the last Sync that is known to have succeeded.
 	last map[proxier.ServicePortName]*record
+	// saidNoSettings says that the log tells which kernel settings cannot be
+	// made.
+	saidNoSettings bool
 
 	wake chan struct{} // holds one token when there is something to drain
 	stop chan struct{}

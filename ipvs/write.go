@@ -61,12 +61,11 @@ var commands = map[verb]uint8{
 
 // send implements kernel.
 func (h *handle) send(ops []op, done func(op)) error {
-	requests := make([]netlink.Message, len(ops))
-	for i := range ops {
-		requests[i] = netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(h.number)}, Data: h.encode(&ops[i])}
+	request := func(i int) netlink.Message {
+		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(h.number)}, Data: h.encode(&ops[i])}
 	}
 	var refused []error
-	err := h.pipe.send(requests, func(i int, err error) bool {
+	err := h.pipe.send(len(ops), request, func(i int, err error) bool {
 		gone := ops[i].verb == removeDest || ops[i].verb == removeServer
 		if err == nil || gone && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH)) {
 			done(ops[i])
@@ -156,22 +155,25 @@ func encodeDest(a *attributes, o *op) {
 
 func bigEndian(port uint16) []byte { return binary.BigEndian.AppendUint16(nil, port) }
 
-// addressRequests asks for addresses of a device to be added or removed.
-func addressRequests(verb uint16, device int, addrs []netip.Addr) []netlink.Message {
-	requests := make([]netlink.Message, len(addrs))
-	for i, addr := range addrs {
-		family, flags := byte(unix.AF_INET), byte(0)
-		if addr.Is6() {
-			family, flags = unix.AF_INET6, unix.IFA_F_NODAD // others hold the address as well
-		}
-		a := attributes{family, byte(addr.BitLen()), flags, unix.RT_SCOPE_UNIVERSE}
-		a = binary.NativeEndian.AppendUint32(a, uint32(device))
-		a.bytes(unix.IFA_LOCAL, addr.AsSlice())
-		a.bytes(unix.IFA_ADDRESS, addr.AsSlice())
-		requests[i] = netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(verb)}, Data: a}
-		if verb == unix.RTM_NEWADDR {
-			requests[i].Header.Flags = netlink.Create | netlink.Excl
-		}
+// addressRequests ask for addresses of a device to be added or removed.
+func addressRequests(verb uint16, device int, addrs []netip.Addr) func(i int) netlink.Message {
+	var flags netlink.HeaderFlags
+	if verb == unix.RTM_NEWADDR {
+		flags = netlink.Create | netlink.Excl
 	}
-	return requests
+	return func(i int) netlink.Message {
+		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(verb), Flags: flags}, Data: encodeAddress(device, addrs[i])}
+	}
+}
+
+func encodeAddress(device int, addr netip.Addr) []byte {
+	family, flags := byte(unix.AF_INET), byte(0)
+	if addr.Is6() {
+		family, flags = unix.AF_INET6, unix.IFA_F_NODAD // others hold the address as well
+	}
+	a := attributes{family, byte(addr.BitLen()), flags, unix.RT_SCOPE_UNIVERSE}
+	a = binary.NativeEndian.AppendUint32(a, uint32(device))
+	a.bytes(unix.IFA_LOCAL, addr.AsSlice())
+	a.bytes(unix.IFA_ADDRESS, addr.AsSlice())
+	return a
 }

@@ -140,7 +140,7 @@ func newOwn(r factory) own {
 		listenFailing: r.gauge(signalbox, "listen_failing", "Addresses at which a server (healthz, metrics, service-health) should listen and at present cannot.",
 			"server"),
 		listenFailures: r.counter(signalbox, "listen_failures_total", "Attempts to listen that failed.", "server"),
-		events:         r.counter(signalbox, "events_total", "Kubernetes Events by what became of them: sent, or dropped to stay within the rate.", "result"),
+		events:         r.counter(signalbox, "events_total", "Kubernetes Events by what became of them: sent, dropped to stay within the rate, or failed.", "result"),
 	}
 }
 

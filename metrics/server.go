@@ -57,9 +57,14 @@ func (m *Metrics) Mux(p Pages) http.Handler {
 	return mux
 }
 
+// writeText answers a program.
 func writeText(w http.ResponseWriter, text string) {
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
+	writePage(w, text)
+}
+
+func writePage(w http.ResponseWriter, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	_, _ = io.WriteString(w, text)
 }
 
@@ -99,7 +104,7 @@ func (p *Pages) statusz(w http.ResponseWriter, _ *http.Request) {
 	for _, l := range lines {
 		fmt.Fprintf(&b, "%s: %s\n", l[0], l[1])
 	}
-	writeText(w, b.String())
+	writePage(w, b.String())
 }
 
 func (p *Pages) paths() []string {
@@ -117,7 +122,7 @@ func (p *Pages) flagz(w http.ResponseWriter, _ *http.Request) {
 	for _, name := range slices.Sorted(maps.Keys(p.Flags)) {
 		fmt.Fprintf(&b, "%s=%s\n", name, p.Flags[name])
 	}
-	writeText(w, b.String())
+	writePage(w, b.String())
 }
 
 // verbosity sets how much is logged, to the number that a PUT bears.

@@ -26,6 +26,10 @@ type Mode struct {
 	Supported func(proxier.Family) error
 	// New makes the mode work in the network namespace of the calling thread.
 	New func(proxier.Options) (proxier.Proxier, error)
+	// Init does beforehand what New's Proxier needs more than CAP_NET_ADMIN
+	// for; nil where that is nothing. localhost says whether NodePorts are
+	// served on the loopback address.
+	Init func(o proxier.Options, localhost bool) error
 	// Render writes what New's Proxier would put into the kernel for a plan,
 	// in the words in which the kernel's own tool for it lists rules.
 	Render func(proxier.Options, *proxier.Plan) (string, error)
@@ -48,6 +52,7 @@ var All = []Mode{
 		Automatic: true,
 		Supported: iptables.Supported,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return iptables.New(o) },
+		Init:      iptables.Init,
 		Render:    iptables.Render,
 		Cleanup:   iptables.Cleanup,
 	},
@@ -55,6 +60,7 @@ var All = []Mode{
 		Name:      ipvs.Mode,
 		Supported: ipvs.Supported,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
+		Init:      func(o proxier.Options, _ bool) error { return ipvs.Init(o) },
 		Render:    func(o proxier.Options, p *proxier.Plan) (string, error) { return ipvs.Render(o, p), nil },
 		Cleanup:   ipvs.Cleanup,
 	},

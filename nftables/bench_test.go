@@ -45,7 +45,7 @@ func BenchmarkCompile(b *testing.B) {
 		b.ReportAllocs()
 		elements := 0
 		for b.Loop() {
-			st, err := newStateOf(familyOf(plan.Family), plan, nil)
+			st, err := newStateOf(familyOf(plan.Family), plan, nil, nil)
 			if err != nil {
 				b.Fatal(err)
 			}

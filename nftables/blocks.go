@@ -55,14 +55,17 @@ var (
 	FilterInput       = &filterInput
 	FilterForward     = &filterForward
 	FilterOutput      = &filterOutput
-	NATPrerouting     = &natPrerouting
-	NATOutput         = &natOutput
 )
 
 // NewHook makes a hook at which filter chains are run; text is what nft lists
 // for it.
 func NewHook(num *nft.ChainHook, priority nft.ChainPriority, text string) *Hook {
 	return &hook{nft.ChainTypeFilter, num, priority, text}
+}
+
+// NewNATHook makes a hook at which destinations are rewritten.
+func NewNATHook(num *nft.ChainHook, priority nft.ChainPriority, text string) *Hook {
+	return &hook{nft.ChainTypeNAT, num, priority, text}
 }
 
 // NewChain makes a chain; hook is nil for one that is only jumped to.

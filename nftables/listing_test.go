@@ -232,7 +232,7 @@ func compareCounts(t testing.TB, p *Proxier, node proxier.Node) {
 // made at once.
 func compareMeaning(t testing.TB, st *state, plan *proxier.Plan) {
 	t.Helper()
-	fresh, err := newStateOf(st.family, plan, nil)
+	fresh, err := newStateOf(st.family, plan, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

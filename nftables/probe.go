@@ -9,7 +9,7 @@ import (
 )
 
 // probeTable is a table that never comes to be: the transaction that adds it
-// deletes it again.
+// fails.
 const probeTable = "signalbox-probe"
 
 // Supported says whether this node's kernel can do all that the mode needs, by
@@ -29,15 +29,24 @@ type feature struct {
 	write           func(w *wire)
 }
 
-// tryFeatures writes features into a table of their own, in one transaction
-// that leaves nothing behind.
+// tryFeatures writes features into a table of their own, in a transaction that
+// the kernel looks at and undoes, because at its end it asks for a new table
+// where there is one by then. So a start writes nothing, and other software that
+// watches the rules is not woken.
 func (w *wire) tryFeatures(features ...feature) error {
-	w.replaceTable()
+	w.conn.AddTable(w.table)
 	for _, f := range features {
 		f.write(w)
 	}
-	w.conn.DelTable(w.table)
-	return w.flush()
+	w.conn.CreateTable(w.table)
+	err := w.flush()
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	if err == nil {
+		err = errors.New("the kernel made two tables of one name")
+	}
+	return err
 }
 
 // diagnose tries all at once, and only if that fails one feature after the

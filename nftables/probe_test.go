@@ -16,8 +16,12 @@ func TestSupported(t *testing.T) {
 	for _, f := range proxier.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			inNamespace(t)
+			before := generation(t)
 			if err := Supported(f); err != nil {
 				t.Fatal(err)
+			}
+			if now := generation(t); now != before {
+				t.Errorf("the kernel counted %d transactions, so somebody was told of rules", now-before)
 			}
 			w, err := dial(familyOf(f), probeTable)
 			if err != nil {
@@ -28,6 +32,13 @@ func TestSupported(t *testing.T) {
 				if err := w.tryFeatures(feature); err != nil {
 					t.Errorf("%s: %v", feature.missing, err)
 				}
+			}
+			lost := feature{"a chain", "none", func(w *wire) {
+				w.addChain(chain{name: "probe"})
+				w.addRules(chain{name: "nowhere", rules: []rule{newRule(drop())}})
+			}}
+			if err := w.tryFeatures(lost); !errors.Is(err, unix.ENOENT) {
+				t.Errorf("a rule of a chain that does not exist: %v", err)
 			}
 			if listing := runNft(t, "list", "ruleset"); listing != "" {
 				t.Errorf("the attempt left behind:\n%s", listing)

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"slices"
 
+	nft "github.com/google/nftables"
+
 	"signalbox/proxier"
 )
 
@@ -55,20 +57,24 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	return p.syncChange(plan, change)
 }
 
-// syncAll replaces the table; the affinity map alone stays, with the clients in
-// it. Where that is not possible, because somebody made something else of the
+// syncAll goes on with the table that an earlier process left, where it can be.
+// Otherwise it replaces the table; the affinity map alone stays, with the clients
+// in it. Where that is not possible, because somebody made something else of the
 // old table, it goes too.
 func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
 	if err := rules.ValidateNode(rules.node); err != nil {
 		return err
 	}
-	old, before, err := p.recall(plan)
+	old, before, done, err := p.recall(rules, plan)
 	if err != nil {
 		p.warn("cannot read the old table, clients lose their session affinity", err)
 		old = nil
 	}
-	st, err := newStateOf(p.family, plan, before)
+	if done {
+		return nil
+	}
+	st, err := newStateOf(p.family, plan, stickyOnly(before), nil)
 	if err != nil {
 		return err
 	}
@@ -85,18 +91,40 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	return nil
 }
 
+// stickyOnly leaves out what the affinity map does not speak of: the rest is
+// numbered anew with the table.
+func stickyOnly(records map[proxier.ServicePortName]*record) map[proxier.ServicePortName]*record {
+	sticky := make(map[proxier.ServicePortName]*record)
+	for name, r := range records {
+		if r.sticky() {
+			sticky[name] = r
+		}
+	}
+	return sticky
+}
+
 // recall finds out what table there is and which numbers mean what in it. What
-// this Proxier wrote it remembers; only after a restart it has to read.
-func (p *Proxier) recall(plan *proxier.Plan) (*legacy, map[proxier.ServicePortName]*record, error) {
-	old, err := p.wire.survey()
+// this Proxier wrote it remembers; only after a restart it has to read, and is
+// done if it can go on with the table.
+func (p *Proxier) recall(rules ruleset, plan *proxier.Plan) (old *legacy, before map[proxier.ServicePortName]*record, done bool, err error) {
+	old, err = p.wire.survey()
 	if err != nil || old == nil || !old.keeps {
-		return old, nil, err
+		return old, nil, false, err
 	}
 	if p.state != nil {
-		return old, p.state.records, nil
+		return old, p.state.records, false, nil
 	}
-	before, err := p.wire.readRecords(plan)
-	return old, before, err
+	st, fix, before, err := p.wire.resume(rules, plan, old)
+	if err != nil || st == nil {
+		return old, before, false, err
+	}
+	if err := p.wire.writeRepair(fix); err != nil {
+		p.warn("cannot go on with the old table and write it anew", err)
+		return old, before, false, nil
+	}
+	st.digest, p.state = rules.digest(), st
+	p.size = sizeOf(rules, st, fix.elements)
+	return old, before, true, nil
 }
 
 func (p *Proxier) warn(message string, err error) {
@@ -128,6 +156,7 @@ func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
 	for _, bucket := range buckets {
 		w.add(bucket)
 	}
+	st.digest = rules.digest()
 	return w.flush()
 }
 
@@ -143,19 +172,28 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 	if err != nil {
 		return err
 	}
-	if err := p.wire.writeStage(rules, s, change.Node); err != nil {
+	digest := p.state.digest
+	if change.Node {
+		digest = rules.digest()
+	}
+	if err := p.wire.writeStage(rules, s, change.Node, digest); err != nil {
 		s.undo()
 		return fmt.Errorf("write %s to table %s: %w", changeText(change), tableName, err)
 	}
 	s.commit()
+	p.state.digest = digest
 	p.size.change(rules, s, change.Node)
 	return nil
 }
 
 // writeStage writes a change in one transaction.
-func (w *wire) writeStage(rules ruleset, s *stage, node bool) error {
+func (w *wire) writeStage(rules ruleset, s *stage, node bool, digest string) error {
 	if node {
 		w.rewriteNode(rules)
+	}
+	if digest != s.state.digest {
+		w.addChain(chain{name: digest})
+		w.conn.DelChain(&nft.Chain{Table: w.table, Name: s.state.digest})
 	}
 	chains := make([]chain, len(s.newChains))
 	for i, c := range s.newChains {
@@ -201,5 +239,6 @@ func (r ruleset) chains(st *state) []chain {
 	for _, c := range st.sizedChains() {
 		chains = append(chains, c.chain(r.family))
 	}
-	return append(append(chains, r.nodeChains()...), r.baseChains()...)
+	chains = append(append(chains, r.nodeChains()...), r.baseChains()...)
+	return append(chains, chain{name: cmp.Or(st.digest, r.digest())})
 }

@@ -17,7 +17,7 @@ func Render(opts proxier.Options, plan *proxier.Plan) string {
 	err := rules.ValidateNode(rules.node)
 	var st *state
 	if err == nil {
-		st, err = newStateOf(f, plan, nil)
+		st, err = newStateOf(f, plan, nil, nil)
 	}
 	if err != nil {
 		return fmt.Sprintf("# cannot be programmed: %v\n", err)

@@ -143,7 +143,7 @@ func TestChangeIsSmall(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			plan := proxiertest.Fleet(proxier.IPv4, 20, 10)
 			plan.Services[test.before.Name] = test.before
-			st, err := newStateOf(familyOf(proxier.IPv4), plan, nil)
+			st, err := newStateOf(familyOf(proxier.IPv4), plan, nil, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -164,7 +164,7 @@ func TestChangeIsSmall(t *testing.T) {
 func TestSyncOneAllocations(t *testing.T) {
 	allocations := func(services int) float64 {
 		plan := proxiertest.Fleet(proxier.IPv4, services, 3)
-		st, err := newStateOf(familyOf(proxier.IPv4), plan, nil)
+		st, err := newStateOf(familyOf(proxier.IPv4), plan, nil, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -219,7 +219,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(test.want, func(t *testing.T) {
 			plan := proxiertest.Fleet(proxier.IPv4, 3, 3)
-			st, err := newStateOf(familyOf(proxier.IPv4), plan, nil)
+			st, err := newStateOf(familyOf(proxier.IPv4), plan, nil, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -237,7 +237,7 @@ func TestRefused(t *testing.T) {
 			if diff := cmp.Diff(before, believed(st)); diff != "" {
 				t.Errorf("the refused change left traces:\n%s", diff)
 			}
-			if _, err := newStateOf(familyOf(proxier.IPv4), plan, nil); err == nil {
+			if _, err := newStateOf(familyOf(proxier.IPv4), plan, nil, nil); err == nil {
 				t.Error("the same Service is taken when everything is written anew")
 			}
 		})

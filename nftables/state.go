@@ -21,6 +21,8 @@ type state struct {
 	served map[sizedChain]int32
 	// chains numbers the sized chains in the kernel, among them idle ones.
 	chains map[sizedChain]uint32
+	// digest is the name of the chain that tells which rules the kernel has.
+	digest string
 }
 
 // sharedKey is an element of a shared set.
@@ -54,12 +56,18 @@ func newState(f *family) *state {
 }
 
 // newStateOf is the state that holds the whole plan, numbered in the order of
-// the names, so that the same plan makes the same table. Service ports with
-// affinity keep the numbers that they have in before, which may be nil.
-func newStateOf(f *family, plan *proxier.Plan, before map[proxier.ServicePortName]*record) (*state, error) {
+// the names, so that the same plan makes the same table. Service ports keep the
+// numbers that they have in before, and sized chains those in chains; both may
+// be nil.
+func newStateOf(f *family, plan *proxier.Plan, before map[proxier.ServicePortName]*record, chains map[sizedChain]uint32) (*state, error) {
 	st := newState(f)
+	for c, n := range chains {
+		if c.ownNumber() || st.pools.chains.claim(n) {
+			st.chains[c] = n
+		}
+	}
 	names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
-	kept := st.keepBlocks(plan, names, before)
+	kept := st.keepNumbers(plan, names, before)
 	for _, name := range names {
 		r, err := st.recordOf(kept[name], plan.Services[name])
 		if err == nil {
@@ -68,28 +76,40 @@ func newStateOf(f *family, plan *proxier.Plan, before map[proxier.ServicePortNam
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
-		// A block that was outgrown is free.
+		// A block that was outgrown is free, and so is a set that is no more.
 		st.pools.giveBack(idsOnlyIn(kept[name], r))
 		st.records[name] = r
 	}
 	return st, nil
 }
 
-// keepBlocks takes out of the pools the blocks that Service ports with affinity
-// had before, and returns the records that they are in. Where two had the same,
-// the first has it.
-func (st *state) keepBlocks(plan *proxier.Plan, names []proxier.ServicePortName, before map[proxier.ServicePortName]*record) map[proxier.ServicePortName]*record {
+// keepNumbers takes out of the pools the numbers that Service ports had before,
+// and returns the records that they are in. Where two had the same, the first
+// has it.
+func (st *state) keepNumbers(plan *proxier.Plan, names []proxier.ServicePortName, before map[proxier.ServicePortName]*record) map[proxier.ServicePortName]*record {
 	kept := make(map[proxier.ServicePortName]*record)
 	if len(before) == 0 {
 		return kept
 	}
 	for _, name := range names {
 		r := before[name]
-		if plan.Services[name].AffinityTimeout > 0 && r.sticky() && st.pools.of(r.block).claim(r.block) {
+		if r != nil && plan.Services[name].AffinityTimeout > 0 == r.sticky() && st.claimIDs(r.ids()) {
 			kept[name] = r
 		}
 	}
 	return kept
+}
+
+// claimIDs takes certain ids out of the pools: all of them, or none if one is
+// taken.
+func (st *state) claimIDs(ids []uint32) bool {
+	for i, id := range ids {
+		if !st.pools.of(id).claim(id) {
+			st.pools.giveBack(ids[:i])
+			return false
+		}
+	}
+	return true
 }
 
 // recordOf makes the record of port, which follows on old. The caller gives

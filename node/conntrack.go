@@ -51,6 +51,10 @@ func (p *KernelProblem) Error() string {
 
 func (p *KernelProblem) Unwrap() error { return p.Err }
 
+// Name is what sysctl(8) calls the setting, or the path of one that it does
+// not know.
+func (p *KernelProblem) Name() string { return nameOf(p.File) }
+
 // Remedy is what an operator can do about it.
 func (p *KernelProblem) Remedy() string {
 	switch {

@@ -43,6 +43,7 @@ type operator struct {
 	InterfacePrefix       string
 	NodePortsAt           []netip.Prefix
 	NodePortsAtPrimary    bool
+	NodeAddress           netip.Addr
 	LocalhostNodePorts    bool
 	IgnoreExternalIPs     bool
 	HasSchedulers         bool
@@ -55,6 +56,7 @@ func (o *operator) settings() Settings {
 		MasqueradeAll: o.MasqueradeAll, DetectLocal: o.DetectLocal, ClusterCIDRs: o.ClusterCIDRs,
 		PodBridgeInterface: o.Bridge, PodInterfaceNamePrefix: o.InterfacePrefix,
 		NodePortAddresses:  NodePortSelector{Primary: o.NodePortsAtPrimary, CIDRs: o.NodePortsAt},
+		NodeAddress:        o.NodeAddress,
 		LocalhostNodePorts: o.LocalhostNodePorts, IgnoreExternalIPs: o.IgnoreExternalIPs,
 		HasSchedulers: o.HasSchedulers, KubeProxyIPVSPolicies: o.KubeProxyIPVSPolicies,
 	}

@@ -241,6 +241,11 @@ func (l *Loop) warnOfGuesses() {
 	if s.DetectLocal == DetectLocalNodeCIDR && len(n.podCIDRs) == 0 {
 		l.opts.Logger.Warn("this node's Pod ranges are not known, so its Pods cannot be told from other traffic until a Node object says them", "node", l.opts.NodeName)
 	}
+	for _, f := range l.families {
+		if s.DetectLocal == DetectLocalNodeCIDR && len(n.podCIDRs) > 0 && firstOf(f.family, n.podCIDRs) == nil {
+			l.opts.Logger.Warn("this node has no Pod range of the family, so its Pods cannot be told from other traffic there", "family", f.family.String(), "podCIDRs", n.podCIDRs)
+		}
+	}
 	if s.NodePortAddresses.Primary && len(n.addresses) == 0 && !s.NodeAddress.IsValid() {
 		l.opts.Logger.Warn("this node's own address is not known: until a Node object says it, NodePorts are served at the first address of the interface with the default route", "node", l.opts.NodeName)
 	}

@@ -102,6 +102,12 @@ func (s *NodePortSelector) nodePortAddrs(family Family, primary netip.Addr, loca
 	return NodePortAddrs{Addrs: slices.Compact(local)}
 }
 
+// ServesLoopback says whether NodePorts can be wanted on the loopback address
+// of a family, whatever addresses the node has.
+func (s *Settings) ServesLoopback(family Family) bool {
+	return family == IPv4 && s.servesLoopback(s.NodePortAddresses.nodePortAddrs(family, netip.Addr{}, []netip.Addr{netip.MustParseAddr("127.0.0.1")}))
+}
+
 // servesLoopback says whether NodePorts are wanted on 127.0.0.1.
 func (s *Settings) servesLoopback(addrs NodePortAddrs) bool {
 	return s.LocalhostNodePorts && (addrs.All || slices.ContainsFunc(addrs.Addrs, netip.Addr.IsLoopback))

@@ -26,7 +26,7 @@ func Supported(f proxier.Family) error {
 		return missing("the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
 	defer t.Close()
-	rules := ruleset{nftables.FamilyOf(f), proxier.DefaultMasqueradeMark, firstPorts, proxier.Node{
+	rules := ruleset{nftables.FamilyOf(f), answersMark(proxier.DefaultMasqueradeMark), firstPorts, proxier.Node{
 		LocalPods:     proxier.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
 		NodePortAddrs: proxier.NodePortAddrs{All: true},
 	}}
@@ -40,7 +40,7 @@ func Supported(f proxier.Family) error {
 		return missing("something that the rules need",
 			"the kernel needs CONFIG_NF_TABLES with NAT, CONFIG_NFT_SOCKET, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_FIB_IPV6, CONFIG_NFT_REJECT and CONFIG_NFT_CT, of release 5.6 or later", err)
 	}
-	r, err := newRoutes(f, proxier.DefaultMasqueradeMark)
+	r, err := newRoutes(f, answersMark(proxier.DefaultMasqueradeMark))
 	if err == nil {
 		err = r.try()
 		r.close()
@@ -84,7 +84,7 @@ func Cleanup(f proxier.Family) error {
 // from 0. It touches no kernel.
 func Render(opts proxier.Options, plan *proxier.Plan) (string, error) {
 	f := nftables.FamilyOf(opts.Family)
-	rules := ruleset{f, opts.MasqueradeMark, firstPorts, plan.Node}
+	rules := ruleset{f, answersMark(opts.MasqueradeMark), firstPorts, plan.Node}
 	if err := rules.ValidateNode(rules.node); err != nil {
 		return "", err
 	}

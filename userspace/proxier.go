@@ -39,7 +39,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 	if err != nil {
 		return fail(err)
 	}
-	routes, err := newRoutes(opts.Family, opts.MasqueradeMark)
+	routes, err := newRoutes(opts.Family, answersMark(opts.MasqueradeMark))
 	if err != nil {
 		t.Close()
 		return fail(err)
@@ -50,7 +50,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 		t.Close()
 		return fail(err)
 	}
-	return &Proxier{family: f, mark: opts.MasqueradeMark, table: t, routes: routes, relay: relay,
+	return &Proxier{family: f, mark: answersMark(opts.MasqueradeMark), table: t, routes: routes, relay: relay,
 		unrelayed: map[proxier.ServicePortName]bool{}}, nil
 }
 

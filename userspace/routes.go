@@ -19,6 +19,17 @@ import (
 // connections that bear their client's address.
 const answersTable = 21314
 
+// answersMark is what answers are marked with: the masquerade mark and one bit
+// more. Another mode's rules, or kube-proxy's, which are there for a while when a
+// node changes from one to the other, mark the first packets of connections with
+// the masquerade mark alone; those must not be taken for answers.
+func answersMark(masquerade uint32) uint32 {
+	if masquerade == 1 {
+		return 3
+	}
+	return masquerade | 1
+}
+
 // answersPriority puts the rule behind the one for the node's own addresses
 // and before everybody's.
 const answersPriority = 83

@@ -44,7 +44,11 @@ type ruleset struct {
 
 var (
 	divertHook = nftables.NewHook(nft.ChainHookPrerouting, -150, "type filter hook prerouting priority mangle")
-	lastHook   = nftables.NewHook(nft.ChainHookPostrouting, 300, "type filter hook postrouting priority 300")
+	// Those of every other mode come before: while both are there, as when this
+	// process ends its last connections, new ones go to the others.
+	natPrerouting = nftables.NewNATHook(nft.ChainHookPrerouting, -98, "type nat hook prerouting priority dstnat + 2")
+	natOutput     = nftables.NewNATHook(nft.ChainHookOutput, -98, "type nat hook output priority -98")
+	lastHook      = nftables.NewHook(nft.ChainHookPostrouting, 300, "type filter hook postrouting priority 300")
 )
 
 func (r ruleset) frontendOf() nftables.Value {
@@ -67,8 +71,8 @@ func (r ruleset) chains() []nftables.Chain {
 		nftables.NewChain("filter-input", nftables.FilterInput, jump("check-relay"), jump("check-endpoints")),
 		nftables.NewChain("filter-forward", nftables.FilterForward, jump("check-endpoints"), jump("check-cluster-ips")),
 		nftables.NewChain("filter-output", nftables.FilterOutput, jump("check-endpoints"), jump("check-cluster-ips")),
-		nftables.NewChain("nat-prerouting", nftables.NATPrerouting, services),
-		nftables.NewChain("nat-output", nftables.NATOutput,
+		nftables.NewChain("nat-prerouting", natPrerouting, services),
+		nftables.NewChain("nat-output", natOutput,
 			nftables.NewRule(nftables.PriorityIs(ownTraffic), nftables.Return()).Because("from the relay to an endpoint"),
 			services),
 		nftables.NewChain("last", lastHook,

@@ -31,7 +31,7 @@ kernel directly, and nft cannot load all that the kernel can hold.`,
 			if err != nil {
 				return err
 			}
-			installLog(cfg.Logging)
+			installLog(cfg)
 			addrs, err := parseAddrs(nodeAddresses)
 			if err != nil {
 				return err

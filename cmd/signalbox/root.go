@@ -18,8 +18,9 @@ func rootCommand() *cobra.Command {
 	root.Short = "Make Kubernetes Services work on this node, in the place of kube-proxy"
 	root.SilenceUsage = true
 	root.SilenceErrors = true
+	// A template of our own for it would link text/template and, with that,
+	// every method of every type: 28 MB.
 	root.Version = versionText()
-	root.SetVersionTemplate("signalbox {{.Version}}\n")
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), demoCommand(), versionCommand())
 	return root
@@ -62,6 +63,8 @@ func otherFlags(cmd *cobra.Command, groups cliflag.NamedFlagSets) (other cliflag
 }
 
 // installLog makes the process's log what the configuration asks for.
-func installLog(l config.Logging) {
-	slog.SetDefault(slog.New(l.Handler(os.Stderr)))
+func installLog(cfg *config.Config) *slog.Logger {
+	log := slog.New(cfg.Logging.Handler(os.Stderr))
+	slog.SetDefault(log)
+	return log
 }

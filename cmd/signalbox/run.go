@@ -1,6 +1,8 @@
 package main
 
 import (
+	"context"
+	"fmt"
 	"log/slog"
 
 	"github.com/spf13/cobra"
@@ -23,17 +25,41 @@ the rules in the kernel: connections go on, also while it is away.`,
 			if err != nil {
 				return err
 			}
-			cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
-			installLog(cfg.Logging)
-			if cfg.WriteTo != "" {
-				return config.Write(cfg.WriteTo, cfg.KubeProxy)
-			}
-			if cfg.Cleanup {
-				return cleanup(false)
-			}
-			return daemon.Run(cmd.Context(), cfg, slog.Default())
+			return run(cmd.Context(), cfg, &flags)
 		},
 	}
 	addFlags(cmd, &flags)
 	return cmd
+}
+
+func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
+	logger := func(cfg *config.Config) *slog.Logger {
+		cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
+		return installLog(cfg)
+	}
+	log := logger(cfg)
+	switch {
+	case cfg.WriteTo != "":
+		if err := config.Write(cfg.WriteTo, cfg.KubeProxy); err != nil {
+			return err
+		}
+		log.Info("wrote the configuration", "file", cfg.WriteTo)
+		return nil
+	case cfg.Cleanup:
+		return cleanup(true) // as `kube-proxy --cleanup`, whatever wrote it
+	case cfg.InitOnly:
+		if err := daemon.Init(cfg, log); err != nil {
+			return fmt.Errorf("--init-only: %w", err)
+		}
+		log.Info("what needs all privileges is done")
+		return nil
+	}
+	changes := make(chan *config.Config)
+	go flags.Watch(ctx, log, func(changed *config.Config) {
+		select {
+		case changes <- changed:
+		case <-ctx.Done():
+		}
+	})
+	return daemon.RunChanging(ctx, cfg, changes, logger)
 }

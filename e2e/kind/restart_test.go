@@ -177,21 +177,30 @@ func (s *site) endPodLoad() {
 }
 
 // testRestart starts every Pod of the DaemonSet anew, then kills one without
-// warning, while Pods and the outside go on as if nothing were.
+// warning.
 func (s *site) testRestart() {
+	s.underLoad(func() {
+		s.restart()
+		s.kill(s.workers[1].name)
+	})
+}
+
+// underLoad does something while Pods and the outside go on as if nothing were.
+func (s *site) underLoad(do func()) {
+	s.Helper()
 	svc := s.fresh("busy", bothServers, func(spec *corev1.ServiceSpec) { spec.Type = corev1.ServiceTypeNodePort })
 	for _, family := range s.families {
-		v6 := family == corev1.IPv6Protocol
 		for _, n := range s.workers {
-			s.outsideReaches("tcp", netip.AddrPortFrom(n.addr(s.T, v6), uint16(nodePort(svc, "tcp"))), serverA, serverB)
-			s.outsideReaches("udp", netip.AddrPortFrom(n.addr(s.T, v6), uint16(nodePort(svc, "udp"))), serverA, serverB)
+			for _, network := range []string{"tcp", "udp"} {
+				at := netip.AddrPortFrom(n.addr(s.T, family == corev1.IPv6Protocol), uint16(nodePort(svc, network)))
+				s.outsideReaches(network, at, serverA, serverB)
+			}
 		}
 	}
 	s.reaches(client, "tcp", svc.Spec.ClusterIP, 80, serverA, serverB)
 	s.startPodLoad(net.JoinHostPort(svc.Spec.ClusterIP, "80"))
 	l := s.startLoad(svc)
-	s.restart()
-	s.kill(s.workers[1].name)
+	do()
 	l.end(s)
 	s.endPodLoad()
 }

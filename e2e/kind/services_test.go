@@ -25,9 +25,13 @@ func TestModes(t *testing.T) {
 		s.depopulate()
 		s.undeploy()
 	})
-	for _, mode := range strings.Fields(setting("MODES", "nftables iptables userspace")) {
+	for i, mode := range strings.Fields(setting("MODES", "nftables iptables userspace")) {
 		s.run(mode, func(s *site) {
-			s.deploy(mode)
+			if i == 0 {
+				s.deploy(mode)
+			} else {
+				s.run("switch under load", func(s *site) { s.underLoad(func() { s.deploy(mode) }) })
+			}
 			s.run("says its mode", func(s *site) { s.saysMode(mode) })
 			s.run("ClusterIP", (*site).testClusterIP)
 			s.run("NodePort", (*site).testNodePort)

@@ -1,6 +1,7 @@
 package apiserver
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -19,6 +20,9 @@ type ClientOptions struct {
 	// QPS and Burst bound the requests a second; client-go's defaults where 0.
 	QPS   float32
 	Burst int
+	// ContentType is what is spoken; protobuf where empty. AcceptContentTypes
+	// is what is asked for, in order; where empty, ContentType and then JSON.
+	ContentType, AcceptContentTypes string
 }
 
 // protobuf is several times cheaper to decode than JSON.
@@ -31,8 +35,8 @@ func Client(opts ClientOptions) (kubernetes.Interface, error) {
 		return nil, err
 	}
 	cfg.QPS, cfg.Burst = opts.QPS, opts.Burst
-	cfg.ContentType = protobuf
-	cfg.AcceptContentTypes = protobuf + ",application/json"
+	cfg.ContentType = cmp.Or(opts.ContentType, protobuf)
+	cfg.AcceptContentTypes = cmp.Or(opts.AcceptContentTypes, cfg.ContentType+",application/json")
 	cfg.UserAgent = rest.DefaultKubernetesUserAgent()
 	client, err := kubernetes.NewForConfig(cfg)
 	if err != nil {

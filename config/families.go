@@ -1,0 +1,41 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"signalbox/proxier"
+)
+
+// CheckFamilies compares what the configuration says of one IP family or the
+// other with the families that the node serves in a mode. As with kube-proxy,
+// it is an error that Pods can be told from other traffic in none of them for
+// ranges that are all of another family; the rest is said in warnings.
+func (c *Config) CheckFamilies(served []proxier.Family, mode string) (warnings []string, err error) {
+	has := func(prefixes []netip.Prefix, family proxier.Family) bool {
+		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return proxier.FamilyOf(p.Addr()) == family })
+	}
+	s := c.ForMode(mode)
+	ranges := s.ClusterCIDRs
+	if s.DetectLocal != proxier.DetectLocalClusterCIDR {
+		ranges = nil
+	}
+	if len(ranges) > 0 && !slices.ContainsFunc(served, func(f proxier.Family) bool { return has(ranges, f) }) {
+		return nil, fmt.Errorf("the Pods' ranges (--cluster-cidr, or clusterCIDR in a file) are %v, and this node serves %v only: give a range of that family, or another --detect-local-mode", ranges, served)
+	}
+	for _, family := range served {
+		if len(ranges) > 0 && !has(ranges, family) {
+			warnings = append(warnings, fmt.Sprintf("the Pods' ranges are %v: Pods cannot be told from other traffic in %s", ranges, family))
+		}
+		if at := s.NodePortAddresses; !at.Primary && len(at.CIDRs) > 0 && !has(at.CIDRs, family) {
+			warnings = append(warnings, fmt.Sprintf("NodePorts are to be served inside %v: in %s they are served at all addresses", at.CIDRs, family))
+		}
+	}
+	for name, at := range map[string]netip.AddrPort{"health": c.HealthzBindAddress, "metrics": c.MetricsBindAddress} {
+		if at.IsValid() && !slices.Contains(served, proxier.FamilyOf(at.Addr().Unmap())) {
+			warnings = append(warnings, fmt.Sprintf("the address of %s, %s, is of a family in which this node serves no Services", name, at))
+		}
+	}
+	return warnings, nil
+}

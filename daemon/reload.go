@@ -1,0 +1,58 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+
+	"signalbox/config"
+)
+
+// RunChanging is Run with a configuration that changes meanwhile. What is in
+// the kernel stays and goes on working while one configuration takes another's
+// place, and so do the dataplanes that both have. One that turns out not to
+// work before it serves is put back to the one before. logger makes the log
+// that a configuration asks for.
+func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan *config.Config, logger func(*config.Config) *slog.Logger) (err error) {
+	planes, place := newDataplanes(), newSeat(slog.Default())
+	defer place.leave()
+	var before *config.Config
+	for {
+		log := logger(cfg)
+		next, err := untilChanged(ctx, cfg, changes, planes, place, log)
+		switch {
+		case next != nil:
+			cfg, before = next, cfg
+			continue
+		case err != nil && before != nil && !planes.serving:
+			log.Error("the changed configuration does not work here; what was in force before is so again", "error", err)
+			cfg, before = before, nil
+			continue
+		}
+		tellManagerOfEnd(log)
+		drain(planes, place, log)
+		if err := planes.close(); err != nil {
+			log.Warn("closing", "error", err)
+		}
+		return err
+	}
+}
+
+// untilChanged runs with one configuration until there is another, which it
+// returns, or until ctx ends.
+func untilChanged(ctx context.Context, cfg *config.Config, changes <-chan *config.Config, planes *dataplanes, place *seat, log *slog.Logger) (next *config.Config, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	planes.begin()
+	ended := make(chan error, 1)
+	go func() { ended <- run(ctx, cfg, planes, place, log) }()
+	select {
+	case err := <-ended:
+		return nil, err
+	case next := <-changes:
+		cancel()
+		if err := <-ended; err != nil {
+			log.Warn("stopping before a changed configuration takes effect", "error", err)
+		}
+		return next, nil
+	}
+}

@@ -1,0 +1,27 @@
+package netlab
+
+import (
+	"context"
+	"net"
+	"net/http"
+)
+
+// Listen is net.Listen inside the host.
+func (h *Host) Listen(network, addr string) (l net.Listener, err error) {
+	err = h.Do(func() error {
+		l, err = net.Listen(network, addr)
+		return err
+	})
+	return l, err
+}
+
+// Client is an HTTP client inside the host. It keeps connections.
+func (h *Host) Client() *http.Client {
+	return &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
+		err = h.Do(func() error {
+			c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
+			return err
+		})
+		return c, err
+	}}}
+}

@@ -1,0 +1,21 @@
+package iptables
+
+import (
+	"errors"
+
+	"signalbox/proxier"
+)
+
+// Init makes the kernel setting that NodePorts on 127.0.0.1 need, where they
+// are wanted, so that a Proxier finds it made and needs no right to it.
+func Init(opts proxier.Options, localhost bool) error {
+	p, err := New(opts)
+	if err != nil {
+		return err
+	}
+	err = p.prepareNode(&proxier.Node{LocalhostNodePorts: localhost})
+	if err == nil && localhost && opts.Family == proxier.IPv4 {
+		err = openLocalnet()
+	}
+	return errors.Join(err, p.Close())
+}

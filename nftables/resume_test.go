@@ -1,0 +1,118 @@
+package nftables
+
+import (
+	"context"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"signalbox/proxier"
+)
+
+// resumed is a Proxier of a new process, after its first Sync.
+func resumed(t *testing.T, plan *proxier.Plan) *Proxier {
+	t.Helper()
+	p := newProxier(t, plan.Family)
+	if err := p.Sync(context.Background(), plan, proxier.Change{}); err != nil {
+		t.Fatal(err)
+	}
+	compareKernel(t, p, plan.Node)
+	compareMeaning(t, p.state, plan)
+	return p
+}
+
+// A new process that finds what it would write writes nothing, whatever the
+// table went through before. What changed in between it corrects.
+func TestResume(t *testing.T) {
+	for _, f := range proxier.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			inNamespace(t)
+			g := generator{rand.New(rand.NewPCG(1, uint64(f))), f}
+			plan := &proxier.Plan{Family: f, Node: g.node(), Services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+			for range 40 {
+				g.step(plan)
+			}
+			p := resumed(t, plan)
+			for round := range 20 {
+				for range 3 {
+					if err := p.Sync(context.Background(), plan, g.step(plan)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				p.Close()
+				before := generation(t)
+				p = resumed(t, plan)
+				if now := generation(t); now != before {
+					t.Errorf("round %d: with nothing changed, %d transactions", round, now-before)
+				}
+				// This one ends too, and misses a change.
+				p.Close()
+				g.step(plan)
+				before = generation(t)
+				p = resumed(t, plan)
+				if now := generation(t); now > before+1 {
+					t.Errorf("round %d: %d transactions for what changed meanwhile, want one", round, now-before)
+				}
+			}
+		})
+	}
+}
+
+// A table that is not quite what an earlier process left is put right.
+func TestResumeDamaged(t *testing.T) {
+	for name, damage := range map[string][]string{
+		"a rule is gone":         {"flush", "chain", "ip", tableName, "nat-prerouting"},
+		"a rule is new":          {"insert", "rule", "ip", tableName, "services", "ip", "daddr", "10.0.0.0/8", "drop"},
+		"a chain is new":         {"add", "chain", "ip", tableName, "mine"},
+		"a set is new":           {"add", "set", "ip", tableName, "mine", "{ type ipv4_addr; }"},
+		"all frontends are gone": {"flush", "map", "ip", tableName, "frontends"},
+		"an element is new":      {"add", "element", "ip", tableName, "rejected", "{ 10.0.0.99 . tcp . 80 }"},
+		"all endpoints are gone": {"flush", "map", "ip", tableName, "endpoints"},
+		"a pick chain is empty":  {"flush", "chain", "ip", tableName, "pick-2"},
+		"the chains' map":        {"flush", "map", "ip", tableName, "pick-chains"},
+		"nothing is left":        {"flush", "ruleset"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inNamespace(t)
+			plan := examplePlan(proxier.IPv4)
+			resumed(t, plan)
+			runNft(t, damage...)
+			resumed(t, plan)
+		})
+	}
+}
+
+// Clients of a Service with affinity keep their endpoints when a process goes
+// on with the table, and when it has other rules to write.
+func TestResumeAfterNodeChange(t *testing.T) {
+	inNamespace(t)
+	plan := examplePlan(proxier.IPv4)
+	resumed(t, plan)
+	plan.Node.LocalPods.Interface = "cni0"
+	p := resumed(t, plan)
+	plan.Node.LocalPods.Interface = "cni1"
+	if err := p.Sync(context.Background(), plan, proxier.Change{Node: true}); err != nil {
+		t.Fatal(err)
+	}
+	compareKernel(t, p, plan.Node)
+	before := generation(t)
+	resumed(t, plan)
+	if now := generation(t); now != before {
+		t.Errorf("%d transactions after a change of the node's facts, want none", now-before)
+	}
+}
+
+func TestParseChainName(t *testing.T) {
+	for _, c := range []sizedChain{
+		{size: 1}, {size: 600}, {size: 3, timeout: time.Hour}, {size: 3, timeout: time.Second, variant: 2}, {size: 2000, timeout: time.Minute, variant: 1, large: true},
+	} {
+		if got, ok := parseChainName(c.name()); !ok || got != c {
+			t.Errorf("%s: read as %+v, %v", c.name(), got, ok)
+		}
+	}
+	for _, name := range []string{"", "services", "pick-", "pick-x", "pick-03", "pick-endpoint", "pick-3-affinity-s", "pick-3-affinity-5s-set-x", "pick-3-large-"} {
+		if c, ok := parseChainName(name); ok {
+			t.Errorf("%q was read as %+v", name, c)
+		}
+	}
+}
