@@ -102,9 +102,9 @@ func (l *leftovers) wait(ctx context.Context) bool {
 const (
 	firstLook = 5 * time.Second
 	lastLook  = time.Minute
-	// handover is how long a kube-proxy that served before may run on: several
+	// swapTime is how long a kube-proxy that served before may run on: several
 	// times what Kubernetes gives a Pod to end by default.
-	handover = 2 * time.Minute
+	swapTime = 2 * time.Minute
 )
 
 // run removes everything once, and then what comes back, until ctx ends.
@@ -138,7 +138,7 @@ func (l *leftovers) removeAll(ctx context.Context) {
 	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool {
 		return m.Name == l.mode.Name || m.Name == userspace.Mode
 	})
-	l.had, l.said, l.until = map[proxier.Family]bool{}, map[proxier.Family]bool{}, time.Now().Add(handover)
+	l.had, l.said, l.until = map[proxier.Family]bool{}, map[proxier.Family]bool{}, time.Now().Add(swapTime)
 	for _, family := range l.families {
 		l.remove(family, signalboxRemovals(others))
 		l.had[family] = l.kubeProxyWrote(ctx, family)

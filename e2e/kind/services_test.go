@@ -27,6 +27,7 @@ func TestModes(t *testing.T) {
 	})
 	for i, mode := range strings.Fields(setting("MODES", "nftables iptables userspace")) {
 		s.run(mode, func(s *site) {
+			s.Cleanup(s.report)
 			if i == 0 {
 				s.deploy(mode)
 			} else {
