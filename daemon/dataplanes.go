@@ -74,11 +74,29 @@ func (d *dataplanes) closeOthers() error {
 	var failed []error
 	for key, p := range d.open {
 		if !d.used[key] {
+			if d.used != nil {
+				standBy(p) // no process is to go on with its sockets
+			}
 			failed = append(failed, p.Close())
 			delete(d.open, key)
 		}
 	}
 	return errors.Join(failed...)
+}
+
+// standBy has all of them leave what comes to this process to the one that
+// serves the node now.
+func (d *dataplanes) standBy() {
+	for _, p := range d.open {
+		standBy(p)
+	}
+}
+
+// standBy is for Proxiers that serve by themselves and not by rules alone.
+func standBy(p proxier.Proxier) {
+	if p, ok := p.(interface{ StandBy() }); ok {
+		p.StandBy()
+	}
 }
 
 // close lets go of all of them. Rules stay in the kernel.

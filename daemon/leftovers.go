@@ -30,10 +30,7 @@ type leftovers struct {
 	shared   map[proxier.Family]inUse
 	// resync has this mode's own rules written anew.
 	resync func()
-	// standBy has modes that serve by themselves stop while another process
-	// serves.
-	standBy []func()
-	log     *slog.Logger
+	log    *slog.Logger
 
 	mu     sync.Mutex // guards served
 	served map[proxier.Family]bool
@@ -59,9 +56,6 @@ func (l *leftovers) shares(family proxier.Family, p proxier.Proxier) {
 		shared.iptables = p.Backend()
 	}
 	l.shared[family] = shared
-	if p, ok := p.(interface{ StandBy() }); ok {
-		l.standBy = append(l.standBy, p.StandBy)
-	}
 }
 
 // forget has everything served anew before anything is removed.
