@@ -96,6 +96,7 @@ func (d *dataplanes) retireOthers(log *slog.Logger) {
 			continue
 		}
 		delete(d.open, key)
+		standBy(p) // no process is to go on with its sockets
 		if through, ok := p.(drainer); ok {
 			d.retire(key, p, through, log)
 		} else {
@@ -168,6 +169,21 @@ func (d *dataplanes) drainers() []drainer {
 		}
 	}
 	return list
+}
+
+// standBy has all of them leave what comes to this process to the one that
+// serves the node now.
+func (d *dataplanes) standBy() {
+	for _, p := range d.open {
+		standBy(p)
+	}
+}
+
+// standBy is for Proxiers that serve by themselves and not by rules alone.
+func standBy(p proxier.Proxier) {
+	if p, ok := p.(interface{ StandBy() }); ok {
+		p.StandBy()
+	}
 }
 
 // close lets go of all of them. Rules stay in the kernel.
