@@ -58,6 +58,7 @@ demo: deps build ## a lab on this machine, every mode, real connections
 	$(BIN) demo
 
 .PHONY: bench
+bench: PACKAGES += haproxy
 bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services
 	$(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./proxier ./nftables ./iptables
 

@@ -22,15 +22,15 @@ const (
 )
 
 // acceptAll takes the connections of an origin until the relay is closed.
-func (r *relay) acceptAll(o origin) {
-	l := r.listeners.tcp[o]
+func (r *relay) acceptAll(from *listeners, o origin) {
+	l := from.tcp[o]
 	wait := acceptPause
 	for {
 		c, err := l.AcceptTCP()
 		switch {
 		case err == nil:
 			wait = acceptPause
-			if r.listeners.inherited {
+			if from.inherited {
 				c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount})
 			}
 			r.accept(o, c)
