@@ -30,6 +30,7 @@ test: deps build vet unit contract e2e vm ## everything
 .PHONY: vet
 vet:
 	$(GO) vet ./...
+	cd e2e && $(GO) vet -tags kind ./...
 
 .PHONY: unit
 unit: deps ## all packages but the contract suite
@@ -42,6 +43,10 @@ contract: deps ## every mode against the contract suite, with real packets
 .PHONY: e2e
 e2e: deps build ## the real binary and manifests against a real kube-apiserver and etcd
 	cd e2e && $(GO) test -timeout 40m . ./cluster/... ./configuration ./manifests/...
+
+.PHONY: e2e-kind
+e2e-kind: ## the DaemonSet on nodes of kind, or of the cluster that KUBECONFIG names; see e2e/kind
+	VERSION=$(VERSION) e2e/kind/run.sh
 
 .PHONY: vm
 vm: PACKAGES += qemu-system-x86

@@ -30,7 +30,11 @@ type leftovers struct {
 	shared   map[proxier.Family]inUse
 	// resync has this mode's own rules written anew.
 	resync func()
-	log    *slog.Logger
+	// drained waits until relays that this process had under an earlier
+	// configuration have no connections any more; false if its context ends
+	// first.
+	drained func(context.Context) bool
+	log     *slog.Logger
 
 	mu     sync.Mutex // guards served
 	served map[proxier.Family]bool
@@ -108,7 +112,7 @@ func (l *leftovers) run(ctx context.Context, s *seat) {
 	var late sync.WaitGroup
 	defer late.Wait()
 	late.Go(func() {
-		if s.alone(ctx) {
+		if s.alone(ctx) && l.drained(ctx) {
 			l.removeRelay()
 		}
 	})

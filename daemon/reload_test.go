@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -165,6 +166,54 @@ func TestRelayOutlivesConfiguration(t *testing.T) {
 	}
 }
 
+// A configuration that asks for another mode does not end what the relay of the
+// one before has open; the relay's rules go with the last connection.
+func TestRelayDrainsAfterConfiguration(t *testing.T) {
+	lab, err := netlab.New(netlab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lab.Close() })
+	client, node := lab.Host("pod-x"), lab.Host("node1")
+	mounted, source := mountConfiguration(t), serviceTo(t, lab.Host("pod-a"))
+	mounted.write(off + "mode: userspace\n")
+	log := start(t, node, build(t), "--config", mounted.path(), "--source", source)
+	web := netip.MustParseAddrPort("10.96.0.10:80")
+	eventually(t, "the cluster IP answers", func() bool { return answers(t, client, web) })
+	open, err := client.Open(t.Context(), "tcp", netip.AddrPort{}, web)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	tables := func() (list string) {
+		if err := node.Do(func() error {
+			out, err := exec.Command("nft", "list", "tables").Output()
+			list = string(out)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return list
+	}
+	for i, mode := range []string{"nftables", "userspace", "nftables"} {
+		mounted.write(off + "mode: " + mode + "\n")
+		eventually(t, "mode "+mode+" serves", func() bool { return log.count("msg=synced family=IPv4") == i+2 })
+		for range 20 {
+			if !answers(t, client, web) {
+				t.Errorf("mode %s: a new connection is not answered", mode)
+			}
+		}
+		if _, err := open.Ask(t.Context()); err != nil {
+			t.Fatalf("mode %s: the open connection: %v", mode, err)
+		}
+	}
+	if list := tables(); !strings.Contains(list, "signalbox-userspace") {
+		t.Errorf("the rules of an open connection are gone: %s", list)
+	}
+	open.Close()
+	eventually(t, "the relay's rules are gone", func() bool { return !strings.Contains(tables(), "signalbox-userspace") })
+}
+
 // answers says whether a connection is answered, soon.
 func answers(t *testing.T, from *netlab.Host, at netip.AddrPort) bool {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -206,7 +255,6 @@ current-context: dead
 // force before is so again, and the next change counts.
 func TestConfigurationThatDoesNotWork(t *testing.T) {
 	dir := t.TempDir()
-	binary := build(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -216,15 +264,38 @@ func TestConfigurationThatDoesNotWork(t *testing.T) {
 	if err := os.WriteFile(kubeconfig, []byte(deadServer), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	mounted.write(off + "mode: nftables\nclientConnection: {kubeconfig: " + kubeconfig + "}\n")
-	log := start(t, lab.Host("node1"), binary, "--config", mounted.path())
-	eventually(t, "it has started", func() bool { return log.count("msg=starting") == 1 })
-	mounted.write(off + "mode: nftables\nclientConnection: {kubeconfig: " + filepath.Join(dir, "none") + "}\n")
+	const measured = "mode: nftables\nhealthzBindAddress: \"0\"\nconntrack: {maxPerCore: 0}\nclientConnection: {kubeconfig: "
+	mounted.write(measured + kubeconfig + "}\n")
+	node := lab.Host("node1")
+	log := start(t, node, build(t), "--config", mounted.path())
+	rejected := func(want string) {
+		t.Helper()
+		eventually(t, "signalbox_configuration_rejected is "+want, func() bool {
+			return strings.Contains(page(node, "http://127.0.0.1:10249/metrics"), "\nsignalbox_configuration_rejected "+want+"\n")
+		})
+	}
+	rejected("0")
+	mounted.write(measured + filepath.Join(dir, "none") + "}\n")
 	eventually(t, "it goes back", func() bool {
 		return log.count("what was in force before is so again") == 1 && log.count("msg=starting") == 2
 	})
-	mounted.write(off + "mode: nftables\nmasqueradeAll: true\nclientConnection: {kubeconfig: " + kubeconfig + "}\n")
+	rejected("1")
+	mounted.write(measured + kubeconfig + "}\niptables: {masqueradeAll: true}\n")
 	eventually(t, "the next change counts", func() bool { return log.count("msg=starting") == 3 })
+	rejected("0")
+	mounted.write("mode: magic\n")
+	rejected("1")
+}
+
+// page is what a server on a host's loopback address answers; empty for none.
+func page(on *netlab.Host, url string) string {
+	answer, err := on.Client().Get(url)
+	if err != nil {
+		return ""
+	}
+	defer answer.Body.Close()
+	text, _ := io.ReadAll(answer.Body)
+	return string(text)
 }
 
 // keepAsking opens up to 200 connections a second, one after the other, and asks

@@ -73,10 +73,6 @@ func takeSeat(ctx context.Context, s *seat, work *sync.WaitGroup, old *leftovers
 	return s.waits(ctx)
 }
 
-// drainer is a Proxier through which connections pass, so that they end with
-// it.
-type drainer interface{ Drain(context.Context) }
-
 // drainTime bounds the wait for such connections when the process is told to
 // end. It is less than the 30 s that Kubernetes gives a Pod for that by default.
 const drainTime = 25 * time.Second
@@ -97,10 +93,8 @@ func drain(planes *dataplanes, s *seat, log *slog.Logger) {
 			planes.standBy()
 		}
 	})
-	for _, p := range planes.open {
-		if p, ok := p.(drainer); ok {
-			drained.Go(func() { p.Drain(ctx) })
-		}
+	for _, p := range planes.drainers() {
+		drained.Go(func() { p.Drain(ctx) })
 	}
 	drained.Wait()
 	if ctx.Err() != nil {

@@ -61,6 +61,7 @@ func New(opts Options) *Metrics {
 		m.own.listenFailing.WithLabelValues(server).Set(0)
 		m.own.listenFailures.WithLabelValues(server).Add(0)
 	}
+	m.registry.MustRegister(configurationRejected)
 	return m
 }
 

@@ -46,7 +46,7 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		log.Info("wrote the configuration", "file", cfg.WriteTo)
 		return nil
 	case cfg.Cleanup:
-		return cleanup(true) // as `kube-proxy --cleanup`, whatever wrote it
+		return cleanup(false)
 	case cfg.InitOnly:
 		if err := daemon.Init(cfg, log); err != nil {
 			return fmt.Errorf("--init-only: %w", err)
@@ -54,10 +54,10 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		log.Info("what needs all privileges is done")
 		return nil
 	}
-	changes := make(chan *config.Config)
-	go flags.Watch(ctx, log, func(changed *config.Config) {
+	changes := make(chan daemon.Change)
+	go flags.Watch(ctx, log, func(changed *config.Config, err error) {
 		select {
-		case changes <- changed:
+		case changes <- daemon.Change{Config: changed, Err: err}:
 		case <-ctx.Done():
 		}
 	})
