@@ -97,6 +97,7 @@ func (d *dataplanes) retireOthers(log *slog.Logger) {
 			continue
 		}
 		delete(d.open, key)
+		standBy(p) // what has come to its sockets would wait there for nobody
 		if through, ok := p.(drainer); ok {
 			d.retire(key, p, through, log)
 		} else {
