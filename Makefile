@@ -59,8 +59,9 @@ demo: deps build ## a lab on this machine, every mode, real connections
 
 .PHONY: bench
 bench: PACKAGES += haproxy
-bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services
+bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services; the relay beside haproxy
 	$(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./proxier ./nftables ./iptables
+	$(GO) test -run '^$$' -bench BenchmarkRelay -benchtime 1x ./userspace
 
 .PHONY: help
 help:

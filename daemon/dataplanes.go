@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"time"
 
 	"signalbox/internal/handover"
 	"signalbox/modes"
@@ -96,7 +97,7 @@ func (d *dataplanes) retireOthers(log *slog.Logger) {
 			continue
 		}
 		delete(d.open, key)
-		standBy(p) // no process is to go on with its sockets
+		standBy(p) // what has come to its sockets would wait there for nobody
 		if through, ok := p.(drainer); ok {
 			d.retire(key, p, through, log)
 		} else {
@@ -104,6 +105,10 @@ func (d *dataplanes) retireOthers(log *slog.Logger) {
 		}
 	}
 }
+
+// arrivalTime is how long after rules have changed a connection may arrive that
+// obeyed the old ones: its first packet, sent again once, included.
+const arrivalTime = 5 * time.Second
 
 func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, log *slog.Logger) {
 	ctx, cancel := context.WithCancel(context.Background())
@@ -113,11 +118,16 @@ func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, lo
 	d.mu.Unlock()
 	go func() {
 		defer close(r.gone)
+		select { // connections that were led here before may arrive yet
+		case <-time.After(arrivalTime):
+		case <-ctx.Done():
+		}
 		through.Drain(ctx)
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		if d.retiring[key] == r { // else it is in use again
 			delete(d.retiring, key)
+			standBy(p) // no process is to go on with its sockets
 			logClosing(p.Close(), log)
 		}
 	}()

@@ -77,11 +77,8 @@ func (p *Proxier) Stats() Stats { return p.relay.counts.stats(p.relay.limits) }
 
 // Sync implements proxier.Proxier. Every call is one transaction.
 func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
-	if err := ctx.Err(); err != nil {
+	if err := plan.For(ctx, Mode, p.family.Family); err != nil {
 		return err
-	}
-	if plan.Family != p.family.Family {
-		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", Mode, plan.Family, p.family.Family)
 	}
 	if change.All || p.state == nil {
 		return p.syncAll(plan)

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/wait"
 	"signalbox/proxier"
 )
 
@@ -149,7 +150,7 @@ func (r *relay) receiveAll(from *listeners, o origin) {
 			return
 		case err != nil:
 			r.log.warn("datagrams cannot be received", "family", r.family.String(), "error", err)
-			if !r.pause(acceptPause) {
+			if !wait.For(r.ctx, acceptPause) {
 				return
 			}
 			continue
