@@ -97,7 +97,6 @@ func (d *dataplanes) retireOthers(log *slog.Logger) {
 			continue
 		}
 		delete(d.open, key)
-		standBy(p) // what has come to its sockets would wait there for nobody
 		if through, ok := p.(drainer); ok {
 			d.retire(key, p, through, log)
 		} else {
@@ -204,6 +203,7 @@ func (d *dataplanes) close() error {
 	for key, r := range d.retiring {
 		delete(d.retiring, key)
 		r.recall()
+		standBy(r.plane)
 		failed = append(failed, r.plane.Close())
 	}
 	for key, p := range d.open {
