@@ -16,11 +16,10 @@ import (
 // an editor writes in several steps.
 const quiet = 100 * time.Millisecond
 
-// Watch calls changed whenever the file of --config has changed and says
-// something that can be served, until ctx ends. A file that is wrong, or gone,
-// is logged, and what was in force before stays so. Without --config it
+// Watch calls changed whenever the file of --config has changed, with what it
+// says now or why that cannot be used, until ctx ends. Without --config it
 // returns at once. Config must have been called, and is not called meanwhile.
-func (f *Flags) Watch(ctx context.Context, log *slog.Logger, changed func(*Config)) {
+func (f *Flags) Watch(ctx context.Context, log *slog.Logger, changed func(*Config, error)) {
 	if f.file == "" {
 		return
 	}
@@ -30,14 +29,12 @@ func (f *Flags) Watch(ctx context.Context, log *slog.Logger, changed func(*Confi
 	}
 }
 
-func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Config)) error {
+func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Config, error)) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("watching files: %w", err)
 	}
 	defer watcher.Close()
-	// The directory, because a file that is renamed into place is another file,
-	// and a mounted ConfigMap is switched by a link beside it.
 	if err := watcher.Add(filepath.Dir(f.file)); err != nil {
 		return fmt.Errorf("watching %s: %w", filepath.Dir(f.file), err)
 	}
@@ -56,21 +53,25 @@ func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Confi
 			log.Debug("events of the configuration file were lost; it is read again", "error", err)
 			settled.Reset(quiet)
 		case <-settled.C:
-			f.readAgain(log, changed)
+			f.follow(watcher)
+			f.readAgain(changed)
 		}
 	}
 }
 
-func (f *Flags) readAgain(log *slog.Logger, changed func(*Config)) {
+// follow watches the directory of the file that the path leads to at present.
+// Directories are watched because a file that is renamed into place is another
+// file; the path's own, because a mounted ConfigMap is switched by a link there.
+func (f *Flags) follow(watcher *fsnotify.Watcher) {
+	if target, err := filepath.EvalSymlinks(f.file); err == nil {
+		_ = watcher.Add(filepath.Dir(target)) // the path's own is watched anyway
+	}
+}
+
+func (f *Flags) readAgain(changed func(*Config, error)) {
 	now, err := os.ReadFile(f.file)
 	if err == nil && bytes.Equal(now, f.text) {
 		return
 	}
-	c, err := f.Config()
-	if err != nil {
-		log.Error("the configuration file has changed and cannot be used; what was in force before stays so", "error", err)
-		return
-	}
-	log.Info("the configuration file has changed and takes effect")
-	changed(c)
+	changed(f.Config())
 }

@@ -12,12 +12,10 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// logLines hands over each line of a log.
-type logLines chan string
-
-func (l logLines) Write(b []byte) (int, error) {
-	l <- string(b)
-	return len(b), nil
+// seen is what Watch calls out.
+type seen struct {
+	config *Config
+	err    error
 }
 
 // Every way in which a file is changed is seen, and a wrong one is named.
@@ -43,21 +41,19 @@ func TestWatch(t *testing.T) {
 		t.Fatalf("%+v, %v", c, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	lines, changes, ended := make(logLines, 100), make(chan *Config, 100), make(chan struct{})
+	changes, ended := make(chan seen, 100), make(chan struct{})
 	go func() {
 		defer close(ended)
-		flags.Watch(ctx, slog.New(slog.NewTextHandler(lines, nil)), func(c *Config) { changes <- c })
+		flags.Watch(ctx, slog.New(slog.NewTextHandler(t.Output(), nil)), func(c *Config, err error) { changes <- seen{c, err} })
 	}()
 	defer func() { cancel(); <-ended }()
 
 	replace("mode: ipvs")
-	if c := <-changes; c.Mode != ModeIPVS {
-		t.Errorf("renamed into place: mode %s", c.Mode)
+	if s := <-changes; s.err != nil || s.config.Mode != ModeIPVS {
+		t.Errorf("renamed into place: %+v", s)
 	}
-	<-lines
 	replace("mode: nftables")
 	<-changes
-	<-lines
 	file, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -66,23 +62,37 @@ func TestWatch(t *testing.T) {
 	if _, err := file.WriteString(fileHead + "mode: iptables"); err != nil { // as long as what was there
 		t.Fatal(err)
 	}
-	if c := <-changes; c.Mode != ModeIPTables {
-		t.Errorf("written in place: mode %s", c.Mode)
+	if s := <-changes; s.err != nil || s.config.Mode != ModeIPTables {
+		t.Errorf("written in place: %+v", s)
 	}
-	<-lines
 	replace("mode: none")
-	if line := <-lines; !strings.Contains(line, "mode: none: not one of") || !strings.Contains(line, path) {
-		t.Errorf("a wrong file is logged as %q", line)
+	if s := <-changes; s.err == nil || !strings.Contains(s.err.Error(), path+": mode: none: not one of") {
+		t.Errorf("a wrong file: %+v", s)
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	if line := <-lines; !strings.Contains(line, "no such file") {
-		t.Errorf("a file that is gone is logged as %q", line)
+	if s := <-changes; s.err == nil || !strings.Contains(s.err.Error(), "no such file") {
+		t.Errorf("a file that is gone: %+v", s)
 	}
 	replace("mode: nftables\nclusterCIDR: 10.0.0.0/8")
-	if c := <-changes; len(c.Settings.ClusterCIDRs) != 1 {
-		t.Errorf("written again: %+v", c.Settings)
+	if s := <-changes; s.err != nil || len(s.config.Settings.ClusterCIDRs) != 1 {
+		t.Errorf("written again: %+v", s)
+	}
+	elsewhere := filepath.Join(t.TempDir(), "config.conf")
+	if err := errors.Join(os.WriteFile(elsewhere, []byte(fileHead+"mode: ipvs"), 0o600), os.Remove(path), os.Symlink(elsewhere, path)); err != nil {
+		t.Fatal(err)
+	}
+	for s := range changes { // the moment without a file may be seen, too
+		if s.err == nil {
+			break
+		}
+	}
+	if err := errors.Join(os.WriteFile(elsewhere+".new", []byte(fileHead+"mode: iptables"), 0o600), os.Rename(elsewhere+".new", elsewhere)); err != nil {
+		t.Fatal(err)
+	}
+	if s := <-changes; s.err != nil || s.config.Mode != ModeIPTables {
+		t.Errorf("a file behind a link: %+v", s)
 	}
 	if len(changes) > 0 {
 		t.Errorf("%d more changes than there were", len(changes))

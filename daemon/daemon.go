@@ -69,7 +69,7 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 		return err
 	}
 	defer closeAll()
-	old.resync = loop.Resync
+	old.resync, old.drained = loop.Resync, planes.waitRetired
 	sink := watched.watch(loop)
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
@@ -83,7 +83,8 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
 	group.Go(func() error { return watched.tell(ctx) })
-	group.Go(func() error { return serve(ctx, place, loop, watched.serve, old, log) })
+	group.Go(func() error { return serve(ctx, place, loop, watched.serve, planes, old, log) })
+	group.Go(func() error { tellManager(ctx, old, planes.sockets, log); return nil })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
@@ -146,10 +147,10 @@ func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, watche
 		Proxiers: map[proxier.Family]proxier.Proxier{}, Logger: log,
 		SyncPeriod: fullSyncPeriod, RetryPeriod: cfg.SyncPeriod,
 	}
-	opts.Synced = planes.onceServing(choice.Families, onSync(old, log), func(err error) { log.Warn("closing", "error", err) })
+	opts.Synced = planes.onceServing(choice.Families, onSync(old, log), log)
 	var relays []netip.Prefix
 	for _, family := range choice.Families {
-		p, err := planes.get(choice.Mode, proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS})
+		p, err := planes.get(choice.Mode, proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS, Sockets: planes.sockets})
 		if err != nil {
 			closeAll()
 			return nil, nil, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err)

@@ -1,8 +1,13 @@
 package daemon
 
 import (
+	"context"
 	"errors"
+	"log/slog"
+	"sync"
+	"time"
 
+	"signalbox/internal/handover"
 	"signalbox/modes"
 	"signalbox/proxier"
 )
@@ -11,11 +16,17 @@ import (
 // configuration that does not concern them: a relay would lose its connections
 // otherwise, and a table would have to be read back from the kernel.
 type dataplanes struct {
+	// sockets are those that a service manager keeps for this process.
+	sockets *handover.Sockets
+
 	open map[planeKey]proxier.Proxier
 	used map[planeKey]bool // by the configuration in force
 	// serving says that every plane that is used was synced under the
 	// configuration in force.
 	serving bool
+
+	mu       sync.Mutex // guards retiring
+	retiring map[planeKey]*retiree
 }
 
 type planeKey struct {
@@ -23,7 +34,20 @@ type planeKey struct {
 	opts proxier.Options
 }
 
-func newDataplanes() *dataplanes { return &dataplanes{open: map[planeKey]proxier.Proxier{}} }
+// drainer is a Proxier through which connections pass, so that they end with
+// it.
+type drainer interface{ Drain(context.Context) }
+
+// retiree is a plane that is not used any more and has connections open.
+type retiree struct {
+	plane  proxier.Proxier
+	recall context.CancelFunc
+	gone   chan struct{} // closed when it has been closed, or recalled
+}
+
+func newDataplanes() *dataplanes {
+	return &dataplanes{sockets: handover.FromEnvironment(), open: map[planeKey]proxier.Proxier{}, retiring: map[planeKey]*retiree{}}
+}
 
 // begin is called for each configuration before what it uses is asked for.
 func (d *dataplanes) begin() { d.used, d.serving = map[planeKey]bool{}, false }
@@ -33,20 +57,23 @@ func (d *dataplanes) get(mode modes.Mode, opts proxier.Options) (proxier.Proxier
 	key := planeKey{mode.Name, opts}
 	p := d.open[key]
 	if p == nil {
+		p = d.recall(key)
+	}
+	if p == nil {
 		var err error
 		if p, err = mode.New(opts); err != nil {
 			return nil, err
 		}
-		d.open[key] = p
 	}
+	d.open[key] = p
 	d.used[key] = true
 	return p, nil
 }
 
 // onceServing returns what counts first syncs. The planes of an earlier
-// configuration, which packets go through until then, are closed after them,
+// configuration, which packets go through until then, are let go after them,
 // before told learns of the last one.
-func (d *dataplanes) onceServing(families []proxier.Family, told func(proxier.SyncReport), failed func(error)) func(proxier.SyncReport) {
+func (d *dataplanes) onceServing(families []proxier.Family, told func(proxier.SyncReport), log *slog.Logger) func(proxier.SyncReport) {
 	waiting := map[proxier.Family]bool{}
 	for _, f := range families {
 		waiting[f] = true
@@ -55,28 +82,139 @@ func (d *dataplanes) onceServing(families []proxier.Family, told func(proxier.Sy
 		if r.Err == nil && !d.serving {
 			delete(waiting, r.Family)
 			if d.serving = len(waiting) == 0; d.serving {
-				if err := d.closeOthers(); err != nil {
-					failed(err)
-				}
+				d.retireOthers(log)
 			}
 		}
 		told(r)
 	}
 }
 
-func (d *dataplanes) closeOthers() error {
-	var failed []error
+// retireOthers closes the planes that are not used, or has them closed once no
+// connection passes through them.
+func (d *dataplanes) retireOthers(log *slog.Logger) {
 	for key, p := range d.open {
-		if !d.used[key] {
-			failed = append(failed, p.Close())
-			delete(d.open, key)
+		if d.used[key] {
+			continue
+		}
+		delete(d.open, key)
+		if through, ok := p.(drainer); ok {
+			d.retire(key, p, through, log)
+		} else {
+			logClosing(p.Close(), log)
 		}
 	}
-	return errors.Join(failed...)
+}
+
+// arrivalTime is how long after rules have changed a connection may arrive that
+// obeyed the old ones: its first packet, sent again once, included.
+const arrivalTime = 5 * time.Second
+
+func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, log *slog.Logger) {
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &retiree{plane: p, recall: cancel, gone: make(chan struct{})}
+	d.mu.Lock()
+	d.retiring[key] = r
+	d.mu.Unlock()
+	go func() {
+		defer close(r.gone)
+		select { // connections that were led here before may arrive yet
+		case <-time.After(arrivalTime):
+		case <-ctx.Done():
+		}
+		through.Drain(ctx)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.retiring[key] == r { // else it is in use again
+			delete(d.retiring, key)
+			standBy(p) // no process is to go on with its sockets
+			logClosing(p.Close(), log)
+		}
+	}()
+}
+
+// recall returns a plane that was about to be closed, or nil.
+func (d *dataplanes) recall(key planeKey) proxier.Proxier {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r := d.retiring[key]
+	if r == nil {
+		return nil
+	}
+	delete(d.retiring, key)
+	r.recall()
+	return r.plane
+}
+
+// waitRetired waits until planes that are not used have no connections any
+// more; false if ctx ends first.
+func (d *dataplanes) waitRetired(ctx context.Context) bool {
+	d.mu.Lock()
+	var waits []chan struct{}
+	for _, r := range d.retiring {
+		waits = append(waits, r.gone)
+	}
+	d.mu.Unlock()
+	for _, gone := range waits {
+		select {
+		case <-gone:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return ctx.Err() == nil
+}
+
+// drainers are the planes, used or not, through which connections pass.
+func (d *dataplanes) drainers() []drainer {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var list []drainer
+	for _, r := range d.retiring {
+		list = append(list, r.plane.(drainer))
+	}
+	for _, p := range d.open {
+		if p, ok := p.(drainer); ok {
+			list = append(list, p)
+		}
+	}
+	return list
+}
+
+// standBy has all of them leave what comes to this process to the one that
+// serves the node now.
+func (d *dataplanes) standBy() {
+	for _, p := range d.open {
+		standBy(p)
+	}
+}
+
+// standBy is for Proxiers that serve by themselves and not by rules alone.
+func standBy(p proxier.Proxier) {
+	if p, ok := p.(interface{ StandBy() }); ok {
+		p.StandBy()
+	}
 }
 
 // close lets go of all of them. Rules stay in the kernel.
 func (d *dataplanes) close() error {
-	d.used = nil
-	return d.closeOthers()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var failed []error
+	for key, r := range d.retiring {
+		delete(d.retiring, key)
+		r.recall()
+		standBy(r.plane)
+		failed = append(failed, r.plane.Close())
+	}
+	for key, p := range d.open {
+		delete(d.open, key)
+		failed = append(failed, p.Close())
+	}
+	return errors.Join(failed...)
+}
+
+func logClosing(err error, log *slog.Logger) {
+	if err != nil {
+		log.Warn("closing", "error", err)
+	}
 }

@@ -1,11 +1,8 @@
 package daemon_test
 
 import (
-	"errors"
 	"net/netip"
-	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -16,18 +13,13 @@ import (
 // no such setting, and the log says what is missing and what to do; --init-only
 // in a privileged container is what to do.
 func TestReadOnlySysctls(t *testing.T) {
-	dir := t.TempDir()
 	binary := build(t)
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { lab.Close() })
-	source := filepath.Join(dir, "source")
-	text := strings.Replace(reloadManifest, "POD", lab.Host("pod-a").Addr.V4.String(), 1)
-	if err := errors.Join(os.Mkdir(source, 0o700), os.WriteFile(filepath.Join(source, "web.yaml"), []byte(text), 0o600)); err != nil {
-		t.Fatal(err)
-	}
+	source := serviceTo(t, lab.Host("pod-a"))
 	flags := []string{"--mode=iptables", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16", "--healthz-port=0", "--metrics-port=0",
 		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0", "--conntrack-udp-timeout=77s"}
 	locked := append([]string{"-m", "sh", "-ec", `mount --bind -o ro /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys; exec "$@"`, "sh", binary}, flags...)

@@ -31,7 +31,11 @@ type leftovers struct {
 	inUse map[proxier.Family]iptables.Backend
 	// resync has this mode's own rules written anew.
 	resync func()
-	log    *slog.Logger
+	// drained waits until relays that this process had under an earlier
+	// configuration have no connections any more; false if its context ends
+	// first.
+	drained func(context.Context) bool
+	log     *slog.Logger
 
 	mu     sync.Mutex // guards served
 	served map[proxier.Family]bool
@@ -97,9 +101,9 @@ func (l *leftovers) wait(ctx context.Context) bool {
 const (
 	firstLook = 5 * time.Second
 	lastLook  = time.Minute
-	// handover is how long a kube-proxy that served before may run on: several
+	// swapTime is how long a kube-proxy that served before may run on: several
 	// times what Kubernetes gives a Pod to end by default.
-	handover = 2 * time.Minute
+	swapTime = 2 * time.Minute
 )
 
 // run removes everything once, and then what comes back, until ctx ends.
@@ -109,7 +113,7 @@ func (l *leftovers) run(ctx context.Context, s *seat) {
 	var late sync.WaitGroup
 	defer late.Wait()
 	late.Go(func() {
-		if s.alone(ctx) {
+		if s.alone(ctx) && l.drained(ctx) {
 			l.removeRelay()
 		}
 	})
@@ -134,7 +138,7 @@ func (l *leftovers) removeAll(ctx context.Context) {
 		return m.Name == l.mode.Name || m.Name == userspace.Mode
 	})
 	l.had, l.said, l.draining = map[proxier.Family]bool{}, map[proxier.Family]bool{}, map[proxier.Family]int{}
-	l.until = time.Now().Add(handover)
+	l.until = time.Now().Add(swapTime)
 	for _, family := range l.families {
 		l.remove(family, signalboxRemovals(others))
 		l.had[family] = l.kubeProxyWrote(ctx, family)

@@ -5,14 +5,21 @@ import (
 	"log/slog"
 
 	"signalbox/config"
+	"signalbox/metrics"
 )
+
+// Change is what a changed file says: a configuration, or why it is none.
+type Change struct {
+	Config *config.Config
+	Err    error
+}
 
 // RunChanging is Run with a configuration that changes meanwhile. What is in
 // the kernel stays and goes on working while one configuration takes another's
 // place, and so do the dataplanes that both have. One that turns out not to
 // work before it serves is put back to the one before. logger makes the log
 // that a configuration asks for.
-func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan *config.Config, logger func(*config.Config) *slog.Logger) (err error) {
+func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan Change, logger func(*config.Config) *slog.Logger) (err error) {
 	planes, place := newDataplanes(), newSeat(slog.Default())
 	defer place.leave()
 	var before *config.Config
@@ -24,10 +31,12 @@ func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan *config
 			cfg, before = next, cfg
 			continue
 		case err != nil && before != nil && !planes.serving:
+			metrics.ConfigurationRejected(true)
 			log.Error("the changed configuration does not work here; what was in force before is so again", "error", err)
 			cfg, before = before, nil
 			continue
 		}
+		tellManagerOfEnd(log)
 		drain(planes, place, log)
 		if err := planes.close(); err != nil {
 			log.Warn("closing", "error", err)
@@ -38,20 +47,28 @@ func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan *config
 
 // untilChanged runs with one configuration until there is another, which it
 // returns, or until ctx ends.
-func untilChanged(ctx context.Context, cfg *config.Config, changes <-chan *config.Config, planes *dataplanes, place *seat, log *slog.Logger) (next *config.Config, err error) {
+func untilChanged(ctx context.Context, cfg *config.Config, changes <-chan Change, planes *dataplanes, place *seat, log *slog.Logger) (next *config.Config, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	planes.begin()
 	ended := make(chan error, 1)
 	go func() { ended <- run(ctx, cfg, planes, place, log) }()
-	select {
-	case err := <-ended:
-		return nil, err
-	case next := <-changes:
-		cancel()
-		if err := <-ended; err != nil {
-			log.Warn("stopping before a changed configuration takes effect", "error", err)
+	for {
+		select {
+		case err := <-ended:
+			return nil, err
+		case c := <-changes:
+			metrics.ConfigurationRejected(c.Err != nil)
+			if c.Err != nil {
+				log.Error("the configuration file has changed and cannot be used; what was in force before stays so", "error", c.Err)
+				continue
+			}
+			log.Info("the configuration file has changed and takes effect")
+			cancel()
+			if err := <-ended; err != nil {
+				log.Warn("stopping before a changed configuration takes effect", "error", err)
+			}
+			return c.Config, nil
 		}
-		return next, nil
 	}
 }

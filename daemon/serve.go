@@ -12,7 +12,7 @@ import (
 // serve runs the loop until ctx ends, but for the times when a signalbox that
 // was started later serves the node. beside is what runs with the loop, and for
 // as long: servers, whose ports the other needs. Its error ends everything.
-func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) error {
+func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, planes *dataplanes, old *leftovers, log *slog.Logger) error {
 	for again := false; s.standBy(ctx); again = true {
 		if again {
 			log.Warn("the other signalbox has ended; this one serves the node again")
@@ -27,6 +27,7 @@ func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context
 			log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
 		log.Info("another signalbox was started and serves this node; this one stands by")
+		planes.standBy()
 	}
 	return nil
 }
@@ -72,10 +73,6 @@ func takeSeat(ctx context.Context, s *seat, work *sync.WaitGroup, old *leftovers
 	return s.waits(ctx)
 }
 
-// drainer is a Proxier through which connections pass, so that they end with
-// it.
-type drainer interface{ Drain(context.Context) }
-
 // drainTime bounds the wait for such connections when the process is told to
 // end. It is less than the 30 s that Kubernetes gives a Pod for that by default.
 const drainTime = 25 * time.Second
@@ -91,13 +88,13 @@ func drain(planes *dataplanes, s *seat, log *slog.Logger) {
 		if next := s.waits(ctx); next != nil {
 			if err := s.give(next); err != nil {
 				log.Warn("the signalbox that takes over has ended before it could", "error", err)
+				return
 			}
+			planes.standBy()
 		}
 	})
-	for _, p := range planes.open {
-		if p, ok := p.(drainer); ok {
-			drained.Go(func() { p.Drain(ctx) })
-		}
+	for _, p := range planes.drainers() {
+		drained.Go(func() { p.Drain(ctx) })
 	}
 	drained.Wait()
 	if ctx.Err() != nil {

@@ -17,8 +17,11 @@ import (
 // server must be asked for by themselves.
 const listingFile = "/proc/thread-self/net/ip_vs"
 
-// allDests reads the destinations of all virtual servers of the family. Others
-// may change IPVS meanwhile; then some may be missing.
+// allDests reads the destinations of all virtual servers of the family. Some
+// virtual servers may be missing, but none of a virtual server's destinations:
+// the file is read in pieces, and each begins at a place in a list that others
+// may change meanwhile, and that the kernel (6.1) counts wrong where other
+// network namespaces have virtual servers, too.
 func (h *handle) allDests() (map[serverKey][]destination, error) {
 	if h.listing == nil {
 		return nil, nil

@@ -86,7 +86,11 @@ func openKernel(family proxier.Family) (*handle, error) {
 func (h *handle) open() (err error) {
 	// It warns where there is no modprobe to load what is there already.
 	logrus.SetLevel(logrus.PanicLevel)
-	h.lib, err = lvs.New(fmt.Sprintf("/proc/self/fd/%d", int(h.pipe.ns)))
+	namespace := ""
+	if h.pipe.ns.IsOpen() {
+		namespace = fmt.Sprintf("/proc/self/fd/%d", int(h.pipe.ns))
+	}
+	h.lib, err = lvs.New(namespace)
 	return err
 }
 

@@ -8,6 +8,8 @@ import (
 
 	"github.com/mdlayher/netlink"
 	"github.com/vishvananda/netns"
+
+	"signalbox/node"
 )
 
 const (
@@ -24,27 +26,31 @@ const (
 // pipe sends netlink requests of one network namespace many at a time: to ask
 // for, make and read an answer to each takes more time than to follow it.
 type pipe struct {
-	protocol int // as of socket(2)
-	ns       netns.NsHandle
-	conn     *netlink.Conn // nil after an exchange that was not understood
+	protocol int            // as of socket(2)
+	ns       netns.NsHandle // netns.None() for the process's own
+	conn     *netlink.Conn  // nil after an exchange that was not understood
 }
 
 // openPipe connects to the caller's network namespace.
 func openPipe(protocol int) (*pipe, error) {
-	ns, err := netns.Get()
+	ns, err := node.ForeignNamespace()
 	if err != nil {
 		return nil, err
 	}
 	p := &pipe{protocol: protocol, ns: ns}
 	if err := p.open(); err != nil {
-		ns.Close()
+		p.close()
 		return nil, err
 	}
 	return p, nil
 }
 
 func (p *pipe) open() (err error) {
-	p.conn, err = netlink.Dial(p.protocol, &netlink.Config{NetNS: int(p.ns), MessageBufferSize: answerSize})
+	cfg := &netlink.Config{MessageBufferSize: answerSize}
+	if p.ns.IsOpen() {
+		cfg.NetNS = int(p.ns)
+	}
+	p.conn, err = netlink.Dial(p.protocol, cfg)
 	return err
 }
 
@@ -52,7 +58,9 @@ func (p *pipe) close() {
 	if p.conn != nil {
 		p.conn.Close()
 	}
-	p.ns.Close()
+	if p.ns.IsOpen() {
+		p.ns.Close()
+	}
 }
 
 // send sends n requests in order and tells answered for each what the kernel said,

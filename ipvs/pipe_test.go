@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"runtime"
 	"slices"
 	"testing"
 
@@ -184,6 +185,29 @@ func TestNoConnection(t *testing.T) {
 	}
 	d.pipe.protocol = possible
 	if err := d.add(w.addresses(1), func(netip.Addr) {}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestPipeNeedsNoCapability opens one as a container without CAP_SYS_ADMIN does,
+// where other modes look for what IPVS has left.
+func TestPipeNeedsNoCapability(t *testing.T) {
+	opened := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends as it is
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var none [2]unix.CapUserData
+		if err := unix.Capset(&header, &none[0]); err != nil {
+			opened <- err
+			return
+		}
+		p, err := openPipe(unix.NETLINK_GENERIC)
+		if err == nil {
+			p.close()
+		}
+		opened <- err
+	}()
+	if err := <-opened; err != nil {
 		t.Error(err)
 	}
 }

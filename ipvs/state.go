@@ -94,15 +94,15 @@ func (st *state) numbered(block uint32) map[netip.AddrPort]uint32 { return st.en
 // stage works out what changes when the named Service ports become what plan
 // says. On error the state is as it was, but for new time-outs.
 func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName, compilerOf func(proxier.ServicePortName) *compiler) (*batch, error) {
-	b := &batch{names: names, uses: make(map[elementKey]use)}
+	b := &batch{names: names, uses: make(map[elementKey]use, 2*len(names))}
 	fail := func(err error) (*batch, error) {
 		for _, r := range b.new {
 			st.giveBack(r)
 		}
 		return nil, err
 	}
-	want := make(map[serverKey]*wanted)
-	owner := make(map[serverKey]proxier.ServicePortName)
+	want := make(map[serverKey]*wanted, len(names))
+	owner := make(map[serverKey]proxier.ServicePortName, len(names))
 	claimed := make(map[uint32]bool)
 	var keys []serverKey
 	for _, name := range names {

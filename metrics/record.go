@@ -3,6 +3,8 @@ package metrics
 import (
 	"strconv"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"signalbox/conntrack"
 	"signalbox/proxier"
 )
@@ -97,6 +99,17 @@ func (m *Metrics) Livez(status int) { m.compatible.livez.WithLabelValues(strconv
 func (m *Metrics) Sysctl(name string, err error) {
 	m.own.sysctlProblem.WithLabelValues(name).Set(oneIf(err != nil))
 }
+
+// configurationRejected is of the process, and outlives each Metrics: these
+// are made anew when the configuration changes.
+var configurationRejected = prometheus.NewGauge(prometheus.GaugeOpts{
+	Namespace: signalbox, Name: "configuration_rejected",
+	Help: "1 while the configuration file says something that cannot be used, so that what it said before is in force.",
+})
+
+// ConfigurationRejected notes whether what the configuration file says at
+// present is not what is in force.
+func ConfigurationRejected(rejected bool) { configurationRejected.Set(oneIf(rejected)) }
 
 // Source notes whether the API server tells of a resource at present.
 func (m *Metrics) Source(resource string, err error) {

@@ -48,7 +48,7 @@ func Supported(f proxier.Family) error {
 	if err != nil {
 		return missing("routing by rules", "the kernel needs CONFIG_IP_MULTIPLE_TABLES and CONFIG_IPV6_MULTIPLE_TABLES; IPv6 must not be disabled", err)
 	}
-	l, err := listen(f)
+	l, err := listen(f, nil)
 	if err != nil {
 		return missing("a socket for captured traffic", "run as root; for IPv6 it must not be disabled", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"signalbox/internal/handover"
 	"signalbox/proxier"
 )
 
@@ -13,6 +14,7 @@ import (
 type relay struct {
 	family    proxier.Family
 	ns        *namespace
+	left      *handover.Sockets
 	listeners *listeners
 	dialer    *dialer
 	routes    *routes
@@ -31,7 +33,7 @@ type relay struct {
 }
 
 // newRelay makes a relay for the network namespace of the calling thread.
-func newRelay(f proxier.Family, r *routes) (*relay, error) {
+func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, error) {
 	files, err := raiseFileLimit()
 	if err != nil {
 		return nil, err
@@ -41,12 +43,13 @@ func newRelay(f proxier.Family, r *routes) (*relay, error) {
 		return nil, err
 	}
 	re := &relay{
-		family: f, ns: ns, dialer: newDialer(f, ns), routes: r,
+		family: f, ns: ns, left: left, dialer: newDialer(f, ns), routes: r,
 		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
 		chooser: newChooser(), limits: limitsFor(files), idle: idleTimes{answerIdle, flowIdle},
 		conns: connSet{open: map[*conn]struct{}{}}, flows: flowTable{open: map[flowKey]*flow{}},
 	}
 	re.ctx, re.cancel = context.WithCancel(context.Background())
+	re.done.Go(re.expireAll)
 	return re, nil
 }
 
@@ -58,25 +61,38 @@ func (r *relay) start() error {
 	if r.listeners != nil {
 		return nil
 	}
-	l, err := listen(r.family)
+	l, err := listen(r.family, r.left)
 	if err != nil {
 		return err
 	}
 	r.listeners = l
 	for o := range originCount {
-		r.done.Go(func() { r.acceptAll(o) })
-		r.done.Go(func() { r.receiveAll(o) })
+		r.done.Go(func() { r.acceptAll(l, o) })
+		r.done.Go(func() { r.receiveAll(l, o) })
 	}
-	r.done.Go(r.expireAll)
 	return nil
+}
+
+// standBy takes no more connections and ends all UDP flows, until start is
+// called again: another process relays, which would not get what arrives here.
+func (r *relay) standBy() {
+	if r.listeners == nil {
+		return
+	}
+	if err := r.listeners.forget(r.family, r.left); err != nil {
+		r.log.warn("the service manager cannot be told to close the relay's sockets; connections may wait in them for ever", "error", err)
+	}
+	r.listeners.close()
+	r.listeners = nil
+	r.flows.endAll()
 }
 
 // close ends the relay and all that it has open.
 func (r *relay) close() {
-	r.cancel()
 	if r.listeners != nil {
-		r.listeners.close()
+		r.listeners.close() // before all else: what waits there is for the next process
 	}
+	r.cancel()
 	r.conns.closeAll()
 	r.flows.closeAll()
 	r.done.Wait()

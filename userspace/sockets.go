@@ -5,14 +5,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
-	"strconv"
+	"os"
+	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/handover"
 	"signalbox/proxier"
 )
 
@@ -42,8 +45,11 @@ const (
 // listeners are the sockets that captured traffic arrives at.
 type listeners struct {
 	ports ports
-	tcp   [originCount]*net.TCPListener
-	udp   [originCount]*net.UDPConn
+	// inherited says that an earlier process opened some: what Go would set on
+	// accepted connections of itself is not known of them.
+	inherited bool
+	tcp       [originCount]*net.TCPListener
+	udp       [originCount]*net.UDPConn
 }
 
 func (l *listeners) close() {
@@ -57,12 +63,13 @@ func (l *listeners) close() {
 	}
 }
 
-// listen opens the sockets in the network namespace of the calling thread.
-func listen(f proxier.Family) (*listeners, error) {
+// listen opens the sockets in the network namespace of the calling thread, or
+// takes those that an earlier process has left.
+func listen(f proxier.Family, left *handover.Sockets) (*listeners, error) {
 	var err error
-	for n := range portTries {
-		l := &listeners{ports: firstPorts + ports(n)*ports(originCount)}
-		if err = l.open(f); err == nil {
+	for _, first := range portGroups(f, left) {
+		l := &listeners{ports: first}
+		if err = l.open(f, left); err == nil {
 			return l, nil
 		}
 		l.close()
@@ -73,31 +80,128 @@ func listen(f proxier.Family) (*listeners, error) {
 	return nil, fmt.Errorf("listen for captured traffic: %w", err)
 }
 
-func (l *listeners) open(f proxier.Family) error {
-	any, suffix := "0.0.0.0", "4"
-	if f == proxier.IPv6 {
-		any, suffix = "::", "6"
+// portGroups are the groups of ports in the order in which they are tried.
+func portGroups(f proxier.Family, left *handover.Sockets) []ports {
+	var old, others []ports
+	for n := range portTries {
+		first := firstPorts + ports(n)*ports(originCount)
+		if left.Has(socketName(f, "tcp", 0, first.of(0))) {
+			old = append(old, first)
+		} else {
+			others = append(others, first)
+		}
 	}
-	config := net.ListenConfig{KeepAlive: -1, Control: control(listenOptions(f))}
-	config.SetMultipathTCP(false)
+	return append(old, others...)
+}
+
+// socketName is what a socket is called while no process has it.
+func socketName(f proxier.Family, network string, o origin, port uint16) string {
+	return fmt.Sprintf("relay-%s-%s-%s-%d", strings.ToLower(f.String()), network, o, port)
+}
+
+func (l *listeners) open(f proxier.Family, left *handover.Sockets) (err error) {
 	for o := range originCount {
-		at := net.JoinHostPort(any, strconv.Itoa(int(l.ports.of(o))))
-		tcp, err := config.Listen(context.Background(), "tcp"+suffix, at)
-		if err != nil {
+		l.inherited = l.inherited || left.Has(socketName(f, "tcp", o, l.ports.of(o)))
+		if l.tcp[o], err = openSocket(f, "tcp", o, l.ports.of(o), left, listenTCP); err != nil {
 			return err
 		}
-		l.tcp[o] = tcp.(*net.TCPListener)
-		udp, err := config.ListenPacket(context.Background(), "udp"+suffix, at)
-		if err != nil {
+		if l.udp[o], err = openSocket(f, "udp", o, l.ports.of(o), left, listenUDP); err != nil {
 			return err
 		}
-		l.udp[o] = udp.(*net.UDPConn)
 		// Datagrams wait here while a flow is made for one of them.
 		if err := l.udp[o].SetReadBuffer(udpBuffer); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// forget has the service manager let go of the sockets.
+func (l *listeners) forget(f proxier.Family, left *handover.Sockets) error {
+	var failed []error
+	for o := range originCount {
+		for _, network := range []string{"tcp", "udp"} {
+			failed = append(failed, left.Forget(socketName(f, network, o, l.ports.of(o))))
+		}
+	}
+	return errors.Join(failed...)
+}
+
+// openSocket takes a socket that was left, or makes one and leaves a copy for
+// the next process.
+func openSocket[S syscall.Conn](f proxier.Family, network string, o origin, port uint16, left *handover.Sockets,
+	listen func(proxier.Family, uint16, *os.File) (S, error)) (S, error) {
+	name := socketName(f, network, o, port)
+	if old := left.Take(name); old != nil {
+		s, err := listen(f, port, old)
+		old.Close()
+		if err == nil {
+			return s, nil
+		}
+		slog.Warn("userspace: a socket that an earlier process has left is of no use; a new one is opened", "socket", name, "error", err)
+	}
+	s, err := listen(f, port, nil)
+	if err != nil {
+		return s, err
+	}
+	if err := left.Keep(name, s); err != nil {
+		slog.Warn("userspace: the service manager does not keep a socket: while this process restarts clients will be refused", "socket", name, "error", err)
+	}
+	return s, nil
+}
+
+func listenTCP(f proxier.Family, port uint16, old *os.File) (*net.TCPListener, error) {
+	if old != nil {
+		l, err := net.FileListener(old)
+		return asTCP(l, err, port)
+	}
+	config, network, at := listenConfig(f, "tcp", port)
+	l, err := config.Listen(context.Background(), network, at)
+	return asTCP(l, err, port)
+}
+
+func asTCP(l net.Listener, err error, port uint16) (*net.TCPListener, error) {
+	if err != nil {
+		return nil, err
+	}
+	tcp, ok := l.(*net.TCPListener)
+	if !ok || tcp.Addr().(*net.TCPAddr).AddrPort().Port() != port {
+		l.Close()
+		return nil, fmt.Errorf("it listens on %s %s", l.Addr().Network(), l.Addr())
+	}
+	return tcp, nil
+}
+
+func listenUDP(f proxier.Family, port uint16, old *os.File) (*net.UDPConn, error) {
+	if old != nil {
+		c, err := net.FilePacketConn(old)
+		return asUDP(c, err, port)
+	}
+	config, network, at := listenConfig(f, "udp", port)
+	c, err := config.ListenPacket(context.Background(), network, at)
+	return asUDP(c, err, port)
+}
+
+func asUDP(c net.PacketConn, err error, port uint16) (*net.UDPConn, error) {
+	if err != nil {
+		return nil, err
+	}
+	udp, ok := c.(*net.UDPConn)
+	if !ok || udp.LocalAddr().(*net.UDPAddr).AddrPort().Port() != port {
+		c.Close()
+		return nil, fmt.Errorf("it is %s %s", c.LocalAddr().Network(), c.LocalAddr())
+	}
+	return udp, nil
+}
+
+func listenConfig(f proxier.Family, protocol string, port uint16) (config net.ListenConfig, network, at string) {
+	config = net.ListenConfig{KeepAlive: -1, Control: control(listenOptions(f))}
+	config.SetMultipathTCP(false)
+	any, suffix := netip.IPv4Unspecified(), "4"
+	if f == proxier.IPv6 {
+		any, suffix = netip.IPv6Unspecified(), "6"
+	}
+	return config, protocol + suffix, netip.AddrPortFrom(any, port).String()
 }
 
 // udpBuffer is how many bytes of datagrams may wait.

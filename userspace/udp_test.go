@@ -138,7 +138,7 @@ func TestFlowBeginsAlive(t *testing.T) {
 			for id := range r.targets.byID {
 				k.id = id
 			}
-			f := r.newFlow(k, r.targets.find(k.id, false), nil)
+			f := r.newFlow(r.listeners.udp[fromNode], k, r.targets.find(k.id, false), nil)
 			if left := time.Until(f.ends(r.idle)); left < answerIdle/2 {
 				t.Fatalf("a new flow has %v left of %v", left, answerIdle)
 			}

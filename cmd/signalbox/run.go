@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -32,7 +33,11 @@ the rules in the kernel: connections go on, also while it is away.`,
 }
 
 func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
-	log := installLog(shown(cfg, flags))
+	logger := func(cfg *config.Config) *slog.Logger {
+		cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
+		return installLog(cfg)
+	}
+	log := logger(cfg)
 	switch {
 	case cfg.WriteTo != "":
 		if err := config.Write(cfg.WriteTo, cfg.KubeProxy); err != nil {
@@ -41,7 +46,7 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		log.Info("wrote the configuration", "file", cfg.WriteTo)
 		return nil
 	case cfg.Cleanup:
-		return cleanup(true) // as `kube-proxy --cleanup`, whatever wrote it
+		return cleanup(false)
 	case cfg.InitOnly:
 		if err := daemon.Init(cfg, log); err != nil {
 			return fmt.Errorf("--init-only: %w", err)
@@ -49,19 +54,12 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		log.Info("what needs all privileges is done")
 		return nil
 	}
-	changes := make(chan *config.Config)
-	go flags.Watch(ctx, log, func(changed *config.Config) {
+	changes := make(chan daemon.Change)
+	go flags.Watch(ctx, log, func(changed *config.Config, err error) {
 		select {
-		case changes <- shown(changed, flags):
+		case changes <- daemon.Change{Config: changed, Err: err}:
 		case <-ctx.Done():
 		}
 	})
-	return daemon.RunChanging(ctx, cfg, changes, installLog)
-}
-
-// shown completes a configuration with what the debugging pages show and
-// change.
-func shown(cfg *config.Config, flags *config.Flags) *config.Config {
-	cfg.Flags, cfg.Logging = flags.Values(), cfg.Logging.Adjustable()
-	return cfg
+	return daemon.RunChanging(ctx, cfg, changes, logger)
 }

@@ -40,7 +40,7 @@ func Client(opts ClientOptions) (kubernetes.Interface, error) {
 	cfg.UserAgent = rest.DefaultKubernetesUserAgent()
 	client, err := kubernetes.NewForConfig(cfg)
 	if err != nil {
-		return nil, fmt.Errorf("API server client: %w", err)
+		return nil, fmt.Errorf("the API server at %q, of %s: %w", cfg.Host, opts.origin(), err)
 	}
 	return client, nil
 }
@@ -61,12 +61,26 @@ func restConfig(opts ClientOptions) (*rest.Config, error) {
 	overrides.ClusterInfo.Server = opts.Master
 	cfg, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, overrides).ClientConfig()
 	switch {
-	case err != nil && opts.Kubeconfig == "":
-		return nil, fmt.Errorf("--master %q: %w", opts.Master, err)
+	case clientcmd.IsEmptyConfig(err):
+		return nil, fmt.Errorf("%s names no API server: a kubeconfig has clusters, users, contexts and a current-context; --master can name the server alone", opts.origin())
 	case err != nil:
-		return nil, fmt.Errorf("kubeconfig %q: %w", opts.Kubeconfig, err)
+		return nil, fmt.Errorf("%s: %w", opts.origin(), err)
 	}
 	return cfg, nil
+}
+
+// origin is what says where the API server is.
+func (o *ClientOptions) origin() string {
+	master, kubeconfig := fmt.Sprintf("--master %q", o.Master), fmt.Sprintf("kubeconfig %q", o.Kubeconfig)
+	switch {
+	case o.Kubeconfig == "" && o.Master == "":
+		return "the Pod's service account"
+	case o.Master == "":
+		return kubeconfig
+	case o.Kubeconfig == "":
+		return master
+	}
+	return master + " and " + kubeconfig
 }
 
 // LogTo sends what the Kubernetes client libraries log, for the whole process,

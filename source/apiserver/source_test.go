@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -199,18 +200,37 @@ func TestSelectorsAreKubeProxys(t *testing.T) {
 }
 
 func TestClientErrors(t *testing.T) {
+	dir := t.TempDir()
+	kubeconfig := func(text string) ClientOptions {
+		file, err := os.CreateTemp(dir, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		if _, err := file.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+		return ClientOptions{Kubeconfig: file.Name()}
+	}
 	for name, test := range map[string]struct {
 		opts ClientOptions
 		want string
 	}{
-		"nothing given":   {ClientOptions{}, "--kubeconfig"},
-		"no such file":    {ClientOptions{Kubeconfig: "/nonexistent/config"}, "/nonexistent/config"},
-		"not an address":  {ClientOptions{Master: "http://[::1"}, "client"},
+		"nothing given":   {ClientOptions{}, "no --kubeconfig, --master or --source is given"},
+		"no such file":    {ClientOptions{Kubeconfig: "/nonexistent/config"}, `kubeconfig "/nonexistent/config": stat`},
+		"not YAML":        {kubeconfig("a: b: c"), "mapping values are not allowed"},
+		"empty":           {kubeconfig(""), "names no API server: a kubeconfig has clusters"},
+		"no kubeconfig":   {kubeconfig("apiVersion: v2\nkind: Foo\n"), `no kind "Foo"`},
+		"no context":      {kubeconfig("apiVersion: v1\nkind: Config\ncurrent-context: a\n"), "context was not found"},
+		"not an address":  {ClientOptions{Master: "http://[::1"}, `the API server at "http://[::1", of --master "http://[::1"`},
 		"master is taken": {ClientOptions{Master: "http://127.0.0.1:1"}, ""},
 	} {
 		_, err := Client(test.opts)
 		if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: %v, want an error with %q", name, err, test.want)
+		}
+		if err != nil && !strings.Contains(err.Error(), test.opts.Kubeconfig) {
+			t.Errorf("%s: %v does not name the file", name, err)
 		}
 	}
 }
