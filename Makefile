@@ -30,6 +30,7 @@ test: deps build vet unit contract e2e vm ## everything
 .PHONY: vet
 vet:
 	$(GO) vet ./...
+	cd e2e && $(GO) vet -tags kind ./...
 
 .PHONY: unit
 unit: deps ## all packages but the contract suite
@@ -43,6 +44,10 @@ contract: deps ## every mode against the contract suite, with real packets
 e2e: deps build ## the real binary and manifests against a real kube-apiserver and etcd
 	cd e2e && $(GO) test -timeout 40m . ./cluster/... ./configuration ./manifests/...
 
+.PHONY: e2e-kind
+e2e-kind: ## the DaemonSet on nodes of kind, or of the cluster that KUBECONFIG names; see e2e/kind
+	VERSION=$(VERSION) e2e/kind/run.sh
+
 .PHONY: vm
 vm: PACKAGES += qemu-system-x86
 vm: deps ## the contract suite on Debian's kernel in QEMU: IPVS, SCTP, and an older nf_tables
@@ -53,8 +58,10 @@ demo: deps build ## a lab on this machine, every mode, real connections
 	$(BIN) demo
 
 .PHONY: bench
-bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services
+bench: PACKAGES += haproxy
+bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services; the relay beside haproxy
 	$(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./proxier ./nftables ./iptables
+	$(GO) test -run '^$$' -bench BenchmarkRelay -benchtime 1x ./userspace
 
 .PHONY: help
 help:

@@ -12,6 +12,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"signalbox/internal/wait"
 	"signalbox/proxier"
 )
 
@@ -178,20 +179,9 @@ func (c *Cleaner) run(ctx context.Context) {
 		}
 		// In a storm of changes listing the table takes a fifth of the time
 		// of one processor and no more; a lone change never waits.
-		if !pause(ctx, min(4*time.Since(began), time.Second)) {
+		if !wait.For(ctx, min(4*time.Since(began), time.Second)) {
 			return
 		}
-	}
-}
-
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
 	}
 }
 

@@ -23,7 +23,7 @@ import (
 func Cleanup(kubeProxy bool, log *slog.Logger) error {
 	todo := signalboxRemovals(modes.All)
 	if kubeProxy {
-		todo = append(kubeProxyRemovals(noMode), todo...)
+		todo = append(kubeProxyRemovals("", endIPVS), todo...)
 	}
 	var left []error
 	for _, r := range todo {
@@ -65,23 +65,20 @@ func signalboxRemovals(list []modes.Mode) []removal {
 	return all
 }
 
-// inUse says what a mode at work shares with kube-proxy.
-type inUse struct {
-	iptables iptables.Backend // its variant of the tools; "" in other modes
-	ipvs     bool
+// kubeProxyRemovals remove what kube-proxy has written and a mode at work has
+// not taken over: inUse is its variant of the iptables tools, "" in other modes.
+// servers removes what is in IPVS, and comes after the iptables rules, which use
+// kube-proxy's sets.
+func kubeProxyRemovals(inUse iptables.Backend, servers func(proxier.Family) error) []removal {
+	return []removal{
+		{"kube-proxy's iptables rules", func(f proxier.Family) error { return iptables.CleanupKubeProxy(f, inUse) }},
+		{"kube-proxy's nftables table", nftables.CleanupKubeProxy},
+		{"kube-proxy's IPVS servers, addresses and ipsets", servers},
+	}
 }
 
-var noMode inUse
-
-// kubeProxyRemovals remove what kube-proxy has written and a mode at work has
-// not taken over. Its sets come after the iptables rules that use them.
-func kubeProxyRemovals(shared inUse) []removal {
-	return []removal{
-		{"kube-proxy's iptables rules", func(f proxier.Family) error { return iptables.CleanupKubeProxy(f, shared.iptables) }},
-		{"kube-proxy's nftables table", nftables.CleanupKubeProxy},
-		{"kube-proxy's IPVS servers, addresses and ipsets", func(f proxier.Family) error {
-			_, err := ipvs.CleanupKubeProxy(f, shared.ipvs, false)
-			return err
-		}},
-	}
+// endIPVS removes kube-proxy's virtual servers, with their connections.
+func endIPVS(f proxier.Family) error {
+	_, err := ipvs.CleanupKubeProxy(f, false, false)
+	return err
 }

@@ -83,7 +83,7 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })
 	group.Go(func() error { return source.Run(ctx, sink) })
 	group.Go(func() error { return watched.tell(ctx) })
-	group.Go(func() error { return serve(ctx, place, loop, watched.serve, old, log) })
+	group.Go(func() error { return serve(ctx, place, loop, watched.serve, planes, old, log) })
 	group.Go(func() error { tellManager(ctx, old, planes.sockets, log); return nil })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"time"
 
 	"signalbox/internal/handover"
 	"signalbox/modes"
@@ -104,6 +105,10 @@ func (d *dataplanes) retireOthers(log *slog.Logger) {
 	}
 }
 
+// arrivalTime is how long after rules have changed a connection may arrive that
+// obeyed the old ones: its first packet, sent again once, included.
+const arrivalTime = 5 * time.Second
+
 func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, log *slog.Logger) {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &retiree{plane: p, recall: cancel, gone: make(chan struct{})}
@@ -112,11 +117,16 @@ func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, lo
 	d.mu.Unlock()
 	go func() {
 		defer close(r.gone)
+		select { // connections that were led here before may arrive yet
+		case <-time.After(arrivalTime):
+		case <-ctx.Done():
+		}
 		through.Drain(ctx)
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		if d.retiring[key] == r { // else it is in use again
 			delete(d.retiring, key)
+			standBy(p) // no process is to go on with its sockets
 			logClosing(p.Close(), log)
 		}
 	}()
@@ -170,6 +180,21 @@ func (d *dataplanes) drainers() []drainer {
 	return list
 }
 
+// standBy has all of them leave what comes to this process to the one that
+// serves the node now.
+func (d *dataplanes) standBy() {
+	for _, p := range d.open {
+		standBy(p)
+	}
+}
+
+// standBy is for Proxiers that serve by themselves and not by rules alone.
+func standBy(p proxier.Proxier) {
+	if p, ok := p.(interface{ StandBy() }); ok {
+		p.StandBy()
+	}
+}
+
 // close lets go of all of them. Rules stay in the kernel.
 func (d *dataplanes) close() error {
 	d.mu.Lock()
@@ -178,6 +203,7 @@ func (d *dataplanes) close() error {
 	for key, r := range d.retiring {
 		delete(d.retiring, key)
 		r.recall()
+		standBy(r.plane)
 		failed = append(failed, r.plane.Close())
 	}
 	for key, p := range d.open {

@@ -27,7 +27,8 @@ import (
 type leftovers struct {
 	mode     modes.Mode
 	families []proxier.Family
-	shared   map[proxier.Family]inUse
+	// inUse is the variant of the iptables tools that this mode uses.
+	inUse map[proxier.Family]iptables.Backend
 	// resync has this mode's own rules written anew.
 	resync func()
 	// drained waits until relays that this process had under an earlier
@@ -45,21 +46,21 @@ type leftovers struct {
 	had   map[proxier.Family]bool
 	until time.Time
 	said  map[proxier.Family]bool
+	// draining counts kube-proxy's virtual servers that have connections yet.
+	draining map[proxier.Family]int
 }
 
 func newLeftovers(choice modes.Choice, log *slog.Logger) *leftovers {
-	l := &leftovers{mode: choice.Mode, families: choice.Families, shared: map[proxier.Family]inUse{}, log: log}
+	l := &leftovers{mode: choice.Mode, families: choice.Families, inUse: map[proxier.Family]iptables.Backend{}, log: log}
 	l.forget()
 	return l
 }
 
 // shares notes what the mode at work has in common with kube-proxy.
 func (l *leftovers) shares(family proxier.Family, p proxier.Proxier) {
-	shared := inUse{ipvs: l.mode.Name == ipvs.Mode}
 	if p, ok := p.(interface{ Backend() iptables.Backend }); ok {
-		shared.iptables = p.Backend()
+		l.inUse[family] = p.Backend()
 	}
-	l.shared[family] = shared
 }
 
 // forget has everything served anew before anything is removed.
@@ -136,7 +137,8 @@ func (l *leftovers) removeAll(ctx context.Context) {
 	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool {
 		return m.Name == l.mode.Name || m.Name == userspace.Mode
 	})
-	l.had, l.said, l.until = map[proxier.Family]bool{}, map[proxier.Family]bool{}, time.Now().Add(swapTime)
+	l.had, l.said, l.draining = map[proxier.Family]bool{}, map[proxier.Family]bool{}, map[proxier.Family]int{}
+	l.until = time.Now().Add(swapTime)
 	for _, family := range l.families {
 		l.remove(family, signalboxRemovals(others))
 		l.had[family] = l.kubeProxyWrote(ctx, family)
@@ -159,7 +161,17 @@ func (l *leftovers) removeRelay() {
 
 // kubeProxy is what kube-proxy's rules are removed by while this mode serves.
 func (l *leftovers) kubeProxy(family proxier.Family) []removal {
-	return kubeProxyRemovals(l.shared[family])
+	return kubeProxyRemovals(l.inUse[family], l.drainIPVS)
+}
+
+// drainIPVS removes kube-proxy's virtual servers without ending connections.
+func (l *leftovers) drainIPVS(family proxier.Family) error {
+	n, err := ipvs.CleanupKubeProxy(family, l.mode.Name == ipvs.Mode, true)
+	if n > 0 && l.draining[family] == 0 {
+		l.log.Info("virtual servers of kube-proxy have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
+	}
+	l.draining[family] = n
+	return err
 }
 
 func (l *leftovers) remove(family proxier.Family, todo []removal) {
@@ -173,11 +185,14 @@ func (l *leftovers) remove(family proxier.Family, todo []removal) {
 // look removes kube-proxy's rules if they are back, and has this mode's own
 // written again if somebody else replaced them.
 func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
+	if l.draining[family] > 0 {
+		l.remove(family, []removal{{"kube-proxy's IPVS servers", l.drainIPVS}})
+	}
 	if l.kubeProxyWrote(ctx, family) {
 		return l.dealWithKubeProxy(family)
 	}
 	l.said[family] = false
-	if b := l.shared[family].iptables; b != "" {
+	if b := l.inUse[family]; b != "" {
 		if intact, err := iptables.Intact(ctx, family, b); err == nil && !intact {
 			found = true
 			l.log.Warn("another program has replaced the rules of Services; they are written anew", "family", family.String())
@@ -192,7 +207,7 @@ func (l *leftovers) dealWithKubeProxy(family proxier.Family) (removed bool) {
 	if l.had[family] && time.Now().Before(l.until) {
 		l.log.Warn("kube-proxy has written its rules again, and they are removed again; does it still run on this node?", "family", family.String())
 		l.remove(family, l.kubeProxy(family))
-		if l.shared[family].iptables != "" {
+		if l.inUse[family] != "" {
 			l.resync()
 		}
 		return true
@@ -208,5 +223,5 @@ func (l *leftovers) dealWithKubeProxy(family proxier.Family) (removed bool) {
 // kubeProxyWrote looks for what kube-proxy has in each of its modes, at the
 // least cost.
 func (l *leftovers) kubeProxyWrote(ctx context.Context, family proxier.Family) bool {
-	return nftables.HasKubeProxy(family) || ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family, l.shared[family].iptables)
+	return nftables.HasKubeProxy(family) || l.draining[family] == 0 && ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family, l.inUse[family])
 }

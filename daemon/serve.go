@@ -12,7 +12,7 @@ import (
 // serve runs the loop until ctx ends, but for the times when a signalbox that
 // was started later serves the node. beside is what runs with the loop, and for
 // as long: servers, whose ports the other needs. Its error ends everything.
-func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) error {
+func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, planes *dataplanes, old *leftovers, log *slog.Logger) error {
 	for again := false; s.standBy(ctx); again = true {
 		if again {
 			log.Warn("the other signalbox has ended; this one serves the node again")
@@ -27,6 +27,7 @@ func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context
 			log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
 		log.Info("another signalbox was started and serves this node; this one stands by")
+		planes.standBy()
 	}
 	return nil
 }
@@ -87,7 +88,9 @@ func drain(planes *dataplanes, s *seat, log *slog.Logger) {
 		if next := s.waits(ctx); next != nil {
 			if err := s.give(next); err != nil {
 				log.Warn("the signalbox that takes over has ended before it could", "error", err)
+				return
 			}
+			planes.standBy()
 		}
 	})
 	for _, p := range planes.drainers() {

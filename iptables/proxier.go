@@ -97,8 +97,8 @@ func (p *Proxier) Close() error { return nil }
 // others is in the rules of nearly every Service and writes everything anew,
 // as change.All does.
 func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
-	if plan.Family != p.opts.Family {
-		return fmt.Errorf("%s mode for %s was given a plan for %s", Mode, p.opts.Family, plan.Family)
+	if err := plan.For(ctx, Mode, p.opts.Family); err != nil {
+		return err
 	}
 	if change.All || p.state == nil || change.Node && p.state.needsFull(&plan.Node) {
 		return p.full(ctx, plan)

@@ -383,6 +383,81 @@ func TestDrain(t *testing.T) {
 	})
 }
 
+// TestDrainUDP checks that a flow outlives its endpoint's place in the Service
+// while the endpoint still answers, but not for ever, and that an endpoint that
+// answers no more is removed at once.
+func TestDrainUDP(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w world) {
+		own := w.addr("192.0.2.200", "2001:db8::200")
+		server, err := net.ListenPacket("udp", netip.AddrPortFrom(own, 8080).String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { server.Close() })
+		go echoPackets(server)
+		here := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(own, 8080)}}}
+		dns := func(set, serving *proxier.EndpointSet) *proxier.ServicePort {
+			return w.service("dns", proxier.UDP, serving, clusterIP(w.vip(1), 53, set))
+		}
+		plan := w.plan(dns(here, here))
+		p, _ := start(t, w.family, nil)
+		syncAll(t, p, plan)
+		key := serverKey{addr: w.vip(1), port: 53, protocol: proxier.UDP}
+		weight := func() int {
+			t.Helper()
+			dests, err := p.kernel.dests(key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range dests {
+				if d.addr == here.Endpoints[0].AddrPort {
+					return d.weight
+				}
+			}
+			return -1
+		}
+		open := func() net.Conn {
+			t.Helper()
+			c, err := net.Dial("udp", netip.AddrPortFrom(w.vip(1), 53).String())
+			if err == nil {
+				t.Cleanup(func() { c.Close() })
+				err = echoes(c)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c
+		}
+		c := open()
+		syncOne(t, p, plan, dns(w.pods(5), here))
+		if err := echoes(c); err != nil || weight() != 0 {
+			t.Errorf("its endpoint terminates and still answers: weight %d, %v", weight(), err)
+		}
+		syncOne(t, p, plan, dns(w.pods(5), w.pods(5)))
+		if weight() != -1 {
+			t.Errorf("its endpoint answers no more, and has the weight %d", weight())
+		}
+		syncOne(t, p, plan, dns(here, here))
+		open()
+		syncOne(t, p, plan, dns(w.pods(5), here))
+		p.drainOnce(time.Now().Add(drainBound + time.Minute))
+		if weight() != -1 {
+			t.Errorf("after the bound its endpoint has the weight %d", weight())
+		}
+	})
+}
+
+func echoPackets(server net.PacketConn) {
+	buf := make([]byte, 64)
+	for {
+		n, from, err := server.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		server.WriteTo(buf[:n], from)
+	}
+}
+
 func waitFor(t *testing.T, what string, done func() bool) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Minute); !done(); {

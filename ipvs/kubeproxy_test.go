@@ -219,3 +219,53 @@ func TestCleanupKubeProxy(t *testing.T) {
 }
 
 var compareAddrPorts = cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
+
+// kernelWith plays IPVS with some virtual servers, and keeps what is asked of it.
+type kernelWith struct {
+	kernel
+	all map[serverKey][]destination
+	ops []op
+}
+
+func (k *kernelWith) servers() (map[serverKey]*server, error) {
+	list := make(map[serverKey]*server)
+	for key := range k.all {
+		list[key] = &server{}
+	}
+	return list, nil
+}
+
+func (k *kernelWith) dests(key serverKey) ([]destination, error) { return k.all[key], nil }
+
+func (k *kernelWith) send(ops []op, _ func(op)) error {
+	k.ops = append(k.ops, ops...)
+	return nil
+}
+
+// A virtual server that has connections gets no new ones, and waits for their
+// end; one that has none can go.
+func TestServersWithConnectionsStay(t *testing.T) {
+	vip, node := netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("192.0.2.200")
+	busy := serverKey{addr: vip, port: 443, protocol: proxier.TCP}
+	idle := serverKey{addr: vip, port: 80, protocol: proxier.TCP}
+	foreign := serverKey{addr: node, port: 80, protocol: proxier.TCP}
+	a, b := netip.MustParseAddrPort("10.244.0.5:8080"), netip.MustParseAddrPort("10.244.0.6:8080")
+	k := &kernelWith{all: map[serverKey][]destination{
+		busy:    {{addr: a, weight: 1, connections: 2}, {addr: b, weight: 0}},
+		idle:    {{addr: a, weight: 1}},
+		foreign: {{addr: a, weight: 1, connections: 1}},
+	}}
+	c := cleanup{held: map[netip.Addr]bool{vip: true}, drain: true}
+	gone, left := c.choose(k)
+	if !slices.Equal(gone, []serverKey{idle}) || !slices.Equal(left, []serverKey{busy}) || len(c.failed) > 0 {
+		t.Errorf("%v go and %v stay, errors %v", gone, left, c.failed)
+	}
+	for _, o := range k.ops {
+		if o.key == foreign || o.verb != setDest || o.weight != 0 || o.dest != a {
+			t.Errorf("asked for %s", o)
+		}
+	}
+	if len(k.ops) != 2 {
+		t.Errorf("%d destinations were set aside, want the two that got new connections", len(k.ops))
+	}
+}

@@ -94,11 +94,8 @@ func (p *Proxier) Close() error {
 // connections to endpoints is written first, then in one transaction the rules
 // that lead packets there, then what ends connections.
 func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
-	if err := ctx.Err(); err != nil {
+	if err := plan.For(ctx, Mode, p.Family); err != nil {
 		return err
-	}
-	if plan.Family != p.Family {
-		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", Mode, plan.Family, p.Family)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

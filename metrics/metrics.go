@@ -154,7 +154,8 @@ type scraped struct {
 	relayAccepted, relayFlowsMade         *prometheus.Desc
 	relayDialFailures, relayNoEndpoint    *prometheus.Desc
 	relayRefused, relayAcceptFailures     *prometheus.Desc
-	relayTransparent                      *prometheus.Desc
+	relayTransparent, relayLost           *prometheus.Desc
+	relayMaxConnections, relayMaxFlows    *prometheus.Desc
 }
 
 func newScraped() scraped {
@@ -179,6 +180,9 @@ func newScraped() scraped {
 		relayNoEndpoint:     desc(signalbox, "relay_no_endpoint_total", "Mode userspace: connections and datagrams that no endpoint was found for.", ipFamily),
 		relayRefused:        desc(signalbox, "relay_refused_total", "Mode userspace: connections and datagrams that found as many open as there may be.", ipFamily),
 		relayAcceptFailures: desc(signalbox, "relay_accept_failures_total", "Mode userspace: connections that could not be accepted, for want of file descriptors most likely.", ipFamily),
+		relayMaxConnections: desc(signalbox, "relay_max_connections", "Mode userspace: as many TCP connections may be open.", ipFamily),
+		relayMaxFlows:       desc(signalbox, "relay_max_flows", "Mode userspace: as many UDP flows may be open.", ipFamily),
+		relayLost:           desc(signalbox, "relay_lost_datagrams_total", "Mode userspace: datagrams of clients and answers that this node would not send.", ipFamily),
 		relayTransparent:    desc(signalbox, "relay_transparent_total", "Mode userspace: connections and flows that bore their client's address to the endpoint.", ipFamily),
 	}
 }

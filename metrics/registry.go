@@ -121,7 +121,7 @@ func (m *Metrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		s.lastQueued, s.serviceChanges, s.serviceChangesPending, s.sliceChanges, s.sliceChangesPending, s.objects, s.pendingAge,
 		s.relayConnections, s.relayFlows, s.relayAccepted, s.relayFlowsMade, s.relayDialFailures, s.relayNoEndpoint,
-		s.relayRefused, s.relayAcceptFailures, s.relayTransparent,
+		s.relayRefused, s.relayAcceptFailures, s.relayTransparent, s.relayLost, s.relayMaxConnections, s.relayMaxFlows,
 	} {
 		ch <- d
 	}
@@ -175,6 +175,9 @@ func (m *Metrics) collectRelay(s sender, family string, r userspace.Stats) {
 	s.counter(d.relayRefused, float64(r.Refused), family)
 	s.counter(d.relayAcceptFailures, float64(r.AcceptFailures), family)
 	s.counter(d.relayTransparent, float64(r.Transparent), family)
+	s.counter(d.relayLost, float64(r.Lost), family)
+	s.gauge(d.relayMaxConnections, float64(r.MaxConnections), family)
+	s.gauge(d.relayMaxFlows, float64(r.MaxFlows), family)
 }
 
 // sender hands values to a scrape.

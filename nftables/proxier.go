@@ -42,11 +42,8 @@ func (p *Proxier) Close() error { return p.wire.close() }
 
 // Sync implements proxier.Proxier. Every call is one transaction.
 func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
-	if err := ctx.Err(); err != nil {
+	if err := plan.For(ctx, Mode, p.Family); err != nil {
 		return err
-	}
-	if plan.Family != p.Family {
-		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", Mode, plan.Family, p.Family)
 	}
 	if change.All || p.state == nil {
 		return p.syncAll(plan)

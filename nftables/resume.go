@@ -144,12 +144,17 @@ func (r *resumption) whole(c chain) (bool, error) {
 }
 
 func (r *resumption) read() error {
+	conn, err := dialForReading()
+	if err != nil {
+		return err
+	}
+	defer conn.CloseLasting()
 	r.held = make(contents)
 	for i, s := range schemas {
 		if s.dynamic {
 			continue
 		}
-		elements, err := r.conn.GetSetElements(r.sets[i])
+		elements, err := conn.GetSetElements(r.sets[i])
 		if errors.Is(err, unix.ENOENT) {
 			continue // of an older release
 		}

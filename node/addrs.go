@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"signalbox/internal/wait"
 )
 
 // maxInterrupted is how often a listing that a change interrupted is begun
@@ -126,7 +128,7 @@ func Watch(ctx context.Context, changed func([]netip.Addr)) error {
 	w := watch{handle: h, changed: changed, retry: firstRetry}
 	for ctx.Err() == nil {
 		if err := w.follow(ctx); err != nil {
-			pause(ctx, w.retry)
+			wait.For(ctx, w.retry)
 			w.retry = min(2*w.retry, lastRetry)
 		}
 	}
@@ -191,13 +193,4 @@ func (w *watch) read() error {
 		w.changed(slices.Clone(now))
 	}
 	return nil
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-	case <-t.C:
-	}
 }

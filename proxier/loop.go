@@ -8,6 +8,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"signalbox/internal/wait"
 )
 
 // LoopOptions is what a Loop is made of.
@@ -130,7 +132,7 @@ func (l *Loop) Run(ctx context.Context) error {
 		if due, ok := l.nextRetry(); ok {
 			retry.Reset(time.Until(due))
 		}
-		if worked && !pause(ctx, max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second))) {
+		if worked && !wait.For(ctx, max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second))) {
 			return nil
 		}
 	}
@@ -143,17 +145,6 @@ func every(period time.Duration) (<-chan time.Time, func()) {
 	}
 	t := time.NewTicker(period)
 	return t.C, t.Stop
-}
-
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }
 
 // nextRetry is when something that failed is due again.

@@ -2,6 +2,7 @@ package proxier
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"net/netip"
 	"time"
@@ -322,6 +323,15 @@ type Plan struct {
 	Family   Family
 	Node     Node
 	Services map[ServicePortName]*ServicePort // by ServicePort.Name
+}
+
+// For is what every Sync begins with: an error if ctx has ended, or if a mode's
+// Proxier of a family was given another family's plan.
+func (p *Plan) For(ctx context.Context, mode string, f Family) error {
+	if p.Family != f {
+		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", mode, p.Family, f)
+	}
+	return ctx.Err()
 }
 
 // Change names what differs between a Plan and the one last synced.

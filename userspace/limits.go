@@ -65,11 +65,13 @@ func raiseFileLimit() (uint64, error) {
 	return r.Cur, nil
 }
 
-// Stats are counts of what a relay did and does. All but Connections and Flows
-// only grow.
+// Stats are counts of what a relay did and does, and its limits. All but those
+// and Connections and Flows only grow.
 type Stats struct {
 	// Connections and Flows are open now.
 	Connections, Flows int64
+	// MaxConnections and MaxFlows may be open: see Refused.
+	MaxConnections, MaxFlows int64
 	// Accepted counts relayed TCP connections, FlowsMade UDP flows.
 	Accepted, FlowsMade uint64
 	// DialFailures counts attempts to reach an endpoint that failed,
@@ -81,6 +83,9 @@ type Stats struct {
 	// AcceptFailures counts failed accepts, for want of file descriptors most
 	// likely.
 	AcceptFailures uint64
+	// Lost counts datagrams, of clients and answers, that this node would not
+	// send: for want of buffers, or because a packet filter forbade it.
+	Lost uint64
 	// Transparent counts connections and flows that bear their client's
 	// address.
 	Transparent uint64
@@ -88,16 +93,17 @@ type Stats struct {
 
 // counters are Stats as they are counted.
 type counters struct {
-	connections, flows                                                                  atomic.Int64
-	accepted, flowsMade, dialFailures, noEndpoint, refused, acceptFailures, transparent atomic.Uint64
+	connections, flows                                                                        atomic.Int64
+	accepted, flowsMade, dialFailures, noEndpoint, refused, acceptFailures, lost, transparent atomic.Uint64
 }
 
-func (c *counters) stats() Stats {
+func (c *counters) stats(most limits) Stats {
 	return Stats{
 		Connections: c.connections.Load(), Flows: c.flows.Load(),
+		MaxConnections: most.connections, MaxFlows: most.flows,
 		Accepted: c.accepted.Load(), FlowsMade: c.flowsMade.Load(),
 		DialFailures: c.dialFailures.Load(), NoEndpoint: c.noEndpoint.Load(),
-		Refused: c.refused.Load(), AcceptFailures: c.acceptFailures.Load(), Transparent: c.transparent.Load(),
+		Refused: c.refused.Load(), AcceptFailures: c.acceptFailures.Load(), Lost: c.lost.Load(), Transparent: c.transparent.Load(),
 	}
 }
 

@@ -62,21 +62,23 @@ func (p *Proxier) Close() error {
 	return p.table.Close()
 }
 
+// StandBy leaves new connections and UDP flows to another process, which relays
+// by now, until the next Sync, which must be one of everything. Open connections
+// go on.
+func (p *Proxier) StandBy() { p.relay.standBy() }
+
 // RelayPrefix holds the addresses to which this mode translates the destination
 // of UDP flows: they are kept wherever the relay takes their datagrams.
 func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Family] }
 
 // Stats returns what the relay did and does. It may be called at any time, by
 // any goroutine.
-func (p *Proxier) Stats() Stats { return p.relay.counts.stats() }
+func (p *Proxier) Stats() Stats { return p.relay.counts.stats(p.relay.limits) }
 
 // Sync implements proxier.Proxier. Every call is one transaction.
 func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
-	if err := ctx.Err(); err != nil {
+	if err := plan.For(ctx, Mode, p.family.Family); err != nil {
 		return err
-	}
-	if plan.Family != p.family.Family {
-		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", Mode, plan.Family, p.family.Family)
 	}
 	if change.All || p.state == nil {
 		return p.syncAll(plan)

@@ -49,6 +49,7 @@ func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, erro
 		conns: connSet{open: map[*conn]struct{}{}}, flows: flowTable{open: map[flowKey]*flow{}},
 	}
 	re.ctx, re.cancel = context.WithCancel(context.Background())
+	re.done.Go(re.expireAll)
 	return re, nil
 }
 
@@ -66,19 +67,32 @@ func (r *relay) start() error {
 	}
 	r.listeners = l
 	for o := range originCount {
-		r.done.Go(func() { r.acceptAll(o) })
-		r.done.Go(func() { r.receiveAll(o) })
+		r.done.Go(func() { r.acceptAll(l, o) })
+		r.done.Go(func() { r.receiveAll(l, o) })
 	}
-	r.done.Go(r.expireAll)
 	return nil
+}
+
+// standBy takes no more connections and ends all UDP flows, until start is
+// called again: another process relays, which would not get what arrives here.
+func (r *relay) standBy() {
+	if r.listeners == nil {
+		return
+	}
+	if err := r.listeners.forget(r.family, r.left); err != nil {
+		r.log.warn("the service manager cannot be told to close the relay's sockets; connections may wait in them for ever", "error", err)
+	}
+	r.listeners.close()
+	r.listeners = nil
+	r.flows.endAll()
 }
 
 // close ends the relay and all that it has open.
 func (r *relay) close() {
-	r.cancel()
 	if r.listeners != nil {
-		r.listeners.close()
+		r.listeners.close() // before all else: what waits there is for the next process
 	}
+	r.cancel()
 	r.conns.closeAll()
 	r.flows.closeAll()
 	r.done.Wait()

@@ -116,6 +116,17 @@ func (l *listeners) open(f proxier.Family, left *handover.Sockets) (err error) {
 	return nil
 }
 
+// forget has the service manager let go of the sockets.
+func (l *listeners) forget(f proxier.Family, left *handover.Sockets) error {
+	var failed []error
+	for o := range originCount {
+		for _, network := range []string{"tcp", "udp"} {
+			failed = append(failed, left.Forget(socketName(f, network, o, l.ports.of(o))))
+		}
+	}
+	return errors.Join(failed...)
+}
+
 // openSocket takes a socket that was left, or makes one and leaves a copy for
 // the next process.
 func openSocket[S syscall.Conn](f proxier.Family, network string, o origin, port uint16, left *handover.Sockets,

@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"sync"
 	"time"
+
+	"signalbox/internal/wait"
 )
 
 const (
@@ -22,15 +24,15 @@ const (
 )
 
 // acceptAll takes the connections of an origin until the relay is closed.
-func (r *relay) acceptAll(o origin) {
-	l := r.listeners.tcp[o]
-	wait := acceptPause
+func (r *relay) acceptAll(from *listeners, o origin) {
+	l := from.tcp[o]
+	delay := acceptPause
 	for {
 		c, err := l.AcceptTCP()
 		switch {
 		case err == nil:
-			wait = acceptPause
-			if r.listeners.inherited {
+			delay = acceptPause
+			if from.inherited {
 				c.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount})
 			}
 			r.accept(o, c)
@@ -40,21 +42,10 @@ func (r *relay) acceptAll(o origin) {
 		}
 		r.counts.acceptFailures.Add(1)
 		r.log.warn("connections cannot be accepted; they wait", "family", r.family.String(), "error", err)
-		if !r.pause(wait) {
+		if !wait.For(r.ctx, delay) {
 			return
 		}
-		wait = min(2*wait, longestAcceptPause)
-	}
-}
-
-func (r *relay) pause(d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-r.ctx.Done():
-		return false
-	case <-timer.C:
-		return true
+		delay = min(2*delay, longestAcceptPause)
 	}
 }
 

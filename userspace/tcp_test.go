@@ -262,6 +262,35 @@ func TestTakeover(t *testing.T) {
 	})
 }
 
+// TestStandBy has two relays take turns.
+func TestStandBy(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.echo(0)
+		w.echoUDP(0)
+		w.serve(0, 0, 0)
+		first, second := w.p, w.proxier()
+		open, flow := w.connect(0), w.dialUDP(0)
+		w.askUDP(flow)
+		for _, turn := range []struct{ at, by *Proxier }{{second, first}, {first, second}} {
+			w.must(turn.at.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+			turn.by.StandBy()
+			atWork, byStanding := turn.at.Stats(), turn.by.Stats()
+			for range 30 {
+				w.connect(0).ask("hello")
+				w.askUDP(w.dialUDP(0))
+			}
+			w.askUDP(flow)
+			open.ask("still here")
+			if n := turn.by.Stats(); n.Accepted != byStanding.Accepted || n.FlowsMade != byStanding.FlowsMade {
+				t.Errorf("the relay that stands by has %+v, had %+v", n, byStanding)
+			}
+			if n := turn.at.Stats(); n.Accepted != atWork.Accepted+30 || n.FlowsMade < atWork.FlowsMade+30 {
+				t.Errorf("the relay at work has %+v, had %+v", n, atWork)
+			}
+		}
+	})
+}
+
 func TestRelayPortsAreHidden(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.sync()

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/wait"
 	"signalbox/proxier"
 )
 
@@ -47,6 +48,7 @@ type flow struct {
 	target   *target // belongs to the origin's receiving goroutine
 	endpoint netip.AddrPort
 	socket   *net.UDPConn
+	back     *net.UDPConn // where answers are sent from
 	sent     atomic.Int64 // datagrams of the client
 	last     atomic.Int64 // when something was sent or received, Unix time in ns, or flowOver
 	refused  atomic.Bool  // the endpoint's port is closed
@@ -119,27 +121,36 @@ func (ft *flowTable) remove(f *flow) {
 	}
 }
 
-func (ft *flowTable) closeAll() {
+// endAll ends the flows that there are; their goroutines notice by themselves.
+func (ft *flowTable) endAll() {
 	ft.mu.Lock()
 	defer ft.mu.Unlock()
-	ft.closed = true
-	for _, f := range ft.open {
+	for k, f := range ft.open {
+		delete(ft.open, k)
 		f.socket.Close()
 	}
 }
 
+// closeAll is endAll for ever.
+func (ft *flowTable) closeAll() {
+	ft.mu.Lock()
+	ft.closed = true
+	ft.mu.Unlock()
+	ft.endAll()
+}
+
 // receiveAll takes the datagrams of an origin until the relay is closed.
-func (r *relay) receiveAll(o origin) {
-	socket := r.listeners.udp[o]
+func (r *relay) receiveAll(from *listeners, o origin) {
+	socket := from.udp[o]
 	buffer, oob := make([]byte, maxDatagram), make([]byte, 128)
 	for {
-		n, oobn, _, from, err := socket.ReadMsgUDPAddrPort(buffer, oob)
+		n, oobn, _, client, err := socket.ReadMsgUDPAddrPort(buffer, oob)
 		switch {
 		case errors.Is(err, net.ErrClosed):
 			return
 		case err != nil:
 			r.log.warn("datagrams cannot be received", "family", r.family.String(), "error", err)
-			if !r.pause(acceptPause) {
+			if !wait.For(r.ctx, acceptPause) {
 				return
 			}
 			continue
@@ -149,13 +160,13 @@ func (r *relay) receiveAll(o origin) {
 			continue
 		}
 		if id, ok := idOf(r.family, at); ok {
-			r.forward(flowKey{netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), id, o}, buffer[:n])
+			r.forward(socket, flowKey{netip.AddrPortFrom(client.Addr().Unmap(), client.Port()), id, o}, buffer[:n])
 		}
 	}
 }
 
-// forward sends a client's datagram to its flow's endpoint.
-func (r *relay) forward(k flowKey, datagram []byte) {
+// forward sends a client's datagram, received at back, to its flow's endpoint.
+func (r *relay) forward(back *net.UDPConn, k flowKey, datagram []byte) {
 	t := r.targets.find(k.id, false)
 	if t == nil {
 		r.counts.noEndpoint.Add(1)
@@ -169,7 +180,7 @@ func (r *relay) forward(k flowKey, datagram []byte) {
 	var tried []netip.AddrPort
 	for range flowTries {
 		if f == nil {
-			if f = r.newFlow(k, t, tried); f == nil {
+			if f = r.newFlow(back, k, t, tried); f == nil {
 				return
 			}
 		}
@@ -186,7 +197,8 @@ func (r *relay) forward(k flowKey, datagram []byte) {
 			r.dialFailed(t, f.endpoint, err)
 			tried = append(tried, f.endpoint)
 		} else if !errors.Is(err, net.ErrClosed) {
-			return // too large, or no buffers: lost, as datagrams are
+			r.counts.lost.Add(1) // too large, or no buffers
+			return
 		}
 		r.end(f)
 		f = nil
@@ -209,13 +221,13 @@ func (r *relay) keeps(f *flow, t *target) bool {
 	return true
 }
 
-func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) *flow {
+func (r *relay) newFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) *flow {
 	if !enter(&r.counts.flows, r.limits.flows) {
 		r.counts.refused.Add(1)
 		r.log.warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.limits.flows)
 		return nil
 	}
-	f := r.openFlow(k, t, tried)
+	f := r.openFlow(back, k, t, tried)
 	if f == nil || !r.flows.add(f) {
 		if f != nil {
 			f.socket.Close()
@@ -231,7 +243,7 @@ func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) *flow {
 	return f
 }
 
-func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) *flow {
+func (r *relay) openFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) *flow {
 	at, ok := r.chooser.choose(t, t.endpoints(k.origin), k.client.Addr(), tried, time.Now())
 	if !ok {
 		r.counts.noEndpoint.Add(1)
@@ -246,7 +258,7 @@ func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) *flow {
 	if source.IsValid() {
 		r.counts.transparent.Add(1)
 	}
-	f := &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn)}
+	f := &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn), back: back}
 	f.last.Store(time.Now().UnixNano()) // its time begins before anybody looks whether it is over
 	return f
 }
@@ -265,7 +277,6 @@ func (r *relay) answer(f *flow) {
 	if err != nil {
 		return
 	}
-	back := r.listeners.udp[f.key.origin]
 	from := sourceControl(f.key.id.addr(r.family))
 	for {
 		f.socket.SetReadDeadline(f.ends(r.idle))
@@ -274,7 +285,9 @@ func (r *relay) answer(f *flow) {
 		case err == nil:
 			f.use()
 			r.chooser.health.answered(f.endpoint)
-			back.WriteMsgUDPAddrPort((*buffer)[:n], from, f.key.client)
+			if _, _, err := f.back.WriteMsgUDPAddrPort((*buffer)[:n], from, f.key.client); err != nil {
+				r.counts.lost.Add(1)
+			}
 			datagrams.Put(buffer)
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			if f.expire(r.idle) {

@@ -35,6 +35,9 @@ type site struct {
 	config  *rest.Config
 	client  *kubernetes.Clientset
 	applier *manifests.Applier
+	// watched is the name of the DaemonSet at work, of its container and of its
+	// label k8s-app.
+	watched string
 	// workers are the nodes that Pods run on, by name.
 	workers []node
 	// server and podNetwork are what kubeadm was told: the address of the API
@@ -54,7 +57,7 @@ func setting(name, otherwise string) string { return cmp.Or(os.Getenv(name), oth
 // newSite finds out about the cluster.
 func newSite(t *testing.T) *site {
 	t.Helper()
-	s := &site{T: t}
+	s := &site{T: t, watched: "signalbox"}
 	var err error
 	path := os.Getenv("KUBECONFIG")
 	if path == "" {

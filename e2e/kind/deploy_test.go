@@ -22,15 +22,19 @@ import (
 
 const (
 	namespace = "kube-system"
-	selector  = "k8s-app=signalbox"
 	folder    = "../../manifests"
 )
 
-// deploy brings every node to a mode, from whatever was there before, as an
-// operator does with an overlay of his own.
-func (s *site) deploy(mode string) {
+// deploy brings every node to a mode, from the one that was there before, as an
+// operator does with an overlay of his own. To remove iptables rules takes the
+// image with these tools.
+func (s *site) deploy(mode, before string) {
 	s.Helper()
-	objects, err := manifests.Kustomize(s.kustomization(mode))
+	small, tools := setting("SIGNALBOX_IMAGE", "signalbox:devel"), setting("SIGNALBOX_IPTABLES_IMAGE", "signalbox-iptables:devel")
+	if before == "iptables" {
+		small = tools
+	}
+	objects, err := manifests.Kustomize(s.kustomization(mode, small, tools))
 	s.must(err)
 	s.must(s.applier.Apply(s.Context(), objects))
 	s.rolledOut()
@@ -44,7 +48,7 @@ func (s *site) undeploy() {
 
 // kustomization writes that overlay: the images, the address of the API server,
 // the Pods' network, and what nodes that are containers cannot have.
-func (s *site) kustomization(mode string) string {
+func (s *site) kustomization(mode, small, tools string) string {
 	s.Helper()
 	dir := s.TempDir()
 	base, err := filepath.Abs(filepath.Join(folder, "overlays", mode))
@@ -60,8 +64,7 @@ func (s *site) kustomization(mode string) string {
 		"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "namespace": namespace,
 		"resources": []string{base},
 		"images": []any{
-			image("signalbox", setting("SIGNALBOX_IMAGE", "signalbox:devel")),
-			image("signalbox-iptables", setting("SIGNALBOX_IPTABLES_IMAGE", "signalbox-iptables:devel")),
+			image("signalbox", small), image("signalbox-iptables", tools),
 		},
 		"configMapGenerator": []any{map[string]any{
 			"name": "signalbox", "behavior": "merge", "files": []string{"config.conf", "kubeconfig.conf"},
@@ -98,7 +101,7 @@ func (s *site) writeYAML(path string, value any) {
 func (s *site) rolledOut() {
 	s.Helper()
 	s.eventually("the rollout", func(ctx context.Context) error {
-		ds, err := s.client.AppsV1().DaemonSets(namespace).Get(ctx, "signalbox", metav1.GetOptions{})
+		ds, err := s.client.AppsV1().DaemonSets(namespace).Get(ctx, s.watched, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
@@ -116,7 +119,7 @@ func done(ds *appsv1.DaemonSet) bool {
 }
 
 func (s *site) pods(ctx context.Context) []corev1.Pod {
-	pods, err := s.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: selector})
+	pods, err := s.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: "k8s-app=" + s.watched})
 	if err != nil {
 		return nil
 	}
@@ -165,7 +168,7 @@ func (s *site) report() {
 	}
 	ctx := context.WithoutCancel(s.Context())
 	for _, p := range s.pods(ctx) {
-		s.Logf("%s on %s said:\n%s", p.Name, p.Spec.NodeName, s.said(ctx, p.Name, "signalbox"))
+		s.Logf("%s on %s said:\n%s", p.Name, p.Spec.NodeName, s.said(ctx, p.Name, s.watched))
 	}
 }
 
@@ -183,10 +186,10 @@ func (s *site) noErrors() {
 				s.Errorf("%s was started again %d times", p.Name, c.RestartCount)
 			}
 		}
-		for _, c := range []string{"kernel-settings", "signalbox"} {
-			for line := range strings.Lines(s.said(s.Context(), p.Name, c)) {
+		for _, c := range append(p.Spec.InitContainers, p.Spec.Containers...) {
+			for line := range strings.Lines(s.said(s.Context(), p.Name, c.Name)) {
 				if strings.Contains(line, "level=ERROR") && !strings.Contains(line, overlap) {
-					s.Errorf("%s on %s: %s", c, p.Spec.NodeName, line)
+					s.Errorf("%s on %s: %s", c.Name, p.Spec.NodeName, line)
 				}
 			}
 		}

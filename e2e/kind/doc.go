@@ -10,7 +10,7 @@
 //	SIGNALBOX_IPTABLES_IMAGE
 //	                        default signalbox-iptables:devel
 //	AGNHOST_IMAGE           the Pods' image; default registry.k8s.io/e2e-test-images/agnhost:2.53
-//	MODES                   default "nftables iptables userspace"
+//	MODES                   default "nftables userspace iptables"
 //	LOAD_BALANCER           not empty: the cluster gives out load balancer addresses
 //	                        and this process reaches them
 //

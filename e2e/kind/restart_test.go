@@ -3,6 +3,7 @@
 package kind
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -26,6 +27,7 @@ type load struct {
 	stop   context.CancelFunc
 	all    sync.WaitGroup
 	done   atomic.Int64
+	ended  atomic.Int64 // lasting connections that a relay ended with itself
 	mu     sync.Mutex
 	failed []string
 }
@@ -58,7 +60,7 @@ func (l *load) every(ctx context.Context, pause time.Duration, ask func() error)
 
 // startLoad asks a NodePort of every worker from outside: by new connections,
 // by one connection that lasts, and by one UDP flow.
-func (s *site) startLoad(svc *corev1.Service) *load {
+func (s *site) startLoad(svc *corev1.Service, mode string) *load {
 	s.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	l := &load{stop: stop}
@@ -70,7 +72,7 @@ func (s *site) startLoad(svc *corev1.Service) *load {
 				_, err := ask(context.Background(), "tcp", tcp, "hostname")
 				return describe("a new connection to", tcp, err)
 			})
-			l.lasting(ctx, tcp)
+			l.lasting(ctx, tcp, mode == relay)
 			udp := netip.AddrPortFrom(at, uint16(nodePort(svc, "udp")))
 			flow, err := net.Dial("udp", udp.String())
 			s.must(err)
@@ -91,28 +93,62 @@ func describe(what string, to netip.AddrPort, err error) error {
 	return fmt.Errorf("%s %s: %w", what, to, err)
 }
 
-// lasting makes many requests on one connection. A second connection is a
-// failure: the first was lost.
-func (l *load) lasting(ctx context.Context, to netip.AddrPort) {
-	var dialled atomic.Int64
-	dialer := &net.Dialer{}
-	once := &http.Client{Timeout: answerWithin, Transport: &http.Transport{
-		MaxConnsPerHost: 1,
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			if dialled.Add(1) > 1 {
-				return nil, errors.New("the connection that should last was lost")
+// lasting makes many requests on one connection. That it ends is a failure; or
+// counted, where the mode may end it, and another one takes its place.
+func (l *load) lasting(ctx context.Context, to netip.AddrPort, mayEnd bool) {
+	var kept *keptConn
+	l.every(ctx, 50*time.Millisecond, func() (err error) {
+		if kept == nil {
+			if kept, err = keep(to); err != nil {
+				return describe("a lasting connection to", to, err)
 			}
-			return dialer.DialContext(ctx, network, addr)
-		},
-	}}
-	l.every(ctx, 50*time.Millisecond, func() error {
-		resp, err := once.Get("http://" + to.String() + "/hostname")
-		if err == nil {
-			_, err = io.Copy(io.Discard, resp.Body)
-			resp.Body.Close()
+		}
+		if err = kept.ask(); err == nil {
+			return nil
+		}
+		kept.Close()
+		kept = nil
+		if mayEnd {
+			l.ended.Add(1)
+			return nil
 		}
 		return describe("the lasting connection to", to, err)
 	})
+}
+
+// keptConn is one connection for many requests. http.Client would now and then
+// take another one without a word.
+type keptConn struct {
+	net.Conn
+	in *bufio.Reader
+}
+
+func keep(to netip.AddrPort) (*keptConn, error) {
+	conn, err := net.DialTimeout("tcp", to.String(), answerWithin)
+	if err != nil {
+		return nil, err
+	}
+	return &keptConn{conn, bufio.NewReader(conn)}, nil
+}
+
+func (c *keptConn) ask() error {
+	if err := c.SetDeadline(time.Now().Add(answerWithin)); err != nil {
+		return err
+	}
+	req, err := http.NewRequest(http.MethodGet, "http://lasting/hostname", nil)
+	if err != nil {
+		return err
+	}
+	if err := req.Write(c); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(c.in, req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err
 }
 
 // end stops the load and wants it to have gone on without a failure.
@@ -120,7 +156,7 @@ func (l *load) end(s *site) {
 	s.Helper()
 	l.stop()
 	l.all.Wait()
-	s.Logf("%d requests from outside, %d failed", l.done.Load(), len(l.failed))
+	s.Logf("%d requests from outside, %d failed; %d lasting connections ended", l.done.Load(), len(l.failed), l.ended.Load())
 	if l.done.Load() == 0 {
 		s.Error("nothing was asked")
 	}
@@ -176,17 +212,9 @@ func (s *site) endPodLoad() {
 	}
 }
 
-// testRestart starts every Pod of the DaemonSet anew, then kills one without
-// warning.
-func (s *site) testRestart() {
-	s.underLoad(func() {
-		s.restart()
-		s.kill(s.workers[1].name)
-	})
-}
-
-// underLoad does something while Pods and the outside go on as if nothing were.
-func (s *site) underLoad(do func()) {
+// underLoad does something to nodes in a mode while Pods and the outside go on
+// as if nothing were.
+func (s *site) underLoad(mode string, do func()) {
 	s.Helper()
 	svc := s.fresh("busy", bothServers, func(spec *corev1.ServiceSpec) { spec.Type = corev1.ServiceTypeNodePort })
 	for _, family := range s.families {
@@ -199,7 +227,7 @@ func (s *site) underLoad(do func()) {
 	}
 	s.reaches(client, "tcp", svc.Spec.ClusterIP, 80, serverA, serverB)
 	s.startPodLoad(net.JoinHostPort(svc.Spec.ClusterIP, "80"))
-	l := s.startLoad(svc)
+	l := s.startLoad(svc, mode)
 	do()
 	l.end(s)
 	s.endPodLoad()

@@ -20,19 +20,24 @@ import (
 // before, and asks of each the same.
 func TestModes(t *testing.T) {
 	s := newSite(t)
+	if s.kubeProxyDaemonSet() != nil {
+		t.Skip("the cluster has a kube-proxy: it is for TestMigration")
+	}
 	s.populate()
 	t.Cleanup(func() {
 		s.depopulate()
 		s.undeploy()
 	})
-	for i, mode := range strings.Fields(setting("MODES", "nftables iptables userspace")) {
+	before := ""
+	for _, mode := range strings.Fields(setting("MODES", "nftables userspace iptables")) {
 		s.run(mode, func(s *site) {
 			s.Cleanup(s.report)
-			if i == 0 {
-				s.deploy(mode)
+			if before == "" {
+				s.deploy(mode, before)
 			} else {
-				s.run("switch under load", func(s *site) { s.underLoad(func() { s.deploy(mode) }) })
+				s.run("switch under load", func(s *site) { s.underLoad(before, func() { s.deploy(mode, before) }) })
 			}
+			before = mode
 			s.run("says its mode", func(s *site) { s.saysMode(mode) })
 			s.run("ClusterIP", (*site).testClusterIP)
 			s.run("NodePort", (*site).testNodePort)
@@ -42,11 +47,18 @@ func TestModes(t *testing.T) {
 			s.run("no endpoint", (*site).testNoEndpoint)
 			s.run("an endpoint comes and goes", (*site).testEndpointChange)
 			s.run("cluster DNS", (*site).testDNS)
-			s.run("restart under load", (*site).testRestart)
+			s.run("rolling restart under load", func(s *site) { s.underLoad(mode, s.restart) })
+			if mode != relay {
+				s.run("a kill under load", func(s *site) { s.underLoad(mode, func() { s.kill(s.workers[1].name) }) })
+			}
 			s.noErrors()
 		})
 	}
 }
+
+// relay is the mode in which connections pass through the process: they end
+// with it, at once where it is killed.
+const relay = "userspace"
 
 // fresh makes a Service for one subtest.
 func (s *site) fresh(name string, labels map[string]string, change func(*corev1.ServiceSpec)) *corev1.Service {

@@ -82,6 +82,14 @@ func (s *Sockets) Keep(name string, socket syscall.Conn) error {
 	return errors.Join(err, told)
 }
 
+// Forget has the service manager close what it keeps under a name.
+func (s *Sockets) Forget(name string) error {
+	if s == nil || s.notify == "" {
+		return nil
+	}
+	return s.tell("FDSTOREREMOVE=1\nFDNAME=" + name)
+}
+
 // CloseRest closes what nobody has taken and has the service manager forget it:
 // it is of another configuration.
 func (s *Sockets) CloseRest() error {
@@ -95,8 +103,8 @@ func (s *Sockets) CloseRest() error {
 		for _, f := range files {
 			failed = append(failed, f.Close())
 		}
-		if len(files) > 0 && s.notify != "" {
-			failed = append(failed, s.tell("FDSTOREREMOVE=1\nFDNAME="+name))
+		if len(files) > 0 {
+			failed = append(failed, s.Forget(name))
 		}
 	}
 	s.left = map[string][]*os.File{}

@@ -15,6 +15,13 @@ import (
 type server struct{ close func() }
 
 func (l *Lab) serve() error {
+	if SCTP() == nil {
+		for _, h := range l.hosts {
+			if err := h.sysctls(sctpSettings); err != nil {
+				return err
+			}
+		}
+	}
 	hosts := []*Host{l.hosts["node1"], l.hosts["node2"]}
 	for _, p := range l.options.Pods {
 		hosts = append(hosts, l.hosts[p.Name])

@@ -22,6 +22,10 @@ func SCTP() error {
 	return unix.Close(fd)
 }
 
+// sctpSettings make a client whose first packet is lost send it again after a
+// second, as one of TCP does, and not after three.
+var sctpSettings = [][2]string{{"net/sctp/rto_initial", "1000"}}
+
 // sctpSocket makes a socket of the one-to-one style (RFC 6458, section 4), which
 // works as one of TCP does; package net takes it for one.
 func sctpSocket(family int) (int, error) {

@@ -1,0 +1,116 @@
+package ipvs
+
+import (
+	"bufio"
+	"encoding/json"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+
+	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
+)
+
+// TestCounts compares Counts with what is in the kernel, after everything and
+// after changes.
+func TestCounts(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w world) {
+		plan := w.example()
+		p, _ := start(t, w.family, nil)
+		if n := len(p.Counts()); n != 0 {
+			t.Errorf("%d counts before the first sync", n)
+		}
+		syncAll(t, p, plan)
+		compareCounts(t, p)
+		for n := range 3 {
+			syncOne(t, p, plan, proxiertest.FleetService(w.family, 100+n, 10*n, 10-n))
+			compareCounts(t, p)
+		}
+		gone := *proxiertest.FleetService(w.family, 101, 0, 1)
+		gone.Frontends = nil
+		syncOne(t, p, plan, &gone)
+		compareCounts(t, p)
+	})
+}
+
+func compareCounts(t *testing.T, p *Proxier) {
+	t.Helper()
+	want := map[string]int{"virtual-server": 0, "real-server": 0, "address": len(heldAddrs(t, p.Family)), "element": elements(t, p)}
+	countServers(t, want)
+	got := map[string]int{}
+	for _, k := range p.Counts() {
+		got[k.Kind] = k.Count
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("Counts (- in the kernel, + counted)\n%s", diff)
+	}
+}
+
+// countServers reads the namespace's virtual servers, which are all ours.
+func countServers(t *testing.T, into map[string]int) {
+	t.Helper()
+	f, err := os.Open("/proc/thread-self/net/ip_vs")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		switch words := strings.Fields(lines.Text()); {
+		case len(words) == 0 || words[0] == "Prot" || words[0] == "IP" || strings.HasSuffix(words[1], "RemoteAddress:Port"):
+		case words[0] == "->":
+			into["real-server"]++
+		default:
+			into["virtual-server"]++
+		}
+	}
+}
+
+func heldAddrs(t *testing.T, family proxier.Family) (held []netip.Addr) {
+	t.Helper()
+	link, err := netlink.LinkByName(deviceName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	number := map[proxier.Family]int{proxier.IPv4: netlink.FAMILY_V4, proxier.IPv6: netlink.FAMILY_V6}[family]
+	addrs, err := netlink.AddrList(link, number)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		if ip, _ := netip.AddrFromSlice(a.IP); !ip.IsLinkLocalUnicast() {
+			held = append(held, ip.Unmap())
+		}
+	}
+	return held
+}
+
+// elements counts those of all sets but the one that packets fill.
+func elements(t *testing.T, p *Proxier) (n int) {
+	t.Helper()
+	word := map[proxier.Family]string{proxier.IPv4: "ip", proxier.IPv6: "ip6"}[p.Family]
+	out, err := exec.Command("nft", "-j", "list", "table", word, tableName).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	type set struct {
+		Name string
+		Elem []json.RawMessage
+	}
+	var listing struct{ Nftables []struct{ Set, Map *set } }
+	if err := json.Unmarshal(out, &listing); err != nil {
+		t.Fatal(err)
+	}
+	for _, object := range listing.Nftables {
+		for _, s := range []*set{object.Set, object.Map} {
+			if s != nil && s.Name != "affinity" {
+				n += len(s.Elem)
+			}
+		}
+	}
+	return n
+}
