@@ -44,7 +44,8 @@ func keepSpare() {
 
 // dialLow opens a lasting connection with a descriptor that the library can
 // wait for.
-func dialLow() (*nft.Conn, error) {
+func dialLow(opts ...nft.ConnOption) (*nft.Conn, error) {
+	opts = append(opts, nft.AsLasting())
 	spare.Lock()
 	defer spare.Unlock()
 	for {
@@ -56,7 +57,7 @@ func dialLow() (*nft.Conn, error) {
 		next := low.Fd()
 		low.Close()
 		if next < selectLimit-keptFiles {
-			return nft.New(nft.AsLasting())
+			return nft.New(opts...)
 		}
 		if len(spare.files) == 0 {
 			return nil, fmt.Errorf("%w: none below %d is left for nf_tables", unix.EMFILE, selectLimit)
@@ -65,7 +66,7 @@ func dialLow() (*nft.Conn, error) {
 		spare.files = spare.files[:len(spare.files)-1]
 		number := int(f.Fd())
 		f.Close()
-		conn, err := nft.New(nft.AsLasting())
+		conn, err := nft.New(opts...)
 		if err != nil || isNetlink(number) {
 			return conn, err
 		}
