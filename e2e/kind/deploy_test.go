@@ -25,13 +25,13 @@ const (
 	folder    = "../../manifests"
 )
 
-// deploy brings every node to a mode, from the one that was there before, as an
-// operator does with an overlay of his own. To remove iptables rules takes the
-// image with these tools.
+// deploy brings every node to a mode, from the one that was there before ("" for
+// what is not known), as an operator does with an overlay of his own. To remove
+// iptables rules takes the image with these tools.
 func (s *site) deploy(mode, before string) {
 	s.Helper()
 	small, tools := setting("SIGNALBOX_IMAGE", "signalbox:devel"), setting("SIGNALBOX_IPTABLES_IMAGE", "signalbox-iptables:devel")
-	if before == "iptables" {
+	if before == "iptables" || before == "" {
 		small = tools
 	}
 	objects, err := manifests.Kustomize(s.kustomization(mode, small, tools))
