@@ -41,6 +41,7 @@ func tell(l *proxier.Loop, services int) {
 			pod := i*10 + n
 			slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{
 				Addresses: []string{netip.AddrFrom4([4]byte{10, byte(128 + pod>>16), byte(pod >> 8), byte(pod)}).String()},
+				NodeName:  new(fmt.Sprintf("node%d", 1+pod%100)),
 			})
 		}
 		l.Apply(slice)

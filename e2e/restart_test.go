@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -170,5 +171,44 @@ func TestRestartWritesNothing(t *testing.T) {
 		// And it is at work.
 		s.setEndpoints("other", []string{"pod-b"})
 		s.reaches(svc, "pod-b")
+	})
+}
+
+// A new process is started beside the old one, as in an update with a surge. One
+// of them writes at any time, the one that was started last; should it end
+// first, the other serves again.
+func TestUpgrade(t *testing.T) {
+	inEachMode(t, func(s *site) {
+		svc := createBalanced(s)
+		moving := s.createService("moving", []string{"pod-a"})
+		old := s.launchSignalbox(s.mode)
+		s.serves(old)
+		checkBalanced(s, svc)
+		e := s.exchange(svc)
+		var next *program
+		e.does("a new process beside the old one", func() {
+			next = s.launchSignalbox(s.mode)
+			s.serves(next)
+			s.setEndpoints("moving", []string{"pod-b"})
+			s.reaches(moving, "pod-b")
+		})
+		if !strings.Contains(old.Log(), "this one stands by") {
+			t.Errorf("the old process did not stand by; it said\n%s", old.Tail(20))
+		}
+		e.does("the crash of the new process", func() {
+			next.Kill()
+			s.setEndpoints("moving", []string{"pod-c"})
+			s.reaches(moving, "pod-c")
+		})
+		e.does("another try", func() {
+			next = s.launchSignalbox(s.mode)
+			s.serves(next)
+		})
+		e.does("the end of the old process", func() {
+			s.terminated(old)
+			s.setEndpoints("moving", []string{"pod-a"})
+			s.reaches(moving, "pod-a")
+		})
+		e.end()
 	})
 }

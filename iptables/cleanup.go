@@ -91,11 +91,11 @@ func withoutTools(f proxier.Family) error {
 	missing := &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "program " + commandName(f), Remedy: "install the package iptables"}
 	legacy := tools{backend: Legacy, family: f}
 	if names := legacy.tables(); len(names) > 0 {
-		return fmt.Errorf("the kernel has iptables rules (legacy, tables %s), but the program %s is missing: install the package iptables, or use an image that has it",
+		return fmt.Errorf("the kernel has iptables rules (legacy, tables %s), but the program %s is missing: install the package iptables, or use an image that has it; if a kube-proxy left them, they come before other rules and nobody keeps them up to date",
 			strings.Join(names, ", "), commandName(f))
 	}
 	if held, err := nftables.HasChain(f, nat.String(), servicesChain); err == nil && held {
-		return fmt.Errorf("the kernel has the iptables chain %s (nft), but the program %s is missing: install the package iptables, or use an image that has it",
+		return fmt.Errorf("the kernel has the iptables chain %s (nft), but the program %s is missing: install the package iptables, or use an image that has it; what kube-proxy left there comes before other rules and nobody keeps it up to date",
 			servicesChain, commandName(f))
 	}
 	return missing

@@ -17,6 +17,10 @@ import (
 // selectLimit is FD_SETSIZE.
 const selectLimit = 1024
 
+// plentyBelow is the descriptor below which other goroutines cannot use up the
+// rest between a look and the next descriptor that the kernel gives.
+const plentyBelow = selectLimit / 2
+
 // keptFiles is how many descriptors are kept back.
 const keptFiles = 16
 
@@ -44,7 +48,8 @@ func keepSpare() {
 
 // dialLow opens a lasting connection with a descriptor that the library can
 // wait for.
-func dialLow() (*nft.Conn, error) {
+func dialLow(opts ...nft.ConnOption) (*nft.Conn, error) {
+	opts = append(opts, nft.AsLasting())
 	spare.Lock()
 	defer spare.Unlock()
 	for {
@@ -55,8 +60,8 @@ func dialLow() (*nft.Conn, error) {
 		// The kernel gives the lowest descriptor that is free.
 		next := low.Fd()
 		low.Close()
-		if next < selectLimit-keptFiles {
-			return nft.New(nft.AsLasting())
+		if next < plentyBelow || next < selectLimit && len(spare.files) == 0 {
+			return nft.New(opts...)
 		}
 		if len(spare.files) == 0 {
 			return nil, fmt.Errorf("%w: none below %d is left for nf_tables", unix.EMFILE, selectLimit)
@@ -65,7 +70,7 @@ func dialLow() (*nft.Conn, error) {
 		spare.files = spare.files[:len(spare.files)-1]
 		number := int(f.Fd())
 		f.Close()
-		conn, err := nft.New(nft.AsLasting())
+		conn, err := nft.New(opts...)
 		if err != nil || isNetlink(number) {
 			return conn, err
 		}

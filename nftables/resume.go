@@ -148,6 +148,7 @@ func (r *resumption) read() error {
 	if err != nil {
 		return err
 	}
+	defer refill()
 	defer conn.CloseLasting()
 	r.held = make(contents)
 	for i, s := range schemas {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"runtime/debug"
 	"slices"
 	"time"
 )
@@ -191,6 +192,8 @@ func (f *familyLoop) writeAll(ctx context.Context) (whole bool, err error) {
 func (f *familyLoop) try(ctx context.Context, plan *Plan, change Change) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
+			f.opts.Logger.Error("a sync has panicked: this is a defect, please report it", "family", f.family.String(),
+				"panic", r, "stack", string(debug.Stack()))
 			err = fmt.Errorf("panic: %v: %w", r, ErrUnknownState)
 		}
 		switch {

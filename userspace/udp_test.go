@@ -175,11 +175,14 @@ func TestExpiredFlowIsReplaced(t *testing.T) {
 	w.serve(0, 0, 0)
 	c := w.dialUDP(0)
 	w.askUDP(c)
-	for _, f := range w.p.relay.flows.open {
+	flows := &w.p.relay.flows
+	flows.mu.Lock()
+	for _, f := range flows.open {
 		if !f.expire(idleTimes{}) {
-			t.Fatal("the flow does not expire")
+			t.Error("the flow does not expire")
 		}
 	}
+	flows.mu.Unlock()
 	if got := w.askUDP(c); got != "0" {
 		t.Errorf("%q answered", got)
 	}
