@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/util/yaml"
 )
@@ -132,6 +133,45 @@ func TestExistingConfigMap(t *testing.T) {
 	}
 }
 
+// With what takes over from kube-proxy every mode has the tools of iptables, and
+// what their legacy variant needs.
+func TestTakeover(t *testing.T) {
+	for _, mode := range Modes {
+		t.Run(mode, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "mine")
+			writeKustomization(t, dir, map[string]any{
+				"resources":  []string{abs(t, overlay(mode))},
+				"components": []string{abs(t, filepath.Join(root, "components/takeover"))},
+			})
+			values := chartValues(mode)
+			values["takeover"] = true
+			for by, objects := range map[string][]*unstructured.Unstructured{"kustomize": kustomized(t, dir), "helm": helmed(t, values)} {
+				c := daemonSet(t, objects).Spec.Template.Spec.Containers[0]
+				if !strings.HasPrefix(c.Image, "signalbox-iptables:") {
+					t.Errorf("%s: image %s", by, c.Image)
+				}
+				if !slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/run/xtables.lock" }) {
+					t.Errorf("%s: no lock among %+v", by, c.VolumeMounts)
+				}
+				privileged := c.SecurityContext.Privileged != nil && *c.SecurityContext.Privileged
+				if !privileged && !slices.Contains(c.SecurityContext.Capabilities.Add, "NET_RAW") {
+					t.Errorf("%s: capabilities %+v", by, c.SecurityContext.Capabilities)
+				}
+			}
+		})
+	}
+}
+
+// The kubelet asks where health is served.
+func TestChartProbes(t *testing.T) {
+	values := chartValues("nftables")
+	values["config"] = map[string]any{"healthzBindAddress": "[::]:20256"}
+	c := daemonSet(t, helmed(t, values)).Spec.Template.Spec.Containers[0]
+	if r, l := c.ReadinessProbe.HTTPGet.Port.IntValue(), c.LivenessProbe.HTTPGet.Port.IntValue(); r != 20256 || l != 20256 {
+		t.Errorf("asked at %d and %d", r, l)
+	}
+}
+
 // What cannot work is refused before it reaches a cluster, and the message
 // names the value.
 func TestChartRefuses(t *testing.T) {
@@ -145,6 +185,8 @@ func TestChartRefuses(t *testing.T) {
 		"an API server without https": {"apiServer", "10.0.0.1:6443", "apiServer"},
 		"a second mode":               {"config", map[string]any{"mode": "iptables"}, "config"},
 		"a misspelt value":            {"mod", "iptables", "mod"},
+		"health nowhere":              {"config", map[string]any{"healthzBindAddress": "0"}, "healthzBindAddress"},
+		"health for the node alone":   {"config", map[string]any{"healthzBindAddress": "127.0.0.1:10256"}, "healthzBindAddress"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			values := chartValues("nftables")

@@ -1,11 +1,25 @@
 {{- /* The modes whose programs only the larger image has. */}}
 {{- define "signalbox.image" -}}
-{{- $tools := has .Values.mode (list "iptables" "ipvs") -}}
+{{- $tools := eq (include "signalbox.callsIptables" .) "yes" -}}
 {{- $name := default (ternary "signalbox-iptables" "signalbox" $tools) .Values.image.repository -}}
 image: {{ printf "%s:%s" $name (default .Chart.AppVersion .Values.image.tag) }}
 {{- with .Values.image.pullPolicy }}
 imagePullPolicy: {{ . }}
 {{- end }}
+{{- end }}
+
+{{- /* Where the tools of iptables are called. */}}
+{{- define "signalbox.callsIptables" -}}
+{{- if or .Values.takeover (has .Values.mode (list "iptables" "ipvs")) }}yes{{ end }}
+{{- end }}
+
+{{- /* Where the kubelet's probes ask. */}}
+{{- define "signalbox.healthzPort" -}}
+{{- $at := default "0.0.0.0:10256" .Values.config.healthzBindAddress | toString -}}
+{{- if or (not (regexMatch ":[0-9]+$" $at)) (hasPrefix "127." $at) (hasPrefix "[::1]" $at) -}}
+{{- fail (printf "config.healthzBindAddress %q: the kubelet asks there; it must be an address and port of the node, as in 0.0.0.0:10256" $at) -}}
+{{- end -}}
+{{- regexFind "[0-9]+$" $at -}}
 {{- end }}
 
 {{- define "signalbox.config" -}}
