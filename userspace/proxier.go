@@ -67,6 +67,11 @@ func (p *Proxier) Close() error {
 // go on.
 func (p *Proxier) StandBy() { p.relay.standBy() }
 
+// KeepSockets leaves copies of the relay's sockets with the service manager once
+// more, after another Proxier of the family has had it forget its own, which have
+// the same names.
+func (p *Proxier) KeepSockets() { p.relay.keepSockets() }
+
 // RelayPrefix holds the addresses to which this mode translates the destination
 // of UDP flows: they are kept wherever the relay takes their datagrams.
 func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Family] }

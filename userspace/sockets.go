@@ -127,6 +127,20 @@ func (l *listeners) forget(f proxier.Family, left *handover.Sockets) error {
 	return errors.Join(failed...)
 }
 
+// keep leaves copies of the sockets with the service manager.
+func (l *listeners) keep(f proxier.Family, left *handover.Sockets) {
+	for o := range originCount {
+		keepSocket(left, socketName(f, "tcp", o, l.ports.of(o)), l.tcp[o])
+		keepSocket(left, socketName(f, "udp", o, l.ports.of(o)), l.udp[o])
+	}
+}
+
+func keepSocket(left *handover.Sockets, name string, s syscall.Conn) {
+	if err := left.Keep(name, s); err != nil {
+		slog.Warn("userspace: the service manager does not keep a socket: while this process restarts clients will be refused", "socket", name, "error", err)
+	}
+}
+
 // openSocket takes a socket that was left, or makes one and leaves a copy for
 // the next process.
 func openSocket[S syscall.Conn](f proxier.Family, network string, o origin, port uint16, left *handover.Sockets,
@@ -144,9 +158,7 @@ func openSocket[S syscall.Conn](f proxier.Family, network string, o origin, port
 	if err != nil {
 		return s, err
 	}
-	if err := left.Keep(name, s); err != nil {
-		slog.Warn("userspace: the service manager does not keep a socket: while this process restarts clients will be refused", "socket", name, "error", err)
-	}
+	keepSocket(left, name, s)
 	return s, nil
 }
 
