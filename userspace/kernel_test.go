@@ -2,6 +2,8 @@ package userspace
 
 import (
 	"errors"
+	"fmt"
+	"net"
 	"os"
 	"testing"
 
@@ -59,6 +61,20 @@ func TestSupported(t *testing.T) {
 		if after := w.kernel(); after != before {
 			t.Errorf("the probe left %+v, there were %+v", after, before)
 		}
+	})
+}
+
+// TestProbeLeavesThePortsAlone has no port free at which a relay could listen:
+// the probe must not ask for one, as it would share it with the relay at work.
+func TestProbeLeavesThePortsAlone(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		for n := range portTries {
+			port := (firstPorts + ports(n)*ports(originCount)).of(0)
+			l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+			w.must(err)
+			defer l.Close()
+		}
+		w.must(Supported(w.family))
 	})
 }
 

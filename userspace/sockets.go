@@ -177,7 +177,7 @@ func asTCP(l net.Listener, err error, port uint16) (*net.TCPListener, error) {
 		return nil, err
 	}
 	tcp, ok := l.(*net.TCPListener)
-	if !ok || tcp.Addr().(*net.TCPAddr).AddrPort().Port() != port {
+	if !ok || port != 0 && tcp.Addr().(*net.TCPAddr).AddrPort().Port() != port {
 		l.Close()
 		return nil, fmt.Errorf("it listens on %s %s", l.Addr().Network(), l.Addr())
 	}
@@ -199,7 +199,7 @@ func asUDP(c net.PacketConn, err error, port uint16) (*net.UDPConn, error) {
 		return nil, err
 	}
 	udp, ok := c.(*net.UDPConn)
-	if !ok || udp.LocalAddr().(*net.UDPAddr).AddrPort().Port() != port {
+	if !ok || port != 0 && udp.LocalAddr().(*net.UDPAddr).AddrPort().Port() != port {
 		c.Close()
 		return nil, fmt.Errorf("it is %s %s", c.LocalAddr().Network(), c.LocalAddr())
 	}
