@@ -111,6 +111,9 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 		return err
 	}
 	st := newState(p.family)
+	if p.state != nil {
+		st.pool.next = p.state.pool.next
+	}
 	p.adopt(st, plan)
 	s, err := st.stage(plan, sortedNames(plan))
 	if err != nil {

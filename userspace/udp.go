@@ -302,7 +302,7 @@ func (r *relay) answer(f *flow) {
 		switch {
 		case err == nil:
 			f.use()
-			r.chooser.health.answered(f.endpoint)
+			r.chooser.health.answered(peer{proxier.UDP, f.endpoint})
 			if _, _, err := f.back.WriteMsgUDPAddrPort((*buffer)[:n], from, f.key.client); err != nil {
 				r.counts.lost.Add(1)
 			}
@@ -312,7 +312,7 @@ func (r *relay) answer(f *flow) {
 				return
 			}
 		case errors.Is(err, unix.ECONNREFUSED):
-			r.chooser.health.failed(f.endpoint, time.Now())
+			r.chooser.health.failed(peer{proxier.UDP, f.endpoint}, time.Now())
 			f.refused.Store(true)
 			return
 		case errors.Is(err, net.ErrClosed):
