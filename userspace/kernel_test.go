@@ -4,8 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"testing"
+	"time"
 
 	nft "github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -50,6 +52,44 @@ func (w *world) kernel() (k kernelObjects) {
 	found, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	w.must(err)
 	return kernelObjects{len(tables), len(rules), len(found)}
+}
+
+// TestRulesOfOtherMarks has the bit of the mark change twice.
+func TestRulesOfOtherMarks(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		before := w.kernel()
+		w.serve(0, 0, 0)
+		during := w.kernel()
+		old := w.p.routes.mark
+		for _, mark := range []uint32{0x8001, 0x10001} {
+			w.p.routes.mark = mark
+			w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+			if now := w.kernel(); now != during {
+				t.Errorf("with the mark %#x there are %+v, there were %+v", mark, now, during)
+			}
+		}
+		w.p.routes.mark = old
+		w.must(w.p.routes.ensure()) // a second rule
+		w.must(Cleanup(w.family))
+		if after := w.kernel(); after != before {
+			t.Errorf("cleanup leaves %+v, there were %+v", after, before)
+		}
+	})
+}
+
+func TestSourceMarksForbidClientAddresses(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	r := w.p.routes
+	client, endpoint := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+	until := time.Now().Add(time.Hour)
+	r.seen[client], r.seen[endpoint] = way{link: 2, until: until}, way{link: 3, until: until}
+	for value, want := range []bool{true, false} {
+		w.must(os.WriteFile("/proc/sys/net/ipv4/conf/all/src_valid_mark", fmt.Append(nil, value), 0o644))
+		r.lookAtSourceMarks()
+		if r.apart(client, endpoint) != want {
+			t.Errorf("src_valid_mark=%d: a client's address is used: %v", value, !want)
+		}
+	}
 }
 
 func TestSupported(t *testing.T) {

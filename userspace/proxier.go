@@ -136,6 +136,9 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	s.commit()
 	p.relay.targets.replace(list, time.Now())
 	p.state = st
+	if err := p.routes.removeOthers(); err != nil { // no packet gets such a mark any more
+		slog.Warn("userspace: a routing rule of an earlier configuration stays", "family", p.family.Family.String(), "error", err)
+	}
 	p.report(plan, s.names)
 	return nil
 }

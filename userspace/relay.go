@@ -119,6 +119,7 @@ func (r *relay) expireAll() {
 			r.targets.expire(now)
 			r.chooser.expire(now)
 			r.routes.expire(now)
+			r.ns.do(r.routes.lookAtSourceMarks)
 		}
 	}
 }

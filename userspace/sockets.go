@@ -153,6 +153,9 @@ func openSocket[S syscall.Conn](f proxier.Family, network string, o origin, port
 			return s, nil
 		}
 		slog.Warn("userspace: a socket that an earlier process has left is of no use; a new one is opened", "socket", name, "error", err)
+		if err := left.Forget(name); err != nil {
+			slog.Warn("userspace: the service manager cannot be told to close a socket; connections may wait in it for ever", "socket", name, "error", err)
+		}
 	}
 	s, err := listen(f, port, nil)
 	if err != nil {
