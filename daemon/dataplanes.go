@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"signalbox/internal/handover"
+	"signalbox/ipvs"
 	"signalbox/modes"
 	"signalbox/proxier"
 )
@@ -54,6 +55,9 @@ func (d *dataplanes) begin() { d.used, d.serving = map[planeKey]bool{}, false }
 
 // get returns the Proxier of a mode, which may have been at work before.
 func (d *dataplanes) get(mode modes.Mode, opts proxier.Options) (proxier.Proxier, error) {
+	if mode.Name != ipvs.Mode {
+		opts.IPVS = proxier.IPVSTuning{} // no other mode has a use for it
+	}
 	key := planeKey{mode.Name, opts}
 	p := d.open[key]
 	if p == nil {
@@ -102,6 +106,35 @@ func (d *dataplanes) retireOthers(log *slog.Logger) {
 		} else {
 			logClosing(p.Close(), log)
 		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for key, r := range d.retiring {
+		if by := d.replacement(key); by != nil {
+			replace(r.plane, by)
+		}
+	}
+}
+
+// replacement is the plane in use that has the mode and the family of one that
+// is not, or nil.
+func (d *dataplanes) replacement(old planeKey) proxier.Proxier {
+	for key, p := range d.open {
+		if d.used[key] && key.mode == old.mode && key.opts.Family == old.opts.Family {
+			return p
+		}
+	}
+	return nil
+}
+
+// replace has the old plane take nothing new any more. The two listen at the
+// same ports, and the old one would hand its share to endpoints that it is told
+// nothing of. Their sockets have the same names at the service manager, too, so
+// that it lets go of both planes'.
+func replace(old, by proxier.Proxier) {
+	standBy(old)
+	if by, ok := by.(interface{ KeepSockets() }); ok {
+		by.KeepSockets()
 	}
 }
 
@@ -180,9 +213,14 @@ func (d *dataplanes) drainers() []drainer {
 	return list
 }
 
-// standBy has all of them leave what comes to this process to the one that
-// serves the node now.
+// standBy has all of them, used or not, leave what comes to this process to the
+// one that serves the node now.
 func (d *dataplanes) standBy() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, r := range d.retiring {
+		standBy(r.plane)
+	}
 	for _, p := range d.open {
 		standBy(p)
 	}

@@ -214,6 +214,65 @@ func TestRelayDrainsAfterConfiguration(t *testing.T) {
 	eventually(t, "the relay's rules are gone", func() bool { return !strings.Contains(tables(), "signalbox-userspace") })
 }
 
+// A relay that another one replaces, for a change that does concern it, takes no
+// more connections: it is not told of endpoints any more.
+func TestRelayIsReplacedAtOnce(t *testing.T) {
+	lab, err := netlab.New(netlab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lab.Close() })
+	client, node := lab.Host("pod-x"), lab.Host("node1")
+	// Connections in the queue of a socket that closes go to the other one.
+	if err := node.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/tcp_migrate_req", []byte("1"), 0o644) }); err != nil {
+		t.Fatal(err)
+	}
+	mounted, source := mountConfiguration(t), serviceTo(t, lab.Host("pod-a"))
+	mounted.write(off + "mode: userspace\n")
+	log := start(t, node, build(t), "--config", mounted.path(), "--source", source)
+	web := netip.MustParseAddrPort("10.96.0.10:80")
+	eventually(t, "the cluster IP answers", func() bool { return answers(t, client, web) })
+	traffic := keepAsking(t, client, web)
+	for i, change := range []string{"ipvs: {scheduler: lc}\n", "iptables: {masqueradeBit: 15}\n"} {
+		mounted.write(off + "mode: userspace\n" + change)
+		eventually(t, "the change takes effect", func() bool { return log.count("msg=starting") == i+2 && log.count("msg=synced family=IPv4") == i+2 })
+		eventually(t, "one relay listens", func() bool { return relaysAt(t, node) == 1 })
+	}
+	text := strings.Replace(reloadManifest, "POD", lab.Host("pod-b").Addr.V4.String(), 1)
+	if err := os.WriteFile(filepath.Join(source, "web.yaml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	asked := func() string {
+		a, err := client.Ask(t.Context(), "tcp", netip.AddrPort{}, web)
+		if err != nil {
+			return err.Error()
+		}
+		return a.Server
+	}
+	eventually(t, "the new endpoint answers", func() bool { return asked() == "pod-b" })
+	for range 40 {
+		if got := asked(); got != "pod-b" {
+			t.Fatalf("a new connection went to %s, which has left the Service", got)
+		}
+	}
+	if asked, failed := traffic(); len(failed) > 0 {
+		t.Errorf("of %d connections %d failed, first: %v", asked, len(failed), failed[0])
+	}
+}
+
+// relaysAt counts the sockets that listen at the relay's first port.
+func relaysAt(t *testing.T, node *netlab.Host) (n int) {
+	t.Helper()
+	if err := node.Do(func() error {
+		table, err := os.ReadFile("/proc/thread-self/net/tcp")
+		n = strings.Count(string(table), "00000000:2879 00000000:0000 0A")
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
 // answers says whether a connection is answered, soon.
 func answers(t *testing.T, from *netlab.Host, at netip.AddrPort) bool {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)

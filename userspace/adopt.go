@@ -20,8 +20,12 @@ func (p *Proxier) adopt(st *state, plan *proxier.Plan) {
 			}
 		}
 	}
+	// The table comes first: another process may have written it since.
 	for _, set := range []int{frontends, nodePorts} {
 		elements, err := p.table.Read(set)
+		if err != nil && p.state != nil {
+			break
+		}
 		if err != nil {
 			slog.Warn("userspace: the old table cannot be read; UDP clients that keep their port may go unanswered for two minutes",
 				"family", p.family.Family.String(), "error", err)

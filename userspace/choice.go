@@ -154,7 +154,14 @@ const maxClients = 1 << 18
 type health struct {
 	failing atomic.Int32 // endpoints that are passed over, or were of late
 	mu      sync.Mutex
-	records map[netip.AddrPort]*failures
+	records map[peer]*failures
+}
+
+// peer is an endpoint as one protocol reaches it. What listens at the same port
+// of the other may be well.
+type peer struct {
+	protocol proxier.Protocol
+	at       netip.AddrPort
 }
 
 type failures struct {
@@ -174,7 +181,7 @@ const (
 )
 
 // failed notes that an endpoint did not answer.
-func (h *health) failed(at netip.AddrPort, now time.Time) {
+func (h *health) failed(at peer, now time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := h.records[at]
@@ -191,7 +198,7 @@ func (h *health) failed(at netip.AddrPort, now time.Time) {
 }
 
 // answered notes that an endpoint did answer.
-func (h *health) answered(at netip.AddrPort) {
+func (h *health) answered(at peer) {
 	if h.failing.Load() == 0 {
 		return
 	}
@@ -200,7 +207,7 @@ func (h *health) answered(at netip.AddrPort) {
 	h.forget(at)
 }
 
-func (h *health) forget(at netip.AddrPort) {
+func (h *health) forget(at peer) {
 	if h.records[at] != nil {
 		delete(h.records, at)
 		h.failing.Add(-1)
@@ -208,7 +215,7 @@ func (h *health) forget(at netip.AddrPort) {
 }
 
 // passedOver says whether others are to be preferred to the endpoint.
-func (h *health) passedOver(at netip.AddrPort, now time.Time) bool {
+func (h *health) passedOver(at peer, now time.Time) bool {
 	if h.failing.Load() == 0 {
 		return false
 	}
@@ -237,7 +244,7 @@ type chooser struct {
 func newChooser() *chooser {
 	return &chooser{
 		clients: clients{entries: map[clientKey]*clientEntry{}},
-		health:  health{records: map[netip.AddrPort]*failures{}},
+		health:  health{records: map[peer]*failures{}},
 	}
 }
 
@@ -246,17 +253,17 @@ func newChooser() *chooser {
 // connections that a client opens at a time go to the same.
 func (c *chooser) choose(t *target, set *proxier.EndpointSet, client netip.Addr, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
 	if t.timeout == 0 {
-		return c.draw(set, tried, now)
+		return c.draw(t.name.Protocol, set, tried, now)
 	}
 	c.clients.mu.Lock()
 	defer c.clients.mu.Unlock()
 	key := clientKey{t.name, client}
 	e := c.clients.entries[key]
-	if e != nil && now.Before(e.until) && has(set, e.endpoint) && !slices.Contains(tried, e.endpoint) && !c.health.passedOver(e.endpoint, now) {
+	if e != nil && now.Before(e.until) && has(set, e.endpoint) && !slices.Contains(tried, e.endpoint) && !c.health.passedOver(peer{t.name.Protocol, e.endpoint}, now) {
 		e.until = now.Add(t.timeout)
 		return e.endpoint, true
 	}
-	at, ok := c.draw(set, tried, now)
+	at, ok := c.draw(t.name.Protocol, set, tried, now)
 	switch {
 	case !ok:
 	case e != nil:
@@ -268,7 +275,7 @@ func (c *chooser) choose(t *target, set *proxier.EndpointSet, client netip.Addr,
 }
 
 // draw picks at random, evenly among those that do not fail.
-func (c *chooser) draw(set *proxier.EndpointSet, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
+func (c *chooser) draw(p proxier.Protocol, set *proxier.EndpointSet, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
 	if set.Len() == 0 {
 		return netip.AddrPort{}, false
 	}
@@ -279,7 +286,7 @@ func (c *chooser) draw(set *proxier.EndpointSet, tried []netip.AddrPort, now tim
 	for _, e := range set.Endpoints {
 		switch {
 		case slices.Contains(tried, e.AddrPort):
-		case c.health.passedOver(e.AddrPort, now):
+		case c.health.passedOver(peer{p, e.AddrPort}, now):
 			bad = append(bad, e.AddrPort)
 		default:
 			good = append(good, e.AddrPort)

@@ -26,7 +26,7 @@ var someClient = netip.MustParseAddr("192.0.2.1")
 func TestDrawIsEven(t *testing.T) {
 	c, set, now := newChooser(), endpointsAt(1, 2, 3, 4), time.Now()
 	for n := range 3 {
-		c.health.failed(at(4), now) // the last of these makes it passed over
+		c.health.failed(peer{at: at(4)}, now) // the last of these makes it passed over
 		count := map[uint16]int{}
 		for range 30000 {
 			got, _ := c.choose(&target{}, set, someClient, nil, now)
@@ -52,34 +52,52 @@ func TestPassingOver(t *testing.T) {
 	now := time.Now()
 	pass := firstPass
 	for n := range 12 {
-		h.failed(at(1), now)
+		h.failed(peer{at: at(1)}, now)
 		if n < failuresToPass-1 {
-			if h.passedOver(at(1), now) {
+			if h.passedOver(peer{at: at(1)}, now) {
 				t.Fatalf("passed over after %d failures", n+1)
 			}
 			continue
 		}
-		if !h.passedOver(at(1), now.Add(pass-1)) || h.passedOver(at(1), now.Add(pass)) {
+		if !h.passedOver(peer{at: at(1)}, now.Add(pass-1)) || h.passedOver(peer{at: at(1)}, now.Add(pass)) {
 			t.Errorf("after %d failures: not passed over for just %s", n+1, pass)
 		}
 		pass = min(2*pass, longestPass)
 	}
-	h.answered(at(1))
-	if h.passedOver(at(1), now) || h.failing.Load() != 0 {
+	h.answered(peer{at: at(1)})
+	if h.passedOver(peer{at: at(1)}, now) || h.failing.Load() != 0 {
 		t.Error("passed over though it answered")
 	}
-	h.failed(at(2), now)
+	h.failed(peer{at: at(2)}, now)
 	h.expire(now.Add(forgetFailures + 1))
 	if h.failing.Load() != 0 {
 		t.Error("an old failure is not forgotten")
 	}
 }
 
+// An endpoint's UDP port says nothing of its TCP port of the same number.
+func TestFailuresAreOfOneProtocol(t *testing.T) {
+	c, set, now := newChooser(), endpointsAt(1, 2), time.Now()
+	for range failuresToPass {
+		c.health.failed(peer{proxier.UDP, at(1)}, now)
+	}
+	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {
+		used := map[netip.AddrPort]bool{}
+		for range 100 {
+			got, _ := c.choose(&target{name: proxier.ServicePortName{Protocol: p}}, set, someClient, nil, now)
+			used[got] = true
+		}
+		if used[at(1)] != (p == proxier.TCP) {
+			t.Errorf("protocol %v: passed over is %v", p, !used[at(1)])
+		}
+	}
+}
+
 func TestAllFailing(t *testing.T) {
 	c, now := newChooser(), time.Now()
 	for range failuresToPass {
-		c.health.failed(at(1), now)
-		c.health.failed(at(2), now)
+		c.health.failed(peer{at: at(1)}, now)
+		c.health.failed(peer{at: at(2)}, now)
 	}
 	set := endpointsAt(1, 2)
 	first, ok := c.choose(&target{}, set, someClient, nil, now)

@@ -79,7 +79,6 @@ func (p *idPool) claim(id frontendID) bool {
 		return false
 	}
 	p.used[id] = true
-	p.next = (id + 1) % (1 << idBits)
 	return true
 }
 

@@ -2,8 +2,12 @@ package userspace
 
 import (
 	"errors"
+	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"testing"
+	"time"
 
 	nft "github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -50,6 +54,44 @@ func (w *world) kernel() (k kernelObjects) {
 	return kernelObjects{len(tables), len(rules), len(found)}
 }
 
+// TestRulesOfOtherMarks has the bit of the mark change twice.
+func TestRulesOfOtherMarks(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		before := w.kernel()
+		w.serve(0, 0, 0)
+		during := w.kernel()
+		old := w.p.routes.mark
+		for _, mark := range []uint32{0x8001, 0x10001} {
+			w.p.routes.mark = mark
+			w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+			if now := w.kernel(); now != during {
+				t.Errorf("with the mark %#x there are %+v, there were %+v", mark, now, during)
+			}
+		}
+		w.p.routes.mark = old
+		w.must(w.p.routes.ensure()) // a second rule
+		w.must(Cleanup(w.family))
+		if after := w.kernel(); after != before {
+			t.Errorf("cleanup leaves %+v, there were %+v", after, before)
+		}
+	})
+}
+
+func TestSourceMarksForbidClientAddresses(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	r := w.p.routes
+	client, endpoint := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
+	until := time.Now().Add(time.Hour)
+	r.seen[client], r.seen[endpoint] = way{link: 2, until: until}, way{link: 3, until: until}
+	for value, want := range []bool{true, false} {
+		w.must(os.WriteFile("/proc/sys/net/ipv4/conf/all/src_valid_mark", fmt.Append(nil, value), 0o644))
+		r.lookAtSourceMarks()
+		if r.apart(client, endpoint) != want {
+			t.Errorf("src_valid_mark=%d: a client's address is used: %v", value, !want)
+		}
+	}
+}
+
 func TestSupported(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.must(Supported(w.family))
@@ -59,6 +101,20 @@ func TestSupported(t *testing.T) {
 		if after := w.kernel(); after != before {
 			t.Errorf("the probe left %+v, there were %+v", after, before)
 		}
+	})
+}
+
+// TestProbeLeavesThePortsAlone has no port free at which a relay could listen:
+// the probe must not ask for one, as it would share it with the relay at work.
+func TestProbeLeavesThePortsAlone(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		for n := range portTries {
+			port := (firstPorts + ports(n)*ports(originCount)).of(0)
+			l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+			w.must(err)
+			defer l.Close()
+		}
+		w.must(Supported(w.family))
 	})
 }
 

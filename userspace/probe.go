@@ -48,12 +48,26 @@ func Supported(f proxier.Family) error {
 	if err != nil {
 		return missing("routing by rules", "the kernel needs CONFIG_IP_MULTIPLE_TABLES and CONFIG_IPV6_MULTIPLE_TABLES; IPv6 must not be disabled", err)
 	}
-	l, err := listen(f, nil)
-	if err != nil {
+	if err := trySockets(f); err != nil {
 		return missing("a socket for captured traffic", "run as root; for IPv6 it must not be disabled", err)
 	}
-	l.close()
 	return nil
+}
+
+// trySockets opens sockets such as captured traffic arrives at. The kernel
+// chooses their ports: at the relay's own they would be given connections that a
+// relay at work is to have.
+func trySockets(f proxier.Family) error {
+	t, err := listenTCP(f, 0, nil)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	u, err := listenUDP(f, 0, nil)
+	if err != nil {
+		return err
+	}
+	return u.Close()
 }
 
 // Cleanup removes this mode's table, routes and rule of the family, and nothing

@@ -67,6 +67,11 @@ func (p *Proxier) Close() error {
 // go on.
 func (p *Proxier) StandBy() { p.relay.standBy() }
 
+// KeepSockets leaves copies of the relay's sockets with the service manager once
+// more, after another Proxier of the family has had it forget its own, which have
+// the same names.
+func (p *Proxier) KeepSockets() { p.relay.keepSockets() }
+
 // RelayPrefix holds the addresses to which this mode translates the destination
 // of UDP flows: they are kept wherever the relay takes their datagrams.
 func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Family] }
@@ -106,6 +111,9 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 		return err
 	}
 	st := newState(p.family)
+	if p.state != nil {
+		st.pool.next = p.state.pool.next
+	}
 	p.adopt(st, plan)
 	s, err := st.stage(plan, sortedNames(plan))
 	if err != nil {
@@ -128,6 +136,9 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	s.commit()
 	p.relay.targets.replace(list, time.Now())
 	p.state = st
+	if err := p.routes.removeOthers(); err != nil { // no packet gets such a mark any more
+		slog.Warn("userspace: a routing rule of an earlier configuration stays", "family", p.family.Family.String(), "error", err)
+	}
 	p.report(plan, s.names)
 	return nil
 }

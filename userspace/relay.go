@@ -87,6 +87,12 @@ func (r *relay) standBy() {
 	r.flows.endAll()
 }
 
+func (r *relay) keepSockets() {
+	if r.listeners != nil {
+		r.listeners.keep(r.family, r.left)
+	}
+}
+
 // close ends the relay and all that it has open.
 func (r *relay) close() {
 	if r.listeners != nil {
@@ -113,6 +119,7 @@ func (r *relay) expireAll() {
 			r.targets.expire(now)
 			r.chooser.expire(now)
 			r.routes.expire(now)
+			r.ns.do(r.routes.lookAtSourceMarks)
 		}
 	}
 }

@@ -3,9 +3,15 @@ package userspace
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -40,6 +46,11 @@ type routes struct {
 	mark   uint32
 	handle *netlink.Handle
 
+	// sourceMarks says that the kernel looks up senders with the mark of their
+	// packets. It then takes answers, which are marked, for packets of its own
+	// that come from elsewhere, and drops them.
+	sourceMarks atomic.Bool
+
 	mu   sync.Mutex
 	seen map[netip.Addr]way
 }
@@ -54,11 +65,19 @@ type way struct {
 // wayLifetime is how long a route is believed.
 const wayLifetime = 5 * time.Second
 
+// routeTimeout is how long the kernel's answer is waited for: connections wait
+// with it.
+const routeTimeout = time.Second
+
 // newRoutes works in the network namespace of the calling thread.
 func newRoutes(f proxier.Family, mark uint32) (*routes, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to routing: %w", err)
+	}
+	if err := h.SetSocketTimeout(routeTimeout); err != nil {
+		h.Close()
+		return nil, fmt.Errorf("limit the wait for answers of routing: %w", err)
 	}
 	return &routes{family: f, mark: mark, handle: h, seen: map[netip.Addr]way{}}, nil
 }
@@ -109,7 +128,28 @@ func (r *routes) ensure() error {
 	if err := r.handle.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("rule for marked packets: %w", err)
 	}
+	r.lookAtSourceMarks()
 	return nil
+}
+
+// removeOthers takes away the rules for answers with another mark, which an
+// earlier configuration had.
+func (r *routes) removeOthers() error {
+	found, err := r.handle.RuleListFiltered(r.number(), &netlink.Rule{Table: answersTable, Priority: answersPriority},
+		netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
+	if err != nil {
+		return fmt.Errorf("list the rules for marked packets: %w", err)
+	}
+	var failed []error
+	for i := range found {
+		if rule := &found[i]; rule.Mark != r.mark {
+			rule.Family = r.number()
+			if err := r.handle.RuleDel(rule); err != nil && !errors.Is(err, unix.ENOENT) {
+				failed = append(failed, fmt.Errorf("remove the rule for packets with the mark %#x: %w", rule.Mark, err))
+			}
+		}
+	}
+	return errors.Join(failed...)
 }
 
 // try makes a route to this node in a table that nothing is looked up in, and
@@ -135,8 +175,12 @@ func (r *routes) remove() error {
 	}
 	own, answers, rule := r.entries(lo.Attrs().Index)
 	rule.Mark, rule.Mask = 0, nil // whatever bit it was
+	var ruleErr error
+	for ruleErr == nil { // there may be several, with different marks
+		ruleErr = r.handle.RuleDel(rule)
+	}
 	var failed []error
-	for _, err := range []error{r.handle.RuleDel(rule), r.handle.RouteDel(answers), r.handle.RouteDel(own)} {
+	for _, err := range []error{ruleErr, r.handle.RouteDel(answers), r.handle.RouteDel(own)} {
 		if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESRCH) {
 			failed = append(failed, err)
 		}
@@ -148,7 +192,7 @@ func (r *routes) remove() error {
 // this node's IP layer, so that an answer to the client's address can be taken
 // in: the two must be on different links, and neither be this node itself.
 func (r *routes) apart(client, endpoint netip.Addr) bool {
-	if client == endpoint {
+	if client == endpoint || r.sourceMarks.Load() {
 		return false
 	}
 	a, aKnown := r.way(client)
@@ -173,6 +217,23 @@ func (r *routes) way(a netip.Addr) (way, bool) {
 	defer r.mu.Unlock()
 	r.seen[a] = w
 	return w, true
+}
+
+// lookAtSourceMarks finds out whether src_valid_mark is set on any interface of
+// the calling thread's network namespace, as wg-quick sets it on all. Only IPv4
+// has it.
+func (r *routes) lookAtSourceMarks() {
+	if r.family != proxier.IPv4 {
+		return
+	}
+	files, _ := filepath.Glob("/proc/sys/net/ipv4/conf/*/src_valid_mark")
+	on := slices.ContainsFunc(files, func(file string) bool {
+		text, err := os.ReadFile(file)
+		return err == nil && strings.TrimSpace(string(text)) != "0"
+	})
+	if was := r.sourceMarks.Swap(on); on && !was {
+		slog.Warn("userspace: net.ipv4.conf.*.src_valid_mark is set, as WireGuard's wg-quick does; endpoints see the node's address in place of their clients'")
+	}
 }
 
 // expire forgets routes that are not believed any more.

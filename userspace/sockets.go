@@ -127,6 +127,20 @@ func (l *listeners) forget(f proxier.Family, left *handover.Sockets) error {
 	return errors.Join(failed...)
 }
 
+// keep leaves copies of the sockets with the service manager.
+func (l *listeners) keep(f proxier.Family, left *handover.Sockets) {
+	for o := range originCount {
+		keepSocket(left, socketName(f, "tcp", o, l.ports.of(o)), l.tcp[o])
+		keepSocket(left, socketName(f, "udp", o, l.ports.of(o)), l.udp[o])
+	}
+}
+
+func keepSocket(left *handover.Sockets, name string, s syscall.Conn) {
+	if err := left.Keep(name, s); err != nil {
+		slog.Warn("userspace: the service manager does not keep a socket: while this process restarts clients will be refused", "socket", name, "error", err)
+	}
+}
+
 // openSocket takes a socket that was left, or makes one and leaves a copy for
 // the next process.
 func openSocket[S syscall.Conn](f proxier.Family, network string, o origin, port uint16, left *handover.Sockets,
@@ -139,14 +153,15 @@ func openSocket[S syscall.Conn](f proxier.Family, network string, o origin, port
 			return s, nil
 		}
 		slog.Warn("userspace: a socket that an earlier process has left is of no use; a new one is opened", "socket", name, "error", err)
+		if err := left.Forget(name); err != nil {
+			slog.Warn("userspace: the service manager cannot be told to close a socket; connections may wait in it for ever", "socket", name, "error", err)
+		}
 	}
 	s, err := listen(f, port, nil)
 	if err != nil {
 		return s, err
 	}
-	if err := left.Keep(name, s); err != nil {
-		slog.Warn("userspace: the service manager does not keep a socket: while this process restarts clients will be refused", "socket", name, "error", err)
-	}
+	keepSocket(left, name, s)
 	return s, nil
 }
 
@@ -165,7 +180,7 @@ func asTCP(l net.Listener, err error, port uint16) (*net.TCPListener, error) {
 		return nil, err
 	}
 	tcp, ok := l.(*net.TCPListener)
-	if !ok || tcp.Addr().(*net.TCPAddr).AddrPort().Port() != port {
+	if !ok || port != 0 && tcp.Addr().(*net.TCPAddr).AddrPort().Port() != port {
 		l.Close()
 		return nil, fmt.Errorf("it listens on %s %s", l.Addr().Network(), l.Addr())
 	}
@@ -187,7 +202,7 @@ func asUDP(c net.PacketConn, err error, port uint16) (*net.UDPConn, error) {
 		return nil, err
 	}
 	udp, ok := c.(*net.UDPConn)
-	if !ok || udp.LocalAddr().(*net.UDPAddr).AddrPort().Port() != port {
+	if !ok || port != 0 && udp.LocalAddr().(*net.UDPAddr).AddrPort().Port() != port {
 		c.Close()
 		return nil, fmt.Errorf("it is %s %s", c.LocalAddr().Network(), c.LocalAddr())
 	}

@@ -194,6 +194,32 @@ func TestNumbers(t *testing.T) {
 	}
 }
 
+// TestNumbersOutliveTheTable writes everything where the table cannot be read.
+func TestNumbersOutliveTheTable(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	w.serve(0, 0, 0)
+	w.serve(1, 0, 0)
+	w.must(w.p.table.Close())
+	st := newState(w.p.family)
+	w.p.adopt(st, w.plan)
+	if !maps.Equal(st.ids, w.p.state.ids) {
+		t.Errorf("frontends have the numbers %v, had %v", st.ids, w.p.state.ids)
+	}
+}
+
+// TestNumbersGoOn gives numbers back before everything is written again.
+func TestNumbersGoOn(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	w.serve(0, 0, 0)
+	w.serve(1, 0, 0)
+	before := w.p.state.pool.next
+	w.remove(1)
+	w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+	if next := w.p.state.pool.next; next != before {
+		t.Errorf("the next number is %d, was %d: numbers that came free are given again at once", next, before)
+	}
+}
+
 func TestFamiliesOfAddressesAreChecked(t *testing.T) {
 	good := examplePlan(proxier.IPv4)
 	for name, sp := range good.Services {

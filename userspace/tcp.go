@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"signalbox/internal/wait"
+	"signalbox/proxier"
 )
 
 const (
@@ -112,7 +113,7 @@ func (r *relay) connect(t *target, o origin, client netip.Addr) *net.TCPConn {
 		c, err := r.dialer.dial(ctx, "tcp", source, at)
 		cancel()
 		if err == nil {
-			r.chooser.health.answered(at)
+			r.chooser.health.answered(peer{proxier.TCP, at})
 			if source.IsValid() {
 				r.counts.transparent.Add(1)
 			}
@@ -133,7 +134,7 @@ func (r *relay) dialFailed(t *target, at netip.AddrPort, err error) {
 		r.log.warn("endpoints cannot be connected to", "family", r.family.String(), "error", err)
 		return
 	}
-	r.chooser.health.failed(at, time.Now())
+	r.chooser.health.failed(peer{t.name.Protocol, at}, time.Now())
 	r.log.warn("an endpoint does not answer", "service", t.name.String(), "endpoint", at.String(), "error", err)
 }
 

@@ -180,13 +180,17 @@ func (r *relay) forward(back *net.UDPConn, k flowKey, datagram []byte) {
 	var tried []netip.AddrPort
 	for range flowTries {
 		if f == nil {
-			if f = r.newFlow(back, k, t, tried); f == nil {
+			var silent netip.AddrPort
+			if f, silent = r.newFlow(back, k, t, tried); f == nil && !silent.IsValid() {
 				return
+			} else if f == nil {
+				tried = append(tried, silent)
+				continue
 			}
 		}
 		err := net.ErrClosed
 		if f.use() {
-			_, err = f.socket.Write(datagram)
+			err = f.write(datagram)
 		}
 		if err == nil {
 			f.sent.Add(1)
@@ -205,6 +209,17 @@ func (r *relay) forward(back *net.UDPConn, k flowKey, datagram []byte) {
 	}
 }
 
+// write sends a datagram to the endpoint. The kernel may answer with what has
+// become of one sent before, which says nothing of this one: a packet on the way
+// was too large, for example.
+func (f *flow) write(datagram []byte) error {
+	_, err := f.socket.Write(datagram)
+	if err != nil && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, net.ErrClosed) {
+		_, err = f.socket.Write(datagram)
+	}
+	return err
+}
+
 // keeps says whether a flow may go on: its endpoint must still answer for the
 // Service.
 func (r *relay) keeps(f *flow, t *target) bool {
@@ -221,46 +236,49 @@ func (r *relay) keeps(f *flow, t *target) bool {
 	return true
 }
 
-func (r *relay) newFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) *flow {
+// newFlow makes a flow to an endpoint that was not tried. Where there is none it
+// names the endpoint that could not be reached, or nobody if another try would be
+// of no use.
+func (r *relay) newFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) (made *flow, silent netip.AddrPort) {
 	if !enter(&r.counts.flows, r.limits.flows) {
 		r.counts.refused.Add(1)
 		r.log.warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.limits.flows)
-		return nil
+		return nil, silent
 	}
-	f := r.openFlow(back, k, t, tried)
+	f, silent := r.openFlow(back, k, t, tried)
 	if f == nil || !r.flows.add(f) {
 		if f != nil {
 			f.socket.Close()
 		}
 		r.counts.flows.Add(-1)
-		return nil
+		return nil, silent
 	}
 	r.counts.flowsMade.Add(1)
 	r.done.Go(func() {
 		defer r.counts.flows.Add(-1)
 		r.answer(f)
 	})
-	return f
+	return f, silent
 }
 
-func (r *relay) openFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) *flow {
+func (r *relay) openFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) (opened *flow, silent netip.AddrPort) {
 	at, ok := r.chooser.choose(t, t.endpoints(k.origin), k.client.Addr(), tried, time.Now())
 	if !ok {
 		r.counts.noEndpoint.Add(1)
-		return nil
+		return nil, netip.AddrPort{}
 	}
 	source := r.sourceFor(t, k.origin, k.client.Addr(), at.Addr())
 	c, err := r.dialer.dial(context.Background(), "udp", source, at)
 	if err != nil {
 		r.dialFailed(t, at, err)
-		return nil
+		return nil, at
 	}
 	if source.IsValid() {
 		r.counts.transparent.Add(1)
 	}
 	f := &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn), back: back}
 	f.last.Store(time.Now().UnixNano()) // its time begins before anybody looks whether it is over
-	return f
+	return f, netip.AddrPort{}
 }
 
 // end lets go of a flow; its goroutine notices by itself.
@@ -284,7 +302,7 @@ func (r *relay) answer(f *flow) {
 		switch {
 		case err == nil:
 			f.use()
-			r.chooser.health.answered(f.endpoint)
+			r.chooser.health.answered(peer{proxier.UDP, f.endpoint})
 			if _, _, err := f.back.WriteMsgUDPAddrPort((*buffer)[:n], from, f.key.client); err != nil {
 				r.counts.lost.Add(1)
 			}
@@ -294,11 +312,17 @@ func (r *relay) answer(f *flow) {
 				return
 			}
 		case errors.Is(err, unix.ECONNREFUSED):
-			r.chooser.health.failed(f.endpoint, time.Now())
+			r.chooser.health.failed(peer{proxier.UDP, f.endpoint}, time.Now())
 			f.refused.Store(true)
 			return
-		default:
+		case errors.Is(err, net.ErrClosed):
 			return
+		default:
+			// It is about one packet, too large for the way, for example. The
+			// pause is for an error that does not go away.
+			if !wait.For(r.ctx, acceptPause) {
+				return
+			}
 		}
 	}
 }

@@ -1,9 +1,13 @@
 package userspace
 
 import (
+	"encoding/binary"
 	"net"
+	"net/netip"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
 )
@@ -44,6 +48,71 @@ func TestFlowMovesFromRefusingEndpoint(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestFlowMovesFromUnreachableEndpoint has an endpoint that nothing routes to.
+// Each client says its first word once.
+func TestFlowMovesFromUnreachableEndpoint(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.echoUDP(1)
+		w.serve(0, 0, 1, 9)
+		for range 20 {
+			c := w.dialUDP(0)
+			_, err := c.Write([]byte("?"))
+			w.must(err)
+			c.SetReadDeadline(time.Now().Add(patience))
+			if _, err := c.Read(make([]byte, 1)); err != nil {
+				t.Fatalf("the first datagram is not answered: %v", err)
+			}
+		}
+	})
+}
+
+// TestFlowOutlivesTooLargePacket has a router say that a packet of a flow was too
+// large (RFC 1191).
+func TestFlowOutlivesTooLargePacket(t *testing.T) {
+	w := newWorld(t, proxier.IPv4)
+	w.echoUDP(0)
+	w.serve(0, 0, 0)
+	c := w.dialUDP(0)
+	w.askUDP(c)
+	router, err := net.Dial("ip4:icmp", w.endpoint(0).Addr().String())
+	w.must(err)
+	defer router.Close()
+	flows := &w.p.relay.flows
+	for range 20 {
+		flows.mu.Lock()
+		for _, f := range flows.open {
+			_, err = router.Write(fragmentationNeeded(f.socket.LocalAddr().(*net.UDPAddr).AddrPort(), f.endpoint))
+		}
+		flows.mu.Unlock()
+		w.must(err)
+		w.askUDP(c)
+	}
+	if n := w.p.Stats().FlowsMade; n != 1 {
+		t.Errorf("%d flows were made, want the first to go on", n)
+	}
+	if n := w.p.Stats().Lost; n != 0 {
+		t.Errorf("%d datagrams were lost", n)
+	}
+}
+
+// fragmentationNeeded is an ICMP message about a UDP packet.
+func fragmentationNeeded(from, to netip.AddrPort) []byte {
+	m := []byte{3, 4, 0, 0, 0, 0, 1400 >> 8, 1400 & 0xff}
+	m = append(m, 0x45, 0, 0x05, 0xdc, 0, 0, 0x40, 0, 64, unix.IPPROTO_UDP, 0, 0)
+	m = append(append(m, from.Addr().AsSlice()...), to.Addr().AsSlice()...)
+	m = binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(m, from.Port()), to.Port())
+	m = append(m, 0x05, 0xc8, 0, 0)
+	var sum uint32
+	for i := 0; i < len(m); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(m[i:]))
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	binary.BigEndian.PutUint16(m[2:], ^uint16(sum))
+	return m
 }
 
 func TestFlowAffinity(t *testing.T) {
@@ -138,7 +207,7 @@ func TestFlowBeginsAlive(t *testing.T) {
 			for id := range r.targets.byID {
 				k.id = id
 			}
-			f := r.newFlow(r.listeners.udp[fromNode], k, r.targets.find(k.id, false), nil)
+			f, _ := r.newFlow(r.listeners.udp[fromNode], k, r.targets.find(k.id, false), nil)
 			if left := time.Until(f.ends(r.idle)); left < answerIdle/2 {
 				t.Fatalf("a new flow has %v left of %v", left, answerIdle)
 			}
