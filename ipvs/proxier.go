@@ -35,6 +35,9 @@ type Proxier struct {
 	schedulers *schedulers
 	// last are the records of the last Sync that is known to have succeeded.
 	last map[proxier.ServicePortName]*record
+	// deadlines are those of state, and of the next.
+	deadlines *deadlines
+	now       func() time.Time
 	// saidNoSettings says that the log tells which kernel settings cannot be
 	// made.
 	saidNoSettings bool
@@ -67,6 +70,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 	}
 	p := &Proxier{
 		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, table: table, kernel: kernel, device: dev,
+		deadlines: newDeadlines(), now: time.Now,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 	}
 	p.schedulers = newSchedulers(opts.IPVS.Scheduler, kernel.hasScheduler)
@@ -199,7 +203,7 @@ func (p *Proxier) write(st *state, b *batch) error {
 	if err := p.kernel.send(b.shrink, st.note); err != nil {
 		return unknown(err)
 	}
-	st.commit(b, time.Now())
+	st.commit(b, p.now())
 	return nil
 }
 
