@@ -30,7 +30,8 @@ type Proxier struct {
 	table  *nftables.Transaction
 	kernel kernel
 	device *device
-	// state is nil until the first Sync, and after one that failed half-way.
+	// state is nil until the first Sync, after one that failed half-way, and
+	// after StandBy.
 	state      *state
 	schedulers *schedulers
 	// last are the records of the last Sync that is known to have succeeded.
@@ -92,6 +93,15 @@ func (p *Proxier) Close() error {
 	p.kernel.close()
 	p.device.close()
 	return p.table.Close()
+}
+
+// StandBy leaves the kernel to another process, until the next Sync: nothing is
+// ended that has drained, and what this process knows is forgotten, because the
+// other may change all of it. It returns once nothing is being written.
+func (p *Proxier) StandBy() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.state, p.last, p.deadlines = nil, nil, newDeadlines()
 }
 
 // Sync implements proxier.Proxier. IPVS knows no transactions: what brings new
