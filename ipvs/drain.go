@@ -25,6 +25,48 @@ const (
 	drainPeriod = time.Second
 )
 
+// deadlines are until when at most destinations and addresses wait for the end
+// of connections. They outlive the state: each writing of everything makes a new
+// one, and a destination would get its whole time again.
+type deadlines struct {
+	draining map[serverKey]map[netip.AddrPort]time.Time
+	leaving  map[netip.Addr]leaving
+}
+
+// leaving is an address that no Service has any more, but that open connections
+// may need.
+type leaving struct {
+	servers []serverKey // those that it led to
+	until   time.Time
+}
+
+func newDeadlines() *deadlines {
+	return &deadlines{draining: make(map[serverKey]map[netip.AddrPort]time.Time), leaving: make(map[netip.Addr]leaving)}
+}
+
+// keepDeadlines takes the deadlines of an earlier state for what still waits in
+// the kernel. Others are forgotten: what was in use in between starts anew.
+func (st *state) keepDeadlines(d *deadlines) {
+	for key, dests := range d.draining {
+		maps.DeleteFunc(dests, func(dest netip.AddrPort, _ time.Time) bool {
+			weight, exists := st.weight(key, dest)
+			return !exists || weight > 0
+		})
+		if len(dests) == 0 {
+			delete(d.draining, key)
+		}
+	}
+	maps.DeleteFunc(d.leaving, func(a netip.Addr, _ leaving) bool { return !st.held[a] })
+	st.deadlines = d
+}
+
+func (st *state) weight(key serverKey, dest netip.AddrPort) (weight int, exists bool) {
+	if s := st.servers[key]; s != nil {
+		weight, exists = s.dests[dest]
+	}
+	return weight, exists
+}
+
 func (st *state) drain(key serverKey, dest netip.AddrPort, now time.Time) {
 	if st.draining[key] == nil {
 		st.draining[key] = make(map[netip.AddrPort]time.Time)

@@ -114,5 +114,6 @@ func (p *Proxier) read(rules *ruleset) (*state, error) {
 			st.noteEndpoint(key, d.addr)
 		}
 	}
+	st.keepDeadlines(p.deadlines)
 	return st, nil
 }

@@ -30,11 +30,15 @@ type Proxier struct {
 	table  *nftables.Transaction
 	kernel kernel
 	device *device
-	// state is nil until the first Sync, and after one that failed half-way.
+	// state is nil until the first Sync, after one that failed half-way, and
+	// after StandBy.
 	state      *state
 	schedulers *schedulers
 	// last are the records of the last Sync that is known to have succeeded.
 	last map[proxier.ServicePortName]*record
+	// deadlines are those of state, and of the next.
+	deadlines *deadlines
+	now       func() time.Time
 	// saidNoSettings says that the log tells which kernel settings cannot be
 	// made.
 	saidNoSettings bool
@@ -67,6 +71,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 	}
 	p := &Proxier{
 		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, table: table, kernel: kernel, device: dev,
+		deadlines: newDeadlines(), now: time.Now,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 	}
 	p.schedulers = newSchedulers(opts.IPVS.Scheduler, kernel.hasScheduler)
@@ -90,6 +95,15 @@ func (p *Proxier) Close() error {
 	return p.table.Close()
 }
 
+// StandBy leaves the kernel to another process, until the next Sync: nothing is
+// ended that has drained, and what this process knows is forgotten, because the
+// other may change all of it. It returns once nothing is being written.
+func (p *Proxier) StandBy() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.state, p.last, p.deadlines = nil, nil, newDeadlines()
+}
+
 // Sync implements proxier.Proxier. IPVS knows no transactions: what brings new
 // connections to endpoints is written first, then in one transaction the rules
 // that lead packets there, then what ends connections.
@@ -101,11 +115,13 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	defer p.mu.Unlock()
 	defer p.wakeDrain()
 	if change.All || p.state == nil {
+		p.schedulers.forgetGone(plan, maps.Keys(p.last))
 		return p.syncAll(plan)
 	}
 	if change.Empty() {
 		return nil
 	}
+	p.schedulers.forgetGone(plan, slices.Values(change.Services))
 	return p.syncChange(plan, change)
 }
 
@@ -199,7 +215,7 @@ func (p *Proxier) write(st *state, b *batch) error {
 	if err := p.kernel.send(b.shrink, st.note); err != nil {
 		return unknown(err)
 	}
-	st.commit(b, time.Now())
+	st.commit(b, p.now())
 	return nil
 }
 

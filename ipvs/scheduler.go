@@ -3,8 +3,10 @@ package ipvs
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"log/slog"
 	"slices"
+	"sync"
 
 	"signalbox/proxier"
 )
@@ -23,10 +25,44 @@ type schedulers struct {
 	// ask asks the kernel; nil where there is none to ask.
 	ask   func(name string) (bool, error)
 	known map[string]bool // what it answered
+	told  *toldSchedulers
+}
+
+// told is shared by the Proxiers of a process: a Service has one annotation for
+// both families.
+var told toldSchedulers
+
+// toldSchedulers are the missing schedulers that the log tells already.
+type toldSchedulers struct {
+	mu sync.Mutex
+	of map[proxier.ServiceName]string
+}
+
+// isNew says whether the log has yet to tell that a Service's scheduler is
+// missing. The Service's other ports, its other family and changes of its
+// endpoints are not told again.
+func (t *toldSchedulers) isNew(service proxier.ServiceName, scheduler string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.of[service] == scheduler {
+		return false
+	}
+	if t.of == nil {
+		t.of = make(map[proxier.ServiceName]string)
+	}
+	t.of[service] = scheduler
+	return true
+}
+
+// forget is for a Service that has what it asks for, or is gone.
+func (t *toldSchedulers) forget(service proxier.ServiceName) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.of, service)
 }
 
 func newSchedulers(own string, ask func(string) (bool, error)) *schedulers {
-	return &schedulers{own: cmp.Or(own, defaultScheduler), ask: ask, known: make(map[string]bool)}
+	return &schedulers{own: cmp.Or(own, defaultScheduler), ask: ask, known: make(map[string]bool), told: &told}
 }
 
 func errNoScheduler(name string) error {
@@ -61,20 +97,35 @@ func (s *schedulers) forgetMissing() {
 	}
 }
 
+// forgetGone makes the log tell again of Services that come back.
+func (s *schedulers) forgetGone(plan *proxier.Plan, names iter.Seq[proxier.ServicePortName]) {
+	for name := range names {
+		if plan.Services[name] == nil {
+			s.told.forget(name.ServiceName)
+		}
+	}
+}
+
 // of returns the scheduler of a Service port: the one that it asks for, or else
 // the mode's own, or where endpoints have weights its kin that knows these. The
 // kernel may lack what a Service asks for; then the Service is served like
 // those that ask for nothing.
 func (s *schedulers) of(port *proxier.ServicePort) string {
+	service := port.Name.ServiceName
 	if port.Scheduler == "" {
+		s.told.forget(service)
 		return s.unasked(port)
 	}
 	if s.has(port.Scheduler) {
+		s.told.forget(service)
 		return port.Scheduler
 	}
 	instead := s.unasked(port)
+	if !s.told.isNew(service, port.Scheduler) {
+		return instead
+	}
 	slog.Error("ipvs: a Service asks for a scheduler that the kernel has not got; it is served with another, and the kernel is asked again when everything is written anew",
-		"service", port.Name.String(), "scheduler", port.Scheduler, "instead", instead, "error", errNoScheduler(port.Scheduler))
+		"service", service.String(), "scheduler", port.Scheduler, "instead", instead, "error", errNoScheduler(port.Scheduler))
 	return instead
 }
 

@@ -1,8 +1,11 @@
 package ipvs
 
 import (
+	"bytes"
 	"errors"
+	"log/slog"
 	"slices"
+	"strings"
 	"testing"
 
 	"signalbox/proxier"
@@ -65,4 +68,52 @@ func TestSchedulerOf(t *testing.T) {
 	if len(asked) != 3 {
 		t.Errorf("asked for %v", asked)
 	}
+}
+
+// TestMissingSchedulerIsToldOnce checks that the log tells once of a Service's
+// scheduler that the kernel has not got, until something about it changes.
+func TestMissingSchedulerIsToldOnce(t *testing.T) {
+	var log bytes.Buffer
+	defer slog.SetDefault(slog.Default())
+	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
+	kernel := map[string]bool{}
+	ask := func(name string) (bool, error) { return kernel[name], nil }
+	shared := &toldSchedulers{}
+	v4, v6 := newSchedulers("", ask), newSchedulers("", ask)
+	v4.told, v6.told = shared, shared
+	port := func(family proxier.Family, service, name, scheduler string) *proxier.ServicePort {
+		w := world{family}
+		sp := w.service(service, proxier.TCP, w.pods(1), clusterIP(w.vip(1), 80, w.pods(1)))
+		sp.Name.Port, sp.Scheduler = name, scheduler
+		return sp
+	}
+	told := func(step string, want int) {
+		t.Helper()
+		if n := strings.Count(log.String(), "service=default/"); n != want {
+			t.Errorf("%s: told %d times, not %d:\n%s", step, n, want, log.String())
+		}
+		log.Reset()
+	}
+	for range 3 {
+		v4.of(port(proxier.IPv4, "web", "http", "mh"))
+		v4.of(port(proxier.IPv4, "web", "https", "mh"))
+		v6.of(port(proxier.IPv6, "web", "http", "mh"))
+		v4.forgetMissing()
+	}
+	told("a Service of two ports and families", 1)
+	v4.of(port(proxier.IPv4, "other", "http", "mh"))
+	told("another Service", 1)
+	v4.of(port(proxier.IPv4, "web", "http", "sed"))
+	told("another scheduler", 1)
+	v4.of(port(proxier.IPv4, "web", "http", ""))
+	v4.of(port(proxier.IPv4, "web", "http", "sed"))
+	told("asked for again", 1)
+	kernel["sed"] = true
+	v4.forgetMissing()
+	v4.of(port(proxier.IPv4, "web", "http", "sed"))
+	told("loaded", 0)
+	gone := port(proxier.IPv4, "other", "http", "mh")
+	v4.forgetGone(world{proxier.IPv4}.plan(), slices.Values([]proxier.ServicePortName{gone.Name}))
+	v4.of(gone)
+	told("made again", 1)
 }

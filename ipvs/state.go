@@ -32,8 +32,7 @@ type state struct {
 	// afterwards.
 	others map[netip.Addr]bool
 
-	draining map[serverKey]map[netip.AddrPort]time.Time // until when at most
-	leaving  map[netip.Addr]leaving
+	*deadlines
 }
 
 // elementKey is what no two elements of the table share.
@@ -45,13 +44,6 @@ type elementKey struct {
 type use struct {
 	element nftables.Element
 	count   int
-}
-
-// leaving is an address that no Service has any more, but that open connections
-// may need.
-type leaving struct {
-	servers []serverKey // those that it led to
-	until   time.Time   // at most
 }
 
 // batch is a change of some Service ports on its way to the kernel.
@@ -73,7 +65,7 @@ func newState(rules *ruleset) *state {
 		servers: make(map[serverKey]*server), live: make(map[serverKey]bool),
 		endpoints: make(map[uint32]map[netip.AddrPort]uint32),
 		held:      make(map[netip.Addr]bool), wanted: make(map[netip.Addr]int),
-		draining: make(map[serverKey]map[netip.AddrPort]time.Time), leaving: make(map[netip.Addr]leaving),
+		deadlines: newDeadlines(),
 	}
 }
 
@@ -378,7 +370,7 @@ func (st *state) leave(b *batch, now time.Time) {
 		return
 	}
 	for a := range st.held {
-		if st.wanted[a] == 0 {
+		if _, already := st.leaving[a]; st.wanted[a] == 0 && !already {
 			st.leaving[a] = leaving{servers: st.serversAt(a), until: now.Add(addressBound)}
 		}
 	}

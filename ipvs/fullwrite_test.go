@@ -1,0 +1,190 @@
+package ipvs
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"signalbox/nftables"
+	"signalbox/proxier"
+)
+
+// played plays IPVS with the model, so that whole Proxiers run where the kernel
+// has none.
+type played struct {
+	*model
+	connections map[netip.AddrPort]int // of a destination, in each server
+	refuse      error                  // what the next message is answered with
+	ops         []op
+}
+
+func (k *played) servers() (map[serverKey]*server, error) {
+	list := make(map[serverKey]*server)
+	for key, s := range k.model.servers {
+		list[key] = &server{scheduler: s.scheduler}
+	}
+	return list, nil
+}
+
+func (k *played) dests(key serverKey) (list []destination, _ error) {
+	if s := k.model.servers[key]; s != nil {
+		for addr, weight := range s.dests {
+			list = append(list, destination{addr, weight, k.connections[addr]})
+		}
+	}
+	return list, nil
+}
+
+func (k *played) allDests() (map[serverKey][]destination, error) { return nil, nil }
+
+func (k *played) send(ops []op, done func(op)) error {
+	for _, o := range ops {
+		if err := k.refuse; err != nil {
+			k.refuse = nil
+			return err
+		}
+		k.do(o)
+		k.ops = append(k.ops, o)
+		done(o)
+	}
+	return nil
+}
+
+func (k *played) hasScheduler(string) (bool, error)       { return true, nil }
+func (k *played) setTimeouts(_, _, _ time.Duration) error { return nil }
+func (k *played) close()                                  {}
+
+func (k *played) has(key serverKey, d netip.AddrPort) bool {
+	s := k.model.servers[key]
+	if s == nil {
+		return false
+	}
+	_, exists := s.dests[d]
+	return exists
+}
+
+// play makes a network namespace with a played IPVS, and in the place of the
+// dummy device, which not every kernel can make, a bridge.
+func play(t *testing.T) *played {
+	t.Helper()
+	inNamespace(t)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = deviceName
+	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+		t.Fatal(err)
+	}
+	return &played{
+		model:       &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}},
+		connections: map[netip.AddrPort]int{},
+	}
+}
+
+// proxier is a Proxier of IPv4 whose drainOnce the test calls.
+func (k *played) proxier(t *testing.T, now func() time.Time) *Proxier {
+	t.Helper()
+	f := nftables.FamilyOf(proxier.IPv4)
+	table, err := nftables.OpenTable(f, tableName, newSets())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { table.Close() })
+	dev, err := openDevice(proxier.IPv4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(dev.close)
+	return &Proxier{
+		IPFamily: f, mark: proxier.DefaultMasqueradeMark, table: table, kernel: k, device: dev,
+		schedulers: newSchedulers("", nil), deadlines: newDeadlines(), now: now, wake: make(chan struct{}, 1),
+	}
+}
+
+// TestDrainingEndsDespiteFullWrites checks that neither the hourly writing of
+// everything nor one after a failure gives a connection that does not end its
+// time again, and that an endpoint that was in use in between has it anew.
+func TestDrainingEndsDespiteFullWrites(t *testing.T) {
+	k, w := play(t), world{proxier.IPv4}
+	now := time.Now()
+	p := k.proxier(t, func() time.Time { return now })
+	key := serverKey{addr: w.vip(1), port: 80, protocol: proxier.TCP}
+	one, two := w.pods(1).Endpoints[0].AddrPort, w.pods(2).Endpoints[0].AddrPort
+	k.connections[one], k.connections[two] = 1, 1
+	web := func(pods ...int) *proxier.Plan {
+		set := w.pods(pods...)
+		return w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set)))
+	}
+	syncAll(t, p, web(1, 2))
+	last := web(3)
+	syncAll(t, p, last)
+	for hour := 1; hour <= 25; hour++ {
+		now = now.Add(time.Hour)
+		switch hour {
+		case 5:
+			k.refuse = errors.New("refused")
+			back := web(2, 3)
+			err := p.Sync(context.Background(), back, proxier.Change{Services: keysOf(back)})
+			if !errors.Is(err, proxier.ErrUnknownState) {
+				t.Fatalf("what IPVS refuses: %v", err)
+			}
+		case 10:
+			syncAll(t, p, web(2, 3))
+		}
+		syncAll(t, p, last)
+		p.drainOnce(now)
+		if has := k.has(key, one); has != (hour < 24) {
+			t.Errorf("hour %d: the endpoint with an open connection is there: %v", hour, has)
+		}
+		if !k.has(key, two) {
+			t.Fatalf("hour %d: the endpoint that was in use at hour 10 is gone", hour)
+		}
+	}
+	now = now.Add(9 * time.Hour) // 34 hours
+	syncAll(t, p, last)
+	if p.drainOnce(now); k.has(key, two) {
+		t.Error("the endpoint that was in use at hour 10 is there at hour 34")
+	}
+}
+
+// TestAddressIsGivenUpDespiteFullWrites does the same for an address.
+func TestAddressIsGivenUpDespiteFullWrites(t *testing.T) {
+	k, w := play(t), world{proxier.IPv4}
+	now := time.Now()
+	p := k.proxier(t, func() time.Time { return now })
+	set := w.pods(1, 2)
+	plan := func(externals ...int) *proxier.Plan {
+		sp := w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))
+		for _, n := range externals {
+			sp.Frontends = append(sp.Frontends, local(proxier.LoadBalancerIP, w.external(n), 80, set, set))
+		}
+		sp.AffinityTimeout = time.Hour
+		return w.plan(sp)
+	}
+	syncAll(t, p, plan(1, 2))
+	change := plan(1)
+	if err := p.Sync(context.Background(), change, proxier.Change{Services: keysOf(change)}); err != nil {
+		t.Fatal(err)
+	}
+	for minute := 5; minute <= 20; minute += 5 {
+		now = now.Add(5 * time.Minute)
+		syncAll(t, p, change)
+		p.drainOnce(now)
+		held, _, err := p.device.held()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if held[w.external(2)] != (minute < 15) {
+			t.Errorf("minute %d: the address without a Service is held: %v", minute, held[w.external(2)])
+		}
+	}
+}
+
+func keysOf(plan *proxier.Plan) (names []proxier.ServicePortName) {
+	for name := range plan.Services {
+		names = append(names, name)
+	}
+	return names
+}
