@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -31,6 +32,9 @@ type seat struct {
 	log  *slog.Logger
 	// patience bounds the wait for an old process that does not answer.
 	patience time.Duration
+	// hearing bounds the wait for somebody who has come to say what they want.
+	// Others wait behind them.
+	hearing time.Duration
 
 	mu       sync.Mutex // guards what follows
 	listener *net.UnixListener
@@ -42,7 +46,7 @@ type seat struct {
 }
 
 func newSeat(log *slog.Logger) *seat {
-	return &seat{name: seatName, log: log, patience: 30 * time.Second}
+	return &seat{name: seatName, log: log, patience: 30 * time.Second, hearing: time.Second}
 }
 
 const (
@@ -68,12 +72,33 @@ func (s *seat) take(ctx context.Context) error {
 		if err == nil || !errors.Is(err, unix.EADDRINUSE) {
 			return err
 		}
-		if err = s.ask(ctx); errors.Is(err, unix.ECONNREFUSED) {
-			continue // it has ended meanwhile
+		err = s.ask(ctx)
+		if hasLetGo(err) && pause(ctx, askAgain) {
+			continue
 		}
 		if err != nil {
 			return fmt.Errorf("the signalbox that serves this node does not let go: %w", err)
 		}
+	}
+}
+
+// askAgain is short, for a seat that changes hands, but not nothing: a holder
+// that trusts nobody looks the same.
+const askAgain = 10 * time.Millisecond
+
+// hasLetGo says whether the holder ended, or gave the seat to somebody else,
+// before it read what it was asked.
+func hasLetGo(err error) bool {
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+}
+
+// pause waits; false if ctx ends first.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
 	}
 }
 
@@ -90,7 +115,9 @@ func (s *seat) ask(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	c.SetDeadline(deadline)
-	err = errors.Join(trusted(c), tell(c, wordTake))
+	if err = trusted(c); err == nil {
+		err = tell(c, wordTake)
+	}
 	if err == nil {
 		err = hear(c, wordGiven)
 	}
@@ -164,14 +191,36 @@ func (s *seat) waits(ctx context.Context) *successor {
 			}
 			return nil
 		}
-		c.SetDeadline(time.Now().Add(s.patience))
-		if err := errors.Join(trusted(c), hear(c, wordTake)); err != nil {
-			s.log.Warn("somebody asked for this signalbox's place, and is ignored", "error", err)
+		if err := s.request(ctx, c); err != nil {
+			level := slog.LevelWarn
+			if errors.Is(err, io.EOF) {
+				level = slog.LevelDebug // somebody who wanted to know whose the seat is
+			}
+			s.log.Log(ctx, level, "somebody asked for this signalbox's place, and is ignored", "error", err)
 			c.Close()
 			continue
 		}
 		return &successor{c}
 	}
+}
+
+// request hears that the other side wants the seat. One that says nothing is
+// not waited for longer than s.hearing, nor than ctx.
+func (s *seat) request(ctx context.Context, c *net.UnixConn) error {
+	if err := trusted(c); err != nil {
+		return err
+	}
+	c.SetDeadline(time.Now().Add(s.hearing))
+	cut := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		c.SetReadDeadline(time.Unix(1, 0))
+		close(cut)
+	})
+	err := hear(c, wordTake)
+	if !stop() {
+		<-cut // or it could still cut off what is read later
+	}
+	return err
 }
 
 // give lets go of the seat. Nothing may be written from before on.
