@@ -59,10 +59,7 @@ var errStranger = errors.New("it belongs to another user")
 // take gets the seat, from whoever has it. Where the holder does not answer in
 // time the error says so; the seat is tried for again with the next call.
 func (s *seat) take(ctx context.Context) error {
-	s.mu.Lock()
-	mine := s.listener != nil
-	s.mu.Unlock()
-	if mine {
+	if s.mine() {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.patience)
@@ -80,6 +77,12 @@ func (s *seat) take(ctx context.Context) error {
 			return fmt.Errorf("the signalbox that serves this node does not let go: %w", err)
 		}
 	}
+}
+
+func (s *seat) mine() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.listener != nil
 }
 
 // askAgain is short, for a seat that changes hands, but not nothing: a holder
