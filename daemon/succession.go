@@ -281,18 +281,28 @@ func hear(c *net.UnixConn, want string) error {
 // trusted says whether the other side is of root or of this process's own user:
 // in the host's network namespace anybody may use the socket.
 func trusted(c *net.UnixConn) error {
-	raw, err := c.SyscallConn()
+	cred, err := peer(c)
 	if err != nil {
 		return err
 	}
-	var cred *syscall.Ucred
-	if err := errors.Join(raw.Control(func(fd uintptr) {
-		cred, err = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
-	}), err); err != nil {
-		return err
-	}
+	return trustedUser(cred)
+}
+
+func trustedUser(cred *syscall.Ucred) error {
 	if cred.Uid != 0 && int(cred.Uid) != os.Geteuid() {
 		return fmt.Errorf("%w: %d", errStranger, cred.Uid)
 	}
 	return nil
+}
+
+// peer is who is on the other side.
+func peer(c *net.UnixConn) (cred *syscall.Ucred, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	controlErr := raw.Control(func(fd uintptr) {
+		cred, err = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	})
+	return cred, errors.Join(controlErr, err)
 }
