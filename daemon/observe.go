@@ -89,7 +89,7 @@ func (o *observer) watch(loop *proxier.Loop) proxier.Sink {
 	o.services = health.NewServices(health.ServiceOptions{
 		Healthy: o.dataplaneHealthy(),
 		Failed:  o.events.HealthCheckFailed,
-		Tried:   o.tried(metrics.ServiceHealthServer, nil),
+		Tried:   o.tried(metrics.ServiceHealthServer, nil, nil),
 		State: func(family proxier.Family, services, failing int) {
 			o.metrics.HealthChecks(family, services)
 			o.metrics.ListenFailing(metrics.ServiceHealthServer, failing)
@@ -115,16 +115,25 @@ func (o *observer) tell(ctx context.Context) error {
 	return o.events.Run(ctx)
 }
 
-// serve runs the servers until ctx ends. An error is about a port that somebody
-// else has, where that is to end the process.
-func (o *observer) serve(ctx context.Context) error {
+// serve runs the servers until ctx ends. seated is closed when no signalbox
+// that served before has a port any more. An error is about a port that
+// somebody else has then, where that is to end the process.
+func (o *observer) serve(ctx context.Context, seated <-chan struct{}) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return o.services.Run(ctx) })
 	group.Go(func() error {
-		return o.listen(ctx, metrics.HealthzServer, o.cfg.HealthzBindAddress, o.health.Handler(), o.events.HealthzFailed)
+		select {
+		case <-seated:
+			o.services.PortsFree()
+		case <-ctx.Done():
+		}
+		return nil
 	})
 	group.Go(func() error {
-		return o.listen(ctx, metrics.MetricsServer, o.cfg.MetricsBindAddress, o.metrics.Mux(o.pages), o.events.MetricsFailed)
+		return o.listen(ctx, seated, metrics.HealthzServer, o.cfg.HealthzBindAddress, o.health.Handler(), o.events.HealthzFailed)
+	})
+	group.Go(func() error {
+		return o.listen(ctx, seated, metrics.MetricsServer, o.cfg.MetricsBindAddress, o.metrics.Mux(o.pages), o.events.MetricsFailed)
 	})
 	return group.Wait()
 }
@@ -132,11 +141,14 @@ func (o *observer) serve(ctx context.Context) error {
 // flushFor is how long an Event about the end of this process may keep it.
 const flushFor = 2 * time.Second
 
-func (o *observer) listen(ctx context.Context, name string, at netip.AddrPort, h http.Handler, failed func(error)) error {
+func (o *observer) listen(ctx context.Context, seated <-chan struct{}, name string, at netip.AddrPort, h http.Handler, failed func(error)) error {
 	if !at.IsValid() {
 		return nil
 	}
-	s := httpserve.Server{Name: name, Addr: at, Handler: h, HardFail: o.cfg.BindAddressHardFail, Log: o.log, Tried: o.tried(name, failed)}
+	s := httpserve.Server{
+		Name: name, Addr: at, Handler: h, HardFail: o.cfg.BindAddressHardFail, Free: seated, Log: o.log,
+		Tried: o.tried(name, seated, failed),
+	}
 	err := s.Run(ctx)
 	if err != nil {
 		o.events.Flush(flushFor)
@@ -145,28 +157,34 @@ func (o *observer) listen(ctx context.Context, name string, at netip.AddrPort, h
 }
 
 // tried returns what notes how an attempt to listen ended. failed is told once
-// of failures in a row: of the second, because a signalbox that this one takes
-// the place of has the port for a moment, or of the first where there will be
-// no other. It may be nil, and then somebody else counts where nobody listens.
-func (o *observer) tried(name string, failed func(error)) func(error) {
+// of failures in a row, when no signalbox that served before has the port any
+// more: of the second, because a kube-proxy may have it for a moment, or of the
+// first where there will be no other. It may be nil, and then somebody else
+// counts where nobody listens.
+func (o *observer) tried(name string, seated <-chan struct{}, failed func(error)) func(error) {
 	patience := 2
 	if o.cfg.BindAddressHardFail {
 		patience = 1
 	}
 	failures := 0
 	return func(err error) {
-		if err == nil {
-			failures = 0
-		} else {
-			failures++
+		if err != nil {
 			o.metrics.ListenFailed(name)
 		}
 		if failed == nil {
 			return
 		}
-		o.metrics.ListenFailing(name, min(failures, 1))
-		if failures == patience {
-			failed(err)
+		o.metrics.ListenFailing(name, map[bool]int{true: 1}[err != nil])
+		if err == nil {
+			failures = 0
+			return
+		}
+		select {
+		case <-seated:
+			if failures++; failures == patience {
+				failed(err)
+			}
+		default:
 		}
 	}
 }

@@ -246,11 +246,13 @@ func TestPortsChangeHands(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(source, "balanced.yaml"), []byte(balancedManifest), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// Not even with this option does it matter that the old one has them yet.
+	const hard = "--bind-address-hard-fail"
 	const flagz, check, livez = "http://127.0.0.1:10249/flagz", "http://127.0.0.1:31900/", "http://127.0.0.1:10256/livez"
-	old := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0", "--v=1")
+	old := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0", "--v=1", hard)
 	old.answers(flagz, 200, "\nv=1\n")
 	old.answers(check, 200)
-	next := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0", "--v=2")
+	next := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0", "--v=2", hard)
 	next.answers(flagz, 200, "\nv=2\n")
 	next.answers(check, 200)
 	next.answers(livez, 200)

@@ -11,8 +11,9 @@ import (
 
 // serve runs the loop until ctx ends, but for the times when a signalbox that
 // was started later serves the node. beside is what runs with the loop, and for
-// as long: servers, whose ports the other needs. Its error ends everything.
-func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, planes *dataplanes, old *leftovers, log *slog.Logger) error {
+// as long: servers, whose ports the other needs. It is given what is closed when
+// the other has let go of them. Its error ends everything.
+func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context, <-chan struct{}) error, planes *dataplanes, old *leftovers, log *slog.Logger) error {
 	for again := false; s.standBy(ctx); again = true {
 		if again {
 			log.Warn("the other signalbox has ended; this one serves the node again")
@@ -35,18 +36,23 @@ func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context
 // serveUntilAsked serves until another process wants to, which it returns; nil
 // when ctx ends, or with the error of beside. When it returns nothing is being
 // written.
-func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context) error, old *leftovers, log *slog.Logger) (*successor, error) {
+func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context, <-chan struct{}) error, old *leftovers, log *slog.Logger) (*successor, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var work sync.WaitGroup
 	var failed error
+	free := make(chan struct{})
+	seated := sync.OnceFunc(func() { close(free) })
+	if s.mine() {
+		seated() // another configuration of this process had the ports
+	}
 	work.Go(func() { loop.Run(ctx) })
 	work.Go(func() {
-		if failed = beside(ctx); failed != nil {
+		if failed = beside(ctx, free); failed != nil {
 			cancel()
 		}
 	})
-	next := takeSeat(ctx, s, &work, old, log)
+	next := takeSeat(ctx, s, seated, &work, old, log)
 	cancel()
 	work.Wait()
 	return next, failed
@@ -54,7 +60,7 @@ func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, beside fu
 
 // takeSeat gets the seat once everything is served, and returns who wants it
 // next; nil when ctx ends.
-func takeSeat(ctx context.Context, s *seat, work *sync.WaitGroup, old *leftovers, log *slog.Logger) *successor {
+func takeSeat(ctx context.Context, s *seat, seated func(), work *sync.WaitGroup, old *leftovers, log *slog.Logger) *successor {
 	if !old.wait(ctx) {
 		return nil
 	}
@@ -70,6 +76,7 @@ func takeSeat(ctx context.Context, s *seat, work *sync.WaitGroup, old *leftovers
 	if err != nil {
 		return nil
 	}
+	seated()
 	return s.waits(ctx)
 }
 

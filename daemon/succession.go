@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -31,6 +32,9 @@ type seat struct {
 	log  *slog.Logger
 	// patience bounds the wait for an old process that does not answer.
 	patience time.Duration
+	// hearing bounds the wait for somebody who has come to say what they want.
+	// Others wait behind them.
+	hearing time.Duration
 
 	mu       sync.Mutex // guards what follows
 	listener *net.UnixListener
@@ -42,7 +46,7 @@ type seat struct {
 }
 
 func newSeat(log *slog.Logger) *seat {
-	return &seat{name: seatName, log: log, patience: 30 * time.Second}
+	return &seat{name: seatName, log: log, patience: 30 * time.Second, hearing: time.Second}
 }
 
 const (
@@ -55,10 +59,7 @@ var errStranger = errors.New("it belongs to another user")
 // take gets the seat, from whoever has it. Where the holder does not answer in
 // time the error says so; the seat is tried for again with the next call.
 func (s *seat) take(ctx context.Context) error {
-	s.mu.Lock()
-	mine := s.listener != nil
-	s.mu.Unlock()
-	if mine {
+	if s.mine() {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.patience)
@@ -68,12 +69,39 @@ func (s *seat) take(ctx context.Context) error {
 		if err == nil || !errors.Is(err, unix.EADDRINUSE) {
 			return err
 		}
-		if err = s.ask(ctx); errors.Is(err, unix.ECONNREFUSED) {
-			continue // it has ended meanwhile
+		err = s.ask(ctx)
+		if hasLetGo(err) && pause(ctx, askAgain) {
+			continue
 		}
 		if err != nil {
 			return fmt.Errorf("the signalbox that serves this node does not let go: %w", err)
 		}
+	}
+}
+
+func (s *seat) mine() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.listener != nil
+}
+
+// askAgain is short, for a seat that changes hands, but not nothing: a holder
+// that trusts nobody looks the same.
+const askAgain = 10 * time.Millisecond
+
+// hasLetGo says whether the holder ended, or gave the seat to somebody else,
+// before it read what it was asked.
+func hasLetGo(err error) bool {
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+}
+
+// pause waits; false if ctx ends first.
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
 	}
 }
 
@@ -90,7 +118,9 @@ func (s *seat) ask(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	c.SetDeadline(deadline)
-	err = errors.Join(trusted(c), tell(c, wordTake))
+	if err = trusted(c); err == nil {
+		err = tell(c, wordTake)
+	}
 	if err == nil {
 		err = hear(c, wordGiven)
 	}
@@ -164,14 +194,36 @@ func (s *seat) waits(ctx context.Context) *successor {
 			}
 			return nil
 		}
-		c.SetDeadline(time.Now().Add(s.patience))
-		if err := errors.Join(trusted(c), hear(c, wordTake)); err != nil {
-			s.log.Warn("somebody asked for this signalbox's place, and is ignored", "error", err)
+		if err := s.request(ctx, c); err != nil {
+			level := slog.LevelWarn
+			if errors.Is(err, io.EOF) {
+				level = slog.LevelDebug // somebody who wanted to know whose the seat is
+			}
+			s.log.Log(ctx, level, "somebody asked for this signalbox's place, and is ignored", "error", err)
 			c.Close()
 			continue
 		}
 		return &successor{c}
 	}
+}
+
+// request hears that the other side wants the seat. One that says nothing is
+// not waited for longer than s.hearing, nor than ctx.
+func (s *seat) request(ctx context.Context, c *net.UnixConn) error {
+	if err := trusted(c); err != nil {
+		return err
+	}
+	c.SetDeadline(time.Now().Add(s.hearing))
+	cut := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		c.SetReadDeadline(time.Unix(1, 0))
+		close(cut)
+	})
+	err := hear(c, wordTake)
+	if !stop() {
+		<-cut // or it could still cut off what is read later
+	}
+	return err
 }
 
 // give lets go of the seat. Nothing may be written from before on.
@@ -229,18 +281,28 @@ func hear(c *net.UnixConn, want string) error {
 // trusted says whether the other side is of root or of this process's own user:
 // in the host's network namespace anybody may use the socket.
 func trusted(c *net.UnixConn) error {
-	raw, err := c.SyscallConn()
+	cred, err := peer(c)
 	if err != nil {
 		return err
 	}
-	var cred *syscall.Ucred
-	if err := errors.Join(raw.Control(func(fd uintptr) {
-		cred, err = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
-	}), err); err != nil {
-		return err
-	}
+	return trustedUser(cred)
+}
+
+func trustedUser(cred *syscall.Ucred) error {
 	if cred.Uid != 0 && int(cred.Uid) != os.Geteuid() {
 		return fmt.Errorf("%w: %d", errStranger, cred.Uid)
 	}
 	return nil
+}
+
+// peer is who is on the other side.
+func peer(c *net.UnixConn) (cred *syscall.Ucred, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	controlErr := raw.Control(func(fd uintptr) {
+		cred, err = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	})
+	return cred, errors.Join(controlErr, err)
 }

@@ -125,3 +125,78 @@ func TestSeatOfStrangers(t *testing.T) {
 		t.Error("the seat was given to a stranger")
 	}
 }
+
+// Somebody who holds a connection to the seat and says nothing keeps nobody
+// from taking it, nor the holder from ending.
+func TestSeatWithMuteClient(t *testing.T) {
+	newSeat := seatsFor(t)
+	old, next := newSeat(), newSeat()
+	if err := old.take(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	mute := func() {
+		c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: old.name, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+	}
+	mute()
+	old.hearing = time.Hour
+	ctx, cancel := context.WithCancel(t.Context())
+	waiting := make(chan *successor, 1)
+	go func() { waiting <- old.waits(ctx) }()
+	cancel()
+	if who := <-waiting; who != nil {
+		t.Error("the seat was given to somebody who did not ask for it")
+	}
+
+	mute()
+	old.hearing = time.Millisecond
+	go func() {
+		if who := old.waits(t.Context()); who != nil {
+			old.give(who)
+		}
+	}()
+	if err := next.take(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// Two that ask at a time both get the seat, one after the other: the second is
+// not heard when it is given to the first.
+func TestSeatAskedForByTwo(t *testing.T) {
+	newSeat := seatsFor(t)
+	old, next, last := newSeat(), newSeat(), newSeat()
+	if err := old.take(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: old.name, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	old.leave()
+	if err := errors.Join(tell(c, wordTake), hear(c, wordGiven)); !hasLetGo(err) {
+		t.Errorf("who was not heard is told: %v", err)
+	}
+
+	if err := old.take(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	taken := make(chan *seat, 2)
+	for _, s := range []*seat{next, last} {
+		go func() {
+			if err := s.take(t.Context()); err != nil {
+				t.Error(err)
+			}
+			taken <- s
+		}()
+	}
+	old.give(old.waits(t.Context()))
+	first := <-taken
+	first.give(first.waits(t.Context()))
+	if <-taken == first {
+		t.Error("the seat was taken by one process twice")
+	}
+}

@@ -45,6 +45,7 @@ type ServiceOptions struct {
 type Services struct {
 	opts ServiceOptions
 	wake chan struct{} // holds one token while there is something new
+	free chan struct{} // holds one token when ports may have come free
 
 	mu     sync.Mutex // guards wanted
 	wanted map[proxier.Family]*wanted
@@ -83,7 +84,7 @@ func NewServices(opts ServiceOptions) *Services {
 		opts.Listen = net.Listen
 	}
 	return &Services{
-		opts: opts, wake: make(chan struct{}, 1), wanted: map[proxier.Family]*wanted{},
+		opts: opts, wake: make(chan struct{}, 1), free: make(chan struct{}, 1), wanted: map[proxier.Family]*wanted{},
 		open: map[socket]*server{}, failed: map[socket]*server{},
 	}
 }
@@ -106,11 +107,19 @@ func (s *Services) Synced(r proxier.SyncReport) {
 		w.checks = r.HealthChecks
 	}
 	s.mu.Unlock()
-	if !changed {
-		return
+	if changed {
+		put(s.wake)
 	}
+}
+
+// PortsFree has Run try at once to listen where it could not: a process that
+// this one takes the place of has let go of its ports.
+func (s *Services) PortsFree() { put(s.free) }
+
+// put leaves a token where there is none.
+func put(c chan struct{}) {
 	select {
-	case s.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -129,6 +138,13 @@ func (s *Services) Run(ctx context.Context) error {
 			return nil
 		case <-s.wake:
 			s.settle(ctx, s.sockets())
+		case <-s.free:
+			for _, sv := range s.failed {
+				if sv.tries == 1 {
+					sv.tries = 0 // no blame for what the other had
+				}
+			}
+			s.listenAgain(ctx)
 		case <-retry.C:
 			s.listenAgain(ctx)
 		}

@@ -22,7 +22,7 @@ func rootCommand() *cobra.Command {
 	// every method of every type: 28 MB.
 	root.Version = versionText()
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), demoCommand(), versionCommand())
+	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), readyCommand(), demoCommand(), versionCommand())
 	return root
 }
 

@@ -26,7 +26,11 @@ type Server struct {
 	// HardFail makes Run return where it cannot listen, instead of trying
 	// again.
 	HardFail bool
-	Log      *slog.Logger
+	// Free is closed when a process that this one takes the place of has let
+	// go of the port: a server that waits tries again then at once, and
+	// HardFail is of effect only from then on. Nil where there is none.
+	Free <-chan struct{}
+	Log  *slog.Logger
 	// Tried is told how each attempt to listen ended; may be nil.
 	Tried func(error)
 	// Listen is net.Listen when nil.
@@ -36,7 +40,10 @@ type Server struct {
 // Run serves until ctx ends and returns nil then; the port is free at once. It
 // returns an error only with HardFail.
 func (s *Server) Run(ctx context.Context) error {
-	for said := false; ; {
+	for free, said := s.Free, false; ; {
+		if closed(free) {
+			free = nil
+		}
 		l, err := s.listen()
 		if s.Tried != nil {
 			s.Tried(err)
@@ -48,7 +55,7 @@ func (s *Server) Run(ctx context.Context) error {
 			}
 		}
 		err = fmt.Errorf("%s server at %s: %w", s.Name, s.Addr, err)
-		if s.HardFail {
+		if s.HardFail && free == nil {
 			return err
 		}
 		if !said {
@@ -58,8 +65,19 @@ func (s *Server) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-free:
 		case <-time.After(RetryAfter):
 		}
+	}
+}
+
+// closed is false for a nil channel.
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
 	}
 }
 

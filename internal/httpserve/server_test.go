@@ -167,3 +167,38 @@ func TestAServerThatNeverListensEnds(t *testing.T) {
 		}
 	})
 }
+
+// A port that another process lets go of is tried again then, and not only in
+// its turn; what counts with HardFail comes after that.
+func TestAPortThatComesFree(t *testing.T) {
+	for _, taken := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			began := time.Now()
+			var tried []time.Duration
+			free := make(chan struct{})
+			s := &Server{
+				Name: "test", Addr: netip.MustParseAddrPort("0.0.0.0:1"), Handler: hello(), Log: quiet, HardFail: true, Free: free,
+				Listen: func(string, string) (net.Listener, error) {
+					tried = append(tried, time.Since(began))
+					if taken || time.Since(began) < time.Second {
+						return nil, syscall.EADDRINUSE
+					}
+					return idle{make(chan struct{})}, nil
+				},
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() { done <- s.Run(ctx) }()
+			time.Sleep(time.Second)
+			close(free)
+			time.Sleep(time.Minute)
+			cancel()
+			if err := <-done; errors.Is(err, syscall.EADDRINUSE) != taken {
+				t.Errorf("Run: %v", err)
+			}
+			if len(tried) != 2 || tried[1] != time.Second {
+				t.Errorf("tried after %v", tried)
+			}
+		})
+	}
+}

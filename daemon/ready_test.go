@@ -1,0 +1,64 @@
+package daemon
+
+import (
+	"log/slog"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// askedSeat names the seat that TestReadyElsewhere asks for in a process of
+// its own.
+const askedSeat = "SIGNALBOX_TEST_SEAT"
+
+// Ready is who has the seat, and the question costs nobody anything.
+func TestReady(t *testing.T) {
+	s := seatsFor(t)()
+	if err := ready(s.name); err == nil || !strings.Contains(err.Error(), "no signalbox serves") {
+		t.Errorf("before the seat is taken: %v", err)
+	}
+	if err := s.take(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var log strings.Builder
+	s.log = slog.New(slog.NewTextHandler(&log, nil))
+	waiting := make(chan *successor, 1)
+	go func() { waiting <- s.waits(t.Context()) }()
+	for range 3 {
+		if err := ready(s.name); err != nil {
+			t.Error(err)
+		}
+	}
+
+	elsewhere := exec.Command(os.Args[0], "-test.run=^TestReadyElsewhere$", "-test.v")
+	elsewhere.Env = append(os.Environ(), askedSeat+"="+s.name)
+	elsewhere.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
+	said, err := elsewhere.CombinedOutput()
+	if err != nil || !strings.Contains(string(said), "a signalbox of another container serves") {
+		t.Errorf("in another PID namespace: %v\n%s", err, said)
+	}
+
+	next := &seat{name: s.name, log: s.log, patience: s.patience, hearing: s.hearing}
+	t.Cleanup(next.leave)
+	taken := make(chan error, 1)
+	go func() { taken <- next.take(t.Context()) }()
+	if err := s.give(<-waiting); err != nil {
+		t.Error(err)
+	}
+	if err := <-taken; err != nil {
+		t.Error(err)
+	}
+	if strings.Contains(log.String(), "WARN") {
+		t.Errorf("a question is a warning in the log:\n%s", &log)
+	}
+}
+
+// TestReadyElsewhere is the part of TestReady that runs in another PID
+// namespace.
+func TestReadyElsewhere(t *testing.T) {
+	if name := os.Getenv(askedSeat); name != "" {
+		t.Log(ready(name))
+	}
+}
