@@ -41,7 +41,7 @@ func exercised(mode string) *Metrics {
 		}
 	})
 	m.ReadRelay(proxier.IPv4, func() userspace.Stats {
-		return userspace.Stats{Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9}
+		return userspace.Stats{Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9, Lost: 10, MaxConnections: 11, MaxFlows: 12}
 	})
 	m.Synced(proxier.SyncReport{
 		Family: proxier.IPv4, All: true, Current: true, Repaired: true, Took: 3 * time.Millisecond, SetAside: 2, Queued: now.Add(-10 * time.Millisecond),
