@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	nft "github.com/google/nftables"
+	"golang.org/x/sys/unix"
+
 	"signalbox/nftables"
 	"signalbox/proxier"
 )
@@ -199,9 +202,8 @@ func TestNumbersOutliveTheTable(t *testing.T) {
 	w := newWorld(t, proxier.IPv4)
 	w.serve(0, 0, 0)
 	w.serve(1, 0, 0)
-	w.must(w.p.table.Close())
 	st := newState(w.p.family)
-	w.p.adopt(st, w.plan)
+	w.p.adopt(st, w.plan, func(int) ([]nft.SetElement, error) { return nil, unix.EINTR })
 	if !maps.Equal(st.ids, w.p.state.ids) {
 		t.Errorf("frontends have the numbers %v, had %v", st.ids, w.p.state.ids)
 	}
