@@ -4,14 +4,16 @@ import (
 	"log/slog"
 	"net/netip"
 
+	nft "github.com/google/nftables"
+
 	"signalbox/nftables"
 	"signalbox/proxier"
 )
 
 // adopt takes over the numbers that frontends have in the table that is there,
 // this process's or an earlier one's: the kernel remembers them with each UDP
-// flow.
-func (p *Proxier) adopt(st *state, plan *proxier.Plan) {
+// flow. read lists a set of it.
+func (p *Proxier) adopt(st *state, plan *proxier.Plan, read func(set int) ([]nft.SetElement, error)) {
 	wanted := map[proxier.FrontendKey]bool{}
 	for name, sp := range plan.Services {
 		if relayed(name.Protocol) {
@@ -22,7 +24,7 @@ func (p *Proxier) adopt(st *state, plan *proxier.Plan) {
 	}
 	// The table comes first: another process may have written it since.
 	for _, set := range []int{frontends, nodePorts} {
-		elements, err := p.table.Read(set)
+		elements, err := read(set)
 		if err != nil && p.state != nil {
 			break
 		}

@@ -141,6 +141,24 @@ func TestAffinityInTime(t *testing.T) {
 	}
 }
 
+func TestQuietLog(t *testing.T) {
+	var q quietLog
+	now := time.Now()
+	of := func(n int) remark { return remark{"it fails", proxier.ServicePortName{Port: fmt.Sprint(n)}} }
+	if !q.fresh(of(0), now) || q.fresh(of(0), now.Add(quiet-1)) || !q.fresh(of(1), now) {
+		t.Error("something is not said once of each Service port")
+	}
+	for n := range 2 * maxRemarks {
+		q.fresh(of(n), now)
+	}
+	if len(q.last) != maxRemarks {
+		t.Errorf("%d remarks are remembered, want %d", len(q.last), maxRemarks)
+	}
+	if !q.fresh(of(0), now.Add(quiet)) || len(q.last) != 1 {
+		t.Error("what was said long ago is not forgotten")
+	}
+}
+
 func TestLimitsFor(t *testing.T) {
 	for _, files := range []uint64{0, 256, 1024, 20000, 1 << 20} {
 		l := limitsFor(files)

@@ -3,6 +3,7 @@ package userspace
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"strconv"
 	"strings"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"signalbox/proxier"
 )
 
 // What a relayed connection and a UDP flow cost in file descriptors: two
@@ -116,26 +119,55 @@ func enter(n *atomic.Int64, limit int64) bool {
 	return true
 }
 
-// quietLog says the same thing at most once in a while.
+// quietLog says the same thing of the same Service port at most once in a while.
 type quietLog struct {
 	mu   sync.Mutex
-	last map[string]time.Time
+	last map[remark]time.Time
 }
 
-const quiet = 10 * time.Second
+// remark is what is said, and of whom; of nobody in particular with the zero
+// name.
+type remark struct {
+	message string
+	service proxier.ServicePortName
+}
+
+const (
+	quiet = 10 * time.Second
+	// maxRemarks bounds what is said in that time.
+	maxRemarks = 256
+)
 
 func (q *quietLog) warn(message string, args ...any) {
-	now := time.Now()
-	q.mu.Lock()
-	said := now.Sub(q.last[message]) < quiet
-	if !said {
-		if q.last == nil {
-			q.last = map[string]time.Time{}
-		}
-		q.last[message] = now
-	}
-	q.mu.Unlock()
-	if !said {
+	if q.fresh(remark{message: message}, time.Now()) {
 		slog.Warn("userspace: "+message, args...)
 	}
+}
+
+// warnOf is warn about a Service port.
+func (q *quietLog) warnOf(service proxier.ServicePortName, message string, args ...any) {
+	if q.fresh(remark{message, service}, time.Now()) {
+		slog.Warn("userspace: "+message, append([]any{"service", service.String()}, args...)...)
+	}
+}
+
+// fresh notes that something is said; false if it was just now, or if too much
+// was.
+func (q *quietLog) fresh(r remark, now time.Time) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if last, said := q.last[r]; said && now.Sub(last) < quiet {
+		return false
+	}
+	if len(q.last) >= maxRemarks {
+		maps.DeleteFunc(q.last, func(_ remark, last time.Time) bool { return now.Sub(last) >= quiet })
+	}
+	if len(q.last) >= maxRemarks {
+		return false
+	}
+	if q.last == nil {
+		q.last = map[remark]time.Time{}
+	}
+	q.last[r] = now
+	return true
 }

@@ -114,7 +114,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	if p.state != nil {
 		st.pool.next = p.state.pool.next
 	}
-	p.adopt(st, plan)
+	p.adopt(st, plan, p.table.Read)
 	s, err := st.stage(plan, sortedNames(plan))
 	if err != nil {
 		return err

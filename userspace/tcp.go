@@ -135,7 +135,7 @@ func (r *relay) dialFailed(t *target, at netip.AddrPort, err error) {
 		return
 	}
 	r.chooser.health.failed(peer{t.name.Protocol, at}, time.Now())
-	r.log.warn("an endpoint does not answer", "service", t.name.String(), "endpoint", at.String(), "error", err)
+	r.log.warnOf(t.name, "an endpoint does not answer", "endpoint", at.String(), "error", err)
 }
 
 // conn is a client's connection and the one to its endpoint.

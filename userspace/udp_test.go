@@ -79,14 +79,16 @@ func TestFlowOutlivesTooLargePacket(t *testing.T) {
 	router, err := net.Dial("ip4:icmp", w.endpoint(0).Addr().String())
 	w.must(err)
 	defer router.Close()
+	var f *flow
 	flows := &w.p.relay.flows
+	flows.mu.Lock()
+	for _, f = range flows.open {
+	}
+	flows.mu.Unlock()
 	for range 20 {
-		flows.mu.Lock()
-		for _, f := range flows.open {
-			_, err = router.Write(fragmentationNeeded(f.socket.LocalAddr().(*net.UDPAddr).AddrPort(), f.endpoint))
-		}
-		flows.mu.Unlock()
+		_, err := router.Write(fragmentationNeeded(f.socket.LocalAddr().(*net.UDPAddr).AddrPort(), f.endpoint))
 		w.must(err)
+		w.await("the error is read", func() bool { return !hasError(f.socket) })
 		w.askUDP(c)
 	}
 	if n := w.p.Stats().FlowsMade; n != 1 {
@@ -95,6 +97,20 @@ func TestFlowOutlivesTooLargePacket(t *testing.T) {
 	if n := w.p.Stats().Lost; n != 0 {
 		t.Errorf("%d datagrams were lost", n)
 	}
+}
+
+// hasError says whether an error waits at a socket, and leaves it there.
+func hasError(c *net.UDPConn) bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var poll []unix.PollFd
+	raw.Control(func(fd uintptr) {
+		poll = []unix.PollFd{{Fd: int32(fd)}}
+		unix.Poll(poll, 0)
+	})
+	return len(poll) > 0 && poll[0].Revents&unix.POLLERR != 0
 }
 
 // fragmentationNeeded is an ICMP message about a UDP packet.
