@@ -21,9 +21,11 @@ type played struct {
 	refuse      error                  // what the next message is answered with
 	noListing   error                  // why the destinations cannot be listed at once
 	ops         []op
+	reads       int
 }
 
 func (k *played) servers() (map[serverKey]*server, error) {
+	k.reads++
 	list := make(map[serverKey]*server)
 	for key, s := range k.model.servers {
 		list[key] = &server{scheduler: s.scheduler}
@@ -32,6 +34,7 @@ func (k *played) servers() (map[serverKey]*server, error) {
 }
 
 func (k *played) dests(key serverKey) (list []destination, _ error) {
+	k.reads++
 	if s := k.model.servers[key]; s != nil {
 		for addr, weight := range s.dests {
 			list = append(list, destination{addr, weight, k.connections[addr]})
@@ -42,6 +45,7 @@ func (k *played) dests(key serverKey) (list []destination, _ error) {
 
 // allDests tells something wrong where it fails, as a listing that is cut off.
 func (k *played) allDests() (map[serverKey][]destination, error) {
+	k.reads++
 	if k.noListing == nil {
 		return nil, nil
 	}
