@@ -19,10 +19,13 @@ type played struct {
 	*model
 	connections map[netip.AddrPort]int // of a destination, in each server
 	refuse      error                  // what the next message is answered with
+	noListing   error                  // why the destinations cannot be listed at once
 	ops         []op
+	reads       int
 }
 
 func (k *played) servers() (map[serverKey]*server, error) {
+	k.reads++
 	list := make(map[serverKey]*server)
 	for key, s := range k.model.servers {
 		list[key] = &server{scheduler: s.scheduler}
@@ -31,6 +34,7 @@ func (k *played) servers() (map[serverKey]*server, error) {
 }
 
 func (k *played) dests(key serverKey) (list []destination, _ error) {
+	k.reads++
 	if s := k.model.servers[key]; s != nil {
 		for addr, weight := range s.dests {
 			list = append(list, destination{addr, weight, k.connections[addr]})
@@ -39,7 +43,14 @@ func (k *played) dests(key serverKey) (list []destination, _ error) {
 	return list, nil
 }
 
-func (k *played) allDests() (map[serverKey][]destination, error) { return nil, nil }
+// allDests tells something wrong where it fails, as a listing that is cut off.
+func (k *played) allDests() (map[serverKey][]destination, error) {
+	k.reads++
+	if k.noListing == nil {
+		return nil, nil
+	}
+	return map[serverKey][]destination{{addr: netip.MustParseAddr("10.96.0.1"), port: 80, protocol: proxier.TCP}: {{}}}, k.noListing
+}
 
 func (k *played) send(ops []op, done func(op)) error {
 	for _, o := range ops {
@@ -187,4 +198,18 @@ func keysOf(plan *proxier.Plan) (names []proxier.ServicePortName) {
 		names = append(names, name)
 	}
 	return names
+}
+
+// TestReadsWithoutListing checks that a second process finds all as it is to be
+// where the destinations cannot be listed at once.
+func TestReadsWithoutListing(t *testing.T) {
+	k, w := play(t), world{proxier.IPv4}
+	plan := w.example()
+	syncAll(t, k.proxier(t, time.Now), plan)
+	sent := len(k.ops)
+	k.noListing = errors.New("line 4 is no destination")
+	syncAll(t, k.proxier(t, time.Now), plan)
+	if sent == 0 || len(k.ops) != sent {
+		t.Errorf("after %d messages the second process sent %v", sent, k.ops[sent:])
+	}
 }

@@ -95,7 +95,9 @@ func (p *Proxier) read(rules *ruleset) (*state, error) {
 	}
 	listed, err := p.kernel.allDests()
 	if err != nil {
-		return nil, err
+		slog.Warn("ipvs: cannot read the list of all destinations; asking for those of each virtual server, which takes longer",
+			"family", p.Family.String(), "error", err)
+		listed = nil
 	}
 	for key, s := range all {
 		if !isOurs(key.mark) && !st.held[key.addr] {
