@@ -69,7 +69,7 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 		return err
 	}
 	defer closeAll()
-	old.resync, old.drained = loop.Resync, planes.waitRetired
+	old.resync, old.drained, old.present = loop.Resync, planes.waitRetired, watched.metrics.Leftovers
 	sink := watched.watch(loop)
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)

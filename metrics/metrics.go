@@ -105,6 +105,7 @@ type own struct {
 	buildInfo, modeInfo, familyServed *prometheus.GaugeVec
 	sysctlProblem                     *prometheus.GaugeVec
 	sourceFailing                     *prometheus.GaugeVec
+	leftovers                         *prometheus.GaugeVec
 	healthChecks                      *prometheus.GaugeVec
 	listenFailing                     *prometheus.GaugeVec
 	listenFailures                    *prometheus.CounterVec
@@ -136,6 +137,8 @@ func newOwn(r factory) own {
 		sysctlProblem: r.gauge(signalbox, "sysctl_problem", "1 for a kernel setting that could not be made.", "sysctl"),
 		sourceFailing: r.gauge(signalbox, "source_failing", "1 for a resource that the API server at present does not tell of, 0 for one that it does.",
 			"resource"),
+		leftovers: r.gauge(signalbox, "leftovers", "1 while rules of others for Services are there that may be obeyed: they could not be removed, or a kube-proxy that was started later wrote them.",
+			ipFamily),
 		healthChecks: r.gauge(signalbox, "service_health_checks", "Services with a healthCheckNodePort.", ipFamily),
 		listenFailing: r.gauge(signalbox, "listen_failing", "Addresses at which a server (healthz, metrics, service-health) should listen and at present cannot.",
 			"server"),

@@ -116,6 +116,11 @@ func (m *Metrics) Source(resource string, err error) {
 	m.own.sourceFailing.WithLabelValues(resource).Set(oneIf(err != nil))
 }
 
+// Leftovers notes whether rules of others are there that may be obeyed.
+func (m *Metrics) Leftovers(family proxier.Family, present bool) {
+	m.own.leftovers.WithLabelValues(family.String()).Set(oneIf(present))
+}
+
 // HealthChecks notes how many Services have a healthCheckNodePort.
 func (m *Metrics) HealthChecks(family proxier.Family, services int) {
 	m.own.healthChecks.WithLabelValues(family.String()).Set(float64(services))
