@@ -169,6 +169,7 @@ func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, watche
 	})
 	if err != nil {
 		log.Warn("stale UDP flows are not removed", "reason", err)
+		watched.metrics.FlowsUnseen()
 	} else {
 		closers = append(closers, flows.Close)
 		opts.Flows = flows

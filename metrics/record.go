@@ -84,6 +84,9 @@ func (m *Metrics) FlowsPassed(p conntrack.Pass) {
 	}
 }
 
+// FlowsUnseen notes that the connection-tracking table cannot be had.
+func (m *Metrics) FlowsUnseen() { m.own.flowsUnseen.WithLabelValues().Set(1) }
+
 // Problem counts what cannot be served. It has the form of LoopOptions.Report.
 func (m *Metrics) Problem(p proxier.Problem) { m.own.problems.WithLabelValues(p.Kind).Inc() }
 
