@@ -38,6 +38,8 @@ func Cleanup(kubeProxy bool, log *slog.Logger) error {
 type removal struct {
 	what   string
 	remove func(proxier.Family) error
+	// kubeProxy is that it was kube-proxy's.
+	kubeProxy bool
 }
 
 // do returns an error that names what is left. What this machine cannot have
@@ -60,7 +62,7 @@ func (r removal) do(family proxier.Family, log *slog.Logger) error {
 func signalboxRemovals(list []modes.Mode) []removal {
 	var all []removal
 	for _, m := range list {
-		all = append(all, removal{"what signalbox's mode " + m.Name + " wrote", m.Cleanup})
+		all = append(all, removal{what: "what signalbox's mode " + m.Name + " wrote", remove: m.Cleanup})
 	}
 	return all
 }
@@ -71,9 +73,9 @@ func signalboxRemovals(list []modes.Mode) []removal {
 // kube-proxy's sets.
 func kubeProxyRemovals(inUse iptables.Backend, servers func(proxier.Family) error) []removal {
 	return []removal{
-		{"kube-proxy's iptables rules", func(f proxier.Family) error { return iptables.CleanupKubeProxy(f, inUse) }},
-		{"kube-proxy's nftables table", nftables.CleanupKubeProxy},
-		{"kube-proxy's IPVS servers, addresses and ipsets", servers},
+		{"kube-proxy's iptables rules", func(f proxier.Family) error { return iptables.CleanupKubeProxy(f, inUse) }, true},
+		{"kube-proxy's nftables table", nftables.CleanupKubeProxy, true},
+		{"kube-proxy's IPVS servers, addresses and ipsets", servers, true},
 	}
 }
 

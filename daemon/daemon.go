@@ -69,7 +69,7 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 		return err
 	}
 	defer closeAll()
-	old.resync, old.drained = loop.Resync, planes.waitRetired
+	old.resync, old.drained, old.present = loop.Resync, planes.waitRetired, watched.metrics.Leftovers
 	sink := watched.watch(loop)
 
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
@@ -169,9 +169,10 @@ func newLoop(cfg *config.Config, choice modes.Choice, planes *dataplanes, watche
 	})
 	if err != nil {
 		log.Warn("stale UDP flows are not removed", "reason", err)
+		watched.metrics.FlowsUnseen()
 	} else {
 		closers = append(closers, flows.Close)
-		opts.Flows = flows
+		opts.Flows, old.flows = flows, flows
 	}
 	watched.hook(&opts)
 	return proxier.NewLoop(opts), closeAll, nil

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -35,11 +36,17 @@ type leftovers struct {
 	// configuration have no connections any more; false if its context ends
 	// first.
 	drained func(context.Context) bool
+	// flows removes stale UDP flows; nil where they cannot be.
+	flows interface{ Flush(context.Context) error }
+	// present is told whether something of others is there that may be obeyed.
+	present func(family proxier.Family, is bool)
 	log     *slog.Logger
 
-	mu     sync.Mutex // guards served
+	mu     sync.Mutex // guards what follows
 	served map[proxier.Family]bool
 	ready  chan struct{} // closed when all families are served
+	// failed are removals that are to be done again, by what they remove.
+	failed map[proxier.Family]map[string]removal
 
 	// The goroutine's own: of which families kube-proxy had rules, until when
 	// they are removed again, and of which it was said that they are there.
@@ -51,7 +58,7 @@ type leftovers struct {
 }
 
 func newLeftovers(choice modes.Choice, log *slog.Logger) *leftovers {
-	l := &leftovers{mode: choice.Mode, families: choice.Families, inUse: map[proxier.Family]iptables.Backend{}, log: log}
+	l := &leftovers{mode: choice.Mode, families: choice.Families, inUse: map[proxier.Family]iptables.Backend{}, present: func(proxier.Family, bool) {}, log: log}
 	l.forget()
 	return l
 }
@@ -98,6 +105,22 @@ func (l *leftovers) wait(ctx context.Context) bool {
 	}
 }
 
+// settleTime bounds the wait for stale flows.
+const settleTime = 5 * time.Second
+
+// settleFlows waits until UDP flows have left what served before. A relay that
+// the node is taken from refuses them afterwards.
+func (l *leftovers) settleFlows(ctx context.Context) {
+	if l.flows == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, settleTime)
+	defer cancel()
+	if err := l.flows.Flush(ctx); err != nil {
+		l.log.Debug("UDP flows may yet lead to what served before", "error", err)
+	}
+}
+
 const (
 	firstLook = 5 * time.Second
 	lastLook  = time.Minute
@@ -109,6 +132,7 @@ const (
 // run removes everything once, and then what comes back, until ctx ends.
 func (l *leftovers) run(ctx context.Context, s *seat) {
 	l.removeAll(ctx)
+	l.tellPresent()
 	returnMemory()
 	var late sync.WaitGroup
 	defer late.Wait()
@@ -126,10 +150,12 @@ func (l *leftovers) run(ctx context.Context, s *seat) {
 		}
 		pause = min(2*pause, lastLook)
 		for _, family := range l.families {
+			l.removeAgain(family)
 			if l.look(ctx, family) {
 				pause = firstLook
 			}
 		}
+		l.tellPresent()
 	}
 }
 
@@ -139,6 +165,9 @@ func (l *leftovers) removeAll(ctx context.Context) {
 	})
 	l.had, l.said, l.draining = map[proxier.Family]bool{}, map[proxier.Family]bool{}, map[proxier.Family]int{}
 	l.until = time.Now().Add(swapTime)
+	l.mu.Lock()
+	l.failed = map[proxier.Family]map[string]removal{}
+	l.mu.Unlock()
 	for _, family := range l.families {
 		l.remove(family, signalboxRemovals(others))
 		l.had[family] = l.kubeProxyWrote(ctx, family)
@@ -176,9 +205,49 @@ func (l *leftovers) drainIPVS(family proxier.Family) error {
 
 func (l *leftovers) remove(family proxier.Family, todo []removal) {
 	for _, r := range todo {
-		if err := r.do(family, l.log); err != nil {
-			l.log.Warn("what others wrote could not be removed; it may still be obeyed", "family", family.String(), "error", err)
+		err := r.do(family, l.log)
+		if known := l.note(family, r, err); err != nil && !known {
+			l.log.Warn("what others wrote could not be removed and may still be obeyed; trying again", "family", family.String(), "error", err)
 		}
+	}
+}
+
+// note keeps a removal that failed, and says whether its last one did, too.
+func (l *leftovers) note(family proxier.Family, r removal, err error) (known bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, known = l.failed[family][r.what]
+	switch {
+	case err == nil && known:
+		delete(l.failed[family], r.what)
+		l.log.Info("removed, after it could not be at first", "what", r.what, "family", family.String())
+	case err != nil && l.failed[family] == nil:
+		l.failed[family] = map[string]removal{r.what: r}
+	case err != nil:
+		l.failed[family][r.what] = r
+	}
+	return known
+}
+
+// removeAgain does again what failed. That a kube-proxy wrote is tried for as
+// long as one that served before may run: later it could be another's.
+func (l *leftovers) removeAgain(family proxier.Family) {
+	l.mu.Lock()
+	todo := slices.Collect(maps.Values(l.failed[family]))
+	l.mu.Unlock()
+	l.remove(family, slices.DeleteFunc(todo, func(r removal) bool {
+		return r.kubeProxy && time.Now().After(l.until)
+	}))
+}
+
+// tellPresent tells of what could not be removed and of a kube-proxy's rules
+// that are left to it.
+func (l *leftovers) tellPresent() {
+	for _, family := range l.families {
+		l.mu.Lock()
+		failed := len(l.failed[family]) > 0
+		l.mu.Unlock()
+		l.present(family, failed || l.said[family])
 	}
 }
 
@@ -186,7 +255,7 @@ func (l *leftovers) remove(family proxier.Family, todo []removal) {
 // written again if somebody else replaced them.
 func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
 	if l.draining[family] > 0 {
-		l.remove(family, []removal{{"kube-proxy's IPVS servers", l.drainIPVS}})
+		l.remove(family, []removal{{what: "kube-proxy's IPVS servers", remove: l.drainIPVS}})
 	}
 	if l.kubeProxyWrote(ctx, family) {
 		return l.dealWithKubeProxy(family)

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -108,10 +109,13 @@ func (o *observer) dataplaneHealthy() func() bool {
 	return o.health.Healthy
 }
 
-// tell sends Events until ctx ends, the first of them that the node is being
-// taken care of.
+// tellStarted is of the process, not of one configuration.
+var tellStarted sync.Once
+
+// tell sends Events until ctx ends, the first of a process that the node is
+// being taken care of.
 func (o *observer) tell(ctx context.Context) error {
-	o.events.Started()
+	tellStarted.Do(o.events.Started)
 	return o.events.Run(ctx)
 }
 

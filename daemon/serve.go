@@ -64,6 +64,7 @@ func takeSeat(ctx context.Context, s *seat, seated func(), work *sync.WaitGroup,
 	if !old.wait(ctx) {
 		return nil
 	}
+	old.settleFlows(ctx)
 	err := s.take(ctx)
 	work.Go(func() { old.run(ctx, s) })
 	for ; err != nil && ctx.Err() == nil; err = s.take(ctx) {

@@ -225,7 +225,9 @@ func (r *Recorder) Flush(atMost time.Duration) {
 const identifyFor = 10 * time.Second
 
 // identify finds a Service's UID, without which kubectl describe does not show
-// the Event. The rights of a service proxy do for a list and not for a get.
+// the Event. The rights of a service proxy do for a list and not for a get. The
+// API server answers from memory, with the one object: a cluster's nodes may all
+// have something to say of the same Service.
 func (r *Recorder) identify(ctx context.Context, ref *corev1.ObjectReference) {
 	if ref.UID != "" {
 		return
@@ -233,7 +235,8 @@ func (r *Recorder) identify(ctx context.Context, ref *corev1.ObjectReference) {
 	ctx, cancel := context.WithTimeout(ctx, identifyFor)
 	defer cancel()
 	found, err := r.opts.Client.CoreV1().Services(ref.Namespace).List(ctx, metav1.ListOptions{
-		FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name).String(),
+		FieldSelector:   fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name).String(),
+		ResourceVersion: "0",
 	})
 	if err == nil && len(found.Items) == 1 && found.Items[0].Name == ref.Name {
 		ref.UID = found.Items[0].UID

@@ -166,6 +166,26 @@ func TestOnlyProblemsOfServices(t *testing.T) {
 	}
 }
 
+// What identifies a Service costs the API server no look into its database.
+func TestServiceIsFoundInTheServersMemory(t *testing.T) {
+	r := newRig(t)
+	r.run()
+	r.HealthCheckFailed(web, 1, errors.New("no"))
+	r.await(Sent, 1)
+	lists := 0
+	for _, a := range r.client.Actions() {
+		if list, ok := a.(clienttesting.ListActionImpl); ok {
+			lists++
+			if list.ListOptions.ResourceVersion != "0" || list.ListOptions.FieldSelector != "metadata.name=web" {
+				t.Errorf("asked for %+v", list.ListOptions)
+			}
+		}
+	}
+	if lists != 1 {
+		t.Errorf("%d lists", lists)
+	}
+}
+
 // Ten thousand bad Services are not ten thousand Events.
 func TestRate(t *testing.T) {
 	r := newRig(t)

@@ -105,6 +105,8 @@ type own struct {
 	buildInfo, modeInfo, familyServed *prometheus.GaugeVec
 	sysctlProblem                     *prometheus.GaugeVec
 	sourceFailing                     *prometheus.GaugeVec
+	leftovers                         *prometheus.GaugeVec
+	flowsUnseen                       *prometheus.GaugeVec
 	healthChecks                      *prometheus.GaugeVec
 	listenFailing                     *prometheus.GaugeVec
 	listenFailures                    *prometheus.CounterVec
@@ -112,7 +114,7 @@ type own struct {
 }
 
 func newOwn(r factory) own {
-	return own{
+	o := own{
 		syncs: r.counter(signalbox, "syncs_total", "Syncs by what was to be written (change, everything) and how they ended (success, failure).",
 			"scope", "result", ipFamily),
 		eventToKernel: r.histogram(signalbox, "event_to_kernel_duration_seconds", "Time from an update's arrival in this process to its being in the kernel; of updates written together, the oldest counts.",
@@ -136,12 +138,17 @@ func newOwn(r factory) own {
 		sysctlProblem: r.gauge(signalbox, "sysctl_problem", "1 for a kernel setting that could not be made.", "sysctl"),
 		sourceFailing: r.gauge(signalbox, "source_failing", "1 for a resource that the API server at present does not tell of, 0 for one that it does.",
 			"resource"),
+		flowsUnseen: r.gauge(signalbox, "conntrack_unavailable", "1 where the connection-tracking table cannot be had, so that stale UDP flows are not removed."),
+		leftovers: r.gauge(signalbox, "leftovers", "1 while rules of others for Services are there that may be obeyed: they could not be removed, or a kube-proxy that was started later wrote them.",
+			ipFamily),
 		healthChecks: r.gauge(signalbox, "service_health_checks", "Services with a healthCheckNodePort.", ipFamily),
 		listenFailing: r.gauge(signalbox, "listen_failing", "Addresses at which a server (healthz, metrics, service-health) should listen and at present cannot.",
 			"server"),
 		listenFailures: r.counter(signalbox, "listen_failures_total", "Attempts to listen that failed.", "server"),
 		events:         r.counter(signalbox, "events_total", "Kubernetes Events by what became of them: sent, dropped to stay within the rate, or failed.", "result"),
 	}
+	o.flowsUnseen.WithLabelValues().Set(0)
+	return o
 }
 
 // The names of what is read at each scrape.

@@ -84,6 +84,9 @@ func (m *Metrics) FlowsPassed(p conntrack.Pass) {
 	}
 }
 
+// FlowsUnseen notes that the connection-tracking table cannot be had.
+func (m *Metrics) FlowsUnseen() { m.own.flowsUnseen.WithLabelValues().Set(1) }
+
 // Problem counts what cannot be served. It has the form of LoopOptions.Report.
 func (m *Metrics) Problem(p proxier.Problem) { m.own.problems.WithLabelValues(p.Kind).Inc() }
 
@@ -114,6 +117,11 @@ func ConfigurationRejected(rejected bool) { configurationRejected.Set(oneIf(reje
 // Source notes whether the API server tells of a resource at present.
 func (m *Metrics) Source(resource string, err error) {
 	m.own.sourceFailing.WithLabelValues(resource).Set(oneIf(err != nil))
+}
+
+// Leftovers notes whether rules of others are there that may be obeyed.
+func (m *Metrics) Leftovers(family proxier.Family, present bool) {
+	m.own.leftovers.WithLabelValues(family.String()).Set(oneIf(present))
 }
 
 // HealthChecks notes how many Services have a healthCheckNodePort.

@@ -1,0 +1,56 @@
+package daemon
+
+import (
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"signalbox/modes"
+	"signalbox/proxier"
+)
+
+// What could not be removed is tried again, and told of until it is gone; not
+// so what may be another kube-proxy's by then.
+func TestFailedRemovalIsRepeated(t *testing.T) {
+	var log strings.Builder
+	l := newLeftovers(modes.Choice{Families: []proxier.Family{proxier.IPv4}}, slog.New(slog.NewTextHandler(&log, nil)))
+	l.failed, l.until = map[proxier.Family]map[string]removal{}, time.Now().Add(time.Hour)
+	present := false
+	l.present = func(_ proxier.Family, is bool) { present = is }
+	tries := map[string]int{}
+	failing := func(what string, times int, kubeProxy bool) removal {
+		return removal{what, func(proxier.Family) error {
+			if tries[what]++; tries[what] <= times {
+				return errors.New("busy")
+			}
+			return nil
+		}, kubeProxy}
+	}
+	l.remove(proxier.IPv4, []removal{failing("ours", 2, false), failing("theirs", 1, true), failing("nothing", 0, false)})
+	l.tellPresent()
+	if !present {
+		t.Error("nobody is told of what could not be removed")
+	}
+	l.until = time.Now().Add(-time.Hour)
+	l.removeAgain(proxier.IPv4)
+	l.removeAgain(proxier.IPv4)
+	l.removeAgain(proxier.IPv4)
+	if tries["ours"] != 3 || tries["theirs"] != 1 || tries["nothing"] != 1 {
+		t.Errorf("tried %v", tries)
+	}
+	l.tellPresent()
+	if !present {
+		t.Error("what is kube-proxy's is taken for removed")
+	}
+	l.until = time.Now().Add(time.Hour)
+	l.removeAgain(proxier.IPv4)
+	l.tellPresent()
+	if present {
+		t.Error("all is removed and nobody is told")
+	}
+	if n := strings.Count(log.String(), "WARN"); n != 2 {
+		t.Errorf("%d warnings about two things:\n%s", n, &log)
+	}
+}
