@@ -24,11 +24,11 @@ func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context
 		if next == nil || err != nil {
 			return err
 		}
+		planes.standBy() // before it is said that nothing is written any more
 		if err := s.give(next); err != nil {
 			log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
 		log.Info("another signalbox was started and serves this node; this one stands by")
-		planes.standBy()
 	}
 	return nil
 }
