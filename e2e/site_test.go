@@ -34,6 +34,8 @@ type site struct {
 	mode  string
 	relay *cluster.Relay
 
+	// entrance is where the API server is reached from the lab.
+	entrance   string
 	kubeconfig string
 	log        string
 	proxy      *cluster.Process // nil while it does not run
@@ -60,13 +62,13 @@ func newSite(t *testing.T, c *cluster.Cluster, mode string) *site {
 	s := &site{T: t, mode: mode, objects: newObjects(t, c, lab)}
 	dir := t.TempDir()
 	s.kubeconfig, s.log = filepath.Join(dir, "kubeconfig"), filepath.Join(dir, "signalbox.log")
-	entrance := netip.AddrPortFrom(routerAddr, uint16(c.Port())).String()
-	if err := c.WriteKubeconfig(s.kubeconfig, entrance); err != nil {
+	s.entrance = netip.AddrPortFrom(routerAddr, uint16(c.Port())).String()
+	if err := c.WriteKubeconfig(s.kubeconfig, s.entrance, cluster.ProxyUser); err != nil {
 		t.Fatal(err)
 	}
 	s.relay, err = cluster.NewRelay(c.Addr(), func() (l net.Listener, err error) {
 		err = lab.Host("router").Do(func() error {
-			l, err = net.Listen("tcp", entrance)
+			l, err = net.Listen("tcp", s.entrance)
 			return err
 		})
 		return l, err

@@ -233,10 +233,10 @@ func (c *Cluster) Config(user string, groups ...string) (*rest.Config, error) {
 	}, nil
 }
 
-// WriteKubeconfig writes the file with which ProxyUser reaches the API server
-// at addr, which leads there through a Relay.
-func (c *Cluster) WriteKubeconfig(path, addr string) error {
-	cert, key, err := c.ca.client(ProxyUser)
+// WriteKubeconfig writes the file with which a user reaches the API server at
+// addr, which leads there through a Relay.
+func (c *Cluster) WriteKubeconfig(path, addr, user string) error {
+	cert, key, err := c.ca.client(user)
 	if err != nil {
 		return err
 	}

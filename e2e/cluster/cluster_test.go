@@ -96,7 +96,7 @@ func TestKubeconfigOfProxy(t *testing.T) {
 	}
 	t.Cleanup(relay.Cut)
 	path := filepath.Join(t.TempDir(), "kubeconfig")
-	if err := c.WriteKubeconfig(path, relay.listener.Addr().String()); err != nil {
+	if err := c.WriteKubeconfig(path, relay.listener.Addr().String(), ProxyUser); err != nil {
 		t.Fatal(err)
 	}
 	config, err := clientcmd.BuildConfigFromFlags("", path)

@@ -325,6 +325,11 @@ func (c *crowd) run(ctx context.Context, w *world) error {
 	if c.stayFor > 0 {
 		return c.keepComing(ctx, w, r, sources)
 	}
+	if c.rule == "move" {
+		// In the order in which they came first, a mode that takes endpoints in
+		// turn might choose the same ones again for all of them.
+		slices.Reverse(sources)
+	}
 	now, err := c.round(ctx, w, r, sources)
 	if err != nil {
 		return err
