@@ -28,14 +28,6 @@ type Source interface {
 	Run(ctx context.Context, sink proxier.Sink) error
 }
 
-// Run serves Services until ctx ends, and returns nil then. What is in the
-// kernel at that moment stays and goes on working. An error means that nothing
-// can be served at all: no mode works here, or the source cannot be reached by
-// any retry.
-func Run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
-	return RunChanging(ctx, cfg, nil, func(*config.Config) *slog.Logger { return log })
-}
-
 func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *seat, log *slog.Logger) error {
 	spareMemory()
 	for _, w := range cfg.Warnings {

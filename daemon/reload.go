@@ -14,11 +14,13 @@ type Change struct {
 	Err    error
 }
 
-// RunChanging is Run with a configuration that changes meanwhile. What is in
-// the kernel stays and goes on working while one configuration takes another's
+// RunChanging serves Services until ctx ends, and returns nil then, with a
+// configuration that changes meanwhile. What is in the kernel when it returns
+// stays and goes on working, also while one configuration takes another's
 // place, and so do the dataplanes that both have. One that turns out not to
 // work before it serves is put back to the one before. logger makes the log
-// that a configuration asks for.
+// that a configuration asks for. An error means that nothing can be served at
+// all: no mode works here, or the source cannot be reached by any retry.
 func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan Change, logger func(*config.Config) *slog.Logger) (err error) {
 	planes, place := newDataplanes(), newSeat(slog.Default())
 	defer place.leave()

@@ -79,12 +79,6 @@ func NewRule(statements ...Statement) Rule { return newRule(statements...) }
 // Because gives the rule a comment.
 func (r rule) Because(comment string) Rule { return r.because(comment) }
 
-// NewStatement makes a statement of which nft lists text.
-func NewStatement(text string, exprs ...expr.Any) Statement { return statement{text, exprs} }
-
-// Register is the kernel's number of a 32-bit register, counted from 0.
-func Register(n uint32) uint32 { return reg32(n) }
-
 // FamilyOf returns the differences of a family.
 func FamilyOf(f proxier.Family) *IPFamily { return familyOf(f) }
 

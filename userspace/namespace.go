@@ -6,6 +6,8 @@ import (
 	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"signalbox/node"
 )
 
 // namespace is a network namespace to open sockets in. A daemon has but one,
@@ -16,24 +18,16 @@ type namespace struct {
 
 const threadNamespace = "/proc/thread-self/ns/net"
 
-// processNamespace is where the process began. Read later, it would be wherever
-// the main thread is by then.
-var processNamespace, _ = os.Readlink(threadNamespace)
-
 // currentNamespace is that of the calling thread.
 func currentNamespace() (*namespace, error) {
-	here, err := os.Readlink(threadNamespace)
+	ns, err := node.ForeignNamespace()
 	if err != nil {
 		return nil, fmt.Errorf("which network namespace this is: %w", err)
 	}
-	if here == processNamespace {
+	if !ns.IsOpen() {
 		return &namespace{}, nil
 	}
-	f, err := os.Open(threadNamespace)
-	if err != nil {
-		return nil, fmt.Errorf("hold on to the network namespace: %w", err)
-	}
-	return &namespace{file: f}, nil
+	return &namespace{file: os.NewFile(uintptr(ns), threadNamespace)}, nil
 }
 
 // do calls fn in the namespace.
