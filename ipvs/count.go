@@ -6,6 +6,10 @@ import "signalbox/proxier"
 func (p *Proxier) Counts() []proxier.KernelObjects {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	return p.counts()
+}
+
+func (p *Proxier) counts() []proxier.KernelObjects {
 	if p.state == nil {
 		return nil
 	}

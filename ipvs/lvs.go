@@ -3,6 +3,7 @@ package ipvs
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -141,7 +142,26 @@ func (h *handle) service(key serverKey) *lvs.Service {
 	return s
 }
 
+// servers lists the virtual servers. The kernel keeps those of all network
+// namespaces in one table and resumes a long listing by counting, so that a
+// change elsewhere hides some: a listing holds if the next one equals it.
 func (h *handle) servers() (map[serverKey]*server, error) {
+	last, err := h.listServers()
+	for range 5 {
+		if err != nil {
+			return nil, err
+		}
+		var again map[serverKey]*server
+		again, err = h.listServers()
+		if maps.EqualFunc(last, again, func(a, b *server) bool { return a.scheduler == b.scheduler }) {
+			break
+		}
+		last = again
+	}
+	return last, err
+}
+
+func (h *handle) listServers() (map[serverKey]*server, error) {
 	var list []*lvs.Service
 	err := h.exchange(func(lib *lvs.Handle) (err error) {
 		list, err = lib.GetServices()
