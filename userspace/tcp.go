@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"signalbox/internal/wait"
@@ -145,18 +146,21 @@ type conn struct {
 
 // relay moves bytes in both directions. Between two TCP sockets ReadFrom has
 // the kernel do it (splice), and takes no more from one side than the other
-// takes. The end of one direction is passed on and leaves the other open.
+// takes. The end of one direction is passed on and leaves the other open; that
+// of the second one goes with the close.
 func (c *conn) relay() {
 	var both sync.WaitGroup
+	var ended atomic.Bool
 	move := func(to, from *net.TCPConn) {
 		if _, err := to.ReadFrom(from); err != nil {
 			// One side broke off; so does the other, and what is on its way
 			// is lost, as it would be without a relay.
 			reset(to)
 			reset(from)
-			return
 		}
-		to.CloseWrite()
+		if !ended.Swap(true) {
+			to.CloseWrite()
+		}
 	}
 	both.Go(func() { move(c.client, c.endpoint) })
 	move(c.endpoint, c.client)
