@@ -28,6 +28,7 @@ func TestCleanupLeavesNothing(t *testing.T) {
 		if during := w.kernel(); during == before {
 			t.Fatal("nothing was written")
 		}
+		w.p.routes.forsake() // or what is cleaned up is put back
 		for range 2 { // also where nothing is there any more
 			w.must(Cleanup(w.family))
 		}
@@ -70,9 +71,45 @@ func TestRulesOfOtherMarks(t *testing.T) {
 		}
 		w.p.routes.mark = old
 		w.must(w.p.routes.ensure()) // a second rule
+		w.p.routes.forsake()        // or what is cleaned up is put back
 		w.must(Cleanup(w.family))
 		if after := w.kernel(); after != before {
 			t.Errorf("cleanup leaves %+v, there were %+v", after, before)
+		}
+	})
+}
+
+// TestRemovedRoutesComeBack removes, as other programs do, the rule and the routes
+// one by one and all together, and then from a relay that stands by.
+func TestRemovedRoutesComeBack(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.serve(0, 0, 0)
+		during := w.kernel()
+		lo, err := netlink.LinkByName("lo")
+		w.must(err)
+		own, answers, rule := w.p.routes.entries(lo.Attrs().Index)
+		removals := []func() error{
+			func() error { return netlink.RuleDel(rule) },
+			func() error { return netlink.RouteDel(own) },
+			func() error { return netlink.RouteDel(answers) },
+		}
+		for _, remove := range removals {
+			w.must(remove())
+			w.await("what was removed to be back", func() bool { return w.kernel() == during })
+		}
+		for _, remove := range removals {
+			w.must(remove())
+		}
+		w.await("everything to be back", func() bool { return w.kernel() == during })
+		w.p.StandBy()
+		w.must(netlink.RuleDel(rule))
+		w.must(w.p.routes.restore())
+		if now := w.kernel(); now.rules != during.rules-1 {
+			t.Errorf("a relay that stands by has put its rule back: %+v", now)
+		}
+		w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+		if now := w.kernel(); now != during {
+			t.Errorf("after the next sync there are %+v, there were %+v", now, during)
 		}
 	})
 }

@@ -50,6 +50,7 @@ func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, erro
 	}
 	re.ctx, re.cancel = context.WithCancel(context.Background())
 	re.done.Go(re.expireAll)
+	re.done.Go(re.keepRoutes)
 	return re, nil
 }
 
@@ -76,6 +77,7 @@ func (r *relay) start() error {
 // standBy takes no more connections and ends all UDP flows, until start is
 // called again: another process relays, which would not get what arrives here.
 func (r *relay) standBy() {
+	r.routes.forsake() // the other process may do without
 	if r.listeners == nil {
 		return
 	}
@@ -95,6 +97,7 @@ func (r *relay) keepSockets() {
 
 // close ends the relay and all that it has open.
 func (r *relay) close() {
+	r.routes.forsake()
 	if r.listeners != nil {
 		r.listeners.close() // before all else: what waits there is for the next process
 	}

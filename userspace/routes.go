@@ -51,6 +51,11 @@ type routes struct {
 	// that come from elsewhere, and drops them.
 	sourceMarks atomic.Bool
 
+	// keep guards the rule and the routes while they are made or put back; kept
+	// says that they are wanted.
+	keep sync.Mutex
+	kept bool
+
 	mu   sync.Mutex
 	seen map[netip.Addr]way
 }
@@ -112,8 +117,11 @@ func (r *routes) entries(link int) (own, answers *netlink.Route, rule *netlink.R
 	return own, answers, rule
 }
 
-// ensure makes the routes and the rule where they are not there.
+// ensure makes the routes and the rule where they are not there, and has
+// restore put them back from now on.
 func (r *routes) ensure() error {
+	r.keep.Lock()
+	defer r.keep.Unlock()
 	lo, err := r.handle.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("find the loopback device: %w", err)
@@ -128,6 +136,7 @@ func (r *routes) ensure() error {
 	if err := r.handle.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("rule for marked packets: %w", err)
 	}
+	r.kept = true
 	r.lookAtSourceMarks()
 	return nil
 }
