@@ -189,7 +189,7 @@ func newScraped() scraped {
 		relayAcceptFailures: desc(signalbox, "relay_accept_failures_total", "Mode userspace: connections that could not be accepted, for want of file descriptors most likely.", ipFamily),
 		relayMaxConnections: desc(signalbox, "relay_max_connections", "Mode userspace: as many TCP connections may be open.", ipFamily),
 		relayMaxFlows:       desc(signalbox, "relay_max_flows", "Mode userspace: as many UDP flows may be open.", ipFamily),
-		relayLost:           desc(signalbox, "relay_lost_datagrams_total", "Mode userspace: datagrams of clients and answers that this node would not send.", ipFamily),
+		relayLost:           desc(signalbox, "relay_lost_datagrams_total", "Mode userspace: datagrams of clients and answers that found no room on this node, or that it would not send.", ipFamily),
 		relayTransparent:    desc(signalbox, "relay_transparent_total", "Mode userspace: connections and flows that bore their client's address to the endpoint.", ipFamily),
 	}
 }

@@ -29,7 +29,7 @@ func TestCleanupLeavesNothing(t *testing.T) {
 			t.Fatal("nothing was written")
 		}
 		w.p.routes.forsake() // or what is cleaned up is put back
-		for range 2 { // also where nothing is there any more
+		for range 2 {        // also where nothing is there any more
 			w.must(Cleanup(w.family))
 		}
 		if after := w.kernel(); after != before {
