@@ -21,6 +21,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -510,8 +511,11 @@ func TestLocalhostNodePorts(t *testing.T) {
 					t.Errorf("%d times %q in\n%s", n, text, rules)
 				}
 			}
-			if set, err := os.ReadFile(routeLocalnet); err != nil || string(set) != "1\n" {
+			if set, err := node.Sysctl(routeLocalnet); err != nil || set != "1" {
 				t.Errorf("route_localnet is %q, %v", set, err)
+			}
+			if problems := p.KernelProblems(); len(problems) > 0 {
+				t.Errorf("also %v", problems)
 			}
 		})
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"signalbox/nftables"
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -39,9 +40,8 @@ type Proxier struct {
 	// deadlines are those of state, and of the next.
 	deadlines *deadlines
 	now       func() time.Time
-	// saidNoSettings says that the log tells which kernel settings cannot be
-	// made.
-	saidNoSettings bool
+	// problems are the kernel settings that could not be made.
+	problems []*node.KernelProblem
 
 	wake chan struct{} // holds one token when there is something to drain
 	stop chan struct{}
