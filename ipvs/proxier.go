@@ -115,13 +115,11 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	defer p.mu.Unlock()
 	defer p.wakeDrain()
 	if change.All || p.state == nil {
-		p.schedulers.forgetGone(plan, maps.Keys(p.last))
 		return p.syncAll(plan)
 	}
 	if change.Empty() {
 		return nil
 	}
-	p.schedulers.forgetGone(plan, slices.Values(change.Services))
 	return p.syncChange(plan, change)
 }
 
