@@ -67,9 +67,7 @@ func run(ctx context.Context, cfg *config.Config, planes *dataplanes, place *sea
 	log.Info("starting", "mode", choice.Mode.Name, "families", familyNames(choice.Families), "node", cfg.NodeName)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		for _, p := range tune(cfg, log) {
-			watched.metrics.Sysctl(p.Name(), p)
-		}
+		watched.settings.note("connection tracking", tune(cfg, log))
 		return nil
 	})
 	group.Go(func() error { return node.Watch(ctx, loop.SetLocalAddrs) })

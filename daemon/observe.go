@@ -16,6 +16,7 @@ import (
 	"signalbox/internal/httpserve"
 	"signalbox/metrics"
 	"signalbox/modes"
+	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/source/apiserver"
 	"signalbox/userspace"
@@ -29,6 +30,7 @@ type observer struct {
 	metrics  *metrics.Metrics
 	pages    metrics.Pages
 	events   *events.Recorder // nil without an API server
+	settings *settings
 	health   *health.Health
 	services *health.Services
 }
@@ -45,6 +47,7 @@ func newObserver(cfg *config.Config, choice modes.Choice, log *slog.Logger) (*ob
 			SetVerbosity: cfg.Logging.SetVerbosity, Started: started,
 		},
 	}
+	o.settings = &settings{log: log, told: o.metrics.Sysctl, missing: map[string][]*node.KernelProblem{}}
 	if err := cfg.ShowFeatureGates(); err != nil {
 		return nil, err
 	}
@@ -68,6 +71,9 @@ func (o *observer) hook(opts *proxier.LoopOptions) {
 	}
 	opts.Synced = func(r proxier.SyncReport) {
 		synced(r)
+		if p, ok := opts.Proxiers[r.Family].(interface{ KernelProblems() []*node.KernelProblem }); ok {
+			o.settings.note(r.Family.String(), p.KernelProblems())
+		}
 		o.metrics.Synced(r)
 		o.health.Synced(r)
 		o.services.Synced(r)
@@ -83,7 +89,7 @@ func (o *observer) hook(opts *proxier.LoopOptions) {
 func (o *observer) watch(loop *proxier.Loop) proxier.Sink {
 	o.metrics.ReadProgress(loop.Progress)
 	o.health = health.New(health.Options{
-		Progress: loop.Progress, SyncPeriod: o.cfg.SyncPeriod,
+		Progress: loop.Progress, Degraded: o.settings.names, SyncPeriod: o.cfg.SyncPeriod,
 		NodeName: o.cfg.NodeName, NodeOptional: o.cfg.SourceDir != "",
 		Healthz: o.metrics.Healthz, Livez: o.metrics.Livez,
 	})

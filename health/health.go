@@ -16,6 +16,10 @@ import (
 type Options struct {
 	// Progress is that of the Loop whose health is asked for.
 	Progress func() proxier.Progress
+	// Degraded names kernel settings that the dataplane needs and could not make;
+	// may be nil. They are in the answers and do not make them another status:
+	// what needs none of them is served.
+	Degraded func() []string
 	// SyncPeriod is half of what an update may wait before the dataplane counts
 	// as unhealthy.
 	SyncPeriod time.Duration
@@ -50,6 +54,9 @@ const (
 
 // New returns a Health that was told nothing: healthy, of an unknown node.
 func New(opts Options) *Health {
+	if opts.Degraded == nil {
+		opts.Degraded = func() []string { return nil }
+	}
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
@@ -124,6 +131,7 @@ type answer struct {
 	CurrentTime  time.Time               `json:"currentTime"`
 	NodeEligible *bool                   `json:"nodeEligible,omitempty"` // nil at /livez
 	Healthy      bool                    `json:"healthy"`                // the dataplane alone
+	Degraded     []string                `json:"degraded,omitempty"`     // kernel settings that are missing
 	Status       map[string]familyStatus `json:"status"`
 }
 
@@ -133,10 +141,10 @@ func (h *Health) Healthy() bool { return h.dataplane().Healthy }
 // dataplane asks every family. One appears in the answer once it has synced, or
 // is late with its first sync.
 func (h *Health) dataplane() answer {
-	pending := h.opts.Progress().Pending
+	pending, degraded := h.opts.Progress().Pending, h.opts.Degraded()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	a := answer{CurrentTime: h.opts.Now(), Healthy: true, Status: map[string]familyStatus{}}
+	a := answer{CurrentTime: h.opts.Now(), Healthy: true, Degraded: degraded, Status: map[string]familyStatus{}}
 	for _, family := range proxier.Families {
 		updated, since := h.updated[family], pending[family]
 		late := !since.IsZero() && a.CurrentTime.Sub(since) >= 2*h.opts.SyncPeriod

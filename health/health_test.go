@@ -126,6 +126,16 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// What is missing is said for as long as it is, and costs no status.
+func TestDegraded(t *testing.T) {
+	missing := []string{"net.ipv4.conf.all.route_localnet"}
+	r := newRig(t, func(o *Options) { o.Degraded = func() []string { return missing } })
+	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","healthy":true,
+		"degraded":["net.ipv4.conf.all.route_localnet"],"status":{}}`)
+	missing = nil
+	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","healthy":true,"status":{}}`)
+}
+
 // A family that never comes up is told of, once it is late.
 func TestFirstSyncThatIsLate(t *testing.T) {
 	r := newRig(t)
