@@ -5,7 +5,6 @@ import (
 	"log/slog"
 
 	"signalbox/config"
-	"signalbox/metrics"
 )
 
 // Change is what a changed file says: a configuration, or why it is none.
@@ -22,45 +21,41 @@ type Change struct {
 // that a configuration asks for. An error means that nothing can be served at
 // all: no mode works here, or the source cannot be reached by any retry.
 func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan Change, logger func(*config.Config) *slog.Logger) (err error) {
-	planes, place := newDataplanes(), newSeat(slog.Default())
-	defer place.leave()
+	spareMemory()
+	p := newProcess()
 	var before *config.Config
 	for {
 		log := logger(cfg)
-		next, err := untilChanged(ctx, cfg, changes, planes, place, log)
+		p.log.set(log)
+		next, err := p.untilChanged(ctx, cfg, changes, log)
 		switch {
 		case next != nil:
 			cfg, before = next, cfg
 			continue
-		case err != nil && before != nil && !planes.serving:
-			metrics.ConfigurationRejected(true)
+		case err != nil && before != nil && !p.planes.serving:
+			p.observer.metrics.ConfigurationRejected(true)
 			log.Error("the changed configuration does not work here; what was in force before is so again", "error", err)
 			cfg, before = before, nil
 			continue
 		}
-		tellManagerOfEnd(log)
-		drain(planes, place, log)
-		if err := planes.close(); err != nil {
-			log.Warn("closing", "error", err)
-		}
+		p.close(log)
 		return err
 	}
 }
 
 // untilChanged runs with one configuration until there is another, which it
 // returns, or until ctx ends.
-func untilChanged(ctx context.Context, cfg *config.Config, changes <-chan Change, planes *dataplanes, place *seat, log *slog.Logger) (next *config.Config, err error) {
+func (p *process) untilChanged(ctx context.Context, cfg *config.Config, changes <-chan Change, log *slog.Logger) (next *config.Config, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	planes.begin()
 	ended := make(chan error, 1)
-	go func() { ended <- run(ctx, cfg, planes, place, log) }()
+	go func() { ended <- p.run(ctx, cfg, log) }()
 	for {
 		select {
 		case err := <-ended:
 			return nil, err
 		case c := <-changes:
-			metrics.ConfigurationRejected(c.Err != nil)
+			p.observer.metrics.ConfigurationRejected(c.Err != nil)
 			if c.Err != nil {
 				log.Error("the configuration file has changed and cannot be used; what was in force before stays so", "error", c.Err)
 				continue
