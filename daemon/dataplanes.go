@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"signalbox/internal/handover"
@@ -24,7 +25,7 @@ type dataplanes struct {
 	used map[planeKey]bool // by the configuration in force
 	// serving says that every plane that is used was synced under the
 	// configuration in force.
-	serving bool
+	serving atomic.Bool
 
 	mu       sync.Mutex // guards what follows
 	open     map[planeKey]proxier.Proxier
@@ -57,7 +58,10 @@ func newDataplanes() *dataplanes {
 }
 
 // begin is called for each configuration before what it uses is asked for.
-func (d *dataplanes) begin() { d.used, d.serving = map[planeKey]bool{}, false }
+func (d *dataplanes) begin() {
+	d.used = map[planeKey]bool{}
+	d.serving.Store(false)
+}
 
 // get returns the Proxier of a mode, which may have been at work before.
 func (d *dataplanes) get(mode modes.Mode, opts proxier.Options) (proxier.Proxier, error) {
@@ -97,7 +101,7 @@ func (d *dataplanes) atHand(key planeKey) proxier.Proxier {
 // configuration, which packets went through until then, are closed, or once no
 // connection passes through them.
 func (d *dataplanes) serve(log *slog.Logger) {
-	d.serving = true
+	d.serving.Store(true)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for key, p := range d.open {

@@ -204,9 +204,13 @@ func (g *generation) noteSync(r proxier.SyncReport) {
 }
 
 // sendEvents sends Events until ctx ends, the first of a process that the node
-// is being taken care of.
+// is being taken care of. What came of a generation before goes along.
 func (g *generation) sendEvents(ctx context.Context) error {
 	g.tellStarted.Do(g.events.Started)
+	if g.rejected != nil {
+		g.events.ConfigurationRejected(g.rejected)
+		g.rejected = nil
+	}
 	return g.events.Run(ctx)
 }
 

@@ -65,6 +65,13 @@ func (o *observer) follow(g *generation) {
 	o.offersHealthz.Store(g.cfg.HealthzBindAddress.IsValid())
 }
 
+// rejected tells why what the configuration file says is not in force; nil: it
+// is.
+func (o *observer) rejected(err error) {
+	o.metrics.ConfigurationRejected(err != nil)
+	o.health.ConfigurationRejected(err)
+}
+
 func (o *observer) synced(r proxier.SyncReport) {
 	o.metrics.Synced(r)
 	o.health.Synced(r)

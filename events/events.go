@@ -89,6 +89,11 @@ func (r *Recorder) MetricsFailed(err error) {
 	r.node(corev1.EventTypeWarning, "FailedToStartMetricServer", err.Error())
 }
 
+// ConfigurationRejected says that a changed configuration file is not in force.
+func (r *Recorder) ConfigurationRejected(err error) {
+	r.node(corev1.EventTypeWarning, "ConfigurationRejected", fmt.Sprintf("the changed configuration file is not in force, what it said before is: %v", err))
+}
+
 func (r *Recorder) node(kind, reason, note string) {
 	if r == nil {
 		return

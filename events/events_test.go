@@ -115,6 +115,11 @@ func TestEvents(t *testing.T) {
 			Type: "Warning", Reason: "FailedToStartMetricServer", Action: "StartKubeProxy", Note: "100% no",
 			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"},
 		}},
+		{"the configuration", func(r *Recorder) { r.ConfigurationRejected(errors.New("no")) }, "default", eventsv1.Event{
+			Type: "Warning", Reason: "ConfigurationRejected", Action: "StartKubeProxy",
+			Note:      "the changed configuration file is not in force, what it said before is: no",
+			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"},
+		}},
 		{"a health check", func(r *Recorder) { r.HealthCheckFailed(web, 31000, errors.New("in use")) }, "shop", eventsv1.Event{
 			Type: "Warning", Reason: "FailedToStartServiceHealthcheck", Action: "Listen",
 			Note:      "node node1 cannot answer health checks on port 31000, so load balancers take it for dead; it tries again: in use",

@@ -42,6 +42,8 @@ type Health struct {
 	of      Subject
 	updated map[proxier.Family]time.Time
 	node    nodeState
+	// rejected is why what the configuration file says is not in force.
+	rejected string
 }
 
 // nodeState is what is known of the Node object.
@@ -71,6 +73,18 @@ func (h *Health) Follow(s Subject) {
 		h.node = nodeUnknown
 	}
 	h.of = s
+}
+
+// ConfigurationRejected has the answers say, nil: not any more, why what the
+// configuration file says is not in force. What is in force works, and so it is
+// no reason to call the node sick.
+func (h *Health) ConfigurationRejected(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.rejected = ""
+	if err != nil {
+		h.rejected = err.Error()
+	}
 }
 
 // Synced notes when the kernel was last what it should be. It has the form of
@@ -147,6 +161,8 @@ type answer struct {
 	NodeEligible *bool                   `json:"nodeEligible,omitempty"` // nil at /livez
 	Healthy      bool                    `json:"healthy"`                // the dataplane alone
 	Status       map[string]familyStatus `json:"status"`
+	// ConfigurationRejected is not kube-proxy's.
+	ConfigurationRejected string `json:"configurationRejected,omitempty"`
 }
 
 // Healthy says whether the dataplane follows what it is told.
@@ -158,7 +174,7 @@ func (h *Health) dataplane() answer {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	pending := h.of.Progress().Pending
-	a := answer{CurrentTime: h.opts.Now(), Healthy: true, Status: map[string]familyStatus{}}
+	a := answer{CurrentTime: h.opts.Now(), Healthy: true, Status: map[string]familyStatus{}, ConfigurationRejected: h.rejected}
 	for _, family := range proxier.Families {
 		since, served := pending[family]
 		updated := h.updated[family]

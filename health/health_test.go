@@ -2,6 +2,7 @@ package health
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -197,6 +198,17 @@ func TestAnotherLoop(t *testing.T) {
 		watch.Apply(node("node1"))
 		watch.Apply(node("node2"))
 	}
+}
+
+// A configuration that is not in force is said, and makes nobody sick.
+func TestConfigurationRejected(t *testing.T) {
+	r := newRig(t, func(s *Subject) { s.NodeOptional = true })
+	const times = `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z",`
+	r.ConfigurationRejected(errors.New("no such mode"))
+	r.want("/healthz", 200, times+`"nodeEligible":true,"healthy":true,"status":{},"configurationRejected":"no such mode"}`)
+	r.want("/livez", 200, times+`"healthy":true,"status":{},"configurationRejected":"no such mode"}`)
+	r.ConfigurationRejected(nil)
+	r.want("/livez", 200, times+`"healthy":true,"status":{}}`)
 }
 
 // Without an API server nobody need write a Node object.

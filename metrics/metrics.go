@@ -108,7 +108,7 @@ func newOwn(r factory) own {
 		buildInfo:             r.gauge(signalbox, "build_info", "1 for the release at work.", "version", "revision", "go_version"),
 		modeInfo:              r.gauge(signalbox, "mode_info", "1 for the mode at work.", "mode"),
 		familyServed:          r.gauge(signalbox, "family_served", "1 for an IP family that is served, 0 for one that is not.", ipFamily),
-		configurationRejected: r.gauge(signalbox, "configuration_rejected", "1 while the configuration file says something that cannot be used, so that what it said before is in force."),
+		configurationRejected: r.gauge(signalbox, "configuration_rejected", "1 while the configuration file says something that cannot be used, or not yet, so that what it said before is in force."),
 		sysctlProblem:         r.gauge(signalbox, "sysctl_problem", "1 for a kernel setting that could not be made.", "sysctl"),
 		sourceFailing: r.gauge(signalbox, "source_failing", "1 for a resource that the API server at present does not tell of, 0 for one that it does.",
 			"resource"),
