@@ -50,7 +50,7 @@ func (p *process) run(ctx context.Context, cfg *config.Config, log *slog.Logger)
 		return err
 	}
 	defer g.close()
-	log.Info("starting", "mode", g.choice.Mode.Name, "families", familyNames(g.choice.Families), "node", cfg.NodeName)
+	log.Info("starting", "mode", g.choice.Mode.Name, "because", g.modeReason(), "families", familyNames(g.choice.Families), "node", cfg.NodeName)
 	return g.run(ctx)
 }
 
@@ -85,6 +85,14 @@ func (g *generation) run(ctx context.Context) error {
 	}
 	g.log.Info("stopped; the rules stay in the kernel")
 	return nil
+}
+
+// modeReason says why this mode serves and no other.
+func (g *generation) modeReason() string {
+	if g.cfg.Mode != config.ModeAuto {
+		return g.cfg.ModeReason
+	}
+	return g.cfg.ModeReason + "; auto takes the first of nftables and iptables that serves this node"
 }
 
 func familyNames(families []proxier.Family) string {
