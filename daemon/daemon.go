@@ -29,9 +29,9 @@ type process struct {
 	observer *observer
 	// tellStarted has the Event sent once that this node is being taken care of.
 	tellStarted sync.Once
-	// rejected is why the configuration before was put back, until an Event says
+	// putBack is why the configuration before was put back, until an Event says
 	// so.
-	rejected error
+	putBack error
 }
 
 func newProcess() *process {

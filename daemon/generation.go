@@ -207,9 +207,9 @@ func (g *generation) noteSync(r proxier.SyncReport) {
 // is being taken care of. What came of a generation before goes along.
 func (g *generation) sendEvents(ctx context.Context) error {
 	g.tellStarted.Do(g.events.Started)
-	if g.rejected != nil {
-		g.events.ConfigurationRejected(g.rejected)
-		g.rejected = nil
+	if g.putBack != nil {
+		g.events.ConfigurationRejected(g.putBack)
+		g.putBack = nil
 	}
 	return g.events.Run(ctx)
 }

@@ -65,9 +65,9 @@ func (o *observer) follow(g *generation) {
 	o.offersHealthz.Store(g.cfg.HealthzBindAddress.IsValid())
 }
 
-// rejected tells why what the configuration file says is not in force; nil: it
+// noteRejection tells why what the configuration file says is not in force; nil: it
 // is.
-func (o *observer) rejected(err error) {
+func (o *observer) noteRejection(err error) {
 	o.metrics.ConfigurationRejected(err != nil)
 	o.health.ConfigurationRejected(err)
 }

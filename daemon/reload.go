@@ -40,8 +40,8 @@ func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan Change,
 			cfg, before = next, cfg
 			continue
 		case err != nil && before != nil && !p.planes.serving.Load():
-			p.observer.rejected(err)
-			p.rejected = err
+			p.observer.noteRejection(err)
+			p.putBack = err
 			log.Error("the changed configuration does not work here; what was in force before is so again", "error", err)
 			cfg, before = before, nil
 			continue
@@ -56,7 +56,7 @@ func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan Change,
 func (p *process) untilChanged(ctx context.Context, cfg *config.Config, changes <-chan Change, log *slog.Logger) (next *config.Config, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	rejected := p.rejected != nil // what the file says, as far as is known
+	rejected := p.putBack != nil // what the file says is not in force
 	ended := make(chan error, 1)
 	go func() { ended <- p.run(ctx, cfg, log) }()
 	var works <-chan *config.Config // the change that is to take effect
@@ -74,7 +74,7 @@ func (p *process) untilChanged(ctx context.Context, cfg *config.Config, changes 
 				p.reject(c.Err)
 				log.Error("the configuration file has changed and cannot be used; what was in force before stays so", "error", c.Err)
 			case rejected && reflect.DeepEqual(c.Config.KubeProxy, cfg.KubeProxy):
-				p.observer.rejected(nil)
+				p.observer.noteRejection(nil)
 				log.Info("the configuration file says again what is in force")
 			default:
 				trial, stop := context.WithCancel(ctx)
@@ -83,7 +83,7 @@ func (p *process) untilChanged(ctx context.Context, cfg *config.Config, changes 
 			rejected = c.Err != nil || works != nil
 		case next := <-works:
 			log.Info("the configuration file has changed and takes effect")
-			p.observer.rejected(nil)
+			p.observer.noteRejection(nil)
 			cancel()
 			if err := <-ended; err != nil {
 				log.Warn("stopping before a changed configuration takes effect", "error", err)
@@ -95,7 +95,7 @@ func (p *process) untilChanged(ctx context.Context, cfg *config.Config, changes 
 
 // reject says where an operator looks that a changed file is not in force.
 func (p *process) reject(err error) {
-	p.observer.rejected(err)
+	p.observer.noteRejection(err)
 	p.observer.events.Load().ConfigurationRejected(err)
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"signalbox/health"
 	"signalbox/internal/httpserve"
+	"signalbox/internal/wait"
 	"signalbox/metrics"
 )
 
@@ -130,7 +131,7 @@ func (p *page) serve(at netip.AddrPort, hardFail bool, answers http.Handler, fre
 		Name: p.name, Addr: at, Handler: p, HardFail: hardFail, Free: free, Log: p.log,
 		Tried: func(err error) {
 			note(err)
-			if p.listens.Store(err == nil); err == nil || !hardFail || !isClosed(free) {
+			if p.listens.Store(err == nil); err == nil || !hardFail || !wait.Closed(free) {
 				first()
 			}
 		},
@@ -145,15 +146,6 @@ func (p *page) serve(at netip.AddrPort, hardFail bool, answers http.Handler, fre
 	select {
 	case <-tried:
 	case <-ended:
-	}
-}
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
 	}
 }
 
@@ -185,7 +177,7 @@ func (p *page) tried(hardFail bool, free <-chan struct{}) func(error) {
 		}
 		p.metrics.ListenFailed(p.name)
 		p.metrics.ListenFailing(p.name, 1)
-		if isClosed(free) {
+		if wait.Closed(free) {
 			if failures++; failures == patience {
 				p.tellFailure(err)
 			}
