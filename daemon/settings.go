@@ -21,6 +21,10 @@ type settings struct {
 	missing map[string][]*node.KernelProblem // who needs them -> those that could not be made
 }
 
+func newSettings(log *slog.Logger, told func(name string, err error)) *settings {
+	return &settings{log: log, told: told, missing: map[string][]*node.KernelProblem{}}
+}
+
 // note takes in what could not be made of the settings that someone needs.
 func (s *settings) note(who string, problems []*node.KernelProblem) {
 	s.mu.Lock()
