@@ -19,7 +19,7 @@ func runCommand() *cobra.Command {
 		Long: `Watches Services and EndpointSlices and makes the Services' virtual IPs work on
 this node. It stays in the foreground and ends on SIGTERM or SIGINT, leaving
 the rules in the kernel: connections go on, also while it is away.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := flags.Config()
 			if err != nil {
