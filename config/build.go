@@ -47,7 +47,7 @@ func (o *own) checkSource(k *v1alpha1.KubeProxyConfiguration, master string) err
 		return fmt.Errorf("--source=%s contradicts --kubeconfig and --master: objects come from a directory or from an API server, not from both", o.source)
 	}
 	if info, err := os.Stat(o.source); err == nil && !info.IsDir() {
-		return fmt.Errorf("--source=%s: not a directory", o.source)
+		return fmt.Errorf("--source=%s: not a directory; name the one that the manifests are in", o.source)
 	}
 	return nil
 }
@@ -55,7 +55,11 @@ func (o *own) checkSource(k *v1alpha1.KubeProxyConfiguration, master string) err
 // build says what a configuration that breaks no rule means.
 func (f *Flags) build(r *reading) (*Config, error) {
 	k, timing := r.KubeProxyConfiguration, timingOf(r.KubeProxyConfiguration)
-	name, err := nodeName(k.HostnameOverride)
+	setting := "--hostname-override"
+	if r.file != "" {
+		setting = fmt.Sprintf("--config=%s: hostnameOverride", r.file)
+	}
+	name, err := nodeName(setting, k.HostnameOverride)
 	if err != nil {
 		return nil, err
 	}

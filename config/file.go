@@ -9,6 +9,8 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/kube-proxy/config/v1alpha1"
 	"sigs.k8s.io/yaml"
+
+	"signalbox/internal/readfile"
 )
 
 const kind = "KubeProxyConfiguration"
@@ -32,7 +34,7 @@ func newScheme() *runtime.Scheme {
 // nothing.
 func (f *Flags) readFile() (k *v1alpha1.KubeProxyConfiguration, ignored error, err error) {
 	if f.text, err = os.ReadFile(f.file); err != nil {
-		return nil, nil, fmt.Errorf("--config: %w", err)
+		return nil, nil, fmt.Errorf("--config=%s: %w", f.file, readfile.Why(err))
 	}
 	if k, ignored, err = decode(f.text); err != nil {
 		return nil, nil, fmt.Errorf("--config=%s: %w", f.file, err)
@@ -65,7 +67,7 @@ func checkKind(text []byte) error {
 	case head.APIVersion == "" && head.Kind == "":
 		return fmt.Errorf("it has no apiVersion and no kind: it should begin with \"apiVersion: %s\" and \"kind: %s\"", want, kind)
 	case head.APIVersion != want || head.Kind != kind:
-		return fmt.Errorf("it is a %q of %q, and only a %s of %s is known", head.Kind, head.APIVersion, kind, want)
+		return fmt.Errorf("it is a %q of %q, and only a %s of %s is known: give kube-proxy's configuration file", head.Kind, head.APIVersion, kind, want)
 	}
 	return nil
 }
@@ -77,7 +79,7 @@ func Write(path string, k *v1alpha1.KubeProxyConfiguration) error {
 		return err
 	}
 	if err := os.WriteFile(path, text, 0o644); err != nil {
-		return fmt.Errorf("--write-config-to: %w", err)
+		return fmt.Errorf("--write-config-to: %w; name a file in a directory that is there and can be written", err)
 	}
 	return nil
 }

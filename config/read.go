@@ -63,7 +63,7 @@ func (f *Flags) beside(k *v1alpha1.KubeProxyConfiguration, ignored error) (*read
 	setDefaults(k)
 	var err error
 	if f.kubeProxy.HostnameOverride != "" {
-		k.HostnameOverride, err = nodeName(f.kubeProxy.HostnameOverride)
+		k.HostnameOverride, err = nodeName("--hostname-override", f.kubeProxy.HostnameOverride)
 	}
 	f.copyLogging(k)
 	return r, err
@@ -109,7 +109,7 @@ func (f *Flags) readCommandLine() (*reading, error) {
 	r.warnings = append(r.warnings, f.portFlags(k)...)
 	var err error
 	if k.HostnameOverride != "" {
-		k.HostnameOverride, err = nodeName(k.HostnameOverride)
+		k.HostnameOverride, err = nodeName("--hostname-override", k.HostnameOverride)
 	}
 	return r, err
 }
@@ -126,10 +126,11 @@ func (f *Flags) modeReason(theirs v1alpha1.ProxyMode, from, unsaid string) strin
 	return unsaid
 }
 
-func nodeName(override string) (string, error) {
+// nodeName is the node's name by what a flag or a field says, which errors name.
+func nodeName(setting, override string) (string, error) {
 	name, err := node.Name(override)
 	if err != nil {
-		return "", fmt.Errorf("--hostname-override=%q: %w", override, err)
+		return "", fmt.Errorf("%s=%q: %w; give the name of this node's Node object", setting, override, err)
 	}
 	return name, nil
 }

@@ -22,7 +22,7 @@ func Name(override string) (string, error) {
 	}
 	trimmed := strings.ToLower(strings.TrimSpace(name))
 	if trimmed == "" {
-		return "", fmt.Errorf("node name %q: nothing is left without the spaces", name)
+		return "", errors.New("there are only spaces in the node's name")
 	}
 	return trimmed, nil
 }

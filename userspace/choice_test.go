@@ -3,6 +3,7 @@ package userspace
 import (
 	"fmt"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -162,9 +163,31 @@ func TestQuietLog(t *testing.T) {
 func TestLimitsFor(t *testing.T) {
 	for _, files := range []uint64{0, 256, 1024, 20000, 1 << 20} {
 		l := limitsFor(files)
-		used := relaysPerProcess * (l.connections*filesPerConnection + l.flows*filesPerFlow)
-		if l.connections < 1 || l.flows < 1 || files > 2*filesKept && used > int64(files-filesKept) {
-			t.Errorf("%d files: %d connections and %d flows", files, l.connections, l.flows)
+		used := l.connections.most*filesPerConnection + l.flows.most*filesPerFlow
+		if l.connections.most < 1 || l.flows.most < 1 || files > 2*filesKept && used > int64(files-filesKept) {
+			t.Errorf("%d files: %d connections and %d flows", files, l.connections.most, l.flows.most)
+		}
+	}
+}
+
+// However many relays a process has for a while, they have no more open than
+// one.
+func TestRelaysShareLimits(t *testing.T) {
+	const files, relays = 20000, 4
+	l := limitsFor(files)
+	for name, q := range map[string]*quota{"connections": &l.connections, "flows": &l.flows} {
+		var open [relays]atomic.Int64
+		full := int64(0)
+		for q.enter(&open[full%relays]) {
+			full++
+		}
+		if full != q.most || q.enter(&open[1]) {
+			t.Errorf("%d %s are open, want %d", full, name, q.most)
+		}
+		before := open[1].Load()
+		q.leave(&open[1])
+		if open[1].Load() != before-1 || !q.enter(&open[2]) || q.enter(&open[0]) {
+			t.Errorf("what one relay lets go of, another gets once: %s %v", name, []int64{open[0].Load(), open[1].Load(), open[2].Load()})
 		}
 	}
 }

@@ -24,22 +24,54 @@ const (
 	filesPerFlow       = 1
 	// filesKept are for everything else in the process.
 	filesKept = 1024
-	// relaysPerProcess is how many relays share the files, one per family.
-	relaysPerProcess = 2
 	// wantedFiles is how many files the relay asks to be allowed.
 	wantedFiles = 1 << 20
 )
 
-// limits are how many connections and flows a relay keeps open.
+// limits are how many connections and flows the relays that share them keep
+// open between them.
 type limits struct {
-	connections, flows int64
+	connections, flows quota
 }
 
 // limitsFor shares out files: three quarters for connections, the rest for
 // flows.
-func limitsFor(files uint64) limits {
-	share := int64(max(files, filesKept+64)-filesKept) / relaysPerProcess
-	return limits{connections: share * 3 / 4 / filesPerConnection, flows: share / 4 / filesPerFlow}
+func limitsFor(files uint64) *limits {
+	free := int64(max(files, filesKept+64) - filesKept)
+	return &limits{connections: quota{most: free * 3 / 4 / filesPerConnection}, flows: quota{most: free / 4 / filesPerFlow}}
+}
+
+// processLimits are those of all relays of this process: of both families, and
+// where the masquerade bit has changed of the relays that lead their last
+// connections to an end, too.
+var processLimits = sync.OnceValues(func() (*limits, error) {
+	files, err := raiseFileLimit()
+	if err != nil {
+		return nil, err
+	}
+	return limitsFor(files), nil
+})
+
+// quota is how many may be open, and how many are.
+type quota struct {
+	most int64
+	open atomic.Int64
+}
+
+// enter counts one more, here and in n, one relay's own count, unless there are
+// as many as there may be.
+func (q *quota) enter(n *atomic.Int64) bool {
+	if q.open.Add(1) > q.most {
+		q.open.Add(-1)
+		return false
+	}
+	n.Add(1)
+	return true
+}
+
+func (q *quota) leave(n *atomic.Int64) {
+	n.Add(-1)
+	q.open.Add(-1)
 }
 
 // raiseFileLimit raises RLIMIT_NOFILE as far as wanted and possible, and
@@ -73,7 +105,8 @@ func raiseFileLimit() (uint64, error) {
 type Stats struct {
 	// Connections and Flows are open now.
 	Connections, Flows int64
-	// MaxConnections and MaxFlows may be open: see Refused.
+	// MaxConnections and MaxFlows may be open, in all relays of the process
+	// together: see Refused.
 	MaxConnections, MaxFlows int64
 	// Accepted counts relayed TCP connections, FlowsMade UDP flows.
 	Accepted, FlowsMade uint64
@@ -81,7 +114,7 @@ type Stats struct {
 	// NoEndpoint connections and datagrams that no endpoint could be found for.
 	DialFailures, NoEndpoint uint64
 	// Refused counts connections and datagrams that found as many connections
-	// or flows open as there may be.
+	// or flows open as there may be, with those of other relays.
 	Refused uint64
 	// AcceptFailures counts failed accepts, for want of file descriptors most
 	// likely.
@@ -101,23 +134,14 @@ type counters struct {
 	accepted, flowsMade, dialFailures, noEndpoint, refused, acceptFailures, lost, transparent atomic.Uint64
 }
 
-func (c *counters) stats(most limits) Stats {
+func (c *counters) stats(most *limits) Stats {
 	return Stats{
 		Connections: c.connections.Load(), Flows: c.flows.Load(),
-		MaxConnections: most.connections, MaxFlows: most.flows,
+		MaxConnections: most.connections.most, MaxFlows: most.flows.most,
 		Accepted: c.accepted.Load(), FlowsMade: c.flowsMade.Load(),
 		DialFailures: c.dialFailures.Load(), NoEndpoint: c.noEndpoint.Load(),
 		Refused: c.refused.Load(), AcceptFailures: c.acceptFailures.Load(), Lost: c.lost.Load(), Transparent: c.transparent.Load(),
 	}
-}
-
-// enter counts one more, unless there are as many as there may be.
-func enter(n *atomic.Int64, limit int64) bool {
-	if n.Add(1) > limit {
-		n.Add(-1)
-		return false
-	}
-	return true
 }
 
 // quietLog says the same thing of the same Service port at most once in a while.

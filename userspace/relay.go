@@ -20,7 +20,7 @@ type relay struct {
 	routes    *routes
 	targets   targets
 	chooser   *chooser
-	limits    limits
+	limits    *limits
 	idle      idleTimes
 	counts    counters
 	log       quietLog
@@ -34,7 +34,7 @@ type relay struct {
 
 // newRelay makes a relay for the network namespace of the calling thread.
 func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, error) {
-	files, err := raiseFileLimit()
+	most, err := processLimits()
 	if err != nil {
 		return nil, err
 	}
@@ -45,7 +45,7 @@ func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, erro
 	re := &relay{
 		family: f, ns: ns, left: left, dialer: newDialer(f, ns), routes: r,
 		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
-		chooser: newChooser(), limits: limitsFor(files), idle: idleTimes{answerIdle, flowIdle},
+		chooser: newChooser(), limits: most, idle: idleTimes{answerIdle, flowIdle},
 		conns: connSet{open: map[*conn]struct{}{}}, flows: flowTable{open: map[flowKey]*flow{}},
 	}
 	re.ctx, re.cancel = context.WithCancel(context.Background())

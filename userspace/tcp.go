@@ -52,14 +52,14 @@ func (r *relay) acceptAll(from *listeners, o origin) {
 }
 
 func (r *relay) accept(o origin, c *net.TCPConn) {
-	if !enter(&r.counts.connections, r.limits.connections) {
+	if !r.limits.connections.enter(&r.counts.connections) {
 		r.counts.refused.Add(1)
-		r.log.warn("as many connections are open as may be; more are refused", "family", r.family.String(), "limit", r.limits.connections)
+		r.log.warn("as many connections are open as may be; more are refused", "family", r.family.String(), "limit", r.limits.connections.most)
 		reset(c)
 		return
 	}
 	r.done.Go(func() {
-		defer r.counts.connections.Add(-1)
+		defer r.limits.connections.leave(&r.counts.connections)
 		r.serve(o, c)
 	})
 }

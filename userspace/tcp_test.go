@@ -191,7 +191,10 @@ func TestAffinity(t *testing.T) {
 
 func TestConnectionLimit(t *testing.T) {
 	w := newWorld(t, proxier.IPv4)
-	w.p.relay.limits.connections = 2
+	if shared, err := processLimits(); err != nil || w.p.relay.limits != shared {
+		t.Errorf("a relay has limits of its own (%v)", err)
+	}
+	w.p.relay.limits = &limits{connections: quota{most: 2}}
 	w.echo(0)
 	w.serve(0, 0, 0)
 	a, b := w.connect(0), w.connect(0)

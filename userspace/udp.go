@@ -243,9 +243,9 @@ func (r *relay) keeps(f *flow, t *target) bool {
 // names the endpoint that could not be reached, or nobody if another try would be
 // of no use.
 func (r *relay) newFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) (made *flow, silent netip.AddrPort) {
-	if !enter(&r.counts.flows, r.limits.flows) {
+	if !r.limits.flows.enter(&r.counts.flows) {
 		r.counts.refused.Add(1)
-		r.log.warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.limits.flows)
+		r.log.warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.limits.flows.most)
 		return nil, silent
 	}
 	f, silent := r.openFlow(back, k, t, tried)
@@ -253,12 +253,12 @@ func (r *relay) newFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.A
 		if f != nil {
 			f.socket.Close()
 		}
-		r.counts.flows.Add(-1)
+		r.limits.flows.leave(&r.counts.flows)
 		return nil, silent
 	}
 	r.counts.flowsMade.Add(1)
 	r.done.Go(func() {
-		defer r.counts.flows.Add(-1)
+		defer r.limits.flows.leave(&r.counts.flows)
 		r.answer(f)
 	})
 	return f, silent

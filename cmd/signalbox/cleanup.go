@@ -24,7 +24,7 @@ its rules again, so end it first. Kernel settings and tracked connections stay,
 and so does what the kubelet shares: the iptables chains KUBE-FIREWALL,
 KUBE-IPTABLES-HINT and KUBE-KUBELET-CANARY. The exit code is 1 if something is
 left, and the messages name it.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(*cobra.Command, []string) error { return cleanup(kubeProxy) },
 	}
 	cmd.Flags().BoolVar(&kubeProxy, "kube-proxy", false, "remove what kube-proxy has written, too")

@@ -26,7 +26,7 @@ runs this program on the node in one mode after the other, and prints who
 answered real connections, whose address they saw, how soon a changed manifest
 is obeyed and what a Service adds to connect(2). It needs root and leaves the
 machine as it was. It fails if anything comes out other than it must.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if cfg.Modes, err = demoModes(modeNames); err != nil {
 				return err

@@ -14,7 +14,7 @@ func readyCommand() *cobra.Command {
 Services into the kernel and no earlier signalbox writes there any more, else
 with 1 and the reason. For a startupProbe: while two run on a node, /healthz is
 answered by the earlier one. It needs no privileges and no configuration.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(*cobra.Command, []string) error { return daemon.Ready() },
 	}
 }

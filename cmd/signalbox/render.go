@@ -25,7 +25,7 @@ nothing is written, no privileges are needed, and the same manifests give the
 same text on every machine. IPv4 comes first, then IPv6, each below a line that
 says so. An nftables rendering is something to read: the daemon speaks to the
 kernel directly, and nft cannot load all that the kernel can hold.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := flags.Config()
 			if err != nil {

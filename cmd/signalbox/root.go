@@ -16,6 +16,7 @@ func rootCommand() *cobra.Command {
 	root := runCommand()
 	root.Use = "signalbox"
 	root.Short = "Make Kubernetes Services work on this node, in the place of kube-proxy"
+	root.Args = knownCommand
 	root.SilenceUsage = true
 	root.SilenceErrors = true
 	// A template of our own for it would link text/template and, with that,
@@ -24,6 +25,22 @@ func rootCommand() *cobra.Command {
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), readyCommand(), demoCommand(), versionCommand())
 	return root
+}
+
+// noArguments is for commands that have flags alone.
+func noArguments(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s takes flags and no arguments, and %q is one: leave it out, or write it as --flag=value (%[1]s --help lists the flags)", cmd.CommandPath(), args[0])
+}
+
+// knownCommand is for the root, where an argument was meant to be a command.
+func knownCommand(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return fmt.Errorf("there is no command %q: %s --help lists them", args[0], cmd.CommandPath())
 }
 
 // addFlags gives a command the flags of a configuration. They are shown in

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -19,7 +20,7 @@ func runCommand() *cobra.Command {
 		Long: `Watches Services and EndpointSlices and makes the Services' virtual IPs work on
 this node. It stays in the foreground and ends on SIGTERM or SIGINT, leaving
 the rules in the kernel: connections go on, also while it is away.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := flags.Config()
 			if err != nil {
@@ -38,21 +39,11 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		return installLog(cfg)
 	}
 	log := logger(cfg)
-	switch {
-	case cfg.WriteTo != "":
-		if err := config.Write(cfg.WriteTo, cfg.KubeProxy); err != nil {
-			return err
+	if do, left := chosenAction(cfg, log); do != nil {
+		if len(left) > 0 {
+			log.Warn("of several actions the first alone is done, as by kube-proxy; run signalbox again for the others", "left", strings.Join(left, " "))
 		}
-		log.Info("wrote the configuration", "file", cfg.WriteTo)
-		return nil
-	case cfg.Cleanup:
-		return cleanup(false)
-	case cfg.InitOnly:
-		if err := daemon.Init(cfg, log); err != nil {
-			return fmt.Errorf("--init-only: %w", err)
-		}
-		log.Info("what needs all privileges is done")
-		return nil
+		return do()
 	}
 	changes := make(chan daemon.Change)
 	go flags.Watch(ctx, log, func(changed *config.Config, err error) {
@@ -62,4 +53,44 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 		}
 	})
 	return daemon.RunChanging(ctx, cfg, changes, logger)
+}
+
+// chosenAction is what a configuration asks for instead of serving, nil for
+// nothing; left are the flags of others that it asks for, too. The order is
+// kube-proxy's.
+func chosenAction(cfg *config.Config, log *slog.Logger) (do func() error, left []string) {
+	for _, a := range []struct {
+		flag  string
+		asked bool
+		do    func() error
+	}{
+		{"--write-config-to", cfg.WriteTo != "", func() error { return writeConfig(cfg, log) }},
+		{"--cleanup", cfg.Cleanup, func() error { return cleanup(false) }},
+		{"--init-only", cfg.InitOnly, func() error { return initOnly(cfg, log) }},
+	} {
+		switch {
+		case !a.asked:
+		case do == nil:
+			do = a.do
+		default:
+			left = append(left, a.flag)
+		}
+	}
+	return do, left
+}
+
+func writeConfig(cfg *config.Config, log *slog.Logger) error {
+	if err := config.Write(cfg.WriteTo, cfg.KubeProxy); err != nil {
+		return err
+	}
+	log.Info("wrote the configuration", "file", cfg.WriteTo)
+	return nil
+}
+
+func initOnly(cfg *config.Config, log *slog.Logger) error {
+	if err := daemon.Init(cfg, log); err != nil {
+		return fmt.Errorf("--init-only: %w", err)
+	}
+	log.Info("what needs all privileges is done")
+	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"time"
 
@@ -14,6 +15,8 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/klog/v2"
+
+	"signalbox/internal/readfile"
 )
 
 // ClientOptions say where the API server is and how hard it may be asked.
@@ -44,7 +47,7 @@ func Client(opts ClientOptions) (kubernetes.Interface, error) {
 	cfg.UserAgent = rest.DefaultKubernetesUserAgent()
 	client, err := kubernetes.NewForConfig(cfg)
 	if err != nil {
-		return nil, fmt.Errorf("the API server at %q, of %s: %w", cfg.Host, opts.origin(), err)
+		return nil, fmt.Errorf("the API server at %q, of %s: %w; an address is such as https://10.0.0.1:6443, and certificates are in PEM", cfg.Host, opts.origin(), err)
 	}
 	return client, nil
 }
@@ -54,11 +57,14 @@ func restConfig(opts ClientOptions) (*rest.Config, error) {
 		cfg, err := rest.InClusterConfig()
 		switch {
 		case errors.Is(err, rest.ErrNotInCluster):
-			return nil, fmt.Errorf("no --kubeconfig, --master or --source is given, and this is not a Pod with a service account: %w", err)
+			return nil, fmt.Errorf("no --kubeconfig, --master or --source is given, and this is not a Pod with a service account: give one of them (%w)", err)
 		case err != nil:
-			return nil, fmt.Errorf("reading the Pod's service account: %w", err)
+			return nil, fmt.Errorf("reading the Pod's service account: %w; have it mounted (automountServiceAccountToken), or give --kubeconfig", err)
 		}
 		return cfg, nil
+	}
+	if err := readable(opts.Kubeconfig); err != nil {
+		return nil, fmt.Errorf("%s: %w", opts.origin(), err)
 	}
 	rules := &clientcmd.ClientConfigLoadingRules{ExplicitPath: opts.Kubeconfig}
 	overrides := &clientcmd.ConfigOverrides{}
@@ -68,14 +74,32 @@ func restConfig(opts ClientOptions) (*rest.Config, error) {
 	case clientcmd.IsEmptyConfig(err):
 		return nil, fmt.Errorf("%s names no API server: a kubeconfig has clusters, users, contexts and a current-context; --master can name the server alone", opts.origin())
 	case err != nil:
-		return nil, fmt.Errorf("%s: %w", opts.origin(), err)
+		return nil, fmt.Errorf("%s: %w; `kubectl config view` shows what a kubeconfig says", opts.origin(), err)
 	}
 	return cfg, nil
 }
 
+// readable returns what keeps a kubeconfig from being read, where there is one.
+// The library, which reads it again, would name it a second time.
+func readable(kubeconfig string) error {
+	if kubeconfig == "" {
+		return nil
+	}
+	_, err := clientcmd.LoadFromFile(kubeconfig)
+	var path *fs.PathError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &path):
+		return readfile.Why(err)
+	}
+	return fmt.Errorf("not a kubeconfig: %w; give one such as `kubectl config view --raw` prints", err)
+}
+
 // origin is what says where the API server is.
 func (o *ClientOptions) origin() string {
-	master, kubeconfig := fmt.Sprintf("--master %q", o.Master), fmt.Sprintf("kubeconfig %q", o.Kubeconfig)
+	master := fmt.Sprintf("--master=%s", o.Master)
+	kubeconfig := fmt.Sprintf("--kubeconfig=%s (clientConnection.kubeconfig in a file)", o.Kubeconfig)
 	switch {
 	case o.Kubeconfig == "" && o.Master == "":
 		return "the Pod's service account"

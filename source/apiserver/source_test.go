@@ -217,12 +217,12 @@ func TestClientErrors(t *testing.T) {
 		want string
 	}{
 		"nothing given":   {ClientOptions{}, "no --kubeconfig, --master or --source is given"},
-		"no such file":    {ClientOptions{Kubeconfig: "/nonexistent/config"}, `kubeconfig "/nonexistent/config": stat`},
-		"not YAML":        {kubeconfig("a: b: c"), "mapping values are not allowed"},
+		"no such file":    {ClientOptions{Kubeconfig: "/nonexistent/config"}, "--kubeconfig=/nonexistent/config (clientConnection.kubeconfig in a file): no such file or directory; name a file that is there"},
+		"not YAML":        {kubeconfig("a: b: c"), "not a kubeconfig: yaml: mapping values are not allowed in this context; give one such as"},
 		"empty":           {kubeconfig(""), "names no API server: a kubeconfig has clusters"},
 		"no kubeconfig":   {kubeconfig("apiVersion: v2\nkind: Foo\n"), `no kind "Foo"`},
 		"no context":      {kubeconfig("apiVersion: v1\nkind: Config\ncurrent-context: a\n"), "context was not found"},
-		"not an address":  {ClientOptions{Master: "http://[::1"}, `the API server at "http://[::1", of --master "http://[::1"`},
+		"not an address":  {ClientOptions{Master: "http://[::1"}, `the API server at "http://[::1", of --master=http://[::1: `},
 		"master is taken": {ClientOptions{Master: "http://127.0.0.1:1"}, ""},
 	} {
 		_, err := Client(test.opts)
