@@ -39,8 +39,9 @@ type leftovers struct {
 	had   map[proxier.Family]bool
 	until time.Time
 	said  map[proxier.Family]bool
-	// draining counts kube-proxy's virtual servers that have connections yet.
-	draining map[proxier.Family]int
+	// draining counts kube-proxy's virtual servers that have connections yet, and
+	// ownDraining those of the ipvs mode.
+	draining, ownDraining map[proxier.Family]int
 }
 
 // leftoversOptions is what leftovers work with.
@@ -109,15 +110,20 @@ func (l *leftovers) run(ctx context.Context, s *seat) {
 
 func (l *leftovers) removeAll(ctx context.Context) {
 	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool {
-		return m.Name == l.choice.Mode.Name || m.Name == userspace.Mode
+		return m.Name == l.choice.Mode.Name || m.Name == userspace.Mode || m.Name == ipvs.Mode
 	})
-	l.had, l.said, l.draining = map[proxier.Family]bool{}, map[proxier.Family]bool{}, map[proxier.Family]int{}
+	todo := signalboxRemovals(others)
+	if l.choice.Mode.Name != ipvs.Mode {
+		todo = append(todo, l.ownIPVS())
+	}
+	l.had, l.said = map[proxier.Family]bool{}, map[proxier.Family]bool{}
+	l.draining, l.ownDraining = map[proxier.Family]int{}, map[proxier.Family]int{}
 	l.until = time.Now().Add(swapTime)
 	l.mu.Lock()
 	l.failed = map[proxier.Family]map[string]removal{}
 	l.mu.Unlock()
 	for _, family := range l.choice.Families {
-		l.remove(family, signalboxRemovals(others))
+		l.remove(family, todo)
 		l.had[family] = l.kubeProxyWrote(ctx, family)
 		l.remove(family, l.kubeProxy(family))
 	}
@@ -139,6 +145,23 @@ func (l *leftovers) removeRelay() {
 // kubeProxy is what kube-proxy's rules are removed by while this mode serves.
 func (l *leftovers) kubeProxy(family proxier.Family) []removal {
 	return kubeProxyRemovals(l.inUse[family], l.drainIPVS)
+}
+
+// ownIPVS is what the ipvs mode's rules and servers are removed by while another
+// mode serves.
+func (l *leftovers) ownIPVS() removal {
+	return removal{what: "what signalbox's mode ipvs wrote", remove: l.drainOwn}
+}
+
+// drainOwn removes the virtual servers of the ipvs mode without ending
+// connections.
+func (l *leftovers) drainOwn(family proxier.Family) error {
+	n, err := ipvs.Drain(family)
+	if n > 0 && l.ownDraining[family] == 0 {
+		l.log.Info("virtual servers of the ipvs mode have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
+	}
+	l.ownDraining[family] = n
+	return err
 }
 
 // drainIPVS removes kube-proxy's virtual servers without ending connections.
@@ -202,11 +225,14 @@ func (l *leftovers) tellPresent() {
 // look removes kube-proxy's rules if they are back, and has this mode's own
 // written again if somebody else replaced them.
 func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
-	if l.draining[family] > 0 {
-		l.remove(family, []removal{{what: "kube-proxy's IPVS servers", remove: l.drainIPVS}})
+	if l.ownDraining[family] > 0 {
+		l.remove(family, []removal{l.ownIPVS()})
 	}
 	if l.kubeProxyWrote(ctx, family) {
 		return l.dealWithKubeProxy(family)
+	}
+	if l.draining[family] > 0 {
+		l.remove(family, []removal{{what: "kube-proxy's IPVS servers", remove: l.drainIPVS}})
 	}
 	l.said[family] = false
 	if b := l.inUse[family]; b != "" {
@@ -229,6 +255,7 @@ func (l *leftovers) dealWithKubeProxy(family proxier.Family) (removed bool) {
 		}
 		return true
 	}
+	l.draining[family] = 0 // what is left of its virtual servers serves it again
 	if !l.said[family] {
 		l.said[family] = true
 		l.log.Warn("kube-proxy has written rules on this node, and they come before those of signalbox; end one of the two, and remove what it leaves with `signalbox cleanup` or `signalbox cleanup --kube-proxy`",

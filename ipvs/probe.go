@@ -3,10 +3,7 @@ package ipvs
 import (
 	"errors"
 	"fmt"
-	"maps"
-	"net/netip"
 	"os"
-	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -88,46 +85,43 @@ func probeServer(f proxier.Family, unsupported func(missing, remedy string, err 
 // mode, so do the addresses and what is at them. It is no error if there is
 // nothing.
 func Cleanup(f proxier.Family) error {
-	var failed []error
+	_, err := leave(f, false)
+	return err
+}
+
+// Drain is Cleanup for when another mode serves already: a virtual server that
+// has connections gets no new ones and stays, with the addresses, and the
+// function is to be called again later. draining is how many do.
+func Drain(f proxier.Family) (draining int, err error) { return leave(f, true) }
+
+func leave(f proxier.Family, drain bool) (draining int, err error) {
 	d, err := openDevice(f)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer d.close()
 	if err := d.find(); err != nil {
-		return err
+		return 0, err
 	}
-	ours, _, err := d.held()
-	if err != nil {
-		return err
-	}
+	c := cleanup{device: d, drain: drain}
 	if HasKubeProxy(f) {
-		ours, d.link = nil, nil // kube-proxy's now
-	}
-	// First the addresses: then no packet comes for what goes after them.
-	if d.link != nil {
-		failed = append(failed, d.remove(slices.Collect(maps.Keys(ours)), func(netip.Addr) {}))
-		failed = append(failed, d.removeUnused())
-	}
-	if k, err := openKernel(f); err == nil { // without IPVS there is nothing to remove
-		all, err := k.servers()
-		var remove []op
-		for key := range all {
-			if isOurs(key.mark) || ours[key.addr] {
-				remove = append(remove, op{verb: removeServer, key: key})
-			}
+		c.sharesDevice = true // with kube-proxy, whose it is now
+	} else if d.link != nil {
+		if c.held, _, err = d.held(); err != nil {
+			return 0, err
 		}
-		failed = append(failed, err, k.send(remove, func(op) {}))
-		k.close()
 	}
+	draining = c.removeServers(f, func(key serverKey) bool {
+		return isOurs(key.mark) || key.mark == 0 && c.held[key.addr]
+	})
 	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, nil)
 	if err != nil {
-		return errors.Join(append(failed, err)...)
+		return draining, errors.Join(append(c.failed, err)...)
 	}
 	defer t.Close()
 	t.DeleteTable()
 	if err := t.Commit(); err != nil {
-		failed = append(failed, fmt.Errorf("delete table %s of %s: %w", tableName, f, err))
+		c.fail(fmt.Errorf("delete table %s of %s: %w", tableName, f, err))
 	}
-	return errors.Join(failed...)
+	return draining, errors.Join(c.failed...)
 }

@@ -146,10 +146,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	if err != nil {
 		return err
 	}
-	// Whatever is in the kernel and not wanted goes, too.
-	for _, key := range st.unwanted(b) {
-		b.diff(st.servers[key], nil, key)
-	}
+	st.diffUnwanted(b)
 	b.all = true
 	if err := p.write(st, b); err != nil {
 		p.state = nil

@@ -13,6 +13,7 @@ import (
 // record is what stands for one Service port: elements of the table, virtual
 // servers, and addresses to hold.
 type record struct {
+	port *proxier.ServicePort
 	// noScheduler is the scheduler that the Service port asks for and the kernel
 	// has not got.
 	noScheduler string
@@ -59,7 +60,7 @@ type compiler struct {
 // compile makes the record of a Service port. On error the pool is as it was.
 func (c *compiler) compile(port *proxier.ServicePort) (*record, error) {
 	c.port, c.sets, c.ids = port, nil, nil
-	c.out = &record{marks: make(map[markKey]uint32)}
+	c.out = &record{port: port, marks: make(map[markKey]uint32)}
 	c.scheduler, c.out.noScheduler = c.schedulers.of(port)
 	err := c.validate()
 	if err == nil {
