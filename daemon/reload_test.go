@@ -223,10 +223,6 @@ func TestRelayIsReplacedAtOnce(t *testing.T) {
 	}
 	t.Cleanup(func() { lab.Close() })
 	client, node := lab.Host("pod-x"), lab.Host("node1")
-	// Connections in the queue of a socket that closes go to the other one.
-	if err := node.Do(func() error { return os.WriteFile("/proc/sys/net/ipv4/tcp_migrate_req", []byte("1"), 0o644) }); err != nil {
-		t.Fatal(err)
-	}
 	mounted, source := mountConfiguration(t), serviceTo(t, lab.Host("pod-a"))
 	mounted.write(off + "mode: userspace\n")
 	log := start(t, node, build(t), "--config", mounted.path(), "--source", source)

@@ -4,9 +4,11 @@ import (
 	"context"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"signalbox/internal/handover"
+	"signalbox/internal/wait"
 	"signalbox/proxier"
 )
 
@@ -22,14 +24,19 @@ type relay struct {
 	chooser   *chooser
 	limits    *limits
 	idle      idleTimes
+	linger    time.Duration // lastArrivals, but in tests
 	counts    counters
 	log       quietLog
 
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   sync.WaitGroup // all goroutines
-	conns  connSet
-	flows  flowTable
+	// leaving says that listeners are open yet that nothing new comes to;
+	// endLeaving closes them at once.
+	leaving    atomic.Bool
+	endLeaving func()
+	conns      connSet
+	flows      flowTable
 }
 
 // newRelay makes a relay for the network namespace of the calling thread.
@@ -45,7 +52,7 @@ func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, erro
 	re := &relay{
 		family: f, ns: ns, left: left, dialer: newDialer(f, ns), routes: r,
 		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
-		chooser: newChooser(), limits: most, idle: idleTimes{answerIdle, flowIdle},
+		chooser: newChooser(), limits: most, idle: idleTimes{answerIdle, flowIdle}, linger: lastArrivals, endLeaving: func() {},
 		conns: connSet{open: map[*conn]struct{}{}}, flows: flowTable{open: map[flowKey]*flow{}},
 	}
 	re.ctx, re.cancel = context.WithCancel(context.Background())
@@ -62,6 +69,7 @@ func (r *relay) start() error {
 	if r.listeners != nil {
 		return nil
 	}
+	r.endLeaving() // or the next to leave would not be the first of two
 	l, err := listen(r.family, r.left)
 	if err != nil {
 		return err
@@ -74,19 +82,43 @@ func (r *relay) start() error {
 	return nil
 }
 
-// standBy takes no more connections and ends all UDP flows, until start is
-// called again: another process relays, which would not get what arrives here.
+// lastArrivals is how long a relay that leaves the node to another still takes
+// what the kernel had chosen it for: a connection whose handshake was not over,
+// with a packet that is sent again, datagrams that wait, and the answers to those
+// that were passed on.
+const lastArrivals = 3 * time.Second
+
+// standBy takes no more connections and UDP flows, until start is called again:
+// another process relays, which would not get what arrives here. What has
+// arrived, or is about to, is served.
 func (r *relay) standBy() {
 	r.routes.forsake() // the other process may do without
-	if r.listeners == nil {
+	l := r.listeners
+	if l == nil {
 		return
 	}
-	if err := r.listeners.forget(r.family, r.left); err != nil {
+	r.listeners = nil
+	if err := l.forget(r.family, r.left); err != nil {
 		r.log.warn("the service manager cannot be told to close the relay's sockets; connections may wait in them for ever", "error", err)
 	}
-	r.listeners.close()
-	r.listeners = nil
-	r.flows.endAll()
+	if err := l.leave(); err != nil {
+		r.log.warn("what arrives may yet come to this relay though another serves; a few connections will be reset", "family", r.family.String(), "error", err)
+	}
+	ctx, cancel := context.WithCancel(r.ctx)
+	gone := make(chan struct{})
+	r.endLeaving = func() {
+		cancel()
+		<-gone
+	}
+	r.leaving.Store(true)
+	r.done.Go(func() {
+		defer close(gone)
+		defer r.leaving.Store(false)
+		wait.For(ctx, r.linger)
+		cancel()
+		l.close()
+		r.flows.endAt(l)
+	})
 }
 
 func (r *relay) keepSockets() {

@@ -109,6 +109,50 @@ func (l *listeners) open(f proxier.Family, left *handover.Sockets) (err error) {
 			return err
 		}
 	}
+	return l.share()
+}
+
+// secondSocket is a program that has the kernel choose the second of the sockets
+// that share a port (SO_ATTACH_REUSEPORT_CBPF, Linux 4.6). It keeps them in the
+// order in which they were opened. Where there is no second, any is chosen as if
+// there were no program.
+var secondSocket = []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: 1}}
+
+// leave has the kernel lead what arrives from now on to the sockets of a relay
+// that was started later. What arrived before can be taken from these yet. With no
+// such relay what arrives still comes here.
+func (l *listeners) leave() error {
+	program := &unix.SockFprog{Len: uint16(len(secondSocket)), Filter: &secondSocket[0]}
+	return l.each(func(fd int) error {
+		return syscallError("setsockopt", unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF, program))
+	})
+}
+
+// share undoes what the leave of an earlier relay has left with the port.
+func (l *listeners) share() error {
+	return l.each(func(fd int) error {
+		err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DETACH_REUSEPORT_BPF, 0)
+		if errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		return syscallError("setsockopt", err)
+	})
+}
+
+// each does something to all sockets, up to the first error.
+func (l *listeners) each(do func(fd int) error) error {
+	for o := range originCount {
+		for _, s := range []syscall.Conn{l.tcp[o], l.udp[o]} {
+			raw, err := s.SyscallConn()
+			if err != nil {
+				return err
+			}
+			var failed error
+			if err := raw.Control(func(fd uintptr) { failed = do(int(fd)) }); err != nil || failed != nil {
+				return errors.Join(err, failed)
+			}
+		}
+	}
 	return nil
 }
 

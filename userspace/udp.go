@@ -40,6 +40,9 @@ type flowKey struct {
 	client netip.AddrPort
 	id     frontendID
 	origin origin
+	// at is where its datagrams arrive, and answers are sent from. A relay that
+	// comes back to work while its last flows end has both.
+	at *net.UDPConn
 }
 
 // flow is a client's connected socket to an endpoint.
@@ -49,7 +52,6 @@ type flow struct {
 	endpoint netip.AddrPort
 	socket   *net.UDPConn
 	raw      syscall.RawConn // of socket
-	back     *net.UDPConn    // where answers are sent from
 	sent     atomic.Int64    // datagrams of the client
 	last     atomic.Int64    // when something was sent or received, Unix time in ns, or flowOver
 	refused  atomic.Bool     // the endpoint's port is closed
@@ -122,22 +124,28 @@ func (ft *flowTable) remove(f *flow) {
 	}
 }
 
-// endAll ends the flows that there are; their goroutines notice by themselves.
-func (ft *flowTable) endAll() {
+// endAt ends the flows whose datagrams arrive at these sockets; their goroutines
+// notice by themselves.
+func (ft *flowTable) endAt(l *listeners) {
 	ft.mu.Lock()
 	defer ft.mu.Unlock()
+	for k, f := range ft.open {
+		if l.udp[k.origin] == k.at {
+			delete(ft.open, k)
+			f.socket.Close()
+		}
+	}
+}
+
+// closeAll ends all flows, and takes none after.
+func (ft *flowTable) closeAll() {
+	ft.mu.Lock()
+	defer ft.mu.Unlock()
+	ft.closed = true
 	for k, f := range ft.open {
 		delete(ft.open, k)
 		f.socket.Close()
 	}
-}
-
-// closeAll is endAll for ever.
-func (ft *flowTable) closeAll() {
-	ft.mu.Lock()
-	ft.closed = true
-	ft.mu.Unlock()
-	ft.endAll()
 }
 
 // receiveAll takes the datagrams of an origin until the relay is closed.
@@ -163,13 +171,13 @@ func (r *relay) receiveAll(from *listeners, o origin) {
 		}
 		overflow, known = a.overflow, true
 		if id, ok := idOf(r.family, a.at); ok {
-			r.forward(socket, flowKey{netip.AddrPortFrom(client.Addr().Unmap(), client.Port()), id, o}, buffer[:n])
+			r.forward(flowKey{netip.AddrPortFrom(client.Addr().Unmap(), client.Port()), id, o, socket}, buffer[:n])
 		}
 	}
 }
 
-// forward sends a client's datagram, received at back, to its flow's endpoint.
-func (r *relay) forward(back *net.UDPConn, k flowKey, datagram []byte) {
+// forward sends a client's datagram to its flow's endpoint.
+func (r *relay) forward(k flowKey, datagram []byte) {
 	t := r.targets.find(k.id, false)
 	if t == nil {
 		r.counts.noEndpoint.Add(1)
@@ -184,7 +192,7 @@ func (r *relay) forward(back *net.UDPConn, k flowKey, datagram []byte) {
 	for range flowTries {
 		if f == nil {
 			var silent netip.AddrPort
-			if f, silent = r.newFlow(back, k, t, tried); f == nil && !silent.IsValid() {
+			if f, silent = r.newFlow(k, t, tried); f == nil && !silent.IsValid() {
 				return
 			} else if f == nil {
 				tried = append(tried, silent)
@@ -242,13 +250,13 @@ func (r *relay) keeps(f *flow, t *target) bool {
 // newFlow makes a flow to an endpoint that was not tried. Where there is none it
 // names the endpoint that could not be reached, or nobody if another try would be
 // of no use.
-func (r *relay) newFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) (made *flow, silent netip.AddrPort) {
+func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) (made *flow, silent netip.AddrPort) {
 	if !r.limits.flows.enter(&r.counts.flows) {
 		r.counts.refused.Add(1)
 		r.log.warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.limits.flows.most)
 		return nil, silent
 	}
-	f, silent := r.openFlow(back, k, t, tried)
+	f, silent := r.openFlow(k, t, tried)
 	if f == nil || !r.flows.add(f) {
 		if f != nil {
 			f.socket.Close()
@@ -264,7 +272,7 @@ func (r *relay) newFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.A
 	return f, silent
 }
 
-func (r *relay) openFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.AddrPort) (opened *flow, silent netip.AddrPort) {
+func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) (opened *flow, silent netip.AddrPort) {
 	at, ok := r.chooser.choose(t, t.endpoints(k.origin), k.client.Addr(), tried, time.Now())
 	if !ok {
 		r.counts.noEndpoint.Add(1)
@@ -279,7 +287,7 @@ func (r *relay) openFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.
 	if source.IsValid() {
 		r.counts.transparent.Add(1)
 	}
-	f := &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn), back: back}
+	f := &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn)}
 	if f.raw, err = f.socket.SyscallConn(); err != nil {
 		r.counts.lost.Add(1)
 		f.socket.Close()
@@ -299,7 +307,7 @@ func (r *relay) end(f *flow) {
 // the client sent to, until the flow is over.
 func (r *relay) answer(f *flow) {
 	defer r.end(f)
-	back, err := f.back.SyscallConn()
+	back, err := f.key.at.SyscallConn()
 	if err != nil {
 		return
 	}

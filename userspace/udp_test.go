@@ -219,11 +219,11 @@ func TestFlowBeginsAlive(t *testing.T) {
 		w.serve(0, 0, 0)
 		r := w.p.relay
 		for range 100 {
-			k := flowKey{w.endpoint(3), 0, fromNode}
+			k := flowKey{w.endpoint(3), 0, fromNode, r.listeners.udp[fromNode]}
 			for id := range r.targets.byID {
 				k.id = id
 			}
-			f, _ := r.newFlow(r.listeners.udp[fromNode], k, r.targets.find(k.id, false), nil)
+			f, _ := r.newFlow(k, r.targets.find(k.id, false), nil)
 			if left := time.Until(f.ends(r.idle)); left < answerIdle/2 {
 				t.Fatalf("a new flow has %v left of %v", left, answerIdle)
 			}

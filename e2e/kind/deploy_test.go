@@ -25,12 +25,15 @@ const (
 	folder    = "../../manifests"
 )
 
+// toolsImage is the one with the iptables tools.
+func toolsImage() string { return setting("SIGNALBOX_IPTABLES_IMAGE", "signalbox-iptables:devel") }
+
 // deploy brings every node to a mode, from the one that was there before ("" for
 // what is not known), as an operator does with an overlay of his own. To remove
 // iptables rules takes the image with these tools.
 func (s *site) deploy(mode, before string) {
 	s.Helper()
-	small, tools := setting("SIGNALBOX_IMAGE", "signalbox:devel"), setting("SIGNALBOX_IPTABLES_IMAGE", "signalbox-iptables:devel")
+	small, tools := setting("SIGNALBOX_IMAGE", "signalbox:devel"), toolsImage()
 	if before == "iptables" || before == "" {
 		small = tools
 	}
@@ -149,6 +152,11 @@ func (s *site) podStates(ctx context.Context) string {
 }
 
 func (s *site) said(ctx context.Context, pod, container string) string {
+	return s.printed(ctx, namespace, pod, container)
+}
+
+// printed is what a container has printed, or why that cannot be had.
+func (s *site) printed(ctx context.Context, namespace, pod, container string) string {
 	stream, err := s.client.CoreV1().Pods(namespace).GetLogs(pod, &corev1.PodLogOptions{Container: container}).Stream(ctx)
 	if err != nil {
 		return err.Error()

@@ -5,13 +5,18 @@ package kind
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/utils/ptr"
+
+	"signalbox/e2e/manifests"
 )
 
 const kubeProxy = "kube-proxy"
@@ -44,7 +49,7 @@ func TestMigration(t *testing.T) {
 	s.run("kube-proxy serves", (*site).testClusterIP)
 	s.run("there", func(s *site) {
 		s.Cleanup(s.report)
-		s.underLoad(mode, func() { s.setImage(setting("SIGNALBOX_IPTABLES_IMAGE", "signalbox-iptables:devel")) })
+		s.underLoad(mode, func() { s.setImage(toolsImage()) })
 		s.saysMode(mode)
 		s.run("ClusterIP", (*site).testClusterIP)
 		s.run("NodePort", (*site).testNodePort)
@@ -59,6 +64,148 @@ func TestMigration(t *testing.T) {
 		s.run("NodePort", (*site).testNodePort)
 		s.run("an endpoint comes and goes", (*site).testEndpointChange)
 	})
+}
+
+// TestMigrationToOwnDaemonSet goes the second way there and back under load: a
+// DaemonSet of its own, in nftables mode, takes kube-proxy's place and removes
+// its rules, with the component takeover.
+func TestMigrationToOwnDaemonSet(t *testing.T) {
+	s := newSite(t)
+	if s.kubeProxyDaemonSet() == nil {
+		t.Skip("the cluster has no kube-proxy to migrate from")
+	}
+	s.populate()
+	t.Cleanup(s.depopulate)
+	before := s.kubeProxyMode()
+	objects, err := manifests.Kustomize(s.takeover())
+	s.must(err)
+	t.Cleanup(func() { // on the way of a failure
+		ctx := context.WithoutCancel(s.Context())
+		s.must(s.applier.Delete(ctx, objects))
+		s.must(s.wake(ctx))
+	})
+	s.run("there", func(s *site) {
+		s.Cleanup(s.report)
+		s.underLoad(before, func() {
+			s.must(s.asleep(s.Context()))
+			s.must(s.applier.Apply(s.Context(), objects))
+			s.rolledOut()
+		})
+		s.saysMode("nftables")
+		s.run("kube-proxy's rules are gone", func(s *site) {
+			for _, n := range s.workers {
+				if got := s.onNode(n.name, "sh", "-c", countServiceChains); got != "0\n" {
+					s.Errorf("chains of Services in iptables on %s: %s", n.name, got)
+				}
+			}
+		})
+		s.run("ClusterIP", (*site).testClusterIP)
+		s.run("NodePort", (*site).testNodePort)
+		s.run("LoadBalancer with policy Local", (*site).testLoadBalancer)
+		s.run("an endpoint comes and goes", (*site).testEndpointChange)
+		s.noErrors()
+	})
+	s.run("and back", func(s *site) {
+		s.underLoad(before, func() {
+			s.must(s.applier.Delete(s.Context(), objects))
+			s.must(s.wake(s.Context()))
+			s.watched = kubeProxy
+			s.rolledOut()
+			for _, n := range s.workers {
+				s.onNode(n.name, "signalbox", "cleanup")
+			}
+		})
+		s.saysMode(before)
+		s.run("ClusterIP", (*site).testClusterIP)
+		s.run("NodePort", (*site).testNodePort)
+		s.run("an endpoint comes and goes", (*site).testEndpointChange)
+	})
+}
+
+// countServiceChains prints how many chains of Services there are in both
+// variants of iptables and both families.
+const countServiceChains = `for save in iptables-nft-save ip6tables-nft-save iptables-legacy-save ip6tables-legacy-save; do
+	$save -t nat || exit 1
+done | grep -cE '^:KUBE-SV[CL]-' || true`
+
+// takeover writes the kustomization of docs/migration.md.
+func (s *site) takeover() string {
+	s.Helper()
+	dir := s.TempDir()
+	at := func(what string) string {
+		path, err := filepath.Abs(filepath.Join(folder, what))
+		s.must(err)
+		path, err = filepath.Rel(dir, path)
+		s.must(err)
+		return path
+	}
+	s.writeYAML(filepath.Join(dir, "kustomization.yaml"), map[string]any{
+		"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization",
+		"resources":  []string{at("overlays/nftables")},
+		"components": []string{at("components/kube-proxy-configmap"), at("components/takeover")},
+		"images":     []any{image("signalbox-iptables", toolsImage())},
+	})
+	return dir
+}
+
+// asleep has kube-proxy run on no node, and waits until it does not.
+func (s *site) asleep(ctx context.Context) error {
+	if err := s.patchKubeProxy(ctx, types.StrategicMergePatchType, `{"spec":{"template":{"spec":{"nodeSelector":{"kube-proxy":"asleep"}}}}}`); err != nil {
+		return err
+	}
+	s.eventually("the end of kube-proxy's Pods", func(ctx context.Context) error {
+		pods, err := s.client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: "k8s-app=" + kubeProxy})
+		if err == nil && len(pods.Items) > 0 {
+			err = fmt.Errorf("there are %d", len(pods.Items))
+		}
+		return err
+	})
+	return nil
+}
+
+// wake undoes asleep; that it has been undone is no error.
+func (s *site) wake(ctx context.Context) error {
+	err := s.patchKubeProxy(ctx, types.JSONPatchType, `[{"op":"remove","path":"/spec/template/spec/nodeSelector/kube-proxy"}]`)
+	if apierrors.IsInvalid(err) {
+		return nil
+	}
+	return err
+}
+
+func (s *site) patchKubeProxy(ctx context.Context, kind types.PatchType, patch string) error {
+	_, err := s.client.AppsV1().DaemonSets(namespace).Patch(ctx, kubeProxy, kind, []byte(patch), metav1.PatchOptions{})
+	return err
+}
+
+// onNode runs a command of the image with the tools with all rights on a node, as
+// kubectl debug does, and returns what it printed.
+func (s *site) onNode(node string, command ...string) string {
+	s.Helper()
+	pods := s.client.CoreV1().Pods(playground)
+	pod, err := pods.Create(s.Context(), &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{GenerateName: "on-node-"},
+		Spec: corev1.PodSpec{
+			NodeName: node, HostNetwork: true, RestartPolicy: corev1.RestartPolicyNever,
+			Containers: []corev1.Container{{
+				Name: "command", Image: toolsImage(), Command: command,
+				SecurityContext: &corev1.SecurityContext{Privileged: ptr.To(true)},
+			}},
+		},
+	}, metav1.CreateOptions{})
+	s.must(err)
+	s.eventually(fmt.Sprintf("the end of %q on %s", command, node), func(ctx context.Context) error {
+		p, err := pods.Get(ctx, pod.Name, metav1.GetOptions{})
+		switch {
+		case err != nil:
+			return err
+		case p.Status.Phase == corev1.PodFailed:
+			return never("it failed: %s", s.printed(ctx, playground, pod.Name, "command"))
+		case p.Status.Phase != corev1.PodSucceeded:
+			return fmt.Errorf("it is %s", p.Status.Phase)
+		}
+		return nil
+	})
+	return s.printed(s.Context(), playground, pod.Name, "command")
 }
 
 // kubeProxyMode is what config.conf says, by a rule of YAML's that needs no
