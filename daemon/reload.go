@@ -103,8 +103,7 @@ func (p *process) reject(err error) {
 const repeatAfter = time.Minute
 
 // try returns what takes a changed configuration once it can be served. What
-// works until then is not given up for it, but that is nothing where no Service
-// is served yet.
+// works until then is not given up for it; before all is served, that is nothing.
 func (p *process) try(ctx context.Context, cfg *config.Config, log *slog.Logger) <-chan *config.Config {
 	works := make(chan *config.Config, 1)
 	go func() {

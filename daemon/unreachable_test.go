@@ -101,7 +101,7 @@ func TestUnreachableAPIServer(t *testing.T) {
 	log := start(t, node, build(t), "--config", mounted.path())
 	const healthz, check = "http://127.0.0.1:10256/healthz", "http://127.0.0.1:31900/"
 	eventually(t, "it serves", func() bool {
-		return strings.Contains(page(node, check), `"localEndpoints": 1`) && strings.Contains(page(node, healthz), `"nodeEligible":true,"healthy":true`)
+		return log.count("level=INFO msg=synced") == 2 && strings.Contains(page(node, check), `"localEndpoints": 1`) && strings.Contains(page(node, healthz), `"nodeEligible":true,"healthy":true`)
 	})
 	end := probe(t, node, healthz, check)
 
