@@ -21,11 +21,11 @@ func TestFailedRemovalIsRepeated(t *testing.T) {
 	l.present = func(_ proxier.Family, is bool) { present = is }
 	tries := map[string]int{}
 	failing := func(what string, times int, kubeProxy bool) removal {
-		return removal{what, func(proxier.Family) error {
+		return removal{what, func(proxier.Family) (bool, error) {
 			if tries[what]++; tries[what] <= times {
-				return errors.New("busy")
+				return false, errors.New("busy")
 			}
-			return nil
+			return true, nil
 		}, kubeProxy}
 	}
 	l.remove(proxier.IPv4, []removal{failing("ours", 2, false), failing("theirs", 1, true), failing("nothing", 0, false)})

@@ -130,7 +130,7 @@ func TestChangesEqualFullSync(t *testing.T) {
 			compareCounts(t, p)
 		}
 		changed := saved(t, p)
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
 		if left := saved(t, p); strings.Contains(left, "KUBE-") {
@@ -291,13 +291,13 @@ func TestForeignRulesStay(t *testing.T) {
 				t.Errorf("%q is gone", line)
 			}
 		}
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
 		if diff := cmp.Diff(before, saved(t, p)); diff != "" {
 			t.Errorf("Cleanup leaves (-before +after)\n%s", diff)
 		}
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Errorf("nothing to clean up: %v", err)
 		}
 	})
@@ -309,7 +309,7 @@ func TestCleanupLeavesWhatOthersUse(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		mustSync(t, p, newWorld(p.opts.Family, 8).plan(5), proxier.Change{All: true})
 		run(t, "*nat\n:CNI-X - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\nCOMMIT\n", p.tools.restore, "--noflush")
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
 		left := saved(t, p)

@@ -21,28 +21,31 @@ import (
 // With drain, a virtual server that has connections gets no new ones and stays,
 // with its address, and the function is to be called again later; draining is
 // how many do. IPVS would end connections with their server.
-func CleanupKubeProxy(f proxier.Family, sharesDevice, drain bool) (draining int, err error) {
+//
+// removed says whether anything was there that went.
+func CleanupKubeProxy(f proxier.Family, sharesDevice, drain bool) (removed bool, draining int, err error) {
 	d, err := openDevice(f)
 	if err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	defer d.close()
 	if err := d.find(); err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	c := cleanup{device: d, sharesDevice: sharesDevice, drain: drain}
 	if c.sets, err = readSets(f); err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	if d.link != nil {
 		if c.held, _, err = d.held(); err != nil {
-			return 0, err
+			return false, 0, err
 		}
 	}
 	if len(c.sets) == 0 && (d.link == nil || sharesDevice) {
-		return 0, nil
+		return false, 0, nil
 	}
-	return c.run(f)
+	draining, err = c.run(f)
+	return c.removed, draining, err
 }
 
 // cleanup is one removal of what is kube-proxy's.
@@ -51,6 +54,7 @@ type cleanup struct {
 	held                map[netip.Addr]bool // addresses of the device
 	sets                []kubeProxySet
 	sharesDevice, drain bool
+	removed             bool // something
 	failed              []error
 }
 
@@ -58,6 +62,12 @@ func (c *cleanup) fail(err error) {
 	if err != nil {
 		c.failed = append(c.failed, err)
 	}
+}
+
+// note takes in how the removal of something that was there ended.
+func (c *cleanup) note(err error) {
+	c.removed = c.removed || err == nil
+	c.fail(err)
 }
 
 func (c *cleanup) run(f proxier.Family) (draining int, err error) {
@@ -71,13 +81,13 @@ func (c *cleanup) run(f proxier.Family) (draining int, err error) {
 		c.removeAddrs(busy)
 	}
 	for _, key := range gone {
-		c.fail(do(k, op{verb: removeServer, key: key}))
+		c.note(do(k, op{verb: removeServer, key: key}))
 	}
 	// The sets tell which servers at the node's own addresses are kube-proxy's:
 	// they go with the last.
 	if len(busy) == 0 {
 		for i := range c.sets {
-			c.fail(c.sets[i].destroy())
+			c.note(c.sets[i].destroy())
 		}
 	}
 	return len(busy), errors.Join(c.failed...)
@@ -133,9 +143,11 @@ func (c *cleanup) removeAddrs(busy []serverKey) {
 			gone = append(gone, a)
 		}
 	}
-	c.fail(c.device.remove(gone, func(netip.Addr) {}))
+	c.fail(c.device.remove(gone, func(netip.Addr) { c.removed = true }))
 	if c.device.link != nil {
-		c.fail(c.device.removeUnused())
+		device, err := c.device.removeUnused()
+		c.removed = c.removed || device
+		c.fail(err)
 	}
 }
 

@@ -86,28 +86,30 @@ func probeServer(f proxier.Family, unsupported func(missing, remedy string, err 
 // of one family, and the device with the last address. Virtual servers of other
 // software stay, and where kube-proxy's sets say that it serves in its ipvs
 // mode, so do the addresses and what is at them. It is no error if there is
-// nothing.
-func Cleanup(f proxier.Family) error {
+// nothing, and then removed is false.
+func Cleanup(f proxier.Family) (removed bool, err error) {
 	var failed []error
 	d, err := openDevice(f)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer d.close()
 	if err := d.find(); err != nil {
-		return err
+		return false, err
 	}
 	ours, _, err := d.held()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if HasKubeProxy(f) {
 		ours, d.link = nil, nil // kube-proxy's now
 	}
 	// First the addresses: then no packet comes for what goes after them.
 	if d.link != nil {
-		failed = append(failed, d.remove(slices.Collect(maps.Keys(ours)), func(netip.Addr) {}))
-		failed = append(failed, d.removeUnused())
+		failed = append(failed, d.remove(slices.Collect(maps.Keys(ours)), func(netip.Addr) { removed = true }))
+		device, err := d.removeUnused()
+		removed = removed || device
+		failed = append(failed, err)
 	}
 	if k, err := openKernel(f); err == nil { // without IPVS there is nothing to remove
 		all, err := k.servers()
@@ -117,17 +119,19 @@ func Cleanup(f proxier.Family) error {
 				remove = append(remove, op{verb: removeServer, key: key})
 			}
 		}
-		failed = append(failed, err, k.send(remove, func(op) {}))
+		failed = append(failed, err, k.send(remove, func(op) { removed = true }))
 		k.close()
 	}
 	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, nil)
 	if err != nil {
-		return errors.Join(append(failed, err)...)
+		return removed, errors.Join(append(failed, err)...)
 	}
 	defer t.Close()
-	t.DeleteTable()
+	table := t.DeleteTable()
 	if err := t.Commit(); err != nil {
 		failed = append(failed, fmt.Errorf("delete table %s of %s: %w", tableName, f, err))
+	} else {
+		removed = removed || table
 	}
-	return errors.Join(failed...)
+	return removed, errors.Join(failed...)
 }
