@@ -3,7 +3,6 @@ package daemon
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 
 	"signalbox/iptables"
 	"signalbox/ipvs"
@@ -18,9 +17,9 @@ import (
 // connections stay, and so does the kubelet's share of the iptables rules. It
 // needs no API server, only the network namespace of the node.
 //
-// Whatever fails, the rest is removed all the same; the error names what is
-// left and why.
-func Cleanup(kubeProxy bool, log *slog.Logger) error {
+// It returns what was there and went, one text each. Whatever fails, the rest is
+// removed all the same; the error names what is left and why.
+func Cleanup(kubeProxy bool) (removed []string, err error) {
 	todo := signalboxRemovals(modes.All)
 	if kubeProxy {
 		todo = append(kubeProxyRemovals("", endIPVS), todo...)
@@ -28,34 +27,38 @@ func Cleanup(kubeProxy bool, log *slog.Logger) error {
 	var left []error
 	for _, r := range todo {
 		for _, family := range proxier.Families {
-			left = append(left, r.do(family, log))
+			some, err := r.do(family)
+			if some {
+				removed = append(removed, fmt.Sprintf("%s, for %s", r.what, family))
+			}
+			left = append(left, err)
 		}
 	}
-	return errors.Join(left...)
+	return removed, errors.Join(left...)
 }
 
 // removal takes one thing out of the kernel.
 type removal struct {
-	what   string
-	remove func(proxier.Family) error
+	what string
+	// remove says whether anything was there that went.
+	remove func(proxier.Family) (bool, error)
 	// kubeProxy is that it was kube-proxy's.
 	kubeProxy bool
 }
 
-// do returns an error that names what is left. What this machine cannot have
-// is not left.
-func (r removal) do(family proxier.Family, log *slog.Logger) error {
-	err := r.remove(family)
+// do returns whether anything went, and an error that names what is left. What
+// this machine cannot have is not left.
+func (r removal) do(family proxier.Family) (removed bool, err error) {
+	removed, err = r.remove(family)
 	var unsupported *proxier.UnsupportedError
-	if errors.As(err, &unsupported) {
-		log.Debug("nothing to remove here", "what", r.what, "family", family.String(), "reason", err)
-		return nil
+	var unknown *iptables.UnknownOwnerError
+	switch {
+	case err == nil, errors.As(err, &unsupported):
+		return removed, nil
+	case errors.As(err, &unknown):
+		return removed, unknown // of r.what or not, as it says
 	}
-	if err != nil {
-		return fmt.Errorf("%s may be left for %s: %w", r.what, family, err)
-	}
-	log.Debug("removed", "what", r.what, "family", family.String())
-	return nil
+	return removed, fmt.Errorf("%s may be left for %s: %w", r.what, family, err)
 }
 
 // signalboxRemovals are those of modes.
@@ -71,16 +74,16 @@ func signalboxRemovals(list []modes.Mode) []removal {
 // not taken over: inUse is its variant of the iptables tools, "" in other modes.
 // servers removes what is in IPVS, and comes after the iptables rules, which use
 // kube-proxy's sets.
-func kubeProxyRemovals(inUse iptables.Backend, servers func(proxier.Family) error) []removal {
+func kubeProxyRemovals(inUse iptables.Backend, servers func(proxier.Family) (bool, error)) []removal {
 	return []removal{
-		{"kube-proxy's iptables rules", func(f proxier.Family) error { return iptables.CleanupKubeProxy(f, inUse) }, true},
+		{"kube-proxy's iptables rules", func(f proxier.Family) (bool, error) { return iptables.CleanupKubeProxy(f, inUse) }, true},
 		{"kube-proxy's nftables table", nftables.CleanupKubeProxy, true},
 		{"kube-proxy's IPVS servers, addresses and ipsets", servers, true},
 	}
 }
 
 // endIPVS removes kube-proxy's virtual servers, with their connections.
-func endIPVS(f proxier.Family) error {
-	_, err := ipvs.CleanupKubeProxy(f, false, false)
-	return err
+func endIPVS(f proxier.Family) (removed bool, err error) {
+	removed, _, err = ipvs.CleanupKubeProxy(f, false, false)
+	return removed, err
 }

@@ -3,6 +3,7 @@ package daemon_test
 import (
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -126,7 +127,9 @@ func TestCleanupCommand(t *testing.T) {
 		}
 		cmd.Wait()
 	}
-	n.must("", binary, "cleanup")
+	if said := n.must("", binary, "cleanup"); !strings.Contains(said, "removed what signalbox's mode nftables wrote, for IPv4\nremoved what signalbox's mode nftables wrote, for IPv6\n") {
+		t.Errorf("cleanup says %q", said)
+	}
 	if diff := cmp.Diff(before, n.rules()); diff != "" {
 		t.Errorf("(-before +after cleanup)\n%s", diff)
 	}
@@ -136,11 +139,18 @@ func TestCleanupCommand(t *testing.T) {
 		"iptables-legacy-restore", "--noflush")
 	n.must("table ip6 kube-proxy { chain services { }; }\n", "nft", "-f", "-")
 	with := n.rules()
-	n.must("", binary, "cleanup")
+	if said := n.must("", binary, "cleanup"); said != "nothing of signalbox was there\n" {
+		t.Errorf("cleanup where all is kube-proxy's says %q", said)
+	}
 	if diff := cmp.Diff(with, n.rules()); diff != "" {
 		t.Errorf("cleanup changed what is kube-proxy's (-before +after)\n%s", diff)
 	}
-	n.must("", binary, "cleanup", "--kube-proxy")
+	if said := n.must("", binary, "cleanup", "--kube-proxy"); said != "removed kube-proxy's iptables rules, for IPv4\nremoved kube-proxy's nftables table, for IPv6\n" {
+		t.Errorf("cleanup --kube-proxy says %q", said)
+	}
+	if said := n.must("", binary, "cleanup", "--kube-proxy"); said != "nothing of signalbox or kube-proxy was there\n" {
+		t.Errorf("cleanup --kube-proxy where nothing is says %q", said)
+	}
 	if diff := cmp.Diff(before, n.rules()); diff != "" {
 		t.Errorf("(-before +after cleanup --kube-proxy)\n%s", diff)
 	}
@@ -166,5 +176,54 @@ func TestCleanupCommandFails(t *testing.T) {
 		if !strings.Contains(out, what) {
 			t.Errorf("%q is not named in\n%s", what, out)
 		}
+	}
+}
+
+// hideTools runs a command where no iptables is to be found.
+var hideTools = []string{"unshare", "-m", "sh", "-ec", `mount -t tmpfs none /usr/sbin; mount -t tmpfs none /sbin; exec env PATH=/nowhere "$@"`, "sh"}
+
+// Without the tools nobody can tell whose chains are there, and that is said
+// once of each family, with what to do; neither of the two is blamed.
+func TestUnknownChains(t *testing.T) {
+	binary, source := build(t), manifests(t)
+	lab, err := netlab.New(netlab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lab.Close()
+	n := node{t, lab.Host("node1")}
+	n.must("*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\nCOMMIT\n", "iptables-nft-restore")
+	for _, args := range [][]string{{"cleanup"}, {"cleanup", "--kube-proxy"}} {
+		said, err := n.run("", slices.Concat(hideTools, []string{binary}, args)...)
+		const want = "signalbox: cleanup is not complete:\nthe kernel has iptables rules for Services of IPv4 (nft, chain KUBE-SERVICES), and without the program iptables nobody can tell whether signalbox or kube-proxy wrote them, nor remove them: use the image signalbox-iptables, "
+		if err == nil || !strings.HasPrefix(said, want) || strings.Count(said, "\n") != 2 {
+			t.Errorf("%v: %v\n%s\nwant\n%s", args, err, said, want)
+		}
+	}
+	run := slices.Concat(hideTools[1:], []string{binary, "run", "--source", source, "--mode", "nftables", "--hostname-override", "node1",
+		"--cluster-cidr", "10.244.0.0/16"})
+	log := start(t, n.host, hideTools[0], run...)
+	// What others wrote was tried, all of it.
+	(&daemon{node: n}).answers("http://127.0.0.1:10249/metrics", 200, "signalbox_leftovers{ip_family=\"IPv4\"} 1\n")
+	if many := log.count("nobody can tell whether"); many != 1 {
+		t.Errorf("%d warnings about the same chains, want one", many)
+	}
+}
+
+// A node without the tools is told of each missing program once.
+func TestWithoutTools(t *testing.T) {
+	binary, source := build(t), manifests(t)
+	lab, err := netlab.New(netlab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lab.Close()
+	said, err := node{t, lab.Host("node1")}.run("", slices.Concat(hideTools, []string{binary, "run", "--source", source, "--mode", "iptables",
+		"--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16"})...)
+	const want = "signalbox: no mode works on this machine: " +
+		"mode iptables cannot serve IPv4: program iptables is missing; install the package iptables, or use the image signalbox-iptables\n" +
+		"mode iptables cannot serve IPv6: program ip6tables is missing; install the package iptables, or use the image signalbox-iptables\n"
+	if err == nil || !strings.HasSuffix(said, want) {
+		t.Errorf("%v\n%s\nwant\n%s", err, said, want)
 	}
 }

@@ -155,28 +155,31 @@ func (l *leftovers) ownIPVS() removal {
 
 // drainOwn removes the virtual servers of the ipvs mode without ending
 // connections.
-func (l *leftovers) drainOwn(family proxier.Family) error {
-	n, err := ipvs.Drain(family)
+func (l *leftovers) drainOwn(family proxier.Family) (removed bool, err error) {
+	removed, n, err := ipvs.Drain(family)
 	if n > 0 && l.ownDraining[family] == 0 {
 		l.log.Info("virtual servers of the ipvs mode have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
 	}
 	l.ownDraining[family] = n
-	return err
+	return removed, err
 }
 
 // drainIPVS removes kube-proxy's virtual servers without ending connections.
-func (l *leftovers) drainIPVS(family proxier.Family) error {
-	n, err := ipvs.CleanupKubeProxy(family, l.choice.Mode.Name == ipvs.Mode, true)
+func (l *leftovers) drainIPVS(family proxier.Family) (removed bool, err error) {
+	removed, n, err := ipvs.CleanupKubeProxy(family, l.choice.Mode.Name == ipvs.Mode, true)
 	if n > 0 && l.draining[family] == 0 {
 		l.log.Info("virtual servers of kube-proxy have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
 	}
 	l.draining[family] = n
-	return err
+	return removed, err
 }
 
 func (l *leftovers) remove(family proxier.Family, todo []removal) {
 	for _, r := range todo {
-		err := r.do(family, l.log)
+		removed, err := r.do(family)
+		if removed {
+			l.log.Info("removed what others had written", "what", r.what, "family", family.String())
+		}
 		if known := l.note(family, r, err); err != nil && !known {
 			l.log.Warn("what others wrote could not be removed and may still be obeyed; trying again", "family", family.String(), "error", err)
 		}

@@ -24,11 +24,11 @@ func TestFailedRemovalIsRepeated(t *testing.T) {
 	l.until = time.Now().Add(time.Hour)
 	tries := map[string]int{}
 	failing := func(what string, times int, kubeProxy bool) removal {
-		return removal{what, func(proxier.Family) error {
+		return removal{what, func(proxier.Family) (bool, error) {
 			if tries[what]++; tries[what] <= times {
-				return errors.New("busy")
+				return false, errors.New("busy")
 			}
-			return nil
+			return true, nil
 		}, kubeProxy}
 	}
 	l.remove(proxier.IPv4, []removal{failing("ours", 2, false), failing("theirs", 1, true), failing("nothing", 0, false)})

@@ -106,6 +106,24 @@ func findTools(f proxier.Family, b Backend, wait time.Duration) (*tools, error) 
 	return nil, errors.Join(failed...)
 }
 
+// noteworthy joins what findTools answered for both variants, once each and
+// without that a program is not there, which needs no reason. What is there and
+// does not work has one.
+func noteworthy(found ...error) error {
+	var texts []string
+	for _, err := range found {
+		for _, err := range err.(interface{ Unwrap() []error }).Unwrap() {
+			if text := err.Error(); !errors.Is(err, exec.ErrNotFound) && !slices.Contains(texts, text) {
+				texts = append(texts, text)
+			}
+		}
+	}
+	if len(texts) == 0 {
+		return nil
+	}
+	return errors.New(strings.Join(texts, "; "))
+}
+
 func (t *tools) locate(name string) error {
 	for path, program := range map[*string]string{&t.command: name, &t.restore: name + "-restore", &t.save: name + "-save"} {
 		found, err := lookPath(program)
@@ -166,10 +184,7 @@ func chooseTools(ctx context.Context, f proxier.Family, wait time.Duration) (t *
 	legacy, legacyErr := findTools(f, Legacy, wait)
 	switch {
 	case nftErr != nil && legacyErr != nil:
-		return nil, "", &proxier.UnsupportedError{
-			Mode: Mode, Family: f, Missing: "program " + commandName(f),
-			Remedy: "install the package iptables", Err: errors.Join(nftErr, legacyErr),
-		}
+		return nil, "", missingTools(f, noteworthy(nftErr, legacyErr))
 	case nftErr != nil:
 		return legacy, "the only variant installed", nil
 	case legacyErr != nil:

@@ -52,21 +52,31 @@ const signature = "-A " + servicesChain + " -j " + externalServicesChain
 // KUBE-MARK-MASQ and KUBE-POSTROUTING then keep their rules too, without which
 // those rules would change their meaning. KUBE-FIREWALL, which the kubelet
 // shares, stays as it is, and so does the sysctl route_localnet.
-func Cleanup(f proxier.Family) error {
-	return cleanup(f, func(ctx context.Context, t *tools) error {
+//
+// Without the tools there is nothing to remove where there are no such chains,
+// and the error is a *proxier.UnsupportedError; else it is an *UnknownOwnerError.
+func Cleanup(f proxier.Family) (removed bool, err error) {
+	removed, err = cleanup(f, func(ctx context.Context, t *tools) (bool, error) {
 		signed, err := t.signed(ctx)
 		if err != nil || signed && t.hasChain(ctx, "mangle", canaryChain) {
-			return err
+			return false, err
 		}
 		if !signed {
 			return t.remove(ctx, oursAlone)
 		}
 		return t.remove(ctx, ours)
 	})
+	if errors.Is(err, errNoTools) {
+		return false, withoutTools(f)
+	}
+	return removed, err
 }
 
-// cleanup runs fn for both variants.
-func cleanup(f proxier.Family, fn func(context.Context, *tools) error) error {
+// errNoTools is that no variant of the programs is here.
+var errNoTools = errors.New("no variant of iptables is installed")
+
+// cleanup runs fn for both variants, which says whether it removed anything.
+func cleanup(f proxier.Family, fn func(context.Context, *tools) (bool, error)) (removed bool, err error) {
 	var failed []error
 	found := false
 	for _, b := range []Backend{NFT, Legacy} {
@@ -75,30 +85,52 @@ func cleanup(f proxier.Family, fn func(context.Context, *tools) error) error {
 			continue
 		}
 		found = true
-		if err := fn(context.Background(), t); err != nil {
+		some, err := fn(context.Background(), t)
+		removed = removed || some
+		if err != nil {
 			failed = append(failed, fmt.Errorf("clean up %s iptables, %s: %w", b, f, err))
 		}
 	}
 	if !found {
-		return withoutTools(f)
+		return false, errNoTools
 	}
-	return errors.Join(failed...)
+	return removed, errors.Join(failed...)
+}
+
+// missingTools is the error where the programs are needed.
+func missingTools(f proxier.Family, err error) *proxier.UnsupportedError {
+	return &proxier.UnsupportedError{
+		Mode: Mode, Family: f, Missing: "program " + commandName(f),
+		Remedy: "install the package iptables, or use the image signalbox-iptables", Err: err,
+	}
+}
+
+// UnknownOwnerError is that the kernel has chains of a name that both this mode
+// and kube-proxy use, and that the programs are missing by which it could be
+// told whose they are, and they could be removed.
+type UnknownOwnerError struct {
+	Family proxier.Family
+	// Found is what there is.
+	Found string
+}
+
+// Error says it in one sentence.
+func (e *UnknownOwnerError) Error() string {
+	return fmt.Sprintf("%s, and without the program %s nobody can tell whether signalbox or kube-proxy wrote them, nor remove them: use the image signalbox-iptables, or install the package iptables; until then they may come before other rules, and nobody keeps them up to date",
+		e.Found, commandName(e.Family))
 }
 
 // withoutTools tells a node that has no iptables from one that has rules
 // nobody can remove.
 func withoutTools(f proxier.Family) error {
-	missing := &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "program " + commandName(f), Remedy: "install the package iptables"}
 	legacy := tools{backend: Legacy, family: f}
 	if names := legacy.tables(); len(names) > 0 {
-		return fmt.Errorf("the kernel has iptables rules (legacy, tables %s), but the program %s is missing: install the package iptables, or use an image that has it; if a kube-proxy left them, they come before other rules and nobody keeps them up to date",
-			strings.Join(names, ", "), commandName(f))
+		return &UnknownOwnerError{f, fmt.Sprintf("the kernel may have iptables rules for Services of %s (legacy, tables %s)", f, strings.Join(names, ", "))}
 	}
 	if held, err := nftables.HasChain(f, nat.String(), servicesChain); err == nil && held {
-		return fmt.Errorf("the kernel has the iptables chain %s (nft), but the program %s is missing: install the package iptables, or use an image that has it; what kube-proxy left there comes before other rules and nobody keeps it up to date",
-			servicesChain, commandName(f))
+		return &UnknownOwnerError{f, fmt.Sprintf("the kernel has iptables rules for Services of %s (nft, chain %s)", f, servicesChain)}
 	}
-	return missing
+	return missingTools(f, nil)
 }
 
 // signed says whether the rules of Services are this mode's.
@@ -111,9 +143,9 @@ func (t *tools) signed(ctx context.Context) (bool, error) {
 }
 
 // remove takes belongings out of every table that exists. Nothing is written
-// where there are none. The filter table goes last: it holds the signature, by
+// where there are none, and removed is false. The filter table goes last: it holds the signature, by
 // which a removal that was cut short is found and finished.
-func (t *tools) remove(ctx context.Context, b belongings) error {
+func (t *tools) remove(ctx context.Context, b belongings) (removed bool, err error) {
 	w := &script{}
 	for _, table := range []string{"mangle", nat.String(), filter.String()} {
 		if !slices.Contains(t.tables(), table) {
@@ -121,19 +153,21 @@ func (t *tools) remove(ctx context.Context, b belongings) error {
 		}
 		l, err := t.listFor(ctx, table, func(chain string) bool { return b.owns(table, chain) })
 		if err != nil {
-			return err
+			return false, err
 		}
-		edits, builtin := l.removal(table, b)
+		edits, builtin, gone := l.removal(table, b)
+		removed = removed || gone
 		if len(edits)+len(builtin) > 0 {
 			w.section(table, edits, builtin)
 		}
 	}
-	return t.apply(ctx, w)
+	return removed, t.apply(ctx, w)
 }
 
 // removal is what leaves nothing of b in the table, except for chains that
-// others use.
-func (l *listing) removal(table string, b belongings) (edits []edit, builtin []string) {
+// others use. gone says whether anything goes: a chain that stays may have been
+// empty before.
+func (l *listing) removal(table string, b belongings) (edits []edit, builtin []string, gone bool) {
 	used := make(map[string]bool)
 	for _, line := range l.builtin {
 		if b.leads(table, line) {
@@ -150,11 +184,12 @@ func (l *listing) removal(table string, b belongings) (edits []edit, builtin []s
 		case !b.owns(table, name):
 		case !used[name] && !l.referenced[name]:
 			edits = append(edits, removal(name))
+			gone = true
 		case !b.leaveUsed && name != markMasqChain && name != postroutingChain:
 			edits = append(edits, edit{name: name})
 		}
 	}
-	return edits, builtin
+	return edits, builtin, gone || len(builtin) > 0
 }
 
 // leads says whether a rule of a built-in chain, as iptables-save writes it, is

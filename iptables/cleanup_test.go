@@ -79,14 +79,14 @@ func TestCleanupKubeProxy(t *testing.T) {
 				run(t, foreignRules+"*mangle\n:KUBE-IPTABLES-HINT - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n", p.tools.restore, "--noflush")
 				before := wholeSave(t, p)
 				run(t, rules(p.opts.Family), p.tools.restore, "--noflush")
-				if err := CleanupKubeProxy(p.opts.Family, ""); err != nil {
-					t.Fatal(err)
+				if removed, err := CleanupKubeProxy(p.opts.Family, ""); err != nil || !removed {
+					t.Fatalf("something was removed: %v, %v", removed, err)
 				}
 				if diff := cmp.Diff(before, wholeSave(t, p)); diff != "" {
 					t.Errorf("CleanupKubeProxy leaves (-before +after)\n%s", diff)
 				}
-				if err := CleanupKubeProxy(p.opts.Family, ""); err != nil {
-					t.Errorf("nothing to clean up: %v", err)
+				if removed, err := CleanupKubeProxy(p.opts.Family, ""); err != nil || removed {
+					t.Errorf("nothing to clean up: %v, %v", removed, err)
 				}
 			})
 		})
@@ -98,8 +98,8 @@ func TestCleanupLeavesKubeProxysRules(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		run(t, kubeProxyRules(p.opts.Family)+otherModesRules, p.tools.restore, "--noflush")
 		before := wholeSave(t, p)
-		if err := Cleanup(p.opts.Family); err != nil {
-			t.Fatal(err)
+		if removed, err := Cleanup(p.opts.Family); err != nil || removed {
+			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
 		if diff := cmp.Diff(before, wholeSave(t, p)); diff != "" {
 			t.Errorf("(-before +after)\n%s", diff)
@@ -114,7 +114,7 @@ func TestCleanupBesideStartingKubeProxy(t *testing.T) {
 		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), proxier.Change{All: true})
 		run(t, "*mangle\n:KUBE-PROXY-CANARY - [0:0]\nCOMMIT\n", p.tools.restore, "--noflush")
 		before := wholeSave(t, p)
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
 		if diff := cmp.Diff(before, wholeSave(t, p)); diff != "" {
@@ -130,12 +130,12 @@ func TestCleanupKubeProxyInUse(t *testing.T) {
 		plan := newWorld(p.opts.Family, 5).plan(30)
 		mustSync(t, p, plan, proxier.Change{All: true})
 		want := saved(t, p)
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
 		run(t, otherModesRules, p.tools.restore, "--noflush")
 		mustSync(t, newProxier(t, p.opts.Family, p.Backend()), plan, proxier.Change{All: true})
-		if err := CleanupKubeProxy(p.opts.Family, p.Backend()); err != nil {
+		if _, err := CleanupKubeProxy(p.opts.Family, p.Backend()); err != nil {
 			t.Fatal(err)
 		}
 		// Jumps that were there stay where they are.
@@ -159,7 +159,7 @@ func TestCleanupWithoutTools(t *testing.T) {
 			t.Errorf("%s, with no rules: %v", f, err)
 		}
 		mustSync(t, p, planOf(f), proxier.Change{All: true})
-		if err := withoutTools(f); errors.As(err, &missing) || !strings.Contains(err.Error(), "install") {
+		if err := withoutTools(f); errors.As(err, &missing) || !strings.Contains(err.Error(), "whether signalbox or kube-proxy wrote them") || !strings.Contains(err.Error(), "image signalbox-iptables") {
 			t.Errorf("%s, with rules: %v", f, err)
 		}
 	}

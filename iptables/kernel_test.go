@@ -131,7 +131,7 @@ func TestChangesEqualFullSync(t *testing.T) {
 			compareCounts(t, p)
 		}
 		changed := saved(t, p)
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
 		if left := saved(t, p); strings.Contains(left, "KUBE-") {
@@ -292,13 +292,13 @@ func TestForeignRulesStay(t *testing.T) {
 				t.Errorf("%q is gone", line)
 			}
 		}
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
 		if diff := cmp.Diff(before, saved(t, p)); diff != "" {
 			t.Errorf("Cleanup leaves (-before +after)\n%s", diff)
 		}
-		if err := Cleanup(p.opts.Family); err != nil {
+		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Errorf("nothing to clean up: %v", err)
 		}
 	})
@@ -311,7 +311,7 @@ func TestCleanupLeavesWhatOthersUse(t *testing.T) {
 		mustSync(t, p, newWorld(p.opts.Family, 8).plan(5), proxier.Change{All: true})
 		run(t, "*nat\n:CNI-X - [0:0]\n:CNI-Y - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\n-A CNI-Y -j KUBE-POSTROUTING\n-A POSTROUTING -j CNI-Y\nCOMMIT\n", p.tools.restore, "--noflush")
 		for range 2 {
-			if err := Cleanup(p.opts.Family); err != nil {
+			if _, err := Cleanup(p.opts.Family); err != nil {
 				t.Fatal(err)
 			}
 		}

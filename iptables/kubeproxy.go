@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	"signalbox/proxier"
@@ -54,14 +55,19 @@ var kubeProxys = belongings{
 // CleanupKubeProxy removes from both variants what kube-proxy wrote, in any of
 // its modes, and leaves what Cleanup leaves. Of the variant in use, whose
 // chains this mode has filled with its own rules, only the rest goes; "" for
-// none.
-func CleanupKubeProxy(f proxier.Family, inUse Backend) error {
-	return cleanup(f, func(ctx context.Context, t *tools) error {
+// none. Without the tools the error is a *proxier.UnsupportedError: what is in
+// the kernel may be signalbox's, and Cleanup tells of it.
+func CleanupKubeProxy(f proxier.Family, inUse Backend) (removed bool, err error) {
+	removed, err = cleanup(f, func(ctx context.Context, t *tools) (bool, error) {
 		if t.backend == inUse {
 			return t.remove(ctx, otherModes)
 		}
 		return t.remove(ctx, kubeProxys)
 	})
+	if errors.Is(err, errNoTools) {
+		return false, missingTools(f, nil)
+	}
+	return removed, err
 }
 
 // HasKubeProxy says whether kube-proxy has written rules since they were last

@@ -66,10 +66,9 @@ func pickTools(f proxier.Family, tune Tuning) (t *tools, why string, err error) 
 	if tune.Backend != "" {
 		why = "asked for"
 		if t, err = findTools(f, tune.Backend, tune.LockWait); err != nil {
-			return nil, "", &proxier.UnsupportedError{
-				Mode: Mode, Family: f, Missing: fmt.Sprintf("program %s-%s", commandName(f), tune.Backend),
-				Remedy: "install the package iptables", Err: err,
-			}
+			missing := missingTools(f, noteworthy(err))
+			missing.Missing += "-" + string(tune.Backend)
+			return nil, "", missing
 		}
 	} else if t, why, err = chooseTools(context.Background(), f, tune.LockWait); err != nil {
 		return nil, "", err

@@ -136,7 +136,7 @@ func TestKernelTakesTheExamples(t *testing.T) {
 			if want, got := strings.Count(string(input), "\n-A "), strings.Count(held, "\n-A "); want != got {
 				t.Errorf("%s has %d rules, the kernel holds %d:\n%s", path, want, got, held)
 			}
-			if err := Cleanup(p.opts.Family); err != nil {
+			if _, err := Cleanup(p.opts.Family); err != nil {
 				t.Fatal(err)
 			}
 		}

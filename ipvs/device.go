@@ -181,21 +181,21 @@ func (d *device) settle(addrs []netip.Addr) error {
 }
 
 // removeUnused removes the device if no virtual address of either family is on
-// it.
-func (d *device) removeUnused() error {
+// it, and says whether it did.
+func (d *device) removeUnused() (removed bool, err error) {
 	for _, af := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		list, err := d.nl.AddrList(d.link, af)
 		if err != nil {
-			return fmt.Errorf("list the addresses of %s: %w", deviceName, err)
+			return false, fmt.Errorf("list the addresses of %s: %w", deviceName, err)
 		}
 		for _, a := range list {
 			if !a.IP.IsLinkLocalUnicast() {
-				return nil
+				return false, nil
 			}
 		}
 	}
 	if err := d.nl.LinkDel(d.link); err != nil && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("remove device %s: %w", deviceName, err)
+		return false, fmt.Errorf("remove device %s: %w", deviceName, err)
 	}
-	return nil
+	return true, nil
 }

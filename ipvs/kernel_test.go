@@ -215,7 +215,7 @@ func TestOthersStay(t *testing.T) {
 		p2, _ := start(t, w.family, nil)
 		syncAll(t, p2, w.example())
 		for range 2 { // the second time there is nothing
-			if err := Cleanup(w.family); err != nil {
+			if _, err := Cleanup(w.family); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -479,7 +479,7 @@ func TestRepair(t *testing.T) {
 		p.mu.Lock()
 		before := p.state
 		p.mu.Unlock()
-		if err := Cleanup(w.family); err != nil { // somebody's idea of an empty node
+		if _, err := Cleanup(w.family); err != nil { // somebody's idea of an empty node
 			t.Fatal(err)
 		}
 		sent.take()

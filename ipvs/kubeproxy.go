@@ -21,28 +21,31 @@ import (
 // With drain, a virtual server that has connections gets no new ones and stays,
 // with its address, and the function is to be called again later; draining is
 // how many do. IPVS would end connections with their server.
-func CleanupKubeProxy(f proxier.Family, sharesDevice, drain bool) (draining int, err error) {
+//
+// removed says whether anything was there that went.
+func CleanupKubeProxy(f proxier.Family, sharesDevice, drain bool) (removed bool, draining int, err error) {
 	d, err := openDevice(f)
 	if err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	defer d.close()
 	if err := d.find(); err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	c := cleanup{device: d, sharesDevice: sharesDevice, drain: drain}
 	if c.sets, err = readSets(f); err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	if d.link != nil {
 		if c.held, _, err = d.held(); err != nil {
-			return 0, err
+			return false, 0, err
 		}
 	}
 	if len(c.sets) == 0 && (d.link == nil || sharesDevice) {
-		return 0, nil
+		return false, 0, nil
 	}
-	return c.kubeProxy(f)
+	draining, err = c.kubeProxy(f)
+	return c.removed, draining, err
 }
 
 // cleanup is one removal of virtual servers, kube-proxy's or this mode's.
@@ -54,6 +57,7 @@ type cleanup struct {
 	// keepAddrs is that a virtual server by a mark of this mode stays. Which
 	// addresses lead to it nothing tells any more.
 	keepAddrs bool
+	removed   bool // something
 	failed    []error
 }
 
@@ -63,13 +67,19 @@ func (c *cleanup) fail(err error) {
 	}
 }
 
+// note takes in how the removal of something that was there ended.
+func (c *cleanup) note(err error) {
+	c.removed = c.removed || err == nil
+	c.fail(err)
+}
+
 func (c *cleanup) kubeProxy(f proxier.Family) (draining int, err error) {
 	draining = c.removeServers(f, c.theirs)
 	// The sets tell which servers at the node's own addresses are kube-proxy's:
 	// they go with the last.
 	if draining == 0 {
 		for i := range c.sets {
-			c.fail(c.sets[i].destroy())
+			c.note(c.sets[i].destroy())
 		}
 	}
 	return draining, errors.Join(c.failed...)
@@ -92,7 +102,7 @@ func (c *cleanup) removeServers(f proxier.Family, goes func(serverKey) bool) (dr
 		for i, key := range gone {
 			ops[i] = op{verb: removeServer, key: key}
 		}
-		c.fail(k.send(ops, func(op) {}))
+		c.fail(k.send(ops, func(op) { c.removed = true }))
 	}
 	return len(busy)
 }
@@ -149,9 +159,11 @@ func (c *cleanup) removeAddrs(busy []serverKey) {
 			gone = append(gone, a)
 		}
 	}
-	c.fail(c.device.remove(gone, func(netip.Addr) {}))
+	c.fail(c.device.remove(gone, func(netip.Addr) { c.removed = true }))
 	if c.device.link != nil {
-		c.fail(c.device.removeUnused())
+		device, err := c.device.removeUnused()
+		c.removed = c.removed || device
+		c.fail(err)
 	}
 }
 

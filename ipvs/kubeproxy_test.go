@@ -122,7 +122,7 @@ func TestKubeProxySets(t *testing.T) {
 				t.Errorf("%s: %s is kube-proxy's: %v, want %v", f, key, !want, want)
 			}
 		}
-		if _, err := CleanupKubeProxy(f, false, false); err != nil {
+		if _, _, err := CleanupKubeProxy(f, false, false); err != nil {
 			t.Error(err)
 		}
 	}
@@ -191,14 +191,14 @@ func TestCleanupKubeProxy(t *testing.T) {
 		whole := serversText(t, k)
 
 		// What is signalbox's alone is nothing here.
-		if err := Cleanup(w.family); err != nil {
-			t.Fatal(err)
+		if removed, err := Cleanup(w.family); err != nil || removed {
+			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
 		if diff := cmp.Diff(whole, serversText(t, k), cmp.AllowUnexported(destination{}), compareAddrPorts); diff != "" {
 			t.Errorf("Cleanup changed what is kube-proxy's (-before +after)\n%s", diff)
 		}
 		// A mode that shares the device keeps what is at its addresses.
-		if _, err := CleanupKubeProxy(w.family, true, false); err != nil {
+		if _, _, err := CleanupKubeProxy(w.family, true, false); err != nil {
 			t.Fatal(err)
 		}
 		shared := maps.Clone(foreign)
@@ -206,8 +206,8 @@ func TestCleanupKubeProxy(t *testing.T) {
 		if diff := cmp.Diff(shared, serversText(t, k), cmp.AllowUnexported(destination{}), compareAddrPorts); diff != "" {
 			t.Errorf("with the device shared (-want +got)\n%s", diff)
 		}
-		if _, err := CleanupKubeProxy(w.family, false, true); err != nil {
-			t.Fatal(err)
+		if removed, _, err := CleanupKubeProxy(w.family, false, true); err != nil || !removed {
+			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
 		if diff := cmp.Diff(foreign, serversText(t, k), cmp.AllowUnexported(destination{}), compareAddrPorts); diff != "" {
 			t.Errorf("(-before +after)\n%s", diff)

@@ -83,32 +83,32 @@ func probeServer(f proxier.Family, unsupported func(missing, remedy string, err 
 // of one family, and the device with the last address. Virtual servers of other
 // software stay, and where kube-proxy's sets say that it serves in its ipvs
 // mode, so do the addresses and what is at them. It is no error if there is
-// nothing.
-func Cleanup(f proxier.Family) error {
-	_, err := leave(f, false)
-	return err
+// nothing, and then removed is false.
+func Cleanup(f proxier.Family) (removed bool, err error) {
+	removed, _, err = leave(f, false)
+	return removed, err
 }
 
 // Drain is Cleanup for when another mode serves already: a virtual server that
 // has connections gets no new ones and stays, with the addresses, and the
 // function is to be called again later. draining is how many do.
-func Drain(f proxier.Family) (draining int, err error) { return leave(f, true) }
+func Drain(f proxier.Family) (removed bool, draining int, err error) { return leave(f, true) }
 
-func leave(f proxier.Family, drain bool) (draining int, err error) {
+func leave(f proxier.Family, drain bool) (removed bool, draining int, err error) {
 	d, err := openDevice(f)
 	if err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	defer d.close()
 	if err := d.find(); err != nil {
-		return 0, err
+		return false, 0, err
 	}
 	c := cleanup{device: d, drain: drain}
 	if HasKubeProxy(f) {
 		c.sharesDevice = true // with kube-proxy, whose it is now
 	} else if d.link != nil {
 		if c.held, _, err = d.held(); err != nil {
-			return 0, err
+			return false, 0, err
 		}
 	}
 	draining = c.removeServers(f, func(key serverKey) bool {
@@ -116,12 +116,14 @@ func leave(f proxier.Family, drain bool) (draining int, err error) {
 	})
 	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, nil)
 	if err != nil {
-		return draining, errors.Join(append(c.failed, err)...)
+		return c.removed, draining, errors.Join(append(c.failed, err)...)
 	}
 	defer t.Close()
-	t.DeleteTable()
+	table := t.DeleteTable()
 	if err := t.Commit(); err != nil {
 		c.fail(fmt.Errorf("delete table %s of %s: %w", tableName, f, err))
+	} else {
+		c.removed = c.removed || table
 	}
-	return draining, errors.Join(c.failed...)
+	return c.removed, draining, errors.Join(c.failed...)
 }

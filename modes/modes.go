@@ -33,8 +33,9 @@ type Mode struct {
 	// Render writes what New's Proxier would put into the kernel for a plan,
 	// in the words in which the kernel's own tool for it lists rules.
 	Render func(proxier.Options, *proxier.Plan) (string, error)
-	// Cleanup removes everything that the mode ever put into the kernel.
-	Cleanup func(proxier.Family) error
+	// Cleanup removes everything that the mode ever put into the kernel, and says
+	// whether anything was there that went, also where it fails for the rest.
+	Cleanup func(proxier.Family) (removed bool, err error)
 }
 
 // All lists the modes, the preferred one first.

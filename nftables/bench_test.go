@@ -63,7 +63,7 @@ func BenchmarkSyncCold(b *testing.B) {
 		forgetPeak(b)
 		for b.Loop() {
 			b.StopTimer()
-			if err := Cleanup(plan.Family); err != nil {
+			if _, err := Cleanup(plan.Family); err != nil {
 				b.Fatal(err)
 			}
 			b.StartTimer()

@@ -260,15 +260,17 @@ func (w *wire) ReplaceTable() {
 	w.addSets()
 }
 
-// DeleteTable deletes the table if it exists. If not, there is nothing to
-// Commit.
-func (w *wire) DeleteTable() {
-	switch exists, err := w.exists(); {
+// DeleteTable deletes the table if it exists, which it says. If not, there is
+// nothing to Commit.
+func (w *wire) DeleteTable() (exists bool) {
+	exists, err := w.exists()
+	switch {
 	case err != nil && w.failed == nil:
 		w.failed = err
 	case exists:
 		w.deleteTable()
 	}
+	return exists
 }
 
 // AddChains adds chains and then their rules, which may jump to any of them.

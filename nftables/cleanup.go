@@ -15,11 +15,13 @@ import (
 const kubeProxyTable = "kube-proxy"
 
 // Cleanup removes this mode's table of the family, and nothing else. It is no
-// error if there is none, and then nothing is written.
-func Cleanup(f proxier.Family) error { return removeTable(f, tableName) }
+// error if there is none, and then nothing is written and removed is false.
+func Cleanup(f proxier.Family) (removed bool, err error) { return removeTable(f, tableName) }
 
 // CleanupKubeProxy removes the table of kube-proxy's nftables mode likewise.
-func CleanupKubeProxy(f proxier.Family) error { return removeTable(f, kubeProxyTable) }
+func CleanupKubeProxy(f proxier.Family) (removed bool, err error) {
+	return removeTable(f, kubeProxyTable)
+}
 
 // HasChain says whether a table of other software has a chain.
 func HasChain(f proxier.Family, table, chain string) (bool, error) {
@@ -35,21 +37,21 @@ func HasChain(f proxier.Family, table, chain string) (bool, error) {
 	return slices.ContainsFunc(chains, func(c *nft.Chain) bool { return c.Table.Name == table && c.Name == chain }), nil
 }
 
-func removeTable(f proxier.Family, name string) error {
+func removeTable(f proxier.Family, name string) (removed bool, err error) {
 	w, err := dial(familyOf(f), name)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer w.close()
-	w.DeleteTable()
+	removed = w.DeleteTable()
 	err = w.flush()
 	if errors.Is(err, unix.EINVAL) { // of nfnetlink, which knows no nf_tables
-		return unsupported(f, "nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
+		return false, unsupported(f, "nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
 	if err != nil {
-		return fmt.Errorf("delete table %s of %s: %w", name, f, err)
+		return false, fmt.Errorf("delete table %s of %s: %w", name, f, err)
 	}
-	return nil
+	return removed, nil
 }
 
 // HasKubeProxy says whether there is a table of kube-proxy's nftables mode.

@@ -51,15 +51,15 @@ table ip filter { chain DOCKER { counter; }; }
 		nftText(t, "table "+familyOf(f).word+" kube-proxy { chain services { }; }", "-f", "-")
 	}
 	for _, f := range proxier.Families {
-		if err := Cleanup(f); err != nil {
-			t.Fatal(err)
+		if removed, err := Cleanup(f); err != nil || !removed {
+			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
 	}
 	if text := nftText(t, "", "list", "tables"); strings.Contains(text, "signalbox") || strings.Count(text, "kube-proxy\n") != 3 {
 		t.Errorf("Cleanup leaves\n%s", text)
 	}
 	for _, f := range proxier.Families {
-		if err := CleanupKubeProxy(f); err != nil {
+		if _, err := CleanupKubeProxy(f); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -68,11 +68,11 @@ table ip filter { chain DOCKER { counter; }; }
 	}
 	gen := generation(t)
 	for _, f := range proxier.Families {
-		if err := Cleanup(f); err != nil {
-			t.Error(err)
+		if removed, err := Cleanup(f); err != nil || removed {
+			t.Errorf("something of ours was removed: %v, %v", removed, err)
 		}
-		if err := CleanupKubeProxy(f); err != nil {
-			t.Error(err)
+		if removed, err := CleanupKubeProxy(f); err != nil || removed {
+			t.Errorf("something of kube-proxy's was removed: %v, %v", removed, err)
 		}
 	}
 	if now := generation(t); now != gen {

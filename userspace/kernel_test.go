@@ -29,8 +29,12 @@ func TestCleanupLeavesNothing(t *testing.T) {
 			t.Fatal("nothing was written")
 		}
 		w.p.routes.forsake() // or what is cleaned up is put back
-		for range 2 {        // also where nothing is there any more
-			w.must(Cleanup(w.family))
+		for i := range 2 {   // also where nothing is there any more
+			removed, err := Cleanup(w.family)
+			w.must(err)
+			if removed != (i == 0) {
+				t.Errorf("Cleanup number %d says %v", i+1, removed)
+			}
 		}
 		if after := w.kernel(); after != before {
 			t.Errorf("there are %+v, there were %+v", after, before)
@@ -72,7 +76,8 @@ func TestRulesOfOtherMarks(t *testing.T) {
 		w.p.routes.mark = old
 		w.must(w.p.routes.ensure()) // a second rule
 		w.p.routes.forsake()        // or what is cleaned up is put back
-		w.must(Cleanup(w.family))
+		_, err := Cleanup(w.family)
+		w.must(err)
 		if after := w.kernel(); after != before {
 			t.Errorf("cleanup leaves %+v, there were %+v", after, before)
 		}

@@ -71,26 +71,27 @@ func trySockets(f proxier.Family) error {
 }
 
 // Cleanup removes this mode's table, routes and rule of the family, and nothing
-// else. It is no error if there are none.
-func Cleanup(f proxier.Family) error {
+// else. It is no error if there are none, and then removed is false.
+func Cleanup(f proxier.Family) (removed bool, err error) {
 	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, makeSets())
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer t.Close()
-	t.DeleteTable()
+	table := t.DeleteTable()
 	if err := t.Commit(); err != nil {
-		return fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
+		return false, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
 	}
 	r, err := newRoutes(f, 0)
 	if err != nil {
-		return err
+		return table, err
 	}
 	defer r.close()
-	if err := r.remove(); err != nil {
-		return fmt.Errorf("remove the relay's routes of %s: %w", f, err)
+	routes, err := r.remove()
+	if err != nil {
+		return table || routes, fmt.Errorf("remove the relay's routes of %s: %w", f, err)
 	}
-	return nil
+	return table || routes, nil
 }
 
 // Render prints the table that New and one Sync would make of plan on a node

@@ -177,24 +177,26 @@ func (r *routes) try() error {
 }
 
 // remove takes away what ensure made; what is not there is no error.
-func (r *routes) remove() error {
+func (r *routes) remove() (removed bool, err error) {
 	lo, err := r.handle.LinkByName("lo")
 	if err != nil {
-		return fmt.Errorf("find the loopback device: %w", err)
+		return false, fmt.Errorf("find the loopback device: %w", err)
 	}
 	own, answers, rule := r.entries(lo.Attrs().Index)
 	rule.Mark, rule.Mask = 0, nil // whatever bit it was
 	var ruleErr error
 	for ruleErr == nil { // there may be several, with different marks
 		ruleErr = r.handle.RuleDel(rule)
+		removed = removed || ruleErr == nil
 	}
 	var failed []error
 	for _, err := range []error{ruleErr, r.handle.RouteDel(answers), r.handle.RouteDel(own)} {
+		removed = removed || err == nil
 		if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ESRCH) {
 			failed = append(failed, err)
 		}
 	}
-	return errors.Join(failed...)
+	return removed, errors.Join(failed...)
 }
 
 // apart says whether packets from endpoint to client are sure to pass through

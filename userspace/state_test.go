@@ -115,7 +115,8 @@ func TestChangesAddUp(t *testing.T) {
 			w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{Services: []proxier.ServicePortName{name}, Node: random.IntN(20) == 0}))
 		}
 		grown := w.contents()
-		w.must(Cleanup(w.family))
+		_, err := Cleanup(w.family)
+		w.must(err)
 		w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
 		if fresh := w.contents(); grown != fresh {
 			t.Errorf("after many changes:\n%s\nwritten at once:\n%s", grown, fresh)

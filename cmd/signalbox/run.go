@@ -65,7 +65,7 @@ func chosenAction(cfg *config.Config, log *slog.Logger) (do func() error, left [
 		do    func() error
 	}{
 		{"--write-config-to", cfg.WriteTo != "", func() error { return writeConfig(cfg, log) }},
-		{"--cleanup", cfg.Cleanup, func() error { return cleanup(false) }},
+		{"--cleanup", cfg.Cleanup, func() error { return cleanup(false, func(text string) { log.Info(text) }) }},
 		{"--init-only", cfg.InitOnly, func() error { return initOnly(cfg, log) }},
 	} {
 		switch {
