@@ -34,6 +34,8 @@ var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeIPVS, ModeUserspa
 type Config struct {
 	// Mode is one of Modes; ModeAuto takes the first mode that works here.
 	Mode string
+	// ModeReason says in words where Mode comes from.
+	ModeReason string
 	// NodeName is the name that this node's Node object and its endpoints
 	// carry: trimmed and lower-cased, never empty.
 	NodeName string

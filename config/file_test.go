@@ -67,7 +67,7 @@ func TestKubeadmFile(t *testing.T) {
 	}
 	c.OOMScoreAdj, c.KubeProxy = nil, nil
 	want := &Config{
-		Mode: ModeIPTables, NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
+		Mode: ModeIPTables, ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
 		ContentType: "application/vnd.kubernetes.protobuf", QPS: 5, Burst: 10, MasqueradeMark: 0x4000,
 		Settings: proxier.Settings{
 			DetectLocal: proxier.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: true,
@@ -229,6 +229,7 @@ func TestWrittenFileIsReadBack(t *testing.T) {
 		}
 		c.MinSyncPeriod = again.MinSyncPeriod // written with its default, it counts as given
 		c.Warnings, again.Warnings = nil, nil
+		c.ModeReason, again.ModeReason = "", ""
 		if !reflect.DeepEqual(c, again) {
 			t.Errorf("%q: wrote %+v\nread %+v", args, c, again)
 		}
@@ -247,18 +248,21 @@ func mustParse(t *testing.T, args ...string) *Config {
 	return c
 }
 
-func TestModeThatNobodyNamed(t *testing.T) {
+func TestWhichModeAndWhy(t *testing.T) {
 	for _, test := range []struct {
-		args []string
-		want string
+		args         []string
+		want, reason string
 	}{
-		{nil, ModeAuto},
-		{[]string{"--proxy-mode="}, ModeIPTables},
-		{[]string{"--config=" + writeFile(t, "")}, ModeIPTables},
-		{[]string{"--config=" + writeFile(t, ""), "--mode=auto"}, ModeAuto},
+		{nil, ModeAuto, "nothing names a mode, which means auto; kube-proxy would take iptables, and --proxy-mode=iptables does so"},
+		{[]string{"--proxy-mode="}, ModeIPTables, "--proxy-mode is given and empty, which means iptables as with kube-proxy"},
+		{[]string{"--proxy-mode=ipvs"}, ModeIPVS, "--proxy-mode: ipvs"},
+		{[]string{"--proxy-mode=ipvs", "--mode=ipvs"}, ModeIPVS, "--mode=ipvs"},
+		{[]string{"--config=" + writeFile(t, "")}, ModeIPTables, "the file of --config names no mode, which means iptables as with kube-proxy"},
+		{[]string{"--config=" + writeFile(t, "mode: nftables")}, ModeNFTables, "the file's mode: nftables"},
+		{[]string{"--config=" + writeFile(t, ""), "--mode=auto"}, ModeAuto, "--mode=auto"},
 	} {
-		if c := mustParse(t, test.args...); c.Mode != test.want {
-			t.Errorf("%q: mode %s, want %s", test.args, c.Mode, test.want)
+		if c := mustParse(t, test.args...); c.Mode != test.want || c.ModeReason != test.reason {
+			t.Errorf("%q: mode %s because of %q, want %s and %q", test.args, c.Mode, c.ModeReason, test.want, test.reason)
 		}
 	}
 }

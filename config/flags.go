@@ -94,7 +94,7 @@ func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {
 	fs.Int32Var(&f.healthzPort, "healthz-port", 10256, "0 for no server at --healthz-bind-address")
 	fs.Int32Var(&f.metricsPort, "metrics-port", 10249, "0 for no server at --metrics-bind-address")
 
-	fs.StringVar((*string)(&k.Mode), "proxy-mode", "", "kube-proxy's name for --mode; given and empty, it is iptables")
+	fs.StringVar((*string)(&k.Mode), "proxy-mode", "", "kube-proxy's name for --mode; given and empty, it is iptables. Where neither of the two is given, nor --config, the mode is auto and not iptables as with kube-proxy")
 	fs.Int32Var(k.IPTables.MasqueradeBit, "iptables-masquerade-bit", *k.IPTables.MasqueradeBit, "bit of the packet mark (0 to 31) that asks for the source address to be rewritten, in every mode")
 	fs.BoolVar(&k.IPTables.MasqueradeAll, "masquerade-all", false, "rewrite the source address of all traffic to cluster IPs")
 	fs.BoolVar(k.IPTables.LocalhostNodePorts, "iptables-localhost-nodeports", true, "iptables mode: serve NodePorts on 127.0.0.1 too")

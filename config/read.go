@@ -23,6 +23,8 @@ type reading struct {
 	file string
 	// ownMode says that the mode comes from signalbox's own flag.
 	ownMode bool
+	// modeReason says where the mode comes from.
+	modeReason string
 	// minSyncPeriod is what was asked for, 0 for nothing.
 	minSyncPeriod time.Duration
 	warnings      []string
@@ -55,6 +57,7 @@ func (f *Flags) beside(k *v1alpha1.KubeProxyConfiguration, ignored error) (*read
 		r.warnings = append(r.warnings, fmt.Sprintf("--config=%s: part of it is not read: %v", f.file, ignored))
 	}
 	r.warnings = append(r.warnings, f.leftToFile()...)
+	r.modeReason = f.modeReason(k.Mode, "the file's mode", "the file of --config names no mode, which means iptables as with kube-proxy")
 	k.Mode = cmp.Or(v1alpha1.ProxyMode(f.own.mode), k.Mode, ModeIPTables)
 	r.minSyncPeriod = timingOf(k).minSync
 	setDefaults(k)
@@ -91,10 +94,11 @@ func (f *Flags) readCommandLine() (*reading, error) {
 	if own != "" && theirs != "" && own != theirs {
 		return nil, fmt.Errorf("--mode=%s and --proxy-mode=%s contradict each other: give one of them", own, theirs)
 	}
-	unsaid := v1alpha1.ProxyMode(ModeAuto)
+	unsaid, reason := v1alpha1.ProxyMode(ModeAuto), "nothing names a mode, which means auto; kube-proxy would take iptables, and --proxy-mode=iptables does so"
 	if f.given("proxy-mode") {
-		unsaid = ModeIPTables
+		unsaid, reason = ModeIPTables, "--proxy-mode is given and empty, which means iptables as with kube-proxy"
 	}
+	r.modeReason = f.modeReason(theirs, "--proxy-mode", reason)
 	k.Mode = cmp.Or(own, theirs, unsaid)
 	if k.Mode == ModeNFTables {
 		f.copyToNFTables(k)
@@ -108,6 +112,18 @@ func (f *Flags) readCommandLine() (*reading, error) {
 		k.HostnameOverride, err = nodeName("--hostname-override", k.HostnameOverride)
 	}
 	return r, err
+}
+
+// modeReason says which of signalbox's own flag, what kube-proxy calls the mode,
+// and neither of the two decides.
+func (f *Flags) modeReason(theirs v1alpha1.ProxyMode, from, unsaid string) string {
+	switch {
+	case f.own.mode != "":
+		return "--mode=" + f.own.mode
+	case theirs != "":
+		return fmt.Sprintf("%s: %s", from, theirs)
+	}
+	return unsaid
 }
 
 // nodeName is the node's name by what a flag or a field says, which errors name.

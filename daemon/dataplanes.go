@@ -5,12 +5,14 @@ import (
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"signalbox/internal/handover"
 	"signalbox/ipvs"
 	"signalbox/modes"
 	"signalbox/proxier"
+	"signalbox/userspace"
 )
 
 // dataplanes are the Proxiers at work. They outlive a change of the
@@ -20,14 +22,16 @@ type dataplanes struct {
 	// sockets are those that a service manager keeps for this process.
 	sockets *handover.Sockets
 
-	open map[planeKey]proxier.Proxier
 	used map[planeKey]bool // by the configuration in force
 	// serving says that every plane that is used was synced under the
 	// configuration in force.
-	serving bool
+	serving atomic.Bool
 
-	mu       sync.Mutex // guards retiring
+	mu       sync.Mutex // guards what follows
+	open     map[planeKey]proxier.Proxier
 	retiring map[planeKey]*retiree
+	// ended is what relays counted that are closed.
+	ended map[proxier.Family]userspace.Stats
 }
 
 type planeKey struct {
@@ -47,11 +51,17 @@ type retiree struct {
 }
 
 func newDataplanes() *dataplanes {
-	return &dataplanes{sockets: handover.FromEnvironment(), open: map[planeKey]proxier.Proxier{}, retiring: map[planeKey]*retiree{}}
+	return &dataplanes{
+		sockets: handover.FromEnvironment(), used: map[planeKey]bool{}, open: map[planeKey]proxier.Proxier{},
+		retiring: map[planeKey]*retiree{}, ended: map[proxier.Family]userspace.Stats{},
+	}
 }
 
 // begin is called for each configuration before what it uses is asked for.
-func (d *dataplanes) begin() { d.used, d.serving = map[planeKey]bool{}, false }
+func (d *dataplanes) begin() {
+	d.used = map[planeKey]bool{}
+	d.serving.Store(false)
+}
 
 // get returns the Proxier of a mode, which may have been at work before.
 func (d *dataplanes) get(mode modes.Mode, opts proxier.Options) (proxier.Proxier, error) {
@@ -59,43 +69,41 @@ func (d *dataplanes) get(mode modes.Mode, opts proxier.Options) (proxier.Proxier
 		opts.IPVS = proxier.IPVSTuning{} // no other mode has a use for it
 	}
 	key := planeKey{mode.Name, opts}
-	p := d.open[key]
-	if p == nil {
-		p = d.recall(key)
-	}
+	p := d.atHand(key)
 	if p == nil {
 		var err error
 		if p, err = mode.New(opts); err != nil {
 			return nil, err
 		}
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.open[key] = p
 	d.used[key] = true
 	return p, nil
 }
 
-// onceServing returns what counts first syncs. The planes of an earlier
-// configuration, which packets go through until then, are let go after them,
-// before told learns of the last one.
-func (d *dataplanes) onceServing(families []proxier.Family, told func(proxier.SyncReport), log *slog.Logger) func(proxier.SyncReport) {
-	waiting := map[proxier.Family]bool{}
-	for _, f := range families {
-		waiting[f] = true
+// atHand returns a plane that is open, or that was about to be closed and is not
+// any more, or nil.
+func (d *dataplanes) atHand(key planeKey) proxier.Proxier {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	r := d.retiring[key]
+	if r == nil {
+		return d.open[key]
 	}
-	return func(r proxier.SyncReport) {
-		if r.Err == nil && !d.serving {
-			delete(waiting, r.Family)
-			if d.serving = len(waiting) == 0; d.serving {
-				d.retireOthers(log)
-			}
-		}
-		told(r)
-	}
+	delete(d.retiring, key)
+	r.recall()
+	return r.plane
 }
 
-// retireOthers closes the planes that are not used, or has them closed once no
+// serve is called when every plane that is used was synced. Those of an earlier
+// configuration, which packets went through until then, are closed, or once no
 // connection passes through them.
-func (d *dataplanes) retireOthers(log *slog.Logger) {
+func (d *dataplanes) serve(log *slog.Logger) {
+	d.serving.Store(true)
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for key, p := range d.open {
 		if d.used[key] {
 			continue
@@ -104,16 +112,25 @@ func (d *dataplanes) retireOthers(log *slog.Logger) {
 		if through, ok := p.(drainer); ok {
 			d.retire(key, p, through, log)
 		} else {
-			logClosing(p.Close(), log)
+			logClosing(d.end(key, p), log)
 		}
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	for key, r := range d.retiring {
 		if by := d.replacement(key); by != nil {
 			replace(r.plane, by)
 		}
 	}
+}
+
+// end closes a plane; what it counted stays. The lock is held.
+func (d *dataplanes) end(key planeKey, p proxier.Proxier) error {
+	err := p.Close()
+	if r, ok := p.(relay); ok {
+		count := r.Stats()
+		count.Connections, count.Flows, count.MaxConnections, count.MaxFlows = 0, 0, 0, 0
+		d.ended[key.opts.Family] = sum(d.ended[key.opts.Family], count)
+	}
+	return err
 }
 
 // replacement is the plane in use that has the mode and the family of one that
@@ -142,12 +159,11 @@ func replace(old, by proxier.Proxier) {
 // obeyed the old ones: its first packet, sent again once, included.
 const arrivalTime = 5 * time.Second
 
+// retire closes a plane once no connection passes through it. The lock is held.
 func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, log *slog.Logger) {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &retiree{plane: p, recall: cancel, gone: make(chan struct{})}
-	d.mu.Lock()
 	d.retiring[key] = r
-	d.mu.Unlock()
 	go func() {
 		defer close(r.gone)
 		select { // connections that were led here before may arrive yet
@@ -160,22 +176,9 @@ func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, lo
 		if d.retiring[key] == r { // else it is in use again
 			delete(d.retiring, key)
 			standBy(p) // no process is to go on with its sockets
-			logClosing(p.Close(), log)
+			logClosing(d.end(key, p), log)
 		}
 	}()
-}
-
-// recall returns a plane that was about to be closed, or nil.
-func (d *dataplanes) recall(key planeKey) proxier.Proxier {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	r := d.retiring[key]
-	if r == nil {
-		return nil
-	}
-	delete(d.retiring, key)
-	r.recall()
-	return r.plane
 }
 
 // waitRetired waits until planes that are not used have no connections any
@@ -242,11 +245,11 @@ func (d *dataplanes) close() error {
 		delete(d.retiring, key)
 		r.recall()
 		standBy(r.plane)
-		failed = append(failed, r.plane.Close())
+		failed = append(failed, d.end(key, r.plane))
 	}
 	for key, p := range d.open {
 		delete(d.open, key)
-		failed = append(failed, p.Close())
+		failed = append(failed, d.end(key, p))
 	}
 	return errors.Join(failed...)
 }

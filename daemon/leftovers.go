@@ -26,25 +26,11 @@ import (
 // that was started later stays: it is to have the node, and its rules come
 // before this mode's.
 type leftovers struct {
-	mode     modes.Mode
-	families []proxier.Family
+	leftoversOptions
 	// inUse is the variant of the iptables tools that this mode uses.
 	inUse map[proxier.Family]iptables.Backend
-	// resync has this mode's own rules written anew.
-	resync func()
-	// drained waits until relays that this process had under an earlier
-	// configuration have no connections any more; false if its context ends
-	// first.
-	drained func(context.Context) bool
-	// flows removes stale UDP flows; nil where they cannot be.
-	flows interface{ Flush(context.Context) error }
-	// present is told whether something of others is there that may be obeyed.
-	present func(family proxier.Family, is bool)
-	log     *slog.Logger
 
-	mu     sync.Mutex // guards what follows
-	served map[proxier.Family]bool
-	ready  chan struct{} // closed when all families are served
+	mu sync.Mutex // guards failed
 	// failed are removals that are to be done again, by what they remove.
 	failed map[proxier.Family]map[string]removal
 
@@ -53,72 +39,35 @@ type leftovers struct {
 	had   map[proxier.Family]bool
 	until time.Time
 	said  map[proxier.Family]bool
-	// draining counts kube-proxy's virtual servers that have connections yet.
-	draining map[proxier.Family]int
+	// draining counts kube-proxy's virtual servers that have connections yet, and
+	// ownDraining those of the ipvs mode.
+	draining, ownDraining map[proxier.Family]int
 }
 
-func newLeftovers(choice modes.Choice, log *slog.Logger) *leftovers {
-	l := &leftovers{mode: choice.Mode, families: choice.Families, inUse: map[proxier.Family]iptables.Backend{}, present: func(proxier.Family, bool) {}, log: log}
-	l.forget()
+// leftoversOptions is what leftovers work with.
+type leftoversOptions struct {
+	// choice and proxiers are the mode at work.
+	choice   modes.Choice
+	proxiers map[proxier.Family]proxier.Proxier
+	// resync has this mode's own rules written anew.
+	resync func()
+	// drained waits until relays that this process had under an earlier
+	// configuration have no connections any more; false if its context ends
+	// first.
+	drained func(context.Context) bool
+	// present is told whether something of others is there that may be obeyed.
+	present func(family proxier.Family, is bool)
+	log     *slog.Logger
+}
+
+func newLeftovers(opts leftoversOptions) *leftovers {
+	l := &leftovers{leftoversOptions: opts, inUse: map[proxier.Family]iptables.Backend{}, failed: map[proxier.Family]map[string]removal{}}
+	for family, p := range opts.proxiers {
+		if p, ok := p.(interface{ Backend() iptables.Backend }); ok {
+			l.inUse[family] = p.Backend()
+		}
+	}
 	return l
-}
-
-// shares notes what the mode at work has in common with kube-proxy.
-func (l *leftovers) shares(family proxier.Family, p proxier.Proxier) {
-	if p, ok := p.(interface{ Backend() iptables.Backend }); ok {
-		l.inUse[family] = p.Backend()
-	}
-}
-
-// forget has everything served anew before anything is removed.
-func (l *leftovers) forget() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.served, l.ready = map[proxier.Family]bool{}, make(chan struct{})
-}
-
-// serves notes that all of a family's Services are in the kernel, and says
-// whether this is the first time.
-func (l *leftovers) serves(family proxier.Family) (first bool) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.served[family] {
-		return false
-	}
-	l.served[family] = true
-	if len(l.served) == len(l.families) {
-		close(l.ready)
-	}
-	return true
-}
-
-// wait returns when all families are served; false if ctx ends first.
-func (l *leftovers) wait(ctx context.Context) bool {
-	l.mu.Lock()
-	ready := l.ready
-	l.mu.Unlock()
-	select {
-	case <-ready:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
-// settleTime bounds the wait for stale flows.
-const settleTime = 5 * time.Second
-
-// settleFlows waits until UDP flows have left what served before. A relay that
-// the node is taken from refuses them afterwards.
-func (l *leftovers) settleFlows(ctx context.Context) {
-	if l.flows == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, settleTime)
-	defer cancel()
-	if err := l.flows.Flush(ctx); err != nil {
-		l.log.Debug("UDP flows may yet lead to what served before", "error", err)
-	}
 }
 
 const (
@@ -149,7 +98,7 @@ func (l *leftovers) run(ctx context.Context, s *seat) {
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, lastLook)
-		for _, family := range l.families {
+		for _, family := range l.choice.Families {
 			l.removeAgain(family)
 			if l.look(ctx, family) {
 				pause = firstLook
@@ -161,15 +110,20 @@ func (l *leftovers) run(ctx context.Context, s *seat) {
 
 func (l *leftovers) removeAll(ctx context.Context) {
 	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool {
-		return m.Name == l.mode.Name || m.Name == userspace.Mode
+		return m.Name == l.choice.Mode.Name || m.Name == userspace.Mode || m.Name == ipvs.Mode
 	})
-	l.had, l.said, l.draining = map[proxier.Family]bool{}, map[proxier.Family]bool{}, map[proxier.Family]int{}
+	todo := signalboxRemovals(others)
+	if l.choice.Mode.Name != ipvs.Mode {
+		todo = append(todo, l.ownIPVS())
+	}
+	l.had, l.said = map[proxier.Family]bool{}, map[proxier.Family]bool{}
+	l.draining, l.ownDraining = map[proxier.Family]int{}, map[proxier.Family]int{}
 	l.until = time.Now().Add(swapTime)
 	l.mu.Lock()
 	l.failed = map[proxier.Family]map[string]removal{}
 	l.mu.Unlock()
-	for _, family := range l.families {
-		l.remove(family, signalboxRemovals(others))
+	for _, family := range l.choice.Families {
+		l.remove(family, todo)
 		l.had[family] = l.kubeProxyWrote(ctx, family)
 		l.remove(family, l.kubeProxy(family))
 	}
@@ -179,11 +133,11 @@ func (l *leftovers) removeAll(ctx context.Context) {
 // it has open need its rules and routes until it ends. New ones do not come to
 // it, as other modes' rules are looked at first.
 func (l *leftovers) removeRelay() {
-	if l.mode.Name == userspace.Mode {
+	if l.choice.Mode.Name == userspace.Mode {
 		return
 	}
 	relay := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool { return m.Name != userspace.Mode })
-	for _, family := range l.families {
+	for _, family := range l.choice.Families {
 		l.remove(family, signalboxRemovals(relay))
 	}
 }
@@ -193,9 +147,26 @@ func (l *leftovers) kubeProxy(family proxier.Family) []removal {
 	return kubeProxyRemovals(l.inUse[family], l.drainIPVS)
 }
 
+// ownIPVS is what the ipvs mode's rules and servers are removed by while another
+// mode serves.
+func (l *leftovers) ownIPVS() removal {
+	return removal{what: "what signalbox's mode ipvs wrote", remove: l.drainOwn}
+}
+
+// drainOwn removes the virtual servers of the ipvs mode without ending
+// connections.
+func (l *leftovers) drainOwn(family proxier.Family) (removed bool, err error) {
+	removed, n, err := ipvs.Drain(family)
+	if n > 0 && l.ownDraining[family] == 0 {
+		l.log.Info("virtual servers of the ipvs mode have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
+	}
+	l.ownDraining[family] = n
+	return removed, err
+}
+
 // drainIPVS removes kube-proxy's virtual servers without ending connections.
 func (l *leftovers) drainIPVS(family proxier.Family) (removed bool, err error) {
-	removed, n, err := ipvs.CleanupKubeProxy(family, l.mode.Name == ipvs.Mode, true)
+	removed, n, err := ipvs.CleanupKubeProxy(family, l.choice.Mode.Name == ipvs.Mode, true)
 	if n > 0 && l.draining[family] == 0 {
 		l.log.Info("virtual servers of kube-proxy have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
 	}
@@ -246,7 +217,7 @@ func (l *leftovers) removeAgain(family proxier.Family) {
 // tellPresent tells of what could not be removed and of a kube-proxy's rules
 // that are left to it.
 func (l *leftovers) tellPresent() {
-	for _, family := range l.families {
+	for _, family := range l.choice.Families {
 		l.mu.Lock()
 		failed := len(l.failed[family]) > 0
 		l.mu.Unlock()
@@ -257,11 +228,14 @@ func (l *leftovers) tellPresent() {
 // look removes kube-proxy's rules if they are back, and has this mode's own
 // written again if somebody else replaced them.
 func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
-	if l.draining[family] > 0 {
-		l.remove(family, []removal{{what: "kube-proxy's IPVS servers", remove: l.drainIPVS}})
+	if l.ownDraining[family] > 0 {
+		l.remove(family, []removal{l.ownIPVS()})
 	}
 	if l.kubeProxyWrote(ctx, family) {
 		return l.dealWithKubeProxy(family)
+	}
+	if l.draining[family] > 0 {
+		l.remove(family, []removal{{what: "kube-proxy's IPVS servers", remove: l.drainIPVS}})
 	}
 	l.said[family] = false
 	if b := l.inUse[family]; b != "" {
@@ -284,6 +258,7 @@ func (l *leftovers) dealWithKubeProxy(family proxier.Family) (removed bool) {
 		}
 		return true
 	}
+	l.draining[family] = 0 // what is left of its virtual servers serves it again
 	if !l.said[family] {
 		l.said[family] = true
 		l.log.Warn("kube-proxy has written rules on this node, and they come before those of signalbox; end one of the two, and remove what it leaves with `signalbox cleanup` or `signalbox cleanup --kube-proxy`",

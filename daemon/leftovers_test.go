@@ -15,10 +15,13 @@ import (
 // so what may be another kube-proxy's by then.
 func TestFailedRemovalIsRepeated(t *testing.T) {
 	var log strings.Builder
-	l := newLeftovers(modes.Choice{Families: []proxier.Family{proxier.IPv4}}, slog.New(slog.NewTextHandler(&log, nil)))
-	l.failed, l.until = map[proxier.Family]map[string]removal{}, time.Now().Add(time.Hour)
 	present := false
-	l.present = func(_ proxier.Family, is bool) { present = is }
+	l := newLeftovers(leftoversOptions{
+		choice:  modes.Choice{Families: []proxier.Family{proxier.IPv4}},
+		present: func(_ proxier.Family, is bool) { present = is },
+		log:     slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	l.until = time.Now().Add(time.Hour)
 	tries := map[string]int{}
 	failing := func(what string, times int, kubeProxy bool) removal {
 		return removal{what, func(proxier.Family) (bool, error) {

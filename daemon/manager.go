@@ -11,8 +11,8 @@ import (
 // tellManager tells the service manager, where there is one, when all families
 // are served. By then all sockets that are of use have been taken from what an
 // earlier process has left.
-func tellManager(ctx context.Context, old *leftovers, sockets *handover.Sockets, log *slog.Logger) {
-	if !old.wait(ctx) {
+func tellManager(ctx context.Context, all *served, sockets *handover.Sockets, log *slog.Logger) {
+	if !all.wait(ctx) {
 		return
 	}
 	if err := errors.Join(handover.Ready(), sockets.CloseRest()); err != nil {

@@ -339,7 +339,7 @@ func TestConfigurationThatDoesNotWork(t *testing.T) {
 		return log.count("what was in force before is so again") == 1 && log.count("msg=starting") == 2
 	})
 	rejected("1")
-	mounted.write(measured + kubeconfig + "}\niptables: {masqueradeAll: true}\n")
+	mounted.write(measured + kubeconfig + "}\nnftables: {masqueradeAll: true}\n")
 	eventually(t, "the next change counts", func() bool { return log.count("msg=starting") == 3 })
 	rejected("0")
 	mounted.write("mode: magic\n")

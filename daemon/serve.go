@@ -6,79 +6,82 @@ import (
 	"sync"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/internal/wait"
 )
 
 // serve runs the loop until ctx ends, but for the times when a signalbox that
-// was started later serves the node. beside is what runs with the loop, and for
-// as long: servers, whose ports the other needs. It is given what is closed when
-// the other has let go of them. Its error ends everything.
-func serve(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context, <-chan struct{}) error, planes *dataplanes, old *leftovers, log *slog.Logger) error {
-	for again := false; s.standBy(ctx); again = true {
+// was started later serves the node. An error is about a port; see servers.open.
+func (g *generation) serve(ctx context.Context) error {
+	for again := false; g.seat.standBy(ctx); again = true {
 		if again {
-			log.Warn("the other signalbox has ended; this one serves the node again")
-			old.forget()
-			loop.Resync()
+			g.log.Warn("the other signalbox has ended; this one serves the node again")
+			g.served.forget()
+			g.loop.Resync()
 		}
-		next, err := serveUntilAsked(ctx, s, loop, beside, old, log)
+		next, err := g.serveUntilAsked(ctx)
 		if next == nil || err != nil {
 			return err
 		}
-		planes.standBy() // before it is said that nothing is written any more
-		if err := s.give(next); err != nil {
-			log.Warn("the signalbox that takes over has ended before it could", "error", err)
+		g.observer.servers.close() // the other needs the ports
+		g.planes.standBy()         // before it is said that nothing is written any more
+		if err := g.seat.give(next); err != nil {
+			g.log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
-		log.Info("another signalbox was started and serves this node; this one stands by")
+		g.log.Info("another signalbox was started and serves this node; this one stands by")
 	}
 	return nil
 }
 
 // serveUntilAsked serves until another process wants to, which it returns; nil
-// when ctx ends, or with the error of beside. When it returns nothing is being
-// written.
-func serveUntilAsked(ctx context.Context, s *seat, loop *proxier.Loop, beside func(context.Context, <-chan struct{}) error, old *leftovers, log *slog.Logger) (*successor, error) {
+// when ctx ends. When it returns nothing is being written.
+func (g *generation) serveUntilAsked(ctx context.Context) (*successor, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var work sync.WaitGroup
-	var failed error
-	free := make(chan struct{})
-	seated := sync.OnceFunc(func() { close(free) })
-	if s.mine() {
-		seated() // another configuration of this process had the ports
+	if err := g.observer.servers.open(g, g.seat.mine()); err != nil {
+		return nil, err
 	}
-	work.Go(func() { loop.Run(ctx) })
-	work.Go(func() {
-		if failed = beside(ctx, free); failed != nil {
-			cancel()
-		}
-	})
-	next := takeSeat(ctx, s, seated, &work, old, log)
+	var work sync.WaitGroup
+	work.Go(func() { _ = g.loop.Run(ctx) }) // it never fails
+	next := g.takeSeat(ctx, &work)
 	cancel()
 	work.Wait()
-	return next, failed
+	return next, nil
 }
 
 // takeSeat gets the seat once everything is served, and returns who wants it
 // next; nil when ctx ends.
-func takeSeat(ctx context.Context, s *seat, seated func(), work *sync.WaitGroup, old *leftovers, log *slog.Logger) *successor {
-	if !old.wait(ctx) {
+func (g *generation) takeSeat(ctx context.Context, work *sync.WaitGroup) *successor {
+	if !g.served.wait(ctx) {
 		return nil
 	}
-	old.settleFlows(ctx)
-	err := s.take(ctx)
-	work.Go(func() { old.run(ctx, s) })
-	for ; err != nil && ctx.Err() == nil; err = s.take(ctx) {
-		log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
-		select {
-		case <-ctx.Done():
-		case <-time.After(s.patience):
-		}
+	g.settleFlows(ctx)
+	err := g.seat.take(ctx)
+	work.Go(func() { g.leftovers.run(ctx, g.seat) })
+	for ; err != nil && ctx.Err() == nil; err = g.seat.take(ctx) {
+		g.log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
+		wait.For(ctx, g.seat.patience)
 	}
 	if err != nil {
 		return nil
 	}
-	seated()
-	return s.waits(ctx)
+	g.observer.servers.seated()
+	return g.seat.waits(ctx)
+}
+
+// settleTime bounds the wait for stale flows.
+const settleTime = 5 * time.Second
+
+// settleFlows waits until UDP flows have left what served before. A relay that
+// the node is taken from refuses them afterwards.
+func (g *generation) settleFlows(ctx context.Context) {
+	if g.flows == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, settleTime)
+	defer cancel()
+	if err := g.flows.Flush(ctx); err != nil {
+		g.log.Debug("UDP flows may yet lead to what served before", "error", err)
+	}
 }
 
 // drainTime bounds the wait for such connections when the process is told to

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"signalbox/internal/wait"
 )
 
 // seatName is an abstract Unix socket, of which there is one in a network
@@ -70,7 +72,7 @@ func (s *seat) take(ctx context.Context) error {
 			return err
 		}
 		err = s.ask(ctx)
-		if hasLetGo(err) && pause(ctx, askAgain) {
+		if hasLetGo(err) && wait.For(ctx, askAgain) {
 			continue
 		}
 		if err != nil {
@@ -93,16 +95,6 @@ const askAgain = 10 * time.Millisecond
 // before it read what it was asked.
 func hasLetGo(err error) bool {
 	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
-}
-
-// pause waits; false if ctx ends first.
-func pause(ctx context.Context, d time.Duration) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(d):
-		return true
-	}
 }
 
 // ask has the holder let go of the seat. The connection stays open for as long

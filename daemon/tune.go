@@ -12,28 +12,21 @@ import (
 )
 
 // tune makes this process and the kernel what the configuration asks for. What
-// cannot be written is logged and returned, and the node is served all the
-// same: kube-proxy would not start.
+// cannot be written is logged or returned, and the node is served all the same:
+// kube-proxy would not start.
 func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
 	if cfg.OOMScoreAdj != nil {
 		if err := node.SetOOMScore(*cfg.OOMScoreAdj); err != nil {
 			log.Warn("this process may be killed sooner than others when memory runs out", "error", err)
 		}
 	}
-	problems := node.TuneConntrack(cfg.Conntrack)
-	for _, p := range problems {
-		log.Warn("a kernel setting is not as it should be", "file", p.File, "wanted", p.Wanted, "found", p.Found, "error", p.Err, "remedy", p.Remedy())
-	}
-	return problems
+	return node.TuneConntrack(cfg.Conntrack)
 }
 
 // Init does what needs all privileges and ends (--init-only). It is an error
 // that anything of it could not be done: there is no other use for it.
 func Init(cfg *config.Config, log *slog.Logger) error {
-	var failed []error
-	for _, p := range node.TuneConntrack(cfg.Conntrack) {
-		failed = append(failed, fmt.Errorf("%w; %s", p, p.Remedy()))
-	}
+	failed := []error{node.Unmade(node.TuneConntrack(cfg.Conntrack))}
 	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
 	failed = append(failed, err)
 	for _, family := range choice.Families {

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -22,35 +21,13 @@ var (
 )
 
 func TestMain(m *testing.M) {
-	code, err := run(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		code = 1
-	}
-	os.Exit(code)
-}
-
-func run(m *testing.M) (code int, err error) {
-	ctx := context.Background()
-	log := func(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
-	if binaries, err = cluster.Build(ctx, log); err != nil {
-		return 0, err
-	}
-	if signalbox = os.Getenv("SIGNALBOX"); signalbox == "" {
-		if signalbox, err = cluster.BuildSignalbox(ctx); err != nil {
-			return 0, err
+	cluster.Share(m, clusterOptions(), func(ctx context.Context, c *cluster.Cluster) (err error) {
+		shared, binaries = c, c.Binaries()
+		if signalbox = os.Getenv("SIGNALBOX"); signalbox == "" {
+			signalbox, err = cluster.BuildSignalbox(ctx)
 		}
-	}
-	dir, err := cluster.MakeDir()
-	if err != nil {
-		return 0, err
-	}
-	defer os.RemoveAll(dir)
-	if shared, err = cluster.Start(ctx, binaries, clusterOptions(dir)); err != nil {
-		return 0, err
-	}
-	code = m.Run()
-	return code, shared.Stop()
+		return err
+	})
 }
 
 // neverCached keeps `go test` from taking this run's result for the next one's:
@@ -75,9 +52,8 @@ func neverCached() error {
 
 // clusterOptions make a dual-stack cluster whose cluster IPs the lab's router
 // sends to node1, and whose API server is behind that router.
-func clusterOptions(dir string) cluster.Options {
+func clusterOptions() cluster.Options {
 	return cluster.Options{
-		Dir:          dir,
 		ServiceCIDRs: []netip.Prefix{netlab.ServiceNetwork.V4, netlab.ServiceNetwork.V6},
 		Advertise:    routerAddr,
 	}

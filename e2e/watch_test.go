@@ -79,7 +79,8 @@ func TestWatchExpires(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	options := clusterOptions(dir)
+	options := clusterOptions()
+	options.Dir = dir
 	options.Uncached = []string{"services", "endpointslices.discovery.k8s.io"}
 	c, err := cluster.Start(t.Context(), binaries, options)
 	if err != nil {

@@ -16,8 +16,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -60,6 +59,9 @@ type Recorder struct {
 	limit flowcontrol.RateLimiter
 	queue chan event
 	open  atomic.Int64 // Events of which it is not known what became of them
+
+	mu   sync.Mutex // guards uids
+	uids map[proxier.ServiceName]types.UID
 }
 
 // event is an Event that is to be sent.
@@ -73,7 +75,41 @@ func New(opts Options) *Recorder {
 	if opts.Counted == nil {
 		opts.Counted = func(string) {}
 	}
-	return &Recorder{opts: opts, limit: flowcontrol.NewTokenBucketRateLimiter(perSecond, burst), queue: make(chan event, burst)}
+	return &Recorder{opts: opts, limit: flowcontrol.NewTokenBucketRateLimiter(perSecond, burst), queue: make(chan event, burst), uids: map[proxier.ServiceName]types.UID{}}
+}
+
+// Watch returns a Sink that passes everything on to next and learns the UIDs of
+// Services on the way. Without its UID kubectl describe does not show a
+// Service's Events, and to ask for each would be a list of the API: the rights
+// of a service proxy do not allow a get.
+func (r *Recorder) Watch(next proxier.Sink) proxier.Sink {
+	if r == nil {
+		return next
+	}
+	return uidWatch{next, r}
+}
+
+type uidWatch struct {
+	proxier.Sink
+	recorder *Recorder
+}
+
+func (w uidWatch) Apply(obj runtime.Object) {
+	if s, ok := obj.(*corev1.Service); ok {
+		w.recorder.mu.Lock()
+		w.recorder.uids[proxier.ServiceName{Namespace: s.Namespace, Name: s.Name}] = s.UID
+		w.recorder.mu.Unlock()
+	}
+	w.Sink.Apply(obj)
+}
+
+func (w uidWatch) Delete(obj runtime.Object) {
+	if s, ok := obj.(*corev1.Service); ok {
+		w.recorder.mu.Lock()
+		delete(w.recorder.uids, proxier.ServiceName{Namespace: s.Namespace, Name: s.Name})
+		w.recorder.mu.Unlock()
+	}
+	w.Sink.Delete(obj)
 }
 
 // Started says that this node's Services are being taken care of.
@@ -87,6 +123,11 @@ func (r *Recorder) HealthzFailed(err error) {
 // MetricsFailed says that the metrics server cannot listen.
 func (r *Recorder) MetricsFailed(err error) {
 	r.node(corev1.EventTypeWarning, "FailedToStartMetricServer", err.Error())
+}
+
+// ConfigurationRejected says that a changed configuration file is not in force.
+func (r *Recorder) ConfigurationRejected(err error) {
+	r.node(corev1.EventTypeWarning, "ConfigurationRejected", fmt.Sprintf("the changed configuration file is not in force, what it said before is: %v", err))
 }
 
 func (r *Recorder) node(kind, reason, note string) {
@@ -122,8 +163,11 @@ func (r *Recorder) Problem(p proxier.Problem) {
 }
 
 func (r *Recorder) service(name proxier.ServiceName, reason, action, note string) {
+	r.mu.Lock()
+	uid := r.uids[name]
+	r.mu.Unlock()
 	r.send(event{
-		regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: name.Namespace, Name: name.Name},
+		regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: name.Namespace, Name: name.Name, UID: uid},
 		kind:      corev1.EventTypeWarning, reason: reason, action: action, note: note,
 	})
 }
@@ -160,7 +204,6 @@ func (r *Recorder) Run(ctx context.Context) error {
 			return nil
 		case first := <-r.queue:
 			for _, e := range r.gather(first) {
-				r.identify(ctx, &e.regarding)
 				recorder.Eventf(&e.regarding, nil, e.kind, e.reason, e.action, "%s", shorten(e.note))
 			}
 		}
@@ -221,28 +264,6 @@ func (r *Recorder) Flush(atMost time.Duration) {
 	}
 }
 
-// identifyFor bounds the search for a UID; the Event is of use without it.
-const identifyFor = 10 * time.Second
-
-// identify finds a Service's UID, without which kubectl describe does not show
-// the Event. The rights of a service proxy do for a list and not for a get. The
-// API server answers from memory, with the one object: a cluster's nodes may all
-// have something to say of the same Service.
-func (r *Recorder) identify(ctx context.Context, ref *corev1.ObjectReference) {
-	if ref.UID != "" {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, identifyFor)
-	defer cancel()
-	found, err := r.opts.Client.CoreV1().Services(ref.Namespace).List(ctx, metav1.ListOptions{
-		FieldSelector:   fields.OneTermEqualSelector(metav1.ObjectNameField, ref.Name).String(),
-		ResourceVersion: "0",
-	})
-	if err == nil && len(found.Items) == 1 && found.Items[0].Name == ref.Name {
-		ref.UID = found.Items[0].UID
-	}
-}
-
 // maxNote is the API's limit of an Event's note, in bytes.
 const maxNote = 1024
 
@@ -267,14 +288,23 @@ type sink struct {
 	refused sync.Once
 }
 
+// tryFor bounds one try to send an Event. The broadcaster tries it a dozen times
+// and has a goroutine for each, which must not wait for ever for a server that
+// hangs.
+const tryFor = 10 * time.Second
+
 // Create implements events.EventSink.
 func (s *sink) Create(ctx context.Context, e *eventsv1.Event) (*eventsv1.Event, error) {
+	ctx, cancel := context.WithTimeout(ctx, tryFor)
+	defer cancel()
 	made, err := s.EventSink.Create(ctx, e)
 	return s.note(e, made, err)
 }
 
 // Patch implements events.EventSink.
 func (s *sink) Patch(ctx context.Context, e *eventsv1.Event, data []byte) (*eventsv1.Event, error) {
+	ctx, cancel := context.WithTimeout(ctx, tryFor)
+	defer cancel()
 	made, err := s.EventSink.Patch(ctx, e, data)
 	return s.note(e, made, err)
 }

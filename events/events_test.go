@@ -3,9 +3,15 @@ package events
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	goruntime "runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -15,7 +21,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/fake"
+	"k8s.io/client-go/rest"
 	clienttesting "k8s.io/client-go/testing"
 
 	"signalbox/proxier"
@@ -32,10 +40,17 @@ type rig struct {
 	log     strings.Builder
 }
 
-func newRig(t *testing.T, objects ...runtime.Object) *rig {
-	r := &rig{T: t, client: fake.NewClientset(objects...), counted: map[string]int{}}
+func newRig(t *testing.T) *rig {
+	client := fake.NewClientset()
+	r := newRigWith(t, client)
+	r.client = client
+	return r
+}
+
+func newRigWith(t *testing.T, client kubernetes.Interface) *rig {
+	r := &rig{T: t, counted: map[string]int{}}
 	r.Recorder = New(Options{
-		Client: r.client, NodeName: "node1", Log: slog.New(slog.NewTextHandler(r, nil)),
+		Client: client, NodeName: "node1", Log: slog.New(slog.NewTextHandler(r, nil)),
 		Counted: func(result string) {
 			r.mu.Lock()
 			defer r.mu.Unlock()
@@ -115,6 +130,11 @@ func TestEvents(t *testing.T) {
 			Type: "Warning", Reason: "FailedToStartMetricServer", Action: "StartKubeProxy", Note: "100% no",
 			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"},
 		}},
+		{"the configuration", func(r *Recorder) { r.ConfigurationRejected(errors.New("no")) }, "default", eventsv1.Event{
+			Type: "Warning", Reason: "ConfigurationRejected", Action: "StartKubeProxy",
+			Note:      "the changed configuration file is not in force, what it said before is: no",
+			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"},
+		}},
 		{"a health check", func(r *Recorder) { r.HealthCheckFailed(web, 31000, errors.New("in use")) }, "shop", eventsv1.Event{
 			Type: "Warning", Reason: "FailedToStartServiceHealthcheck", Action: "Listen",
 			Note:      "node node1 cannot answer health checks on port 31000, so load balancers take it for dead; it tries again: in use",
@@ -134,7 +154,12 @@ func TestEvents(t *testing.T) {
 		}},
 	} {
 		t.Run(test.what, func(t *testing.T) {
-			r := newRig(t, service)
+			r := newRig(t)
+			watch := r.Watch(told{})
+			watch.Apply(&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web", UID: "of one before"}})
+			watch.Apply(&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "other", UID: "5678"}})
+			watch.Delete(&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "other"}})
+			watch.Apply(service)
 			r.run()
 			test.tell(r.Recorder)
 			r.await(Sent, 1)
@@ -166,24 +191,90 @@ func TestOnlyProblemsOfServices(t *testing.T) {
 	}
 }
 
-// What identifies a Service costs the API server no look into its database.
-func TestServiceIsFoundInTheServersMemory(t *testing.T) {
+// told is a Sink that keeps nothing.
+type told struct{ proxier.Sink }
+
+func (told) Apply(runtime.Object)  {}
+func (told) Delete(runtime.Object) {}
+
+// An Event costs the API server its writing and no question.
+func TestNothingIsAsked(t *testing.T) {
 	r := newRig(t)
 	r.run()
 	r.HealthCheckFailed(web, 1, errors.New("no"))
 	r.await(Sent, 1)
-	lists := 0
 	for _, a := range r.client.Actions() {
-		if list, ok := a.(clienttesting.ListActionImpl); ok {
-			lists++
-			if list.ListOptions.ResourceVersion != "0" || list.ListOptions.FieldSelector != "metadata.name=web" {
-				t.Errorf("asked for %+v", list.ListOptions)
-			}
+		if a.GetVerb() != "create" {
+			t.Errorf("it asked to %s %s", a.GetVerb(), a.GetResource().Resource)
 		}
 	}
-	if lists != 1 {
-		t.Errorf("%d lists", lists)
+}
+
+// What is watched is passed on.
+func TestTheSinkHearsEverything(t *testing.T) {
+	var heard []string
+	next := hearing{told{}, &heard}
+	for _, r := range []*Recorder{newRig(t).Recorder, nil} {
+		heard = nil
+		watch := r.Watch(next)
+		watch.Apply(&corev1.Service{})
+		watch.Apply(&corev1.Node{})
+		watch.Delete(&corev1.Service{})
+		watch.Delete(&corev1.Node{})
+		if got := strings.Join(heard, " "); got != "apply apply delete delete" {
+			t.Errorf("heard %q", got)
+		}
 	}
+}
+
+type hearing struct {
+	told
+	heard *[]string
+}
+
+func (h hearing) Apply(runtime.Object)  { *h.heard = append(*h.heard, "apply") }
+func (h hearing) Delete(runtime.Object) { *h.heard = append(*h.heard, "delete") }
+
+// An API server that hangs keeps nobody waiting and lets nothing pile up; what
+// could be sent is when it answers again.
+func TestOutage(t *testing.T) {
+	var hangs atomic.Bool
+	hangs.Store(true)
+	release := make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		body, _ := io.ReadAll(req.Body)
+		if hangs.Load() {
+			<-release
+		}
+		w.Header().Set("Content-Type", req.Header.Get("Content-Type"))
+		w.WriteHeader(http.StatusCreated)
+		_, _ = w.Write(body)
+	}))
+	defer server.Close()
+	client, err := kubernetes.NewForConfig(&rest.Config{Host: server.URL, QPS: 1000, Burst: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newRigWith(t, client)
+	r.run()
+	const problems = 20_000
+	before := goruntime.NumGoroutine()
+	for i := range problems {
+		r.Problem(proxier.Problem{Kind: "Service", Object: fmt.Sprintf("shop/web-%d", i), Field: "f", Reason: "r"})
+	}
+	r.mu.Lock()
+	dropped := r.counted[Dropped]
+	r.mu.Unlock()
+	if dropped < problems-2*burst { // some come free on the way
+		t.Errorf("%d of %d are dropped", dropped, problems)
+	}
+	// Each has its goroutine, and a request two more on either side.
+	if n := goruntime.NumGoroutine() - before; n > 10*burst {
+		t.Errorf("%d goroutines", n)
+	}
+	hangs.Store(false)
+	close(release)
+	r.await(Sent, problems-dropped)
 }
 
 // Ten thousand bad Services are not ten thousand Events.

@@ -14,8 +14,20 @@ import (
 
 // Options is what Health is made of.
 type Options struct {
+	// Healthz and Livez are told the HTTP status of each answer; may be nil.
+	Healthz, Livez func(status int)
+	// Now is time.Now when nil.
+	Now func() time.Time
+}
+
+// Subject is what Health is asked about.
+type Subject struct {
 	// Progress is that of the Loop whose health is asked for.
 	Progress func() proxier.Progress
+	// Degraded names kernel settings that the dataplane needs and could not make;
+	// may be nil. They are in the answers and do not make them another status:
+	// what needs none of them is served.
+	Degraded func() []string
 	// SyncPeriod is half of what an update may wait before the dataplane counts
 	// as unhealthy.
 	SyncPeriod time.Duration
@@ -23,10 +35,6 @@ type Options struct {
 	NodeName string
 	// NodeOptional makes a node eligible of which no Node object was ever seen.
 	NodeOptional bool
-	// Healthz and Livez are told the HTTP status of each answer; may be nil.
-	Healthz, Livez func(status int)
-	// Now is time.Now when nil.
-	Now func() time.Time
 }
 
 // Health knows whether the dataplane follows what it is told, and whether the
@@ -35,8 +43,11 @@ type Health struct {
 	opts Options
 
 	mu      sync.Mutex // guards what follows
+	of      Subject
 	updated map[proxier.Family]time.Time
 	node    nodeState
+	// rejected is why what the configuration file says is not in force.
+	rejected string
 }
 
 // nodeState is what is known of the Node object.
@@ -53,7 +64,36 @@ func New(opts Options) *Health {
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
-	return &Health{opts: opts, updated: map[proxier.Family]time.Time{}}
+	h := &Health{opts: opts, updated: map[proxier.Family]time.Time{}}
+	h.Follow(Subject{Progress: func() proxier.Progress { return proxier.Progress{} }})
+	return h
+}
+
+// Follow has Health be about another Loop than before. What it knows of the
+// node stays, as long as it is the same: the new Loop's source, which is still
+// to list it, is no reason to take traffic from it.
+func (h *Health) Follow(s Subject) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if s.NodeName != h.of.NodeName {
+		h.node = nodeUnknown
+	}
+	if s.Degraded == nil {
+		s.Degraded = func() []string { return nil }
+	}
+	h.of = s
+}
+
+// ConfigurationRejected has the answers say, nil: not any more, why what the
+// configuration file says is not in force. What is in force works, and so it is
+// no reason to call the node sick.
+func (h *Health) ConfigurationRejected(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.rejected = ""
+	if err != nil {
+		h.rejected = err.Error()
+	}
 }
 
 // Synced notes when the kernel was last what it should be. It has the form of
@@ -68,23 +108,28 @@ func (h *Health) Synced(r proxier.SyncReport) {
 }
 
 // Watch returns a Sink that passes everything on to next and looks at the Node
-// object on the way.
-func (h *Health) Watch(next proxier.Sink) proxier.Sink { return nodeWatch{next, h} }
+// object of the present Subject on the way.
+func (h *Health) Watch(next proxier.Sink) proxier.Sink {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return nodeWatch{next, h, h.of.NodeName}
+}
 
 type nodeWatch struct {
 	proxier.Sink
 	health *Health
+	name   string
 }
 
 func (w nodeWatch) Apply(obj runtime.Object) {
-	if n, ok := obj.(*corev1.Node); ok && n.Name == w.health.opts.NodeName {
+	if n, ok := obj.(*corev1.Node); ok && n.Name == w.name {
 		w.health.setNode(stateOf(n))
 	}
 	w.Sink.Apply(obj)
 }
 
 func (w nodeWatch) Delete(obj runtime.Object) {
-	if n, ok := obj.(*corev1.Node); ok && n.Name == w.health.opts.NodeName {
+	if n, ok := obj.(*corev1.Node); ok && n.Name == w.name {
 		w.health.setNode(nodeLeaving)
 	}
 	w.Sink.Delete(obj)
@@ -124,7 +169,10 @@ type answer struct {
 	CurrentTime  time.Time               `json:"currentTime"`
 	NodeEligible *bool                   `json:"nodeEligible,omitempty"` // nil at /livez
 	Healthy      bool                    `json:"healthy"`                // the dataplane alone
+	Degraded     []string                `json:"degraded,omitempty"`     // kernel settings that are missing
 	Status       map[string]familyStatus `json:"status"`
+	// ConfigurationRejected is not kube-proxy's.
+	ConfigurationRejected string `json:"configurationRejected,omitempty"`
 }
 
 // Healthy says whether the dataplane follows what it is told.
@@ -133,14 +181,18 @@ func (h *Health) Healthy() bool { return h.dataplane().Healthy }
 // dataplane asks every family. One appears in the answer once it has synced, or
 // is late with its first sync.
 func (h *Health) dataplane() answer {
-	pending := h.opts.Progress().Pending
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	a := answer{CurrentTime: h.opts.Now(), Healthy: true, Status: map[string]familyStatus{}}
+	pending := h.of.Progress().Pending
+	a := answer{
+		CurrentTime: h.opts.Now(), Healthy: true, Degraded: h.of.Degraded(),
+		Status: map[string]familyStatus{}, ConfigurationRejected: h.rejected,
+	}
 	for _, family := range proxier.Families {
-		updated, since := h.updated[family], pending[family]
-		late := !since.IsZero() && a.CurrentTime.Sub(since) >= 2*h.opts.SyncPeriod
-		if updated.IsZero() && !late {
+		since, served := pending[family]
+		updated := h.updated[family]
+		late := !since.IsZero() && a.CurrentTime.Sub(since) >= 2*h.of.SyncPeriod
+		if !served || updated.IsZero() && !late {
 			continue
 		}
 		a.Status[family.String()] = familyStatus{updated, !late}
@@ -155,7 +207,7 @@ func (h *Health) dataplane() answer {
 func (h *Health) eligible() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.node == nodeEligible || h.node == nodeUnknown && h.opts.NodeOptional
+	return h.node == nodeEligible || h.node == nodeUnknown && h.of.NodeOptional
 }
 
 // Handler answers /healthz and /livez.

@@ -2,6 +2,7 @@ package health
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"testing"
@@ -23,20 +24,23 @@ type rig struct {
 	pending map[proxier.Family]time.Time
 	counted map[string][]int
 	told    []string
+	subject Subject
 }
 
-func newRig(t *testing.T, change ...func(*Options)) *rig {
-	r := &rig{T: t, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC), pending: map[proxier.Family]time.Time{}, counted: map[string][]int{}}
-	opts := Options{
+func newRig(t *testing.T, change ...func(*Subject)) *rig {
+	r := &rig{T: t, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC), pending: map[proxier.Family]time.Time{proxier.IPv4: {}, proxier.IPv6: {}}, counted: map[string][]int{}}
+	r.subject = Subject{
 		Progress: func() proxier.Progress { return proxier.Progress{Pending: r.pending} }, SyncPeriod: 30 * time.Second, NodeName: "node1",
+	}
+	for _, c := range change {
+		c(&r.subject)
+	}
+	r.Health = New(Options{
 		Healthz: func(status int) { r.counted["healthz"] = append(r.counted["healthz"], status) },
 		Livez:   func(status int) { r.counted["livez"] = append(r.counted["livez"], status) },
 		Now:     func() time.Time { return r.now },
-	}
-	for _, c := range change {
-		c(&opts)
-	}
-	r.Health = New(opts)
+	})
+	r.Follow(r.subject)
 	return r
 }
 
@@ -117,13 +121,23 @@ func TestAnswers(t *testing.T) {
 		t.Error("Healthy says that the dataplane is")
 	}
 
-	delete(r.pending, proxier.IPv6)
+	r.pending[proxier.IPv6] = time.Time{}
 	r.synced(proxier.IPv6)
 	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:01:02Z","currentTime":"2026-03-01T12:01:02Z","healthy":true,"status":{
 		"IPv4":{"lastUpdated":"2026-03-01T12:00:00Z","healthy":true},"IPv6":{"lastUpdated":"2026-03-01T12:01:02Z","healthy":true}}}`)
 	if diff := cmp.Diff(map[string][]int{"healthz": {503, 200, 503}, "livez": {200, 200, 503, 200}}, r.counted); diff != "" {
 		t.Errorf("counted (-want +got)\n%s", diff)
 	}
+}
+
+// What is missing is said for as long as it is, and costs no status.
+func TestDegraded(t *testing.T) {
+	missing := []string{"net.ipv4.conf.all.route_localnet"}
+	r := newRig(t, func(s *Subject) { s.Degraded = func() []string { return missing } })
+	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","healthy":true,
+		"degraded":["net.ipv4.conf.all.route_localnet"],"status":{}}`)
+	missing = nil
+	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","healthy":true,"status":{}}`)
 }
 
 // A family that never comes up is told of, once it is late.
@@ -172,9 +186,44 @@ func TestEligibility(t *testing.T) {
 	}
 }
 
+// Another Loop, as after a change of the configuration, begins with nothing; what
+// was known of the node, and of the families that it serves, is still so.
+func TestAnotherLoop(t *testing.T) {
+	r := newRig(t)
+	r.Watch(sink{r}).Apply(node("node1"))
+	r.synced(proxier.IPv4, proxier.IPv6)
+	r.subject.Progress = func() proxier.Progress {
+		return proxier.Progress{Pending: map[proxier.Family]time.Time{proxier.IPv4: {}}}
+	}
+	r.Follow(r.subject)
+	r.want("/healthz", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","nodeEligible":true,"healthy":true,"status":{
+		"IPv4":{"lastUpdated":"2026-03-01T12:00:00Z","healthy":true}}}`)
+	r.subject.NodeName = "node2"
+	r.Follow(r.subject)
+	watch := r.Watch(sink{r})
+	for i, want := range []int{503, 200} {
+		if w := r.ask(http.MethodGet, "/healthz"); w.Code != want {
+			t.Errorf("another node, step %d: %d, want %d", i, w.Code, want)
+		}
+		watch.Apply(node("node1"))
+		watch.Apply(node("node2"))
+	}
+}
+
+// A configuration that is not in force is said, and makes nobody sick.
+func TestConfigurationRejected(t *testing.T) {
+	r := newRig(t, func(s *Subject) { s.NodeOptional = true })
+	const times = `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z",`
+	r.ConfigurationRejected(errors.New("no such mode"))
+	r.want("/healthz", 200, times+`"nodeEligible":true,"healthy":true,"status":{},"configurationRejected":"no such mode"}`)
+	r.want("/livez", 200, times+`"healthy":true,"status":{},"configurationRejected":"no such mode"}`)
+	r.ConfigurationRejected(nil)
+	r.want("/livez", 200, times+`"healthy":true,"status":{}}`)
+}
+
 // Without an API server nobody need write a Node object.
 func TestOptionalNode(t *testing.T) {
-	r := newRig(t, func(o *Options) { o.NodeOptional = true })
+	r := newRig(t, func(s *Subject) { s.NodeOptional = true })
 	watch := r.Watch(sink{r})
 	for i, want := range []int{200, 503, 200} {
 		if w := r.ask(http.MethodGet, "/healthz"); w.Code != want {
@@ -189,7 +238,7 @@ func TestOptionalNode(t *testing.T) {
 }
 
 func TestPaths(t *testing.T) {
-	r := newRig(t, func(o *Options) { o.NodeOptional = true })
+	r := newRig(t, func(s *Subject) { s.NodeOptional = true })
 	for _, test := range []struct {
 		method, path string
 		want         int

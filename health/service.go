@@ -112,6 +112,15 @@ func (s *Services) Synced(r proxier.SyncReport) {
 	}
 }
 
+// Serve notes which families are served from now on, each as it was until it is
+// synced.
+func (s *Services) Serve(families []proxier.Family) {
+	s.mu.Lock()
+	maps.DeleteFunc(s.wanted, func(f proxier.Family, _ *wanted) bool { return !slices.Contains(families, f) })
+	s.mu.Unlock()
+	put(s.wake)
+}
+
 // PortsFree has Run try at once to listen where it could not: a process that
 // this one takes the place of has let go of its ports.
 func (s *Services) PortsFree() { put(s.free) }

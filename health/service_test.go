@@ -257,6 +257,25 @@ func TestAFailedPortIsForgotten(t *testing.T) {
 	w.awaitState(0, 0)
 }
 
+// A family that goes on to be served is asked for as before, and the other one
+// not any more.
+func TestFamiliesThatAreServed(t *testing.T) {
+	w := newWorld(t)
+	for _, f := range proxier.Families {
+		w.tell(f, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
+	}
+	w.want(w.host.Addr.V4, 31000, 200, "2")
+	w.want(w.host.Addr.V6, 31000, 200, "2")
+	w.Serve([]proxier.Family{proxier.IPv4})
+	w.eventually(func() error {
+		if _, _, _, err := w.ask(w.host.Addr.V6, 31000, "/"); !errors.Is(err, syscall.ECONNREFUSED) {
+			return fmt.Errorf("IPv6 is still answered: %v", err)
+		}
+		return nil
+	})
+	w.want(w.host.Addr.V4, 31000, 200, "2")
+}
+
 // Without anybody who knows, the dataplane counts as healthy.
 func TestServiceHealthWithoutHealthz(t *testing.T) {
 	s := NewServices(ServiceOptions{Log: slog.New(slog.DiscardHandler)})

@@ -37,7 +37,7 @@ var oursAlone = belongings{
 			return false
 		}
 		own := func(shape treeShape) bool { return strings.HasPrefix(chain, shape.prefix) }
-		return chain == externalPortsChain || strings.HasPrefix(chain, markPrefix) || slices.ContainsFunc(treeShapes[:], own)
+		return chain == externalPortsChain || chain == hairpinChain || strings.HasPrefix(chain, markPrefix) || slices.ContainsFunc(treeShapes[:], own)
 	},
 	leaveUsed: true,
 }
@@ -175,6 +175,9 @@ func (l *listing) removal(table string, b belongings) (edits []edit, builtin []s
 		} else {
 			used[jumpTarget(line)] = true
 		}
+	}
+	if !b.leaveUsed && (used[postroutingChain] || l.referenced[postroutingChain]) {
+		used[hairpinChain] = true // by a rule that stays
 	}
 	for _, name := range l.chains {
 		switch {

@@ -28,8 +28,9 @@ const (
 	setLevel
 	entryLevel
 	sourcesLevel
-	treeLevel       // the deepest leaf; the root is up to 37 above it
-	goneLevel level = 255
+	treeLevel              // the deepest leaf; see treeShape.level
+	trunkLevel level = 254 // leads to a tree
+	goneLevel  level = 255
 )
 
 // item is the part that one ServicePort has in a dispatch tree: the rules for
@@ -87,6 +88,7 @@ type builder struct {
 	// splits are the filter chains that tell origins apart.
 	splits    []chain
 	endpoints map[netip.AddrPort]struct{} // that have chains of their own
+	hairpins  map[netip.Addr]struct{}     // that have an item
 }
 
 // setChain is the chain that picks one endpoint of a set.
@@ -162,6 +164,8 @@ func (b *builder) match(f *proxier.Frontend) string {
 func destination(a netip.Addr) string {
 	return " -d " + netip.PrefixFrom(a, a.BitLen()).String()
 }
+
+func source(a netip.Addr) string { return " -s " + netip.PrefixFrom(a, a.BitLen()).String() }
 
 func (b *builder) frontend(f *proxier.Frontend) {
 	internal, external := b.setName(f.Internal), b.setName(f.External)
@@ -382,13 +386,31 @@ func spread(endpoints []proxier.Endpoint) [][]proxier.Endpoint {
 func (b *builder) pick(rules []string, endpoints []proxier.Endpoint) []string {
 	for i, e := range endpoints {
 		match := chance(1, len(endpoints)-i)
-		if e.MayHairpin || b.sp.AffinityTimeout > 0 {
+		if e.MayHairpin {
+			b.hairpin(e.Addr())
+		}
+		if b.sp.AffinityTimeout > 0 {
 			rules = append(rules, match+" -j "+b.endpoint(e))
 			continue
 		}
 		rules = append(rules, " -p "+b.proto+match+dnat(e))
 	}
 	return rules
+}
+
+// hairpin has the source of connections of an endpoint to itself rewritten: it
+// would take the answers for its own. To tell them before an endpoint is chosen
+// would take a chain for each endpoint of each Service port.
+func (b *builder) hairpin(a netip.Addr) {
+	if _, done := b.hairpins[a]; done {
+		return
+	}
+	if b.hairpins == nil {
+		b.hairpins = map[netip.Addr]struct{}{}
+	}
+	b.hairpins[a] = struct{}{}
+	rule := source(a) + destination(a) + " -j " + markMasqChain
+	b.items = append(b.items, item{tree: hairpinTree, key: proxier.FrontendKey{Addr: a}, rules: []string{rule}})
 }
 
 func dnat(e proxier.Endpoint) string { return " -j DNAT --to-destination " + e.AddrPort.String() }
@@ -401,9 +423,8 @@ func chance(n, total int) string {
 	return " -m statistic --mode random --probability " + strconv.FormatFloat(float64(n)/float64(total), 'f', 10, 64)
 }
 
-// endpoint returns the endpoint's own chain, for what does not fit into one
-// rule. Its sets share it: a client keeps its endpoint whichever frontend it
-// uses.
+// endpoint returns the endpoint's own chain, which remembers the client. Its
+// sets share it: a client keeps its endpoint whichever frontend it uses.
 func (b *builder) endpoint(e proxier.Endpoint) string {
 	name := endpointChain(b.sp.Name, e)
 	if _, done := b.endpoints[e.AddrPort]; done {
@@ -413,15 +434,8 @@ func (b *builder) endpoint(e proxier.Endpoint) string {
 		b.endpoints = map[netip.AddrPort]struct{}{}
 	}
 	b.endpoints[e.AddrPort] = struct{}{}
-	var rules []string
-	if e.MayHairpin {
-		rules = append(rules, " -s "+netip.PrefixFrom(e.Addr(), e.Addr().BitLen()).String()+" -j "+markMasqChain)
-	}
-	remember := ""
-	if b.sp.AffinityTimeout > 0 {
-		remember = " -m recent --name " + name + " --set --rsource"
-	}
-	b.chains[nat] = append(b.chains[nat], chain{name, endpointLevel, append(rules, " -p "+b.proto+remember+dnat(e))})
+	remember := " -m recent --name " + name + " --set --rsource"
+	b.chains[nat] = append(b.chains[nat], chain{name, endpointLevel, []string{" -p " + b.proto + remember + dnat(e)}})
 	return name
 }
 

@@ -39,6 +39,7 @@ const (
 	externalPortsTree               // filter: node ports without endpoints
 	firewallTree                    // filter: addresses with source ranges
 	healthTree                      // filter: health check node ports
+	hairpinTree                     // nat: endpoints that may be their own clients
 	treeCount
 )
 
@@ -47,23 +48,38 @@ type treeShape struct {
 	table  table
 	root   string
 	prefix string
-	ports  bool // keys have no address
+	keys   keyKind
 	// above is the number of trees that one can come to from this root.
 	above int
 }
 
-const externalPortsChain = externalPrefix + "0NP"
+// keyKind says what trees look at in keys.
+type keyKind uint8
+
+const (
+	frontends keyKind = iota // address, protocol and port
+	ports                    // protocol and port
+	// addresses alone. Any number of ServicePorts may put an item there, which
+	// is the same for all of them and belongs to nobody.
+	addresses
+)
+
+const (
+	externalPortsChain = externalPrefix + "0NP"
+	hairpinChain       = clusterPrefix + "0HP"
+)
 
 // treeShapes keep within prefixes that kube-proxy knows. The 0 after these is
 // in no hash, and sorts before all of them: see script.table.
 var treeShapes = [treeCount]treeShape{
-	servicesTree:      {nat, servicesChain, clusterPrefix + "0IP-", false, 1},
-	nodePortsTree:     {nat, nodePortsChain, clusterPrefix + "0NP-", true, 0},
-	emptyTree:         {filter, servicesChain, clusterPrefix + "0IP-", false, 2},
-	externalTree:      {filter, externalServicesChain, externalPrefix + "0IP-", false, 1},
-	externalPortsTree: {filter, externalPortsChain, externalPortsChain + "-", true, 0},
-	firewallTree:      {filter, proxyFirewallChain, sourcesPrefix + "0IP-", false, 0},
-	healthTree:        {filter, nodePortsChain, clusterPrefix + "0HC-", true, 0},
+	servicesTree:      {nat, servicesChain, clusterPrefix + "0IP-", frontends, 1},
+	nodePortsTree:     {nat, nodePortsChain, clusterPrefix + "0NP-", ports, 0},
+	emptyTree:         {filter, servicesChain, clusterPrefix + "0IP-", frontends, 2},
+	externalTree:      {filter, externalServicesChain, externalPrefix + "0IP-", frontends, 1},
+	externalPortsTree: {filter, externalPortsChain, externalPortsChain + "-", ports, 0},
+	firewallTree:      {filter, proxyFirewallChain, sourcesPrefix + "0IP-", frontends, 0},
+	healthTree:        {filter, nodePortsChain, clusterPrefix + "0HC-", ports, 0},
+	hairpinTree:       {nat, hairpinChain, hairpinChain + "-", addresses, 0},
 }
 
 // level is higher for chains nearer to the root.
@@ -77,6 +93,8 @@ type tree struct {
 	top    branch
 	// tail are the rules at the end of the root chain, whatever is in the tree.
 	tail []string
+	// uses counts how often an address was put, in a tree of addresses.
+	uses map[netip.Addr]int
 	// changed holds the paths whose chains must be written or removed.
 	changed map[string]struct{}
 }
@@ -89,7 +107,7 @@ type branch struct {
 }
 
 func newTree(id treeID, family proxier.Family) *tree {
-	return &tree{treeShape: treeShapes[id], family: family, changed: map[string]struct{}{}}
+	return &tree{treeShape: treeShapes[id], family: family, uses: map[netip.Addr]int{}, changed: map[string]struct{}{}}
 }
 
 func compareItems(a, b *item) int {
@@ -100,11 +118,14 @@ func compareItems(a, b *item) int {
 // digits is the way to key from the root, of the same length for every key.
 func (t *tree) digits(key proxier.FrontendKey) []byte {
 	out := make([]byte, 0, maxDigits)
-	if !t.ports {
+	if t.keys != ports {
 		addr := key.Addr.AsSlice()
 		for i := len(addr) - 1; i >= 0; i-- {
 			out = append(out, addr[i]&0xf, addr[i]>>4)
 		}
+	}
+	if t.keys == addresses {
+		return out
 	}
 	out = append(out, byte(slices.Index(proxier.Protocols, key.Protocol)))
 	for shift := 12; shift >= 0; shift -= 4 {
@@ -114,7 +135,7 @@ func (t *tree) digits(key proxier.FrontendKey) []byte {
 }
 
 func (t *tree) addressDigits() int {
-	if t.ports {
+	if t.keys == ports {
 		return 0
 	}
 	return t.family.HostBits() / 4
@@ -129,6 +150,11 @@ func (t *tree) mark(path []byte) { t.changed[string(path)] = struct{}{} }
 
 // put adds it to the tree, and returns what it replaces, if anything.
 func (t *tree) put(it *item) (old *item) {
+	if t.keys == addresses {
+		if t.uses[it.key.Addr]++; t.uses[it.key.Addr] > 1 {
+			return nil
+		}
+	}
 	digits := t.digits(it.key)
 	if old = t.find(it, digits); old != nil {
 		t.replace(it, digits)
@@ -206,11 +232,17 @@ func (t *tree) split(b *branch, path []byte) {
 }
 
 // drop removes the item with it's key and owner and returns it; nil if there
-// is none.
+// is none. One that was put more than once stays.
 func (t *tree) drop(it *item) (old *item) {
 	digits := t.digits(it.key)
 	if old = t.find(it, digits); old == nil {
 		return nil
+	}
+	if t.keys == addresses {
+		if t.uses[it.key.Addr]--; t.uses[it.key.Addr] > 0 {
+			return old
+		}
+		delete(t.uses, it.key.Addr)
 	}
 	b := &t.top
 	for depth := 0; ; depth++ {

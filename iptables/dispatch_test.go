@@ -53,7 +53,7 @@ func TestTreesWithTheSameItemsAreEqual(t *testing.T) {
 		items := map[proxier.FrontendKey]*item{}
 		for round := range 40 {
 			for range r.IntN(60) {
-				it := treeItem(id, randomKey(r, family, grown.ports))
+				it := treeItem(id, randomKey(r, family, grown.keys == ports))
 				if (round/10)%2 == 1 && r.IntN(3) > 0 {
 					for _, it = range items {
 						break
@@ -86,6 +86,41 @@ func TestTreesWithTheSameItemsAreEqual(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, kernel, cmp.AllowUnexported(ownedRule{})); diff != "" {
 			t.Fatalf("seed %d: edits lead elsewhere (-fresh +edited)\n%s", seed, diff)
+		}
+	}
+}
+
+// TestAddressesAreThereOnce checks that a tree of addresses holds one for as long
+// as anybody needs it, and that its shape does not count how often that is.
+func TestAddressesAreThereOnce(t *testing.T) {
+	for _, family := range proxier.Families {
+		tree, r := newTree(hairpinTree, family), rand.New(rand.NewPCG(1, 1))
+		var list []*item
+		for range 100 {
+			it := treeItem(hairpinTree, proxier.FrontendKey{Addr: randomKey(r, family, false).Addr})
+			list = append(list, it, it)
+			tree.put(it)
+		}
+		once := render(tree)
+		for _, it := range list[:100] {
+			tree.put(it)
+		}
+		if diff := cmp.Diff(once, render(tree)); diff != "" {
+			t.Errorf("put again: (-before +after)\n%s", diff)
+		}
+		for _, it := range list[:100] {
+			if tree.drop(it) == nil {
+				t.Errorf("%s is not there", it.key)
+			}
+		}
+		if diff := cmp.Diff(once, render(tree)); diff != "" {
+			t.Errorf("dropped once: (-before +after)\n%s", diff)
+		}
+		for i := 0; i < len(list); i += 2 {
+			tree.drop(list[i])
+		}
+		if got := render(tree); got != hairpinChain+"\n" || len(tree.uses) > 0 {
+			t.Errorf("dropped: %v, and\n%s", tree.uses, got)
 		}
 	}
 }

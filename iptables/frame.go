@@ -34,7 +34,9 @@ func frameChains(mark uint32, pods []podMatch, facts facts) [tableCount][]chain 
 	return [tableCount][]chain{
 		nat: append([]chain{
 			{markMasqChain, frameLevel, []string{" -j MARK --or-mark " + bit}},
-			{postroutingChain, frameLevel, []string{
+			{postroutingChain, trunkLevel, []string{
+				// Of the others no address is both source and destination.
+				comment("endpoints that are their own clients") + " -m conntrack --ctstate DNAT -j " + hairpinChain,
 				" -m mark ! --mark " + bit + "/" + bit + " -j RETURN",
 				// The packet may come by again, after encapsulation.
 				" -j MARK --xor-mark " + bit,

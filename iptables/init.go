@@ -3,6 +3,7 @@ package iptables
 import (
 	"errors"
 
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -14,8 +15,5 @@ func Init(opts proxier.Options, localhost bool) error {
 		return err
 	}
 	err = p.prepareNode(&proxier.Node{LocalhostNodePorts: localhost})
-	if err == nil && localhost && opts.Family == proxier.IPv4 {
-		err = openLocalnet()
-	}
-	return errors.Join(err, p.Close())
+	return errors.Join(err, node.Unmade(p.problems), p.Close())
 }

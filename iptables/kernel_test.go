@@ -21,6 +21,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -308,11 +309,16 @@ func TestForeignRulesStay(t *testing.T) {
 func TestCleanupLeavesWhatOthersUse(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		mustSync(t, p, newWorld(p.opts.Family, 8).plan(5), proxier.Change{All: true})
-		run(t, "*nat\n:CNI-X - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\nCOMMIT\n", p.tools.restore, "--noflush")
-		if _, err := Cleanup(p.opts.Family); err != nil {
-			t.Fatal(err)
+		run(t, "*nat\n:CNI-X - [0:0]\n:CNI-Y - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\n-A CNI-Y -j KUBE-POSTROUTING\n-A POSTROUTING -j CNI-Y\nCOMMIT\n", p.tools.restore, "--noflush")
+		for range 2 {
+			if _, err := Cleanup(p.opts.Family); err != nil {
+				t.Fatal(err)
+			}
 		}
 		left := saved(t, p)
+		if !strings.Contains(left, "kubernetes service traffic requiring SNAT") || strings.Contains(left, "-A "+hairpinChain) {
+			t.Errorf("KUBE-POSTROUTING after Cleanup:\n%s", left)
+		}
 		if !strings.Contains(left, "-A CNI-X -p tcp -j KUBE-MARK-MASQ\n") || !strings.Contains(left, "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n") {
 			t.Errorf("after Cleanup:\n%s", left)
 		}
@@ -510,8 +516,11 @@ func TestLocalhostNodePorts(t *testing.T) {
 					t.Errorf("%d times %q in\n%s", n, text, rules)
 				}
 			}
-			if set, err := os.ReadFile(routeLocalnet); err != nil || string(set) != "1\n" {
+			if set, err := node.Sysctl(routeLocalnet); err != nil || set != "1" {
 				t.Errorf("route_localnet is %q, %v", set, err)
+			}
+			if problems := p.KernelProblems(); len(problems) > 0 {
+				t.Errorf("also %v", problems)
 			}
 		})
 	}

@@ -18,6 +18,7 @@ type packet struct {
 	dport              uint16
 	in                 string // interface; "" for packets of the node
 	srcLocal, dstLocal bool   // the address is one of the node's
+	translated         bool   // the nat table has chosen the destination
 	// known is the endpoint chain whose list of clients the source is on.
 	known string
 }
@@ -31,7 +32,8 @@ type outcomes map[string]float64 // and with what probability
 type walker struct {
 	chains map[string][]string
 	packet packet
-	steps  int // rules looked at
+	steps  int  // rules looked at
+	marked bool // where nothing else became of the packet, it was marked
 }
 
 type position struct {
@@ -83,6 +85,7 @@ func (w *walker) walk(stack []position, mark string, probability float64, out ou
 		}
 	}
 	out["pass"] += probability
+	w.marked = w.marked || mark != ""
 }
 
 // match says whether the rule takes the packet, and with what probability.
@@ -121,7 +124,7 @@ func (w *walker) match(rule string) (matches bool, chance float64) {
 		case "--dst-type":
 			is(p.dstLocal)
 		case "--ctstate":
-			is(strings.Contains(arg, "NEW"))
+			is(strings.Contains(arg, "NEW") || arg == "DNAT" && p.translated)
 		case "--mark":
 			is(false)
 		case "--probability":
@@ -179,6 +182,7 @@ func masked(a netip.Addr, with string) bool {
 // or the filter table judges what it left alone, in the order of the jumps.
 func (m *model) fate(p packet) (outcomes, int) {
 	out, steps := m.run(nat, servicesChain, p)
+	steps += m.hairpin(p, out)
 	left := out["pass"]
 	if left == 0 {
 		return out, steps
@@ -203,6 +207,27 @@ func (m *model) fate(p packet) (outcomes, int) {
 	}
 	out["pass"] = left
 	return out, steps
+}
+
+// hairpin takes what was sent to endpoints through KUBE-POSTROUTING, as far as it
+// depends on the endpoint.
+func (m *model) hairpin(p packet, out outcomes) (steps int) {
+	for _, key := range out.keys() {
+		to, ok := strings.CutPrefix(key, "-> ")
+		if !ok {
+			continue
+		}
+		chosen := netip.MustParseAddrPort(to)
+		p.dst, p.dport, p.translated = chosen.Addr(), chosen.Port(), true
+		w := &walker{chains: m[nat], packet: p}
+		w.walk([]position{{postroutingChain, 0}}, "", 1, outcomes{})
+		steps = max(steps, w.steps)
+		if w.marked {
+			out["masqueraded "+key] += out[key]
+			delete(out, key)
+		}
+	}
+	return steps
 }
 
 func (o outcomes) keys() []string { return slices.Sorted(maps.Keys(o)) }

@@ -5,11 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
-	"strings"
 	"time"
 
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -32,14 +31,13 @@ type Tuning struct {
 type Proxier struct {
 	opts  proxier.Options
 	tools *tools
-	log   *slog.Logger
 	// state is what the kernel holds; nil while that is not known.
 	state *state
 	// written is what the last Sync wrote.
 	written counts
-	// saidNoLocalnet says that the log tells why NodePorts are not served on
-	// 127.0.0.1.
-	saidNoLocalnet bool
+	// problems are the kernel settings that could not be made; see
+	// KernelProblems.
+	problems []*node.KernelProblem
 	// started says that this process has written, or found, its rules once.
 	started bool
 }
@@ -61,7 +59,7 @@ func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
 		return nil, err
 	}
 	tune.Logger.Info("iptables backend", "family", opts.Family.String(), "backend", string(t.backend), "reason", why, "program", t.restore)
-	return &Proxier{opts: opts, tools: t, log: tune.Logger}, nil
+	return &Proxier{opts: opts, tools: t}, nil
 }
 
 func pickTools(f proxier.Family, tune Tuning) (t *tools, why string, err error) {
@@ -185,13 +183,14 @@ func (p *Proxier) apply(ctx context.Context, s *script) error {
 	return fmt.Errorf("%s: %w", p.tools.restore, err)
 }
 
-const routeLocalnet = "/proc/sys/net/ipv4/conf/all/route_localnet"
+const routeLocalnet = "net/ipv4/conf/all/route_localnet"
 
 // prepareNode makes the kernel route packets between NodePorts on 127.0.0.1
 // and Pods, where these are wanted. It is never undone: other software may
 // need it by then. Where the setting cannot be made, everything else is served.
-func (p *Proxier) prepareNode(node *proxier.Node) error {
-	if !node.LocalhostNodePorts || p.opts.Family != proxier.IPv4 {
+func (p *Proxier) prepareNode(wanted *proxier.Node) error {
+	if !wanted.LocalhostNodePorts || p.opts.Family != proxier.IPv4 {
+		p.problems = nil
 		return nil
 	}
 	client, err := p.tools.client()
@@ -202,20 +201,13 @@ func (p *Proxier) prepareNode(node *proxier.Node) error {
 	if err := addLocalnetFirewall(client); err != nil {
 		return err
 	}
-	if err := openLocalnet(); err != nil && !p.saidNoLocalnet {
-		p.saidNoLocalnet = true
-		p.log.Warn("NodePorts are not served on 127.0.0.1, where a kernel setting cannot be made", "error", err,
-			"remedy", "run signalbox --init-only in a privileged container first, or give --iptables-localhost-nodeports=false")
+	p.problems = nil
+	if problem := node.NeedSysctl(routeLocalnet, "1", "NodePorts are not served on 127.0.0.1"); problem != nil {
+		p.problems = []*node.KernelProblem{problem}
 	}
 	return nil
 }
 
-func openLocalnet() error {
-	if set, err := os.ReadFile(routeLocalnet); err == nil && strings.TrimSpace(string(set)) == "1" {
-		return nil
-	}
-	if err := os.WriteFile(routeLocalnet, []byte("1\n"), 0); err != nil {
-		return fmt.Errorf("serve NodePorts on 127.0.0.1: %w", err)
-	}
-	return nil
-}
+// KernelProblems returns the settings that the last Sync found wrong and could
+// not make. The next one that writes everything tries again.
+func (p *Proxier) KernelProblems() []*node.KernelProblem { return p.problems }

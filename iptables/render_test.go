@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -140,4 +141,31 @@ func TestKernelTakesTheExamples(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestEndpointsOfUnknownNodes checks that endpoints which may be clients of
+// themselves, as all do whose slices name no node, cost a rule for each address
+// and no chain for each endpoint of each Service.
+func TestEndpointsOfUnknownNodes(t *testing.T) {
+	const services, each = 200, 10
+	chains := func(mayHairpin bool) int {
+		plan := proxiertest.Fleet(proxier.IPv4, services, each)
+		for _, sp := range plan.Services {
+			for i := range sp.Serving.Endpoints {
+				sp.Serving.Endpoints[i].MayHairpin = mayHairpin
+			}
+		}
+		text, err := Render(proxier.Options{Family: proxier.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, want := strings.Count(text, " -s 10."), map[bool]int{true: services * each}[mayHairpin]; n < want {
+			t.Errorf("%d rules for endpoints that are their own clients, not %d", n, want)
+		}
+		return strings.Count(text, "\n:")
+	}
+	// A leaf of the tree holds up to 16 of them.
+	if few, many := chains(false), chains(true); many > few+services*each/4 {
+		t.Errorf("%d chains, and with endpoints of unknown nodes %d", few, many)
+	}
 }

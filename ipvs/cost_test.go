@@ -19,9 +19,6 @@ func TestCost(t *testing.T) {
 	}
 	const services = 10_000
 	eachFamily(t, func(t *testing.T, w world) {
-		if w.family != proxier.IPv4 {
-			return // the other family costs the same
-		}
 		plan := proxiertest.Fleet(w.family, services, 10)
 		p, sent := start(t, w.family, nil)
 		nft, err := nftables.New(options(w.family))

@@ -120,9 +120,12 @@ func (d *device) held() (ours, others map[netip.Addr]bool, err error) {
 	return ours, others, nil
 }
 
-// isLocal says whether the node holds an address.
+// isLocal says whether the node holds an address. It asks for the entry of the
+// routing table that a packet to it meets (RTM_F_FIB_MATCH, kernel 4.13): in the
+// place of that the kernel's IPv6 would say which source address a packet would
+// have, for which it compares all that the device has.
 func (d *device) isLocal(a netip.Addr) bool {
-	routes, err := d.nl.RouteGet(net.IP(a.AsSlice()))
+	routes, err := d.nl.RouteGetWithOptions(net.IP(a.AsSlice()), &netlink.RouteGetOptions{FIBMatch: true})
 	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
 }
 

@@ -151,7 +151,7 @@ func (p *Proxier) drainServer(st *state, key serverKey, now time.Time) error {
 	}
 	waiting := st.draining[key]
 	for _, dest := range slices.SortedFunc(maps.Keys(waiting), netip.AddrPort.Compare) {
-		if busy[dest] && now.Before(waiting[dest]) {
+		if busy[dest] && now.Before(waiting[dest]) && st.drains(key, dest) {
 			continue
 		}
 		if err := p.kernel.send([]op{{verb: removeDest, key: key, dest: dest}}, st.note); err != nil {

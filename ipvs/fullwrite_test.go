@@ -213,3 +213,49 @@ func TestReadsWithoutListing(t *testing.T) {
 		t.Errorf("after %d messages the second process sent %v", sent, k.ops[sent:])
 	}
 }
+
+// TestFlowsOfAReplacedServerGoOn takes over a virtual server by address, as of
+// kube-proxy, for a Service that has servers by mark here. Open UDP flows keep
+// their endpoint for as long as it serves.
+func TestFlowsOfAReplacedServerGoOn(t *testing.T) {
+	k, w := play(t), world{proxier.IPv4}
+	p := k.proxier(t, time.Now)
+	key := serverKey{addr: w.vip(1), port: 53, protocol: proxier.UDP}
+	one, two := w.pods(1).Endpoints[0].AddrPort, w.pods(2).Endpoints[0].AddrPort
+	k.connections[one], k.connections[two] = 1, 1
+	k.model.servers[key] = &server{scheduler: "rr", dests: map[netip.AddrPort]int{one: 1, two: 1}}
+	if err := p.device.find(); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.device.add([]netip.Addr{w.vip(1)}, func(netip.Addr) {}); err != nil {
+		t.Fatal(err)
+	}
+	dns := func(pods ...int) *proxier.ServicePort {
+		set := w.pods(pods...)
+		sp := w.service("dns", proxier.UDP, set, clusterIP(w.vip(1), 53, set))
+		sp.AffinityTimeout = time.Hour
+		return sp
+	}
+	plan := w.plan(dns(1, 2))
+	check := func(when string, wantOne, wantTwo bool) {
+		t.Helper()
+		p.drainOnce(time.Now())
+		if k.has(key, one) != wantOne || k.has(key, two) != wantTwo {
+			t.Errorf("%s: %+v", when, k.model.servers[key])
+		}
+	}
+	syncAll(t, p, plan)
+	check("after the takeover", true, true)
+	if s := k.model.servers[key]; s.dests[one] != 0 || s.dests[two] != 0 {
+		t.Errorf("new flows come to what was taken over: %+v", s)
+	}
+	syncAll(t, p, plan)
+	check("after the hourly writing", true, true)
+	syncOne(t, p, plan, dns(2))
+	check("without the first endpoint", false, true)
+	k.connections[two] = 0
+	check("after the last flow", false, false)
+	if k.model.servers[key] != nil {
+		t.Error("the server outlives its flows")
+	}
+}

@@ -3,6 +3,7 @@ package ipvs
 import (
 	"errors"
 
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -13,5 +14,5 @@ func Init(opts proxier.Options) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(p.prepare(), p.makeSettings(), p.Close())
+	return errors.Join(p.prepare(), node.Unmade(p.problems), p.Close())
 }

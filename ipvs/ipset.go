@@ -1,13 +1,16 @@
 package ipvs
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
@@ -72,40 +75,82 @@ func readSets(f proxier.Family) ([]kubeProxySet, error) {
 		if err != nil {
 			return nil, fmt.Errorf("list the set %s: %w", name, err)
 		}
-		sets = append(sets, parseSet(name, protocol, result))
+		set, err := parseSet(name, protocol, result)
+		if err != nil {
+			return nil, fmt.Errorf("read the set %s: %w", name, err)
+		}
+		sets = append(sets, set)
 	}
 	return sets, nil
 }
 
-// listSet asks a library that panics on an error that is not the kernel's.
-func listSet(name string) (result *netlink.IPSetResult, err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("%v", r)
-		}
-	}()
-	return netlink.IpsetList(name)
+// listSet returns the kernel's messages about a set. The library would read them,
+// but logs two lines for each set of a kernel since 5.11, which tells more of it
+// than the library knows.
+func listSet(name string) ([][]byte, error) {
+	req := nl.NewNetlinkRequest(nl.IPSET_CMD_LIST|unix.NFNL_SUBSYS_IPSET<<8, nl.GetIpsetFlags(nl.IPSET_CMD_LIST))
+	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_NETLINK, Version: nl.NFNETLINK_V0})
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_PROTOCOL, nl.Uint8Attr(nl.IPSET_PROTOCOL)))
+	req.AddData(nl.NewRtAttr(nl.IPSET_ATTR_SETNAME, nl.ZeroTerminated(name)))
+	return req.Execute(unix.NETLINK_NETFILTER, 0)
 }
 
-func parseSet(name string, protocol proxier.Protocol, result *netlink.IPSetResult) kubeProxySet {
+func parseSet(name string, protocol proxier.Protocol, messages [][]byte) (kubeProxySet, error) {
 	s := kubeProxySet{name: name, protocol: protocol}
 	if protocol != 0 {
 		s.ports = make(map[uint16]bool)
 	} else {
 		s.servers = make(map[serverKey]bool)
 	}
-	for _, e := range result.Entries {
-		switch {
-		case e.Port == nil || e.IP2 != nil: // the latter are of endpoints
-		case s.ports != nil:
-			s.ports[*e.Port] = true
-		case e.Protocol != nil:
-			if a, ok := netip.AddrFromSlice(e.IP); ok {
-				s.servers[serverKey{addr: a, port: *e.Port, protocol: proxier.Protocol(*e.Protocol)}] = true
+	for _, m := range messages {
+		if len(m) < nl.SizeofNfgenmsg {
+			return s, errors.New("the kernel's answer is too short")
+		}
+		for _, list := range attributeValues(m[nl.SizeofNfgenmsg:], nl.IPSET_ATTR_ADT) {
+			for _, data := range attributeValues(list, nl.IPSET_ATTR_DATA) {
+				s.add(data)
 			}
 		}
 	}
-	return s
+	return s, nil
+}
+
+// add takes an entry, if it is of a port.
+func (s *kubeProxySet) add(entry []byte) {
+	ports, endpoints := attributeValues(entry, nl.IPSET_ATTR_PORT), attributeValues(entry, nl.IPSET_ATTR_IP2)
+	if len(ports) == 0 || len(ports[0]) != 2 || len(endpoints) > 0 {
+		return
+	}
+	key := serverKey{port: binary.BigEndian.Uint16(ports[0])}
+	if s.ports != nil {
+		s.ports[key.port] = true
+		return
+	}
+	for _, p := range attributeValues(entry, nl.IPSET_ATTR_PROTO) {
+		key.protocol = proxier.Protocol(p[0])
+	}
+	for _, ip := range attributeValues(entry, nl.IPSET_ATTR_IP) {
+		for _, raw := range slices.Concat(attributeValues(ip, nl.IPSET_ATTR_IPADDR_IPV4), attributeValues(ip, nl.IPSET_ATTR_IPADDR_IPV6)) {
+			key.addr, _ = netip.AddrFromSlice(raw)
+		}
+	}
+	if key.protocol != 0 && key.addr.IsValid() {
+		s.servers[key] = true
+	}
+}
+
+// attributeValues returns the values of all attributes of a kind, which are not empty.
+func attributeValues(attributes []byte, kind uint16) (values [][]byte) {
+	list, err := nl.ParseRouteAttr(attributes)
+	if err != nil {
+		return nil
+	}
+	for _, a := range list {
+		if a.Attr.Type&nl.NLA_TYPE_MASK == kind && len(a.Value) > 0 {
+			values = append(values, a.Value)
+		}
+	}
+	return values
 }
 
 // setPatience is how long a set may be in use after the rules that used it are

@@ -44,18 +44,21 @@ func CleanupKubeProxy(f proxier.Family, sharesDevice, drain bool) (removed bool,
 	if len(c.sets) == 0 && (d.link == nil || sharesDevice) {
 		return false, 0, nil
 	}
-	draining, err = c.run(f)
+	draining, err = c.kubeProxy(f)
 	return c.removed, draining, err
 }
 
-// cleanup is one removal of what is kube-proxy's.
+// cleanup is one removal of virtual servers, kube-proxy's or this mode's.
 type cleanup struct {
 	device              *device
 	held                map[netip.Addr]bool // addresses of the device
 	sets                []kubeProxySet
 	sharesDevice, drain bool
-	removed             bool // something
-	failed              []error
+	// keepAddrs is that a virtual server by a mark of this mode stays. Which
+	// addresses lead to it nothing tells any more.
+	keepAddrs bool
+	removed   bool // something
+	failed    []error
 }
 
 func (c *cleanup) fail(err error) {
@@ -70,36 +73,48 @@ func (c *cleanup) note(err error) {
 	c.fail(err)
 }
 
-func (c *cleanup) run(f proxier.Family) (draining int, err error) {
-	var gone, busy []serverKey
-	k, err := openKernel(f)
-	if err == nil { // without IPVS there are no virtual servers
-		defer k.close()
-		gone, busy = c.choose(k)
-	}
-	if !c.sharesDevice {
-		c.removeAddrs(busy)
-	}
-	for _, key := range gone {
-		c.note(do(k, op{verb: removeServer, key: key}))
-	}
+func (c *cleanup) kubeProxy(f proxier.Family) (draining int, err error) {
+	draining = c.removeServers(f, c.theirs)
 	// The sets tell which servers at the node's own addresses are kube-proxy's:
 	// they go with the last.
-	if len(busy) == 0 {
+	if draining == 0 {
 		for i := range c.sets {
 			c.note(c.sets[i].destroy())
 		}
 	}
-	return len(busy), errors.Join(c.failed...)
+	return draining, errors.Join(c.failed...)
 }
 
-// choose lists the virtual servers of kube-proxy's that are to go now, and
-// those that have connections yet.
-func (c *cleanup) choose(k kernel) (gone, busy []serverKey) {
+// removeServers removes the virtual servers that are to go, with their
+// addresses, and returns how many have connections yet.
+func (c *cleanup) removeServers(f proxier.Family, goes func(serverKey) bool) (draining int) {
+	var gone, busy []serverKey
+	k, err := openKernel(f)
+	if err == nil { // without IPVS there are no virtual servers
+		defer k.close()
+		gone, busy = c.choose(k, goes)
+	}
+	if !c.sharesDevice && !c.keepAddrs {
+		c.removeAddrs(busy)
+	}
+	if len(gone) > 0 {
+		ops := make([]op, len(gone))
+		for i, key := range gone {
+			ops[i] = op{verb: removeServer, key: key}
+		}
+		c.fail(k.send(ops, func(op) { c.removed = true }))
+	}
+	return len(busy)
+}
+
+// choose lists the virtual servers that are to go now, and those that have
+// connections yet.
+func (c *cleanup) choose(k kernel, goes func(serverKey) bool) (gone, busy []serverKey) {
 	all, err := k.servers()
 	c.fail(err)
 	for key := range all {
-		if !c.theirs(key) {
+		if !goes(key) {
+			c.keepAddrs = c.keepAddrs || isOurs(key.mark)
 			continue
 		}
 		used := false
@@ -109,6 +124,7 @@ func (c *cleanup) choose(k kernel) (gone, busy []serverKey) {
 		}
 		if used {
 			busy = append(busy, key)
+			c.keepAddrs = c.keepAddrs || isOurs(key.mark)
 		} else {
 			gone = append(gone, key)
 		}

@@ -256,7 +256,7 @@ func TestServersWithConnectionsStay(t *testing.T) {
 		foreign: {{addr: a, weight: 1, connections: 1}},
 	}}
 	c := cleanup{held: map[netip.Addr]bool{vip: true}, drain: true}
-	gone, left := c.choose(k)
+	gone, left := c.choose(k, c.theirs)
 	if !slices.Equal(gone, []serverKey{idle}) || !slices.Equal(left, []serverKey{busy}) || len(c.failed) > 0 {
 		t.Errorf("%v go and %v stay, errors %v", gone, left, c.failed)
 	}

@@ -13,27 +13,29 @@ import (
 	"signalbox/proxier"
 )
 
-// setting is a kernel setting of the network namespace.
-type setting struct{ name, value string }
+// setting is a kernel setting of the network namespace, and what does not work
+// without it.
+type setting struct{ name, value, without string }
 
 // settings are what the mode needs of the kernel.
 func (p *Proxier) settings() []setting {
 	list := []setting{
 		// Connection tracking follows what IPVS does, or masquerading could not.
-		{"net/ipv4/vs/conntrack", "1"},
+		{"net/ipv4/vs/conntrack", "1", "source addresses are not rewritten, so that answers to some clients get lost"},
 		// A connection whose destination was removed ends at its next packet,
 		// so that UDP clients get another endpoint.
-		{"net/ipv4/vs/expire_nodest_conn", "1"},
-		{"net/ipv4/vs/expire_quiescent_template", "1"},
+		{"net/ipv4/vs/expire_nodest_conn", "1", "UDP clients go on sending to endpoints that are gone"},
+		{"net/ipv4/vs/expire_quiescent_template", "1", "clients that a kube-proxy remembered go on to endpoints that drain"},
 	}
 	if kernelBefore(5, 9) {
 		// A client that uses its port again would wait a second.
-		list = append(list, setting{"net/ipv4/vs/conn_reuse_mode", "0"})
+		list = append(list, setting{"net/ipv4/vs/conn_reuse_mode", "0", "a client that uses its port again waits a second"})
 	}
 	if p.Family == proxier.IPv4 {
-		list = append(list, setting{"net/ipv4/ip_forward", "1"})
+		list = append(list, setting{"net/ipv4/ip_forward", "1", "packets from elsewhere do not reach Pods"})
 		if p.tuning.StrictARP {
-			list = append(list, setting{"net/ipv4/conf/all/arp_ignore", "1"}, setting{"net/ipv4/conf/all/arp_announce", "2"})
+			const without = "every interface answers ARP for virtual addresses, in spite of --ipvs-strict-arp"
+			list = append(list, setting{"net/ipv4/conf/all/arp_ignore", "1", without}, setting{"net/ipv4/conf/all/arp_announce", "2", without})
 		}
 	}
 	return list
@@ -57,11 +59,7 @@ func (p *Proxier) prepare() error {
 	if err := p.device.ensure(); err != nil {
 		return err
 	}
-	if err := p.makeSettings(); err != nil && !p.saidNoSettings {
-		p.saidNoSettings = true
-		slog.Warn("kernel settings of the ipvs mode cannot be made: masquerading and the removal of endpoints may not work as they should",
-			"family", p.Family.String(), "error", err, "remedy", "run signalbox --init-only in a privileged container first")
-	}
+	p.makeSettings()
 	t := &p.tuning
 	if t.TCPTimeout == 0 && t.TCPFinTimeout == 0 && t.UDPTimeout == 0 {
 		return nil
@@ -70,15 +68,18 @@ func (p *Proxier) prepare() error {
 }
 
 // makeSettings leaves out what the kernel has not got.
-func (p *Proxier) makeSettings() error {
-	var failed []error
+func (p *Proxier) makeSettings() {
+	p.problems = nil
 	for _, s := range p.settings() {
-		if err := node.SetSysctl(s.name, s.value); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			failed = append(failed, err)
+		if problem := node.NeedSysctl(s.name, s.value, s.without); problem != nil && !errors.Is(problem, fs.ErrNotExist) {
+			p.problems = append(p.problems, problem)
 		}
 	}
-	return errors.Join(failed...)
 }
+
+// KernelProblems returns the settings that the last Sync which wrote everything
+// found wrong and could not make.
+func (p *Proxier) KernelProblems() []*node.KernelProblem { return p.problems }
 
 // read makes the state of what is in the kernel and this mode's: virtual
 // servers at addresses of the device or with a mark of this mode, whoever made

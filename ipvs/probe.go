@@ -3,10 +3,7 @@ package ipvs
 import (
 	"errors"
 	"fmt"
-	"maps"
-	"net/netip"
 	"os"
-	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -88,50 +85,45 @@ func probeServer(f proxier.Family, unsupported func(missing, remedy string, err 
 // mode, so do the addresses and what is at them. It is no error if there is
 // nothing, and then removed is false.
 func Cleanup(f proxier.Family) (removed bool, err error) {
-	var failed []error
+	removed, _, err = leave(f, false)
+	return removed, err
+}
+
+// Drain is Cleanup for when another mode serves already: a virtual server that
+// has connections gets no new ones and stays, with the addresses, and the
+// function is to be called again later. draining is how many do.
+func Drain(f proxier.Family) (removed bool, draining int, err error) { return leave(f, true) }
+
+func leave(f proxier.Family, drain bool) (removed bool, draining int, err error) {
 	d, err := openDevice(f)
 	if err != nil {
-		return false, err
+		return false, 0, err
 	}
 	defer d.close()
 	if err := d.find(); err != nil {
-		return false, err
+		return false, 0, err
 	}
-	ours, _, err := d.held()
-	if err != nil {
-		return false, err
-	}
+	c := cleanup{device: d, drain: drain}
 	if HasKubeProxy(f) {
-		ours, d.link = nil, nil // kube-proxy's now
-	}
-	// First the addresses: then no packet comes for what goes after them.
-	if d.link != nil {
-		failed = append(failed, d.remove(slices.Collect(maps.Keys(ours)), func(netip.Addr) { removed = true }))
-		device, err := d.removeUnused()
-		removed = removed || device
-		failed = append(failed, err)
-	}
-	if k, err := openKernel(f); err == nil { // without IPVS there is nothing to remove
-		all, err := k.servers()
-		var remove []op
-		for key := range all {
-			if isOurs(key.mark) || ours[key.addr] {
-				remove = append(remove, op{verb: removeServer, key: key})
-			}
+		c.sharesDevice = true // with kube-proxy, whose it is now
+	} else if d.link != nil {
+		if c.held, _, err = d.held(); err != nil {
+			return false, 0, err
 		}
-		failed = append(failed, err, k.send(remove, func(op) { removed = true }))
-		k.close()
 	}
+	draining = c.removeServers(f, func(key serverKey) bool {
+		return isOurs(key.mark) || key.mark == 0 && c.held[key.addr]
+	})
 	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, nil)
 	if err != nil {
-		return removed, errors.Join(append(failed, err)...)
+		return c.removed, draining, errors.Join(append(c.failed, err)...)
 	}
 	defer t.Close()
 	table := t.DeleteTable()
 	if err := t.Commit(); err != nil {
-		failed = append(failed, fmt.Errorf("delete table %s of %s: %w", tableName, f, err))
+		c.fail(fmt.Errorf("delete table %s of %s: %w", tableName, f, err))
 	} else {
-		removed = removed || table
+		c.removed = c.removed || table
 	}
-	return removed, errors.Join(failed...)
+	return c.removed, draining, errors.Join(c.failed...)
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"signalbox/nftables"
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -39,9 +40,8 @@ type Proxier struct {
 	// deadlines are those of state, and of the next.
 	deadlines *deadlines
 	now       func() time.Time
-	// saidNoSettings says that the log tells which kernel settings cannot be
-	// made.
-	saidNoSettings bool
+	// problems are the kernel settings that could not be made.
+	problems []*node.KernelProblem
 
 	wake chan struct{} // holds one token when there is something to drain
 	stop chan struct{}
@@ -115,13 +115,11 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	defer p.mu.Unlock()
 	defer p.wakeDrain()
 	if change.All || p.state == nil {
-		p.schedulers.forgetGone(plan, maps.Keys(p.last))
 		return p.syncAll(plan)
 	}
 	if change.Empty() {
 		return nil
 	}
-	p.schedulers.forgetGone(plan, slices.Values(change.Services))
 	return p.syncChange(plan, change)
 }
 
@@ -148,10 +146,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	if err != nil {
 		return err
 	}
-	// Whatever is in the kernel and not wanted goes, too.
-	for _, key := range st.unwanted(b) {
-		b.diff(st.servers[key], nil, key)
-	}
+	st.diffUnwanted(b)
 	b.all = true
 	if err := p.write(st, b); err != nil {
 		p.state = nil

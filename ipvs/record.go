@@ -13,10 +13,13 @@ import (
 // record is what stands for one Service port: elements of the table, virtual
 // servers, and addresses to hold.
 type record struct {
-	port     *proxier.ServicePort
-	elements []nftables.Element
-	servers  []wanted
-	vips     []netip.Addr
+	port *proxier.ServicePort
+	// noScheduler is the scheduler that the Service port asks for and the kernel
+	// has not got.
+	noScheduler string
+	elements    []nftables.Element
+	servers     []wanted
+	vips        []netip.Addr
 	// bases are the marks that the record holds in the pool.
 	bases []uint32
 	// marks says which mark each frontend leads to, from outside and inside.
@@ -56,8 +59,9 @@ type compiler struct {
 
 // compile makes the record of a Service port. On error the pool is as it was.
 func (c *compiler) compile(port *proxier.ServicePort) (*record, error) {
-	c.port, c.scheduler, c.sets, c.ids = port, c.schedulers.of(port), nil, nil
+	c.port, c.sets, c.ids = port, nil, nil
 	c.out = &record{port: port, marks: make(map[markKey]uint32)}
+	c.scheduler, c.out.noScheduler = c.schedulers.of(port)
 	err := c.validate()
 	if err == nil {
 		err = c.run()

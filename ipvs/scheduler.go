@@ -3,10 +3,7 @@ package ipvs
 import (
 	"cmp"
 	"fmt"
-	"iter"
-	"log/slog"
 	"slices"
-	"sync"
 
 	"signalbox/proxier"
 )
@@ -25,44 +22,10 @@ type schedulers struct {
 	// ask asks the kernel; nil where there is none to ask.
 	ask   func(name string) (bool, error)
 	known map[string]bool // what it answered
-	told  *toldSchedulers
-}
-
-// told is shared by the Proxiers of a process: a Service has one annotation for
-// both families.
-var told toldSchedulers
-
-// toldSchedulers are the missing schedulers that the log tells already.
-type toldSchedulers struct {
-	mu sync.Mutex
-	of map[proxier.ServiceName]string
-}
-
-// isNew says whether the log has yet to tell that a Service's scheduler is
-// missing. The Service's other ports, its other family and changes of its
-// endpoints are not told again.
-func (t *toldSchedulers) isNew(service proxier.ServiceName, scheduler string) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.of[service] == scheduler {
-		return false
-	}
-	if t.of == nil {
-		t.of = make(map[proxier.ServiceName]string)
-	}
-	t.of[service] = scheduler
-	return true
-}
-
-// forget is for a Service that has what it asks for, or is gone.
-func (t *toldSchedulers) forget(service proxier.ServiceName) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.of, service)
 }
 
 func newSchedulers(own string, ask func(string) (bool, error)) *schedulers {
-	return &schedulers{own: cmp.Or(own, defaultScheduler), ask: ask, known: make(map[string]bool), told: &told}
+	return &schedulers{own: cmp.Or(own, defaultScheduler), ask: ask, known: make(map[string]bool)}
 }
 
 func errNoScheduler(name string) error {
@@ -97,36 +60,18 @@ func (s *schedulers) forgetMissing() {
 	}
 }
 
-// forgetGone makes the log tell again of Services that come back.
-func (s *schedulers) forgetGone(plan *proxier.Plan, names iter.Seq[proxier.ServicePortName]) {
-	for name := range names {
-		if plan.Services[name] == nil {
-			s.told.forget(name.ServiceName)
-		}
-	}
-}
-
 // of returns the scheduler of a Service port: the one that it asks for, or else
 // the mode's own, or where endpoints have weights its kin that knows these. The
-// kernel may lack what a Service asks for; then the Service is served like
-// those that ask for nothing.
-func (s *schedulers) of(port *proxier.ServicePort) string {
-	service := port.Name.ServiceName
-	if port.Scheduler == "" {
-		s.told.forget(service)
-		return s.unasked(port)
+// kernel may lack what a Service asks for; then missing is that, and the Service
+// is served like those that ask for nothing.
+func (s *schedulers) of(port *proxier.ServicePort) (name, missing string) {
+	switch {
+	case port.Scheduler == "":
+		return s.unasked(port), ""
+	case s.has(port.Scheduler):
+		return port.Scheduler, ""
 	}
-	if s.has(port.Scheduler) {
-		s.told.forget(service)
-		return port.Scheduler
-	}
-	instead := s.unasked(port)
-	if !s.told.isNew(service, port.Scheduler) {
-		return instead
-	}
-	slog.Error("ipvs: a Service asks for a scheduler that the kernel has not got; it is served with another, and the kernel is asked again when everything is written anew",
-		"service", service.String(), "scheduler", port.Scheduler, "instead", instead, "error", errNoScheduler(port.Scheduler))
-	return instead
+	return s.unasked(port), port.Scheduler
 }
 
 func (s *schedulers) unasked(port *proxier.ServicePort) string {
@@ -143,4 +88,17 @@ func hasWeights(port *proxier.ServicePort) bool {
 	return slices.ContainsFunc(port.Frontends, func(f proxier.Frontend) bool {
 		return heavy(f.Internal) || f.External != f.Internal && heavy(f.External)
 	})
+}
+
+// Problem implements proxier.Reporter: a Service may ask for a scheduler that the
+// kernel has not got.
+func (p *Proxier) Problem(name proxier.ServicePortName) (proxier.Problem, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.state == nil || p.state.records[name] == nil || p.state.records[name].noScheduler == "" {
+		return proxier.Problem{}, false
+	}
+	reason := fmt.Sprintf("%v, or name another; the Service has the mode's own, %s, and the kernel is asked again when everything is written anew",
+		errNoScheduler(p.state.records[name].noScheduler), p.schedulers.own)
+	return proxier.AnnotationProblem(name.ServiceName, proxier.AnnotationScheduler, reason), true
 }

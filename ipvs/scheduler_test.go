@@ -1,14 +1,15 @@
 package ipvs
 
 import (
-	"bytes"
 	"errors"
-	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"signalbox/proxier"
+	"signalbox/proxier/proxiertest"
 )
 
 // TestSchedulerOf checks which scheduler Services have with a kernel that lacks
@@ -48,8 +49,13 @@ func TestSchedulerOf(t *testing.T) {
 		{"sh", "", 2, "sh"},
 		{"", "mute", 0, "mute"},
 	} {
-		if got := newSchedulers(test.own, ask).of(port(test.asks, test.weight)); got != test.want {
-			t.Errorf("flag %q, annotation %q, weight %d: %s, not %s", test.own, test.asks, test.weight, got, test.want)
+		got, missing := newSchedulers(test.own, ask).of(port(test.asks, test.weight))
+		wantMissing := ""
+		if test.asks == "mh" {
+			wantMissing = "mh"
+		}
+		if got != test.want || missing != wantMissing {
+			t.Errorf("flag %q, annotation %q, weight %d: %s without %q, not %s without %q", test.own, test.asks, test.weight, got, missing, test.want, wantMissing)
 		}
 	}
 	s := newSchedulers("", ask)
@@ -62,58 +68,61 @@ func TestSchedulerOf(t *testing.T) {
 	}
 	kernel = append(kernel, "mh")
 	s.forgetMissing()
-	if got := s.of(port("mh", 2)); got != "mh" {
-		t.Errorf("after its module was loaded: %s", got)
+	if got, missing := s.of(port("mh", 2)); got != "mh" || missing != "" {
+		t.Errorf("after its module was loaded: %s without %q", got, missing)
 	}
 	if len(asked) != 3 {
 		t.Errorf("asked for %v", asked)
 	}
 }
 
-// TestMissingSchedulerIsToldOnce checks that the log tells once of a Service's
-// scheduler that the kernel has not got, until something about it changes.
-func TestMissingSchedulerIsToldOnce(t *testing.T) {
-	var log bytes.Buffer
-	defer slog.SetDefault(slog.Default())
-	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
-	kernel := map[string]bool{}
-	ask := func(name string) (bool, error) { return kernel[name], nil }
-	shared := &toldSchedulers{}
-	v4, v6 := newSchedulers("", ask), newSchedulers("", ask)
-	v4.told, v6.told = shared, shared
-	port := func(family proxier.Family, service, name, scheduler string) *proxier.ServicePort {
-		w := world{family}
-		sp := w.service(service, proxier.TCP, w.pods(1), clusterIP(w.vip(1), 80, w.pods(1)))
-		sp.Name.Port, sp.Scheduler = name, scheduler
-		return sp
-	}
-	told := func(step string, want int) {
+// TestMissingSchedulerIsAProblem checks that a Service port has a Problem for as
+// long as it asks for a scheduler that the kernel has not got.
+func TestMissingSchedulerIsAProblem(t *testing.T) {
+	k := play(t)
+	p := k.proxier(t, time.Now)
+	has := map[string]bool{}
+	p.schedulers = newSchedulers("lc", func(name string) (bool, error) { return has[name], nil })
+	plan := proxiertest.Fleet(proxier.IPv4, 3, 2)
+	web := *slices.MinFunc(slices.Collect(maps.Values(plan.Services)), func(a, b *proxier.ServicePort) int { return a.Name.Compare(b.Name) })
+	problem := func(step, want string) {
 		t.Helper()
-		if n := strings.Count(log.String(), "service=default/"); n != want {
-			t.Errorf("%s: told %d times, not %d:\n%s", step, n, want, log.String())
+		for name := range plan.Services {
+			found, is := p.Problem(name)
+			if is != (name == web.Name && want != "") {
+				t.Errorf("%s: %s has the Problem %v", step, name, found)
+			}
+			if is && (found.Object != web.Name.ServiceName.String() || found.Field != "metadata.annotations[signalbox.dev/scheduler]" || !strings.Contains(found.Reason, want)) {
+				t.Errorf("%s: %v does not say %q", step, found, want)
+			}
 		}
-		log.Reset()
 	}
-	for range 3 {
-		v4.of(port(proxier.IPv4, "web", "http", "mh"))
-		v4.of(port(proxier.IPv4, "web", "https", "mh"))
-		v6.of(port(proxier.IPv6, "web", "http", "mh"))
-		v4.forgetMissing()
+	ask := func(scheduler string) {
+		t.Helper()
+		port := web
+		port.Scheduler = scheduler
+		syncOne(t, p, plan, &port)
 	}
-	told("a Service of two ports and families", 1)
-	v4.of(port(proxier.IPv4, "other", "http", "mh"))
-	told("another Service", 1)
-	v4.of(port(proxier.IPv4, "web", "http", "sed"))
-	told("another scheduler", 1)
-	v4.of(port(proxier.IPv4, "web", "http", ""))
-	v4.of(port(proxier.IPv4, "web", "http", "sed"))
-	told("asked for again", 1)
-	kernel["sed"] = true
-	v4.forgetMissing()
-	v4.of(port(proxier.IPv4, "web", "http", "sed"))
-	told("loaded", 0)
-	gone := port(proxier.IPv4, "other", "http", "mh")
-	v4.forgetGone(world{proxier.IPv4}.plan(), slices.Values([]proxier.ServicePortName{gone.Name}))
-	v4.of(gone)
-	told("made again", 1)
+	problem("before anything is written", "")
+	syncAll(t, p, plan)
+	problem("nobody asks for any", "")
+	ask("mh")
+	problem("one asks for what is missing", "no scheduler mh: load the module ip_vs_mh (modprobe ip_vs_mh), or name another; the Service has the mode's own, lc,")
+	ask("sed")
+	problem("for another", "no scheduler sed")
+	ask("")
+	problem("for none", "")
+	ask("mh")
+	has["mh"] = true
+	problem("the kernel was not asked again", "no scheduler mh")
+	syncAll(t, p, plan)
+	problem("it has it now", "")
+	has = map[string]bool{}
+	delete(plan.Services, web.Name)
+	if err := p.Sync(t.Context(), plan, proxier.Change{Services: []proxier.ServicePortName{web.Name}}); err != nil {
+		t.Fatal(err)
+	}
+	if found, is := p.Problem(web.Name); is {
+		t.Errorf("it is gone and has the Problem %v", found)
+	}
 }

@@ -49,6 +49,9 @@ type wanted struct {
 	// serving are the endpoints that still answer. A UDP destination that does
 	// not is removed at once: its clients would not notice.
 	serving *proxier.EndpointSet
+	// replaced is that another server leads to these endpoints now, and this one
+	// is to go with its last connection.
+	replaced bool
 }
 
 // weighted is a destination and its share of new connections.
@@ -147,7 +150,7 @@ func diff(have *server, want *wanted, key serverKey) (grow, shrink []op) {
 			left++
 		}
 	}
-	if want == nil && left == 0 {
+	if (want == nil || want.replaced) && left == 0 {
 		shrink = append(shrink, op{verb: removeServer, key: key})
 	}
 	return grow, shrink

@@ -23,6 +23,9 @@ type state struct {
 	servers map[serverKey]*server
 	// live says which of them a record wants.
 	live map[serverKey]bool
+	// replaced are virtual servers by address whose Service port has others by
+	// mark now: a kube-proxy's.
+	replaced map[serverKey]proxier.ServicePortName
 	// endpoints are, by block, the marks that endpoints have.
 	endpoints map[uint32]map[netip.AddrPort]uint32
 	// held are the addresses on the device, wanted how often each is.
@@ -63,6 +66,7 @@ func newState(rules *ruleset) *state {
 		rules: rules, pool: newMarkPool(),
 		records: make(map[proxier.ServicePortName]*record), uses: make(map[elementKey]use),
 		servers: make(map[serverKey]*server), live: make(map[serverKey]bool),
+		replaced:  make(map[serverKey]proxier.ServicePortName),
 		endpoints: make(map[uint32]map[netip.AddrPort]uint32),
 		held:      make(map[netip.Addr]bool), wanted: make(map[netip.Addr]int),
 		deadlines: newDeadlines(),
@@ -175,6 +179,55 @@ func (st *state) unwanted(b *batch) []serverKey {
 	return keys
 }
 
+// diffUnwanted has everything go that is in the kernel and not wanted by the
+// batch, which is about everything. UDP flows to an endpoint that serves their
+// Service by another virtual server from now on are not ended.
+func (st *state) diffUnwanted(b *batch) {
+	keys := st.unwanted(b)
+	replacedBy := st.findReplaced(b, keys)
+	for _, key := range keys {
+		var want *wanted
+		if port := replacedBy[key]; port != nil {
+			st.replaced[key] = port.Name
+			want = &wanted{key: key, scheduler: st.servers[key].scheduler, serving: port.Serving, replaced: true}
+		}
+		b.diff(st.servers[key], want, key)
+	}
+}
+
+func (st *state) findReplaced(b *batch, unwanted []serverKey) map[serverKey]*proxier.ServicePort {
+	found := make(map[serverKey]*proxier.ServicePort)
+	for _, key := range unwanted {
+		if key.mark == 0 {
+			found[key] = nil
+		}
+	}
+	for _, r := range b.new {
+		if len(found) == 0 || r == nil {
+			continue
+		}
+		for i := range r.port.Frontends {
+			fe := r.port.Frontends[i].Key(r.port.Name.Protocol)
+			key := serverKey{addr: fe.Addr, port: fe.Port, protocol: fe.Protocol}
+			if _, is := found[key]; is {
+				found[key] = r.port
+			}
+		}
+	}
+	return found
+}
+
+// drains says whether a destination that gets no new connections may wait for
+// the end of those it has.
+func (st *state) drains(key serverKey, dest netip.AddrPort) bool {
+	name, is := st.replaced[key]
+	if !is || key.protocol != proxier.UDP {
+		return true
+	}
+	r := st.records[name]
+	return r != nil && contains(r.port.Serving, dest)
+}
+
 // diffElements compares the elements of the batch's records before and after.
 func (st *state) diffElements(b *batch) {
 	var order []elementKey
@@ -248,6 +301,7 @@ func (st *state) note(o op) {
 		delete(s.dests, o.dest)
 	case removeServer:
 		delete(st.servers, id)
+		delete(st.replaced, id)
 		st.forgetServer(id)
 	}
 }

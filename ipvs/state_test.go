@@ -60,6 +60,10 @@ func TestDiff(t *testing.T) {
 		{"UDP that still answers", proxier.UDP, have(map[int]int{1: 1, 2: 1}), want("rr", w.pods(1), 2), "", "-e -u V -r 1 -m -w 0\n"},
 		{"UDP that answers no more", proxier.UDP, have(map[int]int{1: 0, 2: 1}), want("rr", w.pods(2), 2), "", "-d -u V -r 1\n"},
 		{"UDP goes", proxier.UDP, have(map[int]int{1: 1}), nil, "", "-d -u V -r 1\n-D -u V\n"},
+		{"UDP whose server is replaced", proxier.UDP, have(map[int]int{1: 1, 2: 1}),
+			&wanted{scheduler: "rr", serving: w.pods(1), replaced: true}, "", "-e -u V -r 1 -m -w 0\n-d -u V -r 2\n"},
+		{"UDP whose server is replaced, and nothing is left", proxier.UDP, have(map[int]int{2: 1}),
+			&wanted{scheduler: "rr", serving: w.pods(1), replaced: true}, "", "-d -u V -r 2\n-D -u V\n"},
 		{"SCTP drains as TCP does", proxier.SCTP, have(map[int]int{1: 1}), nil, "", "-e --sctp-service V -r 1 -m -w 0\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -29,28 +29,19 @@ var kernelBuckets = prometheus.ExponentialBuckets(0.0005, 2, 18)
 
 // compatible are the series that kube-proxy has, in every mode.
 type compatible struct {
-	syncDuration        *prometheus.HistogramVec
-	fullSyncDuration    *prometheus.HistogramVec
-	partialSyncDuration *prometheus.HistogramVec
-	networkProgramming  *prometheus.HistogramVec
-	lastTimestamp       *prometheus.GaugeVec
-	noLocalEndpoints    *prometheus.GaugeVec
-	healthz, livez      *prometheus.CounterVec
-	reconcilerDuration  *prometheus.HistogramVec
-	reconcilerDeleted   *prometheus.CounterVec
+	syncDuration       *prometheus.HistogramVec
+	networkProgramming *prometheus.HistogramVec
+	lastTimestamp      *prometheus.GaugeVec
+	noLocalEndpoints   *prometheus.GaugeVec
+	healthz, livez     *prometheus.CounterVec
+	reconcilerDuration *prometheus.HistogramVec
+	reconcilerDeleted  *prometheus.CounterVec
 
 	buildInfo *prometheus.GaugeVec
-
-	// Of single modes; nil in the others.
-	iptablesTotal, iptablesLast *prometheus.GaugeVec
-	restoreFailures             *prometheus.CounterVec
-	partialRestoreFailures      *prometheus.CounterVec
-	nftablesFailures            *prometheus.CounterVec
-	nftablesCleanupFailures     *prometheus.CounterVec
 }
 
-func newCompatible(r factory, mode string) compatible {
-	c := compatible{
+func newCompatible(r factory) compatible {
+	return compatible{
 		syncDuration: r.histogram(kubeproxy, "sync_proxy_rules_duration_seconds", "Time that a sync of one IP family took.",
 			syncBuckets, ipFamily),
 		networkProgramming: r.histogram(kubeproxy, "network_programming_duration_seconds", "Time from a change of a Service's endpoints, as its EndpointSlice tells it, to its being in the kernel.",
@@ -68,25 +59,6 @@ func newCompatible(r factory, mode string) compatible {
 		buildInfo: r.gauge("kubernetes", "build_info", "1 for the release of kube-proxy that this behaves like. The part of git_version after the plus sign is signalbox's own version.",
 			"major", "minor", "git_version", "git_commit", "git_tree_state", "build_date", "go_version", "compiler", "platform"),
 	}
-	if mode == modeIPTables || mode == modeNFTables {
-		c.fullSyncDuration = r.histogram(kubeproxy, "sync_full_proxy_rules_duration_seconds", "Time that a sync took that wrote everything anew.",
-			syncBuckets, ipFamily)
-		c.partialSyncDuration = r.histogram(kubeproxy, "sync_partial_proxy_rules_duration_seconds", "Time that a sync took that wrote what had changed.",
-			syncBuckets, ipFamily)
-	}
-	if mode == modeIPTables || mode == modeIPVS {
-		c.restoreFailures = r.counter(kubeproxy, "sync_proxy_rules_iptables_restore_failures_total", "Syncs that failed.", ipFamily)
-	}
-	switch mode {
-	case modeIPTables:
-		c.iptablesTotal = r.gauge(kubeproxy, "sync_proxy_rules_iptables_total", "Rules of ours in a table of iptables.", "table", ipFamily)
-		c.iptablesLast = r.gauge(kubeproxy, "sync_proxy_rules_iptables_last", "Rules that the last sync wrote into a table of iptables.", "table", ipFamily)
-		c.partialRestoreFailures = r.counter(kubeproxy, "sync_proxy_rules_iptables_partial_restore_failures_total", "Syncs of what had changed that failed.", ipFamily)
-	case modeNFTables:
-		c.nftablesFailures = r.counter(kubeproxy, "sync_proxy_rules_nftables_sync_failures_total", "Syncs that failed.", ipFamily)
-		c.nftablesCleanupFailures = r.counter(kubeproxy, "sync_proxy_rules_nftables_cleanup_failures_total", "Removals of what is no longer used that failed. Always 0: what is no longer used goes with the sync that gave it up.", ipFamily)
-	}
-	return c
 }
 
 // own are the series that kube-proxy has not.
@@ -103,6 +75,7 @@ type own struct {
 	flowPassErrors *prometheus.CounterVec
 
 	buildInfo, modeInfo, familyServed *prometheus.GaugeVec
+	configurationRejected             *prometheus.GaugeVec
 	sysctlProblem                     *prometheus.GaugeVec
 	sourceFailing                     *prometheus.GaugeVec
 	leftovers                         *prometheus.GaugeVec
@@ -132,10 +105,11 @@ func newOwn(r factory) own {
 		flowsRemoved:   r.counter(signalbox, "flows_removed_total", "UDP flows to endpoints that are gone that were removed.", ipFamily),
 		flowPassErrors: r.counter(signalbox, "flow_pass_failures_total", "Passes over the connection-tracking table that failed and are made again.", ipFamily),
 
-		buildInfo:     r.gauge(signalbox, "build_info", "1 for the release at work.", "version", "revision", "go_version"),
-		modeInfo:      r.gauge(signalbox, "mode_info", "1 for the mode at work.", "mode"),
-		familyServed:  r.gauge(signalbox, "family_served", "1 for an IP family that is served, 0 for one that is not.", ipFamily),
-		sysctlProblem: r.gauge(signalbox, "sysctl_problem", "1 for a kernel setting that could not be made.", "sysctl"),
+		buildInfo:             r.gauge(signalbox, "build_info", "1 for the release at work.", "version", "revision", "go_version"),
+		modeInfo:              r.gauge(signalbox, "mode_info", "1 for the mode at work.", "mode"),
+		familyServed:          r.gauge(signalbox, "family_served", "1 for an IP family that is served, 0 for one that is not.", ipFamily),
+		configurationRejected: r.gauge(signalbox, "configuration_rejected", "1 while the configuration file says something that cannot be used, or not yet, so that what it said before is in force."),
+		sysctlProblem:         r.gauge(signalbox, "sysctl_problem", "1 for a kernel setting that could not be made.", "sysctl"),
 		sourceFailing: r.gauge(signalbox, "source_failing", "1 for a resource that the API server at present does not tell of, 0 for one that it does.",
 			"resource"),
 		flowsUnseen: r.gauge(signalbox, "conntrack_unavailable", "1 where the connection-tracking table cannot be had, so that stale UDP flows are not removed."),
@@ -148,6 +122,7 @@ func newOwn(r factory) own {
 		events:         r.counter(signalbox, "events_total", "Kubernetes Events by what became of them: sent, dropped to stay within the rate, or failed.", "result"),
 	}
 	o.flowsUnseen.WithLabelValues().Set(0)
+	o.configurationRejected.WithLabelValues().Set(0)
 	return o
 }
 
@@ -189,17 +164,10 @@ func newScraped() scraped {
 		relayAcceptFailures: desc(signalbox, "relay_accept_failures_total", "Mode userspace: connections that could not be accepted, for want of file descriptors most likely.", ipFamily),
 		relayMaxConnections: desc(signalbox, "relay_max_connections", "Mode userspace: as many TCP connections may be open.", ipFamily),
 		relayMaxFlows:       desc(signalbox, "relay_max_flows", "Mode userspace: as many UDP flows may be open.", ipFamily),
-		relayLost:           desc(signalbox, "relay_lost_datagrams_total", "Mode userspace: datagrams of clients and answers that this node would not send.", ipFamily),
+		relayLost:           desc(signalbox, "relay_lost_datagrams_total", "Mode userspace: datagrams of clients and answers that found no room on this node, or that it would not send.", ipFamily),
 		relayTransparent:    desc(signalbox, "relay_transparent_total", "Mode userspace: connections and flows that bore their client's address to the endpoint.", ipFamily),
 	}
 }
-
-// The modes whose series differ; the names are those of --mode.
-const (
-	modeIPTables = "iptables"
-	modeNFTables = "nftables"
-	modeIPVS     = "ipvs"
-)
 
 // factory makes vectors and registers them.
 type factory struct{ prometheus.Registerer }

@@ -31,7 +31,8 @@ var now = time.Unix(1000, 0)
 
 // exercised are Metrics that were told everything once.
 func exercised(mode string) *Metrics {
-	m := New(Options{Mode: mode, Families: []proxier.Family{proxier.IPv4}})
+	m := New()
+	m.Serve(mode, []proxier.Family{proxier.IPv4})
 	m.now = func() time.Time { return now }
 	m.ReadProgress(func() proxier.Progress {
 		return proxier.Progress{
@@ -40,8 +41,8 @@ func exercised(mode string) *Metrics {
 			LastQueued: now.Add(-time.Second), Pending: map[proxier.Family]time.Time{proxier.IPv4: now.Add(-2 * time.Second)},
 		}
 	})
-	m.ReadRelay(proxier.IPv4, func() userspace.Stats {
-		return userspace.Stats{Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9, Lost: 10, MaxConnections: 11, MaxFlows: 12}
+	m.ReadRelays(func() map[proxier.Family]userspace.Stats {
+		return map[proxier.Family]userspace.Stats{proxier.IPv4: {Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9, Lost: 10, MaxConnections: 11, MaxFlows: 12}}
 	})
 	m.Synced(proxier.SyncReport{
 		Family: proxier.IPv4, All: true, Current: true, Repaired: true, Took: 3 * time.Millisecond, SetAside: 2, Queued: now.Add(-10 * time.Millisecond),
@@ -174,7 +175,8 @@ func TestEverySeriesIsDocumented(t *testing.T) {
 // A counter that nothing has happened to is there, so that its first increase
 // is one.
 func TestCountersBeginAtZero(t *testing.T) {
-	m := New(Options{Mode: "nftables", Families: []proxier.Family{proxier.IPv4}})
+	m := New()
+	m.Serve("nftables", []proxier.Family{proxier.IPv4})
 	families := gather(t, m)
 	for _, name := range []string{
 		"signalbox_syncs_total", "signalbox_drift_repaired_total", "signalbox_flows_removed_total", "signalbox_listen_failures_total",
@@ -191,6 +193,66 @@ func TestCountersBeginAtZero(t *testing.T) {
 	if diff := cmp.Diff(map[string]float64{"IPv4": 1, "IPv6": 0}, served); diff != "" {
 		t.Errorf("served (-want +got)\n%s", diff)
 	}
+}
+
+// Another mode, or other families, take the place of what served, and come back:
+// counters go on, and no gauge says what is not so any more.
+func TestCountersGoOn(t *testing.T) {
+	m := exercised("iptables")
+	series := func(name string) (all map[string]float64) {
+		all = map[string]float64{}
+		for _, s := range gather(t, m)[name].GetMetric() {
+			var labels []string
+			for _, l := range s.Label {
+				labels = append(labels, l.GetValue())
+			}
+			all[strings.Join(labels, ",")] = s.GetGauge().GetValue() + s.GetCounter().GetValue() + float64(s.GetHistogram().GetSampleCount())
+		}
+		return all
+	}
+	want := func(name string, want map[string]float64) {
+		t.Helper()
+		if diff := cmp.Diff(want, series(name)); diff != "" {
+			t.Errorf("%s (-want +got)\n%s", name, diff)
+		}
+	}
+	loop := func(services, slices uint64) {
+		m.ReadProgress(func() proxier.Progress {
+			return proxier.Progress{Services: proxier.Told{Total: services}, EndpointSlices: proxier.Told{Total: slices}}
+		})
+	}
+	type values = map[string]float64
+	// The same again: what was so is so.
+	m.Serve("iptables", []proxier.Family{proxier.IPv4})
+	want("signalbox_service_ports", values{"IPv4": 6})
+	want("kubeproxy_sync_proxy_rules_iptables_total", values{"IPv4,nat": 40})
+	want("signalbox_sysctl_problem", values{})
+	want("signalbox_conntrack_unavailable", values{"": 0})
+
+	m.Serve("nftables", []proxier.Family{proxier.IPv4, proxier.IPv6})
+	loop(2, 1)
+	want("signalbox_mode_info", values{"nftables": 1})
+	want("signalbox_service_ports", values{})
+	want("signalbox_kernel_objects", values{})
+	want("kubeproxy_sync_full_proxy_rules_duration_seconds", values{"IPv4": 1})
+	want("kubeproxy_sync_proxy_rules_iptables_restore_failures_total", values{})
+	want("kubeproxy_sync_proxy_rules_nftables_sync_failures_total", values{"IPv4": 0, "IPv6": 0})
+	want("kubeproxy_sync_proxy_rules_service_changes_total", values{"": 7})
+	m.Synced(proxier.SyncReport{Family: proxier.IPv6, All: true, Current: true, Err: errors.New("no")})
+	want("kubeproxy_sync_full_proxy_rules_duration_seconds", values{"IPv4": 1, "IPv6": 1})
+
+	m.Serve("iptables", []proxier.Family{proxier.IPv4})
+	loop(3, 4)
+	want("signalbox_family_served", values{"IPv4": 1, "IPv6": 0})
+	want("kubeproxy_sync_proxy_rules_last_timestamp_seconds", values{})
+	want("kubeproxy_sync_proxy_rules_iptables_restore_failures_total", values{"IPv4": 1})
+	want("kubeproxy_sync_proxy_rules_service_changes_total", values{"": 10})
+	want("kubeproxy_sync_proxy_rules_endpoint_changes_total", values{"": 12})
+	want("signalbox_syncs_total", values{
+		"IPv4,success,everything": 1, "IPv4,failure,change": 1, "IPv4,failure,everything": 0, "IPv4,success,change": 0,
+		"IPv6,success,everything": 0, "IPv6,failure,change": 0, "IPv6,failure,everything": 1, "IPv6,success,change": 0,
+	})
+	want("kubeproxy_proxy_healthz_total", values{"200": 1, "503": 1})
 }
 
 func ask(h http.Handler, method, path, body string) *httptest.ResponseRecorder {
@@ -262,10 +324,8 @@ func TestNothingIsProfiledUnasked(t *testing.T) {
 	}
 }
 
-// All that is exposed, ours and the libraries', in one answer. Two sets of
-// Metrics in one process, as when the configuration has changed, do not meet.
+// All that is exposed, ours and the libraries', in one answer.
 func TestScrape(t *testing.T) {
-	New(Options{Mode: "iptables"})
 	mux := exercised("nftables").Mux(Pages{Mode: "nftables"})
 	body, err := io.ReadAll(ask(mux, "GET", "/metrics", "").Result().Body)
 	if err != nil {

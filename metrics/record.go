@@ -3,8 +3,6 @@ package metrics
 import (
 	"strconv"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"signalbox/conntrack"
 	"signalbox/proxier"
 )
@@ -36,39 +34,23 @@ func (m *Metrics) Synced(r proxier.SyncReport) {
 }
 
 func (m *Metrics) noteSync(family string, r proxier.SyncReport) {
-	scope, result, kind := "change", "success", m.compatible.partialSyncDuration
+	scope, result := "change", "success"
 	if r.All {
-		scope, kind = "everything", m.compatible.fullSyncDuration
+		scope = "everything"
 	}
 	if r.Err != nil {
 		result = "failure"
-		m.noteFailure(family, r.All)
 	}
 	m.own.syncs.WithLabelValues(scope, result, family).Inc()
 	m.compatible.syncDuration.WithLabelValues(family).Observe(r.Took.Seconds())
-	if kind != nil {
-		kind.WithLabelValues(family).Observe(r.Took.Seconds())
-	}
-}
-
-func (m *Metrics) noteFailure(family string, all bool) {
-	c := &m.compatible
-	if c.restoreFailures != nil {
-		c.restoreFailures.WithLabelValues(family).Inc()
-	}
-	if c.partialRestoreFailures != nil && !all {
-		c.partialRestoreFailures.WithLabelValues(family).Inc()
-	}
-	if c.nftablesFailures != nil {
-		c.nftablesFailures.WithLabelValues(family).Inc()
-	}
+	m.single.noteSync(m.mode, family, r)
 }
 
 func (m *Metrics) noteKernel(family string, k proxier.KernelObjects) {
 	m.own.kernelObjects.WithLabelValues(k.Table, k.Kind, family).Set(float64(k.Count))
-	if m.compatible.iptablesTotal != nil && k.Kind == "rule" {
-		m.compatible.iptablesTotal.WithLabelValues(k.Table, family).Set(float64(k.Count))
-		m.compatible.iptablesLast.WithLabelValues(k.Table, family).Set(float64(k.Written))
+	if m.mode == modeIPTables && k.Kind == "rule" {
+		m.single.iptablesTotal.WithLabelValues(k.Table, family).Set(float64(k.Count))
+		m.single.iptablesLast.WithLabelValues(k.Table, family).Set(float64(k.Written))
 	}
 }
 
@@ -103,16 +85,11 @@ func (m *Metrics) Sysctl(name string, err error) {
 	m.own.sysctlProblem.WithLabelValues(name).Set(oneIf(err != nil))
 }
 
-// configurationRejected is of the process, and outlives each Metrics: these
-// are made anew when the configuration changes.
-var configurationRejected = prometheus.NewGauge(prometheus.GaugeOpts{
-	Namespace: signalbox, Name: "configuration_rejected",
-	Help: "1 while the configuration file says something that cannot be used, so that what it said before is in force.",
-})
-
 // ConfigurationRejected notes whether what the configuration file says at
 // present is not what is in force.
-func ConfigurationRejected(rejected bool) { configurationRejected.Set(oneIf(rejected)) }
+func (m *Metrics) ConfigurationRejected(rejected bool) {
+	m.own.configurationRejected.WithLabelValues().Set(oneIf(rejected))
+}
 
 // Source notes whether the API server tells of a resource at present.
 func (m *Metrics) Source(resource string, err error) {

@@ -3,6 +3,7 @@ package metrics
 import (
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -17,64 +18,85 @@ import (
 	"signalbox/userspace"
 )
 
-// Options is what Metrics are made of.
-type Options struct {
-	// Mode is the mode at work; some series are of single modes.
-	Mode string
-	// Families are those that are served.
-	Families []proxier.Family
-}
-
-// Metrics are the series of a daemon at work. What it is told may come from any
-// goroutine.
+// Metrics are the series of a process. Its counters go on whatever takes
+// another's place in it: a dashboard takes a counter that begins anew for a
+// restart. What it is told may come from any goroutine, but for Serve.
 type Metrics struct {
 	registry   *prometheus.Registry
 	compatible compatible
+	single     single
 	own        own
 	scraped    scraped
 	now        func() time.Time
 
+	// What is served, as Serve was last told.
+	mode     string
+	families []proxier.Family
+
 	mu       sync.Mutex // guards what follows
 	progress func() proxier.Progress
-	relays   map[proxier.Family]func() userspace.Stats
+	// before is what Loops were told that others have taken the place of.
+	before struct{ services, slices uint64 }
+	relays func() map[proxier.Family]userspace.Stats
 }
 
-// New makes the series. Counters begin at 0 for each served family, so that
-// their first increase is seen.
-func New(opts Options) *Metrics {
+// New makes the series of a process that serves nothing yet.
+func New() *Metrics {
 	registry := prometheus.NewRegistry()
 	r := factory{registry}
 	m := &Metrics{
-		registry: registry, compatible: newCompatible(r, opts.Mode), own: newOwn(r), scraped: newScraped(),
-		now: time.Now, relays: map[proxier.Family]func() userspace.Stats{},
+		registry: registry, compatible: newCompatible(r), single: newSingle(), own: newOwn(r), scraped: newScraped(), now: time.Now,
 	}
 	registry.MustRegister(m)
 	m.setBuildInfo()
-	m.own.modeInfo.WithLabelValues(opts.Mode).Set(1)
-	for _, family := range proxier.Families {
-		m.own.familyServed.WithLabelValues(family.String()).Set(0)
-	}
-	for _, family := range opts.Families {
-		m.begin(family.String())
-	}
 	for _, server := range []string{HealthzServer, MetricsServer, ServiceHealthServer} {
 		m.own.listenFailing.WithLabelValues(server).Set(0)
 		m.own.listenFailures.WithLabelValues(server).Add(0)
 	}
-	m.registry.MustRegister(configurationRejected)
 	return m
 }
 
-func (m *Metrics) begin(family string) {
-	m.own.familyServed.WithLabelValues(family).Set(1)
-	c := &m.compatible
-	for _, counter := range []*prometheus.CounterVec{
-		c.restoreFailures, c.partialRestoreFailures, c.nftablesFailures, c.nftablesCleanupFailures, c.reconcilerDeleted,
-		m.own.repaired, m.own.flowsRemoved, m.own.flowPassErrors,
-	} {
-		if counter != nil {
-			counter.WithLabelValues(family).Add(0)
+// Serve notes which mode serves which families from now on. Counters begin at 0
+// for each of them, so that their first increase is seen, or go on; gauges say
+// nothing any more that is not so for a family and a mode that stay. Nothing may
+// be synced meanwhile.
+func (m *Metrics) Serve(mode string, families []proxier.Family) {
+	for _, old := range m.families {
+		if mode != m.mode || !slices.Contains(families, old) {
+			m.forget(old)
 		}
+	}
+	m.single.expose(m.registry, m.mode, mode)
+	m.mode, m.families = mode, families
+	for _, g := range []*prometheus.GaugeVec{m.own.modeInfo, m.own.sysctlProblem, m.own.sourceFailing, m.own.leftovers} {
+		g.Reset()
+	}
+	m.own.flowsUnseen.WithLabelValues().Set(0)
+	m.own.modeInfo.WithLabelValues(mode).Set(1)
+	for _, family := range proxier.Families {
+		m.own.familyServed.WithLabelValues(family.String()).Set(oneIf(slices.Contains(families, family)))
+	}
+	for _, family := range families {
+		m.begin(family.String())
+	}
+}
+
+// forget drops what was so of a family that is not served any more, or by
+// another mode.
+func (m *Metrics) forget(family proxier.Family) {
+	of := prometheus.Labels{ipFamily: family.String()}
+	for _, g := range []*prometheus.GaugeVec{
+		m.compatible.lastTimestamp, m.compatible.noLocalEndpoints, m.single.iptablesTotal, m.single.iptablesLast,
+		m.own.setAside, m.own.servicePorts, m.own.endpoints, m.own.kernelObjects, m.own.healthChecks,
+	} {
+		g.DeletePartialMatch(of)
+	}
+}
+
+func (m *Metrics) begin(family string) {
+	m.single.begin(m.mode, family)
+	for _, counter := range []*prometheus.CounterVec{m.compatible.reconcilerDeleted, m.own.repaired, m.own.flowsRemoved, m.own.flowPassErrors} {
+		counter.WithLabelValues(family).Add(0)
 	}
 	for _, scope := range []string{"change", "everything"} {
 		for _, result := range []string{"success", "failure"} {
@@ -93,18 +115,25 @@ func (m *Metrics) setBuildInfo() {
 	m.own.buildInfo.WithLabelValues(buildinfo.Version, buildinfo.Revision(), runtime.Version()).Set(1)
 }
 
-// ReadProgress has each scrape ask how far the Loop has come.
+// ReadProgress has each scrape ask how far a Loop has come, in the place of the
+// Loop before, which has ended.
 func (m *Metrics) ReadProgress(progress func() proxier.Progress) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.progress != nil {
+		last := m.progress()
+		m.before.services += last.Services.Total
+		m.before.slices += last.EndpointSlices.Total
+	}
 	m.progress = progress
 }
 
-// ReadRelay has each scrape ask a family's relay what it did.
-func (m *Metrics) ReadRelay(family proxier.Family, stats func() userspace.Stats) {
+// ReadRelays has each scrape ask what the relays of each family did, which a
+// process ever had.
+func (m *Metrics) ReadRelays(stats func() map[proxier.Family]userspace.Stats) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.relays[family] = stats
+	m.relays = stats
 }
 
 // Handler serves the series, with those of the Kubernetes client, the Go
@@ -135,16 +164,19 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 	if m.progress != nil {
 		m.collectProgress(s, m.progress())
 	}
-	for family, stats := range m.relays {
-		m.collectRelay(s, family.String(), stats())
+	if m.relays == nil {
+		return
+	}
+	for family, stats := range m.relays() {
+		m.collectRelay(s, family.String(), stats)
 	}
 }
 
 func (m *Metrics) collectProgress(s sender, p proxier.Progress) {
 	d := &m.scraped
-	s.counter(d.serviceChanges, float64(p.Services.Total))
+	s.counter(d.serviceChanges, float64(m.before.services+p.Services.Total))
 	s.gauge(d.serviceChangesPending, float64(p.Services.Pending))
-	s.counter(d.sliceChanges, float64(p.EndpointSlices.Total))
+	s.counter(d.sliceChanges, float64(m.before.slices+p.EndpointSlices.Total))
 	s.gauge(d.sliceChangesPending, float64(p.EndpointSlices.Pending))
 	for kind, n := range map[string]int{
 		"Service": p.Held.Services, "EndpointSlice": p.Held.EndpointSlices, "Node": p.Held.Nodes, "ServiceCIDR": p.Held.ServiceCIDRs,

@@ -39,6 +39,8 @@ type KernelProblem struct {
 	File          string
 	Wanted, Found string // Found is empty where it could not be read
 	Err           error
+	// Without says what does not work as long as it is so; may be empty.
+	Without string
 }
 
 func (p *KernelProblem) Error() string {
@@ -64,6 +66,16 @@ func (p *KernelProblem) Remedy() string {
 		return fmt.Sprintf("run signalbox --init-only in a privileged container first, or set it on the node: echo %s > %s", p.Wanted, p.File)
 	}
 	return fmt.Sprintf("set it on the node: echo %s > %s", p.Wanted, p.File)
+}
+
+// Unmade is one error for all of the problems, each with its remedy; nil for
+// none.
+func Unmade(problems []*KernelProblem) error {
+	var failed []error
+	for _, p := range problems {
+		failed = append(failed, fmt.Errorf("%w; %s", p, p.Remedy()))
+	}
+	return errors.Join(failed...)
 }
 
 // TuneConntrack makes the kernel's settings of connection tracking what want

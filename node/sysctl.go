@@ -19,6 +19,16 @@ func SetSysctl(name, value string) error {
 	return writeSetting(filepath.Join(sysctlRoot, name), value)
 }
 
+// NeedSysctl is SetSysctl for a setting without which something does not work,
+// as the problem says where it cannot be made.
+func NeedSysctl(name, value, without string) *KernelProblem {
+	p := set(filepath.Join(sysctlRoot, name), value)
+	if p != nil {
+		p.Without = without
+	}
+	return p
+}
+
 func readSetting(file string) (string, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {

@@ -30,6 +30,11 @@ type familyLoop struct {
 	retryAt time.Time // zero: nothing is due
 	backoff time.Duration
 
+	// said is what the mode last said of Service ports, says what the modes of
+	// all families do. See Reporter.
+	said map[ServicePortName]Problem
+	says sayings
+
 	written  bool // everything was written at least once
 	asked    bool // all is set because the Loop was asked to, not after a failure
 	repaired bool // in this sync; see SyncReport
@@ -56,11 +61,11 @@ const (
 	patience = 3
 )
 
-func newFamilyLoop(family Family, p Proxier, opts *LoopOptions) *familyLoop {
+func newFamilyLoop(family Family, p Proxier, opts *LoopOptions, says sayings) *familyLoop {
 	return &familyLoop{
 		family: family, proxier: p, planner: newPlanner(family), opts: opts,
 		log: opts.Logger.With("family", family.String()),
-		all: true, aside: map[ServicePortName]refusal{},
+		all: true, aside: map[ServicePortName]refusal{}, said: map[ServicePortName]Problem{}, says: says,
 	}
 }
 
@@ -209,7 +214,11 @@ func (f *familyLoop) try(ctx context.Context, plan *Plan, change Change) (err er
 			"family", f.family.String(), "servicePorts", len(change.Services), "everything", change.All, "for", slowSync)
 	})
 	defer slow.Stop()
-	return f.proxier.Sync(ctx, plan, change)
+	if err := f.proxier.Sync(ctx, plan, change); err != nil {
+		return err
+	}
+	f.heed(plan, change)
+	return nil
 }
 
 // slowSync is after how long a sync is worth a line in the log.

@@ -100,10 +100,11 @@ func NewLoop(opts LoopOptions) *Loop {
 	}
 	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName), toldEven: map[ServiceName]struct{}{}}
 	l.progress.pending = map[Family]time.Time{}
+	says := sayings{}
 	for _, family := range Families {
 		if p := opts.Proxiers[family]; p != nil {
 			l.progress.pending[family] = time.Time{}
-			l.families = append(l.families, newFamilyLoop(family, p, &l.opts))
+			l.families = append(l.families, newFamilyLoop(family, p, &l.opts, says))
 		}
 	}
 	return l

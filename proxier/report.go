@@ -26,6 +26,65 @@ type Counter interface {
 	Counts() []KernelObjects
 }
 
+// Reporter is implemented by Proxiers that may serve a Service port otherwise
+// than it asks for.
+type Reporter interface {
+	// Problem says how, of a Service port as it is in the kernel. It is called
+	// after a Sync that succeeded, for each Service port that Sync has written,
+	// by the same goroutine. Equal Problems of a Service's ports and families are
+	// told once, for as long as there is one.
+	Problem(ServicePortName) (p Problem, found bool)
+}
+
+// heed asks a mode that is a Reporter about what it has just written.
+func (f *familyLoop) heed(plan *Plan, change Change) {
+	mode, ok := f.proxier.(Reporter)
+	if !ok {
+		return
+	}
+	ask := func(name ServicePortName) {
+		p, found := mode.Problem(name)
+		if f.says.replace(f.said[name], p, found) {
+			f.opts.Report(p)
+		}
+		if found {
+			f.said[name] = p
+		} else {
+			delete(f.said, name)
+		}
+	}
+	for _, name := range change.Services {
+		ask(name)
+	}
+	if !change.All {
+		return
+	}
+	for name := range f.said {
+		if plan.Services[name] == nil {
+			ask(name)
+		}
+	}
+	for name := range plan.Services {
+		ask(name)
+	}
+}
+
+// sayings counts by Problem for how many Service ports modes say it.
+type sayings map[Problem]int
+
+// replace counts p, where found, in the place of old, which may be none. It says
+// whether p is new.
+func (s sayings) replace(old, p Problem, found bool) (isNew bool) {
+	if found {
+		s[p]++
+		isNew = s[p] == 1
+	}
+	if s[old]--; s[old] <= 0 {
+		delete(s, old)
+	}
+	return isNew
+}
+
 // maxTriggers bounds what is remembered while the kernel takes nothing.
 const maxTriggers = 10000
 

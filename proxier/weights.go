@@ -81,6 +81,11 @@ func (r weightRule) sameSubject(o weightRule) bool { return r.compare(o) == 0 }
 // annotation is the path of an annotation as a Problem names it.
 func annotation(key string) string { return "metadata.annotations[" + key + "]" }
 
+// AnnotationProblem is about an annotation of a Service.
+func AnnotationProblem(service ServiceName, key, reason string) Problem {
+	return Problem{Kind: "Service", Object: service.String(), Field: annotation(key), Reason: reason}
+}
+
 // readWeights leaves out what it cannot read, and the rest counts.
 func readWeights(p *problems, obj metav1.Object) weightRules {
 	text, field := obj.GetAnnotations()[AnnotationWeights], annotation(AnnotationWeights)

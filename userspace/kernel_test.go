@@ -29,7 +29,7 @@ func TestCleanupLeavesNothing(t *testing.T) {
 			t.Fatal("nothing was written")
 		}
 		w.p.routes.forsake() // or what is cleaned up is put back
-		for i := range 2 { // also where nothing is there any more
+		for i := range 2 {   // also where nothing is there any more
 			removed, err := Cleanup(w.family)
 			w.must(err)
 			if removed != (i == 0) {
@@ -77,7 +77,7 @@ func TestRulesOfOtherMarks(t *testing.T) {
 		w.must(w.p.routes.ensure()) // a second rule
 		w.p.routes.forsake()        // or what is cleaned up is put back
 		_, err := Cleanup(w.family)
-	w.must(err)
+		w.must(err)
 		if after := w.kernel(); after != before {
 			t.Errorf("cleanup leaves %+v, there were %+v", after, before)
 		}

@@ -119,8 +119,9 @@ type Stats struct {
 	// AcceptFailures counts failed accepts, for want of file descriptors most
 	// likely.
 	AcceptFailures uint64
-	// Lost counts datagrams, of clients and answers, that this node would not
-	// send: for want of buffers, or because a packet filter forbade it.
+	// Lost counts datagrams, of clients and answers, that found no room on this
+	// node, because a device was slow or the relay, or that a packet filter
+	// forbade to send.
 	Lost uint64
 	// Transparent counts connections and flows that bear their client's
 	// address.

@@ -108,10 +108,6 @@ func (l *listeners) open(f proxier.Family, left *handover.Sockets) (err error) {
 		if l.udp[o], err = openSocket(f, "udp", o, l.ports.of(o), left, listenUDP); err != nil {
 			return err
 		}
-		// Datagrams wait here while a flow is made for one of them.
-		if err := l.udp[o].SetReadBuffer(udpBuffer); err != nil {
-			return err
-		}
 	}
 	return nil
 }
@@ -219,9 +215,6 @@ func listenConfig(f proxier.Family, protocol string, port uint16) (config net.Li
 	return config, protocol + suffix, netip.AddrPortFrom(any, port).String()
 }
 
-// udpBuffer is how many bytes of datagrams may wait.
-const udpBuffer = 4 << 20
-
 // option sets one socket option; network is "tcp4" or the like.
 type option func(network string, fd int) error
 
@@ -276,7 +269,10 @@ var keepAlive = onlyFor("tcp",
 )
 
 func listenOptions(f proxier.Family) []option {
-	options := []option{intOption(unix.SOL_SOCKET, unix.SO_REUSEPORT, 1), keepAlive}
+	options := []option{intOption(unix.SOL_SOCKET, unix.SO_REUSEPORT, 1), keepAlive, onlyFor("udp",
+		intOption(unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1),
+		bufferOption(unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, arrivalBuffer),
+		bufferOption(unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, answerBuffer))}
 	if f == proxier.IPv6 {
 		// Freebind lets answers leave from addresses that are on no device.
 		return append(options, onlyFor("udp",

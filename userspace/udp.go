@@ -2,7 +2,6 @@ package userspace
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"math"
 	"net"
@@ -10,6 +9,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,10 +48,11 @@ type flow struct {
 	target   *target // belongs to the origin's receiving goroutine
 	endpoint netip.AddrPort
 	socket   *net.UDPConn
-	back     *net.UDPConn // where answers are sent from
-	sent     atomic.Int64 // datagrams of the client
-	last     atomic.Int64 // when something was sent or received, Unix time in ns, or flowOver
-	refused  atomic.Bool  // the endpoint's port is closed
+	raw      syscall.RawConn // of socket
+	back     *net.UDPConn    // where answers are sent from
+	sent     atomic.Int64    // datagrams of the client
+	last     atomic.Int64    // when something was sent or received, Unix time in ns, or flowOver
+	refused  atomic.Bool     // the endpoint's port is closed
 }
 
 // flowOver in flow.last says that the flow takes no more datagrams.
@@ -143,6 +144,7 @@ func (ft *flowTable) closeAll() {
 func (r *relay) receiveAll(from *listeners, o origin) {
 	socket := from.udp[o]
 	buffer, oob := make([]byte, maxDatagram), make([]byte, 128)
+	overflow, known := uint32(0), !from.inherited // an earlier process' are not this one's
 	for {
 		n, oobn, _, client, err := socket.ReadMsgUDPAddrPort(buffer, oob)
 		switch {
@@ -155,11 +157,12 @@ func (r *relay) receiveAll(from *listeners, o origin) {
 			}
 			continue
 		}
-		at, ok := destination(oob[:oobn])
-		if !ok {
-			continue
+		a := readArrival(oob[:oobn])
+		if more := int32(a.overflow - overflow); known && more > 0 {
+			r.counts.lost.Add(uint64(more))
 		}
-		if id, ok := idOf(r.family, at); ok {
+		overflow, known = a.overflow, true
+		if id, ok := idOf(r.family, a.at); ok {
 			r.forward(socket, flowKey{netip.AddrPortFrom(client.Addr().Unmap(), client.Port()), id, o}, buffer[:n])
 		}
 	}
@@ -201,7 +204,7 @@ func (r *relay) forward(back *net.UDPConn, k flowKey, datagram []byte) {
 			r.dialFailed(t, f.endpoint, err)
 			tried = append(tried, f.endpoint)
 		} else if !errors.Is(err, net.ErrClosed) {
-			r.counts.lost.Add(1) // too large, or no buffers
+			r.counts.lost.Add(1) // too large, or no room
 			return
 		}
 		r.end(f)
@@ -213,9 +216,9 @@ func (r *relay) forward(back *net.UDPConn, k flowKey, datagram []byte) {
 // become of one sent before, which says nothing of this one: a packet on the way
 // was too large, for example.
 func (f *flow) write(datagram []byte) error {
-	_, err := f.socket.Write(datagram)
-	if err != nil && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, net.ErrClosed) {
-		_, err = f.socket.Write(datagram)
+	err := sendNow(f.raw, datagram, nil, nil)
+	if err != nil && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, net.ErrClosed) {
+		err = sendNow(f.raw, datagram, nil, nil)
 	}
 	return err
 }
@@ -277,6 +280,11 @@ func (r *relay) openFlow(back *net.UDPConn, k flowKey, t *target, tried []netip.
 		r.counts.transparent.Add(1)
 	}
 	f := &flow{key: k, target: t, endpoint: at, socket: c.(*net.UDPConn), back: back}
+	if f.raw, err = f.socket.SyscallConn(); err != nil {
+		r.counts.lost.Add(1)
+		f.socket.Close()
+		return nil, netip.AddrPort{}
+	}
 	f.last.Store(time.Now().UnixNano()) // its time begins before anybody looks whether it is over
 	return f, netip.AddrPort{}
 }
@@ -291,19 +299,24 @@ func (r *relay) end(f *flow) {
 // the client sent to, until the flow is over.
 func (r *relay) answer(f *flow) {
 	defer r.end(f)
-	raw, err := f.socket.SyscallConn()
+	back, err := f.back.SyscallConn()
 	if err != nil {
+		return
+	}
+	to, err := sockaddr(f.key.client)
+	if err != nil {
+		r.log.warn("a client cannot be answered", "client", f.key.client.String(), "error", err)
 		return
 	}
 	from := sourceControl(f.key.id.addr(r.family))
 	for {
 		f.socket.SetReadDeadline(f.ends(r.idle))
-		buffer, n, err := receive(raw)
+		buffer, n, err := receive(f.raw)
 		switch {
 		case err == nil:
 			f.use()
 			r.chooser.health.answered(peer{proxier.UDP, f.endpoint})
-			if _, _, err := f.back.WriteMsgUDPAddrPort((*buffer)[:n], from, f.key.client); err != nil {
+			if err := sendNow(back, (*buffer)[:n], from, to); err != nil {
 				r.counts.lost.Add(1)
 			}
 			datagrams.Put(buffer)
@@ -329,9 +342,7 @@ func (r *relay) answer(f *flow) {
 
 // receive waits for a datagram and takes a buffer only when there is one, so
 // that a waiting flow costs no buffer.
-func receive(raw interface {
-	Read(func(uintptr) bool) error
-}) (buffer *[]byte, n int, err error) {
+func receive(raw syscall.RawConn) (buffer *[]byte, n int, err error) {
 	waitErr := raw.Read(func(fd uintptr) bool {
 		buffer = datagrams.Get().(*[]byte)
 		n, _, err = unix.Recvfrom(int(fd), *buffer, unix.MSG_DONTWAIT)
@@ -345,40 +356,6 @@ func receive(raw interface {
 		return nil, 0, waitErr
 	}
 	return buffer, n, err
-}
-
-// destination is the address that a datagram was received at.
-func destination(oob []byte) (netip.Addr, bool) {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return netip.Addr{}, false
-	}
-	for _, m := range messages {
-		switch {
-		case m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_PKTINFO && len(m.Data) >= unix.SizeofInet4Pktinfo:
-			return netip.AddrFromSlice(m.Data[8:12])
-		case m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_PKTINFO && len(m.Data) >= unix.SizeofInet6Pktinfo:
-			return netip.AddrFromSlice(m.Data[:16])
-		}
-	}
-	return netip.Addr{}, false
-}
-
-// sourceControl asks for a datagram to be sent from an address.
-func sourceControl(a netip.Addr) []byte {
-	level, kind, data := unix.IPPROTO_IP, unix.IP_PKTINFO, make([]byte, unix.SizeofInet4Pktinfo)
-	if proxier.FamilyOf(a) == proxier.IPv6 {
-		level, kind, data = unix.IPPROTO_IPV6, unix.IPV6_PKTINFO, make([]byte, unix.SizeofInet6Pktinfo)
-		copy(data, a.AsSlice())
-	} else {
-		copy(data[4:], a.AsSlice())
-	}
-	oob := make([]byte, unix.CmsgSpace(len(data)))
-	binary.NativeEndian.PutUint64(oob, uint64(unix.CmsgLen(len(data))))
-	binary.NativeEndian.PutUint32(oob[8:], uint32(level))
-	binary.NativeEndian.PutUint32(oob[12:], uint32(kind))
-	copy(oob[unix.CmsgLen(0):], data)
-	return oob
 }
 
 // isShortage says whether it was this node that lacked something, so that the

@@ -208,6 +208,10 @@ func (c *Cluster) Stop() error {
 	return errors.Join(errs...)
 }
 
+// Binaries are the programs that the cluster is made of, and the proxy of the
+// same release.
+func (c *Cluster) Binaries() Binaries { return c.bin }
+
 // Admin is a client that may do everything. It outlives restarts of the API
 // server.
 func (c *Cluster) Admin() *kubernetes.Clientset { return c.admin }

@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"net/netip"
 	"time"
+
+	"signalbox/internal/wait"
 )
 
 // RetryAfter is how long a server waits before it tries to listen again.
@@ -41,7 +43,7 @@ type Server struct {
 // returns an error only with HardFail.
 func (s *Server) Run(ctx context.Context) error {
 	for free, said := s.Free, false; ; {
-		if closed(free) {
+		if wait.Closed(free) {
 			free = nil
 		}
 		l, err := s.listen()
@@ -68,16 +70,6 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-free:
 		case <-time.After(RetryAfter):
 		}
-	}
-}
-
-// closed is false for a nil channel.
-func closed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
 	}
 }
 

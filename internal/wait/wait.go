@@ -17,3 +17,14 @@ func For(ctx context.Context, d time.Duration) bool {
 		return true
 	}
 }
+
+// Closed says whether a channel that nothing is sent on has been closed; false
+// for a nil channel.
+func Closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}

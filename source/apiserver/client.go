@@ -2,11 +2,15 @@ package apiserver
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -105,6 +109,23 @@ func (o *ClientOptions) origin() string {
 		return master
 	}
 	return master + " and " + kubeconfig
+}
+
+// askFor bounds Ask.
+const askFor = 10 * time.Second
+
+// Ask returns nil if the API server tells of Services, or what keeps it from
+// that. It is asked for one, which it has in its memory.
+func Ask(ctx context.Context, client kubernetes.Interface) error {
+	ctx, cancel := context.WithTimeout(ctx, askFor)
+	defer cancel()
+	_, err := client.CoreV1().Services(metav1.NamespaceDefault).List(ctx, metav1.ListOptions{
+		FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, "kubernetes").String(), ResourceVersion: "0",
+	})
+	if err != nil {
+		return fmt.Errorf("asking the API server for Services: %s: %w", explain("services", err), err)
+	}
+	return nil
 }
 
 // LogTo sends what the Kubernetes client libraries log, for the whole process,

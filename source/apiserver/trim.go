@@ -33,7 +33,9 @@ var (
 func trim(obj any) (any, error) {
 	switch o := obj.(type) {
 	case *corev1.Service:
+		uid := o.UID
 		trimMeta(&o.ObjectMeta)
+		o.UID = uid // an Event names it
 		o.Spec.Selector = nil
 		o.Status.Conditions = nil
 	case *discoveryv1.EndpointSlice:

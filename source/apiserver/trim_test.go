@@ -30,6 +30,8 @@ var (
 )
 
 func TestTrim(t *testing.T) {
+	named := *lean.DeepCopy()
+	named.UID = "1-2-3"
 	served := corev1.ServiceSpec{ClusterIP: "10.96.0.1", Ports: []corev1.ServicePort{{Port: 80}}}
 	selecting := served
 	selecting.Selector = map[string]string{"app": "web"}
@@ -41,7 +43,7 @@ func TestTrim(t *testing.T) {
 	tests := map[string]struct{ in, want any }{
 		"Service": {
 			&corev1.Service{ObjectMeta: *ballast.DeepCopy(), Spec: selecting, Status: corev1.ServiceStatus{LoadBalancer: ingress, Conditions: []metav1.Condition{{Type: "x"}}}},
-			&corev1.Service{ObjectMeta: lean, Spec: served, Status: corev1.ServiceStatus{LoadBalancer: ingress}},
+			&corev1.Service{ObjectMeta: named, Spec: served, Status: corev1.ServiceStatus{LoadBalancer: ingress}},
 		},
 		"EndpointSlice": {
 			&discoveryv1.EndpointSlice{ObjectMeta: *ballast.DeepCopy(), Endpoints: []discoveryv1.Endpoint{{

@@ -1,0 +1,234 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"signalbox/config"
+	"signalbox/conntrack"
+	"signalbox/events"
+	"signalbox/modes"
+	"signalbox/node"
+	"signalbox/proxier"
+	"signalbox/source/apiserver"
+	"signalbox/source/file"
+)
+
+// Source tells a Sink about objects until its context ends.
+type Source interface {
+	Run(ctx context.Context, sink proxier.Sink) error
+}
+
+// generation is a process under one configuration. It ends when another takes
+// effect.
+type generation struct {
+	*process
+	cfg    *config.Config
+	choice modes.Choice
+	log    *slog.Logger
+
+	source Source
+	// events is nil without an API server.
+	events   *events.Recorder
+	settings *settings
+	proxiers map[proxier.Family]proxier.Proxier
+	// flows removes stale UDP flows; nil where they cannot be.
+	flows     *conntrack.Cleaner
+	served    *served
+	loop      *proxier.Loop
+	leftovers *leftovers
+}
+
+// newGeneration makes everything and starts nothing.
+func newGeneration(p *process, cfg *config.Config, log *slog.Logger) (*generation, error) {
+	for _, w := range cfg.Warnings {
+		log.Warn(w)
+	}
+	choice, err := choose(cfg, log)
+	if err != nil {
+		return nil, err
+	}
+	if err := cfg.ShowFeatureGates(); err != nil {
+		return nil, err
+	}
+	g := &generation{process: p, cfg: cfg, choice: choice, log: log, settings: newSettings(log, p.observer.metrics.Sysctl)}
+	if err := g.connect(); err != nil {
+		return nil, err
+	}
+	g.planes.begin()
+	g.observer.metrics.Serve(choice.Mode.Name, choice.Families)
+	if err := g.takePlanes(); err != nil {
+		return nil, err
+	}
+	g.watchFlows()
+	g.served = newServed(len(choice.Families), func() { g.planes.serve(log) })
+	g.loop = proxier.NewLoop(g.loopOptions())
+	g.leftovers = newLeftovers(leftoversOptions{
+		choice: choice, proxiers: g.proxiers, resync: g.loop.Resync, drained: g.planes.waitRetired, present: g.observer.metrics.Leftovers, log: log,
+	})
+	g.observer.follow(g)
+	return g, nil
+}
+
+// close lets go of all of it but what is the process's.
+func (g *generation) close() {
+	if g.flows != nil {
+		logClosing(g.flows.Close(), g.log)
+	}
+}
+
+// choose finds the mode that a configuration asks for, and the families that it
+// serves here.
+func choose(cfg *config.Config, log *slog.Logger) (modes.Choice, error) {
+	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
+	if err != nil {
+		return modes.Choice{}, err
+	}
+	for _, lost := range choice.Lost {
+		log.Warn("an IP family is not served", "reason", lost)
+	}
+	warnings, err := cfg.CheckFamilies(choice.Families, choice.Mode.Name)
+	for _, w := range warnings {
+		log.Warn(w)
+	}
+	return choice, err
+}
+
+// usableFamilies leaves out a family that the kernel has not got or that is
+// switched off.
+func usableFamilies(log *slog.Logger) []proxier.Family {
+	var usable []proxier.Family
+	for _, family := range proxier.Families {
+		if err := node.FamilyUsable(family); err != nil {
+			log.Info("an IP family is not served", "family", family.String(), "reason", err)
+			continue
+		}
+		usable = append(usable, family)
+	}
+	return usable
+}
+
+// connect makes what tells of objects, and what Events go to.
+func (g *generation) connect() (err error) {
+	if g.cfg.SourceDir != "" {
+		g.source, err = file.New(g.cfg.SourceDir, g.log)
+		return err
+	}
+	apiserver.LogTo(g.log)
+	client, err := apiserver.Client(clientOptions(g.cfg))
+	if err != nil {
+		return err
+	}
+	source := apiserver.New(client, g.cfg.NodeName, g.log)
+	source.Noted = g.observer.metrics.Source
+	g.source = source
+	g.events = events.New(events.Options{Client: client, NodeName: g.cfg.NodeName, Log: g.log, Counted: g.observer.metrics.Event})
+	return nil
+}
+
+func clientOptions(cfg *config.Config) apiserver.ClientOptions {
+	return apiserver.ClientOptions{
+		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
+		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes,
+	}
+}
+
+// takePlanes makes the mode work in each family.
+func (g *generation) takePlanes() error {
+	g.proxiers = map[proxier.Family]proxier.Proxier{}
+	for _, family := range g.choice.Families {
+		p, err := g.planes.get(g.choice.Mode, proxier.Options{
+			Family: family, MasqueradeMark: g.cfg.MasqueradeMark, IPVS: g.cfg.IPVS, Sockets: g.planes.sockets,
+		})
+		if err != nil {
+			return fmt.Errorf("mode %s, %s: %w", g.choice.Mode.Name, family, err)
+		}
+		g.proxiers[family] = p
+	}
+	return nil
+}
+
+// watchFlows makes what removes stale UDP flows, where that can be done.
+func (g *generation) watchFlows() {
+	var relays []netip.Prefix
+	for _, p := range g.proxiers {
+		if r, ok := p.(interface{ RelayPrefix() netip.Prefix }); ok {
+			relays = append(relays, r.RelayPrefix())
+		}
+	}
+	flows, err := conntrack.New(conntrack.Options{Logger: g.log, LocalAddrs: node.Addrs, Relays: relays, Passed: g.observer.metrics.FlowsPassed})
+	if err != nil {
+		g.log.Warn("stale UDP flows are not removed", "reason", err)
+		g.observer.metrics.FlowsUnseen()
+		return
+	}
+	g.flows = flows
+}
+
+// fullSyncPeriod is how often everything is written anew, as kube-proxy does,
+// in case other software changed our rules without an error telling us.
+const fullSyncPeriod = time.Hour
+
+func (g *generation) loopOptions() proxier.LoopOptions {
+	logProblem := proxier.LogProblems(g.log)
+	opts := proxier.LoopOptions{
+		NodeName: g.cfg.NodeName, Settings: g.cfg.ForMode(g.choice.Mode.Name), MinSyncPeriod: g.cfg.MinSyncPeriod,
+		Proxiers: g.proxiers, Logger: g.log, SyncPeriod: fullSyncPeriod, RetryPeriod: g.cfg.SyncPeriod,
+		Report: func(p proxier.Problem) {
+			logProblem(p)
+			g.observer.metrics.Problem(p)
+			g.events.Problem(p)
+		},
+		Synced: func(r proxier.SyncReport) {
+			g.noteSync(r)
+			if p, ok := g.proxiers[r.Family].(interface{ KernelProblems() []*node.KernelProblem }); ok {
+				g.settings.note(r.Family.String(), p.KernelProblems())
+			}
+			g.observer.synced(r)
+		},
+	}
+	if g.flows != nil { // a nil *Cleaner would be a FlowCleaner that is not nil
+		opts.Flows = g.flows
+	}
+	return opts
+}
+
+// noteSync says when a family is first served, and tells what waits for that;
+// each later sync is logged at debug level.
+func (g *generation) noteSync(r proxier.SyncReport) {
+	level := slog.LevelDebug
+	if r.Err == nil && r.All && g.served.note(r.Family) {
+		level = slog.LevelInfo
+	}
+	g.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
+		"took", r.Took, "everything", r.All, "setAside", r.SetAside, "failed", r.Err != nil)
+}
+
+// sendEvents sends Events until ctx ends, the first of a process that the node
+// is being taken care of. What came of a generation before goes along.
+func (g *generation) sendEvents(ctx context.Context) error {
+	g.tellStarted.Do(g.events.Started)
+	if g.putBack != nil {
+		g.events.ConfigurationRejected(g.putBack)
+		g.putBack = nil
+	}
+	return g.events.Run(ctx)
+}
+
+// flushFor is how long an Event about the end of this process may keep it.
+const flushFor = 2 * time.Second
+
+// failHard returns an error when a server cannot listen and that is to end the
+// process.
+func (g *generation) failHard(ctx context.Context) error {
+	select {
+	case err := <-g.observer.servers.failed:
+		g.events.Flush(flushFor)
+		return err
+	case <-ctx.Done():
+		return nil
+	}
+}

@@ -1,0 +1,60 @@
+package daemon
+
+import (
+	"context"
+	"sync"
+
+	"signalbox/proxier"
+)
+
+// served tells when all Services of all families are in the kernel.
+type served struct {
+	families int
+	// complete is called each time that they are, before others learn of it.
+	complete func()
+
+	mu  sync.Mutex // guards what follows
+	of  map[proxier.Family]bool
+	all chan struct{} // closed when all families are served
+}
+
+func newServed(families int, complete func()) *served {
+	s := &served{families: families, complete: complete}
+	s.forget()
+	return s
+}
+
+// forget has every family served anew.
+func (s *served) forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.of, s.all = map[proxier.Family]bool{}, make(chan struct{})
+}
+
+// note is told that all of a family's Services are in the kernel, and says
+// whether this is the first time.
+func (s *served) note(family proxier.Family) (first bool) {
+	s.mu.Lock()
+	first = !s.of[family]
+	s.of[family] = true
+	last, all := first && len(s.of) == s.families, s.all
+	s.mu.Unlock()
+	if last {
+		s.complete()
+		close(all)
+	}
+	return first
+}
+
+// wait returns when all families are served; false if ctx ends first.
+func (s *served) wait(ctx context.Context) bool {
+	s.mu.Lock()
+	all := s.all
+	s.mu.Unlock()
+	select {
+	case <-all:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

@@ -1,0 +1,186 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"signalbox/health"
+	"signalbox/internal/httpserve"
+	"signalbox/internal/wait"
+	"signalbox/metrics"
+)
+
+// servers have the ports of health, metrics and the health checks of Services,
+// from when this process begins to serve the node until it stands by or ends.
+// Another configuration changes what they answer; a port is closed only where
+// its address is another one then. So no probe finds a closed port because a
+// file has changed.
+type servers struct {
+	services         *health.Services
+	healthz, metrics *page
+	// failed takes the error of a page that is not tried again.
+	failed chan error
+
+	// Of the goroutine that serves; nil while nothing is open.
+	free   chan struct{} // closed when no earlier signalbox has a port any more
+	seated func()        // closes it
+	stop   func()
+}
+
+func newServers(o *observer, log *slog.Logger) *servers {
+	s := &servers{services: o.services, failed: make(chan error, 2)}
+	page := func(name string, failed func(error)) *page {
+		return &page{name: name, metrics: o.metrics, tellFailure: failed, failed: s.failed, log: log}
+	}
+	s.healthz = page(metrics.HealthzServer, func(err error) { o.events.Load().HealthzFailed(err) })
+	s.metrics = page(metrics.MetricsServer, func(err error) { o.events.Load().MetricsFailed(err) })
+	return s
+}
+
+// open has a generation's pages served. alone says that no earlier signalbox
+// has a port; otherwise seated is to be called when that is so. An error is
+// about a port that somebody else has, where that is to end the process.
+func (s *servers) open(g *generation, alone bool) error {
+	if s.stop == nil {
+		ctx, cancel := context.WithCancel(context.Background())
+		free := make(chan struct{})
+		s.free, s.seated = free, sync.OnceFunc(func() {
+			close(free)
+			s.services.PortsFree()
+		})
+		var work sync.WaitGroup
+		work.Go(func() { _ = s.services.Run(ctx) }) // it never fails
+		s.stop = func() { cancel(); work.Wait() }
+	}
+	if alone {
+		s.seated()
+	}
+	for len(s.failed) > 0 {
+		<-s.failed // of a generation that has ended
+	}
+	cfg := g.cfg
+	s.healthz.serve(cfg.HealthzBindAddress, cfg.BindAddressHardFail, g.observer.health.Handler(), s.free)
+	s.metrics.serve(cfg.MetricsBindAddress, cfg.BindAddressHardFail, g.metricsPages(), s.free)
+	select {
+	case err := <-s.failed:
+		g.events.Flush(flushFor)
+		return err
+	default:
+		return nil
+	}
+}
+
+func (g *generation) metricsPages() http.Handler {
+	return g.observer.metrics.Mux(metrics.Pages{
+		Mode: g.choice.Mode.Name, Config: g.cfg.KubeProxy, Flags: g.cfg.Flags, Profiling: g.cfg.EnableProfiling,
+		SetVerbosity: g.cfg.Logging.SetVerbosity, Started: started,
+	})
+}
+
+// close returns when all ports are free.
+func (s *servers) close() {
+	s.healthz.close()
+	s.metrics.close()
+	if s.stop != nil {
+		s.stop()
+		s.stop = nil
+	}
+}
+
+// page is a server whose answers may change while it listens.
+type page struct {
+	name    string
+	metrics *metrics.Metrics
+	// tellFailure is told once of failures in a row; see tried.
+	tellFailure func(error)
+	failed      chan<- error
+	log         *slog.Logger
+
+	answers atomic.Pointer[http.Handler]
+	listens atomic.Bool
+
+	at   netip.AddrPort
+	stop func() // nil while there is no server
+}
+
+// ServeHTTP implements http.Handler.
+func (p *page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	(*p.answers.Load()).ServeHTTP(w, r)
+}
+
+// serve has answers given at an address, or at none if it is not valid. It
+// returns after the first attempt to listen, and where that is the last with
+// its error in p.failed.
+func (p *page) serve(at netip.AddrPort, hardFail bool, answers http.Handler, free <-chan struct{}) {
+	p.answers.Store(&answers)
+	if p.stop != nil && p.at == at && p.listens.Load() {
+		return
+	}
+	p.close()
+	if p.at = at; !at.IsValid() {
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	tried, ended := make(chan struct{}), make(chan struct{})
+	first, note := sync.OnceFunc(func() { close(tried) }), p.tried(hardFail, free)
+	s := httpserve.Server{
+		Name: p.name, Addr: at, Handler: p, HardFail: hardFail, Free: free, Log: p.log,
+		Tried: func(err error) {
+			note(err)
+			if p.listens.Store(err == nil); err == nil || !hardFail || !wait.Closed(free) {
+				first()
+			}
+		},
+	}
+	go func() {
+		defer close(ended)
+		if err := s.Run(ctx); err != nil {
+			p.failed <- err
+		}
+	}()
+	p.stop = func() { cancel(); <-ended }
+	select {
+	case <-tried:
+	case <-ended:
+	}
+}
+
+// close returns when the port is free.
+func (p *page) close() {
+	if p.stop != nil {
+		p.stop()
+		p.stop = nil
+		p.listens.Store(false)
+		p.metrics.ListenFailing(p.name, 0)
+	}
+}
+
+// tried returns what notes how an attempt to listen ended. Of failures in a row
+// that count, because no signalbox that served before has the port any more, one
+// is told of: the second, because a kube-proxy may have it for a moment, or the
+// first where there will be no other.
+func (p *page) tried(hardFail bool, free <-chan struct{}) func(error) {
+	patience := 2
+	if hardFail {
+		patience = 1
+	}
+	failures := 0
+	return func(err error) {
+		if err == nil {
+			failures = 0
+			p.metrics.ListenFailing(p.name, 0)
+			return
+		}
+		p.metrics.ListenFailed(p.name)
+		p.metrics.ListenFailing(p.name, 1)
+		if wait.Closed(free) {
+			if failures++; failures == patience {
+				p.tellFailure(err)
+			}
+		}
+	}
+}

@@ -1,0 +1,110 @@
+package metrics
+
+import (
+	"slices"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"signalbox/proxier"
+)
+
+// The modes whose series differ; the names are those of --mode.
+const (
+	modeIPTables = "iptables"
+	modeNFTables = "nftables"
+	modeIPVS     = "ipvs"
+)
+
+// single are the series that kube-proxy has in single modes. They are exposed
+// while such a mode is at work, and go on where they were when it is again.
+type single struct {
+	fullSyncDuration, partialSyncDuration *prometheus.HistogramVec
+
+	iptablesTotal, iptablesLast *prometheus.GaugeVec
+	restoreFailures             *prometheus.CounterVec
+	partialRestoreFailures      *prometheus.CounterVec
+	nftablesFailures            *prometheus.CounterVec
+	nftablesCleanupFailures     *prometheus.CounterVec
+}
+
+func newSingle() single {
+	r := factory{prometheus.NewRegistry()} // that nobody reads: expose registers them
+	return single{
+		fullSyncDuration: r.histogram(kubeproxy, "sync_full_proxy_rules_duration_seconds", "Time that a sync took that wrote everything anew.",
+			syncBuckets, ipFamily),
+		partialSyncDuration: r.histogram(kubeproxy, "sync_partial_proxy_rules_duration_seconds", "Time that a sync took that wrote what had changed.",
+			syncBuckets, ipFamily),
+		iptablesTotal:           r.gauge(kubeproxy, "sync_proxy_rules_iptables_total", "Rules of ours in a table of iptables.", "table", ipFamily),
+		iptablesLast:            r.gauge(kubeproxy, "sync_proxy_rules_iptables_last", "Rules that the last sync wrote into a table of iptables.", "table", ipFamily),
+		restoreFailures:         r.counter(kubeproxy, "sync_proxy_rules_iptables_restore_failures_total", "Syncs that failed.", ipFamily),
+		partialRestoreFailures:  r.counter(kubeproxy, "sync_proxy_rules_iptables_partial_restore_failures_total", "Syncs of what had changed that failed.", ipFamily),
+		nftablesFailures:        r.counter(kubeproxy, "sync_proxy_rules_nftables_sync_failures_total", "Syncs that failed.", ipFamily),
+		nftablesCleanupFailures: r.counter(kubeproxy, "sync_proxy_rules_nftables_cleanup_failures_total", "Removals of what is no longer used that failed. Always 0: what is no longer used goes with the sync that gave it up.", ipFamily),
+	}
+}
+
+// of are the series of a mode.
+func (s *single) of(mode string) []prometheus.Collector {
+	switch mode {
+	case modeIPTables:
+		return []prometheus.Collector{
+			s.fullSyncDuration, s.partialSyncDuration, s.restoreFailures, s.partialRestoreFailures, s.iptablesTotal, s.iptablesLast,
+		}
+	case modeNFTables:
+		return []prometheus.Collector{s.fullSyncDuration, s.partialSyncDuration, s.nftablesFailures, s.nftablesCleanupFailures}
+	case modeIPVS:
+		return []prometheus.Collector{s.restoreFailures}
+	}
+	return nil
+}
+
+// expose has the series of one mode in the place of another's, of which those
+// that both have are never missing.
+func (s *single) expose(r prometheus.Registerer, before, mode string) {
+	old, next := s.of(before), s.of(mode)
+	for _, c := range old {
+		if !slices.Contains(next, c) {
+			r.Unregister(c)
+		}
+	}
+	for _, c := range next {
+		if !slices.Contains(old, c) {
+			r.MustRegister(c)
+		}
+	}
+}
+
+// begin has the counters of a mode and a family begin at 0.
+func (s *single) begin(mode, family string) {
+	for _, c := range s.of(mode) {
+		if counter, ok := c.(*prometheus.CounterVec); ok {
+			counter.WithLabelValues(family).Add(0)
+		}
+	}
+}
+
+// noteSync is told of each sync.
+func (s *single) noteSync(mode, family string, r proxier.SyncReport) {
+	switch mode {
+	case modeIPTables, modeNFTables:
+		kind := s.partialSyncDuration
+		if r.All {
+			kind = s.fullSyncDuration
+		}
+		kind.WithLabelValues(family).Observe(r.Took.Seconds())
+	}
+	if r.Err == nil {
+		return
+	}
+	switch mode {
+	case modeIPTables:
+		s.restoreFailures.WithLabelValues(family).Inc()
+		if !r.All {
+			s.partialRestoreFailures.WithLabelValues(family).Inc()
+		}
+	case modeIPVS:
+		s.restoreFailures.WithLabelValues(family).Inc()
+	case modeNFTables:
+		s.nftablesFailures.WithLabelValues(family).Inc()
+	}
+}
