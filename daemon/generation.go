@@ -44,6 +44,11 @@ type generation struct {
 
 // newGeneration makes everything and starts nothing.
 func newGeneration(p *process, cfg *config.Config, log *slog.Logger) (*generation, error) {
+	g := &generation{process: p, cfg: cfg, log: log, settings: newSettings(log, p.observer.metrics.Sysctl)}
+	// First what may end it: a warning about something else would hide the error.
+	if err := g.connect(); err != nil {
+		return nil, err
+	}
 	for _, w := range cfg.Warnings {
 		log.Warn(w)
 	}
@@ -54,10 +59,7 @@ func newGeneration(p *process, cfg *config.Config, log *slog.Logger) (*generatio
 	if err := cfg.ShowFeatureGates(); err != nil {
 		return nil, err
 	}
-	g := &generation{process: p, cfg: cfg, choice: choice, log: log, settings: newSettings(log, p.observer.metrics.Sysctl)}
-	if err := g.connect(); err != nil {
-		return nil, err
-	}
+	g.choice = choice
 	g.planes.begin()
 	g.observer.metrics.Serve(choice.Mode.Name, choice.Families)
 	if err := g.takePlanes(); err != nil {

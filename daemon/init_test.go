@@ -21,7 +21,7 @@ func TestReadOnlySysctls(t *testing.T) {
 	t.Cleanup(func() { lab.Close() })
 	source := serviceTo(t, lab.Host("pod-a"))
 	flags := []string{"--mode=iptables", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16",
-		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0", "--conntrack-udp-timeout=77s"}
+		"--oom-score-adj=0", "--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0", "--conntrack-udp-timeout=77s"}
 	locked := append([]string{"-m", "sh", "-ec", `mount --bind -o ro /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys; exec "$@"`, "sh", binary}, flags...)
 
 	host := lab.Host("node1")

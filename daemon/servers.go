@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/netip"
@@ -128,7 +129,7 @@ func (p *page) serve(at netip.AddrPort, hardFail bool, answers http.Handler, fre
 	tried, ended := make(chan struct{}), make(chan struct{})
 	first, note := sync.OnceFunc(func() { close(tried) }), p.tried(hardFail, free)
 	s := httpserve.Server{
-		Name: p.name, Addr: at, Handler: p, HardFail: hardFail, Free: free, Log: p.log,
+		Name: p.name, Setting: fmt.Sprintf("--%[1]s-bind-address (%[1]sBindAddress in a file)", p.name), Addr: at, Handler: p, HardFail: hardFail, Free: free, Log: p.log,
 		Tried: func(err error) {
 			note(err)
 			if p.listens.Store(err == nil); err == nil || !hardFail || !wait.Closed(free) {

@@ -12,15 +12,16 @@ import (
 )
 
 // tune makes this process and the kernel what the configuration asks for. What
-// cannot be written is logged or returned, and the node is served all the same:
-// kube-proxy would not start.
-func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
+// cannot be written is returned, and the node is served all the same: kube-proxy
+// would not start.
+func tune(cfg *config.Config) []*node.KernelProblem {
+	problems := node.TuneConntrack(cfg.Conntrack)
 	if cfg.OOMScoreAdj != nil {
-		if err := node.SetOOMScore(*cfg.OOMScoreAdj); err != nil {
-			log.Warn("this process may be killed sooner than others when memory runs out", "error", err)
+		if p := node.SetOOMScore(*cfg.OOMScoreAdj); p != nil {
+			problems = append(problems, p)
 		}
 	}
-	return node.TuneConntrack(cfg.Conntrack)
+	return problems
 }
 
 // Init does what needs all privileges and ends (--init-only). It is an error

@@ -60,6 +60,8 @@ func (p *KernelProblem) Name() string { return nameOf(p.File) }
 // Remedy is what an operator can do about it.
 func (p *KernelProblem) Remedy() string {
 	switch {
+	case p.File == oomFile:
+		return fmt.Sprintf("give the container CAP_SYS_RESOURCE, or set --oom-score-adj (oomScoreAdj in a file) to %s or more", p.Found)
 	case errors.Is(p.Err, fs.ErrNotExist):
 		return "load the kernel module nf_conntrack on the node"
 	case errors.Is(p.Err, fs.ErrPermission), errors.Is(p.Err, syscall.EROFS):

@@ -165,13 +165,13 @@ func TestOOMScore(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.WriteFile(file, []byte(before), 0o644)
-	if err := SetOOMScore(1000); err != nil {
-		t.Fatal(err)
+	if p := SetOOMScore(1000); p != nil {
+		t.Fatal(p)
 	}
 	if now, err := readSetting(file); now != "1000" || err != nil {
 		t.Errorf("the score is %s, %v", now, err)
 	}
-	if err := SetOOMScore(1001); err == nil || !strings.Contains(err.Error(), "--oom-score-adj=1001") {
-		t.Errorf("a score that the kernel refuses: %v", err)
+	if p := SetOOMScore(1001); p == nil || p.Wanted != "1001" || !strings.Contains(p.Remedy(), "--oom-score-adj (oomScoreAdj in a file) to 1000 or more") {
+		t.Errorf("a score that the kernel refuses: %v", p)
 	}
 }

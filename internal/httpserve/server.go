@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"syscall"
 	"time"
 
 	"signalbox/internal/wait"
@@ -25,6 +26,9 @@ type Server struct {
 	// families, where the node has both.
 	Addr    netip.AddrPort
 	Handler http.Handler
+	// Setting names the flag and the field that Addr is from, for messages; may be
+	// empty.
+	Setting string
 	// HardFail makes Run return where it cannot listen, instead of trying
 	// again.
 	HardFail bool
@@ -56,7 +60,7 @@ func (s *Server) Run(ctx context.Context) error {
 				return nil
 			}
 		}
-		err = fmt.Errorf("%s server at %s: %w", s.Name, s.Addr, err)
+		err = fmt.Errorf("%s server at %s: %w", s.Name, s.Addr, s.explain(err))
 		if s.HardFail && free == nil {
 			return err
 		}
@@ -71,6 +75,20 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-time.After(RetryAfter):
 		}
 	}
+}
+
+// explain adds what an operator can do.
+func (s *Server) explain(err error) error {
+	remedy := ""
+	if errors.Is(err, syscall.EADDRINUSE) {
+		remedy = "; another kube-proxy or signalbox may have the port, as `ss -ltnp` shows: end it"
+	}
+	if s.Setting != "" && remedy != "" {
+		remedy += ", or choose another address with " + s.Setting
+	} else if s.Setting != "" {
+		remedy = "; the address is from " + s.Setting
+	}
+	return fmt.Errorf("%w%s", err, remedy)
 }
 
 func (s *Server) listen() (net.Listener, error) {
