@@ -1,6 +1,7 @@
 package daemon_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -168,6 +169,52 @@ func TestRelayRestartsWithItsSockets(t *testing.T) {
 		if err := next.Wait(); err != nil {
 			t.Errorf("the next one ended with %v", err)
 		}
+	}
+}
+
+// Without a service manager that keeps its sockets a relay says what its end
+// means; with one there is nothing to say.
+func TestRelaySaysThatItsSocketsAreNotKept(t *testing.T) {
+	binary, source := build(t), t.TempDir()
+	lab, err := netlab.New(netlab.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lab.Close() })
+	m := newManager(t)
+	for _, c := range []struct {
+		socket string
+		lines  int
+	}{{"", 2}, {m.conn.LocalAddr().String(), 0}} {
+		ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
+		defer stop()
+		cmd := exec.CommandContext(ctx, binary, "run", "--source", source, "--mode", "userspace", "--hostname-override", "node1")
+		cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+c.socket)
+		said, err := cmd.StderrPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := lab.Host("node1").Start(cmd); err != nil {
+			t.Fatal(err)
+		}
+		lines := 0
+		// The start is over when both families have been written.
+		for in, synced := bufio.NewScanner(said), 0; synced < 2; {
+			if !in.Scan() {
+				t.Fatalf("it ended: %v", in.Err())
+			}
+			if strings.Contains(in.Text(), "no service manager keeps the relay's sockets") {
+				lines++
+			}
+			if strings.Contains(in.Text(), "everything=true") {
+				synced++
+			}
+		}
+		if lines != c.lines {
+			t.Errorf("with the service manager at %q it was said %d times, want %d", c.socket, lines, c.lines)
+		}
+		cmd.Process.Kill()
+		cmd.Wait()
 	}
 }
 

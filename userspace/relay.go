@@ -2,6 +2,7 @@ package userspace
 
 import (
 	"context"
+	"log/slog"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -75,6 +76,10 @@ func (r *relay) start() error {
 		return err
 	}
 	r.listeners = l
+	if !r.left.Kept() {
+		slog.Info("userspace: no service manager keeps the relay's sockets; when this process ends, new connections are refused until another one relays. "+
+			"Start that one beside this one (a DaemonSet with maxSurge)", "family", r.family.String())
+	}
 	for o := range originCount {
 		r.done.Go(func() { r.acceptAll(l, o) })
 		r.done.Go(func() { r.receiveAll(l, o) })

@@ -63,11 +63,14 @@ func (s *Sockets) Take(name string) *os.File {
 	return files[0]
 }
 
+// Kept says whether there is a service manager that Keep leaves sockets with.
+func (s *Sockets) Kept() bool { return s != nil && s.notify != "" }
+
 // Keep leaves a copy of a socket with the service manager under a name without
 // colons. Without a manager it does nothing. That the manager takes it cannot be
 // known: systemd does for services with FileDescriptorStoreMax=.
 func (s *Sockets) Keep(name string, socket syscall.Conn) error {
-	if s == nil || s.notify == "" {
+	if !s.Kept() {
 		return nil
 	}
 	raw, err := socket.SyscallConn()
@@ -84,7 +87,7 @@ func (s *Sockets) Keep(name string, socket syscall.Conn) error {
 
 // Forget has the service manager close what it keeps under a name.
 func (s *Sockets) Forget(name string) error {
-	if s == nil || s.notify == "" {
+	if !s.Kept() {
 		return nil
 	}
 	return s.tell("FDSTOREREMOVE=1\nFDNAME=" + name)

@@ -195,20 +195,23 @@ func unmap(a netip.AddrPort) netip.AddrPort {
 
 func isClosed(err error) bool { return errors.Is(err, net.ErrClosed) }
 
-// Retransmitted says whether this host has sent anything on a TCP connection
-// twice, its SYN included: a packet was lost, or answered very late.
-func (c *Conn) Retransmitted() bool {
+// Resent is how many segments this host has sent again on a TCP connection, its
+// SYN included, as they were lost or acknowledged very late (TCP_INFO,
+// tcpi_total_retrans). For other protocols it is 0.
+func (c *Conn) Resent() (int, error) {
 	tcp, ok := c.conn.(*net.TCPConn)
 	if !ok {
-		return false
+		return 0, nil
 	}
 	raw, err := tcp.SyscallConn()
 	if err != nil {
-		return false
+		return 0, fmt.Errorf("TCP_INFO of the connection from %s: %w", c.Local(), err)
 	}
 	var info *unix.TCPInfo
-	if raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }) != nil || err != nil {
-		return false
+	var asked error
+	err = raw.Control(func(fd uintptr) { info, asked = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) })
+	if err := errors.Join(err, asked); err != nil {
+		return 0, fmt.Errorf("TCP_INFO of the connection from %s: %w", c.Local(), err)
 	}
-	return info.Total_retrans > 0
+	return int(info.Total_retrans), nil
 }

@@ -1,0 +1,135 @@
+package e2e
+
+import (
+	"fmt"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// loss is a way in which a node can lose what a client of a Service sends or
+// gets.
+type loss struct {
+	name string
+	// rule drops packets, in nft's language; PORTS stands for the ports of the
+	// Service under test.
+	rule string
+	// least is how many packets must have been dropped before it ends.
+	least int
+	// fault is what the exchange must find.
+	fault string
+}
+
+// losses are from the worst to the least that there can be.
+var losses = []loss{
+	{"SYNs", "tcp dport PORTS tcp flags & (syn | ack) == syn counter name lost drop", newConnections, `packets were lost .*SYN, cluster IP from the node IPv6`},
+	{"a single SYN", "ip6 daddr " + balancerIPs.V6.String() + " tcp dport 80 tcp flags & (syn | ack) == syn limit rate 1/day burst 1 packets counter name lost drop", 1,
+		`1 packets were lost .*map\[SYN, load-balancer IP IPv6:1\]`},
+	{"questions on streams", "tcp dport PORTS tcp flags & psh == psh counter name lost drop", 1, `packets were lost .*question, `},
+	{"answers", "tcp sport 8080 tcp flags & psh == psh counter name lost drop", 1, `packets were lost .*answer of pod-`},
+	{"a datagram", "udp dport PORTS counter name lost drop", 1, `UDP questions from new ports|answers on (open udp|udp) streams`},
+	{"refused connections", "tcp dport PORTS tcp flags & (syn | ack) == syn counter name lost reject with tcp reset", 1, `connection refused`},
+}
+
+// TestExchangeFindsLoss has a node lose packets for a moment, which the traffic
+// of the other tests must find, and in that step only.
+func TestExchangeFindsLoss(t *testing.T) {
+	for _, l := range losses {
+		t.Run(l.name, func(t *testing.T) {
+			s := newSite(t, shared, "nftables")
+			svc := createBalanced(s)
+			s.start()
+			checkBalanced(s, svc)
+			e := s.exchange(svc)
+			e.does("a calm before", func() {})
+			e.does("the loss", func() {
+				s.loses(l, svc)
+				s.eventually("the loss", func() error {
+					if n := s.lost(); n < l.least {
+						return fmt.Errorf("%d packets lost", n)
+					}
+					return nil
+				})
+				s.nft("delete table inet lossy")
+			})
+			e.does("the calm after", func() {})
+			faults := e.faults()
+			found := regexp.MustCompile("during the loss: .*(" + l.fault + ")")
+			if !found.MatchString(strings.Join(faults, "\n")) {
+				t.Errorf("no fault is %q, among %d: %.2000q", found, len(faults), faults)
+			}
+			for _, f := range faults {
+				if !strings.Contains(f, "during the loss") {
+					t.Errorf("a fault of another step: %s", f)
+				}
+			}
+		})
+	}
+}
+
+// A way that is dead holds a step up, however well the others do.
+func TestExchangeWaitsForEachWay(t *testing.T) {
+	s := newSite(t, shared, "nftables")
+	svc := createBalanced(s)
+	s.start()
+	checkBalanced(s, svc)
+	e := s.exchange(svc)
+	e.does("a calm before", func() {})
+	step := e.next("the loss of a way")
+	s.loses(loss{rule: "ip daddr " + clusterIP(svc, false).String() + " iifname veth-pod-x tcp dport 80 counter name lost reject with tcp reset"}, svc)
+	const dead = "cluster IP from a Pod IPv4"
+	s.eventually("the other ways' share", func() error {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		for _, w := range e.ways {
+			if n := step.made[w.name]; w.name != dead && n < 50 {
+				return fmt.Errorf("%s: %d", w.name, n)
+			}
+		}
+		if name, n, _ := e.slowest(step); name != dead || n >= 50 {
+			t.Errorf("the slowest way is %s with %d connections", name, n)
+		}
+		return nil
+	})
+	if faults := e.faults(); len(faults) == 0 {
+		t.Error("no fault was found")
+	}
+}
+
+func (s *site) loses(l loss, svc *corev1.Service) {
+	s.Helper()
+	ports := fmt.Sprintf("{ 80, %d, %d }", svc.Spec.Ports[0].NodePort, svc.Spec.Ports[1].NodePort)
+	rule := strings.ReplaceAll(l.rule, "PORTS", ports)
+	s.nft(`table inet lossy {
+		counter lost { }
+		chain in { type filter hook prerouting priority -400; ` + rule + `; }
+		chain own { type filter hook output priority -400; ` + rule + `; }
+	}`)
+}
+
+var countedPackets = regexp.MustCompile(`packets (\d+)`)
+
+// lost is how many packets were dropped.
+func (s *site) lost() int {
+	s.Helper()
+	n, err := strconv.Atoi(countedPackets.FindStringSubmatch(s.nft("list counter inet lossy lost"))[1])
+	s.must(err)
+	return n
+}
+
+// nft runs commands of nft on node1.
+func (s *site) nft(commands string) string {
+	s.Helper()
+	var out []byte
+	s.must(s.lab.Host("node1").Do(func() (err error) {
+		if out, err = exec.Command("nft", commands).CombinedOutput(); err != nil {
+			err = fmt.Errorf("nft: %w: %s", err, out)
+		}
+		return err
+	}))
+	return string(out)
+}
