@@ -69,7 +69,7 @@ func (p *process) close(log *slog.Logger) {
 func (g *generation) run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		g.settings.note("connection tracking", tune(g.cfg))
+		g.settings.note("connection tracking", tune(g.cfg, g.log))
 		return nil
 	})
 	group.Go(func() error { return node.Watch(ctx, g.loop.SetLocalAddrs) })

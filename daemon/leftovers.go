@@ -179,6 +179,8 @@ func (l *leftovers) remove(family proxier.Family, todo []removal) {
 		removed, err := r.do(family)
 		if removed {
 			l.log.Info("removed what others had written", "what", r.what, "family", family.String())
+		} else if err == nil {
+			l.log.Debug("nothing of others is there to remove", "what", r.what, "family", family.String())
 		}
 		if known := l.note(family, r, err); err != nil && !known {
 			l.log.Warn("what others wrote could not be removed and may still be obeyed; trying again", "family", family.String(), "error", err)

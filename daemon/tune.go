@@ -11,17 +11,17 @@ import (
 	"signalbox/proxier"
 )
 
-// tune makes this process and the kernel what the configuration asks for. What
-// cannot be written is returned, and the node is served all the same: kube-proxy
-// would not start.
-func tune(cfg *config.Config) []*node.KernelProblem {
-	problems := node.TuneConntrack(cfg.Conntrack)
+// tune makes this process and the kernel what the configuration asks for. Kernel
+// settings that cannot be written are returned, and the node is served all the
+// same: kube-proxy would not start. The log alone tells of the process's own
+// score: no packet depends on it.
+func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
 	if cfg.OOMScoreAdj != nil {
 		if p := node.SetOOMScore(*cfg.OOMScoreAdj); p != nil {
-			problems = append(problems, p)
+			log.Warn("this process may be killed sooner than it should be when memory runs out", "error", p, "remedy", p.Remedy())
 		}
 	}
-	return problems
+	return node.TuneConntrack(cfg.Conntrack)
 }
 
 // Init does what needs all privileges and ends (--init-only). It is an error
