@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"signalbox/internal/wait"
+	"signalbox/ipvs"
 )
 
 // serve runs the loop until ctx ends, but for the times when a signalbox that
@@ -56,6 +57,9 @@ func (g *generation) takeSeat(ctx context.Context, work *sync.WaitGroup) *succes
 	}
 	g.settleFlows(ctx)
 	err := g.seat.take(ctx)
+	if !g.rewrite(ctx) {
+		return nil
+	}
 	work.Go(func() { g.leftovers.run(ctx, g.seat) })
 	for ; err != nil && ctx.Err() == nil; err = g.seat.take(ctx) {
 		g.log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
@@ -66,6 +70,20 @@ func (g *generation) takeSeat(ctx context.Context, work *sync.WaitGroup) *succes
 	}
 	g.observer.servers.seated()
 	return g.seat.waits(ctx)
+}
+
+// rewrite has the ipvs mode read back and mend what another signalbox, in another
+// mode, may have changed before it let go: that one ends virtual servers which
+// have drained, and has none of the nf_tables transactions by which the two would
+// notice each other. It returns before anything is removed that serves meanwhile;
+// false if ctx ends first.
+func (g *generation) rewrite(ctx context.Context) bool {
+	if g.choice.Mode.Name != ipvs.Mode || !g.seat.inherited() {
+		return true
+	}
+	g.served.forget()
+	g.loop.Resync()
+	return g.served.wait(ctx)
 }
 
 // settleTime bounds the wait for stale flows.

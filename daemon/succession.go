@@ -87,6 +87,13 @@ func (s *seat) mine() bool {
 	return s.listener != nil
 }
 
+// inherited says whether another process has let go of the seat for this one.
+func (s *seat) inherited() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.before) > 0
+}
+
 // askAgain is short, for a seat that changes hands, but not nothing: a holder
 // that trusts nobody looks the same.
 const askAgain = 10 * time.Millisecond
