@@ -113,11 +113,10 @@ func (r *routes) restore() error {
 	if !r.kept {
 		return nil
 	}
-	lo, err := r.handle.LinkByName("lo")
+	own, answers, rule, err := r.entries()
 	if err != nil {
-		return fmt.Errorf("find the loopback device: %w", err)
+		return err
 	}
-	own, answers, rule := r.entries(lo.Attrs().Index)
 	var failed []error
 	put := func(what string, err error) {
 		switch {

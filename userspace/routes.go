@@ -96,9 +96,13 @@ func (r *routes) number() int {
 	return netlink.FAMILY_V4
 }
 
-// entries are the two routes and the rule; the link is the loopback device.
-func (r *routes) entries(link int) (own, answers *netlink.Route, rule *netlink.Rule) {
-	prefix := relayPrefixes[r.family]
+// entries are the two routes, which are by the loopback device, and the rule.
+func (r *routes) entries() (own, answers *netlink.Route, rule *netlink.Rule, err error) {
+	lo, err := r.handle.LinkByName("lo")
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("find the loopback device: %w", err)
+	}
+	link, prefix := lo.Attrs().Index, relayPrefixes[r.family]
 	own = &netlink.Route{
 		LinkIndex: link, Dst: ipNet(prefix), Table: unix.RT_TABLE_LOCAL,
 		Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Family: r.number(),
@@ -114,7 +118,7 @@ func (r *routes) entries(link int) (own, answers *netlink.Route, rule *netlink.R
 	rule = netlink.NewRule()
 	rule.Family, rule.Table, rule.Priority = r.number(), answersTable, answersPriority
 	rule.Mark, rule.Mask = r.mark, &r.mark
-	return own, answers, rule
+	return own, answers, rule, nil
 }
 
 // ensure makes the routes and the rule where they are not there, and has
@@ -122,11 +126,10 @@ func (r *routes) entries(link int) (own, answers *netlink.Route, rule *netlink.R
 func (r *routes) ensure() error {
 	r.keep.Lock()
 	defer r.keep.Unlock()
-	lo, err := r.handle.LinkByName("lo")
+	own, answers, rule, err := r.entries()
 	if err != nil {
-		return fmt.Errorf("find the loopback device: %w", err)
+		return err
 	}
-	own, answers, rule := r.entries(lo.Attrs().Index)
 	if err := r.handle.RouteReplace(own); err != nil {
 		return fmt.Errorf("route %s to this node: %w", own.Dst, err)
 	}
@@ -164,11 +167,10 @@ func (r *routes) removeOthers() error {
 // try makes a route to this node in a table that nothing is looked up in, and
 // removes it.
 func (r *routes) try() error {
-	lo, err := r.handle.LinkByName("lo")
+	_, route, _, err := r.entries()
 	if err != nil {
 		return err
 	}
-	_, route, _ := r.entries(lo.Attrs().Index)
 	route.Table = answersTable + 1
 	if err := r.handle.RouteReplace(route); err != nil {
 		return err
@@ -178,11 +180,10 @@ func (r *routes) try() error {
 
 // remove takes away what ensure made; what is not there is no error.
 func (r *routes) remove() (removed bool, err error) {
-	lo, err := r.handle.LinkByName("lo")
+	own, answers, rule, err := r.entries()
 	if err != nil {
-		return false, fmt.Errorf("find the loopback device: %w", err)
+		return false, err
 	}
-	own, answers, rule := r.entries(lo.Attrs().Index)
 	rule.Mark, rule.Mask = 0, nil // whatever bit it was
 	var ruleErr error
 	for ruleErr == nil { // there may be several, with different marks

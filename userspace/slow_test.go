@@ -59,7 +59,7 @@ func (h *host) slow() *host {
 		Buffer: uint32(3 * time.Second / 64), // the kernel counts in ticks of 64 ns
 	})
 	if errors.Is(err, unix.ENOENT) {
-		h.w.t.Skipf("the kernel shapes nothing: %v", err)
+		h.w.t.Skipf("the kernel has no tbf (CONFIG_NET_SCH_TBF): %v", err)
 	}
 	h.w.must(err)
 	return h

@@ -124,17 +124,11 @@ func (ft *flowTable) remove(f *flow) {
 	}
 }
 
-// endAt ends the flows whose datagrams arrive at these sockets; their goroutines
-// notice by themselves.
+// endAt ends the flows whose datagrams arrive at these sockets.
 func (ft *flowTable) endAt(l *listeners) {
 	ft.mu.Lock()
 	defer ft.mu.Unlock()
-	for k, f := range ft.open {
-		if l.udp[k.origin] == k.at {
-			delete(ft.open, k)
-			f.socket.Close()
-		}
-	}
+	ft.end(func(k flowKey) bool { return l.udp[k.origin] == k.at })
 }
 
 // closeAll ends all flows, and takes none after.
@@ -142,9 +136,16 @@ func (ft *flowTable) closeAll() {
 	ft.mu.Lock()
 	defer ft.mu.Unlock()
 	ft.closed = true
+	ft.end(func(flowKey) bool { return true })
+}
+
+// end ends flows; their goroutines notice by themselves. The lock is held.
+func (ft *flowTable) end(which func(flowKey) bool) {
 	for k, f := range ft.open {
-		delete(ft.open, k)
-		f.socket.Close()
+		if which(k) {
+			delete(ft.open, k)
+			f.socket.Close()
+		}
 	}
 }
 
