@@ -53,10 +53,10 @@ func (f *familyLoop) heed(plan *Plan, change Change) {
 			delete(f.said, name)
 		}
 	}
-	for _, name := range change.Services {
-		ask(name)
-	}
 	if !change.All {
+		for _, name := range change.Services {
+			ask(name)
+		}
 		return
 	}
 	for name := range f.said {
