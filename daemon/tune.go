@@ -18,7 +18,7 @@ import (
 func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
 	if cfg.OOMScoreAdj != nil {
 		if p := node.SetOOMScore(*cfg.OOMScoreAdj); p != nil {
-			log.Warn("this process may be killed sooner than it should be when memory runs out", "error", p, "remedy", p.Remedy())
+			log.Warn(p.Without, "error", p, "remedy", p.Remedy())
 		}
 	}
 	return node.TuneConntrack(cfg.Conntrack)

@@ -41,6 +41,7 @@ type KernelProblem struct {
 	Err           error
 	// Without says what does not work as long as it is so; may be empty.
 	Without string
+	remedy  string // in the place of the usual one
 }
 
 func (p *KernelProblem) Error() string {
@@ -60,8 +61,8 @@ func (p *KernelProblem) Name() string { return nameOf(p.File) }
 // Remedy is what an operator can do about it.
 func (p *KernelProblem) Remedy() string {
 	switch {
-	case p.File == oomFile:
-		return fmt.Sprintf("give the container CAP_SYS_RESOURCE, or set --oom-score-adj (oomScoreAdj in a file) to %s or more", p.Found)
+	case p.remedy != "":
+		return p.remedy
 	case errors.Is(p.Err, fs.ErrNotExist):
 		return "load the kernel module nf_conntrack on the node"
 	case errors.Is(p.Err, fs.ErrPermission), errors.Is(p.Err, syscall.EROFS):
