@@ -41,7 +41,7 @@ type leftovers struct {
 	said  map[proxier.Family]bool
 	// draining counts kube-proxy's virtual servers that have connections yet, and
 	// ownDraining those of the ipvs mode.
-	draining, ownDraining map[proxier.Family]int
+	draining, ownDraining draining
 }
 
 // leftoversOptions is what leftovers work with.
@@ -117,7 +117,7 @@ func (l *leftovers) removeAll(ctx context.Context) {
 		todo = append(todo, l.ownIPVS())
 	}
 	l.had, l.said = map[proxier.Family]bool{}, map[proxier.Family]bool{}
-	l.draining, l.ownDraining = map[proxier.Family]int{}, map[proxier.Family]int{}
+	l.draining, l.ownDraining = draining{}, draining{}
 	l.until = time.Now().Add(swapTime)
 	l.mu.Lock()
 	l.failed = map[proxier.Family]map[string]removal{}
@@ -148,30 +148,31 @@ func (l *leftovers) kubeProxy(family proxier.Family) []removal {
 }
 
 // ownIPVS is what the ipvs mode's rules and servers are removed by while another
-// mode serves.
+// mode serves, without ending connections.
 func (l *leftovers) ownIPVS() removal {
-	return removal{what: "what signalbox's mode ipvs wrote", remove: l.drainOwn}
-}
-
-// drainOwn removes the virtual servers of the ipvs mode without ending
-// connections.
-func (l *leftovers) drainOwn(family proxier.Family) (removed bool, err error) {
-	removed, n, err := ipvs.Drain(family)
-	if n > 0 && l.ownDraining[family] == 0 {
-		l.log.Info("virtual servers of the ipvs mode have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
-	}
-	l.ownDraining[family] = n
-	return removed, err
+	return removal{what: "what signalbox's mode ipvs wrote", remove: func(family proxier.Family) (removed bool, err error) {
+		removed, n, err := ipvs.Drain(family)
+		l.ownDraining.note(family, n, "the ipvs mode", l.log)
+		return removed, err
+	}}
 }
 
 // drainIPVS removes kube-proxy's virtual servers without ending connections.
 func (l *leftovers) drainIPVS(family proxier.Family) (removed bool, err error) {
 	removed, n, err := ipvs.CleanupKubeProxy(family, l.choice.Mode.Name == ipvs.Mode, true)
-	if n > 0 && l.draining[family] == 0 {
-		l.log.Info("virtual servers of kube-proxy have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
-	}
-	l.draining[family] = n
+	l.draining.note(family, n, "kube-proxy", l.log)
 	return removed, err
+}
+
+// draining counts virtual servers that have connections yet.
+type draining map[proxier.Family]int
+
+// note says when the first have.
+func (d draining) note(family proxier.Family, n int, owner string, log *slog.Logger) {
+	if n > 0 && d[family] == 0 {
+		log.Info("virtual servers of "+owner+" have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
+	}
+	d[family] = n
 }
 
 func (l *leftovers) remove(family proxier.Family, todo []removal) {
