@@ -102,11 +102,7 @@ func (n node) rules() string {
 // before, byte for byte.
 func TestCleanupCommand(t *testing.T) {
 	binary, source := build(t), manifests(t)
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lab.Close()
+	lab := newLab(t)
 	n := node{t, lab.Host("node1")}
 	for _, tool := range []string{"legacy", "nft"} {
 		n.must(neighboursOf(false), "iptables-"+tool+"-restore")
@@ -160,11 +156,7 @@ func TestCleanupCommand(t *testing.T) {
 // so.
 func TestCleanupCommandFails(t *testing.T) {
 	binary := build(t)
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lab.Close()
+	lab := newLab(t)
 	n := node{t, lab.Host("node1")}
 	n.must("table ip signalbox { chain nat { }; }\ntable ip kube-proxy { chain nat { }; }\n", "nft", "-f", "-")
 	// Without the right to change anything.
@@ -186,11 +178,7 @@ var hideTools = []string{"unshare", "-m", "sh", "-ec", `mount -t tmpfs none /usr
 // once of each family, with what to do; neither of the two is blamed.
 func TestUnknownChains(t *testing.T) {
 	binary, source := build(t), manifests(t)
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lab.Close()
+	lab := newLab(t)
 	n := node{t, lab.Host("node1")}
 	n.must("*nat\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\nCOMMIT\n", "iptables-nft-restore")
 	for _, args := range [][]string{{"cleanup"}, {"cleanup", "--kube-proxy"}} {
@@ -213,11 +201,7 @@ func TestUnknownChains(t *testing.T) {
 // A node without the tools is told of each missing program once.
 func TestWithoutTools(t *testing.T) {
 	binary, source := build(t), manifests(t)
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lab.Close()
+	lab := newLab(t)
 	said, err := node{t, lab.Host("node1")}.run("", slices.Concat(hideTools, []string{binary, "run", "--source", source, "--mode", "iptables",
 		"--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16"})...)
 	const want = "signalbox: no mode works on this machine: " +

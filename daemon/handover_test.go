@@ -115,11 +115,7 @@ func (m *manager) start(node *netlab.Host, program string, args ...string) *exec
 // Who connects while no relay runs waits for the next one, and is served.
 func TestRelayRestartsWithItsSockets(t *testing.T) {
 	binary, source := build(t), t.TempDir()
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	if err := os.WriteFile(filepath.Join(source, "web.yaml"), relayedManifest(lab.Host("pod-a").Addr), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -176,11 +172,7 @@ func TestRelayRestartsWithItsSockets(t *testing.T) {
 // means; with one there is nothing to say.
 func TestRelaySaysThatItsSocketsAreNotKept(t *testing.T) {
 	binary, source := build(t), t.TempDir()
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	m := newManager(t)
 	for _, c := range []struct {
 		socket string
@@ -221,11 +213,7 @@ func TestRelaySaysThatItsSocketsAreNotKept(t *testing.T) {
 // Sockets that no mode wants are closed, and the service manager is told.
 func TestSocketsOfAnotherModeAreForgotten(t *testing.T) {
 	binary, source := build(t), t.TempDir()
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	m := newManager(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -14,11 +14,7 @@ import (
 // in a privileged container is what to do.
 func TestReadOnlySysctls(t *testing.T) {
 	binary := build(t)
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	source := serviceTo(t, lab.Host("pod-a"))
 	flags := []string{"--mode=iptables", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16",
 		"--oom-score-adj=0", "--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0", "--conntrack-udp-timeout=77s"}

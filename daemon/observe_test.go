@@ -98,11 +98,7 @@ func (d *daemon) answers(url string, status int, parts ...string) {
 
 func newNode(t *testing.T) *netlab.Host {
 	t.Helper()
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	return lab.Host("node1")
 }
 

@@ -105,11 +105,7 @@ func (h *heard) count(what string) int {
 // lost.
 func TestConfigurationChanges(t *testing.T) {
 	binary := build(t)
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	node, client, outside := lab.Host("node1"), lab.Host("pod-x"), lab.Host("client1")
 	mounted, source := mountConfiguration(t), serviceTo(t, lab.Host("pod-a"))
 	mounted.write(off + "mode: nftables\nnodePortAddresses: [203.0.113.0/24]\n")
@@ -147,11 +143,7 @@ func TestConfigurationChanges(t *testing.T) {
 
 // Connections through the relay outlive a change that does not concern it.
 func TestRelayOutlivesConfiguration(t *testing.T) {
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	client := lab.Host("pod-x")
 	mounted, source := mountConfiguration(t), serviceTo(t, lab.Host("pod-a"))
 	mounted.write(off + "mode: userspace\n")
@@ -169,11 +161,7 @@ func TestRelayOutlivesConfiguration(t *testing.T) {
 // A configuration that asks for another mode does not end what the relay of the
 // one before has open; the relay's rules go with the last connection.
 func TestRelayDrainsAfterConfiguration(t *testing.T) {
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	client, node := lab.Host("pod-x"), lab.Host("node1")
 	mounted, source := mountConfiguration(t), serviceTo(t, lab.Host("pod-a"))
 	mounted.write(off + "mode: userspace\n")
@@ -217,11 +205,7 @@ func TestRelayDrainsAfterConfiguration(t *testing.T) {
 // A relay that another one replaces, for a change that does concern it, takes no
 // more connections: it is not told of endpoints any more.
 func TestRelayIsReplacedAtOnce(t *testing.T) {
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	client, node := lab.Host("pod-x"), lab.Host("node1")
 	mounted, source := mountConfiguration(t), serviceTo(t, lab.Host("pod-a"))
 	mounted.write(off + "mode: userspace\n")
@@ -310,11 +294,7 @@ current-context: dead
 // force before is so again, and the next change counts.
 func TestConfigurationThatDoesNotWork(t *testing.T) {
 	dir := t.TempDir()
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
+	lab := newLab(t)
 	kubeconfig, mounted := filepath.Join(dir, "kubeconfig"), mountConfiguration(t)
 	if err := os.WriteFile(kubeconfig, []byte(deadServer), 0o600); err != nil {
 		t.Fatal(err)

@@ -48,15 +48,22 @@ func manifests(t *testing.T) string {
 	return source
 }
 
-// Whatever mode a node is switched to, in the end the rules of that mode alone
-// are there.
-func TestModesLeaveNothingBehind(t *testing.T) {
-	binary, source := build(t), manifests(t)
+// newLab returns a lab that ends with the test.
+func newLab(t testing.TB) *netlab.Lab {
+	t.Helper()
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer lab.Close()
+	t.Cleanup(func() { lab.Close() })
+	return lab
+}
+
+// Whatever mode a node is switched to, in the end the rules of that mode alone
+// are there.
+func TestModesLeaveNothingBehind(t *testing.T) {
+	binary, source := build(t), manifests(t)
+	lab := newLab(t)
 	node := lab.Host("node1")
 	has := func(what string, command ...string) bool {
 		var out []byte

@@ -35,17 +35,24 @@ var losses = []loss{
 	{"refused connections", "tcp dport PORTS tcp flags & (syn | ack) == syn counter name lost reject with tcp reset", 1, `connection refused`},
 }
 
+// calmExchange is an exchange that has gone on for a while with nothing lost.
+func calmExchange(t *testing.T) (*site, *corev1.Service, *exchange) {
+	t.Helper()
+	s := newSite(t, shared, "nftables")
+	svc := createBalanced(s)
+	s.start()
+	checkBalanced(s, svc)
+	e := s.exchange(svc)
+	e.does("a calm before", func() {})
+	return s, svc, e
+}
+
 // TestExchangeFindsLoss has a node lose packets for a moment, which the traffic
 // of the other tests must find, and in that step only.
 func TestExchangeFindsLoss(t *testing.T) {
 	for _, l := range losses {
 		t.Run(l.name, func(t *testing.T) {
-			s := newSite(t, shared, "nftables")
-			svc := createBalanced(s)
-			s.start()
-			checkBalanced(s, svc)
-			e := s.exchange(svc)
-			e.does("a calm before", func() {})
+			s, svc, e := calmExchange(t)
 			e.does("the loss", func() {
 				s.loses(l, svc)
 				s.eventually("the loss", func() error {
@@ -73,12 +80,7 @@ func TestExchangeFindsLoss(t *testing.T) {
 
 // A way that is dead holds a step up, however well the others do.
 func TestExchangeWaitsForEachWay(t *testing.T) {
-	s := newSite(t, shared, "nftables")
-	svc := createBalanced(s)
-	s.start()
-	checkBalanced(s, svc)
-	e := s.exchange(svc)
-	e.does("a calm before", func() {})
+	s, svc, e := calmExchange(t)
 	step := e.next("the loss of a way")
 	s.loses(loss{rule: "ip daddr " + clusterIP(svc, false).String() + " iifname veth-pod-x tcp dport 80 counter name lost reject with tcp reset"}, svc)
 	const dead = "cluster IP from a Pod IPv4"

@@ -33,17 +33,24 @@ func (s *site) kubeProxyDaemonSet() *appsv1.DaemonSet {
 	return ds
 }
 
-// TestMigration goes the first way of docs/migration.md there and back under
-// load: the image in kube-proxy's own DaemonSet is replaced, and nothing else.
-func TestMigration(t *testing.T) {
+// newMigration is a populated site whose cluster has a kube-proxy.
+func newMigration(t *testing.T) (*site, *appsv1.DaemonSet) {
+	t.Helper()
 	s := newSite(t)
 	ds := s.kubeProxyDaemonSet()
 	if ds == nil {
 		t.Skip("the cluster has no kube-proxy to migrate from")
 	}
-	s.watched = kubeProxy
 	s.populate()
 	t.Cleanup(s.depopulate)
+	return s, ds
+}
+
+// TestMigration goes the first way of docs/migration.md there and back under
+// load: the image in kube-proxy's own DaemonSet is replaced, and nothing else.
+func TestMigration(t *testing.T) {
+	s, ds := newMigration(t)
+	s.watched = kubeProxy
 	original := ds.Spec.Template.Spec.Containers[0].Image
 	mode := s.kubeProxyMode()
 	t.Cleanup(func() { s.setImage(original) })
@@ -71,12 +78,7 @@ func TestMigration(t *testing.T) {
 // DaemonSet of its own, in nftables mode, takes kube-proxy's place and removes
 // its rules, with the component takeover.
 func TestMigrationToOwnDaemonSet(t *testing.T) {
-	s := newSite(t)
-	if s.kubeProxyDaemonSet() == nil {
-		t.Skip("the cluster has no kube-proxy to migrate from")
-	}
-	s.populate()
-	t.Cleanup(s.depopulate)
+	s, _ := newMigration(t)
 	before := s.kubeProxyMode()
 	if before != "iptables" {
 		t.Skip("the component takeover is about rules of iptables")
