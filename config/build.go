@@ -108,11 +108,7 @@ func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
 	if a := netip.MustParseAddr(k.BindAddress).Unmap(); !a.IsUnspecified() {
 		s.NodeAddress = a
 	}
-	if slices.Contains(k.NodePortAddresses, Primary) {
-		s.NodePortAddresses.Primary = true
-	} else {
-		s.NodePortAddresses.CIDRs = prefixes(k.NodePortAddresses)
-	}
+	s.NodePortAddresses, _ = proxier.ParseNodePortAddresses(k.NodePortAddresses) // rules names what is wrong with them
 	return s
 }
 

@@ -105,7 +105,8 @@ func TestMistakesAreNamed(t *testing.T) {
 		{"--detect-local-mode=BridgeInterface", []string{"--pod-bridge-interface=", "BridgeInterface", "needs it"}},
 		{"--detect-local-mode=InterfaceNamePrefix", []string{"--pod-interface-name-prefix=", "needs it"}},
 		{"--detect-local-mode=BridgeInterface --pod-bridge-interface=a-name-far-too-long", []string{"15 characters"}},
-		{"--nodeport-addresses=primary,10.0.0.0/8", []string{"stands alone"}},
+		{"--nodeport-addresses=primary,primary", []string{"--nodeport-addresses=primary,primary", "given twice"}},
+		{"--nodeport-addresses=10.0.0.0/8,loopback", []string{"--nodeport-addresses", `"loopback" is neither a CIDR`}},
 		{"--nodeport-addresses=10.0.0.0/33", []string{"--nodeport-addresses", `"10.0.0.0/33"`}},
 		{"--iptables-masquerade-bit=32", []string{"--iptables-masquerade-bit=32", "0 to 31"}},
 		{"--kube-api-burst=-1", []string{"--kube-api-burst=-1"}},
@@ -146,6 +147,9 @@ func TestNodePortAddressesByMode(t *testing.T) {
 		{ModeIPVS, "", false},
 		{ModeIPTables, "--nodeport-addresses=primary", true},
 		{ModeNFTables, "--nodeport-addresses=0.0.0.0/0", false},
+		{ModeNFTables, "--nodeport-addresses=all", false},
+		{ModeNFTables, "--nodeport-addresses=localhost", false},
+		{ModeNFTables, "--nodeport-addresses=localhost,primary,10.0.0.0/8", true},
 	} {
 		args := []string{"--cluster-cidr=10.0.0.0/8"}
 		if test.flag != "" {

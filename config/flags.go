@@ -113,7 +113,7 @@ func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {
 	fs.StringVar(&k.DetectLocal.BridgeInterface, "pod-bridge-interface", "", "the bridge that Pods are behind (--detect-local-mode=BridgeInterface)")
 	fs.StringVar(&k.DetectLocal.InterfaceNamePrefix, "pod-interface-name-prefix", "", "what the names of Pods' interfaces begin with (--detect-local-mode=InterfaceNamePrefix)")
 	fs.StringVar(&k.ClusterCIDR, "cluster-cidr", "", "the Pods' address range, or one IPv4 and one IPv6 range with a comma; traffic to cluster IPs from elsewhere is masqueraded")
-	fs.StringSliceVar(&k.NodePortAddresses, "nodeport-addresses", nil, `serve NodePorts only at local addresses inside these ranges, or only at the Node's own address with the single word "primary" (default: primary in nftables mode, all addresses in the others)`)
+	fs.StringSliceVar(&k.NodePortAddresses, "nodeport-addresses", nil, "serve NodePorts only at these of the node's addresses: CIDRs and the words primary (the Node object's own addresses), localhost (127.0.0.0/8 and ::1/128) and all, in any combination (default: primary in nftables mode, all in the others)")
 
 	fs.Int32Var(k.OOMScoreAdj, "oom-score-adj", *k.OOMScoreAdj, "how readily the kernel kills this process when memory runs out, from -1000 (never) to 1000")
 	fs.Int32Var(k.Conntrack.MaxPerCore, "conntrack-max-per-core", *k.Conntrack.MaxPerCore, "connections that the kernel can track, for each CPU; 0 leaves the kernel's value, and a higher one is never lowered")

@@ -171,7 +171,7 @@ func (f *Flags) portFlags(k *v1alpha1.KubeProxyConfiguration) (warnings []string
 func settle(k *v1alpha1.KubeProxyConfiguration) {
 	k.DetectLocalMode = cmp.Or(k.DetectLocalMode, v1alpha1.LocalMode(proxier.DetectLocalClusterCIDR))
 	if k.Mode == ModeNFTables && len(k.NodePortAddresses) == 0 {
-		k.NodePortAddresses = []string{Primary}
+		k.NodePortAddresses = []string{proxier.NodePortsPrimary}
 	}
 	var none metav1.Duration
 	if k.Mode == ModeNFTables {

@@ -14,9 +14,6 @@ import (
 	"signalbox/proxier"
 )
 
-// Primary is the word that --nodeport-addresses takes instead of ranges.
-const Primary = "primary"
-
 // rule is one thing that must hold of a configuration. field is its place in
 // the file, flag the flag for it. wrong is the value and what is the matter
 // with it, or empty.
@@ -188,11 +185,8 @@ func cidrs(list []string) string {
 }
 
 func nodePortAddresses(list []string) string {
-	if !slices.Contains(list, Primary) {
-		return cidrs(list)
-	}
-	if len(list) > 1 {
-		return fmt.Sprintf("%s: %q stands alone or not at all", strings.Join(list, ","), Primary)
+	if _, err := proxier.ParseNodePortAddresses(list); err != nil {
+		return fmt.Sprintf("%s: %v", strings.Join(list, ","), err)
 	}
 	return ""
 }

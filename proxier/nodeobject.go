@@ -64,7 +64,7 @@ func readServiceCIDR(obj *networkingv1.ServiceCIDR) ([]netip.Prefix, []Problem) 
 // nodeValue is what rules need to know about this node in one family, given
 // the addresses that its interfaces have.
 func (t *Tracker) nodeValue(settings *Settings, family Family, local []netip.Addr) Node {
-	addrs := settings.NodePortAddresses.nodePortAddrs(family, settings.primary(family, &t.node), local)
+	addrs := settings.NodePortAddresses.pick(family, settings.primary(family, &t.node), local)
 	return Node{
 		LocalPods:          settings.localPods(family, t.node.podCIDRs),
 		NodePortAddrs:      addrs,

@@ -17,16 +17,6 @@ const (
 	DetectLocalInterfaceNamePrefix DetectLocal = "InterfaceNamePrefix"
 )
 
-// NodePortSelector says at which of the node's addresses NodePorts are served
-// (--nodeport-addresses). The zero value is All.
-type NodePortSelector struct {
-	// Primary serves the Node object's own address of each family only.
-	Primary bool
-	// CIDRs serves the local addresses inside these; a family that none of
-	// them belongs to is served at all local addresses.
-	CIDRs []netip.Prefix
-}
-
 // Settings are the operator's decisions that change what a Service means on
 // this node.
 type Settings struct {
@@ -80,32 +70,10 @@ func (s *Settings) localPods(family Family, podCIDRs []netip.Prefix) LocalPods {
 	return LocalPods{Prefixes: firstOf(family, s.ClusterCIDRs)}
 }
 
-// nodePortAddrs picks from local, the addresses that the node has.
-func (s *NodePortSelector) nodePortAddrs(family Family, primary netip.Addr, local []netip.Addr) NodePortAddrs {
-	local = slices.DeleteFunc(slices.Clone(local), func(a netip.Addr) bool { return FamilyOf(a) != family })
-	if s.Primary {
-		if !primary.IsValid() {
-			i := slices.IndexFunc(local, netip.Addr.IsGlobalUnicast)
-			if i < 0 {
-				return NodePortAddrs{}
-			}
-			primary = local[i]
-		}
-		return NodePortAddrs{Addrs: []netip.Addr{primary}}
-	}
-	cidrs := slices.DeleteFunc(slices.Clone(s.CIDRs), func(p netip.Prefix) bool { return FamilyOf(p.Addr()) != family })
-	if len(cidrs) == 0 || slices.ContainsFunc(cidrs, func(p netip.Prefix) bool { return p.Bits() == 0 }) {
-		return NodePortAddrs{All: true}
-	}
-	local = slices.DeleteFunc(local, func(a netip.Addr) bool { return !contains(cidrs, a) })
-	slices.SortFunc(local, netip.Addr.Compare)
-	return NodePortAddrs{Addrs: slices.Compact(local)}
-}
-
 // ServesLoopback says whether NodePorts can be wanted on the loopback address
 // of a family, whatever addresses the node has.
 func (s *Settings) ServesLoopback(family Family) bool {
-	return family == IPv4 && s.servesLoopback(s.NodePortAddresses.nodePortAddrs(family, netip.Addr{}, []netip.Addr{netip.MustParseAddr("127.0.0.1")}))
+	return family == IPv4 && s.servesLoopback(s.NodePortAddresses.pick(family, netip.Addr{}, []netip.Addr{netip.MustParseAddr("127.0.0.1")}))
 }
 
 // servesLoopback says whether NodePorts are wanted on 127.0.0.1.

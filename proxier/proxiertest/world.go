@@ -127,18 +127,12 @@ func (w *world) configure(v variant) error {
 			w.settings.ClusterCIDRs = append(w.settings.ClusterCIDRs, p)
 		}
 	}
-	for _, text := range setup.NodePortAddresses {
-		if text == "primary" {
-			w.settings.NodePortAddresses.Primary = true
-			continue
-		}
-		p, err := w.prefix(text, w.symbols.family)
-		if err != nil {
-			return err
-		}
-		w.settings.NodePortAddresses.CIDRs = append(w.settings.NodePortAddresses.CIDRs, p)
+	words, err := w.symbols.expand(strings.Join(setup.NodePortAddresses, ","))
+	if err != nil || words == "" {
+		return err
 	}
-	return nil
+	w.settings.NodePortAddresses, err = proxier.ParseNodePortAddresses(strings.Split(words, ","))
+	return err
 }
 
 func (w *world) prefix(text string, family proxier.Family) (netip.Prefix, error) {
