@@ -94,7 +94,7 @@ func (r *ruleset) nodeChains() []nftables.Chain {
 	fe := r.frontendKey()
 	return []nftables.Chain{
 		chain("check-cluster-ips", nil,
-			rule(in(r.Daddr(), serviceCIDRs), notIn(r.Daddr(), vips), nftables.Drop()).Because("no such Service")),
+			rule(in(r.Daddr(), serviceCIDRs), notIn(r.Daddr(), vips), nftables.FibNotLocal(), nftables.Drop()).Because("no such Service")),
 		chain("no-endpoints", nil, r.noEndpoints()...),
 		chain("chosen-by-address", nil, r.sourceRules(fe, masquerade, decision)...),
 		chain("chosen", nil, r.chosen(fe, masquerade)...),

@@ -163,6 +163,9 @@ func IsDNATed() Statement { return isDNATed() }
 // node.
 func FibLocal(source bool) Statement { return fibLocal(source) }
 
+// FibNotLocal matches packets to other than this node's addresses.
+func FibNotLocal() Statement { return fibNotLocal() }
+
 // EntersBy matches packets that came in by the interface, or by any whose name
 // begins so.
 func EntersBy(name string, isPrefix bool) Statement { return entersBy(name, isPrefix) }

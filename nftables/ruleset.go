@@ -229,12 +229,13 @@ func (r ruleset) checkEndpoints() []rule {
 	return rules
 }
 
-// checkClusterIPs answers for cluster IPs where no frontend is.
+// checkClusterIPs answers for cluster IPs where no frontend is. An address that
+// the node itself holds, as a local DNS server's, is left to what listens there.
 func (r ruleset) checkClusterIPs() []rule {
 	return []rule{
 		newRule(isDNATed(), returns()),
-		newRule(in(r.daddr(), clusterIPs), r.reject()).because("no such port"),
-		newRule(in(r.daddr(), serviceCIDRs), drop()).because("no such Service"),
+		newRule(in(r.daddr(), clusterIPs), fibNotLocal(), r.reject()).because("no such port"),
+		newRule(in(r.daddr(), serviceCIDRs), fibNotLocal(), drop()).because("no such Service"),
 	}
 }
 

@@ -295,6 +295,14 @@ func fibLocal(source bool) statement {
 	}}
 }
 
+// fibNotLocal matches packets to other than this node's addresses.
+func fibNotLocal() statement {
+	return statement{"fib daddr type != local", []expr.Any{
+		&expr.Fib{Register: reg32(0), ResultADDRTYPE: true, FlagDADDR: true},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: host32(unix.RTN_LOCAL)},
+	}}
+}
+
 // notLoopback matches packets to other than loopback addresses.
 func (f *family) notLoopback() statement {
 	start := f.loopback.Addr().AsSlice()

@@ -202,12 +202,13 @@ func (r ruleset) checkEndpoints() []nftables.Rule {
 	return rules
 }
 
-// checkClusterIPs answers for cluster IPs where no frontend is.
+// checkClusterIPs answers for cluster IPs where no frontend is. An address that
+// the node itself holds, as a local DNS server's, is left to what listens there.
 func (r ruleset) checkClusterIPs() []nftables.Rule {
 	return []nftables.Rule{
 		nftables.NewRule(nftables.IsDNATed(), nftables.Return()),
-		nftables.NewRule(nftables.In(r.Daddr(), setNames[clusterIPs]), r.Reject()).Because("no such port"),
-		nftables.NewRule(nftables.In(r.Daddr(), setNames[serviceCIDRs]), nftables.Drop()).Because("no such Service"),
+		nftables.NewRule(nftables.In(r.Daddr(), setNames[clusterIPs]), nftables.FibNotLocal(), r.Reject()).Because("no such port"),
+		nftables.NewRule(nftables.In(r.Daddr(), setNames[serviceCIDRs]), nftables.FibNotLocal(), nftables.Drop()).Because("no such Service"),
 	}
 }
 

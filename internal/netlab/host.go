@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -93,9 +94,22 @@ func (h *Host) Addrs() (addrs []netip.Addr, err error) {
 	return addrs, nil
 }
 
-// AddAddr gives the host one more address on its main interface.
+// AddAddr gives the host one more address on its main interface. It returns when
+// the kernel routes packets to that address to the host itself, which for IPv6 is a
+// moment after the kernel has added it.
 func (h *Host) AddAddr(a netip.Addr) error {
-	return h.addr("eth0", netip.PrefixFrom(a, a.BitLen()))
+	if err := h.addr("eth0", netip.PrefixFrom(a, a.BitLen())); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		routes, err := h.nl.RouteGet(a.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s: packets to the added address %s are not routed to the host itself: %v %v", h.Name, a, routes, err)
+		}
+	}
 }
 
 // RemoveAddr takes an address given by AddAddr away.

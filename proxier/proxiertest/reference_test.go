@@ -54,10 +54,10 @@ func (r *reference) Sync(ctx context.Context, plan *proxier.Plan, _ proxier.Chan
 		s.rule("services", "%s", rule)
 	}
 	if len(clusterIPs) > 0 {
-		s.rule("services", "%s daddr { %s } meta l4proto { tcp, udp } reject", s.ip, strings.Join(clusterIPs, ", "))
+		s.rule("services", "%s daddr { %s } fib daddr type != local meta l4proto { tcp, udp } reject", s.ip, strings.Join(clusterIPs, ", "))
 	}
 	for _, p := range plan.Node.ServiceCIDRs {
-		s.rule("services", "%s daddr %s drop", s.ip, p)
+		s.rule("services", "%s daddr %s fib daddr type != local drop", s.ip, p)
 	}
 	return r.load(ctx, s)
 }
