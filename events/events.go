@@ -314,7 +314,7 @@ func (s *sink) note(asked, made *eventsv1.Event, err error) (*eventsv1.Event, er
 		s.counted(Sent)
 		return made, nil
 	}
-	s.counted(Failed)
+	defer s.counted(Failed) // once the log says why
 	if apierrors.IsForbidden(err) {
 		s.refused.Do(func() {
 			s.log.Warn("the API server takes no Events of this account; the ClusterRole system:node-proxier allows them", "error", err)

@@ -37,6 +37,7 @@ type rig struct {
 
 	mu      sync.Mutex
 	counted map[string]int
+	logged  map[string]string // the log when the last Event ended so
 	log     strings.Builder
 }
 
@@ -48,13 +49,14 @@ func newRig(t *testing.T) *rig {
 }
 
 func newRigWith(t *testing.T, client kubernetes.Interface) *rig {
-	r := &rig{T: t, counted: map[string]int{}}
+	r := &rig{T: t, counted: map[string]int{}, logged: map[string]string{}}
 	r.Recorder = New(Options{
 		Client: client, NodeName: "node1", Log: slog.New(slog.NewTextHandler(r, nil)),
 		Counted: func(result string) {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			r.counted[result]++
+			r.logged[result] = r.log.String()
 		},
 	})
 	return r
@@ -319,8 +321,8 @@ func TestRefused(t *testing.T) {
 	r.await(Failed, 3)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if n := strings.Count(r.log.String(), "system:node-proxier"); n != 1 {
-		t.Errorf("complained %d times: %s", n, r.log.String())
+	if n := strings.Count(r.logged[Failed], "system:node-proxier"); n != 1 {
+		t.Errorf("complained %d times: %s", n, r.logged[Failed])
 	}
 }
 
