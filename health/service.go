@@ -46,6 +46,9 @@ type Services struct {
 	opts ServiceOptions
 	wake chan struct{} // holds one token while there is something new
 	free chan struct{} // holds one token when ports may have come free
+	// retry says when to listen again where that failed; nil: every
+	// httpserve.RetryAfter. Tests have ticks of their own.
+	retry <-chan time.Time
 
 	mu     sync.Mutex // guards wanted
 	wanted map[proxier.Family]*wanted
@@ -136,8 +139,12 @@ func put(c chan struct{}) {
 // Run opens and closes servers until ctx ends, and returns nil then with all of
 // them closed. It may be called again afterwards.
 func (s *Services) Run(ctx context.Context) error {
-	retry := time.NewTicker(httpserve.RetryAfter)
-	defer retry.Stop()
+	retry := s.retry
+	if retry == nil {
+		ticker := time.NewTicker(httpserve.RetryAfter)
+		defer ticker.Stop()
+		retry = ticker.C
+	}
 	defer s.settle(ctx, nil)
 	s.settle(ctx, s.sockets())
 	s.tellState()
@@ -154,7 +161,7 @@ func (s *Services) Run(ctx context.Context) error {
 				}
 			}
 			s.listenAgain(ctx)
-		case <-retry.C:
+		case <-retry:
 			s.listenAgain(ctx)
 		}
 		s.tellState()

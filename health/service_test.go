@@ -7,12 +7,14 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -28,7 +30,8 @@ type world struct {
 	host     *netlab.Host
 	healthy  atomic.Bool
 	failures chan string
-	states   chan [2]int // Services and failures of IPv4
+	states   chan [2]int    // Services and failures of IPv4
+	ticks    chan time.Time // each has those that failed try to listen again
 	stop     func()
 }
 
@@ -39,7 +42,7 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { lab.Close() })
-	w := &world{T: t, host: lab.Host("node1"), failures: make(chan string, 100), states: make(chan [2]int, 1000)}
+	w := &world{T: t, host: lab.Host("node1"), failures: make(chan string, 100), states: make(chan [2]int, 1000), ticks: make(chan time.Time)}
 	w.healthy.Store(true)
 	w.Services = NewServices(ServiceOptions{
 		Healthy: w.healthy.Load,
@@ -54,6 +57,7 @@ func newWorld(t *testing.T) *world {
 		Log:    slog.New(slog.DiscardHandler),
 		Listen: w.host.Listen,
 	})
+	w.retry = w.ticks
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -209,6 +213,11 @@ func TestAPortThatIsTakenIsTriedAgain(t *testing.T) {
 	}
 	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}, db: {Port: 31001, LocalEndpoints: 1}})
 	w.awaitState(2, 1)
+	if len(w.failures) > 0 {
+		t.Errorf("told at the first failure of %s", <-w.failures)
+	}
+	w.ticks <- time.Now()
+	w.awaitState(2, 1)
 	if got := <-w.failures; got != "default/web 31000 true" {
 		t.Errorf("told of %s", got)
 	}
@@ -216,12 +225,38 @@ func TestAPortThatIsTakenIsTriedAgain(t *testing.T) {
 	// What changes meanwhile counts when the port is free.
 	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 7}, db: {Port: 31001, LocalEndpoints: 1}})
 	w.awaitState(2, 1)
+	w.ticks <- time.Now()
+	w.awaitState(2, 1)
 	taken.Close()
+	w.ticks <- time.Now()
 	w.awaitState(2, 0)
 	w.want(w.host.Addr.V4, 31000, 200, "7")
 	if len(w.failures) > 0 {
 		t.Errorf("told again of %s", <-w.failures)
 	}
+}
+
+func TestRetryPeriod(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		var tried []time.Duration
+		s := NewServices(ServiceOptions{
+			Listen: func(string, string) (net.Listener, error) {
+				tried = append(tried, time.Since(began))
+				return nil, syscall.EADDRINUSE
+			},
+			Log: slog.New(slog.DiscardHandler),
+		})
+		s.Synced(proxier.SyncReport{Family: proxier.IPv4, Current: true, NodePortAddrs: all, HealthChecks: checks{web: {Port: 31000}}})
+		ctx, cancel := context.WithTimeout(t.Context(), 12*time.Second)
+		defer cancel()
+		if err := s.Run(ctx); err != nil {
+			t.Error(err)
+		}
+		if diff := cmp.Diff([]time.Duration{0, 5 * time.Second, 10 * time.Second}, tried); diff != "" {
+			t.Errorf("tried to listen after (-want +got)\n%s", diff)
+		}
+	})
 }
 
 // A process that stands by leaves the ports to the one that serves, and has
