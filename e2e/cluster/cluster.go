@@ -55,6 +55,7 @@ type Cluster struct {
 	ca        *authority
 	etcdPort  int
 	apiPort   int
+	claims    []net.Listener // see freePort
 	etcd      *Process
 	apiserver *Process
 	admin     *kubernetes.Clientset
@@ -89,10 +90,10 @@ func Start(ctx context.Context, bin Binaries, opts Options) (*Cluster, error) {
 // pickPorts also makes the client, which needs to know them.
 func (c *Cluster) pickPorts() (*kubernetes.Clientset, error) {
 	var err error
-	if c.etcdPort, err = freePort(); err != nil {
+	if c.etcdPort, err = c.freePort(); err != nil {
 		return nil, err
 	}
-	if c.apiPort, err = freePort(); err != nil {
+	if c.apiPort, err = c.freePort(); err != nil {
 		return nil, err
 	}
 	config, err := c.Config("admin", "system:masters")
@@ -103,10 +104,17 @@ func (c *Cluster) pickPorts() (*kubernetes.Clientset, error) {
 }
 
 // freePort finds a port below those that the kernel gives to clients, so that
-// no connection of the machine takes it while the API server restarts.
-func freePort() (int, error) {
+// no connection of the machine takes it while the API server restarts. A socket
+// with the port in its name keeps it from other clusters of the machine, which
+// look for ports at the same time.
+func (c *Cluster) freePort() (int, error) {
 	for range 100 {
 		port := 20000 + rand.IntN(10000)
+		claim, err := net.Listen("unix", fmt.Sprintf("@signalbox-e2e-port-%d", port))
+		if err != nil {
+			continue
+		}
+		c.claims = append(c.claims, claim)
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			return port, l.Close()
@@ -118,7 +126,7 @@ func freePort() (int, error) {
 func (c *Cluster) etcdURL() string { return fmt.Sprintf("http://127.0.0.1:%d", c.etcdPort) }
 
 func (c *Cluster) startEtcd(ctx context.Context) error {
-	peers, err := freePort()
+	peers, err := c.freePort()
 	if err != nil {
 		return err
 	}
@@ -204,6 +212,9 @@ func (c *Cluster) Stop() error {
 		if err := p.Stop(patience); err != nil && !errors.As(err, &exit) {
 			errs = append(errs, err)
 		}
+	}
+	for _, claim := range c.claims {
+		errs = append(errs, claim.Close())
 	}
 	return errors.Join(errs...)
 }
