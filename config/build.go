@@ -68,7 +68,7 @@ func (f *Flags) build(r *reading) (*Config, error) {
 		Mode: string(k.Mode), ModeReason: r.modeReason, NodeName: name,
 		SourceDir: f.own.source, Kubeconfig: client.Kubeconfig, Master: f.master,
 		ContentType: client.ContentType, AcceptContentTypes: client.AcceptContentTypes, QPS: client.QPS, Burst: int(client.Burst),
-		MasqueradeMark: 1 << masqueradeBit(k), IPVS: ipvsTuning(k), Settings: f.settings(k),
+		MasqueradeMark: 1 << masqueradeBit(k), IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),
 		BindAddress: netip.MustParseAddr(k.BindAddress), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
 		BindAddressHardFail: k.BindAddressHardFail, EnableProfiling: k.EnableProfiling,
 		SyncPeriod: timing.sync, MinSyncPeriod: r.minSyncPeriod, ConfigSyncPeriod: k.ConfigSyncPeriod.Duration,
@@ -96,7 +96,7 @@ func masqueradeAll(k *v1alpha1.KubeProxyConfiguration) bool {
 
 func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
 	s := proxier.Settings{
-		MasqueradeAll: masqueradeAll(k), LocalhostNodePorts: *k.IPTables.LocalhostNodePorts,
+		MasqueradeAll:      masqueradeAll(k),
 		DetectLocal:        proxier.DetectLocal(k.DetectLocalMode),
 		PodBridgeInterface: k.DetectLocal.BridgeInterface, PodInterfaceNamePrefix: k.DetectLocal.InterfaceNamePrefix,
 		IgnoreExternalIPs:     !gateOn(k, gateAllowServiceExternalIPs),
@@ -107,6 +107,9 @@ func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
 	}
 	if a := netip.MustParseAddr(k.BindAddress).Unmap(); !a.IsUnspecified() {
 		s.NodeAddress = a
+	}
+	if *k.IPTables.LocalhostNodePorts {
+		s.LocalhostNodePorts = proxier.LocalhostCovered
 	}
 	s.NodePortAddresses, _ = proxier.ParseNodePortAddresses(k.NodePortAddresses) // rules names what is wrong with them
 	return s

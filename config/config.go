@@ -58,6 +58,9 @@ type Config struct {
 	// IPVS is for ModeIPVS alone.
 	IPVS     proxier.IPVSTuning
 	Settings proxier.Settings
+	// LocalhostRelay lets the modes nftables and userspace serve NodePorts on
+	// loopback addresses (feature gate KubeProxyNFTablesLocalhostNodePorts).
+	LocalhostRelay bool
 
 	// BindAddress, unless it is unspecified (0.0.0.0 or ::), is this node's own
 	// address of its family, whatever the Node object says. Nothing listens
@@ -109,7 +112,8 @@ type Config struct {
 // ForMode returns the settings as the mode, once it is known, reads them: ipvs
 // mode alone has schedulers and kube-proxy's deviations, and nftables mode serves
 // NodePorts at the Node's own address alone unless told otherwise, as kube-proxy
-// does since 1.31.
+// does since 1.31. On loopback, iptables mode serves them unless told otherwise,
+// and nftables and userspace mode where they are told to.
 func (c *Config) ForMode(mode string) proxier.Settings {
 	s := c.Settings
 	s.HasSchedulers = mode == ModeIPVS
@@ -118,7 +122,13 @@ func (c *Config) ForMode(mode string) proxier.Settings {
 		if len(s.NodePortAddresses.CIDRs) == 0 {
 			s.NodePortAddresses.Primary = true
 		}
-		s.LocalhostNodePorts = false
+	}
+	switch {
+	case mode == ModeIPTables:
+	case c.LocalhostRelay && (mode == ModeNFTables || mode == ModeUserspace):
+		s.LocalhostNodePorts = proxier.LocalhostNamed
+	default:
+		s.LocalhostNodePorts = proxier.NoLocalhost
 	}
 	return s
 }

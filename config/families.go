@@ -32,10 +32,32 @@ func (c *Config) CheckFamilies(served []proxier.Family, mode string) (warnings [
 			warnings = append(warnings, fmt.Sprintf("NodePorts are to be served inside %v: in %s they are served at all addresses", at.CIDRs, family))
 		}
 	}
+	warnings = append(warnings, c.localhostWarnings(&s, served, mode)...)
 	for name, at := range map[string]netip.AddrPort{"health": c.HealthzBindAddress, "metrics": c.MetricsBindAddress} {
 		if at.IsValid() && !slices.Contains(served, proxier.FamilyOf(at.Addr().Unmap())) {
 			warnings = append(warnings, fmt.Sprintf("the address of %s, %s, is of a family in which this node serves no Services", name, at))
 		}
 	}
 	return warnings, nil
+}
+
+// localhostWarnings names the loopback addresses that were asked for and serve
+// no NodePorts in the mode.
+func (c *Config) localhostWarnings(s *proxier.Settings, served []proxier.Family, mode string) (warnings []string) {
+	for _, family := range served {
+		if !s.NodePortAddresses.NamesLocalhost(family) || s.ServesLocalhost(family) {
+			continue
+		}
+		why := fmt.Sprintf("mode %s cannot; use the mode nftables or userspace", mode)
+		switch {
+		case mode == ModeNFTables || mode == ModeUserspace:
+			why = fmt.Sprintf("the feature gate %s is off; remove it", gateLocalhostNodePorts)
+		case mode == ModeIPTables && family == proxier.IPv4:
+			why = "--iptables-localhost-nodeports, or iptables.localhostNodePorts in a file, is false; remove it"
+		case mode == ModeIPTables:
+			why = "mode iptables can in IPv4 only; use the mode nftables or userspace"
+		}
+		warnings = append(warnings, fmt.Sprintf("NodePorts are to be served on loopback, and are not on %s: %s", proxier.Localhost(family), why))
+	}
+	return warnings
 }

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 
+	"k8s.io/kube-proxy/config/v1alpha1"
+
 	"signalbox/proxier"
 )
 
@@ -37,6 +39,65 @@ func TestCheckFamilies(t *testing.T) {
 		for _, want := range test.warnings {
 			if !strings.Contains(strings.Join(warnings, "\n"), want) {
 				t.Errorf("%v %q: warnings %q do not say %q", test.served, test.args, warnings, want)
+			}
+		}
+	}
+}
+
+// TestLocalhostNodePorts looks at both families in each mode.
+func TestLocalhostNodePorts(t *testing.T) {
+	for _, test := range []struct {
+		mode     string
+		args     []string
+		gateOff  bool
+		v4, v6   bool
+		warnings []string
+	}{
+		{mode: ModeNFTables},
+		{mode: ModeNFTables, args: []string{"--nodeport-addresses=all"}},
+		{mode: ModeNFTables, args: []string{"--nodeport-addresses=primary,localhost"}, v4: true, v6: true},
+		{mode: ModeNFTables, args: []string{"--nodeport-addresses=all,127.0.0.0/8,fd00::/8"}, v4: true},
+		{mode: ModeNFTables, args: []string{"--nodeport-addresses=::1/128,127.0.0.2/32"}, v6: true},
+		{mode: ModeNFTables, args: []string{"--nodeport-addresses=localhost"}, gateOff: true,
+			warnings: []string{"127.0.0.1: the feature gate KubeProxyNFTablesLocalhostNodePorts is off", "::1: the feature gate"}},
+		{mode: ModeUserspace, args: []string{"--nodeport-addresses=localhost", "--iptables-localhost-nodeports=false"}, v4: true, v6: true},
+		{mode: ModeUserspace},
+		{mode: ModeIPTables, v4: true},
+		{mode: ModeIPTables, args: []string{"--nodeport-addresses=primary"}},
+		{mode: ModeIPTables, args: []string{"--nodeport-addresses=primary,all"}, v4: true},
+		{mode: ModeIPTables, args: []string{"--nodeport-addresses=localhost"}, v4: true, warnings: []string{"::1: mode iptables can in IPv4 only"}},
+		{mode: ModeIPTables, args: []string{"--nodeport-addresses=127.0.0.0/8,fd00::/8", "--iptables-localhost-nodeports=false"},
+			warnings: []string{"127.0.0.1: --iptables-localhost-nodeports, or iptables.localhostNodePorts in a file, is false"}},
+		{mode: ModeIPVS},
+		{mode: ModeIPVS, args: []string{"--nodeport-addresses=localhost"}, warnings: []string{"127.0.0.1: mode ipvs cannot", "::1: mode ipvs cannot"}},
+	} {
+		c := mustParse(t, append(test.args, "--cluster-cidr=10.0.0.0/8,fd00::/8")...)
+		c.LocalhostRelay = !test.gateOff
+		s := c.ForMode(test.mode)
+		if v4, v6 := s.ServesLocalhost(proxier.IPv4), s.ServesLocalhost(proxier.IPv6); v4 != test.v4 || v6 != test.v6 {
+			t.Errorf("%s %q: IPv4 %v, IPv6 %v; want %v, %v", test.mode, test.args, v4, v6, test.v4, test.v6)
+		}
+		warnings, err := c.CheckFamilies(proxier.Families, test.mode)
+		text := strings.Join(warnings, "\n")
+		if err != nil || strings.Count(text, "loopback") != len(test.warnings) {
+			t.Errorf("%s %q: warnings %q, %v", test.mode, test.args, warnings, err)
+		}
+		for _, want := range test.warnings {
+			if !strings.Contains(text, want) {
+				t.Errorf("%s %q: warnings %q do not say %q", test.mode, test.args, warnings, want)
+			}
+		}
+	}
+}
+
+func TestLocalhostGateIsOpenUnlessClosedByName(t *testing.T) {
+	for want, gates := range map[bool][]map[string]bool{
+		true:  {nil, {"AllAlpha": false}, {gateLocalhostNodePorts: true}},
+		false: {{gateLocalhostNodePorts: false}},
+	} {
+		for _, g := range gates {
+			if got := localhostRelay(&v1alpha1.KubeProxyConfiguration{FeatureGates: g}); got != want {
+				t.Errorf("%v: %v", g, got)
 			}
 		}
 	}

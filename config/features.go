@@ -12,7 +12,10 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 )
 
-const gateAllowServiceExternalIPs = "AllowServiceExternalIPs"
+const (
+	gateAllowServiceExternalIPs = "AllowServiceExternalIPs"
+	gateLocalhostNodePorts      = "KubeProxyNFTablesLocalhostNodePorts"
+)
 
 // knownGates has a line for each feature gate that kube-proxy 1.36 takes: all
 // of Kubernetes' gates, since one list is often given to every component. A
@@ -57,9 +60,16 @@ func gateOn(k *v1alpha1.KubeProxyConfiguration, name featuregate.Feature) bool {
 	return g.Enabled(name)
 }
 
+// localhostRelay says whether the gate of KEP-6032 is open. It is unless it was
+// closed by name, as from kube-proxy 1.38 on: nodePortAddresses is the opt-in.
+func localhostRelay(k *v1alpha1.KubeProxyConfiguration) bool {
+	on, given := k.FeatureGates[gateLocalhostNodePorts]
+	return on || !given
+}
+
 // gateMatters says whether anything here depends on a gate.
 func gateMatters(name string) bool {
-	return name == gateAllowServiceExternalIPs || gates()[featuregate.Feature(name)].LockToDefault
+	return name == gateAllowServiceExternalIPs || name == gateLocalhostNodePorts || gates()[featuregate.Feature(name)].LockToDefault
 }
 
 func featureGatesWrong(wanted map[string]bool) string {

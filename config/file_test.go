@@ -68,9 +68,9 @@ func TestKubeadmFile(t *testing.T) {
 	c.OOMScoreAdj, c.KubeProxy = nil, nil
 	want := &Config{
 		Mode: ModeIPTables, ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
-		ContentType: "application/vnd.kubernetes.protobuf", QPS: 5, Burst: 10, MasqueradeMark: 0x4000,
+		ContentType: "application/vnd.kubernetes.protobuf", QPS: 5, Burst: 10, MasqueradeMark: 0x4000, LocalhostRelay: true,
 		Settings: proxier.Settings{
-			DetectLocal: proxier.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: true,
+			DetectLocal: proxier.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: proxier.LocalhostCovered,
 		},
 		BindAddress: netip.IPv4Unspecified(), HealthzBindAddress: netip.MustParseAddrPort("0.0.0.0:10256"), MetricsBindAddress: netip.MustParseAddrPort("127.0.0.1:10249"),
 		SyncPeriod: 30 * time.Second, ConfigSyncPeriod: 15 * time.Minute,

@@ -36,7 +36,7 @@ func Init(cfg *config.Config, log *slog.Logger) error {
 		}
 		opts := proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS}
 		settings := cfg.ForMode(choice.Mode.Name)
-		if err := choice.Mode.Init(opts, settings.ServesLoopback(family)); err != nil {
+		if err := choice.Mode.Init(opts, settings.ServesLocalhost(family)); err != nil {
 			failed = append(failed, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err))
 		}
 	}

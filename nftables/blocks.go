@@ -100,6 +100,12 @@ func (f *family) Reject() Statement { return f.reject() }
 // NotLoopback matches packets to other than loopback addresses.
 func (f *family) NotLoopback() Statement { return f.notLoopback() }
 
+// DaddrIs matches packets to the address.
+func (f *family) DaddrIs(a netip.Addr) Statement {
+	return statement{f.word + " daddr " + a.String(), append(f.daddr().load(0),
+		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: a.AsSlice()})}
+}
+
 // DNATToPort sends the connection to the address that v gives, and to a port.
 func (f *family) DNATToPort(v Value, port uint16) Statement {
 	to := reg32(v.regs)

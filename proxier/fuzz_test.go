@@ -161,7 +161,7 @@ func (d *dice) nodeObject() *corev1.Node {
 
 func (d *dice) settings() Settings {
 	return Settings{
-		MasqueradeAll: d.maybe(), IgnoreExternalIPs: d.maybe(), LocalhostNodePorts: d.maybe(), HasSchedulers: d.maybe(), KubeProxyIPVSPolicies: d.maybe(),
+		MasqueradeAll: d.maybe(), IgnoreExternalIPs: d.maybe(), LocalhostNodePorts: pick(d, NoLocalhost, LocalhostCovered, LocalhostNamed), HasSchedulers: d.maybe(), KubeProxyIPVSPolicies: d.maybe(),
 		DetectLocal:        pick(d, DetectLocalClusterCIDR, DetectLocalNodeCIDR, DetectLocalBridgeInterface),
 		PodBridgeInterface: "cni0",
 		NodePortAddresses:  NodePortSelector{Primary: d.maybe()},

@@ -44,7 +44,7 @@ type operator struct {
 	NodePortsAt           []netip.Prefix
 	NodePortsAtPrimary    bool
 	NodeAddress           netip.Addr
-	LocalhostNodePorts    bool
+	LocalhostNodePorts    LocalhostNodePorts
 	IgnoreExternalIPs     bool
 	HasSchedulers         bool
 	KubeProxyIPVSPolicies bool

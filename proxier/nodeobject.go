@@ -68,7 +68,7 @@ func (t *Tracker) nodeValue(settings *Settings, family Family, local []netip.Add
 	return Node{
 		LocalPods:          settings.localPods(family, t.node.podCIDRs),
 		NodePortAddrs:      addrs,
-		LocalhostNodePorts: family == IPv4 && settings.servesLoopback(addrs),
+		LocalhostNodePorts: settings.ServesLocalhost(family),
 		ServiceCIDRs:       t.cidrsOf(family),
 	}
 }

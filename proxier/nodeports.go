@@ -90,3 +90,47 @@ func primaryOrFirst(primary netip.Addr, local []netip.Addr) []netip.Addr {
 	}
 	return nil
 }
+
+// LocalhostNodePorts says when a mode serves NodePorts on loopback addresses, to
+// the node's own processes.
+type LocalhostNodePorts uint8
+
+const (
+	// NoLocalhost is never.
+	NoLocalhost LocalhostNodePorts = iota
+	// LocalhostCovered is on 127.0.0.1, where NodePortAddresses covers it: for
+	// a mode that needs route_localnet, which IPv6 lacks.
+	LocalhostCovered
+	// LocalhostNamed is on 127.0.0.1 and ::1, each where a range in
+	// NodePortAddresses is one of loopback addresses and covers it.
+	LocalhostNamed
+)
+
+// Localhost is the loopback address at which NodePorts of a family are served.
+func Localhost(family Family) netip.Addr {
+	if family == IPv6 {
+		return netip.IPv6Loopback()
+	}
+	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+}
+
+// ServesLocalhost says whether NodePorts of a family are served on loopback.
+func (s *Settings) ServesLocalhost(family Family) bool {
+	at := &s.NodePortAddresses
+	switch s.LocalhostNodePorts {
+	case LocalhostCovered:
+		cidrs := at.of(IPv4)
+		return family == IPv4 && (len(cidrs) == 0 && !at.Primary || contains(cidrs, Localhost(IPv4)))
+	case LocalhostNamed:
+		return at.NamesLocalhost(family)
+	}
+	return false
+}
+
+// NamesLocalhost says whether a range of loopback addresses is selected, as
+// opposed to one of more addresses that covers loopback too.
+func (s *NodePortSelector) NamesLocalhost(family Family) bool {
+	return slices.ContainsFunc(s.of(family), func(p netip.Prefix) bool {
+		return p.Masked().Addr().IsLoopback() && p.Contains(Localhost(family))
+	})
+}

@@ -308,8 +308,8 @@ type NodePortAddrs struct {
 type Node struct {
 	LocalPods     LocalPods
 	NodePortAddrs NodePortAddrs
-	// LocalhostNodePorts serves NodePorts on 127.0.0.1 (iptables mode, IPv4
-	// only, as kube-proxy).
+	// LocalhostNodePorts serves NodePorts on the loopback address of the
+	// family: see Settings.ServesLocalhost.
 	LocalhostNodePorts bool
 	// ServiceCIDRs are the ranges that cluster IPs are given from; an address
 	// in them that no Service holds is dropped.

@@ -30,9 +30,7 @@ type Settings struct {
 	PodBridgeInterface     string // serves DetectLocalBridgeInterface
 	PodInterfaceNamePrefix string // serves DetectLocalInterfaceNamePrefix
 	NodePortAddresses      NodePortSelector
-	// LocalhostNodePorts serves NodePorts on 127.0.0.1 too, in the modes that
-	// can, where NodePortAddresses covers it.
-	LocalhostNodePorts bool
+	LocalhostNodePorts     LocalhostNodePorts
 	// NodeAddress, where valid, is the node's own address of its family,
 	// whatever the Node object says (--bind-address).
 	NodeAddress netip.Addr
@@ -68,17 +66,6 @@ func (s *Settings) localPods(family Family, podCIDRs []netip.Prefix) LocalPods {
 		return LocalPods{Prefixes: firstOf(family, podCIDRs)}
 	}
 	return LocalPods{Prefixes: firstOf(family, s.ClusterCIDRs)}
-}
-
-// ServesLoopback says whether NodePorts can be wanted on the loopback address
-// of a family, whatever addresses the node has.
-func (s *Settings) ServesLoopback(family Family) bool {
-	return family == IPv4 && s.servesLoopback(s.NodePortAddresses.pick(family, netip.Addr{}, []netip.Addr{netip.MustParseAddr("127.0.0.1")}))
-}
-
-// servesLoopback says whether NodePorts are wanted on 127.0.0.1.
-func (s *Settings) servesLoopback(addrs NodePortAddrs) bool {
-	return s.LocalhostNodePorts && (addrs.All || slices.ContainsFunc(addrs.Addrs, netip.Addr.IsLoopback))
 }
 
 func firstOf(family Family, prefixes []netip.Prefix) []netip.Prefix {

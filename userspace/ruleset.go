@@ -74,7 +74,8 @@ func (r ruleset) chains() []nftables.Chain {
 		nftables.NewChain("nat-prerouting", natPrerouting, services),
 		nftables.NewChain("nat-output", natOutput,
 			nftables.NewRule(nftables.PriorityIs(ownTraffic), nftables.Return()).Because("from the relay to an endpoint"),
-			services),
+			services,
+			nftables.NewRule(nftables.Jump("localhost"))),
 		nftables.NewChain("last", lastHook,
 			nftables.NewRule(nftables.PriorityIs(ownTraffic), nftables.ClearPriority()).Because("it has served")),
 	)
@@ -87,6 +88,7 @@ func (r ruleset) nodeChains() []nftables.Chain {
 		nftables.NewChain("check-sources", nil, r.checkSources()...),
 		nftables.NewChain("check-endpoints", nil, r.checkEndpoints()...),
 		nftables.NewChain("check-cluster-ips", nil, r.checkClusterIPs()...),
+		nftables.NewChain("localhost", nil, r.localhost()...),
 	}
 	for o := range originCount {
 		chains = append(chains,
@@ -148,6 +150,16 @@ func (r ruleset) toNodePortAddrs() [][]nftables.Statement {
 		ways = append(ways, []nftables.Statement{nftables.In(r.Daddr(), setNames[nodePortAddrs])})
 	}
 	return ways
+}
+
+// localhost captures what is for NodePorts on the loopback address. Only the
+// output hook sees it: in prerouting a neighbour of the node could send packets to
+// that address, and rewritten there they would escape the kernel's own check.
+func (r ruleset) localhost() []nftables.Rule {
+	if !r.node.LocalhostNodePorts {
+		return nil
+	}
+	return []nftables.Rule{nftables.NewRule(r.DaddrIs(proxier.Localhost(r.Family)), nftables.GoTo("nodeports-from-node"))}
 }
 
 // nodePortAddrs are the single addresses that serve NodePorts.

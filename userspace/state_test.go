@@ -49,8 +49,8 @@ func examplePlan(f proxier.Family) *proxier.Plan {
 		Family: f,
 		Node: proxier.Node{
 			LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{prefix("10.244.1.0", "fd00:244::", 24, 64)}},
-			NodePortAddrs: proxier.NodePortAddrs{All: true},
-			ServiceCIDRs:  []netip.Prefix{prefix("10.96.0.0", "fd00:96::", 16, 112)},
+			NodePortAddrs: proxier.NodePortAddrs{All: true}, LocalhostNodePorts: true,
+			ServiceCIDRs: []netip.Prefix{prefix("10.96.0.0", "fd00:96::", 16, 112)},
 		},
 		Services: map[proxier.ServicePortName]*proxier.ServicePort{},
 	}

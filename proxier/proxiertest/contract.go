@@ -28,6 +28,9 @@ type Mode struct {
 	Supported func(proxier.Family) error
 	// HasSchedulers is Settings.HasSchedulers.
 	HasSchedulers bool
+	// LocalhostNodePorts is Settings.LocalhostNodePorts of a scenario that has
+	// localhost-nodeports.
+	LocalhostNodePorts proxier.LocalhostNodePorts
 	// Flows makes what removes stale UDP flows of a node whose addresses
 	// localAddrs returns; called inside the node. May be nil for a mode that
 	// needs none.

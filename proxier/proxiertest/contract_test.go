@@ -53,8 +53,9 @@ func TestIPTables(t *testing.T) {
 					_, err := iptables.New(proxier.Options{Family: f}, tuning)
 					return err
 				},
-				Flows: cleanFlows,
-				Dump:  func(f proxier.Family) string { return dumpIPTables(f, backend) },
+				LocalhostNodePorts: proxier.LocalhostCovered,
+				Flows:              cleanFlows,
+				Dump:               func(f proxier.Family) string { return dumpIPTables(f, backend) },
 			})
 		})
 	}
@@ -84,6 +85,8 @@ func TestUserspace(t *testing.T) {
 		Name:      userspace.Mode,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
 		Supported: userspace.Supported,
+
+		LocalhostNodePorts: proxier.LocalhostNamed,
 		Flows: func(localAddrs func() ([]netip.Addr, error)) (proxiertest.Flows, error) {
 			return conntrack.New(conntrack.Options{LocalAddrs: localAddrs, Relays: userspace.RelayPrefixes()})
 		},

@@ -113,10 +113,12 @@ func (w *world) configure(v variant) error {
 		DetectLocal:            proxier.DetectLocal(v.detectLocal),
 		PodBridgeInterface:     "cni0",
 		PodInterfaceNamePrefix: "veth-",
-		LocalhostNodePorts:     setup.LocalhostNodePorts,
 		IgnoreExternalIPs:      setup.IgnoreExternalIPs,
 		HasSchedulers:          w.mode.HasSchedulers,
 		KubeProxyIPVSPolicies:  setup.KubeProxyIPVSPolicies,
+	}
+	if setup.LocalhostNodePorts {
+		w.settings.LocalhostNodePorts = w.mode.LocalhostNodePorts
 	}
 	if setup.ClusterCIDR != "none" {
 		for _, family := range w.families {
