@@ -9,5 +9,15 @@
 // documents do not say otherwise. The same holds for a file, or the whole
 // directory, that cannot be read at all.
 //
+// A directory in which no manifest is found any more, as where a file system is
+// not mounted, keeps its objects for 30 s. Files that are removed one by one take
+// their objects along at once. A path that leads to another directory is noticed
+// within a second.
+//
+// A file of more than 1 MiB is read beside the others, which do not wait for it.
+// It is parsed only if the name of a kind that is read occurs in it.
+//
+// Endpoints objects are passed over with a warning: only EndpointSlices count.
+//
 // Where two files hold the same object, the file whose name sorts first wins.
 package file

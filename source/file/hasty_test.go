@@ -21,11 +21,11 @@ func TestHalfWrittenFileIsNoNews(t *testing.T) {
 		if err := os.WriteFile(path, []byte(half), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if concerned, ok := s.readOne("a.yaml", true, map[string]map[key]manifest{}); ok || len(concerned) > 0 || log.Len() > 0 {
+		if concerned, ok := s.readOne(t.Context(), "a.yaml", true, map[string]map[key]manifest{}); ok || len(concerned) > 0 || log.Len() > 0 {
 			t.Errorf("a hasty reading of %q gives %v, %v and logs %q", half, concerned, ok, log.String())
 		}
 	}
-	if _, ok := s.readOne("a.yaml", false, map[string]map[key]manifest{}); !ok || log.Len() == 0 {
+	if _, ok := s.readOne(t.Context(), "a.yaml", false, map[string]map[key]manifest{}); !ok || log.Len() == 0 {
 		t.Error("a file that stays broken is not reported")
 	}
 }

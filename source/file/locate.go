@@ -22,19 +22,19 @@ func (d document) decode(text []byte, path string, obj object) (faults []fault) 
 	for _, e := range strict {
 		var field strictjson.FieldError
 		if !errors.As(e, &field) {
-			faults = append(faults, fault{d.lineOfPath(path), e.Error()})
+			faults = append(faults, fault{line: d.lineOfPath(path), reason: e.Error()})
 			continue
 		}
-		faults = append(faults, fault{d.lineOfPath(join(path, field.FieldPath())), e.Error()})
+		faults = append(faults, fault{line: d.lineOfPath(join(path, field.FieldPath())), reason: e.Error()})
 	}
 	var wrongType *json.UnmarshalTypeError
 	switch {
 	case errors.As(err, &wrongType):
 		at := join(path, pathAt(text, wrongType.Offset))
 		reason := fmt.Sprintf("%s: a %s where a %s is wanted", at, wrongType.Value, wrongType.Type)
-		faults = append(faults, fault{d.lineOfPath(at), reason})
+		faults = append(faults, fault{line: d.lineOfPath(at), reason: reason})
 	case err != nil:
-		faults = append(faults, fault{d.lineOfPath(path), err.Error()})
+		faults = append(faults, fault{line: d.lineOfPath(path), reason: err.Error()})
 	}
 	return faults
 }
@@ -184,17 +184,17 @@ func (d document) yamlFault(err error) fault {
 		return fmt.Sprintf("line %d", n)
 	})
 	if line != 0 {
-		return fault{line, reason}
+		return fault{line: line, reason: reason}
 	}
 	if m := quotedAnchor.FindStringSubmatch(reason); m != nil {
 		if i := bytes.Index(d.text, []byte("*"+m[1])); i >= 0 {
-			return fault{d.lineAt(i), reason}
+			return fault{line: d.lineAt(i), reason: reason}
 		}
 	}
 	if i := bytes.IndexFunc(d.text, forbidden); i >= 0 && strings.Contains(reason, "control characters") {
-		return fault{d.lineAt(i), reason}
+		return fault{line: d.lineAt(i), reason: reason}
 	}
-	return fault{d.firstLine(), reason}
+	return fault{line: d.firstLine(), reason: reason}
 }
 
 // forbidden are the characters that YAML does not take even in a comment.

@@ -46,6 +46,8 @@ type object interface {
 type fault struct {
 	line   int
 	reason string
+	// harmless says that no object of the kinds that are read is missing by it.
+	harmless bool
 }
 
 // kinds are the objects that are read; all others in a file are ignored.
@@ -113,7 +115,7 @@ func cutMarker(line []byte) (rest []byte, marker bool) {
 
 func (d document) read(found map[key]manifest) []fault {
 	if valid := validPrefix(d.text); valid < len(d.text) {
-		return []fault{{d.lineAt(valid), "not UTF-8"}}
+		return []fault{{line: d.lineAt(valid), reason: "not UTF-8"}}
 	}
 	trimmed := bytes.TrimSpace(d.text)
 	if onlyComments(trimmed) {
@@ -161,7 +163,7 @@ func (d document) readJSON(found map[key]manifest) (faults []fault) {
 			if errors.As(err, &syntax) {
 				at = int(syntax.Offset)
 			}
-			return append(faults, fault{d.lineAt(min(at, len(d.text))), err.Error()})
+			return append(faults, fault{line: d.lineAt(min(at, len(d.text))), reason: err.Error()})
 		}
 		start += len(d.text[start:]) - len(bytes.TrimLeft(d.text[start:], " \t\r\n"))
 		part := document{d.lineAt(start), d.text[start:decoder.InputOffset()], &places{}}
@@ -177,7 +179,7 @@ func (d document) readJSON(found map[key]manifest) (faults []fault) {
 func (d document) readItems(array []byte, path, kind string, found map[key]manifest) (faults []fault) {
 	var items []json.RawMessage
 	if err := json.Unmarshal(array, &items); err != nil {
-		return []fault{{d.lineOfPath(path), "not a list of objects: " + err.Error()}}
+		return []fault{{line: d.lineOfPath(path), reason: "not a list of objects: " + err.Error()}}
 	}
 	for i, item := range items {
 		for _, f := range d.readObject(item, fmt.Sprintf("%s[%d]", path, i), kind, found) {
@@ -194,10 +196,11 @@ func (d document) readItems(array []byte, path, kind string, found map[key]manif
 func (d document) readObject(text []byte, path, kind string, found map[key]manifest) []fault {
 	var head struct {
 		metav1.TypeMeta
-		Items json.RawMessage `json:"items"`
+		metav1.ObjectMeta `json:"metadata"`
+		Items             json.RawMessage `json:"items"`
 	}
 	if err := json.Unmarshal(text, &head); err != nil {
-		return []fault{{d.lineOfPath(path), "not an object: " + err.Error()}}
+		return []fault{{line: d.lineOfPath(path), reason: "not an object: " + err.Error()}}
 	}
 	if head.Kind == "" {
 		head.Kind = kind
@@ -208,11 +211,14 @@ func (d document) readObject(text []byte, path, kind string, found map[key]manif
 	what, known := kinds[head.Kind]
 	switch {
 	case head.Kind == "":
-		return []fault{{d.lineOfPath(path), "kind is missing"}}
+		return []fault{{line: d.lineOfPath(path), reason: "kind is missing"}}
+	case head.Kind == "Endpoints" && head.APIVersion == "v1":
+		return []fault{{line: d.lineOfPath(path), harmless: true, reason: fmt.Sprintf(
+			"Endpoints %s is passed over: only the addresses of EndpointSlices are served", cmp.Or(head.Namespace, metav1.NamespaceDefault)+"/"+head.Name)}}
 	case !known:
 		return nil
 	case head.APIVersion != what.apiVersion && (head.APIVersion != "" || kind == ""):
-		return []fault{{d.lineOfPath(join(path, "apiVersion")), fmt.Sprintf("apiVersion %q of a %s is not served; %s is", head.APIVersion, head.Kind, what.apiVersion)}}
+		return []fault{{line: d.lineOfPath(join(path, "apiVersion")), reason: fmt.Sprintf("apiVersion %q of a %s is not served; %s is", head.APIVersion, head.Kind, what.apiVersion)}}
 	}
 	obj := what.empty()
 	if faults := d.decode(text, path, obj); len(faults) > 0 {
@@ -223,7 +229,7 @@ func (d document) readObject(text []byte, path, kind string, found map[key]manif
 
 func (d document) keep(obj object, path, kind string, namespaced bool, text []byte, found map[key]manifest) []fault {
 	if obj.GetName() == "" {
-		return []fault{{d.lineOfPath(join(path, "metadata")), fmt.Sprintf("metadata.name of a %s is missing", kind)}}
+		return []fault{{line: d.lineOfPath(join(path, "metadata")), reason: fmt.Sprintf("metadata.name of a %s is missing", kind)}}
 	}
 	if !namespaced {
 		obj.SetNamespace("")
@@ -232,7 +238,7 @@ func (d document) keep(obj object, path, kind string, namespaced bool, text []by
 	}
 	k := key{kind, obj.GetNamespace(), obj.GetName()}
 	if _, twice := found[k]; twice {
-		return []fault{{d.lineOfPath(path), fmt.Sprintf("%s stands twice in this file; the first counts", k)}}
+		return []fault{{line: d.lineOfPath(path), reason: fmt.Sprintf("%s stands twice in this file; the first counts", k)}}
 	}
 	found[k] = manifest{obj, maphash.Bytes(seed, text)}
 	return nil

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -15,7 +13,6 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
-	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
 )
@@ -30,18 +27,37 @@ const (
 	longest = 500 * time.Millisecond
 	// maxFaults is how many faults of a file are logged.
 	maxFaults = 20
-	// again is how soon a directory that cannot be watched is looked for again.
+	// again is how soon a directory that cannot be watched is looked for again,
+	// and how often the path is asked whether it leads to another directory: a
+	// mount over the path and a renamed parent cause no event.
 	again = time.Second
+	// emptyGrace is how long the objects of a directory stay that has no manifest
+	// any more. A file system that is not mounted yet looks like that.
+	emptyGrace = 30 * time.Second
 )
 
 // Source reads the manifests of a directory and watches it.
 type Source struct {
+	// Noted is told of the files that are not served as they are, one sorted line
+	// each, whenever these lines change; may be nil.
+	Noted func(problems []string)
+
 	dir     string
 	log     *slog.Logger
+	grace   time.Duration // emptyGrace
 	catalog *catalog
 	content map[string]uint64 // fingerprint of each file that was read
 	// busy says since when files have been seen open for writing.
 	busy map[string]time.Time
+	// large are the files that goroutines are reading; see readLater.
+	large     map[string]*reading
+	largeRead chan *reading
+	// faulty says of each file that cannot be used wholly why not.
+	faulty map[string]string
+	// emptied is when a directory with manifests was found without any; zero: it
+	// has some, or its objects are gone.
+	emptied time.Time
+	noted   []string
 }
 
 // New returns a Source for dir. A directory that does not exist yet is waited
@@ -54,7 +70,10 @@ func New(dir string, log *slog.Logger) (*Source, error) {
 	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
 		return nil, fmt.Errorf("%s is not a directory", dir)
 	}
-	return &Source{dir: dir, log: log.With("directory", dir), catalog: newCatalog(log), content: map[string]uint64{}, busy: map[string]time.Time{}}, nil
+	return &Source{
+		dir: dir, log: log.With("directory", dir), grace: emptyGrace, catalog: newCatalog(log), content: map[string]uint64{},
+		busy: map[string]time.Time{}, large: map[string]*reading{}, largeRead: make(chan *reading), faulty: map[string]string{},
+	}, nil
 }
 
 // Run tells the sink what the manifests say until ctx ends, and returns nil
@@ -78,6 +97,8 @@ func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
 			last = text
 			s.log.Warn("the directory cannot be watched; what it held before goes on being served, and it is looked for again", "error", err)
 		}
+		s.faulty[s.dir] = fmt.Sprintf("the directory cannot be watched: %v", err)
+		s.note()
 		select {
 		case <-ctx.Done():
 		case <-time.After(again):
@@ -104,20 +125,26 @@ func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
 			s.log.Debug("cannot see the directory being replaced", "error", err)
 		}
 	}
-	unsettled, err := s.readAll(sink)
+	identity, err := os.Stat(s.dir)
+	if err != nil {
+		return err
+	}
+	delete(s.faulty, s.dir)
+	unsettled, err := s.readAll(ctx, sink)
 	for synced := false; err == nil; {
-		if !synced && len(unsettled) == 0 {
+		s.note()
+		if !synced && len(unsettled) == 0 && len(s.large) == 0 {
 			synced = true
 			sink.Synced()
 		}
 		var c change
-		if c, err = s.changes(ctx, watcher, unsettled); err != nil {
+		if c, err = s.changes(ctx, watcher, identity, unsettled); err != nil {
 			return err
 		}
 		if c.all {
-			unsettled, err = s.readAll(sink)
+			unsettled, err = s.readAll(ctx, sink)
 		} else {
-			unsettled = s.readSome(c.names, sink, c.hasty)
+			unsettled = s.readSome(ctx, c.names, sink, c.hasty)
 		}
 	}
 	return err
@@ -135,10 +162,16 @@ type change struct {
 }
 
 // changes waits for something to happen and then, unless a file appeared, for
-// quiet. What is unsettled from before counts as just changed.
-func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, unsettled map[string]bool) (change, error) {
+// quiet. What is unsettled from before counts as just changed. An error says
+// that the path does not lead to the directory of that identity any more.
+func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, identity fs.FileInfo, unsettled map[string]bool) (change, error) {
 	c := change{names: map[string]bool{}}
-	var calm, late <-chan time.Time
+	poll := time.NewTicker(again)
+	defer poll.Stop()
+	var calm, late, graceOver <-chan time.Time
+	if !s.emptied.IsZero() {
+		graceOver = time.After(time.Until(s.emptied.Add(s.grace)))
+	}
 	if len(unsettled) > 0 {
 		c.names, calm, late = unsettled, time.After(quiet), time.After(longest)
 	}
@@ -152,6 +185,17 @@ func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, unsettl
 		case <-late:
 			c.hasty = false
 			return c, nil
+		case <-graceOver:
+			c.all = true
+			return c, nil
+		case <-poll.C:
+			if now, err := os.Stat(s.dir); err == nil && !os.SameFile(now, identity) {
+				return c, errReplaced
+			}
+			continue
+		case r := <-s.largeRead:
+			s.large[r.name] = r
+			c.names[r.name] = true
 		case err, ok := <-watcher.Errors:
 			if !ok {
 				return c, fs.ErrNotExist
@@ -190,117 +234,4 @@ func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, unsettl
 func isManifest(name string) bool {
 	base := filepath.Base(name)
 	return !strings.HasPrefix(base, ".") && slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(base))
-}
-
-func (s *Source) readAll(sink proxier.Sink) (unsettled map[string]bool, err error) {
-	entries, err := os.ReadDir(s.dir)
-	if err != nil {
-		return nil, fmt.Errorf("reading %s: %w", s.dir, err)
-	}
-	names := map[string]bool{}
-	for name := range s.content {
-		names[name] = true // also those that are gone
-	}
-	for _, e := range entries {
-		if isManifest(e.Name()) {
-			names[e.Name()] = true
-		}
-	}
-	return s.readSome(names, sink, false), nil
-}
-
-// readSome reads the named files. It takes no notice of files that are being
-// written and returns their names; a hasty reading does so with every file that
-// has faults, which may only be half written.
-func (s *Source) readSome(names map[string]bool, sink proxier.Sink, hasty bool) (unsettled map[string]bool) {
-	var concerned []key
-	fresh := map[string]map[key]manifest{}
-	for name := range names {
-		some, ok := s.readOne(name, hasty, fresh)
-		if !ok {
-			unsettled = names // together with those that they came with
-			continue
-		}
-		concerned = append(concerned, some...)
-	}
-	fetch := func(name string, k key) object {
-		if _, just := fresh[name]; !just {
-			// The file became an object's first holder without having changed.
-			if content, err := os.ReadFile(filepath.Join(s.dir, name)); err == nil {
-				fresh[name], _ = read(content)
-			}
-		}
-		return fresh[name][k].object
-	}
-	s.catalog.tell(concerned, fetch, sink)
-	return unsettled
-}
-
-// readOne reads a file, if it has changed since it was last read, into fresh
-// and returns the objects that this concerns.
-func (s *Source) readOne(name string, hasty bool, fresh map[string]map[key]manifest) (concerned []key, ok bool) {
-	content, err := s.readWhole(name)
-	switch {
-	case errors.Is(err, errBeingWritten):
-		return nil, false
-	case errors.Is(err, fs.ErrNotExist):
-		delete(s.content, name)
-		return s.catalog.set(name, nil, false), true
-	case err != nil:
-		s.log.Warn("a file cannot be read; what it held before goes on being served", "error", err)
-		return nil, true
-	}
-	fingerprint := maphash.Bytes(seed, content)
-	if known, read := s.content[name]; read && known == fingerprint {
-		return nil, true
-	}
-	found, faults := read(content)
-	if hasty && (len(faults) > 0 || len(content) == 0) {
-		return nil, false
-	}
-	s.content[name] = fingerprint
-	for i, f := range faults {
-		if i == maxFaults {
-			s.log.Error("more is wrong with a file than is said here", "file", filepath.Join(s.dir, name), "faults", len(faults))
-			break
-		}
-		s.log.Error("a manifest cannot be used; what it said before goes on being served",
-			"at", fmt.Sprintf("%s:%d", filepath.Join(s.dir, name), f.line), "reason", f.reason)
-	}
-	fresh[name] = found
-	return s.catalog.set(name, found, len(faults) > 0), true
-}
-
-var (
-	errReplaced     = errors.New("another directory has taken its place")
-	errBeingWritten = errors.New("being written")
-	errNotAFile     = errors.New("not a regular file")
-)
-
-// readWhole returns what a file holds, unless a program is writing to it.
-func (s *Source) readWhole(name string) ([]byte, error) {
-	// A pipe must not be waited for.
-	f, err := os.OpenFile(filepath.Join(s.dir, name), os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if info, err := f.Stat(); err != nil {
-		return nil, err
-	} else if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s: %w", f.Name(), errNotAFile)
-	}
-	if !beingWritten(f) {
-		delete(s.busy, name)
-		return io.ReadAll(f)
-	}
-	since, busy := s.busy[name]
-	if !busy {
-		since = time.Now()
-		s.busy[name] = since
-	}
-	if time.Since(since) < writerPatience {
-		return nil, errBeingWritten
-	}
-	return io.ReadAll(f)
 }

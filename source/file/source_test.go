@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"k8s.io/apimachinery/pkg/runtime"
 )
@@ -51,15 +52,23 @@ type lab struct {
 	dir   string
 	log   *lockedBuffer
 	lines chan string
+	noted chan []string
 }
 
 func newLab(t *testing.T, dir string) *lab {
 	t.Helper()
-	l := &lab{t, dir, &lockedBuffer{}, make(chan string, 1000)}
+	return newLabWith(t, dir, emptyGrace)
+}
+
+func newLabWith(t *testing.T, dir string, grace time.Duration) *lab {
+	t.Helper()
+	l := &lab{t, dir, &lockedBuffer{}, make(chan string, 1000), make(chan []string, 1000)}
 	s, err := New(dir, slog.New(slog.NewTextHandler(l.log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.grace = grace
+	s.Noted = func(problems []string) { l.noted <- problems }
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx, listener{l.lines}) }()
