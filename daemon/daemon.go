@@ -38,7 +38,8 @@ func newProcess() *process {
 	p := &process{log: &presentLog{}, planes: newDataplanes()}
 	p.log.set(slog.Default())
 	log := slog.New(p.log)
-	p.seat, p.observer = newSeat(log), newObserver(log)
+	p.observer = newObserver(log)
+	p.seat = newSeat(log, p.observer.conditions.list)
 	p.observer.metrics.ReadRelays(p.planes.relays)
 	return p
 }

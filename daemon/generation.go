@@ -116,8 +116,13 @@ func usableFamilies(log *slog.Logger) []proxier.Family {
 // connect makes what tells of objects, and what Events go to.
 func (g *generation) connect() (err error) {
 	if g.cfg.SourceDir != "" {
-		g.source, err = file.New(g.cfg.SourceDir, g.log)
-		return err
+		source, err := file.New(g.cfg.SourceDir, g.log)
+		if err != nil {
+			return err
+		}
+		source.Noted = g.observer.noteManifests
+		g.source = source
+		return nil
 	}
 	apiserver.LogTo(g.log)
 	client, err := apiserver.Client(clientOptions(g.cfg))
@@ -191,6 +196,10 @@ func (g *generation) loopOptions() proxier.LoopOptions {
 			}
 			g.observer.synced(r)
 		},
+		NodeMissing: func(missing bool, others []string) {
+			g.observer.noteNode(g.log, g.cfg.NodeName, missing, others)
+		},
+		NodeOptional: g.cfg.SourceDir != "",
 	}
 	if g.flows != nil { // a nil *Cleaner would be a FlowCleaner that is not nil
 		opts.Flows = g.flows

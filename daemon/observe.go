@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -20,6 +21,8 @@ type observer struct {
 	health   *health.Health
 	services *health.Services
 	servers  *servers
+	// conditions are those of the generation at work.
+	conditions conditions
 
 	// events are those of the generation at work.
 	events atomic.Pointer[events.Recorder]
@@ -57,8 +60,11 @@ func newObserver(log *slog.Logger) *observer {
 // follow has the observer tell of another generation than before.
 func (o *observer) follow(g *generation) {
 	o.metrics.ReadProgress(g.loop.Progress)
+	for subject := range subjects {
+		o.conditions.set(subject)
+	}
 	o.health.Follow(health.Subject{
-		Progress: g.loop.Progress, Degraded: g.settings.names, SyncPeriod: g.cfg.SyncPeriod, NodeName: g.cfg.NodeName, NodeOptional: g.cfg.SourceDir != "",
+		Progress: g.loop.Progress, Degraded: g.settings.names, Conditions: o.conditions.list, SyncPeriod: g.cfg.SyncPeriod, NodeName: g.cfg.NodeName, NodeOptional: g.cfg.SourceDir != "",
 	})
 	o.services.Serve(g.choice.Families)
 	o.events.Store(g.events)
@@ -70,6 +76,35 @@ func (o *observer) follow(g *generation) {
 func (o *observer) noteRejection(err error) {
 	o.metrics.ConfigurationRejected(err != nil)
 	o.health.ConfigurationRejected(err)
+}
+
+// noteNode tells whether the Node object of a name is missing, and what other
+// Node objects there are.
+func (o *observer) noteNode(log *slog.Logger, name string, missing bool, others []string) {
+	o.metrics.NodeMissing(missing)
+	if !missing {
+		o.conditions.set(nodeName)
+		log.Info("a Node object has the name of this node now", "node", name)
+		return
+	}
+	text := fmt.Sprintf("no Node object is named %q", name)
+	if len(others) > 0 {
+		others = others[:min(len(others), maxNames)]
+		text += fmt.Sprintf(", but there are %q", others)
+	}
+	o.conditions.set(nodeName, text)
+	log.Warn("no Node object has the name of this node; its zone, its Pod ranges and its primary addresses are not known",
+		"node", name, "others", others, "remedy", "give the name of the Node object with --hostname-override")
+}
+
+// maxNames is how many names of other Node objects are listed.
+const maxNames = 10
+
+// noteManifests tells which manifests of the source directory are not served as
+// they are.
+func (o *observer) noteManifests(problems []string) {
+	o.metrics.ManifestProblems(len(problems))
+	o.conditions.set(manifests, problems...)
 }
 
 func (o *observer) synced(r proxier.SyncReport) {

@@ -263,3 +263,45 @@ func TestPortsChangeHands(t *testing.T) {
 		}
 	}
 }
+
+// What the node serves without is in the answers of health, in the metrics and
+// in what `signalbox ready` prints, from the start on, and costs no status.
+func TestServesOnWithoutWhatIsBroken(t *testing.T) {
+	binary, source, host := build(t), manifests(t), newNode(t)
+	write := func(name, text string) {
+		if err := os.WriteFile(filepath.Join(source, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("balanced.yaml", balancedManifest)
+	write("broken.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: broken}\nspec: {extra: true}\n")
+	write("node.yaml", "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\n")
+	d := startDaemon(t, host, binary, source, "--hostname-override=N1.Example.COM")
+	const healthz, metrics = "http://127.0.0.1:10256/healthz", "http://127.0.0.1:10249/metrics"
+	d.answers(healthz, 200, `"conditions":["no Node object is named \"n1.example.com\", but there are [\"n1\"]"`, `broken.yaml:4: unknown field \"spec.extra\"`)
+	d.answers(metrics, 200, "signalbox_node_missing 1\n", "signalbox_manifest_problems 1\n")
+	ready := func() string {
+		cmd := exec.Command(binary, "ready")
+		var out strings.Builder
+		cmd.Stdout, cmd.Stderr = &out, &out
+		if err := host.Start(cmd); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			return err.Error()
+		}
+		return out.String()
+	}
+	eventually(t, "signalbox ready names the Node and the manifest", func() bool {
+		out := ready()
+		return strings.Contains(out, `ready, but no Node object is named "n1.example.com"`) && strings.Contains(out, "broken.yaml:4")
+	})
+	write("broken.yaml", "")
+	write("node.yaml", "apiVersion: v1\nkind: Node\nmetadata: {name: n1.example.com}\n")
+	d.answers(metrics, 200, "signalbox_node_missing 0\n", "signalbox_manifest_problems 0\n")
+	if _, body, err := d.get(healthz); err != nil || strings.Contains(body, "conditions") {
+		t.Errorf("healthz answers %s, %v", body, err)
+	}
+	eventually(t, "signalbox ready names nothing", func() bool { return ready() == "" })
+	d.stop()
+}

@@ -4,40 +4,60 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// readyTimeout bounds a question that only the kernel answers.
-const readyTimeout = time.Second
+// readyTimeout bounds the wait for the signalbox that serves the node to say
+// its conditions. It may be busy with another signalbox, which takes a second at
+// most; that the node is served is known without it.
+const readyTimeout = 2 * time.Second
 
 // Ready returns nil if a signalbox of this PID namespace, which is to say of
 // this container, has the seat of its network namespace: then all Services are
 // in the kernel, and no earlier process writes there any more. Otherwise the
 // error says who has it. /healthz cannot tell: while two run on a node it is
-// answered by the earlier one.
-func Ready() error { return ready(seatName) }
+// answered by the earlier one. The conditions are what it serves on with; see
+// conditions.
+func Ready() (conditions []string, err error) { return ready(seatName) }
 
-func ready(name string) error {
+func ready(name string) (conditions []string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
 	defer cancel()
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", name)
 	if errors.Is(err, unix.ECONNREFUSED) {
-		return errors.New("not ready: no signalbox serves this node yet")
+		return nil, errors.New("not ready: no signalbox serves this node yet")
 	}
 	if err != nil {
-		return fmt.Errorf("not ready: cannot ask which signalbox serves this node: %w", err)
+		return nil, fmt.Errorf("not ready: cannot ask which signalbox serves this node: %w", err)
 	}
 	defer conn.Close()
 	holder, err := peer(conn.(*net.UnixConn))
 	if err != nil {
-		return fmt.Errorf("not ready: cannot tell which signalbox serves this node: %w", err)
+		return nil, fmt.Errorf("not ready: cannot tell which signalbox serves this node: %w", err)
 	}
-	return ours(holder)
+	if err := ours(holder); err != nil {
+		return nil, err
+	}
+	return askConditions(ctx, conn), nil
+}
+
+// askConditions returns what the signalbox that serves the node answers in time.
+func askConditions(ctx context.Context, conn net.Conn) []string {
+	deadline, _ := ctx.Deadline()
+	conn.SetDeadline(deadline)
+	if err := tell(conn.(*net.UnixConn), wordAsk); err != nil {
+		return nil
+	}
+	text, _ := io.ReadAll(conn) // what came before an error is an answer, too
+	return slices.Collect(strings.Lines(string(text)))
 }
 
 // ours says whether a peer is in this PID namespace. The kernel gives 0 for a

@@ -16,7 +16,7 @@ const askedSeat = "SIGNALBOX_TEST_SEAT"
 // Ready is who has the seat, and the question costs nobody anything.
 func TestReady(t *testing.T) {
 	s := seatsFor(t)()
-	if err := ready(s.name); err == nil || !strings.Contains(err.Error(), "no signalbox serves") {
+	if _, err := ready(s.name); err == nil || !strings.Contains(err.Error(), "no signalbox serves") {
 		t.Errorf("before the seat is taken: %v", err)
 	}
 	if err := s.take(t.Context()); err != nil {
@@ -26,9 +26,13 @@ func TestReady(t *testing.T) {
 	s.log = slog.New(slog.NewTextHandler(&log, nil))
 	waiting := make(chan *successor, 1)
 	go func() { waiting <- s.waits(t.Context()) }()
-	for range 3 {
-		if err := ready(s.name); err != nil {
-			t.Error(err)
+	for want, conditions := range map[string][]string{
+		"": nil, "a.yaml:7: no\nno Node object\n": {"a.yaml:7: no", "no Node\nobject"},
+	} {
+		s.conditions = func() []string { return conditions }
+		got, err := ready(s.name)
+		if err != nil || strings.Join(got, "") != want {
+			t.Errorf("the conditions are %q, %v; want %q", got, err, want)
 		}
 	}
 
@@ -59,6 +63,7 @@ func TestReady(t *testing.T) {
 // namespace.
 func TestReadyElsewhere(t *testing.T) {
 	if name := os.Getenv(askedSeat); name != "" {
-		t.Log(ready(name))
+		_, err := ready(name)
+		t.Log(err)
 	}
 }

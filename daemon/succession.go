@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -37,6 +39,8 @@ type seat struct {
 	// hearing bounds the wait for somebody who has come to say what they want.
 	// Others wait behind them.
 	hearing time.Duration
+	// conditions are told to those who ask what this process serves on with.
+	conditions func() []string
 
 	mu       sync.Mutex // guards what follows
 	listener *net.UnixListener
@@ -47,16 +51,20 @@ type seat struct {
 	after *successor
 }
 
-func newSeat(log *slog.Logger) *seat {
-	return &seat{name: seatName, log: log, patience: 30 * time.Second, hearing: time.Second}
+func newSeat(log *slog.Logger, conditions func() []string) *seat {
+	return &seat{name: seatName, log: log, patience: 30 * time.Second, hearing: time.Second, conditions: conditions}
 }
 
 const (
-	wordTake  = "take\n"  // from the new process: it serves, let go
-	wordGiven = "given\n" // from the old one: it writes no more
+	wordTake  = "take\n"       // from the new process: it serves, let go
+	wordGiven = "given\n"      // from the old one: it writes no more
+	wordAsk   = "conditions\n" // from `signalbox ready`; the answer has a line for each
 )
 
-var errStranger = errors.New("it belongs to another user")
+var (
+	errStranger = errors.New("it belongs to another user")
+	errAnswered = errors.New("it only asked for the conditions")
+)
 
 // take gets the seat, from whoever has it. Where the holder does not answer in
 // time the error says so; the seat is tried for again with the next call.
@@ -195,8 +203,8 @@ func (s *seat) waits(ctx context.Context) *successor {
 		}
 		if err := s.request(ctx, c); err != nil {
 			level := slog.LevelWarn
-			if errors.Is(err, io.EOF) {
-				level = slog.LevelDebug // somebody who wanted to know whose the seat is
+			if errors.Is(err, io.EOF) || errors.Is(err, errAnswered) {
+				level = slog.LevelDebug // signalbox ready
 			}
 			s.log.Log(ctx, level, "somebody asked for this signalbox's place, and is ignored", "error", err)
 			c.Close()
@@ -218,11 +226,27 @@ func (s *seat) request(ctx context.Context, c *net.UnixConn) error {
 		c.SetReadDeadline(time.Unix(1, 0))
 		close(cut)
 	})
-	err := hear(c, wordTake)
+	word, err := bufio.NewReaderSize(c, 16).ReadString('\n')
 	if !stop() {
 		<-cut // or it could still cut off what is read later
 	}
-	return err
+	switch {
+	case err != nil:
+		return err
+	case word == wordAsk:
+		return cmp.Or(s.answer(c), errAnswered)
+	}
+	return expect(word, wordTake)
+}
+
+// answer writes the conditions, one line each.
+func (s *seat) answer(c *net.UnixConn) error {
+	for _, text := range s.conditions() {
+		if err := tell(c, strings.ReplaceAll(text, "\n", " ")+"\n"); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // give lets go of the seat. Nothing may be written from before on.
@@ -271,10 +295,17 @@ func tell(c *net.UnixConn, word string) error {
 
 func hear(c *net.UnixConn, want string) error {
 	word, err := bufio.NewReaderSize(c, 16).ReadString('\n')
-	if err == nil && word != want {
-		err = fmt.Errorf("it said %q, not %q", word, want)
+	if err != nil {
+		return err
 	}
-	return err
+	return expect(word, want)
+}
+
+func expect(word, want string) error {
+	if word != want {
+		return fmt.Errorf("it said %q, not %q", word, want)
+	}
+	return nil
 }
 
 // trusted says whether the other side is of root or of this process's own user:

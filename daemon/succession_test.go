@@ -14,7 +14,7 @@ import (
 func seatsFor(t *testing.T) func() *seat {
 	name := "@signalbox-" + strings.ReplaceAll(t.Name(), "/", "-")
 	return func() *seat {
-		s := newSeat(slog.New(slog.NewTextHandler(t.Output(), nil)))
+		s := newSeat(slog.New(slog.NewTextHandler(t.Output(), nil)), func() []string { return nil })
 		s.name = name
 		t.Cleanup(s.leave)
 		return s

@@ -28,6 +28,9 @@ type Subject struct {
 	// may be nil. They are in the answers and do not make them another status:
 	// what needs none of them is served.
 	Degraded func() []string
+	// Conditions says in a line each what else is wrong that changes no status;
+	// may be nil.
+	Conditions func() []string
 	// SyncPeriod is half of what an update may wait before the dataplane counts
 	// as unhealthy.
 	SyncPeriod time.Duration
@@ -78,8 +81,10 @@ func (h *Health) Follow(s Subject) {
 	if s.NodeName != h.of.NodeName {
 		h.node = nodeUnknown
 	}
-	if s.Degraded == nil {
-		s.Degraded = func() []string { return nil }
+	for _, f := range []*func() []string{&s.Degraded, &s.Conditions} {
+		if *f == nil {
+			*f = func() []string { return nil }
+		}
 	}
 	h.of = s
 }
@@ -171,8 +176,9 @@ type answer struct {
 	Healthy      bool                    `json:"healthy"`                // the dataplane alone
 	Degraded     []string                `json:"degraded,omitempty"`     // kernel settings that are missing
 	Status       map[string]familyStatus `json:"status"`
-	// ConfigurationRejected is not kube-proxy's.
-	ConfigurationRejected string `json:"configurationRejected,omitempty"`
+	// What follows is not kube-proxy's.
+	Conditions            []string `json:"conditions,omitempty"`
+	ConfigurationRejected string   `json:"configurationRejected,omitempty"`
 }
 
 // Healthy says whether the dataplane follows what it is told.
@@ -185,7 +191,7 @@ func (h *Health) dataplane() answer {
 	defer h.mu.Unlock()
 	pending := h.of.Progress().Pending
 	a := answer{
-		CurrentTime: h.opts.Now(), Healthy: true, Degraded: h.of.Degraded(),
+		CurrentTime: h.opts.Now(), Healthy: true, Degraded: h.of.Degraded(), Conditions: h.of.Conditions(),
 		Status: map[string]familyStatus{}, ConfigurationRejected: h.rejected,
 	}
 	for _, family := range proxier.Families {

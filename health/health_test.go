@@ -140,6 +140,12 @@ func TestDegraded(t *testing.T) {
 	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","healthy":true,"status":{}}`)
 }
 
+func TestConditions(t *testing.T) {
+	r := newRig(t, func(s *Subject) { s.Conditions = func() []string { return []string{"a.yaml:7: no"} } })
+	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","healthy":true,"status":{},
+		"conditions":["a.yaml:7: no"]}`)
+}
+
 // A family that never comes up is told of, once it is late.
 func TestFirstSyncThatIsLate(t *testing.T) {
 	r := newRig(t)

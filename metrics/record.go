@@ -96,6 +96,15 @@ func (m *Metrics) Source(resource string, err error) {
 	m.own.sourceFailing.WithLabelValues(resource).Set(oneIf(err != nil))
 }
 
+// NodeMissing notes whether no Node object has the name of this node.
+func (m *Metrics) NodeMissing(missing bool) { m.own.nodeMissing.WithLabelValues().Set(oneIf(missing)) }
+
+// ManifestProblems notes how many files of the source directory are not served
+// as they are.
+func (m *Metrics) ManifestProblems(files int) {
+	m.own.manifestProblems.WithLabelValues().Set(float64(files))
+}
+
 // Leftovers notes whether rules of others are there that may be obeyed.
 func (m *Metrics) Leftovers(family proxier.Family, present bool) {
 	m.own.leftovers.WithLabelValues(family.String()).Set(oneIf(present))

@@ -71,7 +71,9 @@ func (m *Metrics) Serve(mode string, families []proxier.Family) {
 	for _, g := range []*prometheus.GaugeVec{m.own.modeInfo, m.own.sysctlProblem, m.own.sourceFailing, m.own.leftovers} {
 		g.Reset()
 	}
-	m.own.flowsUnseen.WithLabelValues().Set(0)
+	for _, g := range []*prometheus.GaugeVec{m.own.flowsUnseen, m.own.nodeMissing, m.own.manifestProblems} {
+		g.WithLabelValues().Set(0)
+	}
 	m.own.modeInfo.WithLabelValues(mode).Set(1)
 	for _, family := range proxier.Families {
 		m.own.familyServed.WithLabelValues(family.String()).Set(oneIf(slices.Contains(families, family)))

@@ -38,6 +38,13 @@ type LoopOptions struct {
 	Report func(Problem)
 	// Synced is told of every Sync; may be nil.
 	Synced func(SyncReport)
+	// NodeMissing is told when, with a source that has synced, a Node object named
+	// NodeName begins or ceases to be missing, and the sorted names of other Node
+	// objects. It may be nil.
+	NodeMissing func(missing bool, others []string)
+	// NodeOptional says that no Node object need exist: it is missing only where
+	// the source has Node objects of other names.
+	NodeOptional bool
 }
 
 // SyncReport says what one sync of one family did.
@@ -85,6 +92,8 @@ type Loop struct {
 	resolved int                      // how often a Service was resolved, over all families
 	toldEven map[ServiceName]struct{} // see warnOfEvenSpread
 	families []*familyLoop
+
+	nodeMissing bool // as NodeMissing was told
 }
 
 // NewLoop returns a Loop that waits for its source's Synced.
@@ -203,6 +212,7 @@ func (l *Loop) update() bool {
 	}
 	first := !l.settled
 	l.settled = true
+	l.checkNode()
 	if first {
 		l.warnOfGuesses()
 	}
@@ -224,6 +234,16 @@ func (l *Loop) update() bool {
 		}
 	}
 	return true
+}
+
+// checkNode tells whether this node's Node object is missing.
+func (l *Loop) checkNode() {
+	t := l.tracker
+	missing := !t.nodeExists && (!l.opts.NodeOptional || len(t.otherNodes) > 0)
+	if l.opts.NodeMissing != nil && missing != l.nodeMissing {
+		l.opts.NodeMissing(missing, slices.Sorted(maps.Keys(t.otherNodes)))
+	}
+	l.nodeMissing = missing
 }
 
 // warnOfGuesses names what the settings need to know of the Node object and do

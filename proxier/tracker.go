@@ -27,6 +27,7 @@ type Tracker struct {
 	sliceOwners  map[sliceName]ServiceName
 	node         nodeObject
 	nodeExists   bool                      // as far as is known
+	otherNodes   map[string]struct{}       // names of Node objects of other nodes
 	serviceCIDRs map[string][]netip.Prefix // by name of the ServiceCIDR
 
 	dirty     map[ServiceName]struct{}
@@ -46,6 +47,7 @@ func NewTracker(nodeName string) *Tracker {
 		services:     map[ServiceName]*service{},
 		slices:       map[ServiceName][]*endpointSlice{},
 		sliceOwners:  map[sliceName]ServiceName{},
+		otherNodes:   map[string]struct{}{},
 		serviceCIDRs: map[string][]netip.Prefix{},
 		dirty:        map[ServiceName]struct{}{},
 		triggers:     map[Family][]time.Time{},
@@ -67,6 +69,7 @@ func (t *Tracker) Apply(obj runtime.Object) []Problem {
 		return found
 	case *corev1.Node:
 		if obj.Name != t.nodeName {
+			t.otherNodes[obj.Name] = struct{}{}
 			return nil
 		}
 		n, found := readNode(obj)
@@ -91,6 +94,7 @@ func (t *Tracker) Delete(obj runtime.Object) {
 		t.setSlice(sliceName{obj.Namespace, obj.Name}, nil)
 	case *corev1.Node:
 		t.nodeExists = t.nodeExists && obj.Name != t.nodeName
+		delete(t.otherNodes, obj.Name)
 	case *networkingv1.ServiceCIDR:
 		t.setServiceCIDR(obj.Name, nil)
 	}

@@ -1,0 +1,34 @@
+package daemon
+
+import (
+	"slices"
+	"sync"
+)
+
+// The subjects of conditions, in the order in which they are listed.
+const (
+	nodeName = iota
+	manifests
+	subjects // their number
+)
+
+// conditions are the faults with which the process serves on: a manifest that
+// cannot be used, a Node object that is missing. The answers of health and of
+// `signalbox ready` list them; no status follows from them.
+type conditions struct {
+	mu    sync.Mutex // guards texts
+	texts [subjects][]string
+}
+
+// set replaces what is known of a subject; nothing: all is well.
+func (c *conditions) set(subject int, texts ...string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.texts[subject] = texts
+}
+
+func (c *conditions) list() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Concat(c.texts[:]...)
+}
