@@ -78,6 +78,7 @@ func (g *generation) run(ctx context.Context) error {
 	group.Go(func() error { return g.sendEvents(ctx) })
 	group.Go(func() error { return g.serve(ctx) })
 	group.Go(func() error { return g.failHard(ctx) })
+	group.Go(func() error { g.watchAffinity(ctx); return nil })
 	group.Go(func() error { tellManager(ctx, g.served, g.planes.sockets, g.log); return nil })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err

@@ -10,6 +10,7 @@ import (
 	"signalbox/config"
 	"signalbox/conntrack"
 	"signalbox/events"
+	"signalbox/internal/wait"
 	"signalbox/modes"
 	"signalbox/node"
 	"signalbox/proxier"
@@ -173,6 +174,26 @@ func (g *generation) watchFlows() {
 		return
 	}
 	g.flows = flows
+}
+
+// affinityPeriod is how often the clients with session affinity are counted.
+const affinityPeriod = time.Minute
+
+// watchAffinity counts, until ctx ends, the lists of clients that are full in a
+// mode that has such lists.
+func (g *generation) watchAffinity(ctx context.Context) {
+	count := g.choice.Mode.FullAffinityLists
+	if count == nil {
+		return
+	}
+	for more := true; more; more = wait.For(ctx, affinityPeriod) {
+		full, err := count()
+		if err != nil {
+			g.log.Warn("the clients with session affinity cannot be counted; signalbox_affinity_lists_full keeps its value", "error", err)
+			continue
+		}
+		g.observer.metrics.FullAffinityLists(full)
+	}
 }
 
 // fullSyncPeriod is how often everything is written anew, as kube-proxy does,

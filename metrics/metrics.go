@@ -79,6 +79,7 @@ type own struct {
 	sysctlProblem                     *prometheus.GaugeVec
 	sourceFailing                     *prometheus.GaugeVec
 	nodeMissing, manifestProblems     *prometheus.GaugeVec
+	affinityListsFull                 *prometheus.GaugeVec
 	leftovers                         *prometheus.GaugeVec
 	flowsUnseen                       *prometheus.GaugeVec
 	healthChecks                      *prometheus.GaugeVec
@@ -113,9 +114,10 @@ func newOwn(r factory) own {
 		sysctlProblem:         r.gauge(signalbox, "sysctl_problem", "1 for a kernel setting that could not be made.", "sysctl"),
 		sourceFailing: r.gauge(signalbox, "source_failing", "1 for a resource that the API server at present does not tell of, 0 for one that it does.",
 			"resource"),
-		nodeMissing:      r.gauge(signalbox, "node_missing", "1 while no Node object has the name of this node."),
-		manifestProblems: r.gauge(signalbox, "manifest_problems", "Files of the --source directory that are not served as they are, because they cannot be read or have a fault."),
-		flowsUnseen:      r.gauge(signalbox, "conntrack_unavailable", "1 where the connection-tracking table cannot be had, so that stale UDP flows are not removed."),
+		nodeMissing:       r.gauge(signalbox, "node_missing", "1 while no Node object has the name of this node."),
+		manifestProblems:  r.gauge(signalbox, "manifest_problems", "Files of the --source directory that are not served as they are, because they cannot be read or have a fault."),
+		affinityListsFull: r.gauge(signalbox, "affinity_lists_full", "Mode iptables: endpoints with session affinity whose list of clients is full, so that a new client drives another out."),
+		flowsUnseen:       r.gauge(signalbox, "conntrack_unavailable", "1 where the connection-tracking table cannot be had, so that stale UDP flows are not removed."),
 		leftovers: r.gauge(signalbox, "leftovers", "1 while rules of others for Services are there that may be obeyed: they could not be removed, or a kube-proxy that was started later wrote them.",
 			ipFamily),
 		healthChecks: r.gauge(signalbox, "service_health_checks", "Services with a healthCheckNodePort.", ipFamily),
@@ -124,7 +126,7 @@ func newOwn(r factory) own {
 		listenFailures: r.counter(signalbox, "listen_failures_total", "Attempts to listen that failed.", "server"),
 		events:         r.counter(signalbox, "events_total", "Kubernetes Events by what became of them: sent, dropped to stay within the rate, or failed.", "result"),
 	}
-	for _, g := range []*prometheus.GaugeVec{o.flowsUnseen, o.nodeMissing, o.manifestProblems} {
+	for _, g := range []*prometheus.GaugeVec{o.flowsUnseen, o.nodeMissing, o.manifestProblems, o.affinityListsFull} {
 		g.WithLabelValues().Set(0)
 	}
 	o.configurationRejected.WithLabelValues().Set(0)

@@ -105,6 +105,12 @@ func (m *Metrics) ManifestProblems(files int) {
 	m.own.manifestProblems.WithLabelValues().Set(float64(files))
 }
 
+// FullAffinityLists notes for how many endpoints the kernel keeps no more clients
+// with session affinity.
+func (m *Metrics) FullAffinityLists(lists int) {
+	m.own.affinityListsFull.WithLabelValues().Set(float64(lists))
+}
+
 // Leftovers notes whether rules of others are there that may be obeyed.
 func (m *Metrics) Leftovers(family proxier.Family, present bool) {
 	m.own.leftovers.WithLabelValues(family.String()).Set(oneIf(present))

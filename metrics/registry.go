@@ -71,7 +71,7 @@ func (m *Metrics) Serve(mode string, families []proxier.Family) {
 	for _, g := range []*prometheus.GaugeVec{m.own.modeInfo, m.own.sysctlProblem, m.own.sourceFailing, m.own.leftovers} {
 		g.Reset()
 	}
-	for _, g := range []*prometheus.GaugeVec{m.own.flowsUnseen, m.own.nodeMissing, m.own.manifestProblems} {
+	for _, g := range []*prometheus.GaugeVec{m.own.flowsUnseen, m.own.nodeMissing, m.own.manifestProblems, m.own.affinityListsFull} {
 		g.WithLabelValues().Set(0)
 	}
 	m.own.modeInfo.WithLabelValues(mode).Set(1)

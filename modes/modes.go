@@ -36,6 +36,9 @@ type Mode struct {
 	// Cleanup removes everything that the mode ever put into the kernel, and says
 	// whether anything was there that went, also where it fails for the rest.
 	Cleanup func(proxier.Family) (removed bool, err error)
+	// FullAffinityLists counts the endpoints for which the kernel keeps no more
+	// clients with session affinity; nil where nothing bounds these.
+	FullAffinityLists func() (int, error)
 }
 
 // All lists the modes, the preferred one first.
@@ -56,6 +59,8 @@ var All = []Mode{
 		Init:      iptables.Init,
 		Render:    iptables.Render,
 		Cleanup:   iptables.Cleanup,
+
+		FullAffinityLists: iptables.FullAffinityLists,
 	},
 	{
 		Name:      ipvs.Mode,
