@@ -78,7 +78,7 @@ func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Fam
 
 // Stats returns what the relay did and does. It may be called at any time, by
 // any goroutine.
-func (p *Proxier) Stats() Stats { return p.relay.counts.stats(p.relay.limits) }
+func (p *Proxier) Stats() Stats { return p.relay.stats() }
 
 // Sync implements proxier.Proxier. Every call is one transaction.
 func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {

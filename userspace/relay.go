@@ -3,12 +3,14 @@ package userspace
 import (
 	"context"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"signalbox/internal/handover"
+	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
 	"signalbox/proxier"
 )
@@ -16,18 +18,16 @@ import (
 // relay takes captured connections and datagrams to endpoints, in one family.
 type relay struct {
 	family    proxier.Family
-	ns        *namespace
+	ns        *tcprelay.Namespace
 	left      *handover.Sockets
 	listeners *listeners
 	dialer    *dialer
 	routes    *routes
 	targets   targets
-	chooser   *chooser
-	limits    *limits
 	idle      idleTimes
 	linger    time.Duration // lastArrivals, but in tests
-	counts    counters
-	log       quietLog
+	counts    counters      // beside those of tcp
+	tcp       *tcprelay.TCP
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -36,25 +36,24 @@ type relay struct {
 	// endLeaving closes them at once.
 	leaving    atomic.Bool
 	endLeaving func()
-	conns      connSet
 	flows      flowTable
 }
 
 // newRelay makes a relay for the network namespace of the calling thread.
 func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, error) {
-	most, err := processLimits()
+	tcp, err := tcprelay.New(f, Mode)
 	if err != nil {
 		return nil, err
 	}
-	ns, err := currentNamespace()
+	ns, err := tcprelay.CurrentNamespace()
 	if err != nil {
 		return nil, err
 	}
 	re := &relay{
 		family: f, ns: ns, left: left, dialer: newDialer(f, ns), routes: r,
 		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
-		chooser: newChooser(), limits: most, idle: idleTimes{answerIdle, flowIdle}, linger: lastArrivals, endLeaving: func() {},
-		conns: connSet{open: map[*conn]struct{}{}}, flows: flowTable{open: map[flowKey]*flow{}},
+		tcp:     tcp, idle: idleTimes{answerIdle, flowIdle}, linger: lastArrivals, endLeaving: func() {},
+		flows: flowTable{open: map[flowKey]*flow{}},
 	}
 	re.ctx, re.cancel = context.WithCancel(context.Background())
 	re.done.Go(re.expireAll)
@@ -81,7 +80,7 @@ func (r *relay) start() error {
 			"Start that one beside this one (a DaemonSet with maxSurge)", "family", r.family.String())
 	}
 	for o := range originCount {
-		r.done.Go(func() { r.acceptAll(l, o) })
+		r.tcp.Accept(l.tcp[o], func(c *net.TCPConn) (tcprelay.Route, bool) { return r.route(l, o, c) })
 		r.done.Go(func() { r.receiveAll(l, o) })
 	}
 	return nil
@@ -104,10 +103,10 @@ func (r *relay) standBy() {
 	}
 	r.listeners = nil
 	if err := l.forget(r.family, r.left); err != nil {
-		r.log.warn("the service manager cannot be told to close the relay's sockets; connections may wait in them for ever", "error", err)
+		r.tcp.Log.Warn("the service manager cannot be told to close the relay's sockets; connections may wait in them for ever", "error", err)
 	}
 	if err := l.leave(); err != nil {
-		r.log.warn("what arrives may yet come to this relay though another serves; a few connections will be reset", "family", r.family.String(), "error", err)
+		r.tcp.Log.Warn("what arrives may yet come to this relay though another serves; a few connections will be reset", "family", r.family.String(), "error", err)
 	}
 	ctx, cancel := context.WithCancel(r.ctx)
 	gone := make(chan struct{})
@@ -139,10 +138,10 @@ func (r *relay) close() {
 		r.listeners.close() // before all else: what waits there is for the next process
 	}
 	r.cancel()
-	r.conns.closeAll()
+	r.tcp.Close()
 	r.flows.closeAll()
 	r.done.Wait()
-	r.ns.close()
+	r.ns.Close()
 }
 
 // expiryInterval is how often what is over is forgotten.
@@ -157,11 +156,35 @@ func (r *relay) expireAll() {
 			return
 		case now := <-tick.C:
 			r.targets.expire(now)
-			r.chooser.expire(now)
+			r.tcp.Chooser.Expire(now)
 			r.routes.expire(now)
-			r.ns.do(r.routes.lookAtSourceMarks)
+			r.ns.Do(r.routes.lookAtSourceMarks)
 		}
 	}
+}
+
+// route finds out where a connection goes that came to a listener for an origin.
+func (r *relay) route(from *listeners, o origin, client *net.TCPConn) (tcprelay.Route, bool) {
+	if from.inherited {
+		client.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount})
+	}
+	id, ok := idOf(r.family, client.LocalAddr().(*net.TCPAddr).AddrPort().Addr())
+	if !ok {
+		return tcprelay.Route{}, false
+	}
+	t := r.targets.find(id, true)
+	if t == nil {
+		return tcprelay.Route{}, false
+	}
+	peer := client.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap()
+	return tcprelay.Route{Choice: t.choice(o), Dial: func(ctx context.Context, at netip.AddrPort) (net.Conn, error) {
+		source := r.sourceFor(t, o, peer, at.Addr())
+		c, err := r.dialer.dial(ctx, "tcp", source, at)
+		if err == nil && source.IsValid() {
+			r.counts.transparent.Add(1)
+		}
+		return c, err
+	}}, true
 }
 
 // sourceFor is the address that an endpoint is to see: the zero one stands for

@@ -85,7 +85,7 @@ func (r *relay) keepRoutes() {
 func (r *relay) restoreOnRemoval(ctx context.Context) error {
 	var watch *removals
 	var err error
-	if e := r.ns.do(func() { watch, err = watchRemovals(r.family) }); e != nil || err != nil {
+	if e := r.ns.Do(func() { watch, err = watchRemovals(r.family) }); e != nil || err != nil {
 		return errors.Join(e, err)
 	}
 	defer context.AfterFunc(ctx, watch.close)()

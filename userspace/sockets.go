@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/handover"
+	"signalbox/internal/tcprelay"
 	"signalbox/proxier"
 )
 
@@ -343,14 +344,14 @@ func dialOptions(f proxier.Family, transparent bool) []option {
 
 // dialer opens connections to endpoints.
 type dialer struct {
-	ns          *namespace
+	ns          *tcprelay.Namespace
 	own         func(string, string, syscall.RawConn) error
 	transparent func(string, string, syscall.RawConn) error
 	ports       foreignPorts
 }
 
 // newDialer makes a dialer for the network namespace of the calling thread, ns.
-func newDialer(f proxier.Family, ns *namespace) *dialer {
+func newDialer(f proxier.Family, ns *tcprelay.Namespace) *dialer {
 	return &dialer{
 		ns: ns, own: control(dialOptions(f, false)), transparent: control(dialOptions(f, true)),
 		ports: newForeignPorts(),
@@ -359,7 +360,7 @@ func newDialer(f proxier.Family, ns *namespace) *dialer {
 
 // dial connects from the given address, or with the zero one from the node's.
 func (d *dialer) dial(ctx context.Context, network string, from netip.Addr, to netip.AddrPort) (conn net.Conn, err error) {
-	e := d.ns.do(func() {
+	e := d.ns.Do(func() {
 		if from.IsValid() {
 			conn, err = d.dialAs(ctx, network, from, to)
 			return

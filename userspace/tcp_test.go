@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/tcprelay"
 	"signalbox/proxier"
 )
 
@@ -58,7 +59,8 @@ func TestResetIsPassedOn(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.listen(0, func(c *net.TCPConn) {
 			c.Read(make([]byte, 1))
-			reset(c)
+			c.SetLinger(0) // makes the end a reset
+			c.Close()
 		})
 		w.serve(0, 0, 0)
 		c := w.dial(0)
@@ -112,15 +114,15 @@ func TestFailingEndpointIsReplacedAndPassedOver(t *testing.T) {
 			w.connect(0).Close()
 		}
 		s := w.p.Stats()
-		// Each is tried failuresToPass times, and once after each pause.
-		if s.DialFailures < 2 || s.DialFailures > 2*(failuresToPass+10) {
+		// Each is tried FailuresToPass times, and once after each pause.
+		if s.DialFailures < 2 || s.DialFailures > 2*(tcprelay.FailuresToPass+10) {
 			t.Errorf("%d dials failed in 100 connections to three endpoints of which two are dead", s.DialFailures)
 		}
 		if s.NoEndpoint != 0 {
 			t.Errorf("%d connections found no endpoint", s.NoEndpoint)
 		}
 		w.echo(1)
-		deadline := time.Now().Add(2 * longestPass)
+		deadline := time.Now().Add(2 * tcprelay.LongestPass)
 		for {
 			c := w.connect(0)
 			c.Close()
@@ -138,8 +140,8 @@ func TestNobodyAnswers(t *testing.T) {
 	w := newWorld(t, proxier.IPv4)
 	w.serve(0, 0, 0, 1, 2, 3)
 	w.mustReset(0)
-	if s := w.p.Stats(); s.DialFailures != dialTries || s.NoEndpoint != 1 {
-		t.Errorf("%d dials for %d connections, want %d for 1", s.DialFailures, s.NoEndpoint, dialTries)
+	if s := w.p.Stats(); s.DialFailures != tcprelay.DialTries || s.NoEndpoint != 1 {
+		t.Errorf("%d dials for %d connections, want %d for 1", s.DialFailures, s.NoEndpoint, tcprelay.DialTries)
 	}
 }
 
@@ -191,10 +193,10 @@ func TestAffinity(t *testing.T) {
 
 func TestConnectionLimit(t *testing.T) {
 	w := newWorld(t, proxier.IPv4)
-	if shared, err := processLimits(); err != nil || w.p.relay.limits != shared {
+	if shared, err := tcprelay.ProcessLimits(); err != nil || w.p.relay.tcp.Limits != shared {
 		t.Errorf("a relay has limits of its own (%v)", err)
 	}
-	w.p.relay.limits = &limits{connections: quota{most: 2}}
+	w.p.relay.tcp.Limits = &tcprelay.Limits{Connections: tcprelay.Quota{Most: 2}}
 	w.echo(0)
 	w.serve(0, 0, 0)
 	a, b := w.connect(0), w.connect(0)

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
 	"signalbox/proxier"
 )
@@ -160,8 +161,8 @@ func (r *relay) receiveAll(from *listeners, o origin) {
 		case errors.Is(err, net.ErrClosed):
 			return
 		case err != nil:
-			r.log.warn("datagrams cannot be received", "family", r.family.String(), "error", err)
-			if !wait.For(r.ctx, acceptPause) {
+			r.tcp.Log.Warn("datagrams cannot be received", "family", r.family.String(), "error", err)
+			if !wait.For(r.ctx, tcprelay.AcceptPause) {
 				return
 			}
 			continue
@@ -181,7 +182,7 @@ func (r *relay) receiveAll(from *listeners, o origin) {
 func (r *relay) forward(k flowKey, datagram []byte) {
 	t := r.targets.find(k.id, false)
 	if t == nil {
-		r.counts.noEndpoint.Add(1)
+		r.tcp.Counts.NoEndpoint.Add(1)
 		return
 	}
 	f := r.flows.find(k)
@@ -210,7 +211,7 @@ func (r *relay) forward(k flowKey, datagram []byte) {
 		}
 		// A datagram sent before was refused, or the flow has just timed out.
 		if errors.Is(err, unix.ECONNREFUSED) {
-			r.dialFailed(t, f.endpoint, err)
+			r.tcp.DialFailed(t.name, f.endpoint, err)
 			tried = append(tried, f.endpoint)
 		} else if !errors.Is(err, net.ErrClosed) {
 			r.counts.lost.Add(1) // too large, or no room
@@ -241,7 +242,7 @@ func (r *relay) keeps(f *flow, t *target) bool {
 	if f.target == t {
 		return true
 	}
-	if f.target.name != t.name || !has(t.serving, f.endpoint) && !has(t.endpoints(f.key.origin), f.endpoint) {
+	if f.target.name != t.name || !tcprelay.Has(t.serving, f.endpoint) && !tcprelay.Has(t.endpoints(f.key.origin), f.endpoint) {
 		return false
 	}
 	f.target = t
@@ -252,9 +253,9 @@ func (r *relay) keeps(f *flow, t *target) bool {
 // names the endpoint that could not be reached, or nobody if another try would be
 // of no use.
 func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) (made *flow, silent netip.AddrPort) {
-	if !r.limits.flows.enter(&r.counts.flows) {
-		r.counts.refused.Add(1)
-		r.log.warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.limits.flows.most)
+	if !r.tcp.Limits.Flows.Enter(&r.counts.flows) {
+		r.tcp.Counts.Refused.Add(1)
+		r.tcp.Log.Warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.tcp.Limits.Flows.Most)
 		return nil, silent
 	}
 	f, silent := r.openFlow(k, t, tried)
@@ -262,27 +263,27 @@ func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) (made *flo
 		if f != nil {
 			f.socket.Close()
 		}
-		r.limits.flows.leave(&r.counts.flows)
+		r.tcp.Limits.Flows.Leave(&r.counts.flows)
 		return nil, silent
 	}
 	r.counts.flowsMade.Add(1)
 	r.done.Go(func() {
-		defer r.limits.flows.leave(&r.counts.flows)
+		defer r.tcp.Limits.Flows.Leave(&r.counts.flows)
 		r.answer(f)
 	})
 	return f, silent
 }
 
 func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) (opened *flow, silent netip.AddrPort) {
-	at, ok := r.chooser.choose(t, t.endpoints(k.origin), k.client.Addr(), tried, time.Now())
+	at, ok := r.tcp.Chooser.Choose(t.choice(k.origin), k.client.Addr(), tried, time.Now())
 	if !ok {
-		r.counts.noEndpoint.Add(1)
+		r.tcp.Counts.NoEndpoint.Add(1)
 		return nil, netip.AddrPort{}
 	}
 	source := r.sourceFor(t, k.origin, k.client.Addr(), at.Addr())
 	c, err := r.dialer.dial(context.Background(), "udp", source, at)
 	if err != nil {
-		r.dialFailed(t, at, err)
+		r.tcp.DialFailed(t.name, at, err)
 		return nil, at
 	}
 	if source.IsValid() {
@@ -314,7 +315,7 @@ func (r *relay) answer(f *flow) {
 	}
 	to, err := sockaddr(f.key.client)
 	if err != nil {
-		r.log.warn("a client cannot be answered", "client", f.key.client.String(), "error", err)
+		r.tcp.Log.Warn("a client cannot be answered", "client", f.key.client.String(), "error", err)
 		return
 	}
 	from := sourceControl(f.key.id.addr(r.family))
@@ -324,7 +325,7 @@ func (r *relay) answer(f *flow) {
 		switch {
 		case err == nil:
 			f.use()
-			r.chooser.health.answered(peer{proxier.UDP, f.endpoint})
+			r.tcp.Chooser.Answered(tcprelay.Peer{Protocol: proxier.UDP, At: f.endpoint})
 			if err := sendNow(back, (*buffer)[:n], from, to); err != nil {
 				r.counts.lost.Add(1)
 			}
@@ -334,7 +335,7 @@ func (r *relay) answer(f *flow) {
 				return
 			}
 		case errors.Is(err, unix.ECONNREFUSED):
-			r.chooser.health.failed(peer{proxier.UDP, f.endpoint}, time.Now())
+			r.tcp.Chooser.Failed(tcprelay.Peer{Protocol: proxier.UDP, At: f.endpoint}, time.Now())
 			f.refused.Store(true)
 			return
 		case errors.Is(err, net.ErrClosed):
@@ -342,7 +343,7 @@ func (r *relay) answer(f *flow) {
 		default:
 			// It is about one packet, too large for the way, for example. The
 			// pause is for an error that does not go away.
-			if !wait.For(r.ctx, acceptPause) {
+			if !wait.For(r.ctx, tcprelay.AcceptPause) {
 				return
 			}
 		}
@@ -365,15 +366,4 @@ func receive(raw syscall.RawConn) (buffer *[]byte, n int, err error) {
 		return nil, 0, waitErr
 	}
 	return buffer, n, err
-}
-
-// isShortage says whether it was this node that lacked something, so that the
-// endpoint is not to blame.
-func isShortage(err error) bool {
-	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EADDRINUSE} {
-		if errors.Is(err, e) {
-			return true
-		}
-	}
-	return false
 }

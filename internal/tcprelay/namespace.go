@@ -1,4 +1,4 @@
-package userspace
+package tcprelay
 
 import (
 	"fmt"
@@ -10,28 +10,28 @@ import (
 	"signalbox/node"
 )
 
-// namespace is a network namespace to open sockets in. A daemon has but one,
+// Namespace is a network namespace to open sockets in. A daemon has but one,
 // and then entering it is nothing but a call.
-type namespace struct {
+type Namespace struct {
 	file *os.File // nil: every thread of the process is in it
 }
 
 const threadNamespace = "/proc/thread-self/ns/net"
 
-// currentNamespace is that of the calling thread.
-func currentNamespace() (*namespace, error) {
+// CurrentNamespace is that of the calling thread.
+func CurrentNamespace() (*Namespace, error) {
 	ns, err := node.ForeignNamespace()
 	if err != nil {
 		return nil, fmt.Errorf("which network namespace this is: %w", err)
 	}
 	if !ns.IsOpen() {
-		return &namespace{}, nil
+		return &Namespace{}, nil
 	}
-	return &namespace{file: os.NewFile(uintptr(ns), threadNamespace)}, nil
+	return &Namespace{file: os.NewFile(uintptr(ns), threadNamespace)}, nil
 }
 
-// do calls fn in the namespace.
-func (n *namespace) do(fn func()) error {
+// Do calls fn in the namespace.
+func (n *Namespace) Do(fn func()) error {
 	if n.file == nil {
 		fn()
 		return nil
@@ -55,7 +55,8 @@ func (n *namespace) do(fn func()) error {
 	return <-done
 }
 
-func (n *namespace) close() {
+// Close lets go of the namespace.
+func (n *Namespace) Close() {
 	if n.file != nil {
 		n.file.Close()
 	}

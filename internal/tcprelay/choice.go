@@ -1,0 +1,220 @@
+package tcprelay
+
+import (
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"signalbox/proxier"
+)
+
+// Choice is what a client may get.
+type Choice struct {
+	Name      proxier.ServicePortName
+	Affinity  time.Duration // 0 without
+	Endpoints *proxier.EndpointSet
+}
+
+// Has says whether an endpoint is one of a set.
+func Has(s *proxier.EndpointSet, at netip.AddrPort) bool {
+	if s == nil {
+		return false
+	}
+	_, found := slices.BinarySearchFunc(s.Endpoints, at, func(e proxier.Endpoint, at netip.AddrPort) int { return e.AddrPort.Compare(at) })
+	return found
+}
+
+// clients remembers which endpoint each client of a Service port with session
+// affinity has.
+type clients struct {
+	mu      sync.Mutex
+	entries map[clientKey]*clientEntry
+}
+
+type clientKey struct {
+	service proxier.ServicePortName
+	addr    netip.Addr
+}
+
+type clientEntry struct {
+	endpoint netip.AddrPort
+	until    time.Time
+}
+
+// maxClients bounds the memory that clients can take up. One that finds no room
+// is served as though there were no affinity.
+const maxClients = 1 << 18
+
+// health knows which endpoints fail.
+type health struct {
+	failing atomic.Int32 // endpoints that are passed over, or were of late
+	mu      sync.Mutex
+	records map[Peer]*failures
+}
+
+// Peer is an endpoint as one protocol reaches it. What listens at the same port
+// of the other may be well.
+type Peer struct {
+	Protocol proxier.Protocol
+	At       netip.AddrPort
+}
+
+type failures struct {
+	count int
+	until time.Time // passed over
+	since time.Time // of the last failure
+}
+
+// An endpoint that has failed FailuresToPass times in a row is passed over,
+// first for firstPass, and after each further failure for twice as long.
+const (
+	FailuresToPass = 3
+	firstPass      = time.Second
+	LongestPass    = 30 * time.Second
+	// forgetFailures is after how long without a failure all is forgotten.
+	forgetFailures = 2 * time.Minute
+)
+
+// failed notes that an endpoint did not answer.
+func (h *health) failed(at Peer, now time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r := h.records[at]
+	if r == nil {
+		r = &failures{}
+		h.records[at] = r
+		h.failing.Add(1)
+	}
+	r.count++
+	r.since = now
+	if over := r.count - FailuresToPass; over >= 0 {
+		r.until = now.Add(min(firstPass<<min(over, 10), LongestPass))
+	}
+}
+
+// answered notes that an endpoint did answer.
+func (h *health) answered(at Peer) {
+	if h.failing.Load() == 0 {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.forget(at)
+}
+
+func (h *health) forget(at Peer) {
+	if h.records[at] != nil {
+		delete(h.records, at)
+		h.failing.Add(-1)
+	}
+}
+
+// passedOver says whether others are to be preferred to the endpoint.
+func (h *health) passedOver(at Peer, now time.Time) bool {
+	if h.failing.Load() == 0 {
+		return false
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r := h.records[at]
+	return r != nil && now.Before(r.until)
+}
+
+func (h *health) expire(now time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for at, r := range h.records {
+		if now.Sub(r.since) > forgetFailures {
+			h.forget(at)
+		}
+	}
+}
+
+// Chooser picks endpoints: at random, evenly among those that answer, and for
+// clients with session affinity the same as before.
+type Chooser struct {
+	clients clients
+	health  health
+}
+
+// NewChooser returns a Chooser that knows nobody yet.
+func NewChooser() *Chooser {
+	return &Chooser{
+		clients: clients{entries: map[clientKey]*clientEntry{}},
+		health:  health{records: map[Peer]*failures{}},
+	}
+}
+
+// Choose picks an endpoint for a client, none of those that were tried.
+// With session affinity the choice is remembered at once, so that two
+// connections that a client opens at a time go to the same.
+func (c *Chooser) Choose(from Choice, client netip.Addr, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
+	if from.Affinity == 0 {
+		return c.draw(from.Name.Protocol, from.Endpoints, tried, now)
+	}
+	c.clients.mu.Lock()
+	defer c.clients.mu.Unlock()
+	key := clientKey{from.Name, client}
+	e := c.clients.entries[key]
+	if e != nil && now.Before(e.until) && Has(from.Endpoints, e.endpoint) && !slices.Contains(tried, e.endpoint) && !c.health.passedOver(Peer{from.Name.Protocol, e.endpoint}, now) {
+		e.until = now.Add(from.Affinity)
+		return e.endpoint, true
+	}
+	at, ok := c.draw(from.Name.Protocol, from.Endpoints, tried, now)
+	switch {
+	case !ok:
+	case e != nil:
+		e.endpoint, e.until = at, now.Add(from.Affinity)
+	case len(c.clients.entries) < maxClients:
+		c.clients.entries[key] = &clientEntry{at, now.Add(from.Affinity)}
+	}
+	return at, ok
+}
+
+// draw picks at random, evenly among those that do not fail.
+func (c *Chooser) draw(p proxier.Protocol, set *proxier.EndpointSet, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
+	if set.Len() == 0 {
+		return netip.AddrPort{}, false
+	}
+	if len(tried) == 0 && c.health.failing.Load() == 0 {
+		return set.Endpoints[rand.IntN(set.Len())].AddrPort, true
+	}
+	var good, bad []netip.AddrPort
+	for _, e := range set.Endpoints {
+		switch {
+		case slices.Contains(tried, e.AddrPort):
+		case c.health.passedOver(Peer{p, e.AddrPort}, now):
+			bad = append(bad, e.AddrPort)
+		default:
+			good = append(good, e.AddrPort)
+		}
+	}
+	if len(good) == 0 {
+		good = bad
+	}
+	if len(good) == 0 {
+		return netip.AddrPort{}, false
+	}
+	return good[rand.IntN(len(good))], true
+}
+
+// Expire forgets failures and clients whose time is over.
+func (c *Chooser) Expire(now time.Time) {
+	c.health.expire(now)
+	c.clients.mu.Lock()
+	defer c.clients.mu.Unlock()
+	for k, e := range c.clients.entries {
+		if !now.Before(e.until) {
+			delete(c.clients.entries, k)
+		}
+	}
+}
+
+// Failed notes that an endpoint did not answer.
+func (c *Chooser) Failed(at Peer, now time.Time) { c.health.failed(at, now) }
+
+// Answered notes that an endpoint did answer.
+func (c *Chooser) Answered(at Peer) { c.health.answered(at) }
