@@ -101,6 +101,7 @@ func (n node) rules() string {
 // Whatever modes ran on a node, cleanup leaves the rules that were there
 // before, byte for byte.
 func TestCleanupCommand(t *testing.T) {
+	t.Parallel()
 	binary, source := build(t), manifests(t)
 	lab := newLab(t)
 	n := node{t, lab.Host("node1")}
@@ -155,6 +156,7 @@ func TestCleanupCommand(t *testing.T) {
 // A removal that fails is named, the others are done, and the exit code says
 // so.
 func TestCleanupCommandFails(t *testing.T) {
+	t.Parallel()
 	binary := build(t)
 	lab := newLab(t)
 	n := node{t, lab.Host("node1")}
@@ -177,6 +179,7 @@ var hideTools = []string{"unshare", "-m", "sh", "-ec", `mount -t tmpfs none /usr
 // Without the tools nobody can tell whose chains are there, and that is said
 // once of each family, with what to do; neither of the two is blamed.
 func TestUnknownChains(t *testing.T) {
+	t.Parallel()
 	binary, source := build(t), manifests(t)
 	lab := newLab(t)
 	n := node{t, lab.Host("node1")}
@@ -200,6 +203,7 @@ func TestUnknownChains(t *testing.T) {
 
 // A node without the tools is told of each missing program once.
 func TestWithoutTools(t *testing.T) {
+	t.Parallel()
 	binary, source := build(t), manifests(t)
 	lab := newLab(t)
 	said, err := node{t, lab.Host("node1")}.run("", slices.Concat(hideTools, []string{binary, "run", "--source", source, "--mode", "iptables",

@@ -77,7 +77,7 @@ func (m *manager) listen() {
 // hear waits for a message.
 func (m *manager) hear(what string) {
 	m.t.Helper()
-	deadline := time.After(2 * time.Minute)
+	deadline := time.After(patience)
 	for {
 		select {
 		case said := <-m.said:
@@ -114,6 +114,7 @@ func (m *manager) start(node *netlab.Host, program string, args ...string) *exec
 
 // Who connects while no relay runs waits for the next one, and is served.
 func TestRelayRestartsWithItsSockets(t *testing.T) {
+	t.Parallel()
 	binary, source := build(t), t.TempDir()
 	lab := newLab(t)
 	if err := os.WriteFile(filepath.Join(source, "web.yaml"), relayedManifest(lab.Host("pod-a").Addr), 0o600); err != nil {
@@ -148,7 +149,7 @@ func TestRelayRestartsWithItsSockets(t *testing.T) {
 		answers := make(chan error, len(clients))
 		for _, c := range clients {
 			go func() {
-				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+				ctx, cancel := context.WithTimeout(t.Context(), patience)
 				defer cancel()
 				_, err := c.Ask(ctx)
 				answers <- err
@@ -161,6 +162,9 @@ func TestRelayRestartsWithItsSockets(t *testing.T) {
 			}
 		}
 		m.hear("READY=1")
+		for _, c := range clients {
+			c.Close() // the relay waits for them when it ends
+		}
 		next.Process.Signal(syscall.SIGTERM)
 		if err := next.Wait(); err != nil {
 			t.Errorf("the next one ended with %v", err)
@@ -171,6 +175,7 @@ func TestRelayRestartsWithItsSockets(t *testing.T) {
 // Without a service manager that keeps its sockets a relay says what its end
 // means; with one there is nothing to say.
 func TestRelaySaysThatItsSocketsAreNotKept(t *testing.T) {
+	t.Parallel()
 	binary, source := build(t), t.TempDir()
 	lab := newLab(t)
 	m := newManager(t)
@@ -178,7 +183,7 @@ func TestRelaySaysThatItsSocketsAreNotKept(t *testing.T) {
 		socket string
 		lines  int
 	}{{"", 2}, {m.conn.LocalAddr().String(), 0}} {
-		ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
+		ctx, stop := context.WithTimeout(t.Context(), patience)
 		defer stop()
 		cmd := exec.CommandContext(ctx, binary, "run", "--source", source, "--mode", "userspace", "--hostname-override", "node1")
 		cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+c.socket)
@@ -212,6 +217,7 @@ func TestRelaySaysThatItsSocketsAreNotKept(t *testing.T) {
 
 // Sockets that no mode wants are closed, and the service manager is told.
 func TestSocketsOfAnotherModeAreForgotten(t *testing.T) {
+	t.Parallel()
 	binary, source := build(t), t.TempDir()
 	lab := newLab(t)
 	m := newManager(t)
@@ -230,7 +236,7 @@ func TestSocketsOfAnotherModeAreForgotten(t *testing.T) {
 }
 
 func asked(t *testing.T, lab *netlab.Lab, network, at string) error {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	_, err := lab.Host("pod-x").Ask(ctx, network, netip.AddrPort{}, netip.MustParseAddrPort(at))
 	return err

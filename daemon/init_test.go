@@ -13,6 +13,7 @@ import (
 // no such setting, and the log says what is missing and what to do; --init-only
 // in a privileged container is what to do.
 func TestReadOnlySysctls(t *testing.T) {
+	t.Parallel()
 	binary := build(t)
 	lab := newLab(t)
 	source := serviceTo(t, lab.Host("pod-a"))
@@ -23,7 +24,7 @@ func TestReadOnlySysctls(t *testing.T) {
 	host := lab.Host("node1")
 	log := start(t, host, "unshare", append(locked, "--source="+source)...)
 	web := netip.MustParseAddrPort("10.96.0.10:80")
-	eventually(t, "the Service answers", func() bool { return answers(t, lab.Host("pod-x"), web) })
+	eventually(t, "the Service answers", func() bool { return answers(t, lab.Host("pod-x"), web, soon) })
 	for _, want := range []string{"nf_conntrack_udp_timeout wanted=77", "read-only file system", "route_localnet wanted=1 found=0", "NodePorts are not served on 127.0.0.1", "signalbox --init-only"} {
 		eventually(t, "the log says "+want, func() bool { return log.count(want) > 0 })
 	}

@@ -43,11 +43,18 @@ type daemon struct {
 
 func startDaemon(t *testing.T, host *netlab.Host, binary, source string, flags ...string) *daemon {
 	t.Helper()
+	return startDaemonOn(t, os.Getenv("PATH"), host, binary, source, flags...)
+}
+
+// startDaemonOn is startDaemon with a PATH.
+func startDaemonOn(t *testing.T, path string, host *netlab.Host, binary, source string, flags ...string) *daemon {
+	t.Helper()
 	d := &daemon{node: node{t, host}, log: &strings.Builder{}}
 	d.cmd = exec.Command(binary, append([]string{
 		"run", "--source", source, "--mode", "nftables", "--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16",
 		"--conntrack-max-per-core=0", "--conntrack-min=0", "--oom-score-adj=0",
 	}, flags...)...)
+	d.cmd.Env = append(os.Environ(), "PATH="+path)
 	d.cmd.Stderr = d.log
 	if err := host.Start(d.cmd); err != nil {
 		t.Fatal(err)
@@ -105,6 +112,7 @@ func newNode(t *testing.T) *netlab.Host {
 // Without an API server health, metrics and the answers to load balancers are
 // what they are with one, but that nobody need write a Node object.
 func TestObservedWithoutAPIServer(t *testing.T) {
+	t.Parallel()
 	binary, source, host := build(t), manifests(t), newNode(t)
 	write := func(name, text string) {
 		if err := os.WriteFile(filepath.Join(source, name), []byte(text), 0o600); err != nil {
@@ -167,14 +175,14 @@ func brokenTools(t *testing.T) (path, broken string) {
 // who asks about the node and for the one who asks about a Service, until it
 // does again.
 func TestUnhealthyDataplane(t *testing.T) {
+	t.Parallel()
 	binary, source, host := build(t), manifests(t), newNode(t)
 	balanced := filepath.Join(source, "balanced.yaml")
 	if err := os.WriteFile(balanced, []byte(balancedManifest), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	path, broken := brokenTools(t)
-	t.Setenv("PATH", path)
-	d := startDaemon(t, host, binary, source, "--mode=iptables", "--iptables-sync-period=1s", "--iptables-min-sync-period=1s")
+	d := startDaemonOn(t, path, host, binary, source, "--mode=iptables", "--iptables-sync-period=1s", "--iptables-min-sync-period=1s")
 	const check, livez, healthz = "http://127.0.0.1:31900/", "http://127.0.0.1:10256/livez", "http://127.0.0.1:10256/healthz"
 	d.answers(check, 200, `"localEndpoints": 1`)
 	d.answers(healthz, 200)
@@ -202,6 +210,7 @@ func TestUnhealthyDataplane(t *testing.T) {
 // A port that somebody else has costs what is asked there, and is told of
 // elsewhere.
 func TestTakenPorts(t *testing.T) {
+	t.Parallel()
 	binary, source, host := build(t), manifests(t), newNode(t)
 	if err := os.WriteFile(filepath.Join(source, "balanced.yaml"), []byte(balancedManifest), 0o600); err != nil {
 		t.Fatal(err)
@@ -238,6 +247,7 @@ func TestTakenPorts(t *testing.T) {
 // In an update with a surge the new process gets the ports of the old one,
 // which stands by, and the old one has them again should the new one end.
 func TestPortsChangeHands(t *testing.T) {
+	t.Parallel()
 	binary, source, host := build(t), manifests(t), newNode(t)
 	if err := os.WriteFile(filepath.Join(source, "balanced.yaml"), []byte(balancedManifest), 0o600); err != nil {
 		t.Fatal(err)

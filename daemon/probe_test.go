@@ -146,6 +146,7 @@ func TestChangesAreNotSeenByProbes(t *testing.T) {
 
 // A port is closed where the changed file says another address, and only there.
 func TestPortsThatChange(t *testing.T) {
+	t.Parallel()
 	node := newNode(t)
 	mounted := mountConfiguration(t)
 	const fixed = "conntrack: {maxPerCore: 0}\nmode: nftables\n"

@@ -28,16 +28,6 @@ ports: [{name: http, port: 8080}]
 endpoints: [{addresses: [10.244.1.5]}]
 `
 
-// build returns the path of the program.
-func build(t *testing.T) string {
-	t.Helper()
-	binary := filepath.Join(t.TempDir(), "signalbox")
-	if out, err := exec.Command("go", "build", "-o", binary, "signalbox/cmd/signalbox").CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
-	return binary
-}
-
 // manifests returns a directory with manifest in it.
 func manifests(t *testing.T) string {
 	t.Helper()
@@ -62,6 +52,7 @@ func newLab(t testing.TB) *netlab.Lab {
 // Whatever mode a node is switched to, in the end the rules of that mode alone
 // are there.
 func TestModesLeaveNothingBehind(t *testing.T) {
+	t.Parallel()
 	binary, source := build(t), manifests(t)
 	lab := newLab(t)
 	node := lab.Host("node1")
@@ -109,7 +100,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(2 * time.Minute)
+	deadline := time.After(patience)
 	for !ok() {
 		select {
 		case <-tick.C:

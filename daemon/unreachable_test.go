@@ -83,6 +83,7 @@ func (a *apiServer) at(t *testing.T, on *netlab.Host, addr string) {
 // an Event say so. As soon as it answers, or the file is corrected, that counts;
 // the probes see nothing of it all.
 func TestUnreachableAPIServer(t *testing.T) {
+	t.Parallel()
 	node := newNode(t)
 	var first, second apiServer
 	first.at(t, node, "127.0.0.1:6443")

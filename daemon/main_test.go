@@ -1,0 +1,50 @@
+package daemon_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+)
+
+// patience is how long a test waits for what must come; a machine that is
+// merely slow does not reach it.
+const (
+	patience = 2 * time.Minute
+	soon     = time.Second
+)
+
+var programDir string // removed after the tests
+
+func TestMain(m *testing.M) {
+	var err error
+	if programDir, err = os.MkdirTemp("", "signalbox-daemon-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	os.RemoveAll(programDir)
+	os.Exit(code)
+}
+
+var buildOnce = sync.OnceValues(func() (string, error) {
+	path := filepath.Join(programDir, "signalbox")
+	out, err := exec.Command("go", "build", "-o", path, "signalbox/cmd/signalbox").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
+// build returns the path of the program, which all tests share.
+func build(t *testing.T) string {
+	t.Helper()
+	path, err := buildOnce()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
