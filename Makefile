@@ -28,14 +28,19 @@ deps: ## install what is missing from Debian's packages
 test: ## everything; the end lists each stage's duration and what failed in it
 	@MAKE="$(MAKE)" hack/stages.sh build vet unit contract e2e vm
 
+# The contract of one variant and family of each mode.
+.PHONY: check
+check: vet unit ## vet, unit and a part of the contract, in less than three minutes
+	$(GO) test -run 'TestNFTables/./IPv4|TestUserspace/./IPv4|TestIPTables/nft/./IPv4' ./proxier/proxiertest
+
 .PHONY: vet
-vet:
+vet: ## go vet, in both modules
 	$(GO) vet ./...
 	cd e2e && $(GO) vet -tags kind ./...
 
 .PHONY: unit
 unit: deps ## all packages but the contract suite
-	$(GO) test $$($(GO) list ./... | grep -v /proxier/proxiertest)
+	$(GO) test -parallel 6 $$($(GO) list ./... | grep -v /proxier/proxiertest)
 
 .PHONY: contract
 contract: deps ## every mode against the contract suite, with real packets
@@ -53,6 +58,14 @@ e2e-kind: ## the DaemonSet on nodes of kind, or of the cluster that KUBECONFIG n
 vm: PACKAGES += qemu-system-x86
 vm: deps ## the contract suite on Debian's kernel in QEMU: IPVS, SCTP, and an older nf_tables
 	cd e2e && $(GO) test -timeout 90m ./vm/...
+
+# How often each test runs in `make soak`.
+SOAK ?= 20
+
+.PHONY: soak
+soak: deps build ## for hours: the tests of traffic again and again, to find what fails once in many runs
+	$(GO) test -count $(SOAK) -timeout 24h ./proxier/proxiertest
+	cd e2e && $(GO) test -count $(SOAK) -timeout 24h -run '^(TestTakeover|TestKubeProxyLingers|TestKilledInAStorm|TestUpgrade|TestProxyRestart)$$' .
 
 .PHONY: demo
 demo: deps build ## a lab on this machine, every mode, real connections
