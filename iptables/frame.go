@@ -30,7 +30,10 @@ func frameChains(mark uint32, pods []podMatch, facts facts) [tableCount][]chain 
 	}
 	forward = append(forward,
 		comment("kubernetes forwarding rules")+" -m mark --mark "+bit+"/"+bit+" -j ACCEPT",
-		comment("kubernetes forwarding conntrack rule")+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT")
+		comment("kubernetes forwarding conntrack rule")+" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+		// Until somebody answers, a flow is new and only its first packet has the
+		// mark. A confirmed one is a flow whose first packet was let through.
+		comment("kubernetes forwarding of unanswered flows")+" -m conntrack --ctstate DNAT --ctstatus CONFIRMED -j ACCEPT")
 	return [tableCount][]chain{
 		nat: append([]chain{
 			{markMasqChain, frameLevel, []string{" -j MARK --or-mark " + bit}},

@@ -84,9 +84,12 @@ type Conn struct {
 	conn    net.Conn
 	in      *bufio.Reader
 	network string
+	lab     *Lab
 }
 
 var questions atomic.Uint64
+
+func newToken() string { return fmt.Sprintf("q%d", questions.Add(1)) }
 
 // Open connects to an address and port from a host. network is "tcp", "udp" or
 // "sctp"; source may be the zero AddrPort, or have port 0. A UDP flow sends nothing
@@ -115,7 +118,7 @@ func (h *Host) Open(ctx context.Context, network string, source, target netip.Ad
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", h.Name, err)
 	}
-	return &Conn{conn: c, in: bufio.NewReader(c), network: network}, nil
+	return &Conn{conn: c, in: bufio.NewReader(c), network: network, lab: h.lab}, nil
 }
 
 // reportErrors makes a UDP socket report every ICMP error that comes back, not
@@ -156,7 +159,7 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 	c.conn.SetDeadline(deadline)
 	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	token := fmt.Sprintf("q%d", questions.Add(1))
+	token := newToken()
 	// EPERM says that this host's own firewall threw the packet away; whether
 	// with an ICMP error is seen when reading.
 	if _, err := fmt.Fprintln(c.conn, token); err != nil && !errors.Is(err, syscall.EPERM) {

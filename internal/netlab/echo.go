@@ -34,6 +34,11 @@ func (l *Lab) serve() error {
 				}
 			}
 		}
+		for _, a := range []netip.Addr{h.Addr.V4, h.Addr.V6} {
+			if err := h.serveSilently(netip.AddrPortFrom(a, SilentPort)); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }

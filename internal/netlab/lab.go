@@ -63,12 +63,17 @@ type Options struct {
 // connection there tells whether the network itself works.
 const ControlPort = 7
 
+// SilentPort takes UDP datagrams on every Pod and node and answers none: see
+// Conn.Tell.
+const SilentPort = 514
+
 // Lab is a network of hosts. It is made by New and ends with Close.
 type Lab struct {
 	hosts   map[string]*Host
 	home    netns.NsHandle // the namespace of the process
 	options Options
 	servers []server
+	told    told
 }
 
 // New builds a lab. A kernel that cannot build it is reported as a

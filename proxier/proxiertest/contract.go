@@ -39,6 +39,10 @@ type Mode struct {
 	// scenario wants it to see the client's, for a mode that cannot keep that
 	// between these two hosts. May be nil.
 	NodeSource func(link netlab.PodLink, client, server string) bool
+	// DropForwarded gives the node a firewall that drops forwarded packets but
+	// for those that the mode's rules accept, if they can; called inside the
+	// node.
+	DropForwarded func(proxier.Family) error
 	// Dump returns the mode's kernel state for the message of a failed
 	// scenario; called inside the node. May be nil.
 	Dump func(proxier.Family) string

@@ -1,6 +1,7 @@
 package proxiertest_test
 
 import (
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -34,11 +35,12 @@ func TestMain(m *testing.M) {
 
 func TestReference(t *testing.T) {
 	proxiertest.Run(t, proxiertest.Mode{
-		Name:      "nftables-reference",
-		New:       newReference,
-		Supported: func(proxier.Family) error { return nil },
-		Flows:     cleanFlows,
-		Dump:      dumpNFT,
+		Name:          "nftables-reference",
+		New:           newReference,
+		Supported:     func(proxier.Family) error { return nil },
+		Flows:         cleanFlows,
+		DropForwarded: dropForwardedUnlessDNATed,
+		Dump:          dumpNFT,
 	})
 }
 
@@ -55,15 +57,44 @@ func TestIPTables(t *testing.T) {
 				},
 				LocalhostNodePorts: proxier.LocalhostCovered,
 				Flows:              cleanFlows,
+				DropForwarded:      func(f proxier.Family) error { return run(iptablesCommand(f, backend), "-P", "FORWARD", "DROP") },
 				Dump:               func(f proxier.Family) string { return dumpIPTables(f, backend) },
 			})
 		})
 	}
 }
 
+func iptablesCommand(f proxier.Family, backend iptables.Backend) string {
+	return map[proxier.Family]string{proxier.IPv4: "iptables-", proxier.IPv6: "ip6tables-"}[f] + string(backend)
+}
+
+func run(command string, args ...string) error {
+	if out, err := exec.Command(command, args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s %v: %w: %s", command, args, err, out)
+	}
+	return nil
+}
+
+// dropForwarded is a firewall in a table of its own: no other table can accept
+// what it drops.
+func dropForwarded(f proxier.Family) error {
+	return run("nft", "table", nftFamily(f), "firewall", "{ chain forward { type filter hook forward priority 0; policy drop; }; }")
+}
+
+// dropForwardedUnlessDNATed is what docs/compatibility.md tells users to set up
+// in the modes that accept nothing themselves.
+func dropForwardedUnlessDNATed(f proxier.Family) error {
+	command := iptablesCommand(f, iptables.NFT)
+	return errors.Join(run(command, "-P", "FORWARD", "DROP"),
+		run(command, "-A", "FORWARD", "-m", "conntrack", "--ctstate", "DNAT,RELATED,ESTABLISHED", "-j", "ACCEPT"))
+}
+
+func nftFamily(f proxier.Family) string {
+	return map[proxier.Family]string{proxier.IPv4: "ip", proxier.IPv6: "ip6"}[f]
+}
+
 func dumpIPTables(f proxier.Family, backend iptables.Backend) string {
-	command := map[proxier.Family]string{proxier.IPv4: "iptables-", proxier.IPv6: "ip6tables-"}[f] + string(backend) + "-save"
-	out, err := exec.Command(command).CombinedOutput()
+	out, err := exec.Command(iptablesCommand(f, backend) + "-save").CombinedOutput()
 	if err != nil {
 		return err.Error() + ": " + string(out)
 	}
@@ -72,11 +103,12 @@ func dumpIPTables(f proxier.Family, backend iptables.Backend) string {
 
 func TestNFTables(t *testing.T) {
 	proxiertest.Run(t, proxiertest.Mode{
-		Name:      nftables.Mode,
-		New:       func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
-		Supported: nftables.Supported,
-		Flows:     cleanFlows,
-		Dump:      dumpNFT,
+		Name:          nftables.Mode,
+		New:           func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
+		Supported:     nftables.Supported,
+		Flows:         cleanFlows,
+		DropForwarded: dropForwardedUnlessDNATed,
+		Dump:          dumpNFT,
 	})
 }
 
@@ -90,7 +122,8 @@ func TestUserspace(t *testing.T) {
 		Flows: func(localAddrs func() ([]netip.Addr, error)) (proxiertest.Flows, error) {
 			return conntrack.New(conntrack.Options{LocalAddrs: localAddrs, Relays: userspace.RelayPrefixes()})
 		},
-		Dump: dumpNFT,
+		DropForwarded: dropForwarded,
+		Dump:          dumpNFT,
 		// An answer between two Pods on a bridge, or from the node itself to
 		// a Pod, cannot be taken in on its way to the client.
 		NodeSource: func(link netlab.PodLink, client, server string) bool {
@@ -106,6 +139,7 @@ func TestIPVS(t *testing.T) {
 		Supported:     ipvs.Supported,
 		HasSchedulers: true,
 		Flows:         cleanFlows,
+		DropForwarded: dropForwardedUnlessDNATed,
 		Dump: func(f proxier.Family) string {
 			text := dumpNFT(f)
 			for _, file := range []string{"ip_vs", "ip_vs_conn"} {
@@ -124,8 +158,7 @@ func cleanFlows(localAddrs func() ([]netip.Addr, error)) (proxiertest.Flows, err
 // dumpNFT is read by people only; without nft on the machine they see why it
 // is missing.
 func dumpNFT(family proxier.Family) string {
-	f := map[proxier.Family]string{proxier.IPv4: "ip", proxier.IPv6: "ip6"}[family]
-	out, err := exec.Command("nft", strings.Fields("list ruleset "+f)...).CombinedOutput()
+	out, err := exec.Command("nft", "list", "ruleset", nftFamily(family)).CombinedOutput()
 	if err != nil {
 		return err.Error() + ": " + string(out)
 	}

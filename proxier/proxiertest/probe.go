@@ -118,7 +118,11 @@ func (w *world) probe(ctx context.Context, p probe, e expectation) error {
 	if err != nil {
 		return err
 	}
-	if e.outcome != answered {
+	switch e.outcome {
+	case answered:
+	case arrives:
+		return w.probeOneWay(ctx, r, e)
+	default:
 		return w.probeUnanswered(ctx, r, e)
 	}
 	servers, err := w.servers(e.servers)
@@ -146,7 +150,7 @@ func (w *world) check(e expectation, servers []string, a netlab.Answer, err erro
 		}
 		return fmt.Errorf("answered by %s", a)
 	}
-	if e.outcome != answered {
+	if e.outcome != answered && e.outcome != arrives {
 		return nil
 	}
 	i := slices.IndexFunc(servers, func(s string) bool { return s == a.Server || s == fmt.Sprintf("%s:%d", a.Server, a.At.Port()) })
@@ -223,6 +227,30 @@ func (w *world) probeUnanswered(ctx context.Context, r resolved, e expectation) 
 		})
 	}
 	return group.Wait()
+}
+
+// oneWay is how many datagrams of a flow must arrive where nobody answers.
+const oneWay = 5
+
+// probeOneWay sends datagrams to a port that answers none.
+func (w *world) probeOneWay(ctx context.Context, r resolved, e expectation) error {
+	servers, err := w.servers(e.servers)
+	if err != nil {
+		return err
+	}
+	c, err := r.host.Open(ctx, r.network, r.source, r.target)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	seen := map[string]int{}
+	for n := range oneWay {
+		a, err := w.attempt(ctx, r.host, r.network, answerWait, c.Tell)
+		if err := w.check(e, servers, a, err, seen); err != nil {
+			return fmt.Errorf("datagram %d: %w", n+1, err)
+		}
+	}
+	return nil
 }
 
 // open makes a connection and keeps it.

@@ -124,6 +124,7 @@ type outcome string
 
 const (
 	answered    outcome = "->"
+	arrives     outcome = "=>"          // the datagrams of one flow arrive, and nobody answers
 	refused     outcome = "refused"     // a TCP reset or ICMP port unreachable
 	dropped     outcome = "dropped"     // nothing comes back
 	unreachable outcome = "unreachable" // another ICMP error: nobody took the packet
@@ -140,7 +141,7 @@ var outcomeWords = map[string]netlab.Outcome{
 
 func (o outcome) matches(got netlab.Outcome) bool {
 	switch o {
-	case answered:
+	case answered, arrives:
 		return got == netlab.Answered
 	case unanswered:
 		return got == netlab.Refused || got == netlab.Silent || got == netlab.Unreachable
@@ -162,7 +163,7 @@ func parseExpectation(words []string) (e expectation, err error) {
 		words[i] = strings.TrimSuffix(words[i], ",")
 	}
 	e.outcome, words = outcome(words[0]), words[1:]
-	if e.outcome != answered {
+	if e.outcome != answered && e.outcome != arrives {
 		if _, known := outcomeWords[string(e.outcome)]; !known || e.source != "" {
 			return e, fmt.Errorf("%q is not ->, refused, dropped, unreachable, unanswered or broken, or has a source", e.outcome)
 		}
@@ -172,7 +173,7 @@ func parseExpectation(words []string) (e expectation, err error) {
 		e.same, words = true, words[3:]
 	}
 	if e.servers = words; len(words) == 0 {
-		return e, errors.New("nobody is named after ->")
+		return e, fmt.Errorf("nobody is named after %s", e.outcome)
 	}
 	return e, nil
 }
@@ -183,6 +184,9 @@ func parseFrom(words []string) (func(context.Context, *world) error, error) {
 		return nil, err
 	}
 	e, err := parseExpectation(rest)
+	if e.outcome == arrives && p.network != "udp" {
+		return nil, errors.New("=> is for udp")
+	}
 	return func(ctx context.Context, w *world) error { return w.probe(ctx, p, e) }, err
 }
 

@@ -75,13 +75,31 @@ func newWorld(mode Mode, s *Scenario, v variant) (*world, error) {
 		lab.Close()
 		return nil, err
 	}
+	err = w.dropForwarded()
 	for _, text := range everyCluster {
-		if err := w.take(text, false); err != nil {
-			lab.Close()
-			return nil, err
+		if err == nil {
+			err = w.take(text, false)
 		}
 	}
+	if err != nil {
+		lab.Close()
+		return nil, err
+	}
 	return w, nil
+}
+
+func (w *world) dropForwarded() error {
+	if !w.scenario.Setup.DropForwarded {
+		return nil
+	}
+	return w.onNode(func() error {
+		for _, family := range w.families {
+			if err := w.mode.DropForwarded(family); err != nil {
+				return fmt.Errorf("dropping what node1 forwards: %w", err)
+			}
+		}
+		return nil
+	})
 }
 
 // everyCluster exists in every scenario; a scenario can apply other forms.
