@@ -14,8 +14,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
-	"strings"
 	"syscall"
+	"time"
 
 	"signalbox/e2e/vm/spec"
 )
@@ -40,51 +40,68 @@ type Machine struct {
 	Accel string
 }
 
+// Ending is how a machine ended.
+type Ending struct {
+	// Exit is the exit code of the program.
+	Exit int
+	// CPU is the processor time that QEMU took.
+	CPU time.Duration
+}
+
+// errFault is that the kernel reported a fault of its own on its console.
+var errFault = errors.New("the kernel reported a fault")
+
 // Run starts the machine, copies what the program writes to output, and waits
 // for the end of both. ready is called when the program starts. An error says
-// why the program did not run to its end, and how the kernel's console ended; a
-// program that ended with another exit code than 0 is no error.
-func (m *Machine) Run(ctx context.Context, ready func(), output io.Writer) (exit int, err error) {
+// why the program did not run to its end, and what the kernel's console has
+// about it; a program that ended with another exit code than 0 is no error.
+func (m *Machine) Run(ctx context.Context, ready func(), output io.Writer) (Ending, error) {
 	dir, err := os.MkdirTemp("", "vm")
 	if err != nil {
-		return 0, err
+		return Ending{}, err
 	}
 	defer os.RemoveAll(dir)
 	initramfs := filepath.Join(dir, "initramfs")
 	if err := m.writeInitramfs(ctx, initramfs); err != nil {
-		return 0, err
+		return Ending{}, err
 	}
 	port, err := net.Listen("unix", filepath.Join(dir, "port"))
 	if err != nil {
-		return 0, err
+		return Ending{}, err
 	}
 	defer port.Close()
-	console := filepath.Join(dir, "console")
-	cmd := m.command(initramfs, port.Addr().String(), console)
+	cmd := m.command(initramfs, port.Addr().String())
+	con := newConsole()
 	var said bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.Stdout, cmd.Stderr = con, &said
 	q, err := start(cmd)
 	if err != nil {
-		return 0, err
+		return Ending{}, err
 	}
 	stop := context.AfterFunc(ctx, q.kill)
 	defer stop()
+	go q.killWhenFaulty(con)
 	go func() {
 		<-q.done
 		port.Close() // ends the wait for a connection that never came
 	}()
-	exit, err = listen(port, ready, output)
+	exit, err := listen(port, ready, output)
 	if err != nil {
 		q.kill()
 	}
 	<-q.done
-	if ctx.Err() != nil {
+	ending := Ending{exit, cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()}
+	report := con.report()
+	switch {
+	case report != "":
+		return ending, fmt.Errorf("%w:\n%s\nqemu (%v) said: %s", errFault, report, q.err, said.Bytes())
+	case ctx.Err() != nil:
 		err = fmt.Errorf("the machine was ended: %w", context.Cause(ctx))
 	}
 	if err != nil {
-		return 0, fmt.Errorf("%w\nqemu (%v) said: %s\nthe console ended with:\n%s", err, q.err, said.Bytes(), tail(console, 60))
+		return ending, fmt.Errorf("%w\nqemu (%v) said: %s\nthe console ended with:\n%s", err, q.err, said.Bytes(), con.tail(60))
 	}
-	return exit, nil
+	return ending, nil
 }
 
 // listen takes the machine's only connection and its events until the last.
@@ -125,10 +142,15 @@ func receive(r io.Reader, ready func(), output io.Writer) (exit int, err error) 
 // on after it noticed a fault of its own, ends the machine. What costs time and
 // protects from nobody here is off; waiting for other processors actively makes
 // network namespaces, of which a lab has many, in half the time.
+//
+// The kernel reports what stands still for a minute, or a task that waits for
+// four. Its own limits are 20 s and two minutes, which a machine can reach that
+// gets little of a busy host's time.
 const bootOptions = "console=ttyS0 panic=-1 oops=panic reboot=t,force " +
-	"mitigations=off init_on_alloc=0 apparmor=0 audit=0 nowatchdog rcupdate.rcu_expedited=1 random.trust_cpu=on loglevel=5"
+	"mitigations=off init_on_alloc=0 apparmor=0 audit=0 rcupdate.rcu_expedited=1 random.trust_cpu=on loglevel=5 " +
+	"rcupdate.rcu_cpu_stall_timeout=60 watchdog_thresh=30 sysctl.kernel.hung_task_timeout_secs=240"
 
-func (m *Machine) command(initramfs, port, console string) *exec.Cmd {
+func (m *Machine) command(initramfs, port string) *exec.Cmd {
 	accel := m.Accel
 	if accel == "" {
 		accel = "tcg"
@@ -136,7 +158,7 @@ func (m *Machine) command(initramfs, port, console string) *exec.Cmd {
 	return exec.Command("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-accel", accel, "-cpu", "max", "-smp", strconv.Itoa(m.CPUs), "-m", strconv.Itoa(m.MiB),
 		"-kernel", m.Kernel.Image, "-initrd", initramfs, "-append", bootOptions,
-		"-serial", "file:"+console, "-serial", "unix:"+port)
+		"-serial", "stdio", "-serial", "unix:"+port)
 }
 
 // writeInitramfs writes everything that the machine's memory holds at first.
@@ -207,12 +229,21 @@ func start(cmd *exec.Cmd) (*process, error) {
 
 func (p *process) kill() { _ = p.cmd.Process.Kill() } // one that has ended needs none
 
-// tail is the end of a file, without the carriage returns of a terminal.
-func tail(file string, lines int) string {
-	text, err := os.ReadFile(file)
-	if err != nil {
-		return err.Error()
+// stackTime is how long a kernel that reported a fault runs on, to write the
+// stack that belongs to the report.
+const stackTime = 5 * time.Second
+
+// killWhenFaulty ends a machine whose kernel reports a fault: it would stand
+// still until the time for the whole run is over.
+func (p *process) killWhenFaulty(con *console) {
+	select {
+	case <-p.done:
+		return
+	case <-con.faulty:
 	}
-	all := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(text), "\r", "")), "\n")
-	return strings.Join(all[max(0, len(all)-lines):], "\n")
+	select {
+	case <-p.done:
+	case <-time.After(stackTime):
+		p.kill()
+	}
 }

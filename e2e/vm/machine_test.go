@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // misbehaving is a machine whose program ends as told, with only the modules
@@ -28,19 +29,25 @@ func misbehaving(t *testing.T, how string, modules ...string) *Machine {
 // TestEndings shows that whatever goes wrong in a machine is reported as what
 // it is, and that no machine stays behind.
 func TestEndings(t *testing.T) {
+	t.Parallel()
 	t.Run("exit code", func(t *testing.T) {
 		var output bytes.Buffer
-		exit, err := misbehaving(t, "exit").Run(t.Context(), func() {}, &output)
-		if exit != 7 || err != nil || output.String() != "about to exit\n" {
-			t.Errorf("code %d, error %v, output %q", exit, err, &output)
+		e, err := misbehaving(t, "exit").Run(t.Context(), func() {}, &output)
+		if e.Exit != 7 || err != nil || output.String() != "about to exit\n" || e.CPU < time.Second {
+			t.Errorf("%+v, error %v, output %q", e, err, &output)
 		}
 	})
-	t.Run("kernel panic", func(t *testing.T) {
-		_, err := misbehaving(t, "panic").Run(t.Context(), func() {}, &bytes.Buffer{})
-		if !errors.Is(err, errCut) || !strings.Contains(err.Error(), "sysrq triggered crash") {
-			t.Errorf("the error is %v", err)
-		}
-	})
+	for how, report := range map[string]string{
+		"panic": "Kernel panic - not syncing: sysrq triggered crash",
+		"stall": "rcu: INFO: rcu_sched self-detected stall on CPU",
+	} {
+		t.Run("kernel "+how, func(t *testing.T) {
+			_, err := misbehaving(t, how).Run(t.Context(), func() {}, &bytes.Buffer{})
+			if !errors.Is(err, errFault) || !strings.Contains(err.Error(), report) {
+				t.Errorf("the error is %v", err)
+			}
+		})
+	}
 	t.Run("hang", func(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		late := errors.New("too late")

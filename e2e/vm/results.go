@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,6 +19,8 @@ type results struct {
 	changed *sync.Cond // over mu
 	root    *result
 	byName  map[string]*result // full name -> test
+	// stream gets the lines of `go test -v` as they come; nil for nobody.
+	stream io.Writer
 }
 
 // result is one test inside the machine; all fields are guarded by results.mu.
@@ -28,6 +31,7 @@ type result struct {
 	action   string // "pass", "fail" or "skip" once the test has ended
 	elapsed  time.Duration
 	ended    bool // nothing will follow, whether or not there is an action
+	paused   bool // waits for its turn among parallel tests
 	shown    bool // next has returned it
 }
 
@@ -73,11 +77,22 @@ func (r *results) take(e testEvent) {
 		if !isFrame(e.Output) {
 			t.output.WriteString(e.Output)
 		}
+		r.show(e.Output)
+	case "pause", "cont":
+		t.paused = e.Action == "pause"
 	case "pass", "fail", "skip":
 		t.action, t.ended = e.Action, true
 		t.elapsed = time.Duration(e.Elapsed * float64(time.Second))
 	}
 	r.changed.Broadcast()
+}
+
+// show streams a line, without those by which the testing package says whose
+// the next lines are. An error to write costs a line on the screen.
+func (r *results) show(line string) {
+	if r.stream != nil && !strings.HasPrefix(line, "=== PAUSE") && !strings.HasPrefix(line, "=== CONT") && !strings.HasPrefix(line, "=== NAME") {
+		_, _ = io.WriteString(r.stream, line)
+	}
 }
 
 // isFrame tells whether a line is the testing package's own, which says what
@@ -124,6 +139,23 @@ func (r *results) end() {
 	r.changed.Broadcast()
 }
 
+// cut returns the names of the tests that were at work when the results ended,
+// without those whose subtests were, and without those that waited.
+func (r *results) cut() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var names []string
+	for name, t := range r.byName {
+		if t.action == "" && !t.paused && !slices.ContainsFunc(t.children, (*result).isOpen) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+func (t *result) isOpen() bool { return t.action == "" }
+
 // next waits for a subtest of t that has something to show, an end or subtests
 // of its own, and returns each once; nil when there will be none. Parallel
 // tests come in the order in which they end.
@@ -157,7 +189,7 @@ func (r *results) mirror(outer *testing.T, t *result) {
 		outer.Run(c.name, func(inner *testing.T) { r.mirror(inner, c) })
 	}
 	action, output, elapsed := r.snapshot(t)
-	if output = strings.TrimRight(output, "\n"); output != "" {
+	if output = strings.TrimRight(output, "\n"); output != "" && (r.stream == nil || action == "fail") {
 		outer.Logf("in the machine, after %v:\n%s", elapsed, output)
 	}
 	switch action {

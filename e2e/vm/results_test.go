@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -65,6 +66,35 @@ func TestResults(t *testing.T) {
 	}
 	if err := newResults().read(strings.NewReader(`{"Action":`)); err == nil {
 		t.Error("a stream that is cut is accepted")
+	}
+}
+
+// TestRunningTestsAreNamed wants the innermost of the tests that a machine's end
+// cut, and none that waited for its turn.
+func TestRunningTestsAreNamed(t *testing.T) {
+	r := newResults()
+	var streamed strings.Builder
+	r.stream = &streamed
+	const events = `{"Action":"run","Test":"TestA"}
+{"Action":"run","Test":"TestA/x"}
+{"Action":"output","Test":"TestA/x","Output":"=== RUN   TestA/x\n"}
+{"Action":"output","Test":"TestA/x","Output":"=== PAUSE TestA/x\n"}
+{"Action":"pause","Test":"TestA/x"}
+{"Action":"run","Test":"TestA/y"}
+{"Action":"pause","Test":"TestA/y"}
+{"Action":"cont","Test":"TestA/y"}
+{"Action":"output","Test":"TestA/y","Output":"    a_test.go:3: hi\n"}
+{"Action":"run","Test":"TestA/z"}
+{"Action":"pass","Test":"TestA/z"}
+`
+	if err := r.read(strings.NewReader(events)); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.cut(); !slices.Equal(got, []string{"TestA/y"}) {
+		t.Errorf("cut: %q", got)
+	}
+	if want := "=== RUN   TestA/x\n    a_test.go:3: hi\n"; streamed.String() != want {
+		t.Errorf("streamed %q", &streamed)
 	}
 }
 

@@ -69,8 +69,8 @@ func follow(ctx context.Context, t *testing.T, m *Machine) {
 		t.Fatal(err)
 	}
 	type ending struct {
-		exit int
-		err  error
+		Ending
+		err error
 	}
 	ended := make(chan ending, 1)
 	began := time.Now()
@@ -78,20 +78,24 @@ func follow(ctx context.Context, t *testing.T, m *Machine) {
 	go func() {
 		defer in.Close()
 		var e ending
-		e.exit, e.err = m.Run(ctx, func() { boot = time.Since(began) }, in)
+		e.Ending, e.err = m.Run(ctx, func() { boot = time.Since(began) }, in)
 		ended <- e
 	}()
 	all := newResults()
+	if testing.Verbose() {
+		all.stream = t.Output()
+	}
 	read := make(chan error, 1)
 	go func() { read <- all.read(out) }()
 	all.mirror(t, all.root)
 	e := <-ended
-	t.Logf("kernel %s: the tests began after %v and ended after %v", m.Kernel.Release, boot.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	t.Logf("kernel %s: the tests began after %v and ended after %v; qemu took %v of processor time", m.Kernel.Release,
+		boot.Round(time.Millisecond), time.Since(began).Round(time.Millisecond), e.CPU.Round(time.Millisecond))
 	switch {
 	case e.err != nil:
-		t.Error(e.err)
-	case e.exit != 0 && !t.Failed():
-		t.Errorf("the test binary ended with exit code %d", e.exit)
+		t.Errorf("tests that were running: %q\n%v", all.cut(), e.err)
+	case e.Exit != 0 && !t.Failed():
+		t.Errorf("the test binary ended with exit code %d", e.Exit)
 	}
 	if err := <-read; err != nil {
 		t.Error(err)

@@ -15,9 +15,16 @@ func main() {
 	case "exit":
 		os.Exit(7)
 	case "panic": // of the kernel
-		if err := os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0); err != nil {
-			fmt.Println(err)
-		}
-		select {}
+		tell("/proc/sysrq-trigger", "c")
+	case "stall": // as the kernel reports it
+		tell("/dev/kmsg", "<3>rcu: INFO: rcu_sched self-detected stall on CPU")
 	}
+}
+
+// tell writes to a file of the kernel and waits for the end of the machine.
+func tell(file, text string) {
+	if err := os.WriteFile(file, []byte(text), 0); err != nil {
+		fmt.Println(err)
+	}
+	select {}
 }
