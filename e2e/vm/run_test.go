@@ -30,14 +30,16 @@ type guestTest struct {
 	skip string
 }
 
-// run runs the tests in a machine of their own, as subtests of t.
+// run runs the tests in a machine of their own, as subtests of t. A machine
+// keeps one processor busy, so others run beside it.
 func (g guestTest) run(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	kernel := fetchKernel(t)
 	dir := t.TempDir()
 	m := &Machine{
 		Kernel: kernel, Guest: filepath.Join(dir, "guest"), Program: filepath.Join(dir, "tests"),
-		Tools: g.tools, CPUs: 2, MiB: 3072, Modules: CommonModules, Accel: os.Getenv("SIGNALBOX_VM_ACCEL"),
+		Tools: g.tools, CPUs: 1, MiB: 3072, Modules: CommonModules, Accel: os.Getenv("SIGNALBOX_VM_ACCEL"),
 		Env: []string{"SIGNALBOX_VM_RELEASE=" + kernel.Release},
 	}
 	end := time.Now().Add(limit)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -123,8 +124,20 @@ func exchange(addr unix.Sockaddr) error {
 	return nil
 }
 
+// ownNamespace moves the rest of a test, but not its subtests, into a network
+// namespace that ends with it: hooks and rules that stay change other tests.
+func ownNamespace(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread() // for good: the thread ends with the goroutine
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestIPVS makes a virtual server with each scheduler of the kernel.
 func TestIPVS(t *testing.T) {
+	ownNamespace(t)
+	servers := fmt.Sprintf("/proc/self/task/%d/net/ip_vs", unix.Gettid())
 	if _, err := netlink.GenlFamilyGet("IPVS"); err != nil {
 		t.Errorf("generic netlink family IPVS: %v", err)
 	}
@@ -139,7 +152,7 @@ func TestIPVS(t *testing.T) {
 			if err := addVirtualServer(fd, port, scheduler); err != nil {
 				t.Fatal(err)
 			}
-			table, err := os.ReadFile("/proc/net/ip_vs")
+			table, err := os.ReadFile(servers)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -232,6 +245,7 @@ func TestIPTables(t *testing.T) {
 	for _, kind := range []string{"nft", "legacy"} {
 		for program, addr := range map[string]string{"iptables": "10.0.0.1", "ip6tables": "fd00::1"} {
 			t.Run(program+"-"+kind, func(t *testing.T) {
+				ownNamespace(t)
 				command := program + "-" + kind
 				load := exec.Command(command+"-restore", "--noflush", "-w", "5")
 				load.Stdin = strings.NewReader(fmt.Sprintf(tables, addr, at(addr)))
