@@ -9,7 +9,13 @@
 // dependencies, and the programs that the tests call. It has no disk and no
 // network; the results come over its second serial line.
 //
-// Machines run beside each other, as many as the host has processors.
+// # What runs
+//
+// `make vm` runs what only a machine can prove: the IPVS mode and its contract,
+// SCTP in every mode, and for the modes that speak nf_tables one scenario of each
+// kind on an older kernel. `make soak` runs
+// every mode against the whole contract. Machines run beside each other, as many
+// as the host has processors.
 //
 // The parts of -run below a test of this package choose the tests inside:
 //

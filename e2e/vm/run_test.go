@@ -26,8 +26,9 @@ type guestTest struct {
 	// dir is where `go test -c` runs, and pkg what it compiles, with tags.
 	dir, pkg, tags string
 	tools          []string
-	// skip is a pattern of tests that run only where -run names some.
-	skip string
+	// only and skip are patterns for -run and -skip, where those given to this
+	// test say nothing about the tests inside.
+	only, skip string
 }
 
 // run runs the tests in a machine of their own, as subtests of t. A machine
@@ -46,7 +47,7 @@ func (g guestTest) run(t *testing.T) {
 	if d, ok := t.Deadline(); ok && d.Before(end) {
 		end = d.Add(-grace)
 	}
-	m.Args = append([]string{"-test.v=test2json", fmt.Sprintf("-test.timeout=%v", time.Until(end)-grace)}, choice(t.Name(), g.skip)...)
+	m.Args = append([]string{"-test.v=test2json", fmt.Sprintf("-test.timeout=%v", time.Until(end)-grace)}, g.choice(t.Name())...)
 	goBuild(t, ".", "build", "-o", m.Guest, "./guest")
 	goBuild(t, g.dir, "test", "-c", "-tags", g.tags, "-o", m.Program, g.pkg)
 	ctx, cancel := context.WithDeadlineCause(ctx, end, fmt.Errorf("its time of %v was over", limit))
@@ -111,14 +112,17 @@ func follow(ctx context.Context, t *testing.T, m *Machine) {
 }
 
 // choice passes on what the parts of -run and -skip below a test choose.
-func choice(test, skip string) []string {
+func (g guestTest) choice(test string) []string {
 	args := []string{"-test.parallel=4"} // much of the contract is waiting
+	only, skip := g.only, g.skip
 	if rest, none := inside(flag.Lookup("test.run").Value.String(), test); !none && rest != "" {
-		args = append(args, "-test.run="+rest)
-		skip = ""
+		only, skip = rest, ""
 	}
 	if rest, none := inside(flag.Lookup("test.skip").Value.String(), test); !none && rest != "" {
 		skip = rest
+	}
+	if only != "" {
+		args = append(args, "-test.run="+only)
 	}
 	if skip != "" {
 		args = append(args, "-test.skip="+skip)
