@@ -9,8 +9,9 @@ import (
 
 // faults are the beginnings of the reports in which a kernel says that it is
 // broken or stands still. After each comes the stack of what it was doing. A
-// line may start with a time in brackets.
-var faults = regexp.MustCompile(`^(\[[ .0-9]+\] )?(` + strings.Join([]string{
+// report begins its line, or follows its time in the middle of what a program
+// is writing.
+var faults = regexp.MustCompile(`(^|\[ *[0-9]+\.[0-9]+\] )(` + strings.Join([]string{
 	`rcu: INFO: .* stall`,        // "rcu_sched self-detected stall on CPU", "rcu_sched detected expedited stalls on CPUs/tasks"
 	`watchdog: BUG: `,            // "soft lockup - CPU#0 stuck for 22s!"
 	`INFO: task .* blocked for `, // "INFO: task kworker/u4:2:43 blocked for more than 120 seconds."

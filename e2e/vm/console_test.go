@@ -54,6 +54,7 @@ func TestFaults(t *testing.T) {
 		"rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:":                                                true,
 		"[  297.137821] rcu: INFO: rcu_sched detected expedited stalls on CPUs/tasks: { 1-.... }":              true,
 		"[   44.060013] watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [kworker/u4:1:12]":                   true,
+		"guest: starting /prog[    3.839277] rcu: INFO: rcu_sched self-detected stall on CPU":                  true,
 		"[  242.771218] INFO: task kworker/u4:2:43 blocked for more than 120 seconds.":                         true,
 		"[    9.133071] BUG: unable to handle page fault for address: ffffffffc0a01000":                        true,
 		"[    9.133071] kernel BUG at net/core/skbuff.c:112!":                                                  true,

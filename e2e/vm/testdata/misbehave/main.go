@@ -5,13 +5,14 @@ package main
 import (
 	"fmt"
 	"os"
+	"time"
 )
 
 func main() {
 	fmt.Println("about to", os.Args[1])
 	switch os.Args[1] {
 	case "hang":
-		select {}
+		hang()
 	case "exit":
 		os.Exit(7)
 	case "panic": // of the kernel
@@ -26,5 +27,12 @@ func tell(file, text string) {
 	if err := os.WriteFile(file, []byte(text), 0); err != nil {
 		fmt.Println(err)
 	}
-	select {}
+	hang()
+}
+
+// hang is no select without cases, which ends a program without other goroutines.
+func hang() {
+	for {
+		time.Sleep(time.Hour)
+	}
 }
