@@ -55,7 +55,7 @@ e2e-kind: ## the DaemonSet on nodes of kind, or of the cluster that KUBECONFIG n
 	VERSION=$(VERSION) e2e/kind/run.sh
 
 .PHONY: vm
-vm: PACKAGES += qemu-system-x86
+vm: PACKAGES += qemu-system-x86 ipset
 vm: deps ## Debian's kernel in QEMU, for what needs it: IPVS, SCTP, and an older nf_tables
 	cd e2e && $(GO) test -v -timeout 40m -skip '^TestLab$$' ./vm
 
@@ -63,7 +63,7 @@ vm: deps ## Debian's kernel in QEMU, for what needs it: IPVS, SCTP, and an older
 SOAK ?= 20
 
 .PHONY: soak
-soak: PACKAGES += qemu-system-x86
+soak: PACKAGES += qemu-system-x86 ipset
 soak: deps build ## for hours: the tests of traffic again and again, to find what fails once in many runs
 	$(GO) test -count $(SOAK) -timeout 24h ./proxier/proxiertest
 	cd e2e && $(GO) test -count $(SOAK) -timeout 24h -run '^(TestTakeover|TestKubeProxyLingers|TestKilledInAStorm|TestUpgrade|TestProxyRestart)$$' .

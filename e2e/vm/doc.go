@@ -12,8 +12,8 @@
 // # What runs
 //
 // `make vm` runs what only a machine can prove: the IPVS mode and its contract,
-// SCTP in every mode, and for the modes that speak nf_tables one scenario of each
-// kind on an older kernel. `make soak` runs
+// SCTP in every mode, the real kube-proxy in ipvs mode, and for the modes that
+// speak nf_tables one scenario of each kind on an older kernel. `make soak` runs
 // every mode against the whole contract. Machines run beside each other, as many
 // as the host has processors.
 //

@@ -179,6 +179,7 @@ func (m *Machine) writeInitramfs(ctx context.Context, file string) error {
 		return err
 	}
 	t.text(spec.File, text)
+	t.text("/etc/protocols", []byte("tcp 6 TCP\nudp 17 UDP\nsctp 132 SCTP\n")) // ipset knows no protocol without it
 	t.file("/init", m.Guest)
 	t.file(s.Program, m.Program)
 	t.device("/dev/console", 5, 1)

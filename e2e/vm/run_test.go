@@ -26,6 +26,9 @@ type guestTest struct {
 	// dir is where `go test -c` runs, and pkg what it compiles, with tags.
 	dir, pkg, tags string
 	tools          []string
+	// programs are more tools: the path of each goes into a variable of the
+	// environment.
+	programs map[string]string
 	// only and skip are patterns for -run and -skip, where those given to this
 	// test say nothing about the tests inside.
 	only, skip string
@@ -42,6 +45,9 @@ func (g guestTest) run(t *testing.T) {
 		Kernel: kernel, Guest: filepath.Join(dir, "guest"), Program: filepath.Join(dir, "tests"),
 		Tools: g.tools, CPUs: 1, MiB: 3072, Modules: CommonModules, Accel: os.Getenv("SIGNALBOX_VM_ACCEL"),
 		Env: []string{"SIGNALBOX_VM_RELEASE=" + kernel.Release},
+	}
+	for variable, path := range g.programs {
+		m.Tools, m.Env = append(m.Tools, path), append(m.Env, variable+"="+path)
 	}
 	end := time.Now().Add(limit)
 	if d, ok := t.Deadline(); ok && d.Before(end) {
