@@ -35,8 +35,7 @@ type exchange struct {
 	failed []string
 	resent map[string]int // by servers, when the step began
 	moved  chan struct{}  // closed and replaced with every success
-	// relayEnds says that a relay is being replaced. It chose the endpoints of
-	// the UDP flows through it, and they are chosen anew without it.
+	// relayEnds is step.relayEnds of the next step.
 	relayEnds bool
 }
 
@@ -47,6 +46,11 @@ type step struct {
 	began time.Time
 	made  map[string]int // new TCP connections that went well, by way
 	again sentAgain
+	// relayEnds: kube-proxy replaces a relay. Endpoints of UDP flows are chosen
+	// anew, and a datagram without an answer is asked again, once: kube-proxy
+	// removes the relay's conntrack entries, and an answer on its way is lost.
+	relayEnds  bool
+	askedAgain map[string]int // by way
 }
 
 // sentAgain counts packets that were lost and sent again. The sender's kernel
@@ -179,6 +183,7 @@ func (e *exchange) now() moment {
 type stream struct {
 	*netlab.Conn
 	way   way
+	udp   bool
 	again int // what was sent again until now
 }
 
@@ -186,6 +191,10 @@ type stream struct {
 // measure of speed: a packet that is lost is counted when it is sent again, and
 // without load or with it the next try of TCP comes after a second.
 const givenUp = time.Minute
+
+// answersAgain is how soon a datagram has an answer in a step in which a relay
+// ends, and how soon after it was asked again.
+const answersAgain = time.Second
 
 // open opens a connection on the way.
 func (e *exchange) open(w way, network string, port uint16) (*stream, error) {
@@ -197,7 +206,7 @@ func (e *exchange) open(w way, network string, port uint16) (*stream, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &stream{Conn: c, way: w}
+	s := &stream{Conn: c, way: w, udp: network == "udp"}
 	if err := e.count(begun, "SYN", s); err != nil {
 		c.Close()
 		return nil, err
@@ -208,10 +217,39 @@ func (e *exchange) open(w way, network string, port uint16) (*stream, error) {
 // answer asks on a connection.
 func (e *exchange) answer(s *stream) (netlab.Answer, error) {
 	begun := e.now()
+	if begun.step.relayEnds && s.udp && !s.way.control {
+		a, err := e.askSoon(s)
+		if netlab.OutcomeOf(err) != netlab.Silent {
+			return a, err
+		}
+		e.mu.Lock()
+		begun.step.askedAgain[s.way.name]++
+		e.mu.Unlock()
+		if a, err = e.askSoon(s); err != nil {
+			err = fmt.Errorf("asked again: %w", err)
+		}
+		return a, err
+	}
 	ctx, cancel := context.WithTimeout(e.Context(), givenUp)
 	defer cancel()
 	a, err := s.Ask(ctx)
 	return a, errors.Join(err, e.count(begun, "question", s))
+}
+
+// askSoon asks, and gives the question up when a later one, which passes by the
+// node, has been answered: on a machine that stalls a second proves nothing.
+func (e *exchange) askSoon(s *stream) (netlab.Answer, error) {
+	ctx, cancel := context.WithTimeout(e.Context(), givenUp)
+	defer cancel()
+	later := time.AfterFunc(answersAgain, func() {
+		v6 := s.way.udp.Addr().Is6()
+		target := netip.AddrPortFrom(addrOf(e.lab.Host(controlServer), v6), netlab.ControlPort)
+		if _, err := e.lab.Host("client2").Ask(ctx, "udp", netip.AddrPort{}, target); err == nil {
+			cancel()
+		}
+	})
+	defer later.Stop()
+	return s.Ask(ctx)
 }
 
 // count notes what has been sent again on a connection since it was last looked
@@ -308,7 +346,7 @@ func (e *exchange) converse(kind string, c *stream, end time.Time) {
 		begun := e.now()
 		a, err := e.answer(c)
 		if err == nil && server != "" && a.Server != server {
-			err = e.hasMoved(kind, a.Server, server)
+			err = e.hasMoved(begun, c, a.Server, server)
 		}
 		server = a.Server
 		e.note(kind, c.way, begun, err)
@@ -319,17 +357,17 @@ func (e *exchange) converse(kind string, c *stream, end time.Time) {
 }
 
 // hasMoved is what is wrong with another endpoint answering on a stream.
-func (e *exchange) hasMoved(kind, now, before string) error {
+func (e *exchange) hasMoved(begun moment, c *stream, now, before string) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if strings.Contains(kind, "udp") && e.relayEnds {
+	if c.udp && begun.step.relayEnds {
 		e.counts["UDP flows that got another endpoint"]++
 		return nil
 	}
 	return fmt.Errorf("answered by %s, before by %s", now, before)
 }
 
-// losesRelay notes that a relay is replaced from now on.
+// losesRelay notes that kube-proxy replaces a relay in the next step.
 func (e *exchange) losesRelay() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -382,8 +420,11 @@ func (e *exchange) next(name string) *step {
 			}
 		}
 	}
-	s := &step{name: name, began: time.Now(), made: map[string]int{}, again: sentAgain{service: map[string]int{}, control: map[string]int{}}}
-	e.steps, e.resent = append(e.steps, s), resent
+	s := &step{
+		name: name, began: time.Now(), made: map[string]int{}, again: sentAgain{service: map[string]int{}, control: map[string]int{}},
+		relayEnds: e.relayEnds, askedAgain: map[string]int{},
+	}
+	e.steps, e.resent, e.relayEnds = append(e.steps, s), resent, false
 	return s
 }
 
@@ -513,6 +554,9 @@ func (e *exchange) faults() []string {
 		service, control := sum(s.again.service), sum(s.again.control)
 		if service+control > 0 {
 			e.Logf("%s: sent again to the Service %v, on the control ways %v", s.name, s.again.service, s.again.control)
+		}
+		if s.relayEnds {
+			e.Logf("%s: %d datagrams were asked again: %v", s.name, sum(s.askedAgain), s.askedAgain)
 		}
 		if service > explained*control {
 			faults = append(faults, fmt.Sprintf("during %s: %d packets were lost and sent again, and %d where there is no Service: %v",

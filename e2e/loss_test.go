@@ -135,3 +135,44 @@ func (s *site) nft(commands string) string {
 	}))
 	return string(out)
 }
+
+// TestExchangeWhenARelayEnds has a node lose datagrams in a step in which
+// kube-proxy replaces a relay. One is asked again; what is lost for longer, and
+// what is not UDP, is a fault as ever.
+func TestExchangeWhenARelayEnds(t *testing.T) {
+	const one = "limit rate 1/day burst 1 packets counter name lost drop"
+	for _, c := range []struct {
+		loss
+		asked int // again, at least
+	}{
+		{loss{"a datagram", "ip6 daddr " + balancerIPs.V6.String() + " udp dport 80 " + one, 1, ""}, 1},
+		{loss{"an answer", "udp sport 8080 " + one, 1, ""}, 1},
+		{loss{"datagrams without end", "udp dport PORTS counter name lost drop", 200, "asked again: "}, 1},
+		{loss{"a refused datagram", "udp dport PORTS limit rate 1/day burst 1 packets counter name lost reject", 1, "connection refused"}, 0},
+		{loss{"a SYN", "ip daddr " + balancerIPs.V4.String() + " tcp dport 80 tcp flags & (syn | ack) == syn " + one, 1, `1 packets were lost .*SYN, load-balancer IP IPv4`}, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s, svc, e := calmExchange(t)
+			e.losesRelay()
+			e.does("the end of the relay", func() {
+				s.loses(c.loss, svc)
+				s.eventually("the loss", func() error {
+					if n := s.lost(); n < c.least {
+						return fmt.Errorf("%d packets lost", n)
+					}
+					return nil
+				})
+				s.nft("delete table inet lossy")
+			})
+			end := e.now().step
+			faults := strings.Join(e.faults(), "\n")
+			asked := sum(end.askedAgain)
+			switch {
+			case c.fault == "" && (faults != "" || asked != c.asked):
+				t.Errorf("%d datagrams were asked again, and there are faults: %.2000q", asked, faults)
+			case asked < c.asked || !regexp.MustCompile(c.fault).MatchString(faults):
+				t.Errorf("%d datagrams were asked again; no fault is %q: %.2000q", asked, c.fault, faults)
+			}
+		})
+	}
+}
