@@ -229,10 +229,11 @@ func (g *generation) loopOptions() proxier.LoopOptions {
 }
 
 // noteSync says when a family is first served, and tells what waits for that;
-// each later sync is logged at debug level.
+// each later sync is logged at debug level. A Service in quarantine does not keep
+// the node from serving all others.
 func (g *generation) noteSync(r proxier.SyncReport) {
 	level := slog.LevelDebug
-	if r.Err == nil && r.All && g.served.note(r.Family) {
+	if r.Current && g.served.note(r.Family) {
 		level = slog.LevelInfo
 	}
 	g.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,

@@ -96,7 +96,7 @@ func newOwn(r factory) own {
 			kernelBuckets, ipFamily),
 		repaired: r.counter(signalbox, "drift_repaired_total", "How often the kernel's state had become unknown, or was not what had been written, and everything was written anew.",
 			ipFamily),
-		setAside: r.gauge(signalbox, "service_ports_set_aside", "Service ports whose rules the kernel refuses; what was served there before still is.",
+		setAside: r.gauge(signalbox, "service_ports_set_aside", "Service ports in quarantine: the kernel refuses their rules, and what was served there before still is; or their Service is too large.",
 			ipFamily),
 		servicePorts: r.gauge(signalbox, "service_ports", "Service ports that are served.", ipFamily),
 		endpoints:    r.gauge(signalbox, "endpoints", "Endpoints that answer, counted for each Service port that they serve.", ipFamily),

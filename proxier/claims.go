@@ -3,6 +3,8 @@ package proxier
 import (
 	"cmp"
 	"slices"
+
+	"signalbox/internal/compact"
 )
 
 // claims says which Service port serves each frontend of a Plan. Two can claim
@@ -12,6 +14,8 @@ import (
 type claims struct {
 	owners map[FrontendKey]claim    // frontend -> who serves it
 	losers map[FrontendKey][]*claim // frontend -> who else claims it, best first; few frontends have any
+	// See compact.Map.
+	mostOwners, mostLosers int
 }
 
 // claim is a Service port's wish to serve one frontend.
@@ -28,7 +32,7 @@ type wish struct {
 }
 
 func newClaims() claims {
-	return claims{map[FrontendKey]claim{}, map[FrontendKey][]*claim{}}
+	return claims{owners: map[FrontendKey]claim{}, losers: map[FrontendKey][]*claim{}}
 }
 
 // compare puts the better claim first. Cluster IPs are given out by the API
@@ -65,6 +69,7 @@ func (c *claims) exchange(name ServiceName, before, after []wish) (affected []Se
 	for _, w := range after {
 		c.enter(w)
 	}
+	c.owners, c.losers = compact.Map(c.owners, &c.mostOwners), compact.Map(c.losers, &c.mostLosers)
 	for key, previous := range was {
 		now := c.owners[key].by
 		if now == previous {

@@ -10,9 +10,9 @@
 // reject or drop) is decided in the resolver; a Proxier only reads frontends
 // and endpoint sets.
 //
-// What a mode refuses stays due. The Service ports to blame are set aside so
-// that the others go in, and no search for them takes away what this process
-// got into the kernel, unless the kernel will not take that again.
+// A Service that the kernel refuses is quarantined, and its rules are tried again.
+// The search for it takes turns with new changes, and takes away nothing that this
+// process got into the kernel, unless the kernel will not take that again.
 //
 // Nothing in this package talks to a kernel or to an API server.
 package proxier

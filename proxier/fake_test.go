@@ -36,12 +36,12 @@ func (f *fakeProxier) setRefuse(refuse func(*Plan, Change) error) {
 }
 
 func (f *fakeProxier) Sync(ctx context.Context, plan *Plan, change Change) (err error) {
+	if f.takes > 0 {
+		time.Sleep(f.takes) // not under the lock: to wait for a lock stops the clock of a synctest bubble
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	defer func() { f.calls = append(f.calls, call{time.Now(), change, err}) }()
-	if f.takes > 0 {
-		time.Sleep(f.takes)
-	}
 	wasLost := f.lost
 	if f.kernel == nil || wasLost {
 		if !change.All {

@@ -12,8 +12,8 @@ import (
 )
 
 // familyLoop brings one family's kernel state to its plan. What fails stays
-// due; a Service port that alone makes a sync fail is set aside so that the
-// others go in.
+// due. A Service that the kernel refuses is quarantined; finding it takes turns,
+// and each turn writes the other changes first.
 type familyLoop struct {
 	family  Family
 	proxier Proxier
@@ -24,9 +24,14 @@ type familyLoop struct {
 	all bool // the kernel's state is unknown
 	// allFailed counts the tries in a row to write everything that failed.
 	allFailed int
-	// aside holds the Service ports that the mode refused. They are left out
-	// of syncs until they change or are due again.
-	aside   map[ServicePortName]refusal
+	// suspects are groups of changes that failed together; the last is next.
+	suspects [][]ServicePortName
+	// proven says that the kernel took something since the search began: its
+	// state is not to blame for a failure.
+	proven  bool
+	accused int       // suspects that failed alone since the search began
+	doubted time.Time // when everything was last written anew to find out
+	refusals
 	retryAt time.Time // zero: nothing is due
 	backoff time.Duration
 
@@ -38,19 +43,13 @@ type familyLoop struct {
 	written  bool // everything was written at least once
 	asked    bool // all is set because the Loop was asked to, not after a failure
 	repaired bool // in this sync; see SyncReport
+	wroteAll bool // in this sync, or it was tried
+	more     bool // after this sync the next one is due at once
+	current  bool // see SyncReport
 	// since is when the oldest update came in that is not in the kernel;
 	// triggers are what the slices among them tell.
 	since    time.Time
 	triggers []time.Time
-}
-
-// refusal is a mode's answer to one Service port alone.
-type refusal struct {
-	port *ServicePort // what was refused; nil for its removal
-	err  error
-	// proven says that others went in at the same time, so that the fault is
-	// in this Service port and not in the kernel's state.
-	proven bool
 }
 
 const (
@@ -61,136 +60,197 @@ const (
 	patience = 3
 )
 
-func newFamilyLoop(family Family, p Proxier, opts *LoopOptions, says sayings) *familyLoop {
+func newFamilyLoop(family Family, p Proxier, opts *LoopOptions, says sayings, quarantined map[ServiceName]int) *familyLoop {
 	return &familyLoop{
 		family: family, proxier: p, planner: newPlanner(family), opts: opts,
 		log: opts.Logger.With("family", family.String()),
-		all: true, aside: map[ServicePortName]refusal{}, said: map[ServicePortName]Problem{}, says: says,
+		all: true, refusals: newRefusals(quarantined), said: map[ServicePortName]Problem{}, says: says,
 	}
 }
 
-// sync writes what changed, what failed before and is due, or everything, and
-// says whether there was anything to write. Unless it is urgent, a family
-// whose kernel state is unknown waits for its next try however much changes in
-// between.
+// sync takes one turn: it writes what changed, what failed before and is due,
+// or everything, and says whether there was anything to write. Unless it is
+// urgent, a family whose kernel state is unknown waits for its next try however
+// much changes in between.
 func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 	due := urgent || f.retryAt.IsZero() || !time.Now().Before(f.retryAt)
 	if f.all && !due {
 		return false, nil
 	}
-	names := f.pending(due)
-	if !f.all && !f.planner.node && len(names) == 0 {
-		if due {
-			f.retryAt, f.backoff = time.Time{}, 0
-		}
+	f.prune()
+	b := f.backlog()
+	retry := due && len(f.refused) > 0
+	if !f.all && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
+		f.schedule(due, false)
 		f.since, f.triggers = time.Time{}, nil // these changed nothing that counts
+		f.rest()
 		return false, nil
 	}
-	report := SyncReport{Family: f.family, Services: len(names), All: f.all}
+	report := SyncReport{Family: f.family, Services: f.count(b)}
 	if f.all {
 		report.Services = len(f.planner.plan.Services)
 	}
 	began := time.Now()
-	err = f.write(ctx, names)
-	f.schedule(due, err)
+	err = f.turn(ctx, b, due, retry)
 	report.Took, report.Err = time.Since(began), err
 	f.report(report)
 	return true, err
 }
 
-// pending returns the Service ports to write, sorted: those that changed, and
-// of those set aside the ones that are due or are not what was refused.
-func (f *familyLoop) pending(due bool) []ServicePortName {
-	p := f.planner
-	maps.DeleteFunc(f.aside, func(name ServicePortName, _ refusal) bool {
-		_, changed := p.changed[name]
-		return !changed
-	})
-	names := make([]ServicePortName, 0, len(p.changed))
-	for name := range p.changed {
-		if r, refused := f.aside[name]; !refused || due || r.port != p.plan.Services[name] {
-			names = append(names, name)
+// count is how many Service ports a turn is about.
+func (f *familyLoop) count(b backlog) int {
+	n := len(b.small)
+	for _, groups := range [][][]ServicePortName{b.slices, b.altered, f.suspects} {
+		for _, group := range groups {
+			n += len(group)
 		}
 	}
-	slices.SortFunc(names, ServicePortName.Compare)
-	return names
+	return n
+}
+
+// turn writes everything where that is due, then the small changes together,
+// then some of the rest. The order matters: nobody waits for a search or for a
+// large Service.
+func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error {
+	f.wroteAll, f.searchesPorts = false, false
+	if len(f.suspects) == 0 {
+		f.proven, f.accused = false, 0
+	}
+	if f.all {
+		if err := f.writeAll(ctx); err != nil {
+			f.schedule(due, false)
+			return err
+		}
+		b = f.backlog()
+	}
+	if err := f.writeSmall(ctx, b.small); err != nil {
+		f.schedule(due, false)
+		return err
+	}
+	if retry && len(f.retries) == 0 {
+		f.retries = [][]ServicePortName{slices.SortedFunc(maps.Keys(f.refused), ServicePortName.Compare)}
+	}
+	a, progress := newAllowance(), false
+	f.writeGroups(ctx, a, b.slices[:min(1, len(b.slices))])
+	f.search(ctx, a)
+	f.writeGroups(ctx, a, b.altered)
+	if retry || f.searchesPorts {
+		progress = f.retry(ctx, a)
+	}
+	err := f.takeFailures()
+	if f.all && ctx.Err() == nil { // the other Services need a known state
+		err = errors.Join(err, f.writeAll(ctx))
+	}
+	f.schedule(due, progress)
+	if ctx.Err() != nil {
+		return f.failed(ctx, ctx.Err())
+	}
+	return err
 }
 
 // schedule decides when what is left is tried again. Other Services' successes
 // and failures do not put a retry off.
-func (f *familyLoop) schedule(due bool, err error) {
+func (f *familyLoop) schedule(due, progress bool) {
 	now := time.Now()
 	switch {
-	case err == nil && !f.all && len(f.aside) == 0:
+	case !f.all && len(f.refused) == 0:
 		f.retryAt, f.backoff = time.Time{}, 0
+	case progress:
+		f.backoff, f.retryAt = firstRetry, now.Add(firstRetry)
 	case due:
 		f.backoff = min(max(firstRetry, 2*f.backoff), f.opts.RetryPeriod)
 		f.retryAt = now.Add(f.backoff)
-	case f.all && f.retryAt.After(now.Add(firstRetry)):
+	case (f.all || f.searchesPorts) && f.retryAt.After(now.Add(firstRetry)):
 		f.retryAt = now.Add(firstRetry)
 	}
 }
 
-// write writes everything or the given Service ports and, where the mode
-// refuses that, finds out which of them it is about.
-func (f *familyLoop) write(ctx context.Context, names []ServicePortName) error {
-	proven := false
-	if f.all {
-		whole, err := f.writeAll(ctx)
-		if err != nil || whole {
-			return err
-		}
-		names, proven = f.changed(), true
-	} else {
-		err := f.try(ctx, f.planner.plan, Change{Node: f.planner.node, Services: names})
-		if err == nil {
-			f.planner.node = false
-			f.done(names)
-			return nil
-		}
-		if f.all || ctx.Err() != nil {
-			return f.failed(ctx, err)
-		}
-		f.log.Warn("sync failed, looking for the Service it fails for", "services", len(names), "error", err)
-		if f.planner.node {
-			if err := f.try(ctx, f.planner.plan, Change{Node: true}); err != nil {
-				f.all = true
-				return f.failed(ctx, err)
-			}
-			f.planner.node, proven = false, true
-		}
-	}
-	return f.isolate(ctx, names, proven)
+// rest looks at what a sync has left.
+func (f *familyLoop) rest() {
+	b := f.backlog()
+	waits := f.planner.node || len(f.suspects)+len(b.small)+len(b.altered) > 0
+	f.current = !f.all && !waits
+	f.more = !f.all && (waits || len(b.slices) > 0)
 }
 
-// writeAll writes the whole plan, or after failures what the kernel last took
-// of it: then whole is false and what changed since is still to be written.
-// Before anything was ever taken, and where even that is refused now, this is
+// writeSmall writes the changes of small Services, and of the node.
+func (f *familyLoop) writeSmall(ctx context.Context, names []ServicePortName) error {
+	p := f.planner
+	if len(names) == 0 && !p.node {
+		return nil
+	}
+	err := f.try(ctx, p.plan, Change{Node: p.node, Services: names})
+	if err == nil {
+		p.node, f.proven = false, true
+		f.done(names)
+		return nil
+	}
+	if ctx.Err() != nil {
+		return f.failed(ctx, err)
+	}
+	if p.node && !f.all {
+		if err := f.try(ctx, p.plan, Change{Node: true}); err != nil {
+			f.all = true
+			return f.failed(ctx, err)
+		}
+		p.node, f.proven = false, true
+	}
+	if len(names) > 0 {
+		f.failedTogether(names, err)
+	}
+	return nil
+}
+
+// writeAll writes the whole plan but for quarantined and suspect Service ports,
+// which stay what the kernel last took of them. After some failures it writes
+// only what the kernel took before. Where the kernel refuses even that, this is
 // no Service at all: whatever the kernel still had goes, and each Service that
 // can be served comes back at once.
-func (f *familyLoop) writeAll(ctx context.Context) (whole bool, err error) {
+func (f *familyLoop) writeAll(ctx context.Context) error {
 	p := f.planner
-	f.allFailed++ // until it has not
-	if len(f.aside) == 0 {
-		err := f.try(ctx, p.plan, Change{All: true})
-		if err == nil {
-			p.node, f.allFailed = false, 0
-			f.done(f.changed())
-			return true, nil
-		}
-		if ctx.Err() != nil || f.allFailed < patience || len(p.changed) == 0 && f.allFailed < 2*patience {
-			return false, f.failed(ctx, err)
-		}
-		f.log.Warn("writing everything failed again, looking for the Service it fails for", "services", len(p.changed), "error", err)
+	names := f.unsuspected()
+	f.wroteAll = true
+	err := f.try(ctx, p.asWritten(names), Change{All: true})
+	if err == nil {
+		f.tookAll()
+		f.done(names)
+		return nil
+	}
+	f.allFailed++
+	if ctx.Err() != nil || f.allFailed < patience || len(names) == 0 && f.allFailed < 2*patience {
+		return f.failed(ctx, err)
 	}
 	if f.allFailed >= 2*patience {
 		p.forgetKernel()
 	}
+	f.log.Warn("writing everything failed again, looking for the Service it fails for", "services", len(p.changed), "error", err)
 	if err := f.try(ctx, p.asWritten(nil), Change{All: true}); err != nil {
-		return false, f.failed(ctx, err)
+		return f.failed(ctx, err)
 	}
-	p.node, f.allFailed = false, 0
-	return false, nil
+	f.tookAll()
+	return nil
+}
+
+func (f *familyLoop) tookAll() {
+	f.planner.node, f.allFailed, f.proven = false, 0, true
+}
+
+// unsuspected returns the changes that neither failed nor were refused, sorted.
+func (f *familyLoop) unsuspected() []ServicePortName {
+	names := f.changed()
+	if len(f.suspects)+len(f.refused) == 0 {
+		return names
+	}
+	out := map[ServicePortName]struct{}{}
+	for _, group := range f.suspects {
+		for _, name := range f.closed(group) {
+			out[name] = struct{}{}
+		}
+	}
+	for _, name := range f.closed(slices.Collect(maps.Keys(f.refused))) {
+		out[name] = struct{}{}
+	}
+	return slices.DeleteFunc(names, func(name ServicePortName) bool { _, left := out[name]; return left })
 }
 
 // try runs one Sync; a panic in a mode costs that sync, not the daemon.
@@ -229,7 +289,7 @@ func (f *familyLoop) done(names []ServicePortName) {
 	owners := f.planner.flowOwners(names)
 	f.planner.written(names)
 	for _, name := range names {
-		delete(f.aside, name)
+		f.release(name)
 	}
 	if f.opts.Flows != nil && len(owners) > 0 {
 		f.opts.Flows.Clean(f.family, owners)

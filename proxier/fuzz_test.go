@@ -337,9 +337,8 @@ func touches(l *Loop, family Family, name ServicePortName, bad []string) bool {
 		if f.family != family {
 			continue
 		}
-		for _, part := range f.parts([]ServicePortName{name}) {
-			return slices.ContainsFunc(part, func(n ServicePortName) bool { return slices.Contains(bad, n.Name) })
-		}
+		together := f.closed([]ServicePortName{name})
+		return slices.ContainsFunc(together, func(n ServicePortName) bool { return slices.Contains(bad, n.Name) })
 	}
 	return false
 }

@@ -101,6 +101,14 @@ func (b *inbox) settle(held Held, done []Family) {
 	b.progress.settle(held, done)
 }
 
+// resume notes that a family's Proxier goes on with what its last sync has left.
+// Each sync of slices is progress: only one that hangs keeps the family pending.
+func (b *inbox) resume(family Family) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.progress.pending[family] = earliest(b.progress.pending[family], time.Now())
+}
+
 // delivery is what an inbox held.
 type delivery struct {
 	events []event

@@ -53,9 +53,9 @@ type SyncReport struct {
 	Took     time.Duration
 	Services int  // Service ports to write or remove
 	All      bool // everything was written anew
-	SetAside int  // Service ports that the mode refuses, in all
+	SetAside int  // Service ports in quarantine: the mode refuses them, or their Service is too large
 	// Current says that the kernel now does what the plan asks for, but for
-	// what is set aside.
+	// quarantined Services and for slices of large ones that are still to come.
 	Current bool
 	// Repaired says that the kernel's state had become unknown, or was not
 	// what had been written, and that everything was written anew.
@@ -109,11 +109,11 @@ func NewLoop(opts LoopOptions) *Loop {
 	}
 	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName), toldEven: map[ServiceName]struct{}{}}
 	l.progress.pending = map[Family]time.Time{}
-	says := sayings{}
+	says, quarantined := sayings{}, map[ServiceName]int{}
 	for _, family := range Families {
 		if p := opts.Proxiers[family]; p != nil {
 			l.progress.pending[family] = time.Time{}
-			l.families = append(l.families, newFamilyLoop(family, p, &l.opts, says))
+			l.families = append(l.families, newFamilyLoop(family, p, &l.opts, says, quarantined))
 		}
 	}
 	return l
@@ -157,9 +157,13 @@ func every(period time.Duration) (<-chan time.Time, func()) {
 	return t.C, t.Stop
 }
 
-// nextRetry is when something that failed is due again.
+// nextRetry is when something that failed is due again, or what did not fit into
+// the last sync.
 func (l *Loop) nextRetry() (due time.Time, ok bool) {
 	for _, f := range l.families {
+		if f.more {
+			return time.Time{}, true
+		}
 		if !f.retryAt.IsZero() && (!ok || f.retryAt.Before(due)) {
 			due, ok = f.retryAt, true
 		}
@@ -167,17 +171,31 @@ func (l *Loop) nextRetry() (due time.Time, ok bool) {
 	return due, ok
 }
 
+// more says whether the last sync has left what is due at once.
+func (l *Loop) more() bool {
+	return slices.ContainsFunc(l.families, func(f *familyLoop) bool { return f.more })
+}
+
 // SyncNow takes all that is queued and makes every family's Proxier do it,
 // whatever waiting periods say. It returns what failed, joined; each failure
 // was also reported, and stays due.
 func (l *Loop) SyncNow(ctx context.Context) error {
 	_, err := l.sync(ctx, true)
+	for l.more() && ctx.Err() == nil {
+		_, next := l.sync(ctx, false)
+		err = errors.Join(err, next)
+	}
 	return err
 }
 
 func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 	var done []Family
 	defer func() { l.settle(l.tracker.held(), done) }()
+	for _, f := range l.families {
+		if f.more {
+			l.resume(f.family)
+		}
+	}
 	if !l.update() {
 		return false, nil
 	}
@@ -186,7 +204,7 @@ func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 		wrote, err := f.sync(ctx, urgent)
 		worked = worked || wrote
 		failed = append(failed, err)
-		if f.current() {
+		if f.current {
 			done = append(done, f.family)
 		}
 	}
@@ -273,11 +291,12 @@ func (l *Loop) plan(f *familyLoop, names []ServiceName) {
 			delete(affected, name)
 			l.resolved++
 			svc := l.tracker.services[name]
-			others, found := f.planner.update(name, svc.since(), r.resolve(svc, l.tracker.slices[name]))
+			ports, tooLarge := r.resolve(svc, l.tracker.slices[name])
+			others, found := f.planner.update(name, svc.since(), ports)
 			for _, other := range others {
 				affected[other] = struct{}{}
 			}
-			for _, p := range found {
+			for _, p := range append(found, f.noteSize(name, svc.portCount(), tooLarge)...) {
 				l.opts.Report(p)
 			}
 		}

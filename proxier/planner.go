@@ -1,14 +1,19 @@
 package proxier
 
-import "slices"
+import (
+	"slices"
+
+	"signalbox/internal/compact"
+)
 
 // planner keeps the Plan of one family up to date, one Service at a time, and
 // remembers what changed until it is told that a mode has written it.
 type planner struct {
-	plan     *Plan
-	services map[ServiceName]*plannedService
-	claims   claims
-	totals   totals
+	plan      *Plan
+	services  map[ServiceName]*plannedService
+	claims    claims
+	totals    totals
+	mostPorts int // see compact.Map
 
 	// changed holds the Service ports that are not in the kernel as the plan
 	// has them -> what the kernel holds of them instead, nil for nothing.
@@ -47,7 +52,7 @@ func (p *planner) setNode(n Node) (resolveAll bool) {
 // update replaces what the plan has of one Service by its newly resolved
 // ports, sorted by name. It returns the other Services that must be resolved
 // again, because they lost a frontend to this one or inherit one from it.
-func (p *planner) update(name ServiceName, since int64, ports []*ServicePort) (affected []ServiceName, found []Problem) {
+func (p *planner) update(name ServiceName, since int64, ports []*ServicePort) (affected []ServiceName, conflicts []Problem) {
 	old := p.services[name]
 	if old == nil {
 		old = &plannedService{}
@@ -56,24 +61,26 @@ func (p *planner) update(name ServiceName, since int64, ports []*ServicePort) (a
 	affected = p.claims.exchange(name, p.wishesOf(old), wishes)
 
 	next := &plannedService{since: since}
+	found := problems{kind: "Service", object: name.String()}
 	for _, w := range wishes {
 		if p.claims.has(w) {
 			continue
 		}
 		next.waiting = append(next.waiting, w)
 		if _, waited := findWish(old.waiting, w); !waited {
-			found = append(found, p.conflict(w))
+			p.conflict(&found, w)
 		}
 	}
 	slices.SortFunc(next.waiting, wish.compare)
 	p.grant(next, ports)
 	p.remove(old.ports, next.ports)
+	p.plan.Services = compact.Map(p.plan.Services, &p.mostPorts)
 	if len(next.ports) > 0 || len(next.waiting) > 0 {
 		p.services[name] = next
 	} else {
 		delete(p.services, name)
 	}
-	return affected, found
+	return affected, found.all()
 }
 
 // grant puts the ports into the plan with those frontends that they have.
@@ -140,6 +147,9 @@ func (p *planner) written(names []ServicePortName) {
 // asWritten is the plan with what the kernel last took in the place of every
 // changed Service port but those given.
 func (p *planner) asWritten(but []ServicePortName) *Plan {
+	if len(but) == len(p.changed) {
+		return p.plan
+	}
 	planned := make(map[ServicePortName]struct{}, len(but))
 	for _, name := range but {
 		planned[name] = struct{}{}

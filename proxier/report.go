@@ -98,17 +98,12 @@ func (f *familyLoop) queued(since time.Time, triggers []time.Time) {
 	}
 }
 
-// current says that the kernel does what the plan asks for, but for what is set
-// aside.
-func (f *familyLoop) current() bool {
-	return !f.all && !f.planner.node && len(f.planner.changed) == len(f.aside)
-}
-
 // report completes a report and hands it out.
 func (f *familyLoop) report(r SyncReport) {
-	r.SetAside, r.Totals, r.NodePortAddrs = len(f.aside), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
+	f.rest()
+	r.All, r.SetAside, r.Totals, r.NodePortAddrs = f.wroteAll, f.setAside(), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
 	r.Repaired, f.repaired = f.repaired, false
-	if r.Current = f.current(); r.Current {
+	if r.Current = f.current; r.Current {
 		r.Queued, r.Triggers = f.since, f.triggers
 		r.HealthChecks = f.planner.totals.takeHealth()
 		f.since, f.triggers = time.Time{}, nil

@@ -30,12 +30,17 @@ func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
 }
 
 // resolve returns the Service's ports, sorted by name. A Service without a
-// cluster IP of the family has none there.
-func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
+// cluster IP of the family has none there, and neither has one that is too
+// large: tooLarge says why.
+func (r *resolver) resolve(s *service, filed []*endpointSlice) (ports []*ServicePort, tooLarge string) {
 	if s == nil || !slices.ContainsFunc(s.clusterIPs, r.serves) {
-		return nil
+		return nil, ""
 	}
-	ports := make([]*ServicePort, 0, len(s.ports))
+	addrs := r.addresses(s)
+	if tooLarge = r.tooLarge(s, addrs, filed); tooLarge != "" {
+		return nil, tooLarge
+	}
+	ports = make([]*ServicePort, 0, len(s.ports))
 	var local []netip.Addr // of ready endpoints, for any port
 	for _, port := range s.ports {
 		all := candidates(filed, r.family, port.name, port.protocol, s.weights)
@@ -46,7 +51,7 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 		ports = append(ports, &ServicePort{
 			Name:            ServicePortName{s.name, port.name, port.protocol},
 			AffinityTimeout: s.affinity,
-			Frontends:       r.frontends(s, port, chosen),
+			Frontends:       r.frontends(s, port, addrs, chosen),
 			Serving:         chosen.serving,
 			Scheduler:       r.scheduler(s),
 		})
@@ -55,7 +60,7 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) []*ServicePort {
 	if len(ports) > 0 {
 		ports[0].HealthCheckNodePort, ports[0].LocalEndpoints = s.healthCheckNodePort, distinct(local)
 	}
-	return ports
+	return ports, ""
 }
 
 func (r *resolver) scheduler(s *service) string {
@@ -67,29 +72,51 @@ func (r *resolver) scheduler(s *service) string {
 
 func (r *resolver) serves(a netip.Addr) bool { return FamilyOf(a) == r.family }
 
-// frontends of one port. An address that is several things at once counts as
-// a cluster IP first, then as a load-balancer IP, which may have source ranges
+// serviceAddr is one address at which all ports of a Service are served.
+type serviceAddr struct {
+	kind    FrontendKind
+	addr    netip.Addr
+	sources []netip.Prefix // see Frontend.Sources
+}
+
+// addresses of a Service. An address that is several things at once counts as a
+// cluster IP first, then as a load-balancer IP, which may have source ranges
 // where an equal external IP has none.
-func (r *resolver) frontends(s *service, port servicePort, chosen selection) []Frontend {
-	internal, external := r.internal(s, chosen), r.external(s, chosen)
-	var out []Frontend
-	add := func(base Frontend, kind FrontendKind, addrs []netip.Addr, but ...[]netip.Addr) {
+func (r *resolver) addresses(s *service) []serviceAddr {
+	var out []serviceAddr
+	add := func(kind FrontendKind, addrs []netip.Addr, but map[netip.Addr]struct{}) {
 		for _, a := range addrs {
-			if !r.serves(a) || slices.ContainsFunc(but, func(other []netip.Addr) bool { return slices.Contains(other, a) }) {
-				continue
+			if _, counted := but[a]; r.serves(a) && !counted && (kind == ClusterIP || !slices.Contains(s.clusterIPs, a)) {
+				out = append(out, serviceAddr{kind: kind, addr: a})
 			}
-			base.Kind, base.Addr, base.Port = kind, a, port.port
-			if kind == LoadBalancerIP {
-				base.Sources = r.sources(s, a)
-			}
-			out = append(out, base)
 		}
 	}
-	add(internal, ClusterIP, s.clusterIPs)
-	if !r.settings.IgnoreExternalIPs {
-		add(external, ExternalIP, s.externalIPs, s.clusterIPs, s.loadBalancerIPs)
+	add(ClusterIP, s.clusterIPs, nil)
+	if !r.settings.IgnoreExternalIPs && len(s.externalIPs) > 0 {
+		balanced := make(map[netip.Addr]struct{}, len(s.loadBalancerIPs))
+		for _, a := range s.loadBalancerIPs {
+			balanced[a] = struct{}{}
+		}
+		add(ExternalIP, s.externalIPs, balanced)
 	}
-	add(external, LoadBalancerIP, s.loadBalancerIPs, s.clusterIPs)
+	first := len(out)
+	add(LoadBalancerIP, s.loadBalancerIPs, nil)
+	r.restrict(s, out[first:])
+	return out
+}
+
+// frontends of one port.
+func (r *resolver) frontends(s *service, port servicePort, addrs []serviceAddr, chosen selection) []Frontend {
+	internal, external := r.internal(s, chosen), r.external(s, chosen)
+	out := make([]Frontend, 0, len(addrs)+1)
+	for _, a := range addrs {
+		f := external
+		if a.kind == ClusterIP {
+			f = internal
+		}
+		f.Kind, f.Addr, f.Port, f.Sources = a.kind, a.addr, port.port, a.sources
+		out = append(out, f)
+	}
 	if port.nodePort != 0 {
 		external.Kind, external.Port = NodePort, port.nodePort
 		out = append(out, external)
@@ -146,14 +173,21 @@ func whenNoneLocal(chosen selection) Verdict {
 	return Reject
 }
 
-// sources are the source ranges of one load-balancer IP, sorted. Where they
-// cover the node, the IP itself is a source too: the node may use it as its
-// own when it talks to it.
-func (r *resolver) sources(s *service, vip netip.Addr) []netip.Prefix {
-	ranges := s.sourcesOf(r.family)
-	if r.primary.IsValid() && contains(ranges, r.primary) && !contains(ranges, vip) {
-		ranges = append(ranges, netip.PrefixFrom(vip, vip.BitLen()))
-		slices.SortFunc(ranges, netip.Prefix.Compare)
+// restrict gives load-balancer IPs their source ranges, sorted. Where they cover
+// the node, the IP itself is a source too: the node may use it as its own when
+// it talks to it.
+func (r *resolver) restrict(s *service, balanced []serviceAddr) {
+	if len(balanced) == 0 {
+		return
 	}
-	return ranges
+	ranges := s.sourcesOf(r.family)
+	coverNode := r.primary.IsValid() && contains(ranges, r.primary)
+	for i := range balanced {
+		a := &balanced[i]
+		a.sources = ranges
+		if coverNode && !contains(ranges, a.addr) {
+			a.sources = append(slices.Clone(ranges), netip.PrefixFrom(a.addr, a.addr.BitLen()))
+			slices.SortFunc(a.sources, netip.Prefix.Compare)
+		}
+	}
 }

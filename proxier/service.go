@@ -78,6 +78,13 @@ func (s *service) since() int64 {
 	return s.created
 }
 
+func (s *service) portCount() int {
+	if s == nil {
+		return 0
+	}
+	return len(s.ports)
+}
+
 func created(obj *corev1.Service) int64 {
 	if obj.CreationTimestamp.IsZero() {
 		return 0

@@ -57,7 +57,7 @@ func findWish(sorted []wish, w wish) (int, bool) {
 }
 
 // conflict says that a wish is not granted.
-func (p *planner) conflict(w wish) Problem {
+func (p *planner) conflict(found *problems, w wish) {
 	field := map[FrontendKind]string{
 		ClusterIP: "spec.clusterIPs", ExternalIP: "spec.externalIPs", LoadBalancerIP: "status.loadBalancer.ingress", NodePort: "spec.ports[].nodePort",
 	}[w.claim.kind]
@@ -65,8 +65,6 @@ func (p *planner) conflict(w wish) Problem {
 	if w.claim.by.Protocol == 0 {
 		field, claimant = "spec.healthCheckNodePort", "the health check"
 	}
-	problems := problems{kind: "Service", object: w.claim.by.ServiceName.String()}
-	problems.add(field, "%s claims %s (%s), which Service %s has; it is not served there until that Service gives it up",
+	found.add(field, "%s claims %s (%s), which Service %s has; it is not served there until that Service gives it up",
 		claimant, w.key, p.plan.Family, p.claims.owners[w.key].by)
-	return problems.found[0]
 }

@@ -1,0 +1,24 @@
+package daemon
+
+import (
+	"errors"
+	"log/slog"
+	"testing"
+
+	"signalbox/proxier"
+)
+
+// A Service in quarantine at the start does not keep the node from being served.
+func TestAQuarantinedServiceDoesNotHoldUpTheNode(t *testing.T) {
+	complete := 0
+	g := &generation{log: slog.New(slog.DiscardHandler), served: newServed(2, func() { complete++ })}
+	g.noteSync(proxier.SyncReport{Family: proxier.IPv4, All: true, Current: true})
+	g.noteSync(proxier.SyncReport{Family: proxier.IPv6, All: true, Err: errors.New("no kernel state")})
+	if complete != 0 {
+		t.Error("a family that failed counts as served")
+	}
+	g.noteSync(proxier.SyncReport{Family: proxier.IPv6, Current: true, SetAside: 3, Err: errors.New("the kernel refuses Service default/bad")})
+	if complete != 1 {
+		t.Error("a quarantined Service keeps the node from being served")
+	}
+}

@@ -1,0 +1,163 @@
+package proxier
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+)
+
+// refusals are the Service ports of one family that the kernel refuses.
+// Syncs of other changes leave them out. They are tried again when they change,
+// and after growing pauses.
+type refusals struct {
+	refused map[ServicePortName]refusal
+	// quarantined counts the refused ports of each Service.
+	quarantined map[ServiceName]int
+	// retries are groups of refused ports that are to be tried; the first is next.
+	retries [][]ServicePortName
+	// searchesPorts says that a Service was refused as a whole just now, and that
+	// its ports have not been tried in smaller groups.
+	searchesPorts bool
+	// told counts for each Service the families of the Loop in which it is in
+	// quarantine. All families share it: one report is enough.
+	told map[ServiceName]int
+	// oversized are the Services that are too large, with their numbers of ports.
+	oversized map[ServiceName]int
+	// failures are the first errors of Services in the present turn.
+	failures map[ServiceName]error
+}
+
+// refusal is the kernel's answer to one Service port, or to a group with it.
+type refusal struct {
+	port *ServicePort // what was refused; nil for its removal
+	err  error
+}
+
+func newRefusals(told map[ServiceName]int) refusals {
+	return refusals{
+		refused: map[ServicePortName]refusal{}, quarantined: map[ServiceName]int{}, told: told, oversized: map[ServiceName]int{},
+		failures: map[ServiceName]error{},
+	}
+}
+
+// quarantine notes that the kernel refuses a group. A Service is reported when
+// its first port is refused.
+func (f *familyLoop) quarantine(group []ServicePortName, err error) {
+	for _, name := range group {
+		service := name.ServiceName
+		if _, failed := f.failures[service]; !failed {
+			f.failures[service] = fmt.Errorf("Service %s: %w", name, err)
+		}
+		_, already := f.refused[name]
+		f.refused[name] = refusal{f.planner.plan.Services[name], err}
+		if already {
+			continue
+		}
+		f.quarantined[service]++
+		if f.quarantined[service] == 1 {
+			f.tell(service, err)
+		}
+	}
+}
+
+// tell reports a Service that the kernel refuses.
+func (f *familyLoop) tell(service ServiceName, err error) {
+	if !f.enter(service) {
+		return
+	}
+	f.opts.Report(Problem{
+		Kind: "Service", Object: service.String(), Field: "spec.ports",
+		Reason: fmt.Sprintf("%s rules could not be written: %v; they are tried again, port by port, and what was served there before still is", f.family, err),
+	})
+}
+
+// enter counts a family in which a Service is in quarantine. It says whether
+// this is the first, of which there is a report.
+func (r *refusals) enter(service ServiceName) (first bool) {
+	r.told[service]++
+	return r.told[service] == 1
+}
+
+// leave undoes enter, and says whether this was the last family.
+func (r *refusals) leave(service ServiceName) (last bool) {
+	if r.told[service]--; r.told[service] > 0 {
+		return false
+	}
+	delete(r.told, service)
+	return true
+}
+
+// release forgets that the kernel refused a Service port.
+func (f *familyLoop) release(name ServicePortName) {
+	if _, refused := f.refused[name]; !refused {
+		return
+	}
+	delete(f.refused, name)
+	service := name.ServiceName
+	if f.quarantined[service]--; f.quarantined[service] > 0 {
+		return
+	}
+	delete(f.quarantined, service)
+	if f.leave(service) {
+		f.log.Info("the kernel refuses nothing of a Service any more", "service", service.String())
+	}
+}
+
+// prune releases what is no change any more.
+func (f *familyLoop) prune() {
+	for name := range f.refused {
+		if _, changed := f.planner.changed[name]; !changed {
+			f.release(name)
+		}
+	}
+}
+
+// retry tries refused Service ports again: all together, then by halves for as
+// long as the turn allows. The next retry goes on there.
+func (f *familyLoop) retry(ctx context.Context, a *allowance) (progress bool) {
+	f.each(ctx, a, func() bool {
+		if len(f.retries) == 0 {
+			return false
+		}
+		group := f.closed(slices.DeleteFunc(f.retries[0], func(name ServicePortName) bool { _, refused := f.refused[name]; return !refused }))
+		f.retries = f.retries[1:]
+		if len(group) == 0 {
+			return true
+		}
+		halves, _ := f.halves(group)
+		if len(halves) > 0 && f.entries(group...) > sliceEntries {
+			f.retries = append(f.retries, halves...)
+			return true
+		}
+		switch err := f.write(ctx, a, group); {
+		case err == nil:
+			progress = true
+		case ctx.Err() == nil:
+			f.quarantine(group, err)
+			f.retries = append(f.retries, halves...)
+		}
+		return true
+	})
+	return progress
+}
+
+// setAside counts the Service ports in quarantine.
+func (r *refusals) setAside() int {
+	n := len(r.refused)
+	for _, ports := range r.oversized {
+		n += ports
+	}
+	return n
+}
+
+// takeFailures is the error of a turn that had to leave Services out.
+func (f *familyLoop) takeFailures() error {
+	var failed []error
+	for _, name := range slices.SortedFunc(maps.Keys(f.failures), compareServiceNames) {
+		failed = append(failed, f.failures[name])
+	}
+	clear(f.failures)
+	return errors.Join(failed...)
+}
