@@ -58,8 +58,8 @@ type Config struct {
 	// IPVS is for ModeIPVS alone.
 	IPVS     proxier.IPVSTuning
 	Settings proxier.Settings
-	// LocalhostRelay lets the modes nftables and userspace serve NodePorts on
-	// loopback addresses (feature gate KubeProxyNFTablesLocalhostNodePorts).
+	// LocalhostRelay lets the mode userspace serve NodePorts on loopback addresses
+	// (feature gate KubeProxyNFTablesLocalhostNodePorts).
 	LocalhostRelay bool
 
 	// BindAddress, unless it is unspecified (0.0.0.0 or ::), is this node's own
@@ -113,7 +113,7 @@ type Config struct {
 // mode alone has schedulers and kube-proxy's deviations, and nftables mode serves
 // NodePorts at the Node's own address alone unless told otherwise, as kube-proxy
 // does since 1.31. On loopback, iptables mode serves them unless told otherwise,
-// and nftables and userspace mode where they are told to.
+// and userspace mode where it is told to.
 func (c *Config) ForMode(mode string) proxier.Settings {
 	s := c.Settings
 	s.HasSchedulers = mode == ModeIPVS
@@ -125,7 +125,7 @@ func (c *Config) ForMode(mode string) proxier.Settings {
 	}
 	switch {
 	case mode == ModeIPTables:
-	case c.LocalhostRelay && (mode == ModeNFTables || mode == ModeUserspace):
+	case c.LocalhostRelay && mode == ModeUserspace:
 		s.LocalhostNodePorts = proxier.LocalhostNamed
 	default:
 		s.LocalhostNodePorts = proxier.NoLocalhost
