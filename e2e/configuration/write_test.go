@@ -86,7 +86,7 @@ var comparisons = []comparison{
 	{args: "--proxy-mode=iptables --nodeport-addresses=10.0.0.0/8,fd00::/8", file: none},
 	{args: "--proxy-mode=iptables --nodeport-addresses=primary", file: none},
 	{args: "--proxy-mode=nftables --nodeport-addresses=0.0.0.0/0", file: none},
-	{args: "--proxy-mode=iptables --nodeport-addresses=primary,10.0.0.0/8", file: none, refused: true},
+	{args: "--proxy-mode=iptables --nodeport-addresses=primary,primary", file: none, refused: true},
 	{args: "--proxy-mode=iptables --nodeport-addresses=10.0.0.1", file: none, refused: true},
 	{args: "--proxy-mode=iptables --oom-score-adj=-1000", file: none},
 	{args: "--proxy-mode=iptables --oom-score-adj=1001", file: none, refused: true},
