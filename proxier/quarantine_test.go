@@ -401,4 +401,3 @@ func TestSetsAreComparedWithWhatTheKernelHas(t *testing.T) {
 		t.Errorf("the set is another one than the kernel's, though its endpoints are the same")
 	}
 }
-
