@@ -229,11 +229,10 @@ func (g *generation) loopOptions() proxier.LoopOptions {
 }
 
 // noteSync says when a family is first served, and tells what waits for that;
-// each later sync is logged at debug level. A Service in quarantine does not keep
-// the node from serving all others.
+// each later sync is logged at debug level.
 func (g *generation) noteSync(r proxier.SyncReport) {
 	level := slog.LevelDebug
-	if r.Current && g.served.note(r.Family) {
+	if g.served.note(r) {
 		level = slog.LevelInfo
 	}
 	g.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,

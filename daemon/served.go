@@ -13,9 +13,11 @@ type served struct {
 	// complete is called each time that they are, before others learn of it.
 	complete func()
 
-	mu  sync.Mutex // guards what follows
-	of  map[proxier.Family]bool
-	all chan struct{} // closed when all families are served
+	mu sync.Mutex // guards what follows
+	of map[proxier.Family]bool
+	// written are the families in which everything was written since forget.
+	written map[proxier.Family]bool
+	all     chan struct{} // closed when all families are served
 }
 
 func newServed(families int, complete func()) *served {
@@ -28,15 +30,19 @@ func newServed(families int, complete func()) *served {
 func (s *served) forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.of, s.all = map[proxier.Family]bool{}, make(chan struct{})
+	s.of, s.written, s.all = map[proxier.Family]bool{}, map[proxier.Family]bool{}, make(chan struct{})
 }
 
-// note is told that all of a family's Services are in the kernel, and says
-// whether this is the first time.
-func (s *served) note(family proxier.Family) (first bool) {
+// note is told of each sync, and says whether the family is served with it for
+// the first time: everything was written, and the kernel is what it should be. A
+// Service in quarantine does not keep the node from serving all others.
+func (s *served) note(r proxier.SyncReport) (first bool) {
 	s.mu.Lock()
-	first = !s.of[family]
-	s.of[family] = true
+	s.written[r.Family] = s.written[r.Family] || r.All
+	first = r.Current && s.written[r.Family] && !s.of[r.Family]
+	if first {
+		s.of[r.Family] = true
+	}
 	last, all := first && len(s.of) == s.families, s.all
 	s.mu.Unlock()
 	if last {

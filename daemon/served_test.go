@@ -22,3 +22,26 @@ func TestAQuarantinedServiceDoesNotHoldUpTheNode(t *testing.T) {
 		t.Error("a quarantined Service keeps the node from being served")
 	}
 }
+
+// After forget, a sync of changes does not count: everything is to be written
+// anew first.
+func TestServedAnewWhenEverythingIsWritten(t *testing.T) {
+	s := newServed(1, func() {})
+	whole := proxier.SyncReport{Family: proxier.IPv4, All: true, Current: true}
+	change := proxier.SyncReport{Family: proxier.IPv4, Current: true}
+	for i, step := range []struct {
+		forget bool
+		sync   proxier.SyncReport
+		first  bool
+	}{
+		{sync: whole, first: true}, {sync: whole}, {sync: change},
+		{forget: true, sync: change}, {sync: whole, first: true}, {sync: change},
+	} {
+		if step.forget {
+			s.forget()
+		}
+		if first := s.note(step.sync); first != step.first {
+			t.Errorf("sync %d: served for the first time is %v, want %v", i, first, step.first)
+		}
+	}
+}
