@@ -50,6 +50,8 @@ type fault struct {
 	harmless bool
 }
 
+func (f fault) serious() bool { return !f.harmless }
+
 // kinds are the objects that are read; all others in a file are ignored.
 var kinds = map[string]struct {
 	apiVersion string

@@ -45,6 +45,15 @@ func TestFaultsAreNoted(t *testing.T) {
 	l.wantNoted()
 }
 
+// A dump holds many Endpoints objects; the fault behind them counts.
+func TestFaultBehindEndpointsIsNoted(t *testing.T) {
+	l := newLab(t, t.TempDir())
+	l.want("synced")
+	endpoints := "apiVersion: v1\nkind: Endpoints\nmetadata: {name: one}\n---\n"
+	l.write("a.yaml", strings.Repeat(endpoints, maxFaults+1)+"kind: {")
+	l.wantNoted("a.yaml:")
+}
+
 func TestUnreadableFileIsNoted(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")

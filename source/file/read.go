@@ -105,8 +105,7 @@ func (s *Source) readOne(ctx context.Context, name string, hasty bool, fresh map
 		}
 		r.err = err
 	case info.Size() > largeFile || s.large[name] != nil:
-		f.Close()
-		return s.readLater(ctx, name, info, fresh), true
+		return s.readLater(ctx, name, f, info, fresh), true
 	default:
 		r = readFrom(f, s.known(name))
 		f.Close()
@@ -135,7 +134,7 @@ type reading struct {
 
 // broken says whether objects of the file may be missing in found.
 func (r *reading) broken() bool {
-	return slices.ContainsFunc(r.faults, func(f fault) bool { return !f.harmless })
+	return slices.ContainsFunc(r.faults, fault.serious)
 }
 
 // known returns the fingerprint of what a file held when it was last read; nil
@@ -172,25 +171,24 @@ func mentionsKind(text []byte) bool {
 }
 
 // readLater accepts what a goroutine has read of a large file, and has the file
-// read if it has changed since. Other files do not wait for it.
-func (s *Source) readLater(ctx context.Context, name string, now fs.FileInfo, fresh map[string]map[key]manifest) (concerned []key) {
+// read if it has changed since. Other files do not wait for it. It closes f.
+func (s *Source) readLater(ctx context.Context, name string, f *os.File, now fs.FileInfo, fresh map[string]map[key]manifest) (concerned []key) {
 	if r := s.large[name]; r != nil {
 		if !r.done {
+			f.Close()
 			return nil // it is looked at again when it was read
 		}
 		delete(s.large, name)
 		if os.SameFile(r.file, now) && r.file.Size() == now.Size() && r.file.ModTime().Equal(now.ModTime()) {
+			f.Close()
 			return s.accept(name, *r, fresh)
 		}
 	}
 	s.large[name] = &reading{}
-	path, known := filepath.Join(s.dir, name), s.known(name)
+	known := s.known(name)
 	go func() {
-		got := reading{err: fs.ErrNotExist}
-		if f, err := os.Open(path); err == nil {
-			got = readFrom(f, known)
-			f.Close()
-		}
+		defer f.Close()
+		got := readFrom(f, known)
 		got.name, got.file, got.done = name, now, true
 		select {
 		case s.largeRead <- &got:
@@ -222,19 +220,19 @@ func (s *Source) accept(name string, r reading, fresh map[string]map[key]manifes
 func (s *Source) report(name string, r reading) {
 	delete(s.faulty, name)
 	path := filepath.Join(s.dir, name)
+	at := func(f fault) string { return fmt.Sprintf("%s:%d", path, f.line) }
+	if i := slices.IndexFunc(r.faults, fault.serious); i >= 0 {
+		s.faulty[name] = at(r.faults[i]) + ": " + r.faults[i].reason
+	}
 	for i, f := range r.faults {
-		at := fmt.Sprintf("%s:%d", path, f.line)
 		switch {
 		case i == maxFaults:
 			s.log.Error("more is wrong with a file than is said here", "file", path, "faults", len(r.faults))
 			return
 		case f.harmless:
-			s.log.Warn("an object is not read", "at", at, "reason", f.reason)
-			continue
-		}
-		s.log.Error("a manifest cannot be used; what it said before goes on being served", "at", at, "reason", f.reason)
-		if s.faulty[name] == "" {
-			s.faulty[name] = at + ": " + f.reason
+			s.log.Warn("an object is not read", "at", at(f), "reason", f.reason)
+		default:
+			s.log.Error("a manifest cannot be used; what it said before goes on being served", "at", at(f), "reason", f.reason)
 		}
 	}
 }

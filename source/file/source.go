@@ -110,6 +110,10 @@ func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
 // watch reads the whole directory and then what changes, until the directory
 // itself is gone.
 func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
+	identity, err := os.Stat(s.dir) // before the watch: what comes between is noticed
+	if err != nil {
+		return err
+	}
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("watching files: %w", err)
@@ -124,10 +128,6 @@ func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
 		if err := watcher.Add(parent); err != nil {
 			s.log.Debug("cannot see the directory being replaced", "error", err)
 		}
-	}
-	identity, err := os.Stat(s.dir)
-	if err != nil {
-		return err
 	}
 	delete(s.faulty, s.dir)
 	unsettled, err := s.readAll(ctx, sink)
