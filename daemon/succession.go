@@ -226,7 +226,7 @@ func (s *seat) request(ctx context.Context, c *net.UnixConn) error {
 		c.SetReadDeadline(time.Unix(1, 0))
 		close(cut)
 	})
-	word, err := bufio.NewReaderSize(c, 16).ReadString('\n')
+	word, err := readWord(c)
 	if !stop() {
 		<-cut // or it could still cut off what is read later
 	}
@@ -293,8 +293,10 @@ func tell(c *net.UnixConn, word string) error {
 	return err
 }
 
+func readWord(c *net.UnixConn) (string, error) { return bufio.NewReaderSize(c, 16).ReadString('\n') }
+
 func hear(c *net.UnixConn, want string) error {
-	word, err := bufio.NewReaderSize(c, 16).ReadString('\n')
+	word, err := readWord(c)
 	if err != nil {
 		return err
 	}

@@ -112,8 +112,8 @@ func (h *health) forget(at Peer) {
 	}
 }
 
-// passedOver says whether others are to be preferred to the endpoint.
-func (h *health) passedOver(at Peer, now time.Time) bool {
+// unhealthy says whether other endpoints are to be tried first.
+func (h *health) unhealthy(at Peer, now time.Time) bool {
 	if h.failing.Load() == 0 {
 		return false
 	}
@@ -159,7 +159,7 @@ func (c *Chooser) Choose(from Choice, client netip.Addr, tried []netip.AddrPort,
 	defer c.clients.mu.Unlock()
 	key := clientKey{from.Name, client}
 	e := c.clients.entries[key]
-	if e != nil && now.Before(e.until) && Has(from.Endpoints, e.endpoint) && !slices.Contains(tried, e.endpoint) && !c.health.passedOver(Peer{from.Name.Protocol, e.endpoint}, now) {
+	if e != nil && now.Before(e.until) && Has(from.Endpoints, e.endpoint) && !slices.Contains(tried, e.endpoint) && !c.health.unhealthy(Peer{from.Name.Protocol, e.endpoint}, now) {
 		e.until = now.Add(from.Affinity)
 		return e.endpoint, true
 	}
@@ -186,7 +186,7 @@ func (c *Chooser) draw(p proxier.Protocol, set *proxier.EndpointSet, tried []net
 	for _, e := range set.Endpoints {
 		switch {
 		case slices.Contains(tried, e.AddrPort):
-		case c.health.passedOver(Peer{p, e.AddrPort}, now):
+		case c.health.unhealthy(Peer{p, e.AddrPort}, now):
 			bad = append(bad, e.AddrPort)
 		default:
 			good = append(good, e.AddrPort)

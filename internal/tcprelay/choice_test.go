@@ -54,18 +54,18 @@ func TestPassingOver(t *testing.T) {
 	for n := range 12 {
 		h.failed(Peer{At: at(1)}, now)
 		if n < FailuresToPass-1 {
-			if h.passedOver(Peer{At: at(1)}, now) {
+			if h.unhealthy(Peer{At: at(1)}, now) {
 				t.Fatalf("passed over after %d failures", n+1)
 			}
 			continue
 		}
-		if !h.passedOver(Peer{At: at(1)}, now.Add(pass-1)) || h.passedOver(Peer{At: at(1)}, now.Add(pass)) {
+		if !h.unhealthy(Peer{At: at(1)}, now.Add(pass-1)) || h.unhealthy(Peer{At: at(1)}, now.Add(pass)) {
 			t.Errorf("after %d failures: not passed over for just %s", n+1, pass)
 		}
 		pass = min(2*pass, LongestPass)
 	}
 	h.answered(Peer{At: at(1)})
-	if h.passedOver(Peer{At: at(1)}, now) || h.failing.Load() != 0 {
+	if h.unhealthy(Peer{At: at(1)}, now) || h.failing.Load() != 0 {
 		t.Error("passed over though it answered")
 	}
 	h.failed(Peer{At: at(2)}, now)
