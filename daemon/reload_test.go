@@ -215,7 +215,9 @@ func TestRelayIsReplacedAtOnce(t *testing.T) {
 	mounted.write(off + "mode: userspace\n")
 	log := start(t, node, build(t), "--config", mounted.path(), "--source", source)
 	web := netip.MustParseAddrPort("10.96.0.10:80")
-	eventually(t, "the cluster IP answers", func() bool { return answers(t, client, web, soon) })
+	// A SYN before that would leave an untranslated flow, which a later connection
+	// from the same port meets for two minutes.
+	eventually(t, "the rules are there", func() bool { return log.count("msg=synced family=IPv4") == 1 })
 	traffic := keepAsking(t, client, web)
 	for i, change := range []string{"ipvs: {scheduler: lc}\n", "iptables: {masqueradeBit: 15}\n"} {
 		mounted.write(off + "mode: userspace\n" + change)
