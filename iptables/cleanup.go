@@ -42,9 +42,12 @@ var oursAlone = belongings{
 	leaveUsed: true,
 }
 
-// signature is a rule that this mode has always in the filter table and
-// kube-proxy never: by it one tells whose the chains are that both name alike.
-const signature = "-A " + servicesChain + " -j " + externalServicesChain
+// signatures are rules of which this mode has always one in the filter table and
+// kube-proxy never: by them one tells whose the chains are that both name alike.
+var signatures = []string{
+	"-A " + servicesChain + toExternalServices,
+	"-A " + servicesChain + " -j " + externalServicesChain, // of earlier versions
+}
 
 // Cleanup removes from both variants what this mode wrote: the jumps and the
 // chains they lead to. Where kube-proxy has filled these chains since, or was

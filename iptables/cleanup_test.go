@@ -164,3 +164,17 @@ func TestCleanupWithoutTools(t *testing.T) {
 		}
 	}
 }
+
+// A node that was upgraded may still have the rules of an earlier version.
+func TestCleanupAfterEarlierVersions(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), proxier.Change{All: true})
+		run(t, "*filter\n"+strings.Replace(signatures[0], "-A", "-D", 1)+"\n"+signatures[1]+"\nCOMMIT\n", p.tools.restore, "--noflush")
+		if removed, err := Cleanup(p.opts.Family); err != nil || !removed {
+			t.Fatalf("something was removed: %v, %v", removed, err)
+		}
+		if after := wholeSave(t, p); strings.Contains(after, "KUBE-SVC") || strings.Contains(after, servicesChain) {
+			t.Errorf("Cleanup leaves\n%s", after)
+		}
+	})
+}

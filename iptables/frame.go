@@ -50,6 +50,12 @@ func frameChains(mark uint32, pods []podMatch, facts facts) [tableCount][]chain 
 	}
 }
 
+// toExternalServices is in KUBE-SERVICES, as OUTPUT has no jump of its own to the
+// external Services, and a jump that kube-proxy does not know would be in the way
+// of its cleanup. INPUT leads packets for the node's own addresses there: a
+// process whose datagram is rejected in OUTPUT gets EPERM and not ECONNREFUSED.
+const toExternalServices = " -m addrtype ! --dst-type LOCAL -j " + externalServicesChain
+
 // tails are the rules at the end of the trees' root chains.
 func tails(family proxier.Family, node *proxier.Node) map[treeID][]string {
 	to := func(target, text string) []string {
@@ -62,9 +68,7 @@ func tails(family proxier.Family, node *proxier.Node) map[treeID][]string {
 	return map[treeID][]string{
 		// After the addresses: one of the node's own may be an external IP.
 		servicesTree: to(nodePortsChain, "kubernetes service nodeports; NOTE: this must be the last rule in this chain"),
-		// OUTPUT has no jump of its own to the external Services, and a jump
-		// that kube-proxy does not know would be in the way of its cleanup.
-		emptyTree:    {" -j " + externalServicesChain},
+		emptyTree:    {toExternalServices},
 		externalTree: to(externalPortsChain, "kubernetes service nodeports"),
 	}
 }

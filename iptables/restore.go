@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -110,7 +111,7 @@ type listing struct {
 	rules      int
 	// own is how much there is of this mode's.
 	own extent
-	// signed says that this mode wrote the table's rules. See signature.
+	// signed says that this mode wrote the table's rules. See signatures.
 	signed bool
 }
 
@@ -163,7 +164,7 @@ func parseListing(lines *bufio.Scanner, mine func(chain string) bool) (*listing,
 			continue
 		}
 		l.rules++
-		l.signed = l.signed || line == signature
+		l.signed = l.signed || slices.Contains(signatures, line)
 		name, rule, _ := strings.Cut(rest, " ")
 		switch {
 		case builtin[name]:

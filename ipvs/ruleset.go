@@ -95,14 +95,16 @@ func (r *ruleset) nodeChains() []nftables.Chain {
 	return []nftables.Chain{
 		chain("check-cluster-ips", nil,
 			rule(in(r.Daddr(), serviceCIDRs), notIn(r.Daddr(), vips), nftables.FibNotLocal(), nftables.Drop()).Because("no such Service")),
+		chain("reject", nil, r.refuse(r.Reject())...),
+		chain("drop", nil, r.refuse(nftables.Drop())...),
 		chain("no-endpoints", nil, r.noEndpoints()...),
 		chain("chosen-by-address", nil, r.sourceRules(fe, masquerade, decision)...),
 		chain("chosen", nil, r.chosen(fe, masquerade)...),
 		chain("nodeport-chosen", nil, r.chosen(nodePortKey, nodePortMasquerade)...),
 		chain("nodeports", nil,
 			rule(nftables.SetMark(markOf(nodePortKey, nodePortMarks)), nftables.GoTo("nodeport-chosen")),
-			rule(in(nodePortKey, rejectedNodePorts), r.Reject()),
-			rule(in(nodePortKey, droppedNodePorts), nftables.Drop())),
+			rule(in(nodePortKey, rejectedNodePorts), nftables.GoTo("reject")),
+			rule(in(nodePortKey, droppedNodePorts), nftables.GoTo("drop"))),
 		chain("internal-nodeports", nil,
 			rule(nftables.SetMark(markOf(nodePortKey, internalNodePortMarks)), nftables.GoTo("nodeport-chosen"))),
 		chain("external", nil, r.external(fe)...),
@@ -148,8 +150,8 @@ func (r *ruleset) external(fe nftables.Value) []nftables.Rule {
 	rules := []nftables.Rule{
 		rule(in(fe, plainServers), nftables.GoTo("chosen-by-address")),
 		rule(nftables.SetMark(markOf(fe, marks)), nftables.GoTo("chosen")),
-		rule(in(fe, rejected), r.Reject()),
-		rule(in(fe, dropped), nftables.Drop()),
+		rule(in(fe, rejected), nftables.GoTo("reject")),
+		rule(in(fe, dropped), nftables.GoTo("drop")),
 		rule(in(fe, healthChecks), nftables.ClearPriority(), accept()),
 	}
 	for _, p := range proxier.Protocols {
@@ -182,15 +184,27 @@ func (r *ruleset) sourceRules(key nftables.Value, masquerade int, decided uint32
 	}
 }
 
+// refuse ends a connection that has no endpoints. What the node sends to an address
+// that it holds besides the virtual ones passes the output hook, and is refused at the
+// input hook: a process whose packet is rejected at the output hook gets EPERM in place
+// of ECONNREFUSED.
+func (r *ruleset) refuse(verdict nftables.Statement) []nftables.Rule {
+	return []nftables.Rule{
+		rule(in(r.Daddr(), vips), verdict),
+		rule(nftables.HasEntered(), verdict),
+		rule(nftables.ClearPriority()),
+	}
+}
+
 // noEndpoints answers where internal traffic alone has no endpoints.
 func (r *ruleset) noEndpoints() []nftables.Rule {
 	fe := r.frontendKey()
 	clear := nftables.SetMark(nftables.ConstantMark(0))
 	return []nftables.Rule{
-		rule(clear, in(fe, rejected), r.Reject()),
-		rule(in(fe, dropped), nftables.Drop()),
-		rule(in(nodePortKey, rejectedNodePorts), r.Reject()),
-		rule(in(nodePortKey, droppedNodePorts), nftables.Drop()),
+		rule(clear, in(fe, rejected), nftables.GoTo("reject")),
+		rule(in(fe, dropped), nftables.GoTo("drop")),
+		rule(in(nodePortKey, rejectedNodePorts), nftables.GoTo("reject")),
+		rule(in(nodePortKey, droppedNodePorts), nftables.GoTo("drop")),
 	}
 }
 

@@ -96,6 +96,15 @@ func SetPriority(id uint32) Statement {
 // any.
 func MasqueradeRandom() Statement { return masqueradeRandom() }
 
+// HasEntered matches packets that came in by an interface, which those at the
+// output hook did not.
+func HasEntered() Statement {
+	return statement{"iif != 0", []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIF, Register: reg32(0)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: host32(0)},
+	}}
+}
+
 // LeavesNotBy matches packets that leave by another interface.
 func LeavesNotBy(name string) Statement {
 	data := make([]byte, unix.IFNAMSIZ)

@@ -72,11 +72,9 @@ func (r ruleset) baseChains() []chain {
 	return []chain{
 		{name: "filter-prerouting-pre-dnat", hook: &preDNATPrerouting, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
 		{name: "filter-output-pre-dnat", hook: &preDNATOutput, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
-		{name: "filter-input", hook: &filterInput, rules: []rule{newRule(stateNew(), jump("check-endpoints"))}},
-		{name: "filter-forward", hook: &filterForward, rules: []rule{
-			newRule(stateNew(), jump("check-endpoints")), newRule(stateNew(), jump("check-cluster-ips"))}},
-		{name: "filter-output", hook: &filterOutput, rules: []rule{
-			newRule(stateNew(), jump("check-endpoints")), newRule(stateNew(), jump("check-cluster-ips"))}},
+		{name: "filter-input", hook: &filterInput, rules: []rule{newRule(stateNew(), jump("check-local"))}},
+		{name: "filter-forward", hook: &filterForward, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
+		{name: "filter-output", hook: &filterOutput, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
 		{name: "nat-prerouting", hook: &natPrerouting, rules: []rule{newRule(jump("services"))}},
 		{name: "nat-output", hook: &natOutput, rules: []rule{newRule(jump("services"))}},
 		{name: "nat-postrouting", hook: &natPostrouting, rules: []rule{
@@ -90,8 +88,8 @@ func (r ruleset) baseChains() []chain {
 func (r ruleset) nodeChains() []chain {
 	chains := []chain{
 		{name: "check-sources", rules: r.checkSources()},
-		{name: "check-endpoints", rules: r.checkEndpoints()},
-		{name: "check-cluster-ips", rules: r.checkClusterIPs()},
+		{name: "check-local", rules: r.checkLocal()},
+		{name: "check-remote", rules: r.checkRemote()},
 	}
 	for origins := proxier.FromPods; origins <= proxier.FromAnywhere; origins++ {
 		chains = append(chains, chain{name: markChain(origins), rules: r.markRules(origins)})
@@ -211,32 +209,40 @@ func (r ruleset) checkSources() []rule {
 	return rules
 }
 
-// checkEndpoints rejects or drops what found its endpoint set empty. What was
-// given an endpoint is sent elsewhere by now. It also clears the id out of the
-// priority.
-func (r ruleset) checkEndpoints() []rule {
-	rules := []rule{
+// withoutDNAT are the rules that begin both checks for frontends without
+// endpoints. A connection that was given an endpoint needs no check.
+func withoutDNAT() []rule {
+	return []rule{
 		newRule(priorityIs(idSpaceMask, idSpace), clearPriority()).because("the id has served"),
 		newRule(isDNATed(), returns()),
-		newRule(in(r.frontendOf(), rejected), r.reject()),
-		newRule(in(r.frontendOf(), dropped), drop()),
 	}
+}
+
+// checkLocal rejects or drops what has come to this node for a frontend without
+// endpoints.
+func (r ruleset) checkLocal() []rule {
+	rules := append(withoutDNAT(),
+		newRule(in(r.frontendOf(), rejected), r.reject()),
+		newRule(in(r.frontendOf(), dropped), drop()))
 	for _, match := range r.toNodePortAddrs() {
 		rules = append(rules,
-			newRule(slices.Concat(match, []statement{in(nodePortOf, rejectedNodePorts), r.reject()})...),
-			newRule(slices.Concat(match, []statement{in(nodePortOf, droppedNodePorts), drop()})...))
+			newRule(slices.Concat([]statement{in(nodePortOf, rejectedNodePorts)}, match, []statement{r.reject()})...),
+			newRule(slices.Concat([]statement{in(nodePortOf, droppedNodePorts)}, match, []statement{drop()})...))
 	}
 	return rules
 }
 
-// checkClusterIPs answers for cluster IPs where no frontend is. An address that
-// the node itself holds, as a local DNS server's, is left to what listens there.
-func (r ruleset) checkClusterIPs() []rule {
-	return []rule{
-		newRule(isDNATed(), returns()),
+// checkRemote does the same with what leaves for other hosts, and answers for
+// cluster IPs where no frontend is. What the node sends to itself passes: checkLocal
+// sees it next, and a process whose packet is rejected at the output hook gets EPERM
+// in place of ECONNREFUSED. So an address that the node itself holds, as a local DNS
+// server's, is left to what listens there.
+func (r ruleset) checkRemote() []rule {
+	return append(withoutDNAT(),
+		newRule(in(r.frontendOf(), rejected), fibNotLocal(), r.reject()),
+		newRule(in(r.frontendOf(), dropped), fibNotLocal(), drop()),
 		newRule(in(r.daddr(), clusterIPs), fibNotLocal(), r.reject()).because("no such port"),
-		newRule(in(r.daddr(), serviceCIDRs), fibNotLocal(), drop()).because("no such Service"),
-	}
+		newRule(in(r.daddr(), serviceCIDRs), fibNotLocal(), drop()).because("no such Service"))
 }
 
 // sizedChain is a chain that picks one of size endpoints. There is one for each

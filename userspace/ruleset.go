@@ -2,6 +2,7 @@ package userspace
 
 import (
 	"net/netip"
+	"slices"
 
 	nft "github.com/google/nftables"
 
@@ -68,9 +69,9 @@ func (r ruleset) chains() []nftables.Chain {
 				Because("answers to a connection that bears its client's address")),
 		nftables.NewChain("filter-prerouting-pre-dnat", nftables.PreDNATPrerouting, jump("check-sources")),
 		nftables.NewChain("filter-output-pre-dnat", nftables.PreDNATOutput, jump("check-sources")),
-		nftables.NewChain("filter-input", nftables.FilterInput, jump("check-relay"), jump("check-endpoints")),
-		nftables.NewChain("filter-forward", nftables.FilterForward, jump("check-endpoints"), jump("check-cluster-ips")),
-		nftables.NewChain("filter-output", nftables.FilterOutput, jump("check-endpoints"), jump("check-cluster-ips")),
+		nftables.NewChain("filter-input", nftables.FilterInput, jump("check-local")),
+		nftables.NewChain("filter-forward", nftables.FilterForward, jump("check-remote")),
+		nftables.NewChain("filter-output", nftables.FilterOutput, jump("check-remote")),
 		nftables.NewChain("nat-prerouting", natPrerouting, services),
 		nftables.NewChain("nat-output", natOutput,
 			nftables.NewRule(nftables.PriorityIs(ownTraffic), nftables.Return()).Because("from the relay to an endpoint"),
@@ -84,10 +85,9 @@ func (r ruleset) chains() []nftables.Chain {
 // nodeChains depend on the node's facts, and are written anew with them.
 func (r ruleset) nodeChains() []nftables.Chain {
 	chains := []nftables.Chain{
-		nftables.NewChain("check-relay", nil, r.checkRelay()...),
 		nftables.NewChain("check-sources", nil, r.checkSources()...),
-		nftables.NewChain("check-endpoints", nil, r.checkEndpoints()...),
-		nftables.NewChain("check-cluster-ips", nil, r.checkClusterIPs()...),
+		nftables.NewChain("check-local", nil, r.checkLocal()...),
+		nftables.NewChain("check-remote", nil, r.checkRemote()...),
 		nftables.NewChain("localhost", nil, r.localhost()...),
 	}
 	for o := range originCount {
@@ -175,16 +175,6 @@ func (r ruleset) nodePortAddrs() []netip.Addr {
 	return addrs
 }
 
-// checkRelay hides the relay's ports: only what was captured gets to them.
-func (r ruleset) checkRelay() []nftables.Rule {
-	rules := []nftables.Rule{nftables.NewRule(nftables.IsDNATed(), nftables.Return())}
-	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {
-		rules = append(rules, nftables.NewRule(nftables.ProtocolIs(p),
-			nftables.DPortsBetween(r.ports.of(0), r.ports.of(originCount-1)), r.Reject()))
-	}
-	return rules
-}
-
 // checkSources drops what may not use a frontend.
 func (r ruleset) checkSources() []nftables.Rule {
 	rules := []nftables.Rule{
@@ -198,27 +188,37 @@ func (r ruleset) checkSources() []nftables.Rule {
 	return rules
 }
 
-// checkEndpoints rejects or drops what was not captured because its endpoint
-// set is empty.
-func (r ruleset) checkEndpoints() []nftables.Rule {
-	rules := []nftables.Rule{
-		nftables.NewRule(nftables.IsDNATed(), nftables.Return()),
-		nftables.NewRule(nftables.In(r.frontendOf(), setNames[rejected]), r.Reject()),
-		nftables.NewRule(nftables.In(r.frontendOf(), setNames[dropped]), nftables.Drop()),
+// checkLocal rejects or drops what has come to this node and was not captured
+// because its endpoint set is empty. It also hides the relay's ports: only what was
+// captured gets to them.
+func (r ruleset) checkLocal() []nftables.Rule {
+	rules := []nftables.Rule{nftables.NewRule(nftables.IsDNATed(), nftables.Return())}
+	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {
+		rules = append(rules, nftables.NewRule(nftables.ProtocolIs(p),
+			nftables.DPortsBetween(r.ports.of(0), r.ports.of(originCount-1)), r.Reject()))
 	}
+	rules = append(rules,
+		nftables.NewRule(nftables.In(r.frontendOf(), setNames[rejected]), r.Reject()),
+		nftables.NewRule(nftables.In(r.frontendOf(), setNames[dropped]), nftables.Drop()))
 	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules,
-			nftables.NewRule(append(match[:len(match):len(match)], nftables.In(nodePortOf, setNames[rejectedNodePorts]), r.Reject())...),
-			nftables.NewRule(append(match[:len(match):len(match)], nftables.In(nodePortOf, setNames[droppedNodePorts]), nftables.Drop())...))
+		inSet := func(set int, verdict nftables.Statement) nftables.Rule {
+			return nftables.NewRule(slices.Concat([]nftables.Statement{nftables.In(nodePortOf, setNames[set])}, match, []nftables.Statement{verdict})...)
+		}
+		rules = append(rules, inSet(rejectedNodePorts, r.Reject()), inSet(droppedNodePorts, nftables.Drop()))
 	}
 	return rules
 }
 
-// checkClusterIPs answers for cluster IPs where no frontend is. An address that
-// the node itself holds, as a local DNS server's, is left to what listens there.
-func (r ruleset) checkClusterIPs() []nftables.Rule {
+// checkRemote rejects or drops likewise what leaves for other hosts, and answers for
+// cluster IPs where no frontend is. What the node sends to itself passes: checkLocal
+// sees it next, and a process whose packet is rejected at the output hook gets EPERM
+// in place of ECONNREFUSED. So an address that the node itself holds, as a local DNS
+// server's, is left to what listens there.
+func (r ruleset) checkRemote() []nftables.Rule {
 	return []nftables.Rule{
 		nftables.NewRule(nftables.IsDNATed(), nftables.Return()),
+		nftables.NewRule(nftables.In(r.frontendOf(), setNames[rejected]), nftables.FibNotLocal(), r.Reject()),
+		nftables.NewRule(nftables.In(r.frontendOf(), setNames[dropped]), nftables.FibNotLocal(), nftables.Drop()),
 		nftables.NewRule(nftables.In(r.Daddr(), setNames[clusterIPs]), nftables.FibNotLocal(), r.Reject()).Because("no such port"),
 		nftables.NewRule(nftables.In(r.Daddr(), setNames[serviceCIDRs]), nftables.FibNotLocal(), nftables.Drop()).Because("no such Service"),
 	}

@@ -41,9 +41,11 @@ const (
 	Answered Outcome = iota
 	// Refused: a TCP reset or ICMP port unreachable came back.
 	Refused
-	// Silent: nothing came back in time, or this host itself threw the packet
-	// away.
+	// Silent: nothing came back in time.
 	Silent
+	// NotPermitted: the host's own firewall dropped the datagram, and sending it
+	// failed with EPERM. The kernel does not tell a TCP or SCTP socket.
+	NotPermitted
 	// Unreachable: another ICMP error came back, for example of a routing loop
 	// or a missing route.
 	Unreachable
@@ -55,7 +57,7 @@ const (
 
 // String returns the word for messages.
 func (o Outcome) String() string {
-	return [...]string{"answered", "refused", "silent", "unreachable", "broken", "failed"}[o]
+	return [...]string{"answered", "refused", "silent", "not permitted", "unreachable", "broken", "failed"}[o]
 }
 
 // OutcomeOf sorts an error of Open, Ask or Conn.Ask.
@@ -65,6 +67,8 @@ func OutcomeOf(err error) Outcome {
 		return Answered
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return Refused
+	case errors.Is(err, syscall.EPERM):
+		return NotPermitted
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled),
 		errors.Is(err, syscall.ETIMEDOUT):
 		return Silent
@@ -160,9 +164,7 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	token := newToken()
-	// EPERM says that this host's own firewall threw the packet away; whether
-	// with an ICMP error is seen when reading.
-	if _, err := fmt.Fprintln(c.conn, token); err != nil && !errors.Is(err, syscall.EPERM) {
+	if _, err := fmt.Fprintln(c.conn, token); err != nil {
 		return Answer{}, fmt.Errorf("asking: %w", err)
 	}
 	for {

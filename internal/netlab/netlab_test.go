@@ -126,6 +126,15 @@ func TestOutcomes(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
+	if err := lab.Host("client2").Do(func() error {
+		return nft("add table ip t; add chain ip t c { type filter hook output priority 0; }; add rule ip t c udp dport 7 drop")
+	}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := ask(lab, "client2", "udp", netip.Addr{}, netip.AddrPortFrom(node1.V4, 7))
+	if got := netlab.OutcomeOf(err); got != netlab.NotPermitted {
+		t.Errorf("dropped by the client's own host: got %s (%v), want %s", got, err, netlab.NotPermitted)
+	}
 	for _, c := range []struct {
 		name   string
 		from   string

@@ -110,9 +110,10 @@ func (s *script) rule(chain, format string, args ...any) {
 func (s *script) base(n proxier.Node) {
 	s.chains = append(s.chains, "services", "local-pods",
 		"prerouting { type nat hook prerouting priority -100; }", "output { type nat hook output priority -100; }",
-		"postrouting { type nat hook postrouting priority 100; }")
+		"input { type filter hook input priority 0; }", "postrouting { type nat hook postrouting priority 100; }")
 	s.rule("prerouting", "jump services")
 	s.rule("output", "jump services")
+	s.rule("input", "ct state new meta mark & 0x8000 == 0x8000 reject")
 	s.rule("postrouting", "meta mark & 0x4000 == 0x4000 meta mark set meta mark ^ 0x4000 masquerade fully-random")
 }
 
@@ -176,6 +177,10 @@ func (s *script) sources(chain string, sources []netip.Prefix) {
 // address is chosen, its source is rewritten.
 func (s *script) spread(chain string, sp *proxier.ServicePort, set *proxier.EndpointSet, whenEmpty proxier.Verdict) {
 	if set.Len() == 0 {
+		if whenEmpty == proxier.Reject {
+			// The input hook rejects what the node sends to itself.
+			s.rule(chain, "fib saddr type local fib daddr type local meta mark set meta mark | 0x8000 return")
+		}
 		s.rule(chain, "%s", whenEmpty)
 		return
 	}

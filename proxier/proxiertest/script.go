@@ -123,20 +123,22 @@ type expectation struct {
 type outcome string
 
 const (
-	answered    outcome = "->"
-	arrives     outcome = "=>"          // the datagrams of one flow arrive, and nobody answers
-	refused     outcome = "refused"     // a TCP reset or ICMP port unreachable
-	dropped     outcome = "dropped"     // nothing comes back
-	unreachable outcome = "unreachable" // another ICMP error: nobody took the packet
-	unanswered  outcome = "unanswered"  // any of these three
-	broken      outcome = "broken"      // an open connection was reset
+	answered outcome = "->"
+	arrives  outcome = "=>"      // the datagrams of one flow arrive, and nobody answers
+	refused  outcome = "refused" // a TCP reset or ICMP port unreachable
+	dropped  outcome = "dropped" // nothing comes back
+	// The client's own send failed with EPERM: its host dropped the datagram.
+	notPermitted outcome = "not-permitted"
+	unreachable  outcome = "unreachable" // another ICMP error: nobody took the packet
+	unanswered   outcome = "unanswered"  // any of these four
+	broken       outcome = "broken"      // an open connection was reset
 )
 
 // outcomeWords maps the words of a script to what netlab calls it. unanswered
 // has no single counterpart.
 var outcomeWords = map[string]netlab.Outcome{
 	string(refused): netlab.Refused, string(dropped): netlab.Silent, string(unreachable): netlab.Unreachable,
-	string(unanswered): netlab.Failed, string(broken): netlab.Broken,
+	string(notPermitted): netlab.NotPermitted, string(unanswered): netlab.Failed, string(broken): netlab.Broken,
 }
 
 func (o outcome) matches(got netlab.Outcome) bool {
@@ -144,7 +146,7 @@ func (o outcome) matches(got netlab.Outcome) bool {
 	case answered, arrives:
 		return got == netlab.Answered
 	case unanswered:
-		return got == netlab.Refused || got == netlab.Silent || got == netlab.Unreachable
+		return got == netlab.Refused || got == netlab.Silent || got == netlab.NotPermitted || got == netlab.Unreachable
 	}
 	return got == outcomeWords[string(o)]
 }
@@ -165,7 +167,7 @@ func parseExpectation(words []string) (e expectation, err error) {
 	e.outcome, words = outcome(words[0]), words[1:]
 	if e.outcome != answered && e.outcome != arrives {
 		if _, known := outcomeWords[string(e.outcome)]; !known || e.source != "" {
-			return e, fmt.Errorf("%q is not ->, refused, dropped, unreachable, unanswered or broken, or has a source", e.outcome)
+			return e, fmt.Errorf("%q is not ->, refused, dropped, not-permitted, unreachable, unanswered or broken, or has a source", e.outcome)
 		}
 		return e, nothingAfter(words)
 	}
