@@ -89,8 +89,9 @@ var unnamed = unique.Make("")
 func (l locality) isLocal(c candidate) bool { return c.from.node == l.node && l.node != unnamed }
 
 // choose applies readiness, termination and topology. An endpoint of weight 0
-// is none for new connections, and keeps what it has.
-func (l locality) choose(all []candidate) selection {
+// is none for new connections, and keeps what it has. Of other nodes' endpoints
+// remoteHairpins says whether they may hairpin.
+func (l locality) choose(all []candidate, remoteHairpins bool) selection {
 	ready := filter(all, func(c candidate) bool { return c.from.ready && c.weight > 0 })
 	draining := filter(all, func(c candidate) bool { return c.draining() && c.weight > 0 })
 
@@ -102,12 +103,13 @@ func (l locality) choose(all []candidate) selection {
 	if len(local) == 0 {
 		local = filter(draining, l.isLocal)
 	}
-	s := selection{cluster: l.set(cluster), exists: len(ready) > 0 || len(draining) > 0}
+	set := func(chosen []candidate) *EndpointSet { return l.set(chosen, remoteHairpins) }
+	s := selection{cluster: set(cluster), exists: len(ready) > 0 || len(draining) > 0}
 	share := func(chosen []candidate) *EndpointSet {
 		if slices.Equal(chosen, cluster) {
 			return s.cluster
 		}
-		return l.set(chosen)
+		return set(chosen)
 	}
 	s.local = share(local)
 	s.serving = share(filter(all, func(c candidate) bool { return c.from.serving || c.from.ready }))
@@ -153,13 +155,15 @@ func (l locality) closest(ready []candidate) []candidate {
 	return ready
 }
 
-func (l locality) set(chosen []candidate) *EndpointSet {
+// set takes an endpoint of which no slice says where it runs for one that may
+// be anybody's client.
+func (l locality) set(chosen []candidate, remoteHairpins bool) *EndpointSet {
 	if len(chosen) == 0 {
 		return noEndpoints
 	}
 	s := &EndpointSet{Endpoints: make([]Endpoint, len(chosen))}
 	for i, c := range chosen {
-		s.Endpoints[i] = Endpoint{AddrPort: c.addr, MayHairpin: c.from.node == l.node || c.from.node == unnamed}
+		s.Endpoints[i] = Endpoint{AddrPort: c.addr, MayHairpin: remoteHairpins || c.from.node == l.node || c.from.node == unnamed}
 		if l.weighs && c.weight > 1 {
 			s.Endpoints[i].Weight = c.weight
 		}

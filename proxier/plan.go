@@ -107,10 +107,9 @@ func (n ServicePortName) Compare(o ServicePortName) int {
 // Endpoint is one address and port that connections are sent to.
 type Endpoint struct {
 	netip.AddrPort
-	// MayHairpin says that the endpoint runs on this node, or that its slice
-	// does not say where it runs. Only such an endpoint can be the source of a
-	// connection that this node sends back to it; that connection's source
-	// must be rewritten or the answer would bypass the node.
+	// MayHairpin says that the endpoint can be the source of a connection that
+	// this node sends back to it. That connection's source must be rewritten or
+	// the answer would bypass the node.
 	MayHairpin bool
 	// Weight is the endpoint's share of new connections, compared with others
 	// of its set, in a mode that has weights; 0 stands for 1. See

@@ -16,6 +16,8 @@ type resolver struct {
 	primary netip.Addr
 	// knowsPods says whether Pods of this node can be told apart.
 	knowsPods bool
+	// remotePodsCount says that Pods of other nodes are taken for this node's.
+	remotePodsCount bool
 }
 
 // newResolver reads from the tracker what all Services depend on.
@@ -26,6 +28,8 @@ func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
 		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone), weighs: settings.HasSchedulers},
 		primary:   settings.primary(family, &t.node),
 		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
+
+		remotePodsCount: settings.takesRemotePodsForLocal(family),
 	}
 }
 
@@ -44,7 +48,7 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) (ports []*Service
 	var local []netip.Addr // of ready endpoints, for any port
 	for _, port := range s.ports {
 		all := candidates(filed, r.family, port.name, port.protocol, s.weights)
-		chosen := r.locality.choose(all)
+		chosen := r.locality.choose(all, r.remoteHairpins(s))
 		if s.healthCheckNodePort != 0 {
 			local = r.locality.appendReady(local, all)
 		}
@@ -160,6 +164,13 @@ func (r *resolver) external(s *service, chosen selection) Frontend {
 	}
 	return Frontend{Internal: chosen.cluster, External: chosen.cluster, Masquerade: FromAnywhere}
 }
+
+// remoteHairpins says whether an endpoint of another node may be the client of a
+// connection that this node sends back to it with the client's address. With
+// externalTrafficPolicy Local a Pod of another node that is taken for one of this
+// node takes the short way. All other external traffic from other nodes is
+// masqueraded, or its endpoints are on this node.
+func (r *resolver) remoteHairpins(s *service) bool { return r.remotePodsCount && s.externalLocal }
 
 // keepsLocal says whether a traffic policy is Local in effect.
 func (r *resolver) keepsLocal(local bool, chosen selection) bool {

@@ -68,6 +68,11 @@ func (s *Settings) localPods(family Family, podCIDRs []netip.Prefix) LocalPods {
 	return LocalPods{Prefixes: firstOf(family, s.ClusterCIDRs)}
 }
 
+// takesRemotePodsForLocal says whether Pods of other nodes count as FromPods.
+func (s *Settings) takesRemotePodsForLocal(family Family) bool {
+	return (s.DetectLocal == "" || s.DetectLocal == DetectLocalClusterCIDR) && firstOf(family, s.ClusterCIDRs) != nil
+}
+
 func firstOf(family Family, prefixes []netip.Prefix) []netip.Prefix {
 	for _, p := range prefixes {
 		if FamilyOf(p.Addr()) == family {
