@@ -32,12 +32,12 @@ func (f *family) compile(r *record, emit func(element)) {
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
 type frontendSets struct {
-	external, internal, masquerade, rejected, dropped, restricted, allowed setID
+	external, internal, masquerade, refused, dropped, restricted, allowed setID
 }
 
 var (
-	addressedSets = frontendSets{frontends, internalFrontends, masquerade, rejected, dropped, restricted, allowedSources}
-	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, rejectedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
+	addressedSets = frontendSets{frontends, internalFrontends, masquerade, refused, dropped, restricted, allowedSources}
+	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, refusedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
 )
 
 func (f *family) compileFrontend(r *record, fe *proxier.Frontend, comment string, emit func(element)) {
@@ -51,15 +51,12 @@ func (f *family) compileFrontend(r *record, fe *proxier.Frontend, comment string
 	if internal != external {
 		emit(element{set: sets.internal, key: key, data: idDatumBytes(internal), comment: comment})
 	}
-	if fe.Masquerade != proxier.FromNowhere {
-		emit(element{set: sets.masquerade, key: key, data: idDatumBytes(uint32(fe.Masquerade))})
-	}
+	emit(element{set: sets.masquerade, key: key, data: idDatumBytes(uint32(fe.Masquerade))})
 	if external == noSet || internal == noSet {
-		set := sets.rejected
+		emit(element{set: sets.refused, key: key, comment: comment})
 		if fe.WhenEmpty == proxier.Drop {
-			set = sets.dropped
+			emit(element{set: sets.dropped, key: key})
 		}
-		emit(element{set: set, key: key, comment: comment})
 	}
 	if fe.Sources != nil {
 		emit(element{set: sets.restricted, key: key})

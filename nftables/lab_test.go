@@ -24,7 +24,7 @@ import (
 // lab is a node (the test's own namespace) with four Pods, a client outside and
 // a default route, each on a link of its own.
 type lab struct {
-	t      *testing.T
+	t      testing.TB
 	family proxier.Family
 	node   netns.NsHandle
 	pods   []*peer
@@ -45,7 +45,7 @@ const podPort = 8080
 // clientAddrs is how many addresses the client has, from client.addr on.
 const clientAddrs = 8
 
-func newLab(t *testing.T, f proxier.Family) *lab {
+func newLab(t testing.TB, f proxier.Family) *lab {
 	l := &lab{t: t, family: f, node: inNamespace(t)}
 	forwarding := "/proc/sys/net/ipv4/ip_forward"
 	if f == proxier.IPv6 {

@@ -87,6 +87,8 @@ func (r ruleset) baseChains() []chain {
 // nodeChains are written anew when the node's facts change.
 func (r ruleset) nodeChains() []chain {
 	chains := []chain{
+		{name: "refuse", rules: r.refuse(r.frontendOf(), dropped)},
+		{name: "refuse-nodeport", rules: r.refuse(nodePortOf, droppedNodePorts)},
 		{name: "check-sources", rules: r.checkSources()},
 		{name: "check-local", rules: r.checkLocal()},
 		{name: "check-remote", rules: r.checkRemote()},
@@ -94,27 +96,22 @@ func (r ruleset) nodeChains() []chain {
 	for origins := proxier.FromPods; origins <= proxier.FromAnywhere; origins++ {
 		chains = append(chains, chain{name: markChain(origins), rules: r.markRules(origins)})
 	}
-	nodePortRules := append([]rule{markRule(nodePortOf, nodePortMasquerade)},
-		r.setRules(nodePortOf, internalNodePorts, nodePorts)...)
-	serviceRules := append([]rule{markRule(r.frontendOf(), masquerade)},
-		r.setRules(r.frontendOf(), internalFrontends, frontends)...)
+	services := []rule{newRule(setPriority(idLookedUp(r.frontendOf(), masquerade)), goTo("service"))}
 	for _, match := range r.toNodePortAddrs() {
-		serviceRules = append(serviceRules, newRule(append(match, goTo("nodeports"))...))
+		services = append(services,
+			newRule(append(match, setPriority(idLookedUp(nodePortOf, nodePortMasquerade)), goTo("nodeport"))...))
 	}
 	return append(chains,
-		chain{name: "nodeports", rules: nodePortRules},
-		chain{name: "services", rules: serviceRules})
+		chain{name: "nodeport", rules: r.setRules(nodePortOf, internalNodePorts, nodePorts)},
+		chain{name: "service", rules: r.setRules(r.frontendOf(), internalFrontends, frontends)},
+		chain{name: "services", rules: services})
 }
 
-// markRule marks what is to be masqueraded, by the origins that the map holds.
-func markRule(key value, origins setID) rule {
-	return newRule(setPriority(idLookedUp(key, origins)), verdictOf(priority, markChains))
-}
-
-// setRules look the endpoint set up, first among those for internal traffic.
+// setRules mark what is to be masqueraded, by the origins that the priority holds,
+// and look the endpoint set up, first among those for internal traffic.
 func (r ruleset) setRules(key value, internal, external setID) []rule {
 	choose := setPriority(idLookedUp(key, internal))
-	var rules []rule
+	rules := []rule{newRule(verdictOf(priority, markChains))}
 	for _, match := range r.fromPods() {
 		rules = append(rules, newRule(match, choose, goTo("pick-endpoint")))
 	}
@@ -203,8 +200,8 @@ func (r ruleset) checkSources() []rule {
 		newRule(in(r.frontendOf(), restricted), notIn(allowed, allowedSources), drop()),
 	}
 	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, newRule(append(match, in(nodePortOf, restrictedNodePorts),
-			notIn(join(nodePortOf, r.saddr()), allowedNodePortSources), drop())...))
+		rules = append(rules, newRule(slices.Concat([]statement{in(nodePortOf, restrictedNodePorts)}, match,
+			[]statement{notIn(join(nodePortOf, r.saddr()), allowedNodePortSources), drop()})...))
 	}
 	return rules
 }
@@ -218,16 +215,18 @@ func withoutDNAT() []rule {
 	}
 }
 
+// refuse drops or rejects a connection to a frontend without endpoints.
+func (r ruleset) refuse(key value, dropped setID) []rule {
+	return []rule{newRule(in(key, dropped), drop()), newRule(r.reject())}
+}
+
 // checkLocal rejects or drops what has come to this node for a frontend without
 // endpoints.
 func (r ruleset) checkLocal() []rule {
 	rules := append(withoutDNAT(),
-		newRule(in(r.frontendOf(), rejected), r.reject()),
-		newRule(in(r.frontendOf(), dropped), drop()))
+		newRule(in(r.frontendOf(), refused), goTo("refuse")))
 	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules,
-			newRule(slices.Concat([]statement{in(nodePortOf, rejectedNodePorts)}, match, []statement{r.reject()})...),
-			newRule(slices.Concat([]statement{in(nodePortOf, droppedNodePorts)}, match, []statement{drop()})...))
+		rules = append(rules, newRule(slices.Concat([]statement{in(nodePortOf, refusedNodePorts)}, match, []statement{goTo("refuse-nodeport")})...))
 	}
 	return rules
 }
@@ -239,8 +238,7 @@ func (r ruleset) checkLocal() []rule {
 // server's, is left to what listens there.
 func (r ruleset) checkRemote() []rule {
 	return append(withoutDNAT(),
-		newRule(in(r.frontendOf(), rejected), fibNotLocal(), r.reject()),
-		newRule(in(r.frontendOf(), dropped), fibNotLocal(), drop()),
+		newRule(in(r.frontendOf(), refused), fibNotLocal(), goTo("refuse")),
 		newRule(in(r.daddr(), clusterIPs), fibNotLocal(), r.reject()).because("no such port"),
 		newRule(in(r.daddr(), serviceCIDRs), fibNotLocal(), drop()).because("no such Service"))
 }

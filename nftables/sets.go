@@ -18,9 +18,9 @@ const (
 	masquerade
 	nodePortMasquerade
 	markChains
-	rejected
+	refused
 	dropped
-	rejectedNodePorts
+	refusedNodePorts
 	droppedNodePorts
 	restricted
 	allowedSources
@@ -101,14 +101,14 @@ func makeSchemas() []*schema {
 		{id: nodePorts, name: "nodeports", key: nodePortKey, data: idData},
 		{id: internalNodePorts, name: "internal-nodeports", key: nodePortKey, data: idData},
 		{id: masquerade, name: "masquerade-origins", key: frontendKey, data: idData,
-			comment: "whose source is rewritten: 1 Pods here, 2 this node, 4 others"},
+			comment: "all frontends, and whose source is rewritten: 1 Pods here, 2 this node, 4 others"},
 		{id: nodePortMasquerade, name: "nodeport-masquerade-origins", key: nodePortKey, data: idData},
 		{id: markChains, name: "mark-chains", key: idOnly, verdicts: true},
-		{id: rejected, name: "rejected", key: frontendKey,
+		{id: refused, name: "refused", key: frontendKey,
 			comment: "frontends without endpoints"},
 		{id: dropped, name: "dropped", key: frontendKey,
-			comment: "frontends without endpoints that may be used here"},
-		{id: rejectedNodePorts, name: "rejected-nodeports", key: nodePortKey},
+			comment: "those of them that have endpoints elsewhere"},
+		{id: refusedNodePorts, name: "refused-nodeports", key: nodePortKey},
 		{id: droppedNodePorts, name: "dropped-nodeports", key: nodePortKey},
 		{id: restricted, name: "restricted", key: frontendKey,
 			comment: "frontends that only allowed sources may use"},
