@@ -69,7 +69,7 @@ func (f *Flags) build(r *reading) (*Config, error) {
 		SourceDir: f.own.source, Kubeconfig: client.Kubeconfig, Master: f.master,
 		ContentType: client.ContentType, AcceptContentTypes: client.AcceptContentTypes, QPS: client.QPS, Burst: int(client.Burst),
 		MasqueradeMark: 1 << masqueradeBit(k), IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),
-		BindAddress: netip.MustParseAddr(k.BindAddress), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
+		BindAddress: bindAddress(k), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
 		BindAddressHardFail: k.BindAddressHardFail, EnableProfiling: k.EnableProfiling,
 		SyncPeriod: timing.sync, MinSyncPeriod: r.minSyncPeriod, ConfigSyncPeriod: k.ConfigSyncPeriod.Duration,
 		Conntrack: conntrack(k), OOMScoreAdj: k.OOMScoreAdj,
@@ -105,7 +105,7 @@ func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
 	if k.ClusterCIDR != "" {
 		s.ClusterCIDRs = prefixes(strings.Split(k.ClusterCIDR, ","))
 	}
-	if a := netip.MustParseAddr(k.BindAddress).Unmap(); !a.IsUnspecified() {
+	if a := bindAddress(k); !a.IsUnspecified() {
 		s.NodeAddress = a
 	}
 	if *k.IPTables.LocalhostNodePorts {
@@ -138,12 +138,14 @@ func conntrack(k *v1alpha1.KubeProxyConfiguration) node.Conntrack {
 	}
 }
 
+func bindAddress(k *v1alpha1.KubeProxyConfiguration) netip.Addr {
+	a, _ := proxier.ParseAddr(k.BindAddress) // valid: a rule checks it
+	return a
+}
+
 // listener is where a server listens; not valid for nowhere.
 func listener(text string) netip.AddrPort {
-	a, err := netip.ParseAddrPort(text)
-	if err != nil {
-		return netip.AddrPort{}
-	}
+	a, _ := parseAddrPort(text)
 	return a
 }
 

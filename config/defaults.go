@@ -3,13 +3,14 @@ package config
 import (
 	"cmp"
 	"net"
-	"net/netip"
 	"strconv"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
+
+	"signalbox/proxier"
 )
 
 const (
@@ -20,7 +21,7 @@ const (
 	off = "0"
 )
 
-// setDefaults fills in what is not there, with the values of kube-proxy 1.36.
+// setDefaults fills in what is not there, with the values of kube-proxy 1.37.
 // A zero is not there, unless the field is a pointer.
 func setDefaults(k *v1alpha1.KubeProxyConfiguration) {
 	c := &k.ClientConnection
@@ -31,7 +32,7 @@ func setDefaults(k *v1alpha1.KubeProxyConfiguration) {
 
 	orElse(&k.BindAddress, "0.0.0.0")
 	everywhere, loopback := "0.0.0.0", "127.0.0.1"
-	if a, err := netip.ParseAddr(k.BindAddress); err == nil && a.Is6() && !a.Is4In6() {
+	if a, ok := proxier.ParseAddr(k.BindAddress); ok && a.Is6() {
 		everywhere, loopback = "::", "::1"
 	}
 	k.HealthzBindAddress = withPort(cmp.Or(k.HealthzBindAddress, everywhere), healthzPort)
@@ -64,9 +65,9 @@ func orPointer[T any](field **T, value T) {
 
 // withPort adds a port to an address that is without one. What is no address
 // is left for validation to name.
-func withPort(address string, port int) string {
-	if _, err := netip.ParseAddr(address); err != nil {
+func withPort(address string, port int32) string {
+	if _, ok := proxier.ParseAddr(address); !ok {
 		return address
 	}
-	return net.JoinHostPort(address, strconv.Itoa(port))
+	return net.JoinHostPort(address, strconv.Itoa(int(port)))
 }

@@ -157,7 +157,7 @@ func TestMistakesInFilesAreNamed(t *testing.T) {
 	for file, want := range map[string][]string{
 		"mode: fast":                                    {"mode: fast: not one of auto, nftables, iptables, ipvs"},
 		"iptables: {masqueradeBit: 32}":                 {"iptables.masqueradeBit: 32: the packet mark has the bits 0 to 31"},
-		"metricsBindAddress: localhost":                 {"metricsBindAddress: localhost: not an IP address and a port, such as 127.0.0.1:10249, nor 0 for nowhere"},
+		"metricsBindAddress: localhost":                 {"metricsBindAddress: localhost: not an IP address, with or without a port, such as 127.0.0.1:10249 or ::1, nor 0 for nowhere"},
 		"nodePortAddresses: [localhost, localhost]":     {`nodePortAddresses: localhost,localhost: "localhost" is given twice`},
 		"healthzBindAddress: 0.0.0.0:0":                 {"healthzBindAddress: 0.0.0.0:0: the port must be from 1 to 65535; 0 alone is for nowhere"},
 		"detectLocalMode: BridgeInterface":              {"detectLocal.bridgeInterface: the mode BridgeInterface of telling Pods from other traffic needs it"},

@@ -86,13 +86,13 @@ func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {
 
 	fs.StringVar(&k.HostnameOverride, "hostname-override", "", "the name of this node's Node object (default: the host name, in lower case)")
 	fs.StringVar(&k.BindAddress, "bind-address", k.BindAddress, "the node's own address, in the place of the Node object's of the same family; 0.0.0.0 and :: for the Node object's")
-	fs.StringVar(&k.HealthzBindAddress, "healthz-bind-address", k.HealthzBindAddress, "where health is served; 0 or nothing for nowhere")
-	fs.StringVar(&k.MetricsBindAddress, "metrics-bind-address", k.MetricsBindAddress, "where metrics are served; 0 or nothing for nowhere")
+	fs.StringVar(&k.HealthzBindAddress, "healthz-bind-address", k.HealthzBindAddress, "where health is served, with or without a port; 0 or nothing for nowhere")
+	fs.StringVar(&k.MetricsBindAddress, "metrics-bind-address", k.MetricsBindAddress, "where metrics are served, with or without a port; 0 or nothing for nowhere")
 	fs.BoolVar(&k.BindAddressHardFail, "bind-address-hard-fail", false, "end where health or metrics cannot be served, instead of trying again")
 	fs.BoolVar(&k.EnableProfiling, "profiling", false, "serve /debug/pprof beside the metrics")
 	fs.StringVar(&k.ShowHiddenMetricsForVersion, "show-hidden-metrics-for-version", "", "no effect: no metric is hidden")
-	fs.Int32Var(&f.healthzPort, "healthz-port", 10256, "0 for no server at --healthz-bind-address")
-	fs.Int32Var(&f.metricsPort, "metrics-port", 10249, "0 for no server at --metrics-bind-address")
+	fs.Int32Var(&f.healthzPort, "healthz-port", healthzPort, "the port for --healthz-bind-address where that is an address without one; 0 for no server")
+	fs.Int32Var(&f.metricsPort, "metrics-port", metricsPort, "the port for --metrics-bind-address where that is an address without one; 0 for no server")
 
 	fs.StringVar((*string)(&k.Mode), "proxy-mode", "", "kube-proxy's name for --mode; given and empty, it is iptables. Where neither of the two is given, nor --config, the mode is auto and not iptables as with kube-proxy")
 	fs.Int32Var(k.IPTables.MasqueradeBit, "iptables-masquerade-bit", *k.IPTables.MasqueradeBit, "bit of the packet mark (0 to 31) that asks for the source address to be rewritten, in every mode")

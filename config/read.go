@@ -145,23 +145,22 @@ func (f *Flags) copyToNFTables(k *v1alpha1.KubeProxyConfiguration) {
 	}
 }
 
-// portFlags obeys the flags for a port alone as far as they switch a server
-// off. kube-proxy's documentation promises that; its default address, port
-// included, wins over everything else that they say, and here too.
+// portFlags completes the addresses to listen at from the flags for a port
+// alone: 0 is for nowhere, and another port is for an address without one.
 func (f *Flags) portFlags(k *v1alpha1.KubeProxyConfiguration) (warnings []string) {
 	for _, server := range []struct {
 		name    string
 		port    int32
 		address *string
 	}{{"healthz", f.healthzPort, &k.HealthzBindAddress}, {"metrics", f.metricsPort, &k.MetricsBindAddress}} {
+		given := cmp.Or(*server.address, off)
+		*server.address = withPort(given, server.port)
 		switch {
-		case !f.given(server.name + "-port"):
 		case server.port == 0:
 			*server.address = off
-		default:
-			warnings = append(warnings, fmt.Sprintf("no effect: --%[1]s-port=%[2]d: the port belongs into --%[1]s-bind-address", server.name, server.port))
+		case *server.address == given && f.given(server.name+"-port"):
+			warnings = append(warnings, fmt.Sprintf("no effect: --%[1]s-port=%[2]d: --%[1]s-bind-address=%[3]s decides; give an address without a port there, or the port with it", server.name, server.port, given))
 		}
-		*server.address = cmp.Or(*server.address, off)
 	}
 	return warnings
 }

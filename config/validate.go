@@ -3,8 +3,10 @@ package config
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -139,7 +141,7 @@ func minSyncPeriod(t timing) string {
 }
 
 func address(text string) string {
-	if _, err := netip.ParseAddr(text); err != nil {
+	if _, ok := proxier.ParseAddr(text); !ok {
 		return fmt.Sprintf("%s: not an IP address", text)
 	}
 	return ""
@@ -150,14 +152,25 @@ func listenAddress(text string) string {
 	if text == "" || text == off {
 		return ""
 	}
-	a, err := netip.ParseAddrPort(text)
+	a, ok := parseAddrPort(text)
 	switch {
-	case err != nil:
-		return fmt.Sprintf("%s: not an IP address and a port, such as 127.0.0.1:10249, nor %s for nowhere", text, off)
+	case !ok:
+		return fmt.Sprintf("%s: not an IP address, with or without a port, such as 127.0.0.1:10249 or ::1, nor %s for nowhere", text, off)
 	case a.Port() == 0:
 		return fmt.Sprintf("%s: the port must be from 1 to 65535; %s alone is for nowhere", text, off)
 	}
 	return ""
+}
+
+// parseAddrPort reads an address and a port, with brackets around IPv6.
+func parseAddrPort(text string) (netip.AddrPort, bool) {
+	host, number, err := net.SplitHostPort(text)
+	if err != nil {
+		return netip.AddrPort{}, false
+	}
+	a, ok := proxier.ParseAddr(host)
+	port, err := strconv.ParseUint(number, 10, 16)
+	return netip.AddrPortFrom(a, uint16(port)), ok && err == nil
 }
 
 func clusterCIDR(text string) string {
@@ -168,8 +181,7 @@ func clusterCIDR(text string) string {
 	if wrong := cidrs(list); wrong != "" {
 		return wrong
 	}
-	first, _ := parsePrefix(list[0])
-	if len(list) > 2 || len(list) == 2 && proxier.FamilyOf(first.Addr()) == proxier.FamilyOf(prefixes(list)[1].Addr()) {
+	if p := prefixes(list); len(p) > 2 || len(p) == 2 && proxier.FamilyOf(p[0].Addr()) == proxier.FamilyOf(p[1].Addr()) {
 		return fmt.Sprintf("%s: at most one range of each IP family", text)
 	}
 	return ""
@@ -177,7 +189,7 @@ func clusterCIDR(text string) string {
 
 func cidrs(list []string) string {
 	for _, text := range list {
-		if _, err := parsePrefix(text); err != nil {
+		if _, ok := proxier.ParsePrefix(text); !ok {
 			return fmt.Sprintf("%s: %q is not a CIDR such as 10.0.0.0/8 or fd00::/48", strings.Join(list, ","), text)
 		}
 	}
@@ -220,16 +232,11 @@ func scheduler(name string) string {
 	return ""
 }
 
-func parsePrefix(text string) (netip.Prefix, error) {
-	p, err := netip.ParsePrefix(text)
-	return p.Masked(), err
-}
-
 // prefixes parses what cidrs has found right.
 func prefixes(list []string) []netip.Prefix {
 	var out []netip.Prefix
 	for _, text := range list {
-		if p, err := parsePrefix(text); err == nil {
+		if p, ok := proxier.ParsePrefix(text); ok {
 			out = append(out, p)
 		}
 	}

@@ -163,7 +163,7 @@ func (s *endpointSlice) readEndpoints(p *problems, endpoints []discoveryv1.Endpo
 			p.add(indexed("endpoints", i)+".addresses", "is empty; the endpoint is left out")
 			continue
 		}
-		a, ok := parseAddr(ep.Addresses[0])
+		a, ok := ParseAddr(ep.Addresses[0])
 		if reason := s.unusable(a, ok); reason != "" {
 			p.add(indexed("endpoints", i)+".addresses[0]", "%q %s; the endpoint is left out", ep.Addresses[0], reason)
 			continue

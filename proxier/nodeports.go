@@ -40,12 +40,12 @@ func ParseNodePortAddresses(list []string) (NodePortSelector, error) {
 			return NodePortSelector{}, fmt.Errorf("%q is given twice", text)
 		}
 		if !isWord {
-			p, err := netip.ParsePrefix(text)
-			if err != nil {
+			p, ok := ParsePrefix(text)
+			if !ok {
 				return NodePortSelector{}, fmt.Errorf("%q is neither a CIDR such as 10.0.0.0/8 or fd00::/48, nor %s, %s or %s",
 					text, NodePortsPrimary, NodePortsLocalhost, NodePortsAll)
 			}
-			cidrs = []netip.Prefix{p.Masked()}
+			cidrs = []netip.Prefix{p}
 		}
 		s.Primary = s.Primary || text == NodePortsPrimary
 		s.CIDRs = append(s.CIDRs, cidrs...)

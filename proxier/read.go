@@ -10,10 +10,10 @@ import (
 	netutils "k8s.io/utils/net"
 )
 
-// parseAddr reads an address as the API server does. It still holds objects
+// ParseAddr reads an address as the API server does. It still holds objects
 // from times when leading zeros ("010.0.0.1") and IPv4-mapped IPv6 addresses
 // were allowed; both mean an IPv4 address.
-func parseAddr(text string) (netip.Addr, bool) {
+func ParseAddr(text string) (netip.Addr, bool) {
 	if a, err := netip.ParseAddr(text); err == nil {
 		return a.Unmap(), a.Zone() == ""
 	}
@@ -21,9 +21,9 @@ func parseAddr(text string) (netip.Addr, bool) {
 	return a.Unmap(), ok
 }
 
-// parsePrefix reads a CIDR as the API server does; bits after its length are
+// ParsePrefix reads a CIDR as the API server does; bits after its length are
 // cleared.
-func parsePrefix(text string) (netip.Prefix, bool) {
+func ParsePrefix(text string) (netip.Prefix, bool) {
 	p, err := netip.ParsePrefix(text)
 	if err != nil {
 		_, ipnet, err := netutils.ParseCIDRSloppy(text)
@@ -44,7 +44,7 @@ func parsePrefix(text string) (netip.Prefix, bool) {
 }
 
 func readAddr(p *problems, field, text string) (netip.Addr, bool) {
-	a, ok := parseAddr(text)
+	a, ok := ParseAddr(text)
 	if !ok {
 		p.add(field, "%q is not an IP address; it is left out", text)
 		return a, false
@@ -69,7 +69,7 @@ func routable(a netip.Addr) bool { return hostAddr(a) && !a.IsLinkLocalUnicast()
 func readPrefixes(p *problems, field string, texts []string) []netip.Prefix {
 	var out []netip.Prefix
 	for i, text := range texts {
-		prefix, ok := parsePrefix(text)
+		prefix, ok := ParsePrefix(text)
 		if !ok {
 			p.add(indexed(field, i), "%q is not a CIDR; it is left out", text)
 			continue

@@ -88,7 +88,7 @@ func (s *addrSet) add(a netip.Addr) {
 func (s *service) readSources(p *problems, ranges []string) {
 	malformed := false
 	for i, text := range ranges {
-		prefix, ok := parsePrefix(strings.TrimSpace(text))
+		prefix, ok := ParsePrefix(strings.TrimSpace(text))
 		if !ok {
 			malformed = true
 			p.add(indexed("spec.loadBalancerSourceRanges", i), "%q is not a CIDR; it admits nobody", text)

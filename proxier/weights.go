@@ -136,7 +136,7 @@ func readWeight(entry string) (r weightRule, wrong string) {
 	}
 	r.weight = uint16(n)
 	who = strings.TrimSpace(who)
-	if a, ok := parseAddr(who); ok {
+	if a, ok := ParseAddr(who); ok {
 		r.addr = a
 		return r, ""
 	}
