@@ -3,7 +3,6 @@ package config
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -171,10 +170,7 @@ func withoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 	note(k.ConfigSyncPeriod.Duration != 15*time.Minute, "no effect: --config-sync-period: watches miss nothing")
 	note(k.ShowHiddenMetricsForVersion != "", "no effect: --show-hidden-metrics-for-version: no metric is hidden")
 	note(k.Winkernel != (v1alpha1.KubeProxyWinkernelConfiguration{}) || k.WindowsRunAsService, "no effect: winkernel and windowsRunAsService: this is not Windows")
-	for _, gate := range slices.Sorted(maps.Keys(k.FeatureGates)) {
-		note(!gateMatters(gate), "no effect: feature gate %s", gate)
-	}
-	return out
+	return append(out, gatesWithoutEffect(k.FeatureGates)...)
 }
 
 func (f *Flags) flagsWithoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {

@@ -2,8 +2,10 @@ package config
 
 import (
 	_ "embed"
+	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 
@@ -12,14 +14,26 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 )
 
+// The gates that something here depends on.
 const (
 	gateAllowServiceExternalIPs = "AllowServiceExternalIPs"
+	gateKubeProxyIPVS           = "KubeProxyIPVS"
 	gateLocalhostNodePorts      = "KubeProxyNFTablesLocalhostNodePorts"
 )
 
-// knownGates has a line for each feature gate that kube-proxy 1.36 takes: all
-// of Kubernetes' gates, since one list is often given to every component. A
-// line is name, stage, default, and "locked" where it cannot be changed.
+// gateMatters says whether anything here depends on a gate.
+func gateMatters(name string) bool {
+	switch name {
+	case gateAllowServiceExternalIPs, gateKubeProxyIPVS, gateLocalhostNodePorts:
+		return true
+	}
+	return gates()[featuregate.Feature(name)].LockToDefault
+}
+
+// knownGates has a line for each feature gate that kube-proxy 1.36, 1.37 or 1.38
+// takes: all of Kubernetes' gates, since one list is often given to every
+// component. A line is name, stage, default, and "locked" where it cannot be
+// changed: those of 1.37 where it has the gate.
 //
 //go:embed featuregates.txt
 var knownGates string
@@ -46,18 +60,35 @@ var gates = sync.OnceValue(func() map[featuregate.Feature]featuregate.FeatureSpe
 })
 
 // gatesWith returns every known gate as wanted, or at its default.
-func gatesWith(wanted map[string]bool) (featuregate.MutableFeatureGate, error) {
+func gatesWith(wanted map[string]bool) featuregate.MutableFeatureGate {
 	g := featuregate.NewFeatureGate()
-	if err := g.Add(maps.Clone(gates())); err != nil {
+	settable := maps.Clone(wanted)
+	maps.DeleteFunc(settable, func(name string, on bool) bool { return gateIgnored(name, on) != "" })
+	// What it would log, gatesWithoutEffect says in other words.
+	if err := errors.Join(g.Add(maps.Clone(gates())), g.SetFromMapWithLogger(logr.Discard(), settable)); err != nil {
 		panic(err) // the embedded list contradicts itself
 	}
-	// What it would log, withoutEffect says in other words.
-	return g, g.SetFromMapWithLogger(logr.Discard(), wanted)
+	return g
+}
+
+// gateIgnored says why a gate cannot be as it is wanted; empty where it can. It is
+// never an error: one list of gates is written for every component of a cluster,
+// of whatever release.
+func gateIgnored(name string, on bool) string {
+	spec, known := gates()[featuregate.Feature(name)]
+	switch {
+	case name == "AllAlpha" || name == "AllBeta":
+		return ""
+	case !known:
+		return "kube-proxy 1.36 to 1.38 do not know it, and refuse to start with it"
+	case spec.LockToDefault && on != spec.Default:
+		return fmt.Sprintf("it is locked to %v, and kube-proxy 1.37 refuses to start with it", spec.Default)
+	}
+	return ""
 }
 
 func gateOn(k *v1alpha1.KubeProxyConfiguration, name featuregate.Feature) bool {
-	g, _ := gatesWith(k.FeatureGates) // featureGatesWrong names what is wrong with them
-	return g.Enabled(name)
+	return gatesWith(k.FeatureGates).Enabled(name)
 }
 
 // localhostRelay says whether the gate of KEP-6032 is open. It is unless it was
@@ -67,15 +98,15 @@ func localhostRelay(k *v1alpha1.KubeProxyConfiguration) bool {
 	return on || !given
 }
 
-// gateMatters says whether anything here depends on a gate.
-func gateMatters(name string) bool {
-	return name == gateAllowServiceExternalIPs || name == gateLocalhostNodePorts || gates()[featuregate.Feature(name)].LockToDefault
-}
-
-func featureGatesWrong(wanted map[string]bool) string {
-	if _, err := gatesWith(wanted); err != nil {
-		text := strings.TrimSuffix(strings.TrimPrefix(fmt.Sprint(wanted), "map["), "]")
-		return fmt.Sprintf("%s: %v", strings.ReplaceAll(strings.ReplaceAll(text, ":", "="), " ", ","), err)
+// gatesWithoutEffect names the gates that were set and change nothing here.
+func gatesWithoutEffect(wanted map[string]bool) (out []string) {
+	for _, name := range slices.Sorted(maps.Keys(wanted)) {
+		switch why := gateIgnored(name, wanted[name]); {
+		case why != "":
+			out = append(out, fmt.Sprintf("no effect: feature gate %s=%v: %s", name, wanted[name], why))
+		case !gateMatters(name):
+			out = append(out, "no effect: feature gate "+name)
+		}
 	}
-	return ""
+	return out
 }

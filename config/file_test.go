@@ -107,6 +107,13 @@ func TestWhatFilesSet(t *testing.T) {
 			return c.MinSyncPeriod == 0 && c.KubeProxy.IPTables.MinSyncPeriod.Duration == time.Second
 		}},
 		{file: "iptables: {minSyncPeriod: 1s}", ok: func(c *Config) bool { return c.MinSyncPeriod == time.Second }},
+		{file: "mode: ipvs\nfeatureGates: {KubeProxyIPVS: true}", ok: func(c *Config) bool {
+			return c.Mode == ModeIPVS && !slices.ContainsFunc(c.Warnings, about("KubeProxyIPVS"))
+		}},
+		{file: "featureGates: {KubeProxyIPVS: false}", args: []string{"--mode=ipvs"}, ok: func(c *Config) bool { return c.Mode == ModeIPVS }},
+		{file: "featureGates: {AllBeta: false, Magic: true}", ok: func(c *Config) bool {
+			return !gateOn(c.KubeProxy, "NFTablesNetlink") && gateOn(c.KubeProxy, gateKubeProxyIPVS) && c.KubeProxy.FeatureGates["Magic"]
+		}},
 		{file: "featureGates: {AllowServiceExternalIPs: false}", ok: func(c *Config) bool { return c.Settings.IgnoreExternalIPs }},
 		{file: "clientConnection: {contentType: application/json, acceptContentTypes: application/json}", ok: func(c *Config) bool {
 			return c.ContentType == "application/json" && c.AcceptContentTypes == "application/json"
@@ -125,6 +132,10 @@ func TestWhatFilesSet(t *testing.T) {
 	}
 }
 
+func about(word string) func(string) bool {
+	return func(warning string) bool { return strings.Contains(warning, word) }
+}
+
 // Each is accepted, and the log says that it does nothing.
 func TestFilesWithoutEffect(t *testing.T) {
 	for file, want := range map[string]string{
@@ -135,6 +146,11 @@ func TestFilesWithoutEffect(t *testing.T) {
 		"ipvs: {excludeCIDRs: [10.0.0.0/8]}":                         "--ipvs-exclude-cidrs",
 		"ipvs: {strictARP: true}":                                    "--ipvs",
 		"featureGates: {WatchList: false}":                           "feature gate WatchList",
+		"featureGates: {Magic: true, AllowServiceExternalIPs: true}": "feature gate Magic=true: kube-proxy 1.36 to 1.38 do not know it",
+		"featureGates: {NFTablesProxyMode: false}":                   "feature gate NFTablesProxyMode=false: it is locked to true",
+		"featureGates: {NFTablesNetlink: false}":                     "feature gate NFTablesNetlink",
+		"featureGates: {ManagedFieldsOptOut: true}":                  "feature gate ManagedFieldsOptOut",
+		"featureGates: {SidecarContainers: false}":                   "feature gate SidecarContainers=false: it is locked",
 		"logging: {flushFrequency: 1s}":                              "--log-flush-frequency",
 		`showHiddenMetricsForVersion: "1.35"`:                        "--show-hidden-metrics-for-version",
 		"logging: {vmodule: [{filePattern: proxier, verbosity: 3}]}": "--vmodule",
@@ -155,21 +171,21 @@ func TestFilesWithoutEffect(t *testing.T) {
 // The messages name the file, the field and what to do.
 func TestMistakesInFilesAreNamed(t *testing.T) {
 	for file, want := range map[string][]string{
-		"mode: fast":                                    {"mode: fast: not one of auto, nftables, iptables, ipvs"},
-		"iptables: {masqueradeBit: 32}":                 {"iptables.masqueradeBit: 32: the packet mark has the bits 0 to 31"},
-		"metricsBindAddress: localhost":                 {"metricsBindAddress: localhost: not an IP address, with or without a port, such as 127.0.0.1:10249 or ::1, nor 0 for nowhere"},
-		"nodePortAddresses: [localhost, localhost]":     {`nodePortAddresses: localhost,localhost: "localhost" is given twice`},
-		"healthzBindAddress: 0.0.0.0:0":                 {"healthzBindAddress: 0.0.0.0:0: the port must be from 1 to 65535; 0 alone is for nowhere"},
-		"detectLocalMode: BridgeInterface":              {"detectLocal.bridgeInterface: the mode BridgeInterface of telling Pods from other traffic needs it"},
-		"clusterCIDR: ten":                              {`clusterCIDR: ten: "ten" is not a CIDR such as 10.0.0.0/8 or fd00::/48`},
-		"featureGates: {Magic: true}":                   {"featureGates: Magic=true: unrecognized feature gate: Magic"},
-		"mode: ipvs\nipvs: {tcpTimeout: -1s}":           {"ipvs.tcpTimeout: -1s: must not be negative"},
-		"mode: nftables\nnftables: {minSyncPeriod: 1m}": {"nftables.minSyncPeriod: 1m0s: must not be longer than the sync period, which is 30s"},
-		"oomScoreAdj: 2000\nconntrack: {min: -1}":       {"oomScoreAdj: 2000: must be from -1000 to 1000", "conntrack.min: -1: must not be negative"},
-		"logging: {format: xml}":                        {"logging.format: xml: Unsupported log format"},
-		"iptables: {syncPeriod: soon}":                  {`invalid duration "soon"`},
-		"hostnameOverride: ' '":                         {"hostnameOverride=", "Node object"},
-		"a: b: c":                                       {"not YAML"},
+		"mode: fast":                                       {"mode: fast: not one of auto, nftables, iptables, ipvs"},
+		"iptables: {masqueradeBit: 32}":                    {"iptables.masqueradeBit: 32: the packet mark has the bits 0 to 31"},
+		"metricsBindAddress: localhost":                    {"metricsBindAddress: localhost: not an IP address, with or without a port, such as 127.0.0.1:10249 or ::1, nor 0 for nowhere"},
+		"nodePortAddresses: [localhost, localhost]":        {`nodePortAddresses: localhost,localhost: "localhost" is given twice`},
+		"healthzBindAddress: 0.0.0.0:0":                    {"healthzBindAddress: 0.0.0.0:0: the port must be from 1 to 65535; 0 alone is for nowhere"},
+		"detectLocalMode: BridgeInterface":                 {"detectLocal.bridgeInterface: the mode BridgeInterface of telling Pods from other traffic needs it"},
+		"clusterCIDR: ten":                                 {`clusterCIDR: ten: "ten" is not a CIDR such as 10.0.0.0/8 or fd00::/48`},
+		"mode: ipvs\nfeatureGates: {KubeProxyIPVS: false}": {"mode: ipvs: the feature gate KubeProxyIPVS is set to false"},
+		"mode: ipvs\nipvs: {tcpTimeout: -1s}":              {"ipvs.tcpTimeout: -1s: must not be negative"},
+		"mode: nftables\nnftables: {minSyncPeriod: 1m}":    {"nftables.minSyncPeriod: 1m0s: must not be longer than the sync period, which is 30s"},
+		"oomScoreAdj: 2000\nconntrack: {min: -1}":          {"oomScoreAdj: 2000: must be from -1000 to 1000", "conntrack.min: -1: must not be negative"},
+		"logging: {format: xml}":                           {"logging.format: xml: Unsupported log format"},
+		"iptables: {syncPeriod: soon}":                     {`invalid duration "soon"`},
+		"hostnameOverride: ' '":                            {"hostnameOverride=", "Node object"},
+		"a: b: c":                                          {"not YAML"},
 	} {
 		path := writeFile(t, file)
 		_, err := parse(t, "--config="+path)

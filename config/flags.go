@@ -76,7 +76,7 @@ func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {
 	fs.StringVar(&f.writeTo, "write-config-to", "", "write the configuration that follows from all this, defaults included, to this file and end")
 	fs.BoolVar(&f.cleanup, "cleanup", false, "remove what signalbox wrote into the kernel, and end")
 	fs.BoolVar(&f.initOnly, "init-only", false, "do only what needs all privileges, the kernel settings, and end; signalbox needs CAP_NET_ADMIN alone afterwards")
-	fs.Var(cliflag.NewMapStringBool(&k.FeatureGates), "feature-gates", "feature gates of kube-proxy 1.36, as in AllowServiceExternalIPs=false, which ignores spec.externalIPs; the others change nothing here")
+	fs.Var(cliflag.NewMapStringBool(&k.FeatureGates), "feature-gates", "feature gates of Kubernetes, as in AllowServiceExternalIPs=false, which ignores spec.externalIPs, KubeProxyIPVS=false, which refuses --proxy-mode=ipvs, and KubeProxyNFTablesLocalhostNodePorts=false, which serves no NodePorts on loopback in nftables mode; the others change nothing here, and the log names them")
 
 	fs.StringVar(&k.ClientConnection.Kubeconfig, "kubeconfig", "", "kubeconfig file with the API server's address and credentials (default: the Pod's service account)")
 	fs.StringVar(&f.master, "master", "", "address of the API server; wins over the kubeconfig's")

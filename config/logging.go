@@ -64,8 +64,7 @@ func (jsonFormat) Create(c logsapi.LoggingConfiguration, o logsapi.LoggingOption
 }
 
 func validateLogging(k *v1alpha1.KubeProxyConfiguration) field.ErrorList {
-	gates, _ := gatesWith(k.FeatureGates) // what is wrong with these has a rule of its own
-	return logsapi.Validate(&k.Logging, gates, field.NewPath("logging"))
+	return logsapi.Validate(&k.Logging, gatesWith(k.FeatureGates), field.NewPath("logging"))
 }
 
 // copyLogging puts the logging flags that were given over what a file says, as

@@ -8,14 +8,7 @@ import (
 
 // ShowFeatureGates sets kubernetes_feature_enabled for every known feature
 // gate, in the registry of the Kubernetes libraries.
-func (c *Config) ShowFeatureGates() error {
-	g, err := gatesWith(c.KubeProxy.FeatureGates)
-	if err != nil {
-		return err
-	}
-	g.AddMetrics()
-	return nil
-}
+func (c *Config) ShowFeatureGates() { gatesWith(c.KubeProxy.FeatureGates).AddMetrics() }
 
 // Values are what the flags say, by name.
 func (f *Flags) Values() map[string]string {

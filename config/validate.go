@@ -62,10 +62,9 @@ func (r *reading) rules() []rule {
 		{"conntrack.tcpCloseWaitTimeout", "conntrack-tcp-timeout-close-wait", notNegative(c.TCPCloseWaitTimeout.Duration)},
 		{"conntrack.udpTimeout", "conntrack-udp-timeout", notNegative(c.UDPTimeout.Duration)},
 		{"conntrack.udpStreamTimeout", "conntrack-udp-timeout-stream", notNegative(c.UDPStreamTimeout.Duration)},
-		{"featureGates", "feature-gates", featureGatesWrong(k.FeatureGates)},
 	}
 	if !r.ownMode {
-		list = append(list, rule{"mode", "proxy-mode", oneOf(string(k.Mode), Modes)})
+		list = append(list, rule{"mode", "proxy-mode", proxyMode(k)})
 	}
 	if k.Mode == ModeNFTables {
 		list = append(list, rule{"nftables.masqueradeBit", "iptables-masquerade-bit", between(*k.NFTables.MasqueradeBit, 0, 31, "the packet mark has the bits 0 to 31")})
@@ -100,6 +99,13 @@ func loggingRules(k *v1alpha1.KubeProxyConfiguration) []rule {
 		list = append(list, rule{err.Field, flag, fmt.Sprintf("%v: %s", err.BadValue, err.Detail)})
 	}
 	return list
+}
+
+func proxyMode(k *v1alpha1.KubeProxyConfiguration) string {
+	if k.Mode == ModeIPVS && !gateOn(k, gateKubeProxyIPVS) {
+		return fmt.Sprintf("%s: the feature gate %s is set to false: set it to true, leave it out, or take another mode", k.Mode, gateKubeProxyIPVS)
+	}
+	return oneOf(string(k.Mode), Modes)
 }
 
 func oneOf(value string, known []string) string {

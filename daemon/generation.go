@@ -57,9 +57,7 @@ func newGeneration(p *process, cfg *config.Config, log *slog.Logger) (*generatio
 	if err != nil {
 		return nil, err
 	}
-	if err := cfg.ShowFeatureGates(); err != nil {
-		return nil, err
-	}
+	cfg.ShowFeatureGates()
 	g.choice = choice
 	g.planes.begin()
 	g.observer.metrics.Serve(choice.Mode.Name, choice.Families)
