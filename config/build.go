@@ -64,7 +64,7 @@ func (f *Flags) build(r *reading) (*Config, error) {
 	}
 	client := &k.ClientConnection
 	return &Config{
-		Mode: string(k.Mode), ModeReason: r.modeReason, NodeName: name,
+		Mode: string(k.Mode), ModeReason: r.modeReason, ModeUnset: r.modeUnset, NodeName: name,
 		SourceDir: f.own.source, Kubeconfig: client.Kubeconfig, Master: f.master,
 		ContentType: client.ContentType, AcceptContentTypes: client.AcceptContentTypes, QPS: client.QPS, Burst: int(client.Burst),
 		MasqueradeMark: 1 << masqueradeBit(k), IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),

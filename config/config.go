@@ -36,6 +36,8 @@ type Config struct {
 	Mode string
 	// ModeReason says in words where Mode comes from.
 	ModeReason string
+	// ModeUnset says that nothing names a mode: Mode is a default.
+	ModeUnset bool
 	// NodeName is the name that this node's Node object and its endpoints
 	// carry: trimmed and lower-cased, never empty.
 	NodeName string

@@ -67,7 +67,7 @@ func TestKubeadmFile(t *testing.T) {
 	}
 	c.OOMScoreAdj, c.KubeProxy = nil, nil
 	want := &Config{
-		Mode: ModeIPTables, ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
+		Mode: ModeIPTables, ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", ModeUnset: true, NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
 		ContentType: "application/vnd.kubernetes.protobuf", QPS: 5, Burst: 10, MasqueradeMark: 0x4000, LocalhostRelay: true,
 		Settings: proxier.Settings{
 			DetectLocal: proxier.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: proxier.LocalhostCovered,
@@ -247,6 +247,7 @@ func TestWrittenFileIsReadBack(t *testing.T) {
 		c.MinSyncPeriod = again.MinSyncPeriod // written with its default, it counts as given
 		c.Warnings, again.Warnings = nil, nil
 		c.ModeReason, again.ModeReason = "", ""
+		c.ModeUnset, again.ModeUnset = false, false
 		if !reflect.DeepEqual(c, again) {
 			t.Errorf("%q: wrote %+v\nread %+v", args, c, again)
 		}
@@ -278,7 +279,8 @@ func TestWhichModeAndWhy(t *testing.T) {
 		{[]string{"--config=" + writeFile(t, "mode: nftables")}, ModeNFTables, "the file's mode: nftables"},
 		{[]string{"--config=" + writeFile(t, ""), "--mode=auto"}, ModeAuto, "--mode=auto"},
 	} {
-		if c := mustParse(t, test.args...); c.Mode != test.want || c.ModeReason != test.reason {
+		unset := strings.Contains(test.reason, "which means")
+		if c := mustParse(t, test.args...); c.Mode != test.want || c.ModeReason != test.reason || c.ModeUnset != unset {
 			t.Errorf("%q: mode %s because of %q, want %s and %q", test.args, c.Mode, c.ModeReason, test.want, test.reason)
 		}
 	}

@@ -25,6 +25,8 @@ type reading struct {
 	ownMode bool
 	// modeReason says where the mode comes from.
 	modeReason string
+	// modeUnset says that nothing names a mode.
+	modeUnset bool
 	// minSyncPeriod is what was asked for, 0 for nothing.
 	minSyncPeriod time.Duration
 	warnings      []string
@@ -57,6 +59,7 @@ func (f *Flags) beside(k *v1alpha1.KubeProxyConfiguration, ignored error) (*read
 		r.warnings = append(r.warnings, fmt.Sprintf("--config=%s: part of it is not read: %v", f.file, ignored))
 	}
 	r.warnings = append(r.warnings, f.leftToFile()...)
+	r.modeUnset = f.own.mode == "" && k.Mode == ""
 	r.modeReason = f.modeReason(k.Mode, "the file's mode", "the file of --config names no mode, which means iptables as with kube-proxy")
 	k.Mode = cmp.Or(v1alpha1.ProxyMode(f.own.mode), k.Mode, ModeIPTables)
 	r.minSyncPeriod = timingOf(k).minSync
@@ -98,6 +101,7 @@ func (f *Flags) readCommandLine() (*reading, error) {
 	if f.given("proxy-mode") {
 		unsaid, reason = ModeIPTables, "--proxy-mode is given and empty, which means iptables as with kube-proxy"
 	}
+	r.modeUnset = own == "" && theirs == ""
 	r.modeReason = f.modeReason(theirs, "--proxy-mode", reason)
 	k.Mode = cmp.Or(own, theirs, unsaid)
 	if k.Mode == ModeNFTables {

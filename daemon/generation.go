@@ -244,6 +244,7 @@ func (g *generation) sendEvents(ctx context.Context) error {
 	if g.putBack != nil {
 		g.events.ConfigurationRejected(g.putBack)
 		g.putBack = nil
+	g.tellModeUnset()
 	}
 	return g.events.Run(ctx)
 }
@@ -261,4 +262,14 @@ func (g *generation) failHard(ctx context.Context) error {
 	case <-ctx.Done():
 		return nil
 	}
+}
+
+// tellModeUnset warns that the mode is a default, which kube-proxy changes.
+func (g *generation) tellModeUnset() {
+	if !g.cfg.ModeUnset {
+		return
+	}
+	note := g.cfg.ModeReason + ". The default of kube-proxy 1.40 is nftables: name a mode, with mode in the file or with --proxy-mode"
+	g.log.Warn("no mode is configured", "reason", note)
+	g.events.ModeUnset(note)
 }

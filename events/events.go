@@ -115,6 +115,11 @@ func (w uidWatch) Delete(obj runtime.Object) {
 // Started says that this node's Services are being taken care of.
 func (r *Recorder) Started() { r.node(corev1.EventTypeNormal, "Starting", "") }
 
+// ModeUnset says that the mode is a default (KEP-5343).
+func (r *Recorder) ModeUnset(note string) {
+	r.node(corev1.EventTypeWarning, "KubeProxyDefaultMode", note)
+}
+
 // HealthzFailed says that the health server cannot listen.
 func (r *Recorder) HealthzFailed(err error) {
 	r.node(corev1.EventTypeWarning, "FailedToStartProxierHealthcheck", err.Error())

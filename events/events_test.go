@@ -124,6 +124,10 @@ func TestEvents(t *testing.T) {
 			Type: "Normal", Reason: "Starting", Action: "StartKubeProxy",
 			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"},
 		}},
+		{"the default mode", func(r *Recorder) { r.ModeUnset("iptables") }, "default", eventsv1.Event{
+			Type: "Warning", Reason: "KubeProxyDefaultMode", Action: "StartKubeProxy", Note: "iptables",
+			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"},
+		}},
 		{"healthz", func(r *Recorder) { r.HealthzFailed(errors.New("no")) }, "default", eventsv1.Event{
 			Type: "Warning", Reason: "FailedToStartProxierHealthcheck", Action: "StartKubeProxy", Note: "no",
 			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"},
