@@ -74,8 +74,8 @@ func (f *Flags) build(r *reading) (*Config, error) {
 		Conntrack: conntrack(k), OOMScoreAdj: k.OOMScoreAdj,
 		Cleanup: f.cleanup, InitOnly: f.initOnly, WriteTo: f.writeTo,
 		Logging:   Logging{Format: k.Logging.Format, Verbosity: int(k.Logging.Verbosity)},
-		KubeProxy: k,
-		Warnings:  slices.Concat(r.warnings, withoutEffect(k), f.flagsWithoutEffect(k)),
+		KubeProxy: k, KubernetesVersion: f.own.version.release(),
+		Warnings: slices.Concat(r.warnings, withoutEffect(k), f.flagsWithoutEffect(k)),
 	}, nil
 }
 

@@ -97,6 +97,10 @@ type Config struct {
 
 	Logging Logging
 
+	// KubernetesVersion is the release of Kubernetes that metrics tell of, as
+	// v1.36.3; empty for the API server's.
+	KubernetesVersion string
+
 	// KubeProxy is what is in force in kube-proxy's own form, for /configz:
 	// the file or the flags, with every default filled in. It is to be read
 	// only.

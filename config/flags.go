@@ -35,6 +35,7 @@ type own struct {
 	mode                  string
 	source                string
 	kubeProxyIPVSPolicies bool
+	version               Version
 }
 
 // The groups of flags, in the order in which help shows them.
@@ -65,6 +66,8 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 func (o *own) add(fs *pflag.FlagSet) {
 	fs.StringVar(&o.mode, "mode", "", "how Services are served: "+strings.Join(Modes, ", ")+"; wins over --proxy-mode and over the mode in --config. auto, the default where none of them says anything, takes the first of nftables and iptables that works on this node")
 	fs.StringVar(&o.source, "source", "", "serve the Services, EndpointSlices, Nodes and ServiceCIDRs in the YAML and JSON files of this directory, which is watched, instead of asking an API server")
+	fs.Var(&o.version, "version", "print the version and end; raw for all of it. A release such as v1.36.3 is told of in kubernetes_build_info instead of the API server's")
+	fs.Lookup("version").NoOptDefVal = "true"
 	fs.BoolVar(&o.kubeProxyIPVSPolicies, "ipvs-kube-proxy-policies", false, "ipvs mode: traffic policies as in kube-proxy's ipvs mode: Local without an endpoint on this node falls back to those of other nodes, and this node's own Pods and processes follow externalTrafficPolicy too")
 }
 

@@ -76,6 +76,7 @@ func (g *generation) run(ctx context.Context) error {
 	group.Go(func() error { return node.Watch(ctx, g.loop.SetLocalAddrs) })
 	group.Go(func() error { return g.source.Run(ctx, g.events.Watch(g.observer.health.Watch(g.loop))) })
 	group.Go(func() error { return g.sendEvents(ctx) })
+	group.Go(func() error { g.reportVersion(ctx); return nil })
 	group.Go(func() error { return g.serve(ctx) })
 	group.Go(func() error { return g.failHard(ctx) })
 	group.Go(func() error { g.watchAffinity(ctx); return nil })

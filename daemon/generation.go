@@ -7,6 +7,8 @@ import (
 	"net/netip"
 	"time"
 
+	"k8s.io/client-go/kubernetes"
+
 	"signalbox/config"
 	"signalbox/conntrack"
 	"signalbox/events"
@@ -32,6 +34,8 @@ type generation struct {
 	log    *slog.Logger
 
 	source Source
+	// client is nil without an API server.
+	client kubernetes.Interface
 	// events is nil without an API server.
 	events   *events.Recorder
 	settings *settings
@@ -124,14 +128,13 @@ func (g *generation) connect() (err error) {
 		return nil
 	}
 	apiserver.LogTo(g.log)
-	client, err := apiserver.Client(clientOptions(g.cfg))
-	if err != nil {
+	if g.client, err = apiserver.Client(clientOptions(g.cfg)); err != nil {
 		return err
 	}
-	source := apiserver.New(client, g.cfg.NodeName, g.log)
+	source := apiserver.New(g.client, g.cfg.NodeName, g.log)
 	source.Noted = g.observer.metrics.Source
 	g.source = source
-	g.events = events.New(events.Options{Client: client, NodeName: g.cfg.NodeName, Log: g.log, Counted: g.observer.metrics.Event})
+	g.events = events.New(events.Options{Client: g.client, NodeName: g.cfg.NodeName, Log: g.log, Counted: g.observer.metrics.Event})
 	return nil
 }
 
@@ -241,10 +244,10 @@ func (g *generation) noteSync(r proxier.SyncReport) {
 // is being taken care of. What came of a generation before goes along.
 func (g *generation) sendEvents(ctx context.Context) error {
 	g.tellStarted.Do(g.events.Started)
+	g.tellModeUnset()
 	if g.putBack != nil {
 		g.events.ConfigurationRejected(g.putBack)
 		g.putBack = nil
-	g.tellModeUnset()
 	}
 	return g.events.Run(ctx)
 }

@@ -195,7 +195,47 @@ func TestSeriesAreKubeProxys(t *testing.T) {
 				s.Errorf("%s: kube-proxy's is\n%s, signalbox's\n%s", name, shape(want[name]), shape(f))
 			}
 		}
+		gates := samples(got["kubernetes_feature_enabled"], "name", "stage")
+		for gate, on := range samples(want["kubernetes_feature_enabled"], "name", "stage") {
+			if ours, known := gates[gate]; !known || ours != on {
+				s.Errorf("feature gate %s: kube-proxy has %v, signalbox %v (known: %v)", gate, on, ours, known)
+			}
+		}
 	})
+}
+
+// The alert KubeVersionMismatch counts the releases that a cluster's components
+// tell of.
+func TestOneKubernetesVersion(t *testing.T) {
+	inEachMode(t, func(s *site) {
+		s.start()
+		s.eventually("the metrics server", func() error {
+			_, err := s.get("node1", metricsURL)
+			return err
+		})
+		want := map[string]float64{cluster.KubeVersion: 1}
+		s.eventually("the API server's version", func() error {
+			if got := samples(s.scrape()["kubernetes_build_info"], "git_version"); !maps.Equal(got, want) {
+				return fmt.Errorf("%v, want %v", got, want)
+			}
+			return nil
+		})
+	})
+}
+
+// samples are the values of a series by some of its labels.
+func samples(f *dto.MetricFamily, labels ...string) map[string]float64 {
+	out := map[string]float64{}
+	for _, m := range f.GetMetric() {
+		var key []string
+		for _, l := range m.Label {
+			if slices.Contains(labels, l.GetName()) {
+				key = append(key, l.GetValue())
+			}
+		}
+		out[strings.Join(key, " ")] = m.GetGauge().GetValue()
+	}
+	return out
 }
 
 // talk is what a proxy answered to everything that a test asked it.

@@ -56,7 +56,7 @@ func newCompatible(r factory) compatible {
 			syncBuckets, ipFamily),
 		reconcilerDeleted: r.counter(kubeproxy, "conntrack_reconciler_deleted_entries_total", "Flows to endpoints that are gone that were removed from the connection-tracking table.",
 			ipFamily),
-		buildInfo: r.gauge("kubernetes", "build_info", "1 for the release of kube-proxy that this behaves like. The part of git_version after the plus sign is signalbox's own version.",
+		buildInfo: r.gauge("kubernetes", "build_info", "1 for the release of Kubernetes: the API server's, or else the one that this behaves like.",
 			"major", "minor", "git_version", "git_commit", "git_tree_state", "build_date", "go_version", "compiler", "platform"),
 	}
 }

@@ -294,7 +294,7 @@ func TestPages(t *testing.T) {
 		t.Errorf("/flagz: %q", flags)
 	}
 	status := ask(mux, "GET", "/statusz", "").Body.String()
-	for _, part := range []string{"\nkube-proxy statusz\nWarning: ", "\nUp: 26 hr 03 min 0", "\nGo version: go1", "\nBinary version: 1.36.3+signalbox.", "\nEmulation version: 1.36\n", "/debug/pprof"} {
+	for _, part := range []string{"\nkube-proxy statusz\nWarning: ", "\nUp: 26 hr 03 min 0", "\nGo version: go1", "\nBinary version: 1.37.2+signalbox.", "\nEmulation version: 1.37\n", "/debug/pprof"} {
 		if !strings.Contains(status, part) {
 			t.Errorf("/statusz has no %q: %s", part, status)
 		}
@@ -333,7 +333,7 @@ func TestScrape(t *testing.T) {
 	}
 	for _, line := range []string{
 		"kubeproxy_sync_proxy_rules_service_changes_total 5\n", "signalbox_mode_info{mode=\"nftables\"} 1\n", "\ngo_goroutines ", "\nprocess_open_fds ",
-		`kubernetes_build_info{build_date="",compiler="gc",git_commit="`, `git_version="v1.36.3+signalbox.devel"`,
+		`kubernetes_build_info{build_date="",compiler="gc",git_commit="`, `git_version="v1.37.2+signalbox.devel"`,
 	} {
 		if !strings.Contains(string(body), line) {
 			t.Errorf("%q is not exposed", line)

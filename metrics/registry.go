@@ -4,7 +4,6 @@ import (
 	"net/http"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -48,7 +47,8 @@ func New() *Metrics {
 		registry: registry, compatible: newCompatible(r), single: newSingle(), own: newOwn(r), scraped: newScraped(), now: time.Now,
 	}
 	registry.MustRegister(m)
-	m.setBuildInfo()
+	m.KubernetesVersion(buildinfo.Release())
+	m.own.buildInfo.WithLabelValues(buildinfo.Version, buildinfo.Revision(), runtime.Version()).Set(1)
 	for _, server := range []string{HealthzServer, MetricsServer, ServiceHealthServer} {
 		m.own.listenFailing.WithLabelValues(server).Set(0)
 		m.own.listenFailures.WithLabelValues(server).Add(0)
@@ -107,14 +107,13 @@ func (m *Metrics) begin(family string) {
 	}
 }
 
-func (m *Metrics) setBuildInfo() {
-	major, rest, _ := strings.Cut(strings.TrimPrefix(buildinfo.Kubernetes, "v"), ".")
-	minor, _, _ := strings.Cut(rest, ".")
+// KubernetesVersion has kubernetes_build_info tell of this release, as v1.36.3.
+func (m *Metrics) KubernetesVersion(release string) {
+	v := buildinfo.Info(release)
+	m.compatible.buildInfo.Reset()
 	m.compatible.buildInfo.WithLabelValues(
-		major, minor, buildinfo.Kubernetes+"+signalbox."+buildinfo.Version, buildinfo.Revision(), "", "",
-		runtime.Version(), runtime.Compiler, runtime.GOOS+"/"+runtime.GOARCH,
+		v.Major, v.Minor, v.GitVersion, v.GitCommit, v.GitTreeState, v.BuildDate, v.GoVersion, v.Compiler, v.Platform,
 	).Set(1)
-	m.own.buildInfo.WithLabelValues(buildinfo.Version, buildinfo.Revision(), runtime.Version()).Set(1)
 }
 
 // ReadProgress has each scrape ask how far a Loop has come, in the place of the

@@ -95,7 +95,7 @@ func (p *Pages) statusz(w http.ResponseWriter, _ *http.Request) {
 		{"Started", p.Started.Format(time.UnixDate)},
 		{"Up", fmt.Sprintf("%d hr %02d min %02d sec", int(up.Hours()), int(up.Minutes())%60, int(up.Seconds())%60)},
 		{"Go version", runtime.Version()},
-		{"Binary version", strings.TrimPrefix(buildinfo.Kubernetes, "v") + "+signalbox." + buildinfo.Version},
+		{"Binary version", strings.TrimPrefix(buildinfo.Release(), "v")},
 		{"Emulation version", strings.TrimPrefix(strings.Join(strings.Split(buildinfo.Kubernetes, ".")[:2], "."), "v")},
 		{"Paths", strings.Join(p.paths(), " ")},
 	}

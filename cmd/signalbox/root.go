@@ -19,9 +19,6 @@ func rootCommand() *cobra.Command {
 	root.Args = knownCommand
 	root.SilenceUsage = true
 	root.SilenceErrors = true
-	// A template of our own for it would link text/template and, with that,
-	// every method of every type: 28 MB.
-	root.Version = versionText()
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), readyCommand(), demoCommand(), versionCommand())
 	return root
@@ -43,10 +40,18 @@ func knownCommand(cmd *cobra.Command, args []string) error {
 	return fmt.Errorf("there is no command %q: %s --help lists them", args[0], cmd.CommandPath())
 }
 
-// addFlags gives a command the flags of a configuration. They are shown in
-// their groups, and after them what else the command has.
+// addFlags gives a command the flags of a configuration, --version among them. They
+// are shown in their groups, and after them what else the command has.
 func addFlags(cmd *cobra.Command, flags *config.Flags) {
 	groups := flags.Groups()
+	run := cmd.RunE
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if asked := flags.Asked(); asked != "" {
+			fmt.Fprintln(cmd.OutOrStdout(), versionFor(asked, calledAs(os.Args[0])))
+			return nil
+		}
+		return run(cmd, args)
+	}
 	cmd.Flags().SetNormalizeFunc(cliflag.WordSepNormalizeFunc)
 	flags.Add(cmd.Flags())
 	cmd.SetUsageFunc(func(cmd *cobra.Command) error {

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
+	"path/filepath"
 	"runtime"
 
 	"github.com/spf13/cobra"
 
+	"signalbox/config"
 	"signalbox/internal/buildinfo"
 )
 
@@ -14,15 +17,36 @@ var version = "devel"
 
 func init() { buildinfo.Version = version }
 
+// The names of other programs that this one is called by.
+const (
+	asKubeProxy = "kube-proxy"
+	asGoRunner  = "go-runner"
+)
+
+// calledAs is the name of the program that a command line begins with.
+func calledAs(arg0 string) string { return filepath.Base(arg0) }
+
 func versionCommand() *cobra.Command {
-	return &cobra.Command{
+	var output string
+	cmd := &cobra.Command{
 		Use:   "version",
 		Short: "Say which signalbox this is",
 		Args:  noArguments,
-		Run: func(cmd *cobra.Command, _ []string) {
-			fmt.Fprintf(cmd.OutOrStdout(), "signalbox %s\n", versionText())
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			text := "signalbox " + versionText()
+			switch output {
+			case "":
+			case "json":
+				text = versionJSON()
+			default:
+				return fmt.Errorf("--output=%s: leave it out, or take json", output)
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), text)
+			return nil
 		},
 	}
+	cmd.Flags().StringVarP(&output, "output", "o", "", "json for a program to read")
+	return cmd
 }
 
 func versionText() string {
@@ -31,4 +55,28 @@ func versionText() string {
 		revision = " " + revision
 	}
 	return fmt.Sprintf("%s%s %s %s/%s", version, revision, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+}
+
+// versionJSON has the release of kube-proxy that signalbox behaves like in the form
+// in which the components of Kubernetes tell of theirs.
+func versionJSON() string {
+	text, err := json.MarshalIndent(map[string]any{
+		"version": version, "revision": buildinfo.Revision(), "kubernetes": buildinfo.Info(buildinfo.Release()),
+	}, "", "  ")
+	if err != nil {
+		panic(err) // strings alone
+	}
+	return string(text)
+}
+
+// versionFor is what --version prints. Inventories know the form of kube-proxy, which
+// ends the release of a distribution with a plus sign and more, as in v1.36.3+k3s1.
+func versionFor(asked config.Version, program string) string {
+	switch {
+	case asked == config.VersionRaw:
+		return fmt.Sprintf("%#v", buildinfo.Info(buildinfo.Release()))
+	case program == asKubeProxy:
+		return "Kubernetes " + buildinfo.Release()
+	}
+	return "signalbox version " + versionText()
 }

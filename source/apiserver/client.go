@@ -11,6 +11,7 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -126,6 +127,17 @@ func Ask(ctx context.Context, client kubernetes.Interface) error {
 		return fmt.Errorf("asking the API server for Services: %s: %w", explain("services", err), err)
 	}
 	return nil
+}
+
+// Version returns the API server's release, such as v1.36.3.
+func Version(ctx context.Context, client kubernetes.Interface) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, askFor)
+	defer cancel()
+	info, err := discovery.ToServerVersionInterfaceWithContext(client.Discovery()).ServerVersionWithContext(ctx)
+	if err != nil {
+		return "", fmt.Errorf("asking the API server for its version: %w", err)
+	}
+	return info.GitVersion, nil
 }
 
 // LogTo sends what the Kubernetes client libraries log, for the whole process,
