@@ -18,8 +18,10 @@ ARG VERSION=devel
 ARG TARGETARCH
 RUN CGO_ENABLED=0 GOARCH=${TARGETARCH} go build -trimpath -buildvcs=false \
       -ldflags "-s -w -X main.version=${VERSION}" -o /out/usr/local/bin/signalbox ./cmd/signalbox \
-# The command of kube-proxy's DaemonSet finds signalbox when the image is swapped.
- && ln -s signalbox /out/usr/local/bin/kube-proxy
+# The commands of kube-proxy's DaemonSets and static Pods find signalbox when the
+# image is swapped; some, as kOps's, begin with /go-runner.
+ && ln -s signalbox /out/usr/local/bin/kube-proxy \
+ && ln -s usr/local/bin/signalbox /out/go-runner
 
 FROM ${DEBIAN_IMAGE} AS signalbox-iptables
 RUN apt-get update \

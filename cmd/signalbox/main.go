@@ -11,6 +11,9 @@ import (
 )
 
 func main() {
+	if calledAs(os.Args[0]) == asGoRunner {
+		os.Exit(goRunner(os.Args[1:]))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	// Whoever asks twice does not want to wait for open connections.
