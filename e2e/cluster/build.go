@@ -16,7 +16,7 @@ import (
 
 // KubeVersion is the Kubernetes release that the API server and kube-proxy are
 // built from; it must be the one that tools/go.mod requires.
-const KubeVersion = "v1.36.3"
+const KubeVersion = "v1.37.2"
 
 // Binaries are the paths of programs of Kubernetes: those of a control plane,
 // and the proxy that signalbox replaces.

@@ -1,3 +1,3 @@
-// Package configuration compares what signalbox and the real kube-proxy make
-// of the same flags and files.
+// Package configuration starts signalbox and the real kube-proxy with the same
+// flags and files, and compares what they do.
 package configuration

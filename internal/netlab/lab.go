@@ -85,11 +85,10 @@ func New(o Options) (*Lab, error) {
 	if o.Ports == nil {
 		o.Ports = []uint16{8080, 8081}
 	}
-	home, err := netns.Get()
+	l, err := empty(o)
 	if err != nil {
-		return nil, fmt.Errorf("the process's network namespace: %w", err)
+		return nil, err
 	}
-	l := &Lab{hosts: map[string]*Host{}, home: home, options: o}
 	for _, step := range []func() error{l.router, l.nodes, l.clients, l.pods, l.underlay, l.routeVIPs, l.serve} {
 		if err := step(); err != nil {
 			l.Close()
@@ -97,6 +96,27 @@ func New(o Options) (*Lab, error) {
 		}
 	}
 	return l, nil
+}
+
+// Lone builds a lab of one host that is connected to nothing.
+func Lone(name string) (*Lab, error) {
+	l, err := empty(Options{})
+	if err != nil {
+		return nil, err
+	}
+	if _, err := l.newHost(name, Pair{}); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func empty(o Options) (*Lab, error) {
+	home, err := netns.Get()
+	if err != nil {
+		return nil, fmt.Errorf("the process's network namespace: %w", err)
+	}
+	return &Lab{hosts: map[string]*Host{}, home: home, options: o}, nil
 }
 
 // Host returns a host by its name, or nil: router, node1, node2, client1,
