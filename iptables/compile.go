@@ -28,7 +28,7 @@ const (
 	setLevel
 	entryLevel
 	sourcesLevel
-	treeLevel              // the deepest leaf; see treeShape.level
+	treeLevel              // the deepest leaf; see tree.level
 	trunkLevel level = 254 // leads to a tree
 	goneLevel  level = 255
 )

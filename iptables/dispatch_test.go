@@ -134,7 +134,7 @@ func TestChainNames(t *testing.T) {
 				if n > len(tree.digits(proxier.FrontendKey{Addr: nodeAddr(family), Protocol: proxier.TCP})) {
 					break
 				}
-				name := tree.chain(path)
+				name := tree.chain(string(path))
 				if len(name) > 28 {
 					t.Errorf("%s is too long for a chain", name)
 				}
@@ -157,24 +157,28 @@ func TestChainNames(t *testing.T) {
 	}
 }
 
-func TestEdges(t *testing.T) {
+func TestMatches(t *testing.T) {
 	for _, c := range []struct {
 		id     treeID
 		family proxier.Family
 		path   []byte
+		first  int
 		want   string
 	}{
-		{servicesTree, proxier.IPv4, []byte{5}, " -d 0.0.0.5/0.0.0.15"},
-		{servicesTree, proxier.IPv4, []byte{5, 10}, " -d 0.0.0.160/0.0.0.240"},
-		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1}, " -d 16.0.0.0/240.0.0.0"},
-		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1, 1}, " -p udp"},
-		{servicesTree, proxier.IPv6, []byte{5, 10}, " -d ::a0/::f0"},
-		{nodePortsTree, proxier.IPv4, []byte{2}, " -p sctp"},
-		{nodePortsTree, proxier.IPv4, []byte{0, 7}, " -p tcp -m tcp --dport 28672:32767"},
-		{nodePortsTree, proxier.IPv4, []byte{0, 7, 5, 3, 1}, " -p tcp -m tcp --dport 30001"},
+		{servicesTree, proxier.IPv4, []byte{5}, 0, " -d 0.0.0.5/0.0.0.15"},
+		{servicesTree, proxier.IPv4, []byte{5, 10}, 1, " -d 0.0.0.160/0.0.0.240"},
+		{servicesTree, proxier.IPv4, []byte{5, 10, 0, 1}, 1, " -d 0.0.16.160/0.0.255.240"},
+		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1}, 7, " -d 16.0.0.0/240.0.0.0"},
+		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1, 1}, 8, " -p udp"},
+		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1, 1}, 7, " -d 16.0.0.0/240.0.0.0 -p udp"},
+		{servicesTree, proxier.IPv4, []byte{1, 0, 0, 0, 0, 6, 0, 1, 1, 1}, 0, " -d 16.96.0.1/255.255.255.255 -p udp -m udp --dport 4096:8191"},
+		{servicesTree, proxier.IPv6, []byte{5, 10}, 1, " -d ::a0/::f0"},
+		{nodePortsTree, proxier.IPv4, []byte{2}, 0, " -p sctp"},
+		{nodePortsTree, proxier.IPv4, []byte{0, 7}, 1, " -p tcp -m tcp --dport 28672:32767"},
+		{nodePortsTree, proxier.IPv4, []byte{0, 7, 5, 3, 1}, 4, " -p tcp -m tcp --dport 30001"},
 	} {
-		if got := newTree(c.id, c.family).edge(c.path); got != c.want {
-			t.Errorf("edge to %v is %q, want %q", c.path, got, c.want)
+		if got := newTree(c.id, c.family).match(c.path, c.first); got != c.want {
+			t.Errorf("match of %v from %d is %q, want %q", c.path, c.first, got, c.want)
 		}
 	}
 }

@@ -61,7 +61,7 @@ func (m *model) apply(input string, seen func()) error {
 				return fail("missing or not empty")
 			}
 			for name, rules := range chains {
-				if slices.ContainsFunc(rules, func(r string) bool { return strings.HasSuffix(r, "-j "+rest) }) {
+				if slices.ContainsFunc(rules, func(r string) bool { return jumpTarget(r) == rest }) {
 					return fail("in use by " + name)
 				}
 			}

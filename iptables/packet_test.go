@@ -81,6 +81,9 @@ func (w *walker) walk(stack []position, mark string, probability float64, out ou
 			out[target] += probability
 			return
 		default:
+			if strings.Contains(rule, " -g ") {
+				stack = stack[:len(stack)-1]
+			}
 			stack = append(stack, position{target, 0})
 		}
 	}
@@ -134,7 +137,7 @@ func (w *walker) match(rule string) (matches bool, chance float64) {
 			continue
 		case "--set", "--rsource", "--reap", "--random-fully":
 			continue
-		case "-m", "--comment", "--name", "--seconds", "--mode", "-j":
+		case "-m", "--comment", "--name", "--seconds", "--mode", "-j", "-g":
 		case "--to-destination", "--or-mark", "--xor-mark":
 		default:
 			panic(fmt.Sprintf("%q in rule %q is not understood", words[i], rule))

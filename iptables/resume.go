@@ -87,13 +87,13 @@ func (p *program) sums() (s sums) {
 
 // treeFormat is to be counted up when trees with the same items get other
 // chains.
-const treeFormat = 1
+const treeFormat = 2
 
 // frameSums are the digests of what depends on no Service.
 func (s *state) frameSums() (all sums) {
 	for t := range tableCount {
 		var d digest
-		d.write(fmt.Sprint(treeFormat, fanOut, leafSize))
+		d.write(fmt.Sprint(treeFormat, fanOut, leafSize, maxSizeClass))
 		for _, c := range s.frame[t] {
 			d.write(c.name)
 			d.write(c.rules...)

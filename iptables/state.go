@@ -225,7 +225,7 @@ func (t *transition) setNode(node proxier.Node) {
 	t.node = cloneNode(node)
 	t.undo = append(t.undo, func() {
 		for id, rules := range before {
-			t.state.trees[id].tail = rules
+			t.state.trees[id].setTail(rules)
 		}
 	})
 }
@@ -268,7 +268,7 @@ func (t *transition) rollback() {
 		undo()
 	}
 	for _, tree := range t.state.trees {
-		clear(tree.changed)
+		tree.takeChanges()
 	}
 }
 

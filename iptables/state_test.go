@@ -192,25 +192,26 @@ func TestOneServiceIsWrittenAlone(t *testing.T) {
 	}
 }
 
-// TestPacketsPassFewRules bounds the rules that a new connection passes.
+// TestPacketsPassFewRules bounds the rules that a new connection passes. Ten
+// times as many Services add about a dozen.
 func TestPacketsPassFewRules(t *testing.T) {
 	for _, family := range proxier.Families {
-		const services = 10000
-		plan := proxiertest.Fleet(family, services, 1)
-		_, m := stateOf(t, plan)
-		most := 0
-		for _, sp := range plan.Services {
-			f := &sp.Frontends[0]
-			_, steps := m.fate(packet{src: nodeAddr(family), dst: f.Addr, proto: proxier.TCP, dport: f.Port})
-			most = max(most, steps)
-		}
-		// Three branches of 16 rules, a leaf of 16, the chain of the Service.
-		if most > 4*16+4 {
-			t.Errorf("%s: a connection to one of %d Services passes %d rules", family, services, most)
-		}
-		_, steps := m.fate(packet{src: nodeAddr(family), dst: nodeAddr(family), proto: proxier.TCP, dport: 22})
-		if steps > 4*16+10 {
-			t.Errorf("%s: a connection to no Service passes %d rules", family, steps)
+		for services, limit := range map[int]int{100: 25, 1000: 38, 10000: 53, 50000: 63} {
+			plan := proxiertest.Fleet(family, services, 1)
+			_, m := stateOf(t, plan)
+			most := 0
+			for i := 0; i < services; i += 1 + services/5000 {
+				f := &proxiertest.FleetService(family, i, 1, 1).Frontends[0]
+				_, steps := m.fate(packet{src: nodeAddr(family), dst: f.Addr, proto: proxier.TCP, dport: f.Port})
+				most = max(most, steps)
+			}
+			if most > limit {
+				t.Errorf("%s: a connection to one of %d Services passes %d rules, want %d at most", family, services, most, limit)
+			}
+			_, steps := m.fate(packet{src: nodeAddr(family), dst: nodeAddr(family), proto: proxier.TCP, dport: 22})
+			if steps > 36 {
+				t.Errorf("%s: a connection to no Service passes %d rules beside %d", family, steps, services)
+			}
 		}
 	}
 }
