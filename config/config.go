@@ -60,7 +60,7 @@ type Config struct {
 	// IPVS is for ModeIPVS alone.
 	IPVS     proxier.IPVSTuning
 	Settings proxier.Settings
-	// LocalhostRelay lets the mode userspace serve NodePorts on loopback addresses
+	// LocalhostRelay lets nftables and userspace mode serve NodePorts on loopback
 	// (feature gate KubeProxyNFTablesLocalhostNodePorts).
 	LocalhostRelay bool
 
@@ -119,7 +119,7 @@ type Config struct {
 // mode alone has schedulers and kube-proxy's deviations, and nftables mode serves
 // NodePorts at the Node's own address alone unless told otherwise, as kube-proxy
 // does since 1.31. On loopback, iptables mode serves them unless told otherwise,
-// and userspace mode where it is told to.
+// and nftables and userspace mode where they are told to.
 func (c *Config) ForMode(mode string) proxier.Settings {
 	s := c.Settings
 	s.HasSchedulers = mode == ModeIPVS
@@ -131,7 +131,7 @@ func (c *Config) ForMode(mode string) proxier.Settings {
 	}
 	switch {
 	case mode == ModeIPTables:
-	case c.LocalhostRelay && mode == ModeUserspace:
+	case c.LocalhostRelay && (mode == ModeUserspace || mode == ModeNFTables):
 		s.LocalhostNodePorts = proxier.LocalhostNamed
 	default:
 		s.LocalhostNodePorts = proxier.NoLocalhost

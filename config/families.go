@@ -48,14 +48,14 @@ func (c *Config) localhostWarnings(s *proxier.Settings, served []proxier.Family,
 		if !s.NodePortAddresses.NamesLocalhost(family) || s.ServesLocalhost(family) {
 			continue
 		}
-		why := fmt.Sprintf("mode %s cannot; use the mode userspace", mode)
+		why := fmt.Sprintf("mode %s cannot; use the mode nftables", mode)
 		switch {
-		case mode == ModeUserspace:
+		case mode == ModeUserspace || mode == ModeNFTables:
 			why = fmt.Sprintf("the feature gate %s is off; remove it", gateLocalhostNodePorts)
 		case mode == ModeIPTables && family == proxier.IPv4:
 			why = "--iptables-localhost-nodeports, or iptables.localhostNodePorts in a file, is false; remove it"
 		case mode == ModeIPTables:
-			why = "mode iptables can in IPv4 only; use the mode userspace"
+			why = "mode iptables can in IPv4 only; use the mode nftables"
 		}
 		warnings = append(warnings, fmt.Sprintf("NodePorts are to be served on loopback, and are not on %s: %s", proxier.Localhost(family), why))
 	}

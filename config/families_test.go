@@ -55,8 +55,9 @@ func TestLocalhostNodePorts(t *testing.T) {
 	}{
 		{mode: ModeNFTables},
 		{mode: ModeNFTables, args: []string{"--nodeport-addresses=all"}},
-		{mode: ModeNFTables, args: []string{"--nodeport-addresses=primary,localhost"},
-			warnings: []string{"127.0.0.1: mode nftables cannot", "::1: mode nftables cannot"}},
+		{mode: ModeNFTables, args: []string{"--nodeport-addresses=primary,localhost"}, v4: true, v6: true},
+		{mode: ModeNFTables, args: []string{"--nodeport-addresses=localhost"}, gateOff: true,
+			warnings: []string{"127.0.0.1: the feature gate KubeProxyNFTablesLocalhostNodePorts is off", "::1: the feature gate"}},
 		{mode: ModeUserspace, args: []string{"--nodeport-addresses=all,127.0.0.0/8,fd00::/8"}, v4: true},
 		{mode: ModeUserspace, args: []string{"--nodeport-addresses=::1/128,127.0.0.2/32"}, v6: true},
 		{mode: ModeUserspace, args: []string{"--nodeport-addresses=localhost"}, gateOff: true,

@@ -41,6 +41,7 @@ func newProcess() *process {
 	p.observer = newObserver(log)
 	p.seat = newSeat(log, p.observer.conditions.list)
 	p.observer.metrics.ReadRelays(p.planes.relays)
+	p.observer.metrics.ReadLocalhost(p.planes.localhost)
 	return p
 }
 

@@ -32,6 +32,8 @@ type dataplanes struct {
 	retiring map[planeKey]*retiree
 	// ended is what relays counted that are closed.
 	ended map[proxier.Family]userspace.Stats
+	// endedListeners counts failures to listen on loopback, of closed Proxiers.
+	endedListeners map[proxier.Family]uint64
 }
 
 type planeKey struct {
@@ -39,9 +41,17 @@ type planeKey struct {
 	opts proxier.Options
 }
 
-// drainer is a Proxier through which connections pass, so that they end with
-// it.
-type drainer interface{ Drain(context.Context) }
+// drainer is a Proxier through which connections pass while Relays says so. They
+// end with it.
+type drainer interface {
+	Relays() bool
+	Drain(context.Context)
+}
+
+func drainerOf(p proxier.Proxier) (drainer, bool) {
+	d, ok := p.(drainer)
+	return d, ok && d.Relays()
+}
 
 // retiree is a plane that is not used any more and has connections open.
 type retiree struct {
@@ -53,7 +63,7 @@ type retiree struct {
 func newDataplanes() *dataplanes {
 	return &dataplanes{
 		sockets: handover.FromEnvironment(), used: map[planeKey]bool{}, open: map[planeKey]proxier.Proxier{},
-		retiring: map[planeKey]*retiree{}, ended: map[proxier.Family]userspace.Stats{},
+		retiring: map[planeKey]*retiree{}, ended: map[proxier.Family]userspace.Stats{}, endedListeners: map[proxier.Family]uint64{},
 	}
 }
 
@@ -109,7 +119,7 @@ func (d *dataplanes) serve(log *slog.Logger) {
 			continue
 		}
 		delete(d.open, key)
-		if through, ok := p.(drainer); ok {
+		if through, ok := drainerOf(p); ok {
 			d.retire(key, p, through, log)
 		} else {
 			logClosing(d.end(key, p), log)
@@ -118,6 +128,8 @@ func (d *dataplanes) serve(log *slog.Logger) {
 	for key, r := range d.retiring {
 		if by := d.replacement(key); by != nil {
 			replace(r.plane, by)
+		} else if key.mode != userspace.Mode { // its listeners get connections without any rule
+			standBy(r.plane)
 		}
 	}
 }
@@ -129,6 +141,9 @@ func (d *dataplanes) end(key planeKey, p proxier.Proxier) error {
 		count := r.Stats()
 		count.Connections, count.Flows, count.MaxConnections, count.MaxFlows = 0, 0, 0, 0
 		d.ended[key.opts.Family] = sum(d.ended[key.opts.Family], count)
+	}
+	if l, ok := p.(listener); ok {
+		d.endedListeners[key.opts.Family] += l.LocalhostStats().Failures
 	}
 	return err
 }
@@ -209,7 +224,7 @@ func (d *dataplanes) drainers() []drainer {
 		list = append(list, r.plane.(drainer))
 	}
 	for _, p := range d.open {
-		if p, ok := p.(drainer); ok {
+		if p, ok := drainerOf(p); ok {
 			list = append(list, p)
 		}
 	}

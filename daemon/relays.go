@@ -3,6 +3,7 @@ package daemon
 import (
 	"maps"
 
+	"signalbox/internal/localhost"
 	"signalbox/proxier"
 	"signalbox/userspace"
 )
@@ -41,4 +42,43 @@ func sum(a, b userspace.Stats) userspace.Stats {
 		Refused: a.Refused + b.Refused, AcceptFailures: a.AcceptFailures + b.AcceptFailures,
 		Lost: a.Lost + b.Lost, Transparent: a.Transparent + b.Transparent,
 	}
+}
+
+// listener is a Proxier that serves NodePorts on loopback by listeners.
+type listener interface{ LocalhostStats() localhost.Stats }
+
+// localhost counts the listeners on loopback of each family whose NodePorts are
+// served there. It asks the kernel without the lock.
+func (d *dataplanes) localhost() map[proxier.Family]localhost.Stats {
+	d.mu.Lock()
+	ended, planes := maps.Clone(d.endedListeners), map[proxier.Family][]listener{}
+	add := func(key planeKey, p proxier.Proxier) {
+		if l, ok := p.(listener); ok {
+			planes[key.opts.Family] = append(planes[key.opts.Family], l)
+		}
+	}
+	for key, p := range d.open {
+		add(key, p)
+	}
+	for key, r := range d.retiring {
+		add(key, r.plane)
+	}
+	d.mu.Unlock()
+	all := map[proxier.Family]localhost.Stats{}
+	for family, list := range planes {
+		var s localhost.Stats
+		failures := ended[family]
+		for _, l := range list {
+			one := l.LocalhostStats()
+			failures += one.Failures
+			if one.Serving {
+				s = one
+			}
+		}
+		if s.Serving {
+			s.Failures = failures
+			all[family] = s
+		}
+	}
+	return all
 }

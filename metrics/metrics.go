@@ -145,6 +145,8 @@ type scraped struct {
 	relayRefused, relayAcceptFailures     *prometheus.Desc
 	relayTransparent, relayLost           *prometheus.Desc
 	relayMaxConnections, relayMaxFlows    *prometheus.Desc
+
+	localhostListeners, localhostFailures, localhostRefused *prometheus.Desc
 }
 
 func newScraped() scraped {
@@ -173,6 +175,10 @@ func newScraped() scraped {
 		relayMaxFlows:       desc(signalbox, "relay_max_flows", "Mode userspace: as many UDP flows may be open.", ipFamily),
 		relayLost:           desc(signalbox, "relay_lost_datagrams_total", "Mode userspace: datagrams of clients and answers that found no room on this node, or that it would not send.", ipFamily),
 		relayTransparent:    desc(signalbox, "relay_transparent_total", "Mode userspace: connections and flows that bore their client's address to the endpoint.", ipFamily),
+
+		localhostListeners: desc(kubeproxy, "nftables_localhost_nodeport_listeners", "TCP NodePorts that have a listener on loopback.", ipFamily),
+		localhostFailures:  desc(kubeproxy, "nftables_localhost_nodeport_listener_creation_failures_total", "Attempts to listen at a NodePort on loopback that failed.", ipFamily),
+		localhostRefused:   desc(kubeproxy, "nftables_localhost_nodeport_rejected_packets_total", "Packets to NodePorts on loopback that were refused, because the relay there carries TCP alone.", ipFamily, "protocol"),
 	}
 }
 

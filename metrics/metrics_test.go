@@ -21,6 +21,7 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 
 	"signalbox/conntrack"
+	"signalbox/internal/localhost"
 	"signalbox/proxier"
 	"signalbox/userspace"
 )
@@ -43,6 +44,9 @@ func exercised(mode string) *Metrics {
 	})
 	m.ReadRelays(func() map[proxier.Family]userspace.Stats {
 		return map[proxier.Family]userspace.Stats{proxier.IPv4: {Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9, Lost: 10, MaxConnections: 11, MaxFlows: 12}}
+	})
+	m.ReadLocalhost(func() map[proxier.Family]localhost.Stats {
+		return map[proxier.Family]localhost.Stats{proxier.IPv4: {Serving: true, Listeners: 2, Failures: 1, Refused: map[proxier.Protocol]uint64{proxier.UDP: 3, proxier.SCTP: 0}}}
 	})
 	m.Synced(proxier.SyncReport{
 		Family: proxier.IPv4, All: true, Current: true, Repaired: true, Took: 3 * time.Millisecond, SetAside: 2, Queued: now.Add(-10 * time.Millisecond),

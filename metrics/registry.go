@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	_ "k8s.io/component-base/metrics/prometheus/restclient" // rest_client_*
 
 	"signalbox/internal/buildinfo"
+	"signalbox/internal/localhost"
 	"signalbox/proxier"
 	"signalbox/userspace"
 )
@@ -35,8 +37,9 @@ type Metrics struct {
 	mu       sync.Mutex // guards what follows
 	progress func() proxier.Progress
 	// before is what Loops were told that others have taken the place of.
-	before struct{ services, slices uint64 }
-	relays func() map[proxier.Family]userspace.Stats
+	before    struct{ services, slices uint64 }
+	relays    func() map[proxier.Family]userspace.Stats
+	localhost func() map[proxier.Family]localhost.Stats
 }
 
 // New makes the series of a process that serves nothing yet.
@@ -137,6 +140,13 @@ func (m *Metrics) ReadRelays(stats func() map[proxier.Family]userspace.Stats) {
 	m.relays = stats
 }
 
+// ReadLocalhost has each scrape ask what serves NodePorts on loopback, by family.
+func (m *Metrics) ReadLocalhost(stats func() map[proxier.Family]localhost.Stats) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.localhost = stats
+}
+
 // Handler serves the series, with those of the Kubernetes client, the Go
 // runtime and the process, which are one for all that this process ever runs.
 func (m *Metrics) Handler() http.Handler {
@@ -152,6 +162,7 @@ func (m *Metrics) Describe(ch chan<- *prometheus.Desc) {
 		s.lastQueued, s.serviceChanges, s.serviceChangesPending, s.sliceChanges, s.sliceChangesPending, s.objects, s.pendingAge,
 		s.relayConnections, s.relayFlows, s.relayAccepted, s.relayFlowsMade, s.relayDialFailures, s.relayNoEndpoint,
 		s.relayRefused, s.relayAcceptFailures, s.relayTransparent, s.relayLost, s.relayMaxConnections, s.relayMaxFlows,
+		s.localhostListeners, s.localhostFailures, s.localhostRefused,
 	} {
 		ch <- d
 	}
@@ -165,11 +176,15 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 	if m.progress != nil {
 		m.collectProgress(s, m.progress())
 	}
-	if m.relays == nil {
-		return
+	if m.relays != nil {
+		for family, stats := range m.relays() {
+			m.collectRelay(s, family.String(), stats)
+		}
 	}
-	for family, stats := range m.relays() {
-		m.collectRelay(s, family.String(), stats)
+	if m.localhost != nil {
+		for family, stats := range m.localhost() {
+			m.collectLocalhost(s, family.String(), stats)
+		}
 	}
 }
 
@@ -211,6 +226,15 @@ func (m *Metrics) collectRelay(s sender, family string, r userspace.Stats) {
 	s.counter(d.relayLost, float64(r.Lost), family)
 	s.gauge(d.relayMaxConnections, float64(r.MaxConnections), family)
 	s.gauge(d.relayMaxFlows, float64(r.MaxFlows), family)
+}
+
+func (m *Metrics) collectLocalhost(s sender, family string, l localhost.Stats) {
+	d := &m.scraped
+	s.gauge(d.localhostListeners, float64(l.Listeners), family)
+	s.counter(d.localhostFailures, float64(l.Failures), family)
+	for protocol, packets := range l.Refused {
+		s.counter(d.localhostRefused, float64(packets), family, strings.ToUpper(protocol.String()))
+	}
 }
 
 // sender hands values to a scrape.

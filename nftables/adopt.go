@@ -14,9 +14,10 @@ import (
 // replaced the affinity map stays, and so that what it holds goes on meaning the
 // same, Service ports and endpoints keep the numbers that they have in it.
 type legacy struct {
-	chains []string
-	sets   []string
-	keeps  bool // the affinity map is there, and of the form that it has today
+	chains   []string
+	sets     []string
+	counters []string
+	keeps    bool // the affinity map is there, and of the form that it has today
 }
 
 // survey reads what there is to take over; nil if there is no table.
@@ -41,6 +42,15 @@ func (w *wire) survey() (*legacy, error) {
 	for _, s := range sets {
 		old.sets = append(old.sets, s.Name)
 		old.keeps = old.keeps || w.isAffinity(s)
+	}
+	objects, err := w.conn.GetNamedObjects(w.table)
+	if err != nil {
+		return nil, fmt.Errorf("list counters: %w", err)
+	}
+	for _, o := range objects {
+		if c, ok := o.(*nft.NamedObj); ok && c.Type == nft.ObjTypeCounter {
+			old.counters = append(old.counters, c.Name)
+		}
 	}
 	return old, nil
 }

@@ -319,7 +319,7 @@ func RenderTable(f *IPFamily, name string, sets []*Set, elements []Element, chai
 		e := &elements[i]
 		texts[e.set] = append(texts[e.set], sets[e.set].elementText(e, f))
 	}
-	return renderTable(f, name, sets, texts, chains)
+	return renderTable(f, name, nil, sets, texts, chains)
 }
 
 // DropTable deletes a table that the same transaction has made.

@@ -150,7 +150,7 @@ func (g generator) node() proxier.Node {
 	case 2:
 		n.LocalPods.InterfacePrefix = "veth"
 	}
-	n.NodePortAddrs.All = g.chance(30)
+	n.NodePortAddrs.All, n.LocalhostNodePorts = g.chance(30), g.chance(50)
 	for i := range g.IntN(3) {
 		n.NodePortAddrs.Addrs = append(n.NodePortAddrs.Addrs, g.addr(192, i))
 	}
@@ -324,6 +324,8 @@ func examplePlan(f proxier.Family) *proxier.Plan {
 		LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{netip.PrefixFrom(g.addr(128, 0), f.HostBits()*3/4).Masked()}},
 		NodePortAddrs: proxier.NodePortAddrs{Addrs: []netip.Addr{g.addr(192, 1)}},
 		ServiceCIDRs:  []netip.Prefix{netip.PrefixFrom(g.addr(96, 0), f.HostBits()/2).Masked()},
+
+		LocalhostNodePorts: true,
 	}}
 	outsiders := proxier.FromNode | proxier.FromOutside
 	all, local, none := pods(1, 20, 30), pods(1), pods()

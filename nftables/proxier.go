@@ -3,12 +3,14 @@ package nftables
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
 
 	nft "github.com/google/nftables"
 
+	"signalbox/internal/localhost"
 	"signalbox/proxier"
 )
 
@@ -23,9 +25,15 @@ type Proxier struct {
 	wire  *wire
 	state *state // nil until the first Sync
 	size  size
+	// localhost serves NodePorts on the loopback address.
+	localhost *localhost.NodePorts
+	counters  counterReader
 }
 
-var _ proxier.Proxier = (*Proxier)(nil)
+var (
+	_ proxier.Proxier  = (*Proxier)(nil)
+	_ proxier.Reporter = (*Proxier)(nil)
+)
 
 // New opens the connection to the kernel. Nothing is written before Sync.
 func New(opts proxier.Options) (*Proxier, error) {
@@ -34,31 +42,60 @@ func New(opts proxier.Options) (*Proxier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
 	}
-	return &Proxier{family: f, mark: opts.MasqueradeMark, wire: w}, nil
+	return &Proxier{family: f, mark: opts.MasqueradeMark, wire: w, localhost: localhost.New(opts.Family, Mode)}, nil
 }
 
-// Close closes the connection. The table stays.
-func (p *Proxier) Close() error { return p.wire.close() }
+// Close closes the connection and ends what is relayed on loopback. The table
+// stays.
+func (p *Proxier) Close() error {
+	p.localhost.Close()
+	return errors.Join(p.wire.close(), p.counters.close())
+}
 
-// Sync implements proxier.Proxier. Every call is one transaction.
+// Sync implements proxier.Proxier. Every call is one transaction. The listeners on
+// loopback follow it: their failure is no failure of the Sync, see Problem.
 func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
 	if err := plan.For(ctx, Mode, p.Family); err != nil {
 		return err
 	}
-	if change.All || p.state == nil {
-		return p.syncAll(plan)
-	}
+	change.All = change.All || p.state == nil || change.Node && p.state.localhost != plan.Node.LocalhostNodePorts
 	if change.Empty() {
 		return nil
 	}
-	return p.syncChange(plan, change)
+	write := p.syncChange
+	if change.All {
+		write = p.syncAll
+	}
+	if err := write(plan, change); err != nil {
+		return err
+	}
+	p.localhost.Sync(plan, change)
+	if plan.Node.LocalhostNodePorts {
+		p.counters.open(p.family)
+	}
+	return nil
 }
+
+// Problem implements proxier.Reporter.
+func (p *Proxier) Problem(name proxier.ServicePortName) (proxier.Problem, bool) {
+	return p.localhost.Problem(name)
+}
+
+// StandBy leaves new connections on loopback to another process, until the next
+// Sync, which must be one of everything.
+func (p *Proxier) StandBy() { p.localhost.StandBy() }
+
+// Relays says whether connections pass through this process, on loopback.
+func (p *Proxier) Relays() bool { return p.localhost.Relays() }
+
+// Drain waits until no connection is relayed on loopback any more, or ctx ends.
+func (p *Proxier) Drain(ctx context.Context) { p.localhost.Drain(ctx) }
 
 // syncAll goes on with the table that an earlier process left, where it can be.
 // Otherwise it replaces the table; the affinity map alone stays, with the clients
 // in it. Where that is not possible, because somebody made something else of the
 // old table, it goes too.
-func (p *Proxier) syncAll(plan *proxier.Plan) error {
+func (p *Proxier) syncAll(plan *proxier.Plan, _ proxier.Change) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
 	if err := rules.ValidateNode(rules.node); err != nil {
 		return err
@@ -83,7 +120,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	if err != nil {
 		return fmt.Errorf("write table %s: %w", tableName, err)
 	}
-	p.state = st
+	st.localhost, p.state = plan.Node.LocalhostNodePorts, st
 	p.size = sizeOf(rules, st, p.wire.added)
 	return nil
 }
@@ -119,7 +156,7 @@ func (p *Proxier) recall(rules ruleset, plan *proxier.Plan) (old *legacy, before
 		p.warn("cannot go on with the old table and write it anew", err)
 		return old, before, false, nil
 	}
-	st.digest, p.state = rules.digest(), st
+	st.digest, st.localhost, p.state = rules.digest(), plan.Node.LocalhostNodePorts, st
 	p.size = sizeOf(rules, st, fix.elements)
 	return old, before, true, nil
 }
@@ -135,9 +172,11 @@ func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
 	if old != nil && old.keeps {
 		w.clear(old)
 		w.addSets(affinity)
+		w.setCounters(rules, old)
 	} else {
 		w.replaceTable()
 		w.addSets()
+		w.setCounters(rules, nil)
 	}
 	w.addChains(rules.chains(st))
 	buckets := make([][]element, setCount)

@@ -37,13 +37,16 @@ func (r ruleset) render(st *state) string {
 			slices.Sort(elements[i])
 		}
 	}
-	return renderTable(r.family, tableName, schemas, elements, r.chains(st))
+	return renderTable(r.family, tableName, r.counters(), schemas, elements, r.chains(st))
 }
 
 // renderTable prints a table; elements are texts, by set.
-func renderTable(f *family, name string, schemas []*schema, elements [][]string, chains []chain) string {
+func renderTable(f *family, name string, counters []string, schemas []*schema, elements [][]string, chains []chain) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "table %s %s {\n", f.word, name)
+	for _, c := range counters {
+		fmt.Fprintf(&b, "\tcounter %s {\n\t\tpackets 0 bytes 0\n\t}\n\n", c)
+	}
 	for i, s := range schemas {
 		b.WriteString(s.text(f, elements[i]))
 	}

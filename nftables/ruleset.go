@@ -86,13 +86,13 @@ func (r ruleset) baseChains() []chain {
 
 // nodeChains are written anew when the node's facts change.
 func (r ruleset) nodeChains() []chain {
-	chains := []chain{
+	chains := append(r.localhostChains(), []chain{
 		{name: "refuse", rules: r.refuse(r.frontendOf(), dropped)},
 		{name: "refuse-nodeport", rules: r.refuse(nodePortOf, droppedNodePorts)},
 		{name: "check-sources", rules: r.checkSources()},
 		{name: "check-local", rules: r.checkLocal()},
 		{name: "check-remote", rules: r.checkRemote()},
-	}
+	}...)
 	for origins := proxier.FromPods; origins <= proxier.FromAnywhere; origins++ {
 		chains = append(chains, chain{name: markChain(origins), rules: r.markRules(origins)})
 	}
@@ -228,7 +228,7 @@ func (r ruleset) checkLocal() []rule {
 	for _, match := range r.toNodePortAddrs() {
 		rules = append(rules, newRule(slices.Concat([]statement{in(nodePortOf, refusedNodePorts)}, match, []statement{goTo("refuse-nodeport")})...))
 	}
-	return rules
+	return append(rules, r.toLocalhost()...)
 }
 
 // checkRemote does the same with what leaves for other hosts, and answers for

@@ -23,6 +23,8 @@ type state struct {
 	chains map[sizedChain]uint32
 	// digest is the name of the chain that tells which rules the kernel has.
 	digest string
+	// localhost says that NodePorts on loopback are refused and counted.
+	localhost bool
 }
 
 // sharedKey is an element of a shared set.

@@ -304,7 +304,12 @@ func fibNotLocal() statement {
 }
 
 // notLoopback matches packets to other than loopback addresses.
-func (f *family) notLoopback() statement {
+func (f *family) notLoopback() statement { return f.compareLoopback("!= ", expr.CmpOpNeq) }
+
+// isLoopback matches packets to loopback addresses.
+func (f *family) isLoopback() statement { return f.compareLoopback("", expr.CmpOpEq) }
+
+func (f *family) compareLoopback(operator string, op expr.CmpOp) statement {
 	start := f.loopback.Addr().AsSlice()
 	exprs := f.daddr().load(0)
 	text := f.loopback.String()
@@ -317,8 +322,7 @@ func (f *family) notLoopback() statement {
 			SourceRegister: reg32(0), DestRegister: reg32(0), Len: uint32(len(start)), Mask: mask, Xor: make([]byte, len(start)),
 		})
 	}
-	return statement{f.word + " daddr != " + text,
-		append(exprs, &expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: start})}
+	return statement{f.word + " daddr " + operator + text, append(exprs, &expr.Cmp{Op: op, Register: reg32(0), Data: start})}
 }
 
 // entersBy matches packets that came in by the interface, or by any whose name

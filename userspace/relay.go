@@ -166,7 +166,7 @@ func (r *relay) expireAll() {
 // route finds out where a connection goes that came to a listener for an origin.
 func (r *relay) route(from *listeners, o origin, client *net.TCPConn) (tcprelay.Route, bool) {
 	if from.inherited {
-		client.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount})
+		client.SetKeepAliveConfig(tcprelay.KeepAlive)
 	}
 	id, ok := idOf(r.family, client.LocalAddr().(*net.TCPAddr).AddrPort().Addr())
 	if !ok {

@@ -34,15 +34,6 @@ const firstPorts ports = 10361
 // portTries is how many groups of ports are tried.
 const portTries = 32
 
-// The time after which the peer of a silent connection is asked whether it
-// still lives, and how long it may be silent then. Sockets that are accepted
-// have this from the one that listens.
-const (
-	keepAliveIdle     = 2 * time.Minute
-	keepAliveInterval = 30 * time.Second
-	keepAliveCount    = 4
-)
-
 // listeners are the sockets that captured traffic arrives at.
 type listeners struct {
 	ports ports
@@ -304,13 +295,14 @@ func onlyFor(protocol string, options ...option) option {
 	}
 }
 
-// keepAlive makes dead peers known. There is no TCP_USER_TIMEOUT: it would also
-// end connections to a living peer that has stopped to read for so long.
+// keepAlive makes dead peers known, also of sockets that are accepted. There is no
+// TCP_USER_TIMEOUT: it would also end connections to a living peer that has stopped
+// to read for so long.
 var keepAlive = onlyFor("tcp",
 	intOption(unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
-	intOption(unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(keepAliveIdle/time.Second)),
-	intOption(unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepAliveInterval/time.Second)),
-	intOption(unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAliveCount),
+	intOption(unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(tcprelay.KeepAlive.Idle/time.Second)),
+	intOption(unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(tcprelay.KeepAlive.Interval/time.Second)),
+	intOption(unix.IPPROTO_TCP, unix.TCP_KEEPCNT, tcprelay.KeepAlive.Count),
 )
 
 func listenOptions(f proxier.Family) []option {

@@ -29,6 +29,10 @@ const (
 	longestAcceptPause = time.Second
 )
 
+// KeepAlive is after which time the peer of a silent connection is asked whether
+// it still lives, and how long it may be silent then.
+var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 4}
+
 // TCP relays connections of one IP family until it is closed.
 type TCP struct {
 	Family  proxier.Family
@@ -54,6 +58,18 @@ type Counts struct {
 	Refused                  atomic.Uint64 // beyond the limits
 	AcceptFailures           atomic.Uint64
 }
+
+// Drain waits until no connection is open any more, or ctx ends. It waits for
+// more where busy says so; that may be nil.
+func (r *TCP) Drain(ctx context.Context, busy func() bool) {
+	for r.Counts.Connections.Load() > 0 || busy != nil && busy() {
+		if !wait.For(ctx, drainInterval) {
+			return
+		}
+	}
+}
+
+const drainInterval = 50 * time.Millisecond
 
 // Route says where a connection goes.
 type Route struct {
@@ -96,7 +112,7 @@ func (r *TCP) acceptAll(l *net.TCPListener, route func(*net.TCPConn) (Route, boo
 			delay = AcceptPause
 			r.accept(c, route)
 			continue
-		case errors.Is(err, net.ErrClosed):
+		case errors.Is(err, net.ErrClosed), errors.Is(err, unix.EINVAL): // closed, or shut down to be closed
 			return
 		}
 		r.Counts.AcceptFailures.Add(1)

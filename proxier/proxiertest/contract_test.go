@@ -41,6 +41,8 @@ func TestReference(t *testing.T) {
 		Flows:         cleanFlows,
 		DropForwarded: dropForwardedUnlessDNATed,
 		Dump:          dumpNFT,
+
+		LocalhostNodePorts: proxier.LocalhostNamed,
 	})
 }
 
@@ -109,6 +111,8 @@ func TestNFTables(t *testing.T) {
 		Flows:         cleanFlows,
 		DropForwarded: dropForwardedUnlessDNATed,
 		Dump:          dumpNFT,
+
+		LocalhostNodePorts: proxier.LocalhostNamed,
 	})
 }
 

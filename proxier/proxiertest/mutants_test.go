@@ -111,7 +111,7 @@ func TestFaultsAreFound(t *testing.T) {
 				mode.Flows = nil
 			} else {
 				mode.New = func(o proxier.Options) (proxier.Proxier, error) {
-					return faulty{&reference{family: o.Family}, c.spoil}, nil
+					return faulty{referenceOf(o), c.spoil}, nil
 				}
 			}
 			s := scenario(t, c.scenario)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"signalbox/internal/localhost"
 	"signalbox/proxier"
 )
 
@@ -20,13 +21,20 @@ type reference struct {
 	family proxier.Family
 	chains []string
 	sets   []string
+
+	localhost *localhost.NodePorts
 }
 
-func newReference(o proxier.Options) (proxier.Proxier, error) {
-	return &reference{family: o.Family}, nil
+func newReference(o proxier.Options) (proxier.Proxier, error) { return referenceOf(o), nil }
+
+func referenceOf(o proxier.Options) *reference {
+	return &reference{family: o.Family, localhost: localhost.New(o.Family, "reference")}
 }
 
-func (r *reference) Close() error { return nil }
+func (r *reference) Close() error {
+	r.localhost.Close()
+	return nil
+}
 
 func (r *reference) Sync(ctx context.Context, plan *proxier.Plan, _ proxier.Change) error {
 	s := &script{ip: "ip", family: plan.Family}
@@ -59,7 +67,11 @@ func (r *reference) Sync(ctx context.Context, plan *proxier.Plan, _ proxier.Chan
 	for _, p := range plan.Node.ServiceCIDRs {
 		s.rule("services", "%s daddr %s fib daddr type != local drop", s.ip, p)
 	}
-	return r.load(ctx, s)
+	if err := r.load(ctx, s); err != nil {
+		return err
+	}
+	r.localhost.Sync(plan, proxier.Change{All: true})
+	return nil
 }
 
 // load replaces the rules but keeps the sets, which hold affinity.
@@ -118,19 +130,21 @@ func (s *script) base(n proxier.Node) {
 }
 
 func (s *script) nodeAddrs(n proxier.Node) string {
-	loopback := "127.0.0.0/8"
+	loopback, nobody := "127.0.0.0/8", "0.0.0.0"
 	if s.family == proxier.IPv6 {
-		loopback = "::1/128"
+		loopback, nobody = "::1/128", "::"
 	}
 	if n.NodePortAddrs.All {
 		return fmt.Sprintf("%s daddr != %s fib daddr type local", s.ip, loopback)
 	}
 	addrs := []string{}
 	for _, a := range n.NodePortAddrs.Addrs {
-		addrs = append(addrs, a.String())
+		if !a.IsLoopback() {
+			addrs = append(addrs, a.String())
+		}
 	}
 	if len(addrs) == 0 {
-		addrs = append(addrs, loopback) // matches nothing that is served
+		addrs = append(addrs, nobody)
 	}
 	return fmt.Sprintf("%s daddr { %s }", s.ip, strings.Join(addrs, ", "))
 }

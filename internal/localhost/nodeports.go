@@ -1,0 +1,339 @@
+// Package localhost serves TCP NodePorts on 127.0.0.1 and ::1 in modes whose
+// rules cannot (KEP-6032): the kernel forwards nothing that comes from a loopback
+// address unless route_localnet is set, and never in IPv6. It listens at each
+// NodePort and relays what connects to it.
+package localhost
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/internal/tcprelay"
+	"signalbox/internal/wait"
+	"signalbox/proxier"
+)
+
+// RetryAfter is the wait before a NodePort that another program has is tried
+// again.
+const RetryAfter = 5 * time.Second
+
+// NodePorts are the listeners of one IP family.
+type NodePorts struct {
+	family   proxier.Family
+	mode     string
+	failures atomic.Uint64
+
+	mu    sync.Mutex // guards what follows
+	relay *tcprelay.TCP
+	ns    *tcprelay.Namespace
+	stop  context.CancelFunc
+	ended chan struct{} // closed when the goroutine of retries has ended
+	// serving says that NodePorts are wanted here.
+	serving bool
+	ports   map[proxier.ServicePortName]*port
+	// toldOthers says that the log has a line about protocols other than TCP.
+	toldOthers bool
+}
+
+// port is one NodePort.
+type port struct {
+	number   uint16
+	choice   atomic.Pointer[tcprelay.Choice]
+	listener *net.TCPListener // nil while there is none
+	err      error            // why there is none
+}
+
+// New returns NodePorts that listen nowhere. Nothing is opened before the first
+// Sync that asks for listeners.
+func New(f proxier.Family, mode string) *NodePorts {
+	return &NodePorts{family: f, mode: mode, ports: map[proxier.ServicePortName]*port{}}
+}
+
+// Sync makes the listeners those of the plan, and looks only at what change
+// names. Listeners are opened in the network namespace of the calling thread. A
+// port that cannot be had is tried again, see Problem.
+func (n *NodePorts) Sync(plan *proxier.Plan, change proxier.Change) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !plan.Node.LocalhostNodePorts {
+		n.closeAll()
+		return
+	}
+	names := change.Services
+	if change.All || change.Node || !n.serving {
+		names = n.allNames(plan)
+	}
+	n.serving = true
+	for _, name := range names { // first, for ports may change hands
+		if p := n.ports[name]; p != nil && p.number != numberOf(n.family, plan.Services[name]) {
+			p.close()
+			delete(n.ports, name)
+		}
+	}
+	for _, name := range names {
+		sp := plan.Services[name]
+		n.noteOthers(sp)
+		number := numberOf(n.family, sp)
+		if number == 0 {
+			continue
+		}
+		p := n.ports[name]
+		if p == nil {
+			p = &port{number: number}
+			n.ports[name] = p
+		}
+		p.choice.Store(&tcprelay.Choice{Name: name, Affinity: sp.AffinityTimeout, Endpoints: nodePort(sp).External})
+		if p.listener == nil {
+			n.open(p)
+		}
+	}
+}
+
+// allNames lists the Service ports of the plan and those that have a listener.
+func (n *NodePorts) allNames(plan *proxier.Plan) []proxier.ServicePortName {
+	names := make([]proxier.ServicePortName, 0, len(plan.Services))
+	for name := range plan.Services {
+		names = append(names, name)
+	}
+	for name := range n.ports {
+		if plan.Services[name] == nil {
+			names = append(names, name)
+		}
+	}
+	slices.SortFunc(names, proxier.ServicePortName.Compare)
+	return names
+}
+
+// nodePort is a Service port's NodePort, or nil.
+func nodePort(sp *proxier.ServicePort) *proxier.Frontend {
+	if sp == nil {
+		return nil
+	}
+	i := slices.IndexFunc(sp.Frontends, func(f proxier.Frontend) bool { return f.Kind == proxier.NodePort })
+	if i < 0 {
+		return nil
+	}
+	return &sp.Frontends[i]
+}
+
+// numberOf is the NodePort to listen at, or 0 for none. As with kube-proxy, what
+// connects on loopback counts as external traffic, and a port without endpoints
+// is not opened, so that the kernel refuses.
+func numberOf(f proxier.Family, sp *proxier.ServicePort) uint16 {
+	fe := nodePort(sp)
+	if fe == nil || sp.Name.Protocol != proxier.TCP || fe.External.Len() == 0 {
+		return 0
+	}
+	if fe.Sources != nil && !slices.ContainsFunc(fe.Sources, func(p netip.Prefix) bool { return p.Contains(proxier.Localhost(f)) }) {
+		return 0
+	}
+	return fe.Port
+}
+
+// noteOthers says once that only TCP is served.
+func (n *NodePorts) noteOthers(sp *proxier.ServicePort) {
+	if n.toldOthers || nodePort(sp) == nil || sp.Name.Protocol == proxier.TCP {
+		return
+	}
+	n.toldOthers = true
+	slog.Warn(n.mode+": NodePorts of UDP and SCTP are refused on loopback, because the relay there carries TCP alone; the mode userspace serves UDP there",
+		"address", proxier.Localhost(n.family).String(), "first", sp.Name.String(), "protocol", sp.Name.Protocol.String())
+}
+
+// open listens at a port. The lock is held, and the thread is in the namespace.
+func (n *NodePorts) open(p *port) {
+	err := n.start()
+	if err == nil {
+		p.listener, err = listen(n.family, p.number)
+	}
+	p.err = err
+	if err != nil {
+		n.failures.Add(1)
+		return
+	}
+	n.relay.Accept(p.listener, func(*net.TCPConn) (tcprelay.Route, bool) {
+		return tcprelay.Route{Choice: *p.choice.Load(), Dial: n.dial}, true
+	})
+}
+
+// start makes the relay where there is none yet.
+func (n *NodePorts) start() error {
+	if n.relay != nil {
+		return nil
+	}
+	ns, err := tcprelay.CurrentNamespace()
+	if err != nil {
+		return err
+	}
+	relay, err := tcprelay.New(n.family, n.mode)
+	if err != nil {
+		ns.Close()
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	n.relay, n.ns, n.stop, n.ended = relay, ns, cancel, make(chan struct{})
+	go func() {
+		defer close(n.ended)
+		for wait.For(ctx, RetryAfter) {
+			relay.Chooser.Expire(time.Now())
+			n.retry()
+		}
+	}()
+	return nil
+}
+
+// retry listens where it could not.
+func (n *NodePorts) retry() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for name, p := range n.ports {
+		if p.listener != nil {
+			continue
+		}
+		if err := n.ns.Do(func() { n.open(p) }); err != nil {
+			p.err = err
+		}
+		if p.listener != nil {
+			slog.Info(n.mode+": a NodePort is served on loopback now", "service", name.String(), "address", p.at(n.family).String())
+		}
+	}
+}
+
+func (n *NodePorts) dial(ctx context.Context, at netip.AddrPort) (conn net.Conn, err error) {
+	d := net.Dialer{KeepAliveConfig: tcprelay.KeepAlive}
+	d.SetMultipathTCP(false)
+	nsErr := n.ns.Do(func() { conn, err = d.DialContext(ctx, "tcp", at.String()) })
+	if nsErr != nil {
+		return nil, nsErr
+	}
+	return conn, err
+}
+
+// listen opens a port of the loopback address. A process that this one takes the
+// place of, or that takes this one's, may listen there too.
+func listen(f proxier.Family, number uint16) (*net.TCPListener, error) {
+	c := net.ListenConfig{KeepAliveConfig: tcprelay.KeepAlive, Control: func(_, _ string, raw syscall.RawConn) error {
+		var failed error
+		err := raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
+		return errors.Join(err, failed)
+	}}
+	c.SetMultipathTCP(false)
+	l, err := c.Listen(context.Background(), "tcp", netip.AddrPortFrom(proxier.Localhost(f), number).String())
+	if err != nil {
+		return nil, err
+	}
+	return l.(*net.TCPListener), nil
+}
+
+// Problem says why a Service port is not served on loopback though it should be.
+// It has the form of proxier.Reporter's.
+func (n *NodePorts) Problem(name proxier.ServicePortName) (proxier.Problem, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	p := n.ports[name]
+	if p == nil || p.err == nil {
+		return proxier.Problem{}, false
+	}
+	return proxier.Problem{Kind: "Service", Object: name.ServiceName.String(), Field: "spec.ports",
+		Reason: fmt.Sprintf("NodePort %d is not served on loopback: %v; it is tried again every %v; end what listens there", p.number, p.err, RetryAfter)}, true
+}
+
+// Stats are counts of one IP family.
+type Stats struct {
+	// Serving says that NodePorts are wanted on loopback.
+	Serving   bool
+	Listeners int
+	// Failures counts attempts to listen that failed.
+	Failures uint64
+	// Refused counts packets to NodePorts on loopback that the mode's rules
+	// refused, by protocol. The mode fills it in.
+	Refused map[proxier.Protocol]uint64
+}
+
+// Stats returns all but Refused.
+func (n *NodePorts) Stats() Stats {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s := Stats{Serving: n.serving, Failures: n.failures.Load()}
+	for _, p := range n.ports {
+		if p.listener != nil {
+			s.Listeners++
+		}
+	}
+	return s
+}
+
+// Relays says whether connections come this way, or came and are not over.
+func (n *NodePorts) Relays() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.serving || n.relay != nil && n.relay.Counts.Connections.Load() > 0
+}
+
+// StandBy leaves new connections to another process until the next Sync, which
+// must be one of everything. Open connections go on.
+func (n *NodePorts) StandBy() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.closeAll()
+}
+
+// Drain waits until no connection is relayed any more, or ctx ends.
+func (n *NodePorts) Drain(ctx context.Context) {
+	n.mu.Lock()
+	relay := n.relay
+	n.mu.Unlock()
+	if relay != nil {
+		relay.Drain(ctx, nil)
+	}
+}
+
+// Close ends all listeners and connections.
+func (n *NodePorts) Close() {
+	n.mu.Lock()
+	n.closeAll()
+	relay := n.relay
+	n.mu.Unlock()
+	if relay == nil {
+		return
+	}
+	n.stop()
+	<-n.ended
+	relay.Close()
+	n.ns.Close()
+}
+
+func (n *NodePorts) closeAll() {
+	n.serving = false
+	for name, p := range n.ports {
+		p.close()
+		delete(n.ports, name)
+	}
+}
+
+// close has the kernel refuse connections from now on. Close alone does not, while
+// a child process that was forked and has not executed its program holds the socket.
+func (p *port) close() {
+	if p.listener == nil {
+		return
+	}
+	if raw, err := p.listener.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	}
+	p.listener.Close()
+}
+
+func (p *port) at(f proxier.Family) netip.AddrPort {
+	return netip.AddrPortFrom(proxier.Localhost(f), p.number)
+}

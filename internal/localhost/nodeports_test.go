@@ -1,0 +1,209 @@
+package localhost
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"signalbox/internal/netlab"
+	"signalbox/proxier"
+)
+
+const patience = 10 * time.Second
+
+// bench is NodePorts on a lab's node1.
+type bench struct {
+	*testing.T
+	*NodePorts
+	node *netlab.Host
+	plan *proxier.Plan
+	pod  netip.Addr
+}
+
+func eachFamily(t *testing.T, test func(b *bench)) {
+	for _, f := range proxier.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			lab, err := netlab.New(netlab.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { lab.Close() })
+			b := &bench{T: t, NodePorts: New(f, "test"), node: lab.Host("node1"), pod: lab.Host("pod-a").Addr.V4, plan: &proxier.Plan{
+				Family: f, Node: proxier.Node{LocalhostNodePorts: true}, Services: map[proxier.ServicePortName]*proxier.ServicePort{},
+			}}
+			if f == proxier.IPv6 {
+				b.pod = lab.Host("pod-a").Addr.V6
+			}
+			t.Cleanup(b.NodePorts.Close)
+			test(b)
+		})
+	}
+}
+
+func named(name string, p proxier.Protocol) proxier.ServicePortName {
+	return proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "default", Name: name}, Protocol: p}
+}
+
+// put adds a Service port to the plan, or replaces it; number 0 removes it.
+func (b *bench) put(name proxier.ServicePortName, number uint16, sources ...netip.Prefix) {
+	if number == 0 {
+		delete(b.plan.Services, name)
+		return
+	}
+	b.plan.Services[name] = &proxier.ServicePort{Name: name, Frontends: []proxier.Frontend{{
+		Kind: proxier.NodePort, Port: number, Sources: sources,
+		External: &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(b.pod, 8080)}}},
+	}}}
+}
+
+func (b *bench) sync(change proxier.Change) {
+	b.Helper()
+	if err := b.node.Do(func() error { b.Sync(b.plan, change); return nil }); err != nil {
+		b.Fatal(err)
+	}
+}
+
+func (b *bench) ask(number uint16) error {
+	ctx, cancel := context.WithTimeout(b.Context(), patience)
+	defer cancel()
+	_, err := b.node.Ask(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(proxier.Localhost(b.family), number))
+	return err
+}
+
+// serves checks which of three NodePorts answer. All others must refuse.
+func (b *bench) serves(when string, numbers ...uint16) {
+	b.Helper()
+	for number := uint16(30080); number < 30083; number++ {
+		err := b.ask(number)
+		if want := slices.Contains(numbers, number); want && err != nil || !want && !errors.Is(err, syscall.ECONNREFUSED) {
+			b.Errorf("%s: port %d: %v; served %v", when, number, err, numbers)
+		}
+	}
+	if got := b.Stats().Listeners; got != len(numbers) {
+		b.Errorf("%s: %d listeners are counted, want %d", when, got, len(numbers))
+	}
+}
+
+func TestListenersFollowThePlan(t *testing.T) {
+	eachFamily(t, func(b *bench) {
+		web, api, dns := named("web", proxier.TCP), named("api", proxier.TCP), named("dns", proxier.UDP)
+		b.put(web, 30080)
+		b.put(api, 30081)
+		b.put(dns, 30082)
+		b.sync(proxier.Change{All: true})
+		b.serves("at first", 30080, 30081)
+
+		b.put(web, 30081)
+		b.put(api, 30080)
+		b.sync(proxier.Change{Services: []proxier.ServicePortName{web, api}})
+		b.serves("ports were exchanged", 30080, 30081)
+
+		b.put(web, 30081, netip.MustParsePrefix("192.0.2.0/24"))
+		b.sync(proxier.Change{Services: []proxier.ServicePortName{web}})
+		b.serves("loopback is not a permitted source", 30080)
+
+		b.put(web, 30081, netip.PrefixFrom(proxier.Localhost(b.family), 8))
+		b.plan.Services[api].Frontends[0].External = nil
+		b.sync(proxier.Change{Services: []proxier.ServicePortName{web, api}})
+		b.serves("loopback is a permitted source, api has no endpoints", 30081)
+
+		b.put(web, 0)
+		b.sync(proxier.Change{Services: []proxier.ServicePortName{web}})
+		b.serves("web is gone")
+	})
+}
+
+// A child process that was just forked holds the sockets of its parent.
+func TestPortIsClosedThoughAnotherProcessHoldsTheSocket(t *testing.T) {
+	eachFamily(t, func(b *bench) {
+		web := named("web", proxier.TCP)
+		b.put(web, 30080)
+		b.sync(proxier.Change{All: true})
+		held, err := b.ports[web].listener.File()
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer held.Close()
+		b.put(web, 0)
+		b.sync(proxier.Change{Services: []proxier.ServicePortName{web}})
+		b.serves("after the Service is gone")
+		if n := b.relay.Counts.AcceptFailures.Load(); n > 0 {
+			b.Errorf("%d failures to accept", n)
+		}
+	})
+}
+
+// A port that another program has is reported and is served once it is free.
+func TestTakenPort(t *testing.T) {
+	eachFamily(t, func(b *bench) {
+		web := named("web", proxier.TCP)
+		other, err := b.node.Listen("tcp", netip.AddrPortFrom(proxier.Localhost(b.family), 30080).String())
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer other.Close()
+		b.put(web, 30080)
+		b.sync(proxier.Change{All: true})
+		problem, ok := b.Problem(web)
+		if !ok || problem.Object != "default/web" || !strings.Contains(problem.Reason, "NodePort 30080 is not served on loopback: listen") {
+			b.Errorf("problem: %+v, %v", problem, ok)
+		}
+		if got := b.Stats(); got.Failures != 1 || got.Listeners != 0 {
+			b.Errorf("%+v", got)
+		}
+		other.Close()
+		b.retry()
+		b.serves("the other program has ended", 30080)
+		if problem, ok := b.Problem(web); ok {
+			b.Errorf("a problem is left: %+v", problem)
+		}
+	})
+}
+
+// Open connections outlive what led to them; new ones are refused then.
+func TestOpenConnections(t *testing.T) {
+	eachFamily(t, func(b *bench) {
+		web := named("web", proxier.TCP)
+		if b.Relays() {
+			b.Error("connections are relayed before the first Sync")
+		}
+		b.put(web, 30080)
+		b.sync(proxier.Change{All: true})
+		open, err := b.node.Open(b.Context(), "tcp", netip.AddrPort{}, netip.AddrPortFrom(proxier.Localhost(b.family), 30080))
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer open.Close()
+		goesOn := func(when string) {
+			b.Helper()
+			if _, err := open.Ask(b.Context()); err != nil {
+				b.Fatalf("%s: the open connection: %v", when, err)
+			}
+			if !b.Relays() {
+				b.Errorf("%s: Relays is false", when)
+			}
+		}
+		goesOn("at first")
+		b.StandBy()
+		b.serves("standing by")
+		goesOn("standing by")
+		b.sync(proxier.Change{All: true})
+		b.serves("serving again", 30080)
+		b.plan.Node.LocalhostNodePorts = false
+		b.sync(proxier.Change{Node: true})
+		b.serves("switched off")
+		goesOn("switched off")
+		open.Close()
+		ctx, cancel := context.WithTimeout(b.Context(), patience)
+		defer cancel()
+		b.Drain(ctx)
+		if ctx.Err() != nil || b.Relays() {
+			b.Errorf("after the last connection has ended: %v, Relays is %v", ctx.Err(), b.Relays())
+		}
+	})
+}

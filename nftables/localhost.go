@@ -1,0 +1,151 @@
+package nftables
+
+import (
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+
+	nft "github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"signalbox/internal/localhost"
+	"signalbox/proxier"
+)
+
+// notRelayed are the protocols whose NodePorts are refused on loopback: the relay
+// there carries TCP alone.
+var notRelayed = []proxier.Protocol{proxier.UDP, proxier.SCTP}
+
+// refusedCounter names the counter of a protocol's packets that are refused. The
+// names are kube-proxy's.
+func refusedCounter(p proxier.Protocol) string { return "localhost-nodeport-rejected-" + p.String() }
+
+const refuseOnLocalhost = "refuse-on-localhost"
+
+// toLocalhost leads packets for NodePorts on loopback to refuseOnLocalhost. A program
+// that listens there is not asked, as with kube-proxy.
+func (r ruleset) toLocalhost() []rule {
+	if !r.node.LocalhostNodePorts {
+		return nil
+	}
+	return []rule{newRule(r.isLoopback(), setPriority(idLookedUp(nodePortOf, nodePorts)), goTo(refuseOnLocalhost))}
+}
+
+// localhostChains refuse and count what the relay on loopback cannot carry.
+func (r ruleset) localhostChains() []chain {
+	if !r.node.LocalhostNodePorts {
+		return nil
+	}
+	refuse := chain{name: refuseOnLocalhost}
+	for _, p := range notRelayed {
+		refuse.rules = append(refuse.rules, newRule(ProtocolIs(p), countedBy(refusedCounter(p)), r.reject()))
+	}
+	refuse.rules = append(refuse.rules, newRule(clearPriority()))
+	return []chain{refuse}
+}
+
+// countedBy counts packets in a counter of the table's.
+func countedBy(name string) statement {
+	return statement{fmt.Sprintf("counter name %q", name), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}}
+}
+
+// setCounters makes the counters that rules refer to, and removes what an old
+// table has of others. One that is there goes on.
+func (w *wire) setCounters(rules ruleset, old *legacy) {
+	wanted := rules.counters()
+	for _, name := range wanted {
+		w.conn.AddObj(w.counter(name))
+	}
+	if old == nil {
+		return
+	}
+	for _, name := range old.counters {
+		if !slices.Contains(wanted, name) {
+			w.conn.DeleteObject(w.counter(name))
+		}
+	}
+}
+
+func (w *wire) counter(name string) *nft.NamedObj {
+	return &nft.NamedObj{Table: w.table, Name: name, Type: nft.ObjTypeCounter, Obj: &expr.Counter{}}
+}
+
+// counters are the names of those that rules refer to.
+func (r ruleset) counters() []string {
+	if !r.node.LocalhostNodePorts {
+		return nil
+	}
+	var names []string
+	for _, p := range notRelayed {
+		names = append(names, refusedCounter(p))
+	}
+	return names
+}
+
+// counterReader reads the counters of refused packets, by a connection that no
+// sync uses.
+type counterReader struct {
+	mu   sync.Mutex // guards wire
+	wire *wire      // nil while it is not open
+}
+
+// open connects to the network namespace of the calling thread, unless that has been
+// done. Without a connection the counters are not reported.
+func (r *counterReader) open(f *family) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.wire != nil {
+		return
+	}
+	w, err := dial(f, tableName)
+	if err != nil {
+		slog.Warn("nftables: refused packets to NodePorts on loopback cannot be counted", "error", err)
+		return
+	}
+	r.wire = w
+}
+
+// refused leaves out what cannot be read.
+func (r *counterReader) refused() map[proxier.Protocol]uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	counts := map[proxier.Protocol]uint64{}
+	if r.wire == nil {
+		return counts
+	}
+	for _, p := range notRelayed {
+		obj, err := r.wire.conn.GetObject(r.wire.counter(refusedCounter(p)))
+		if err != nil {
+			continue
+		}
+		if named, ok := obj.(*nft.NamedObj); ok {
+			if c, ok := named.Obj.(*expr.Counter); ok {
+				counts[p] = c.Packets
+			}
+		}
+	}
+	return counts
+}
+
+func (r *counterReader) close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.wire == nil {
+		return nil
+	}
+	err := r.wire.close()
+	r.wire = nil
+	return err
+}
+
+// LocalhostStats counts what is served and refused on the loopback address. Any
+// goroutine may call it at any time.
+func (p *Proxier) LocalhostStats() localhost.Stats {
+	s := p.localhost.Stats()
+	if s.Serving {
+		s.Refused = p.counters.refused()
+	}
+	return s
+}
