@@ -18,7 +18,7 @@ type facts struct {
 }
 
 // frameChains are the chains that depend on no Service and hold no tree.
-func frameChains(mark uint32, pods []podMatch, facts facts) [tableCount][]chain {
+func frameChains(mark uint32, node *proxier.Node, pods []podMatch, facts facts) [tableCount][]chain {
 	bit := fmt.Sprintf("%#x", mark)
 	masq := " -j MASQUERADE"
 	if facts.randomFully {
@@ -34,17 +34,23 @@ func frameChains(mark uint32, pods []podMatch, facts facts) [tableCount][]chain 
 		// Until somebody answers, a flow is new and only its first packet has the
 		// mark. A confirmed one is a flow whose first packet was let through.
 		comment("kubernetes forwarding of unanswered flows")+" -m conntrack --ctstate DNAT --ctstatus CONFIRMED -j ACCEPT")
+	// Of the others no address is both source and destination.
+	postrouting := []string{comment("endpoints that are their own clients") + " -m conntrack --ctstate DNAT -j " + hairpinChain}
+	for _, own := range node.OwnPods {
+		for _, all := range node.LocalPods.Prefixes {
+			postrouting = append(postrouting, fmt.Sprintf(" -s %s ! -d %s%s -m conntrack --ctstate DNAT ! --ctorigsrc %[2]s%[4]s",
+				all.Masked(), own.Masked(), comment("from another node to another node"), masq))
+		}
+	}
+	postrouting = append(postrouting,
+		" -m mark ! --mark "+bit+"/"+bit+" -j RETURN",
+		// The packet may come by again, after encapsulation.
+		" -j MARK --xor-mark "+bit,
+		comment("kubernetes service traffic requiring SNAT")+masq)
 	return [tableCount][]chain{
 		nat: append([]chain{
 			{markMasqChain, frameLevel, []string{" -j MARK --or-mark " + bit}},
-			{postroutingChain, trunkLevel, []string{
-				// Of the others no address is both source and destination.
-				comment("endpoints that are their own clients") + " -m conntrack --ctstate DNAT -j " + hairpinChain,
-				" -m mark ! --mark " + bit + "/" + bit + " -j RETURN",
-				// The packet may come by again, after encapsulation.
-				" -j MARK --xor-mark " + bit,
-				comment("kubernetes service traffic requiring SNAT") + masq,
-			}},
+			{postroutingChain, trunkLevel, postrouting},
 		}, masqueradeChains(pods)...),
 		filter: {{forwardChain, frameLevel, forward}},
 	}

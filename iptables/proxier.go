@@ -114,10 +114,11 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	return nil
 }
 
-// needsFull says whether rules of Services depend on what changed.
+// needsFull says whether rules of Services, or the frame, depend on what changed.
 func (s *state) needsFull(node *proxier.Node) bool {
 	a, b := &s.node.LocalPods, &node.LocalPods
-	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix
+	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix ||
+		!slices.Equal(s.node.OwnPods, node.OwnPods)
 }
 
 // full writes everything, removes what is left of earlier proxies, and puts in

@@ -38,7 +38,7 @@ func newState(opts proxier.Options, node proxier.Node, facts facts) (*state, err
 	s := &state{
 		compiler: compiler{opts.Family, pods},
 		node:     cloneNode(node),
-		frame:    frameChains(opts.MasqueradeMark, pods, facts),
+		frame:    frameChains(opts.MasqueradeMark, &node, pods, facts),
 		services: map[proxier.ServicePortName]*proxier.ServicePort{},
 	}
 	ends := tails(opts.Family, &node)
@@ -51,6 +51,7 @@ func newState(opts proxier.Options, node proxier.Node, facts facts) (*state, err
 
 func cloneNode(n proxier.Node) proxier.Node {
 	n.LocalPods.Prefixes = slices.Clone(n.LocalPods.Prefixes)
+	n.OwnPods = slices.Clone(n.OwnPods)
 	n.NodePortAddrs.Addrs = slices.Clone(n.NodePortAddrs.Addrs)
 	n.ServiceCIDRs = nil // not looked at
 	return n

@@ -241,7 +241,7 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 	add := b.add
 	if b.node {
 		t.RewriteChains(st.rules.nodeChains())
-		for _, set := range []int{localPods, nodePortAddrs, serviceCIDRs} {
+		for _, set := range []int{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
 			t.FlushSet(set)
 		}
 		add = append(add, st.rules.nodeElements()...)

@@ -211,12 +211,16 @@ func (r *ruleset) noEndpoints() []nftables.Rule {
 // decided takes the decision out of the packet once IPVS has followed it.
 func (r *ruleset) decided() []nftables.Rule {
 	isMarked := nftables.PriorityBitsAre(decisionMask|marked, decision|marked)
-	return []nftables.Rule{
+	rules := []nftables.Rule{
 		rule(isMarked, nftables.MarkIs(stickyMask|endpointFlag, stickySpace), nftables.Jump("learn")),
 		rule(isMarked, nftables.SetMark(nftables.ConstantMark(0))),
 		rule(nftables.PriorityBitsAre(decisionMask|newSource, decision|newSource), nftables.SetMarkBit(r.mark, true)),
-		rule(nftables.PriorityBitsAre(decisionMask, decision), nftables.ClearPriority()),
 	}
+	if len(r.node.OwnPods) > 0 {
+		rules = append(rules, rule(nftables.PriorityBitsAre(decisionMask, decision), in(r.Saddr(), localPods), notIn(r.Saddr(), ownPods), notIn(r.Daddr(), ownPods),
+			nftables.SetMarkBit(r.mark, true)).Because("from another node to another node"))
+	}
+	return append(rules, rule(nftables.PriorityBitsAre(decisionMask, decision), nftables.ClearPriority()))
 }
 
 // affinityChains recall and learn a client's endpoint. A client is known by
@@ -302,6 +306,7 @@ func (r *ruleset) nodeElements() []nftables.Element {
 		}
 	}
 	intervals(localPods, r.node.LocalPods.Prefixes)
+	intervals(ownPods, r.node.OwnPods)
 	for _, a := range r.nodePortAddrs() {
 		list = append(list, nftables.NewElement(nodePortAddrs, addrBytes(a), "", "", ""))
 	}

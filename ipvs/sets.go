@@ -38,6 +38,7 @@ const (
 
 const (
 	localPods = affinityMembers + maxVariants + iota
+	ownPods
 	nodePortAddrs
 	serviceCIDRs
 	setCount
@@ -94,6 +95,7 @@ func newSets() []*nftables.Set {
 	}
 	return append(list,
 		set("local-pods", fields{addr}, "").OfRanges(),
+		set("own-pods", fields{addr}, "of these, the ones on this node").OfRanges(),
 		set("nodeport-addrs", fields{addr}, ""),
 		set("service-cidrs", fields{addr}, "").OfRanges(),
 	)

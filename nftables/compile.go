@@ -97,6 +97,7 @@ func (r ruleset) compileNode(emit func(element)) {
 		}
 	}
 	intervals(localPods, r.node.LocalPods.Prefixes)
+	intervals(ownPods, r.node.OwnPods)
 	intervals(serviceCIDRs, r.node.ServiceCIDRs)
 	for _, a := range r.nodePortAddrs() {
 		emit(element{set: nodePortAddrs, key: string(a.AsSlice())})

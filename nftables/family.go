@@ -72,7 +72,7 @@ func appendID(b []byte, id uint32) []byte { return binary.NativeEndian.AppendUin
 
 // ValidateNode refuses facts that could not be written as rules.
 func (f *family) ValidateNode(n proxier.Node) error {
-	for _, p := range slices.Concat(n.LocalPods.Prefixes, n.ServiceCIDRs) {
+	for _, p := range slices.Concat(n.LocalPods.Prefixes, n.OwnPods, n.ServiceCIDRs) {
 		if !p.IsValid() || !f.holds(p.Addr()) {
 			return fmt.Errorf("node: prefix %s is not of %s", p, f.Family)
 		}

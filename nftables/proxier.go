@@ -252,7 +252,7 @@ func (w *wire) rewriteNode(rules ruleset) {
 	w.rewriteChains(rules.nodeChains())
 	var list []element
 	rules.compileNode(func(e element) { list = append(list, e) })
-	for _, set := range []setID{localPods, nodePortAddrs, serviceCIDRs} {
+	for _, set := range []setID{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
 		w.flushSet(set)
 	}
 	w.add(list)

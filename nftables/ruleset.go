@@ -80,6 +80,7 @@ func (r ruleset) baseChains() []chain {
 		{name: "nat-postrouting", hook: &natPostrouting, rules: []rule{
 			newRule(markHas(r.mark), setMarkBit(r.mark, false), masqueradeRandom()),
 			newRule(isDNATed(), in(join(r.saddr(), r.daddr()), hairpin), masqueradeRandom()).because("a client that is its own endpoint"),
+			newRule(isDNATed(), jump("between-nodes")),
 		}},
 	}
 }
@@ -89,6 +90,7 @@ func (r ruleset) nodeChains() []chain {
 	chains := append(r.localhostChains(), []chain{
 		{name: "refuse", rules: r.refuse(r.frontendOf(), dropped)},
 		{name: "refuse-nodeport", rules: r.refuse(nodePortOf, droppedNodePorts)},
+		{name: "between-nodes", rules: r.betweenNodes()},
 		{name: "check-sources", rules: r.checkSources()},
 		{name: "check-local", rules: r.checkLocal()},
 		{name: "check-remote", rules: r.checkRemote()},
@@ -134,6 +136,15 @@ func (r ruleset) fromPods() []statement {
 		ways = append(ways, entersBy(prefix, true))
 	}
 	return ways
+}
+
+// betweenNodes masquerades what a Pod of another node sends to an endpoint of
+// another node.
+func (r ruleset) betweenNodes() []rule {
+	if len(r.node.OwnPods) == 0 {
+		return nil
+	}
+	return []rule{newRule(in(r.saddr(), localPods), notIn(r.saddr(), ownPods), notIn(r.daddr(), ownPods), masqueradeRandom())}
 }
 
 // toNodePortAddrs are the ways to tell packets to addresses that serve

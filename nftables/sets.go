@@ -44,6 +44,7 @@ const maxVariants = 4
 
 const (
 	localPods = affinityEndpoints + maxVariants + iota
+	ownPods
 	nodePortAddrs
 	serviceCIDRs
 	setCount
@@ -131,6 +132,7 @@ func makeSchemas() []*schema {
 	}
 	list = append(list,
 		&schema{id: localPods, name: "local-pods", key: []fieldType{addrField}, interval: true},
+		&schema{id: ownPods, name: "own-pods", key: []fieldType{addrField}, interval: true, comment: "of these, the ones on this node"},
 		&schema{id: nodePortAddrs, name: "nodeport-addrs", key: []fieldType{addrField}},
 		&schema{id: serviceCIDRs, name: "service-cidrs", key: []fieldType{addrField}, interval: true},
 	)

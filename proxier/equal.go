@@ -6,7 +6,8 @@ func (n *Node) equal(o *Node) bool {
 	return slices.Equal(n.LocalPods.Prefixes, o.LocalPods.Prefixes) && n.LocalPods.Interface == o.LocalPods.Interface &&
 		n.LocalPods.InterfacePrefix == o.LocalPods.InterfacePrefix &&
 		n.NodePortAddrs.All == o.NodePortAddrs.All && slices.Equal(n.NodePortAddrs.Addrs, o.NodePortAddrs.Addrs) &&
-		n.LocalhostNodePorts == o.LocalhostNodePorts && slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs)
+		n.LocalhostNodePorts == o.LocalhostNodePorts && slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs) &&
+		slices.Equal(n.OwnPods, o.OwnPods)
 }
 
 func (f *Frontend) equal(o *Frontend) bool {

@@ -2,6 +2,7 @@ package proxier
 
 import (
 	"net/netip"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -65,10 +66,29 @@ func readServiceCIDR(obj *networkingv1.ServiceCIDR) ([]netip.Prefix, []Problem) 
 // the addresses that its interfaces have.
 func (t *Tracker) nodeValue(settings *Settings, family Family, local []netip.Addr) Node {
 	addrs := settings.NodePortAddresses.pick(family, settings.primary(family, &t.node), local)
+	var own []netip.Prefix
+	if settings.takesRemotePodsForLocal(family) {
+		own = ownPods(firstOf(family, t.node.podCIDRs), local)
+	}
 	return Node{
+		OwnPods:            own,
 		LocalPods:          settings.localPods(family, t.node.podCIDRs),
 		NodePortAddrs:      addrs,
 		LocalhostNodePorts: settings.ServesLocalhost(family),
 		ServiceCIDRs:       t.cidrsOf(family),
 	}
+}
+
+// ownPods returns the Node's Pod range where a local address shows that the network
+// plugin follows it: plugins that do, give a bridge, a tunnel or the node's end of a
+// Pod's link the first or second address of the range. Others ignore spec.podCIDRs,
+// and Pods of this node have addresses outside it.
+func ownPods(podRange []netip.Prefix, local []netip.Addr) []netip.Prefix {
+	for _, p := range podRange {
+		first := p.Masked().Addr()
+		if slices.Contains(local, first) || slices.Contains(local, first.Next()) {
+			return podRange
+		}
+	}
+	return nil
 }

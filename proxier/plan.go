@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -307,12 +308,26 @@ type NodePortAddrs struct {
 type Node struct {
 	LocalPods     LocalPods
 	NodePortAddrs NodePortAddrs
+	// OwnPods is the range of this node's Pods where LocalPods has those of other
+	// nodes too, and it is known. A connection to a Service from LocalPods.Prefixes
+	// that neither comes from OwnPods nor goes there is between other nodes. Its
+	// source must be rewritten or the answer would bypass this node.
+	OwnPods []netip.Prefix
 	// LocalhostNodePorts serves NodePorts on the loopback address of the
 	// family: see Settings.ServesLocalhost.
 	LocalhostNodePorts bool
 	// ServiceCIDRs are the ranges that cluster IPs are given from; an address
 	// in them that no Service holds is dropped.
 	ServiceCIDRs []netip.Prefix
+}
+
+// BetweenNodes says whether a connection to a Service is one from a Pod of another
+// node to an endpoint of another node. See OwnPods.
+func (n *Node) BetweenNodes(client, endpoint netip.Addr) bool {
+	in := func(prefixes []netip.Prefix, a netip.Addr) bool {
+		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	return len(n.OwnPods) > 0 && in(n.LocalPods.Prefixes, client) && !in(n.OwnPods, client) && !in(n.OwnPods, endpoint)
 }
 
 // Plan is what this node must do in one IP family: the whole desired state. It

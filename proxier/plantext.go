@@ -47,6 +47,9 @@ func (n *Node) print(w io.Writer) {
 	}
 	fmt.Fprintf(w, "  local pods: %s\n", pods)
 
+	if len(n.OwnPods) > 0 {
+		fmt.Fprintf(w, "  own pods: %s\n", join(n.OwnPods))
+	}
 	at := join(n.NodePortAddrs.Addrs)
 	if n.NodePortAddrs.All {
 		at = "all addresses"

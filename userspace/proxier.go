@@ -135,6 +135,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	}
 	s.commit()
 	p.relay.targets.replace(list, time.Now())
+	p.relay.know(plan.Node)
 	p.state = st
 	if err := p.routes.removeOthers(); err != nil { // no packet gets such a mark any more
 		slog.Warn("userspace: a routing rule of an earlier configuration stays", "family", p.family.Family.String(), "error", err)
@@ -172,6 +173,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 		return fmt.Errorf("write %d changed Service ports to table %s: %w", len(change.Services), tableName, err)
 	}
 	p.relay.targets.put(list, s.commit(), time.Now())
+	p.relay.know(plan.Node)
 	p.report(plan, s.names)
 	return nil
 }

@@ -32,6 +32,8 @@ type relay struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   sync.WaitGroup // all goroutines
+	// node is what the last plan said of this node.
+	node atomic.Pointer[proxier.Node]
 	// leaving says that listeners are open yet that nothing new comes to;
 	// endLeaving closes them at once.
 	leaving    atomic.Bool
@@ -55,6 +57,7 @@ func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, erro
 		tcp:     tcp, idle: idleTimes{answerIdle, flowIdle}, linger: lastArrivals, endLeaving: func() {},
 		flows: flowTable{open: map[flowKey]*flow{}},
 	}
+	re.node.Store(&proxier.Node{})
 	re.ctx, re.cancel = context.WithCancel(context.Background())
 	re.done.Go(re.expireAll)
 	re.done.Go(re.keepRoutes)
@@ -187,11 +190,14 @@ func (r *relay) route(from *listeners, o origin, client *net.TCPConn) (tcprelay.
 	}}, true
 }
 
+// know takes the facts that later connections go by.
+func (r *relay) know(n proxier.Node) { r.node.Store(&n) }
+
 // sourceFor is the address that an endpoint is to see: the zero one stands for
 // the node's. A client keeps its own where the plan says so, as far as the
 // answers come back this way.
 func (r *relay) sourceFor(t *target, o origin, client, endpoint netip.Addr) netip.Addr {
-	if o == fromNode || t.masquerade&o.bit() != 0 || !r.routes.apart(client, endpoint) {
+	if o == fromNode || t.masquerade&o.bit() != 0 || r.node.Load().BetweenNodes(client, endpoint) || !r.routes.apart(client, endpoint) {
 		return netip.Addr{}
 	}
 	return client

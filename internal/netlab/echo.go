@@ -22,7 +22,10 @@ func (l *Lab) serve() error {
 			}
 		}
 	}
-	hosts := []*Host{l.hosts["node1"], l.hosts["node2"]}
+	var hosts []*Host
+	for _, name := range l.nodeNames() {
+		hosts = append(hosts, l.hosts[name])
+	}
 	for _, p := range l.options.Pods {
 		hosts = append(hosts, l.hosts[p.Name])
 	}

@@ -37,7 +37,7 @@ const (
 type PodSpec struct {
 	// Name is at most 10 bytes long, as it becomes part of an interface name.
 	Name string
-	// Node is "node1" or "node2".
+	// Node is "node1", "node2" or "node3".
 	Node string
 }
 
@@ -46,6 +46,17 @@ type PodSpec struct {
 var DefaultPods = []PodSpec{
 	{"pod-a", "node1"}, {"pod-b", "node1"}, {"pod-x", "node1"},
 	{"pod-c", "node2"}, {"pod-d", "node2"},
+}
+
+// nodeNames lists the nodes that a lab may have. The first two are always there,
+// the third where a Pod is on it.
+var nodeNames = []string{"node1", "node2", "node3"}
+
+func (l *Lab) nodeNames() []string {
+	if slices.ContainsFunc(l.options.Pods, func(p PodSpec) bool { return p.Node == nodeNames[2] }) {
+		return nodeNames
+	}
+	return nodeNames[:2]
 }
 
 // Options says how a lab is built.
@@ -119,8 +130,8 @@ func empty(o Options) (*Lab, error) {
 	return &Lab{hosts: map[string]*Host{}, home: home, options: o}, nil
 }
 
-// Host returns a host by its name, or nil: router, node1, node2, client1,
-// client2 and the Pods.
+// Host returns a host by its name, or nil: router, the nodes, client1, client2
+// and the Pods.
 func (l *Lab) Host(name string) *Host { return l.hosts[name] }
 
 // Hosts returns every host, sorted by name.
@@ -156,10 +167,7 @@ func (l *Lab) RouteVIP(p netip.Prefix, node string) error {
 
 // NodePodNetwork is the range of Pod addresses of one node, as in spec.podCIDRs.
 func NodePodNetwork(node string) PrefixPair {
-	if node == "node2" {
-		return podNetworks[1]
-	}
-	return podNetworks[0]
+	return podNetworks[max(0, slices.Index(nodeNames, node))]
 }
 
 // of picks the address of the same family as like.

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 )
@@ -98,7 +99,7 @@ func plug(h *Host, port, bridge string) error {
 
 func (l *Lab) nodes() error {
 	r := l.hosts["router"]
-	for i, name := range []string{"node1", "node2"} {
+	for i, name := range l.nodeNames() {
 		n, err := l.newHost(name, NodeNetwork.nth(11+i), forwarding...)
 		if err != nil {
 			return err
@@ -173,7 +174,7 @@ func (l *Lab) pods() error {
 	}
 	for _, spec := range l.options.Pods {
 		node := l.hosts[spec.Node]
-		if spec.Node != "node1" && spec.Node != "node2" {
+		if node == nil || !slices.Contains(nodeNames, spec.Node) {
 			return fmt.Errorf("Pod %s: there is no node %q", spec.Name, spec.Node)
 		}
 		network := NodePodNetwork(spec.Node)
@@ -233,25 +234,34 @@ func joinRouted(node, pod *Host, network PrefixPair) error {
 }
 
 func (l *Lab) underlay() error {
-	n1, n2 := l.hosts["node1"], l.hosts["node2"]
+	names := l.nodeNames()
 	if l.options.Underlay == VXLAN {
-		for i, n := range []*Host{n1, n2} {
-			if err := addTunnel(n, podNetworks[i]); err != nil {
+		for _, name := range names {
+			if err := addTunnel(l.hosts[name], NodePodNetwork(name)); err != nil {
 				return err
 			}
 		}
-		if err := tunnelTo(n1, n2, podNetworks[1]); err != nil {
-			return err
-		}
-		return tunnelTo(n2, n1, podNetworks[0])
 	}
-	for _, p := range podNetworks[1].each() {
-		if err := n1.route(p, "eth0", of(n2.Addr, p.Addr())); err != nil {
-			return err
+	for _, from := range names {
+		for _, to := range names {
+			if from == to {
+				continue
+			}
+			if err := l.joinNodes(l.hosts[from], l.hosts[to], NodePodNetwork(to)); err != nil {
+				return err
+			}
 		}
 	}
-	for _, p := range podNetworks[0].each() {
-		if err := n2.route(p, "eth0", of(n1.Addr, p.Addr())); err != nil {
+	return nil
+}
+
+// joinNodes teaches a node the way to the Pods of another.
+func (l *Lab) joinNodes(n, peer *Host, network PrefixPair) error {
+	if l.options.Underlay == VXLAN {
+		return tunnelTo(n, peer, network)
+	}
+	for _, p := range network.each() {
+		if err := n.route(p, "eth0", of(peer.Addr, p.Addr())); err != nil {
 			return err
 		}
 	}
@@ -334,8 +344,8 @@ const bridgeFamily = 7 // AF_BRIDGE
 // so that a direct connection can be compared with one through a Service, and
 // so that a Pod's answer which bypassed the node is seen rather than lost.
 func (l *Lab) routeVIPs() error {
-	for i, node := range []string{"node1", "node2"} {
-		for _, p := range podNetworks[i].each() {
+	for _, node := range l.nodeNames() {
+		for _, p := range NodePodNetwork(node).each() {
 			if err := l.RouteVIP(p, node); err != nil {
 				return err
 			}

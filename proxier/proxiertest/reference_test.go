@@ -127,6 +127,9 @@ func (s *script) base(n proxier.Node) {
 	s.rule("output", "jump services")
 	s.rule("input", "ct state new meta mark & 0x8000 == 0x8000 reject")
 	s.rule("postrouting", "meta mark & 0x4000 == 0x4000 meta mark set meta mark ^ 0x4000 masquerade fully-random")
+	for _, own := range n.OwnPods {
+		s.rule("postrouting", "ct status dnat %s saddr %s %[1]s saddr != %[3]s %[1]s daddr != %[3]s masquerade fully-random", s.ip, n.LocalPods.Prefixes[0], own)
+	}
 }
 
 func (s *script) nodeAddrs(n proxier.Node) string {

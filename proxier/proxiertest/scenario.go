@@ -43,6 +43,8 @@ type Setup struct {
 	MasqueradeAll      bool
 	LocalhostNodePorts bool
 	IgnoreExternalIPs  bool
+	// ThreeNodes adds node3 with pod-e.
+	ThreeNodes bool
 	// DropForwarded gives node1 a firewall that drops what it forwards.
 	DropForwarded bool
 	// KubeProxyIPVSPolicies is proxier.Settings'.
@@ -152,6 +154,8 @@ func (s *Setup) set(key, value string) (err error) {
 		s.LocalhostNodePorts, err = yes(value)
 	case "ignore-external-ips":
 		s.IgnoreExternalIPs, err = yes(value)
+	case "three-nodes":
+		s.ThreeNodes, err = yes(value)
 	case "drop-forwarded":
 		s.DropForwarded, err = yes(value)
 	case "kube-proxy-ipvs-policies":

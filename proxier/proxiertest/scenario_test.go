@@ -16,7 +16,7 @@ func TestScenariosAreWellFormed(t *testing.T) {
 	if len(all) < 50 {
 		t.Errorf("there are only %d scenarios", len(all))
 	}
-	lab, err := netlab.New(netlab.Options{})
+	lab, err := netlab.New(netlab.Options{Pods: thirdNode})
 	if err != nil {
 		t.Fatal(err)
 	}

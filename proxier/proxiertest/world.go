@@ -49,6 +49,9 @@ var labs = map[string]netlab.Options{
 	"bridged-vxlan": {PodLink: netlab.Bridged, Underlay: netlab.VXLAN},
 }
 
+// thirdNode has the Pod pod-e.
+var thirdNode = append(slices.Clone(netlab.DefaultPods), netlab.PodSpec{Name: "pod-e", Node: "node3"})
+
 // variant is one way to run a scenario.
 type variant struct {
 	lab, detectLocal string
@@ -61,12 +64,16 @@ func newWorld(mode Mode, s *Scenario, v variant) (*world, error) {
 			return nil, err
 		}
 	}
-	lab, err := netlab.New(labs[v.lab])
+	options := labs[v.lab]
+	if s.Setup.ThreeNodes {
+		options.Pods = thirdNode
+	}
+	lab, err := netlab.New(options)
 	if err != nil {
 		return nil, err
 	}
 	w := &world{
-		lab: lab, podLink: labs[v.lab].PodLink, mode: mode, scenario: s, families: v.families,
+		lab: lab, podLink: options.PodLink, mode: mode, scenario: s, families: v.families,
 		symbols: symbols{family: v.families[0], lab: lab},
 		objects: map[string]runtime.Object{},
 		conns:   map[string]*heldConn{},
