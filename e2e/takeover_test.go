@@ -104,7 +104,7 @@ var signs = map[string]string{
 	"kube-proxy iptables-legacy": "KUBE-PROXY-CANARY",
 	"kube-proxy nftables":        "table ip6 kube-proxy",
 	"signalbox nftables":         "table ip6 signalbox",
-	"signalbox iptables":         "-A KUBE-SERVICES -j KUBE-EXTERNAL-SERVICES",
+	"signalbox iptables":         "-A KUBE-SERVICES -m addrtype ! --dst-type LOCAL -j KUBE-EXTERNAL-SERVICES",
 	"signalbox userspace":        "table ip6 signalbox-userspace",
 }
 
