@@ -46,9 +46,10 @@ unit: deps ## all packages but the contract suite
 contract: deps ## every mode against the contract suite, with real packets
 	$(GO) test -timeout 30m ./proxier/proxiertest
 
+# The first run builds Kubernetes, half an hour on two cores.
 .PHONY: e2e
 e2e: deps build ## the real binary and manifests against a real kube-apiserver and etcd
-	cd e2e && $(GO) test -timeout 40m . ./cluster/... ./configuration ./manifests/...
+	cd e2e && $(GO) test -timeout 70m . ./cluster/... ./configuration ./manifests/...
 
 .PHONY: e2e-kind
 e2e-kind: ## the DaemonSet on nodes of kind, or of the cluster that KUBECONFIG names; see e2e/kind
