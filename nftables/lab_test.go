@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -65,7 +66,33 @@ func newLab(t testing.TB, f proxier.Family) *lab {
 	// would draw redirects, which use up the client's allowance of ICMP errors.
 	uplink := l.connect("uplink", 101, 1)
 	l.must(netlink.RouteAdd(&netlink.Route{Gw: uplink.addr.AsSlice()}))
+	l.settle()
 	return l
+}
+
+// settle waits until the node has noticed that every link is up, which takes up to
+// a second. Around that moment an IPv6 packet from an address of a link was, in one
+// lab of ten, not one of the node's to "fib saddr type local".
+func (l *lab) settle() {
+	l.t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(patience)
+	notUp := func(link netlink.Link) bool {
+		return link.Type() == "veth" && link.Attrs().OperState != netlink.OperUp
+	}
+	for {
+		links, err := netlink.LinkList()
+		l.must(err)
+		if !slices.ContainsFunc(links, notUp) {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			l.t.Fatal("a link does not come up")
+		}
+	}
 }
 
 // eachFamily runs a test in a lab of each family.
