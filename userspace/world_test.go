@@ -156,8 +156,12 @@ func (w *world) listen(n int, handle func(*net.TCPConn)) {
 	go func() {
 		for {
 			c, err := l.Accept()
-			if err != nil {
+			switch {
+			case errors.Is(err, net.ErrClosed):
 				return
+			case err != nil: // no descriptor is left
+				runtime.Gosched()
+				continue
 			}
 			go handle(c.(*net.TCPConn))
 		}
