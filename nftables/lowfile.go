@@ -53,25 +53,12 @@ func dialLow(opts ...nft.ConnOption) (*nft.Conn, error) {
 	spare.Lock()
 	defer spare.Unlock()
 	for {
-		low, err := os.Open(os.DevNull)
+		next, err := freeLow()
 		if err != nil {
 			return nil, err
 		}
-		// The kernel gives the lowest descriptor that is free.
-		next := low.Fd()
-		low.Close()
-		if next < plentyBelow || next < selectLimit && len(spare.files) == 0 {
-			return nft.New(opts...)
-		}
-		if len(spare.files) == 0 {
-			return nil, fmt.Errorf("%w: none below %d is left for nf_tables", unix.EMFILE, selectLimit)
-		}
-		f := spare.files[len(spare.files)-1]
-		spare.files = spare.files[:len(spare.files)-1]
-		number := int(f.Fd())
-		f.Close()
 		conn, err := nft.New(opts...)
-		if err != nil || isNetlink(number) {
+		if err != nil || next < plentyBelow || isOf(conn, next) {
 			return conn, err
 		}
 		// Another goroutine was faster to take the descriptor.
@@ -81,9 +68,42 @@ func dialLow(opts ...nft.ConnOption) (*nft.Conn, error) {
 	}
 }
 
-func isNetlink(fd int) bool {
-	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
-	return err == nil && domain == unix.AF_NETLINK
+// freeLow returns the descriptor that the kernel gives next, which is the lowest
+// that is free. Where that is too high, one of those kept back becomes free.
+func freeLow() (int, error) {
+	low, err := os.Open(os.DevNull)
+	if err != nil {
+		return 0, err
+	}
+	next := int(low.Fd())
+	low.Close()
+	last := len(spare.files) - 1
+	switch {
+	case next < plentyBelow || next < selectLimit && last < 0:
+		return next, nil
+	case last < 0:
+		return 0, fmt.Errorf("%w: none below %d is left for nf_tables", unix.EMFILE, selectLimit)
+	}
+	f := spare.files[last]
+	spare.files = spare.files[:last]
+	next = int(f.Fd())
+	return next, f.Close()
+}
+
+// isOf says whether a descriptor is that of a connection, which the library does
+// not tell. The kernel's number of the socket does.
+func isOf(conn *nft.Conn, fd int) bool {
+	port, err := conn.GetPortID()
+	if err != nil {
+		return false
+	}
+	protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
+	if err != nil || protocol != unix.NETLINK_NETFILTER {
+		return false
+	}
+	addr, err := unix.Getsockname(fd)
+	at, isNetlink := addr.(*unix.SockaddrNetlink)
+	return err == nil && isNetlink && at.Pid == port
 }
 
 // refill keeps back again what a closed connection has freed.

@@ -4,6 +4,7 @@ import (
 	"os"
 	"testing"
 
+	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
@@ -34,6 +35,57 @@ func TestManyOpenFiles(t *testing.T) {
 		}
 		if err := p.Close(); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// A connection is told from other sockets of the process, so that one whose low
+// descriptor another goroutine took is not used.
+func TestDescriptorOfConnection(t *testing.T) {
+	inNamespace(t)
+	socket := func(domain, kind, protocol int) int {
+		fd, err := unix.Socket(domain, kind|unix.SOCK_CLOEXEC, protocol)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		if domain == unix.AF_NETLINK {
+			if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return fd
+	}
+	others := []int{
+		socket(unix.AF_INET, unix.SOCK_STREAM, 0),
+		socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_ROUTE),
+		socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_NETFILTER),
+		selectLimit - 1, // nobody's
+	}
+	dialed := func() (*nft.Conn, bool) {
+		spare.Lock()
+		defer spare.Unlock()
+		next, err := freeLow()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := nft.New(nft.AsLasting())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.CloseLasting() })
+		return conn, isOf(conn, next)
+	}
+	conn, known := dialed()
+	for tries := 0; !known && tries < 100; tries++ { // a goroutine of an earlier test was faster
+		conn, known = dialed()
+	}
+	if !known {
+		t.Error("no connection's descriptor is recognised")
+	}
+	for _, fd := range others {
+		if isOf(conn, fd) {
+			t.Errorf("%d is taken for its descriptor", fd)
 		}
 	}
 }
