@@ -17,12 +17,9 @@ import (
 // selectLimit is FD_SETSIZE.
 const selectLimit = 1024
 
-// plentyBelow is the descriptor below which other goroutines cannot use up the
-// rest between a look and the next descriptor that the kernel gives.
-const plentyBelow = selectLimit / 2
-
-// keptFiles is how many descriptors are kept back.
-const keptFiles = 16
+// keptFiles is how many descriptors are kept back. A process has two or three
+// connections for each family and mode; the contract suite has many at once.
+const keptFiles = 64
 
 var spare struct {
 	sync.Mutex
@@ -58,7 +55,7 @@ func dialLow(opts ...nft.ConnOption) (*nft.Conn, error) {
 			return nil, err
 		}
 		conn, err := nft.New(opts...)
-		if err != nil || next < plentyBelow || isOf(conn, next) {
+		if err != nil || isOf(conn, next) {
 			return conn, err
 		}
 		// Another goroutine was faster to take the descriptor.
@@ -79,7 +76,7 @@ func freeLow() (int, error) {
 	low.Close()
 	last := len(spare.files) - 1
 	switch {
-	case next < plentyBelow || next < selectLimit && last < 0:
+	case next < selectLimit:
 		return next, nil
 	case last < 0:
 		return 0, fmt.Errorf("%w: none below %d is left for nf_tables", unix.EMFILE, selectLimit)
@@ -91,7 +88,7 @@ func freeLow() (int, error) {
 }
 
 // isOf says whether a descriptor is that of a connection, which the library does
-// not tell. The kernel's number of the socket does.
+// not tell. The kernel's number of the socket in its network namespace does.
 func isOf(conn *nft.Conn, fd int) bool {
 	port, err := conn.GetPortID()
 	if err != nil {
@@ -103,7 +100,23 @@ func isOf(conn *nft.Conn, fd int) bool {
 	}
 	addr, err := unix.Getsockname(fd)
 	at, isNetlink := addr.(*unix.SockaddrNetlink)
-	return err == nil && isNetlink && at.Pid == port
+	return err == nil && isNetlink && at.Pid == port && isHere(fd)
+}
+
+// isHere says whether a socket is in the network namespace of the calling thread,
+// as far as the kernel tells (5.14).
+func isHere(fd int) bool {
+	namespace, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return true
+	}
+	own, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(own)
+	here, err := unix.GetsockoptUint64(own, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	return err == nil && here == namespace
 }
 
 // refill keeps back again what a closed connection has freed.
