@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"slices"
 	"time"
 )
 
@@ -324,10 +323,7 @@ type Node struct {
 // BetweenNodes says whether a connection to a Service is one from a Pod of another
 // node to an endpoint of another node. See OwnPods.
 func (n *Node) BetweenNodes(client, endpoint netip.Addr) bool {
-	in := func(prefixes []netip.Prefix, a netip.Addr) bool {
-		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
-	}
-	return len(n.OwnPods) > 0 && in(n.LocalPods.Prefixes, client) && !in(n.OwnPods, client) && !in(n.OwnPods, endpoint)
+	return len(n.OwnPods) > 0 && contains(n.LocalPods.Prefixes, client) && !contains(n.OwnPods, client) && !contains(n.OwnPods, endpoint)
 }
 
 // Plan is what this node must do in one IP family: the whole desired state. It
