@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 
+	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"signalbox/config"
@@ -59,7 +60,7 @@ func (p *process) run(ctx context.Context, cfg *config.Config, log *slog.Logger)
 // close lets go of everything. Rules stay in the kernel.
 func (p *process) close(log *slog.Logger) {
 	p.observer.servers.close()
-	tellManagerOfEnd(log)
+	notifyManager(systemd.SdNotifyStopping, log)
 	drain(p.planes, p.seat, log)
 	if err := p.planes.close(); err != nil {
 		log.Warn("closing", "error", err)
@@ -81,7 +82,7 @@ func (g *generation) run(ctx context.Context) error {
 	group.Go(func() error { return g.serve(ctx) })
 	group.Go(func() error { return g.failHard(ctx) })
 	group.Go(func() error { g.watchAffinity(ctx); return nil })
-	group.Go(func() error { tellManager(ctx, g.served, g.planes.sockets, g.log); return nil })
+	group.Go(func() error { notifyReady(ctx, g.served, g.log); return nil })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}

@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"signalbox/internal/handover"
 	"signalbox/ipvs"
 	"signalbox/modes"
 	"signalbox/proxier"
@@ -19,9 +18,6 @@ import (
 // configuration that does not concern them: a relay would lose its connections
 // otherwise, and a table would have to be read back from the kernel.
 type dataplanes struct {
-	// sockets are those that a service manager keeps for this process.
-	sockets *handover.Sockets
-
 	used map[planeKey]bool // by the configuration in force
 	// serving says that every plane that is used was synced under the
 	// configuration in force.
@@ -62,7 +58,7 @@ type retiree struct {
 
 func newDataplanes() *dataplanes {
 	return &dataplanes{
-		sockets: handover.FromEnvironment(), used: map[planeKey]bool{}, open: map[planeKey]proxier.Proxier{},
+		used: map[planeKey]bool{}, open: map[planeKey]proxier.Proxier{},
 		retiring: map[planeKey]*retiree{}, ended: map[proxier.Family]userspace.Stats{}, endedListeners: map[proxier.Family]uint64{},
 	}
 }
@@ -126,9 +122,9 @@ func (d *dataplanes) serve(log *slog.Logger) {
 		}
 	}
 	for key, r := range d.retiring {
-		if by := d.replacement(key); by != nil {
-			replace(r.plane, by)
-		} else if key.mode != userspace.Mode { // its listeners get connections without any rule
+		// Listeners at NodePorts get connections without any rule. The userspace
+		// relay gets only those that obeyed its old rules.
+		if key.mode != userspace.Mode || d.replaced(key) {
 			standBy(r.plane)
 		}
 	}
@@ -148,26 +144,15 @@ func (d *dataplanes) end(key planeKey, p proxier.Proxier) error {
 	return err
 }
 
-// replacement is the plane in use that has the mode and the family of one that
-// is not, or nil.
-func (d *dataplanes) replacement(old planeKey) proxier.Proxier {
-	for key, p := range d.open {
+// replaced says whether a plane in use has the mode and the family of one that is
+// not.
+func (d *dataplanes) replaced(old planeKey) bool {
+	for key := range d.open {
 		if d.used[key] && key.mode == old.mode && key.opts.Family == old.opts.Family {
-			return p
+			return true
 		}
 	}
-	return nil
-}
-
-// replace has the old plane take nothing new any more. The two listen at the
-// same ports, and the old one would hand its share to endpoints that it is told
-// nothing of. Their sockets have the same names at the service manager, too, so
-// that it lets go of both planes'.
-func replace(old, by proxier.Proxier) {
-	standBy(old)
-	if by, ok := by.(interface{ KeepSockets() }); ok {
-		by.KeepSockets()
-	}
+	return false
 }
 
 // arrivalTime is how long after rules have changed a connection may arrive that
@@ -190,7 +175,6 @@ func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, lo
 		defer d.mu.Unlock()
 		if d.retiring[key] == r { // else it is in use again
 			delete(d.retiring, key)
-			standBy(p) // no process is to go on with its sockets
 			logClosing(d.end(key, p), log)
 		}
 	}()
@@ -259,7 +243,6 @@ func (d *dataplanes) close() error {
 	for key, r := range d.retiring {
 		delete(d.retiring, key)
 		r.recall()
-		standBy(r.plane)
 		failed = append(failed, d.end(key, r.plane))
 	}
 	for key, p := range d.open {

@@ -150,7 +150,7 @@ func (g *generation) takePlanes() error {
 	g.proxiers = map[proxier.Family]proxier.Proxier{}
 	for _, family := range g.choice.Families {
 		p, err := g.planes.get(g.choice.Mode, proxier.Options{
-			Family: family, MasqueradeMark: g.cfg.MasqueradeMark, IPVS: g.cfg.IPVS, Sockets: g.planes.sockets,
+			Family: family, MasqueradeMark: g.cfg.MasqueradeMark, IPVS: g.cfg.IPVS,
 		})
 		if err != nil {
 			return fmt.Errorf("mode %s, %s: %w", g.choice.Mode.Name, family, err)

@@ -2,28 +2,22 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 
-	"signalbox/internal/handover"
+	systemd "github.com/coreos/go-systemd/v22/daemon"
 )
 
-// tellManager tells the service manager, where there is one, when all families
-// are served. By then all sockets that are of use have been taken from what an
-// earlier process has left.
-func tellManager(ctx context.Context, all *served, sockets *handover.Sockets, log *slog.Logger) {
-	if !all.wait(ctx) {
-		return
-	}
-	if err := errors.Join(handover.Ready(), sockets.CloseRest()); err != nil {
-		log.Warn("the service manager cannot be told that Services are served", "error", err)
+// notifyReady sends READY=1 to the service manager ($NOTIFY_SOCKET, see
+// sd_notify(3)) when all families are served.
+func notifyReady(ctx context.Context, all *served, log *slog.Logger) {
+	if all.wait(ctx) {
+		notifyManager(systemd.SdNotifyReady, log)
 	}
 }
 
-// tellManagerOfEnd tells it that this process ends, and not only one
-// configuration.
-func tellManagerOfEnd(log *slog.Logger) {
-	if err := handover.Stopping(); err != nil {
-		log.Warn("the service manager cannot be told that this process ends", "error", err)
+// notifyManager does nothing without a service manager.
+func notifyManager(state string, log *slog.Logger) {
+	if _, err := systemd.SdNotify(false, state); err != nil {
+		log.Warn("the service manager gets no notification; with Type=notify it may end this process or wait for ever", "notification", state, "error", err)
 	}
 }

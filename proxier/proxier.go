@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"time"
-
-	"signalbox/internal/handover"
 )
 
 // Proxier is one mode at work in one IP family. It is used by one goroutine at
@@ -34,8 +32,6 @@ type Options struct {
 	MasqueradeMark uint32
 	// IPVS is for the mode ipvs alone.
 	IPVS IPVSTuning
-	// Sockets outlive the process, for modes that have any; nil keeps none.
-	Sockets *handover.Sockets
 }
 
 // IPVSTuning is what an operator can choose about the mode ipvs.

@@ -58,12 +58,12 @@ func Supported(f proxier.Family) error {
 // chooses their ports: at the relay's own they would be given connections that a
 // relay at work is to have.
 func trySockets(f proxier.Family) error {
-	t, err := listenTCP(f, 0, nil)
+	t, err := listenTCP(f, 0)
 	if err != nil {
 		return err
 	}
 	defer t.Close()
-	u, err := listenUDP(f, 0, nil)
+	u, err := listenUDP(f, 0)
 	if err != nil {
 		return err
 	}

@@ -44,7 +44,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 		t.Close()
 		return fail(err)
 	}
-	relay, err := newRelay(opts.Family, routes, opts.Sockets)
+	relay, err := newRelay(opts.Family, routes)
 	if err != nil {
 		routes.close()
 		t.Close()
@@ -66,11 +66,6 @@ func (p *Proxier) Close() error {
 // by now, until the next Sync, which must be one of everything. Open connections
 // go on.
 func (p *Proxier) StandBy() { p.relay.standBy() }
-
-// KeepSockets leaves copies of the relay's sockets with the service manager once
-// more, after another Proxier of the family has had it forget its own, which have
-// the same names.
-func (p *Proxier) KeepSockets() { p.relay.keepSockets() }
 
 // RelayPrefix holds the addresses to which this mode translates the destination
 // of UDP flows: they are kept wherever the relay takes their datagrams.

@@ -2,14 +2,12 @@ package userspace
 
 import (
 	"context"
-	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"signalbox/internal/handover"
 	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
 	"signalbox/proxier"
@@ -19,7 +17,6 @@ import (
 type relay struct {
 	family    proxier.Family
 	ns        *tcprelay.Namespace
-	left      *handover.Sockets
 	listeners *listeners
 	dialer    *dialer
 	routes    *routes
@@ -42,7 +39,7 @@ type relay struct {
 }
 
 // newRelay makes a relay for the network namespace of the calling thread.
-func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, error) {
+func newRelay(f proxier.Family, r *routes) (*relay, error) {
 	tcp, err := tcprelay.New(f, Mode)
 	if err != nil {
 		return nil, err
@@ -52,7 +49,7 @@ func newRelay(f proxier.Family, r *routes, left *handover.Sockets) (*relay, erro
 		return nil, err
 	}
 	re := &relay{
-		family: f, ns: ns, left: left, dialer: newDialer(f, ns), routes: r,
+		family: f, ns: ns, dialer: newDialer(f, ns), routes: r,
 		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
 		tcp:     tcp, idle: idleTimes{answerIdle, flowIdle}, linger: lastArrivals, endLeaving: func() {},
 		flows: flowTable{open: map[flowKey]*flow{}},
@@ -73,17 +70,13 @@ func (r *relay) start() error {
 		return nil
 	}
 	r.endLeaving() // or the next to leave would not be the first of two
-	l, err := listen(r.family, r.left)
+	l, err := listen(r.family)
 	if err != nil {
 		return err
 	}
 	r.listeners = l
-	if !r.left.Kept() {
-		slog.Info("userspace: no service manager keeps the relay's sockets; when this process ends, new connections are refused until another one relays. "+
-			"Start that one beside this one (a DaemonSet with maxSurge)", "family", r.family.String())
-	}
 	for o := range originCount {
-		r.tcp.Accept(l.tcp[o], func(c *net.TCPConn) (tcprelay.Route, bool) { return r.route(l, o, c) })
+		r.tcp.Accept(l.tcp[o], func(c *net.TCPConn) (tcprelay.Route, bool) { return r.route(o, c) })
 		r.done.Go(func() { r.receiveAll(l, o) })
 	}
 	return nil
@@ -105,9 +98,6 @@ func (r *relay) standBy() {
 		return
 	}
 	r.listeners = nil
-	if err := l.forget(r.family, r.left); err != nil {
-		r.tcp.Log.Warn("the service manager cannot be told to close the relay's sockets; connections may wait in them for ever", "error", err)
-	}
 	if err := l.leave(); err != nil {
 		r.tcp.Log.Warn("what arrives may yet come to this relay though another serves; a few connections will be reset", "family", r.family.String(), "error", err)
 	}
@@ -128,17 +118,11 @@ func (r *relay) standBy() {
 	})
 }
 
-func (r *relay) keepSockets() {
-	if r.listeners != nil {
-		r.listeners.keep(r.family, r.left)
-	}
-}
-
 // close ends the relay and all that it has open.
 func (r *relay) close() {
 	r.routes.forsake()
 	if r.listeners != nil {
-		r.listeners.close() // before all else: what waits there is for the next process
+		r.listeners.close()
 	}
 	r.cancel()
 	r.tcp.Close()
@@ -166,11 +150,8 @@ func (r *relay) expireAll() {
 	}
 }
 
-// route finds out where a connection goes that came to a listener for an origin.
-func (r *relay) route(from *listeners, o origin, client *net.TCPConn) (tcprelay.Route, bool) {
-	if from.inherited {
-		client.SetKeepAliveConfig(tcprelay.KeepAlive)
-	}
+// route finds out where a connection of an origin goes.
+func (r *relay) route(o origin, client *net.TCPConn) (tcprelay.Route, bool) {
 	id, ok := idOf(r.family, client.LocalAddr().(*net.TCPAddr).AddrPort().Addr())
 	if !ok {
 		return tcprelay.Route{}, false

@@ -5,17 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/netip"
-	"os"
-	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"signalbox/internal/handover"
 	"signalbox/internal/tcprelay"
 	"signalbox/proxier"
 )
@@ -37,11 +33,8 @@ const portTries = 32
 // listeners are the sockets that captured traffic arrives at.
 type listeners struct {
 	ports ports
-	// inherited says that an earlier process opened some: what Go would set on
-	// accepted connections of itself is not known of them.
-	inherited bool
-	tcp       [originCount]*net.TCPListener
-	udp       [originCount]*net.UDPConn
+	tcp   [originCount]*net.TCPListener
+	udp   [originCount]*net.UDPConn
 }
 
 func (l *listeners) close() {
@@ -55,13 +48,12 @@ func (l *listeners) close() {
 	}
 }
 
-// listen opens the sockets in the network namespace of the calling thread, or
-// takes those that an earlier process has left.
-func listen(f proxier.Family, left *handover.Sockets) (*listeners, error) {
+// listen opens the sockets in the network namespace of the calling thread.
+func listen(f proxier.Family) (*listeners, error) {
 	var err error
-	for _, first := range portGroups(f, left) {
-		l := &listeners{ports: first}
-		if err = l.open(f, left); err == nil {
+	for n := range portTries {
+		l := &listeners{ports: firstPorts + ports(n)*ports(originCount)}
+		if err = l.open(f); err == nil {
 			return l, nil
 		}
 		l.close()
@@ -72,32 +64,12 @@ func listen(f proxier.Family, left *handover.Sockets) (*listeners, error) {
 	return nil, fmt.Errorf("listen for captured traffic: %w", err)
 }
 
-// portGroups are the groups of ports in the order in which they are tried.
-func portGroups(f proxier.Family, left *handover.Sockets) []ports {
-	var old, others []ports
-	for n := range portTries {
-		first := firstPorts + ports(n)*ports(originCount)
-		if left.Has(socketName(f, "tcp", 0, first.of(0))) {
-			old = append(old, first)
-		} else {
-			others = append(others, first)
-		}
-	}
-	return append(old, others...)
-}
-
-// socketName is what a socket is called while no process has it.
-func socketName(f proxier.Family, network string, o origin, port uint16) string {
-	return fmt.Sprintf("relay-%s-%s-%s-%d", strings.ToLower(f.String()), network, o, port)
-}
-
-func (l *listeners) open(f proxier.Family, left *handover.Sockets) (err error) {
+func (l *listeners) open(f proxier.Family) (err error) {
 	for o := range originCount {
-		l.inherited = l.inherited || left.Has(socketName(f, "tcp", o, l.ports.of(o)))
-		if l.tcp[o], err = openSocket(f, "tcp", o, l.ports.of(o), left, listenTCP); err != nil {
+		if l.tcp[o], err = listenTCP(f, l.ports.of(o)); err != nil {
 			return err
 		}
-		if l.udp[o], err = openSocket(f, "udp", o, l.ports.of(o), left, listenUDP); err != nil {
+		if l.udp[o], err = listenUDP(f, l.ports.of(o)); err != nil {
 			return err
 		}
 	}
@@ -148,97 +120,22 @@ func (l *listeners) each(do func(fd int) error) error {
 	return nil
 }
 
-// forget has the service manager let go of the sockets.
-func (l *listeners) forget(f proxier.Family, left *handover.Sockets) error {
-	var failed []error
-	for o := range originCount {
-		for _, network := range []string{"tcp", "udp"} {
-			failed = append(failed, left.Forget(socketName(f, network, o, l.ports.of(o))))
-		}
-	}
-	return errors.Join(failed...)
-}
-
-// keep leaves copies of the sockets with the service manager.
-func (l *listeners) keep(f proxier.Family, left *handover.Sockets) {
-	for o := range originCount {
-		keepSocket(left, socketName(f, "tcp", o, l.ports.of(o)), l.tcp[o])
-		keepSocket(left, socketName(f, "udp", o, l.ports.of(o)), l.udp[o])
-	}
-}
-
-func keepSocket(left *handover.Sockets, name string, s syscall.Conn) {
-	if err := left.Keep(name, s); err != nil {
-		slog.Warn("userspace: the service manager does not keep a socket: while this process restarts clients will be refused", "socket", name, "error", err)
-	}
-}
-
-// openSocket takes a socket that was left, or makes one and leaves a copy for
-// the next process.
-func openSocket[S syscall.Conn](f proxier.Family, network string, o origin, port uint16, left *handover.Sockets,
-	listen func(proxier.Family, uint16, *os.File) (S, error)) (S, error) {
-	name := socketName(f, network, o, port)
-	if old := left.Take(name); old != nil {
-		s, err := listen(f, port, old)
-		old.Close()
-		if err == nil {
-			return s, nil
-		}
-		slog.Warn("userspace: a socket that an earlier process has left is of no use; a new one is opened", "socket", name, "error", err)
-		if err := left.Forget(name); err != nil {
-			slog.Warn("userspace: the service manager cannot be told to close a socket; connections may wait in it for ever", "socket", name, "error", err)
-		}
-	}
-	s, err := listen(f, port, nil)
-	if err != nil {
-		return s, err
-	}
-	keepSocket(left, name, s)
-	return s, nil
-}
-
-func listenTCP(f proxier.Family, port uint16, old *os.File) (*net.TCPListener, error) {
-	if old != nil {
-		l, err := net.FileListener(old)
-		return asTCP(l, err, port)
-	}
+func listenTCP(f proxier.Family, port uint16) (*net.TCPListener, error) {
 	config, network, at := listenConfig(f, "tcp", port)
 	l, err := config.Listen(context.Background(), network, at)
-	return asTCP(l, err, port)
-}
-
-func asTCP(l net.Listener, err error, port uint16) (*net.TCPListener, error) {
 	if err != nil {
 		return nil, err
 	}
-	tcp, ok := l.(*net.TCPListener)
-	if !ok || port != 0 && tcp.Addr().(*net.TCPAddr).AddrPort().Port() != port {
-		l.Close()
-		return nil, fmt.Errorf("it listens on %s %s", l.Addr().Network(), l.Addr())
-	}
-	return tcp, nil
+	return l.(*net.TCPListener), nil
 }
 
-func listenUDP(f proxier.Family, port uint16, old *os.File) (*net.UDPConn, error) {
-	if old != nil {
-		c, err := net.FilePacketConn(old)
-		return asUDP(c, err, port)
-	}
+func listenUDP(f proxier.Family, port uint16) (*net.UDPConn, error) {
 	config, network, at := listenConfig(f, "udp", port)
 	c, err := config.ListenPacket(context.Background(), network, at)
-	return asUDP(c, err, port)
-}
-
-func asUDP(c net.PacketConn, err error, port uint16) (*net.UDPConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	udp, ok := c.(*net.UDPConn)
-	if !ok || port != 0 && udp.LocalAddr().(*net.UDPAddr).AddrPort().Port() != port {
-		c.Close()
-		return nil, fmt.Errorf("it is %s %s", c.LocalAddr().Network(), c.LocalAddr())
-	}
-	return udp, nil
+	return c.(*net.UDPConn), nil
 }
 
 func listenConfig(f proxier.Family, protocol string, port uint16) (config net.ListenConfig, network, at string) {

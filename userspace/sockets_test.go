@@ -7,7 +7,6 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/internal/handover"
 	"signalbox/proxier"
 )
 
@@ -16,7 +15,7 @@ import (
 func TestLeavingSocketsKeepWhatArrived(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		open := func() *listeners {
-			l, err := listen(w.family, handover.FromEnvironment())
+			l, err := listen(w.family)
 			w.must(err)
 			t.Cleanup(l.close)
 			return l

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -17,7 +16,6 @@ import (
 	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
-	"signalbox/internal/handover"
 	"signalbox/nftables"
 	"signalbox/proxier"
 )
@@ -222,49 +220,6 @@ func TestNumbersGoOn(t *testing.T) {
 	w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
 	if next := w.p.state.pool.next; next != before {
 		t.Errorf("the next number is %d, was %d: numbers that came free are given again at once", next, before)
-	}
-}
-
-// TestSocketsOfAReplacementAreKept has a service manager forget the sockets of one
-// relay, which have the names of another's.
-func TestSocketsOfAReplacementAreKept(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
-	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "notify"), Net: "unixgram"})
-	w.must(err)
-	defer manager.Close()
-	t.Setenv("NOTIFY_SOCKET", manager.LocalAddr().String())
-	left := handover.FromEnvironment()
-	var relays []*Proxier
-	kept := make(chan map[string]bool)
-	go func() {
-		names, b := map[string]bool{}, make([]byte, 4096)
-		for {
-			n, err := manager.Read(b)
-			message := string(b[:max(n, 0)])
-			_, name, _ := strings.Cut(message, "FDNAME=")
-			switch {
-			case err != nil || name == "end":
-				kept <- names
-				return
-			case strings.HasPrefix(message, "FDSTORE=1"):
-				names[name] = true
-			default:
-				delete(names, name)
-			}
-		}
-	}()
-	for range 2 {
-		p, err := New(proxier.Options{Family: w.family, MasqueradeMark: proxier.DefaultMasqueradeMark, Sockets: left})
-		w.must(err)
-		defer p.Close()
-		w.must(p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
-		relays = append(relays, p)
-	}
-	relays[0].StandBy()
-	relays[1].KeepSockets()
-	w.must(left.Forget("end"))
-	if names := <-kept; len(names) != 2*int(originCount) {
-		t.Errorf("the sockets %v are kept", names)
 	}
 }
 

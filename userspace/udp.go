@@ -154,7 +154,7 @@ func (ft *flowTable) end(which func(flowKey) bool) {
 func (r *relay) receiveAll(from *listeners, o origin) {
 	socket := from.udp[o]
 	buffer, oob := make([]byte, maxDatagram), make([]byte, 128)
-	overflow, known := uint32(0), !from.inherited // an earlier process' are not this one's
+	overflow := uint32(0)
 	for {
 		n, oobn, _, client, err := socket.ReadMsgUDPAddrPort(buffer, oob)
 		switch {
@@ -168,10 +168,10 @@ func (r *relay) receiveAll(from *listeners, o origin) {
 			continue
 		}
 		a := readArrival(oob[:oobn])
-		if more := int32(a.overflow - overflow); known && more > 0 {
+		if more := int32(a.overflow - overflow); more > 0 {
 			r.counts.lost.Add(uint64(more))
 		}
-		overflow, known = a.overflow, true
+		overflow = a.overflow
 		if id, ok := idOf(r.family, a.at); ok {
 			r.forward(flowKey{netip.AddrPortFrom(client.Addr().Unmap(), client.Port()), id, o, socket}, buffer[:n])
 		}
