@@ -48,7 +48,7 @@ func newProcess() *process {
 
 // run serves with one configuration until ctx ends.
 func (p *process) run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
-	g, err := newGeneration(p, cfg, log)
+	g, err := newGeneration(ctx, p, cfg, log)
 	if err != nil {
 		return err
 	}
@@ -70,6 +70,7 @@ func (p *process) close(log *slog.Logger) {
 
 // run serves until ctx ends.
 func (g *generation) run(ctx context.Context) error {
+	g.reportStart()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		g.settings.note("connection tracking", tune(g.cfg, g.log))
@@ -77,7 +78,6 @@ func (g *generation) run(ctx context.Context) error {
 	})
 	group.Go(func() error { return node.Watch(ctx, g.loop.SetLocalAddrs) })
 	group.Go(func() error { return g.source.Run(ctx, g.events.Watch(g.observer.health.Watch(g.loop))) })
-	group.Go(func() error { return g.sendEvents(ctx) })
 	group.Go(func() error { g.reportVersion(ctx); return nil })
 	group.Go(func() error { return g.serve(ctx) })
 	group.Go(func() error { return g.failHard(ctx) })

@@ -47,11 +47,12 @@ type generation struct {
 	leftovers *leftovers
 }
 
-// newGeneration makes everything and starts nothing.
-func newGeneration(p *process, cfg *config.Config, log *slog.Logger) (*generation, error) {
+// newGeneration makes everything and starts nothing but the recorder of Events,
+// which ends with ctx.
+func newGeneration(ctx context.Context, p *process, cfg *config.Config, log *slog.Logger) (*generation, error) {
 	g := &generation{process: p, cfg: cfg, log: log, settings: newSettings(log, p.observer.metrics.Sysctl)}
 	// First what may end it: a warning about something else would hide the error.
-	if err := g.connect(); err != nil {
+	if err := g.connect(ctx); err != nil {
 		return nil, err
 	}
 	for _, w := range cfg.Warnings {
@@ -117,7 +118,7 @@ func usableFamilies(log *slog.Logger) []proxier.Family {
 }
 
 // connect makes what tells of objects, and what Events go to.
-func (g *generation) connect() (err error) {
+func (g *generation) connect(ctx context.Context) (err error) {
 	if g.cfg.SourceDir != "" {
 		source, err := file.New(g.cfg.SourceDir, g.log)
 		if err != nil {
@@ -134,7 +135,7 @@ func (g *generation) connect() (err error) {
 	source := apiserver.New(g.client, g.cfg.NodeName, g.log)
 	source.Noted = g.observer.metrics.Source
 	g.source = source
-	g.events = events.New(events.Options{Client: g.client, NodeName: g.cfg.NodeName, Log: g.log, Counted: g.observer.metrics.Event})
+	g.events = events.New(ctx, events.Options{Client: g.client, NodeName: g.cfg.NodeName, Log: g.log, Counted: g.observer.metrics.Event})
 	return nil
 }
 
@@ -240,16 +241,15 @@ func (g *generation) noteSync(r proxier.SyncReport) {
 		"took", r.Took, "everything", r.All, "setAside", r.SetAside, "failed", r.Err != nil)
 }
 
-// sendEvents sends Events until ctx ends, the first of a process that the node
-// is being taken care of. What came of a generation before goes along.
-func (g *generation) sendEvents(ctx context.Context) error {
+// reportStart writes Events about the start of the process, about a mode that is
+// a default, and about a configuration that was rolled back.
+func (g *generation) reportStart() {
 	g.tellStarted.Do(g.events.Started)
 	g.tellModeUnset()
 	if g.putBack != nil {
 		g.events.ConfigurationRejected(g.putBack)
 		g.putBack = nil
 	}
-	return g.events.Run(ctx)
 }
 
 // flushFor is how long an Event about the end of this process may keep it.

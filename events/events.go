@@ -1,27 +1,29 @@
-// Package events tells an operator through Kubernetes Events (events.k8s.io/v1)
-// what concerns a Service or this node, in the words of kube-proxy where it has
-// some, and with no right that kube-proxy has not.
+// Package events writes Kubernetes Events (events.k8s.io/v1) about Services and
+// this node. It uses kube-proxy's reasons where kube-proxy has some, and needs no
+// right that kube-proxy does not have.
 package events
 
 import (
 	"context"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/tools/events"
 	"k8s.io/client-go/util/flowcontrol"
+	"k8s.io/klog/v2"
 
 	"signalbox/proxier"
 )
@@ -29,302 +31,231 @@ import (
 // controller is the reportingController that operators' tools look for.
 const controller = "kube-proxy"
 
-// The rate of Events of one node: a cluster has thousands, and a Service that
-// nobody can serve is told of by each.
+// The rate of Events of one node. A cluster has thousands of nodes, and each of
+// them reports a Service that cannot be served.
 const (
 	burst     = 30
 	perSecond = 0.2
 )
 
-// What becomes of an Event, as Options.Counted is told.
+// Results of an Event, for Options.Counted.
 const (
 	Sent    = "sent"
 	Dropped = "dropped" // to stay within the rate
 	Failed  = "failed"  // the API server refused it or could not be reached
 )
 
-// Options is what a Recorder is made of.
+// Options are the parameters of New.
 type Options struct {
 	Client   kubernetes.Interface
 	NodeName string
 	Log      *slog.Logger
-	// Counted is told what became of each Event; may be nil.
+	// Counted is called with the result of each Event; may be nil.
 	Counted func(result string)
 }
 
-// Recorder sends Events. Its methods return at once and may be called from any
-// goroutine. A nil Recorder sends none: there is no API server to send them to.
+// Recorder writes Events. Its methods return at once and may be called from any
+// goroutine. A nil Recorder writes none; it stands for a missing API server.
+//
+// client-go's broadcaster queues, retries, and counts repetitions of an Event.
 type Recorder struct {
-	opts  Options
-	limit flowcontrol.RateLimiter
-	queue chan event
-	open  atomic.Int64 // Events of which it is not known what became of them
-
-	mu   sync.Mutex // guards uids
-	uids map[proxier.ServiceName]types.UID
+	opts     Options
+	limit    flowcontrol.PassiveRateLimiter
+	recorder events.EventRecorder
+	uids     sync.Map    // proxier.ServiceName -> types.UID
+	pending  sync.Map    // eventKey -> nil: no attempt to write it has ended
+	failing  atomic.Bool // the last attempt failed
 }
 
-// event is an Event that is to be sent.
-type event struct {
-	regarding                  corev1.ObjectReference
-	kind, reason, action, note string
+// eventKey identifies an Event that is written by this process.
+type eventKey struct {
+	regarding corev1.ObjectReference
+	reason    string
 }
 
-// New returns a Recorder that sends what it is given once Run is called.
-func New(opts Options) *Recorder {
+// New returns a Recorder that writes Events until ctx ends. Those that are not
+// written then are lost.
+func New(ctx context.Context, opts Options) *Recorder {
 	if opts.Counted == nil {
 		opts.Counted = func(string) {}
 	}
-	return &Recorder{opts: opts, limit: flowcontrol.NewTokenBucketRateLimiter(perSecond, burst), queue: make(chan event, burst), uids: map[proxier.ServiceName]types.UID{}}
+	r := &Recorder{opts: opts, limit: flowcontrol.NewTokenBucketPassiveRateLimiter(perSecond, burst)}
+	broadcaster := events.NewBroadcaster(sink{&events.EventSinkImpl{Interface: opts.Client.EventsV1()}, r})
+	// The broadcaster logs every attempt that fails; the sink logs the first.
+	// Only a broadcaster that was shut down returns an error.
+	_ = broadcaster.StartRecordingToSinkWithContext(klog.NewContext(ctx, logr.Discard()))
+	context.AfterFunc(ctx, broadcaster.Shutdown)
+	r.recorder = broadcaster.NewRecorder(scheme.Scheme, controller)
+	return r
 }
 
-// Watch returns a Sink that passes everything on to next and learns the UIDs of
-// Services on the way. Without its UID kubectl describe does not show a
-// Service's Events, and to ask for each would be a list of the API: the rights
-// of a service proxy do not allow a get.
+// Watch returns a Sink that passes everything on to next and remembers the UIDs
+// of Services. kubectl describe shows only Events with the Service's UID, and
+// the rights of a service proxy do not allow to get a single Service.
 func (r *Recorder) Watch(next proxier.Sink) proxier.Sink {
 	if r == nil {
 		return next
 	}
-	return uidWatch{next, r}
+	return uidSink{next, &r.uids}
 }
 
-type uidWatch struct {
+type uidSink struct {
 	proxier.Sink
-	recorder *Recorder
+	uids *sync.Map
 }
 
-func (w uidWatch) Apply(obj runtime.Object) {
-	if s, ok := obj.(*corev1.Service); ok {
-		w.recorder.mu.Lock()
-		w.recorder.uids[proxier.ServiceName{Namespace: s.Namespace, Name: s.Name}] = s.UID
-		w.recorder.mu.Unlock()
+func (s uidSink) Apply(obj runtime.Object) {
+	if svc, ok := obj.(*corev1.Service); ok {
+		s.uids.Store(proxier.ServiceName{Namespace: svc.Namespace, Name: svc.Name}, svc.UID)
 	}
-	w.Sink.Apply(obj)
+	s.Sink.Apply(obj)
 }
 
-func (w uidWatch) Delete(obj runtime.Object) {
-	if s, ok := obj.(*corev1.Service); ok {
-		w.recorder.mu.Lock()
-		delete(w.recorder.uids, proxier.ServiceName{Namespace: s.Namespace, Name: s.Name})
-		w.recorder.mu.Unlock()
+func (s uidSink) Delete(obj runtime.Object) {
+	if svc, ok := obj.(*corev1.Service); ok {
+		s.uids.Delete(proxier.ServiceName{Namespace: svc.Namespace, Name: svc.Name})
 	}
-	w.Sink.Delete(obj)
+	s.Sink.Delete(obj)
 }
 
-// Started says that this node's Services are being taken care of.
+// Started reports that signalbox serves this node.
 func (r *Recorder) Started() { r.node(corev1.EventTypeNormal, "Starting", "") }
 
-// ModeUnset says that the mode is a default (KEP-5343).
+// ModeUnset reports that the mode is a default (KEP-5343).
 func (r *Recorder) ModeUnset(note string) {
 	r.node(corev1.EventTypeWarning, "KubeProxyDefaultMode", note)
 }
 
-// HealthzFailed says that the health server cannot listen.
+// HealthzFailed reports that the health server cannot listen.
 func (r *Recorder) HealthzFailed(err error) {
 	r.node(corev1.EventTypeWarning, "FailedToStartProxierHealthcheck", err.Error())
 }
 
-// MetricsFailed says that the metrics server cannot listen.
+// MetricsFailed reports that the metrics server cannot listen.
 func (r *Recorder) MetricsFailed(err error) {
 	r.node(corev1.EventTypeWarning, "FailedToStartMetricServer", err.Error())
 }
 
-// ConfigurationRejected says that a changed configuration file is not in force.
+// ConfigurationRejected reports that a changed configuration file is not in force.
 func (r *Recorder) ConfigurationRejected(err error) {
 	r.node(corev1.EventTypeWarning, "ConfigurationRejected", fmt.Sprintf("the changed configuration file is not in force, what it said before is: %v", err))
+}
+
+// HealthCheckFailed reports that a Service's healthCheckNodePort cannot be
+// listened on. It has the form of health.ServiceOptions.Failed.
+func (r *Recorder) HealthCheckFailed(service proxier.ServiceName, port uint16, err error) {
+	if r == nil {
+		return
+	}
+	r.service(service, "", "FailedToStartServiceHealthcheck", "Listen",
+		fmt.Sprintf("node %s cannot answer health checks on port %d, so load balancers take it for dead; it tries again: %v", r.opts.NodeName, port, err))
+}
+
+// Problem reports that a field of a Service cannot be served. Problems of other
+// objects are only logged. Each field has an Event of its own, since of equal
+// Events the broadcaster keeps the first note and counts the others.
+func (r *Recorder) Problem(p proxier.Problem) {
+	namespace, name, ok := strings.Cut(p.Object, "/")
+	if r == nil || p.Kind != "Service" || !ok {
+		return
+	}
+	r.service(proxier.ServiceName{Namespace: namespace, Name: name}, p.Field, "NotFullyServed", "ProgramService",
+		fmt.Sprintf("node %s: %s: %s", r.opts.NodeName, p.Field, p.Reason))
 }
 
 func (r *Recorder) node(kind, reason, note string) {
 	if r == nil {
 		return
 	}
-	// The UID is what the kubelet writes and kubectl describe asks for.
-	r.send(event{
-		regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: r.opts.NodeName, UID: types.UID(r.opts.NodeName)},
-		kind:      kind, reason: reason, action: "StartKubeProxy", note: note,
-	})
+	// The kubelet and kubectl describe use the node's name as its UID.
+	regarding := corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: r.opts.NodeName, UID: types.UID(r.opts.NodeName)}
+	r.write(regarding, kind, reason, "StartKubeProxy", note)
 }
 
-// HealthCheckFailed says that a Service's healthCheckNodePort cannot be
-// listened on. It has the form of health.ServiceOptions.Failed.
-func (r *Recorder) HealthCheckFailed(service proxier.ServiceName, port uint16, err error) {
-	if r == nil {
+func (r *Recorder) service(name proxier.ServiceName, field, reason, action, note string) {
+	regarding := corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: name.Namespace, Name: name.Name, FieldPath: field}
+	if uid, ok := r.uids.Load(name); ok {
+		regarding.UID = uid.(types.UID)
+	}
+	r.write(regarding, corev1.EventTypeWarning, reason, action, note)
+}
+
+func (r *Recorder) write(regarding corev1.ObjectReference, kind, reason, action, note string) {
+	if !r.limit.TryAccept() {
+		r.opts.Counted(Dropped)
 		return
 	}
-	r.service(service, "FailedToStartServiceHealthcheck", "Listen",
-		fmt.Sprintf("node %s cannot answer health checks on port %d, so load balancers take it for dead; it tries again: %v", r.opts.NodeName, port, err))
-}
-
-// Problem says that a Service is not served, or not all of it. What is wrong
-// with other objects is in the log alone.
-func (r *Recorder) Problem(p proxier.Problem) {
-	namespace, name, ok := strings.Cut(p.Object, "/")
-	if r == nil || p.Kind != "Service" || !ok {
-		return
-	}
-	r.service(proxier.ServiceName{Namespace: namespace, Name: name}, "NotFullyServed", "ProgramService",
-		fmt.Sprintf("node %s: %s: %s", r.opts.NodeName, p.Field, p.Reason))
-}
-
-func (r *Recorder) service(name proxier.ServiceName, reason, action, note string) {
-	r.mu.Lock()
-	uid := r.uids[name]
-	r.mu.Unlock()
-	r.send(event{
-		regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: name.Namespace, Name: name.Name, UID: uid},
-		kind:      corev1.EventTypeWarning, reason: reason, action: action, note: note,
-	})
-}
-
-func (r *Recorder) send(e event) {
-	if r.limit.TryAccept() {
-		select {
-		case r.queue <- e:
-			r.open.Add(1)
-			return
-		default:
-		}
-	}
-	r.opts.Counted(Dropped)
-}
-
-// Run sends Events until ctx ends. What is not sent then is lost.
-func (r *Recorder) Run(ctx context.Context) error {
-	if r == nil {
-		return nil
-	}
-	broadcaster := events.NewBroadcaster(&sink{
-		EventSink: &events.EventSinkImpl{Interface: r.opts.Client.EventsV1()}, counted: r.settled, log: r.opts.Log,
-	})
-	defer broadcaster.Shutdown()
-	if err := broadcaster.StartRecordingToSinkWithContext(ctx); err != nil {
-		r.opts.Log.Warn("no Kubernetes Events are sent", "error", err)
-		return nil
-	}
-	recorder := broadcaster.NewRecorder(scheme.Scheme, controller)
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case first := <-r.queue:
-			for _, e := range r.gather(first) {
-				recorder.Eventf(&e.regarding, nil, e.kind, e.reason, e.action, "%s", shorten(e.note))
-			}
-		}
-	}
-}
-
-// moment is how long what comes to one Event is waited for.
-const moment = 100 * time.Millisecond
-
-// gather makes one Event of those of a moment that differ in their note alone:
-// a Service often has several problems at once, and the API counts what looks
-// the same instead of keeping every note.
-func (r *Recorder) gather(first event) []event {
-	all := []event{first}
-	for end := time.After(moment); ; {
-		select {
-		case <-end:
-			return all
-		case e := <-r.queue:
-			i := slices.IndexFunc(all, e.sameBut)
-			if i < 0 {
-				all = append(all, e)
-				continue
-			}
-			r.open.Add(-1)
-			if !strings.Contains(all[i].note, e.note) {
-				all[i].note += "; " + e.note
-			}
-		}
-	}
-}
-
-// sameBut says whether two Events differ in their note at most.
-func (e event) sameBut(o event) bool {
-	e.note = o.note
-	return e == o
-}
-
-func (r *Recorder) settled(result string) {
-	r.open.Add(-1)
-	r.opts.Counted(result)
-}
-
-// Flush waits until it is known what became of each Event, while Run is at
-// work, but not for longer than it may.
-func (r *Recorder) Flush(atMost time.Duration) {
-	if r == nil {
-		return
-	}
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for end := time.After(atMost); r.open.Load() > 0; {
-		select {
-		case <-end:
-			return
-		case <-tick.C:
-		}
-	}
+	r.pending.Store(eventKey{regarding, reason}, nil)
+	r.recorder.Eventf(&regarding, nil, kind, reason, action, "%s", truncate(note))
 }
 
 // maxNote is the API's limit of an Event's note, in bytes.
 const maxNote = 1024
 
-func shorten(note string) string {
+func truncate(note string) string {
 	const dots = " …"
 	if len(note) <= maxNote {
 		return note
 	}
-	end := maxNote - len(dots)
-	for end > 0 && note[end]&0xc0 == 0x80 { // inside a character
-		end--
-	}
-	return note[:end] + dots
+	return strings.ToValidUTF8(note[:maxNote-len(dots)], "") + dots
 }
 
-// sink counts what becomes of Events. Refusals for good are logged once: Events
-// are a courtesy, nothing depends on them.
+// Flush waits until an attempt to write each Event has ended, and no longer than
+// atMost. A repetition that the broadcaster only counts makes it wait that long.
+func (r *Recorder) Flush(atMost time.Duration) {
+	if r == nil {
+		return
+	}
+	_ = wait.PollUntilContextTimeout(context.Background(), 10*time.Millisecond, atMost, true, func(context.Context) (bool, error) {
+		done := true
+		r.pending.Range(func(any, any) bool { done = false; return false })
+		return done, nil
+	})
+}
+
+// sink bounds each attempt to write an Event and takes its result.
 type sink struct {
 	events.EventSink
-	counted func(string)
-	log     *slog.Logger
-	refused sync.Once
+	recorder *Recorder
 }
 
-// tryFor bounds one try to send an Event. The broadcaster tries it a dozen times
-// and has a goroutine for each, which must not wait for ever for a server that
-// hangs.
-const tryFor = 10 * time.Second
+// attemptTimeout bounds an attempt to write an Event. Each Event has a goroutine
+// in the broadcaster, which would otherwise wait forever for a hanging server.
+const attemptTimeout = 10 * time.Second
 
 // Create implements events.EventSink.
-func (s *sink) Create(ctx context.Context, e *eventsv1.Event) (*eventsv1.Event, error) {
-	ctx, cancel := context.WithTimeout(ctx, tryFor)
-	defer cancel()
-	made, err := s.EventSink.Create(ctx, e)
-	return s.note(e, made, err)
+func (s sink) Create(ctx context.Context, e *eventsv1.Event) (*eventsv1.Event, error) {
+	return s.attempt(ctx, e, func(ctx context.Context) (*eventsv1.Event, error) { return s.EventSink.Create(ctx, e) })
 }
 
 // Patch implements events.EventSink.
-func (s *sink) Patch(ctx context.Context, e *eventsv1.Event, data []byte) (*eventsv1.Event, error) {
-	ctx, cancel := context.WithTimeout(ctx, tryFor)
-	defer cancel()
-	made, err := s.EventSink.Patch(ctx, e, data)
-	return s.note(e, made, err)
+func (s sink) Patch(ctx context.Context, e *eventsv1.Event, data []byte) (*eventsv1.Event, error) {
+	return s.attempt(ctx, e, func(ctx context.Context) (*eventsv1.Event, error) { return s.EventSink.Patch(ctx, e, data) })
 }
 
-func (s *sink) note(asked, made *eventsv1.Event, err error) (*eventsv1.Event, error) {
-	if err == nil {
-		s.counted(Sent)
-		return made, nil
+// attempt logs the first failure in a row: nothing depends on Events.
+func (s sink) attempt(ctx context.Context, e *eventsv1.Event, write func(context.Context) (*eventsv1.Event, error)) (*eventsv1.Event, error) {
+	bounded, cancel := context.WithTimeout(ctx, attemptTimeout)
+	defer cancel()
+	written, err := write(bounded)
+	r := s.recorder
+	switch {
+	case ctx.Err() != nil:
+		return written, err
+	case err == nil:
+		r.failing.Store(false)
+		r.opts.Counted(Sent)
+	case apierrors.IsAlreadyExists(err) || e.Series != nil && apierrors.IsNotFound(err):
+		// A repetition overtook the Event, or the Event has expired: the broadcaster
+		// finds the other request for it.
+		return written, err
+	default:
+		if !r.failing.Swap(true) {
+			r.opts.Log.Warn("a Kubernetes Event cannot be written; further failures are not logged until one is written",
+				"reason", e.Reason, "object", e.Regarding.Name, "error", err, "remedy", "the ClusterRole system:node-proxier allows a service proxy to write Events")
+		}
+		r.opts.Counted(Failed)
 	}
-	defer s.counted(Failed) // once the log says why
-	if apierrors.IsForbidden(err) {
-		s.refused.Do(func() {
-			s.log.Warn("the API server takes no Events of this account; the ClusterRole system:node-proxier allows them", "error", err)
-		})
-		return asked, nil
-	}
-	return made, err
+	r.pending.Delete(eventKey{e.Regarding, e.Reason})
+	return written, err
 }

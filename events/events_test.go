@@ -39,6 +39,8 @@ type rig struct {
 	counted map[string]int
 	logged  map[string]string // the log when the last Event ended so
 	log     strings.Builder
+
+	stop context.CancelFunc // ends the Recorder
 }
 
 func newRig(t *testing.T) *rig {
@@ -50,7 +52,10 @@ func newRig(t *testing.T) *rig {
 
 func newRigWith(t *testing.T, client kubernetes.Interface) *rig {
 	r := &rig{T: t, counted: map[string]int{}, logged: map[string]string{}}
-	r.Recorder = New(Options{
+	var ctx context.Context
+	ctx, r.stop = context.WithCancel(context.Background())
+	t.Cleanup(r.stop)
+	r.Recorder = New(ctx, Options{
 		Client: client, NodeName: "node1", Log: slog.New(slog.NewTextHandler(r, nil)),
 		Counted: func(result string) {
 			r.mu.Lock()
@@ -62,23 +67,34 @@ func newRigWith(t *testing.T, client kubernetes.Interface) *rig {
 	return r
 }
 
+// hangingServer is an API server that answers no request before release is
+// closed, and then confirms each.
+func hangingServer(t *testing.T) (client kubernetes.Interface, requests chan *http.Request, release chan struct{}) {
+	requests, release = make(chan *http.Request, 10*burst), make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		body, _ := io.ReadAll(req.Body)
+		requests <- req
+		select {
+		case <-release:
+		case <-req.Context().Done():
+		}
+		w.Header().Set("Content-Type", req.Header.Get("Content-Type"))
+		w.WriteHeader(http.StatusCreated)
+		_, _ = w.Write(body)
+	}))
+	t.Cleanup(server.Close)
+	client, err := kubernetes.NewForConfig(&rest.Config{Host: server.URL, QPS: 1000, Burst: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client, requests, release
+}
+
 // Write takes the log.
 func (r *rig) Write(b []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.log.Write(b)
-}
-
-func (r *rig) run() {
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error)
-	go func() { done <- r.Recorder.Run(ctx) }()
-	r.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			r.Errorf("Run: %v", err)
-		}
-	})
 }
 
 // await waits until so many Events ended so.
@@ -150,13 +166,13 @@ func TestEvents(t *testing.T) {
 			r.Problem(proxier.Problem{Kind: "Service", Object: "shop/web", Field: "spec.ports[0]", Reason: "is bad"})
 		}, "shop", eventsv1.Event{
 			Type: "Warning", Reason: "NotFullyServed", Action: "ProgramService", Note: "node node1: spec.ports[0]: is bad",
-			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: "shop", Name: "web", UID: "1234"},
+			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: "shop", Name: "web", UID: "1234", FieldPath: "spec.ports[0]"},
 		}},
 		{"a problem of a Service that is gone", func(r *Recorder) {
 			r.Problem(proxier.Problem{Kind: "Service", Object: "shop/other", Field: "f", Reason: strings.Repeat("é", 2000)})
 		}, "shop", eventsv1.Event{
 			Type: "Warning", Reason: "NotFullyServed", Action: "ProgramService", Note: "node node1: f: " + strings.Repeat("é", 502) + " …",
-			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: "shop", Name: "other"},
+			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: "shop", Name: "other", FieldPath: "f"},
 		}},
 	} {
 		t.Run(test.what, func(t *testing.T) {
@@ -166,7 +182,6 @@ func TestEvents(t *testing.T) {
 			watch.Apply(&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "other", UID: "5678"}})
 			watch.Delete(&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "other"}})
 			watch.Apply(service)
-			r.run()
 			test.tell(r.Recorder)
 			r.await(Sent, 1)
 			list := r.events(test.namespace)
@@ -192,7 +207,8 @@ func TestOnlyProblemsOfServices(t *testing.T) {
 	for _, kind := range []string{"EndpointSlice", "Node", "ServiceCIDR"} {
 		r.Problem(proxier.Problem{Kind: kind, Object: "shop/web"})
 	}
-	if n := len(r.queue); n > 0 {
+	r.Flush(time.Minute)
+	if n := len(r.client.Actions()); n > 0 {
 		t.Errorf("%d Events", n)
 	}
 }
@@ -206,7 +222,6 @@ func (told) Delete(runtime.Object) {}
 // An Event costs the API server its writing and no question.
 func TestNothingIsAsked(t *testing.T) {
 	r := newRig(t)
-	r.run()
 	r.HealthCheckFailed(web, 1, errors.New("no"))
 	r.await(Sent, 1)
 	for _, a := range r.client.Actions() {
@@ -241,28 +256,11 @@ type hearing struct {
 func (h hearing) Apply(runtime.Object)  { *h.heard = append(*h.heard, "apply") }
 func (h hearing) Delete(runtime.Object) { *h.heard = append(*h.heard, "delete") }
 
-// An API server that hangs keeps nobody waiting and lets nothing pile up; what
-// could be sent is when it answers again.
+// An API server that hangs blocks nobody and lets nothing pile up. What was
+// accepted is written when it answers again.
 func TestOutage(t *testing.T) {
-	var hangs atomic.Bool
-	hangs.Store(true)
-	release := make(chan struct{})
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-		body, _ := io.ReadAll(req.Body)
-		if hangs.Load() {
-			<-release
-		}
-		w.Header().Set("Content-Type", req.Header.Get("Content-Type"))
-		w.WriteHeader(http.StatusCreated)
-		_, _ = w.Write(body)
-	}))
-	defer server.Close()
-	client, err := kubernetes.NewForConfig(&rest.Config{Host: server.URL, QPS: 1000, Burst: 1000})
-	if err != nil {
-		t.Fatal(err)
-	}
+	client, _, release := hangingServer(t)
 	r := newRigWith(t, client)
-	r.run()
 	const problems = 20_000
 	before := goruntime.NumGoroutine()
 	for i := range problems {
@@ -271,76 +269,100 @@ func TestOutage(t *testing.T) {
 	r.mu.Lock()
 	dropped := r.counted[Dropped]
 	r.mu.Unlock()
-	if dropped < problems-2*burst { // some come free on the way
+	if dropped < problems-2*burst { // the rate allows some meanwhile
 		t.Errorf("%d of %d are dropped", dropped, problems)
 	}
-	// Each has its goroutine, and a request two more on either side.
+	// Each Event has its goroutine, and a request two more on either side.
 	if n := goruntime.NumGoroutine() - before; n > 10*burst {
 		t.Errorf("%d goroutines", n)
 	}
-	hangs.Store(false)
 	close(release)
 	r.await(Sent, problems-dropped)
 }
 
-// Ten thousand bad Services are not ten thousand Events.
-func TestRate(t *testing.T) {
+// Repetitions within the rate are one Event, which counts them.
+func TestRepetitions(t *testing.T) {
 	r := newRig(t)
 	for range 1000 {
 		r.HealthCheckFailed(web, 1, errors.New("no"))
 	}
 	r.await(Dropped, 1000-burst)
-	r.run()
-	r.await(Sent, 1) // of one moment
-}
-
-// Problems of one Service that are found together are one Event.
-func TestProblemsOfOneMoment(t *testing.T) {
-	r := newRig(t)
-	for _, reason := range []string{"a", "b", "a"} {
-		r.Problem(proxier.Problem{Kind: "Service", Object: "shop/web", Field: "f", Reason: reason})
+	r.await(Sent, 2) // the Event, and that it is a series
+	list := r.events("shop")
+	if len(list) != 1 || list[0].Series == nil {
+		t.Fatalf("%d Events: %+v", len(list), list)
 	}
-	r.Problem(proxier.Problem{Kind: "Service", Object: "shop/other", Field: "f", Reason: "c"})
-	r.run()
-	r.await(Sent, 2)
-	r.Flush(time.Minute)
-	for _, e := range r.events("shop") {
-		want := map[string]string{"web": "node node1: f: a; node node1: f: b", "other": "node node1: f: c"}[e.Regarding.Name]
-		if e.Note != want {
-			t.Errorf("%s: %q, want %q", e.Regarding.Name, e.Note, want)
+	for _, a := range r.client.Actions() {
+		if verb := a.GetVerb(); verb != "create" && verb != "patch" && verb != "list" {
+			t.Errorf("it asked to %s %s", verb, a.GetResource().Resource)
 		}
 	}
 }
 
-// An API server that refuses harms nothing and is complained about once.
+// No problem of a Service hides another one.
+func TestProblemsOfOneService(t *testing.T) {
+	r := newRig(t)
+	for _, field := range []string{"a", "b", "a"} {
+		r.Problem(proxier.Problem{Kind: "Service", Object: "shop/web", Field: field, Reason: "is bad"})
+	}
+	r.await(Sent, 3)
+	notes := map[string]bool{}
+	for _, e := range r.events("shop") {
+		notes[e.Note] = true
+	}
+	if len(notes) != 2 || !notes["node node1: a: is bad"] || !notes["node node1: b: is bad"] {
+		t.Errorf("the Events say %v", notes)
+	}
+}
+
+// An API server that refuses Events harms nothing. The log says so once until
+// it accepts one.
 func TestRefused(t *testing.T) {
 	r := newRig(t)
+	var accepts atomic.Bool
 	r.client.PrependReactor("create", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
-		return true, nil, apierrors.NewForbidden(schema.GroupResource{Group: "events.k8s.io", Resource: "events"}, "", errors.New("no"))
+		return !accepts.Load(), nil, apierrors.NewForbidden(schema.GroupResource{Group: "events.k8s.io", Resource: "events"}, "", errors.New("no"))
 	})
-	r.run()
+	refused := func(all, logged int) {
+		t.Helper()
+		r.await(Failed, all)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if n := strings.Count(r.logged[Failed], "system:node-proxier"); n != logged {
+			t.Errorf("logged %d times, want %d: %s", n, logged, r.logged[Failed])
+		}
+	}
 	r.Started()
 	r.HealthzFailed(errors.New("a"))
 	r.MetricsFailed(errors.New("b"))
-	r.await(Failed, 3)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if n := strings.Count(r.logged[Failed], "system:node-proxier"); n != 1 {
-		t.Errorf("complained %d times: %s", n, r.logged[Failed])
-	}
+	refused(3, 1)
+	accepts.Store(true)
+	r.ModeUnset("c")
+	r.await(Sent, 1)
+	accepts.Store(false)
+	r.ConfigurationRejected(errors.New("d"))
+	refused(4, 2)
 }
 
 func TestFlush(t *testing.T) {
 	r := newRig(t)
-	r.run()
 	r.Started()
 	r.Flush(time.Minute)
 	if n := len(r.events("default")); n != 1 {
 		t.Errorf("%d Events after Flush", n)
 	}
-	// What never ends does not keep the process.
-	r.open.Add(1)
+}
+
+// An API server that hangs does not keep the process.
+func TestEnd(t *testing.T) {
+	client, requests, _ := hangingServer(t)
+	r := newRigWith(t, client)
+	r.Started()
+	request := <-requests
 	r.Flush(time.Millisecond)
+	r.stop()
+	<-request.Context().Done()
+	r.HealthzFailed(errors.New("after the end"))
 }
 
 func TestNobodyToTell(t *testing.T) {
@@ -351,7 +373,4 @@ func TestNobodyToTell(t *testing.T) {
 	r.HealthCheckFailed(web, 1, errors.New("no"))
 	r.Problem(proxier.Problem{Kind: "Service", Object: "shop/web"})
 	r.Flush(time.Hour)
-	if err := r.Run(t.Context()); err != nil {
-		t.Error(err)
-	}
 }
