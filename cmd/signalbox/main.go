@@ -7,8 +7,18 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 )
+
+// The names of other programs that this one is called by.
+const (
+	asKubeProxy = "kube-proxy"
+	asGoRunner  = "go-runner"
+)
+
+// calledAs is the name of the program that a command line begins with.
+func calledAs(arg0 string) string { return filepath.Base(arg0) }
 
 func main() {
 	if calledAs(os.Args[0]) == asGoRunner {

@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"path/filepath"
 	"runtime"
 
 	"github.com/spf13/cobra"
@@ -16,15 +15,6 @@ import (
 var version = "devel"
 
 func init() { buildinfo.Version = version }
-
-// The names of other programs that this one is called by.
-const (
-	asKubeProxy = "kube-proxy"
-	asGoRunner  = "go-runner"
-)
-
-// calledAs is the name of the program that a command line begins with.
-func calledAs(arg0 string) string { return filepath.Base(arg0) }
 
 func versionCommand() *cobra.Command {
 	var output string
