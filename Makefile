@@ -14,6 +14,10 @@ PACKAGES := nftables iptables iproute2
 build: ## the binary, statically linked
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-X main.version=$(VERSION)" -o $(BIN) ./cmd/signalbox
 
+.PHONY: lab
+lab: ## bin/lab, which runs signalbox in a lab of network namespaces
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/lab ./cmd/lab
+
 .PHONY: image
 image: ## the container images: IMAGE:VERSION, and IMAGE-iptables:VERSION with the iptables tools
 	docker build $(DOCKER_FLAGS) --build-arg VERSION=$(VERSION) --target signalbox -t $(IMAGE):$(VERSION) .
@@ -71,8 +75,8 @@ soak: deps build ## for hours: the tests of traffic again and again, to find wha
 	cd e2e && $(GO) test -v -timeout 24h ./vm -soak
 
 .PHONY: demo
-demo: deps build ## a lab on this machine, every mode, real connections
-	$(BIN) demo
+demo: deps build lab ## a lab on this machine, every mode, real connections
+	bin/lab demo --signalbox $(BIN)
 
 .PHONY: bench
 bench: PACKAGES += haproxy

@@ -20,7 +20,7 @@ func rootCommand() *cobra.Command {
 	root.SilenceUsage = true
 	root.SilenceErrors = true
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), readyCommand(), demoCommand(), versionCommand())
+	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), readyCommand(), versionCommand())
 	return root
 }
 

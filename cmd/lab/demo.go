@@ -2,31 +2,29 @@ package main
 
 import (
 	"fmt"
-	"os"
-	"os/signal"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
-	"signalbox/demo"
+	"signalbox/cmd/lab/internal/demo"
 	"signalbox/modes"
 	"signalbox/proxier"
 )
 
 func demoCommand() *cobra.Command {
 	var modeNames, families []string
+	var signalbox string
 	cfg := demo.Config{Connections: demo.DefaultConnections, Connects: demo.DefaultConnects}
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Show every mode at work in a lab on this machine, with real connections",
 		Long: `Builds a lab of network namespaces (a node, a second one, Pods, clients outside),
-runs this program on the node in one mode after the other, and prints who
+runs signalbox on the node in one mode after the other, and prints who
 answered real connections, whose address they saw, how soon a changed manifest
 is obeyed and what a Service adds to connect(2). It needs root and leaves the
 machine as it was. It fails if anything comes out other than it must.`,
-		Args: noArguments,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if cfg.Modes, err = demoModes(modeNames); err != nil {
 				return err
@@ -34,16 +32,14 @@ machine as it was. It fails if anything comes out other than it must.`,
 			if cfg.Families, err = demoFamilies(families); err != nil {
 				return err
 			}
-			if cfg.Binary, err = os.Executable(); err != nil {
-				return fmt.Errorf("finding this program's own file: %w", err)
+			if cfg.Binary, err = findSignalbox(signalbox); err != nil {
+				return err
 			}
-			// A closed terminal or pipe must not keep the demo from cleaning up.
-			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGHUP, syscall.SIGPIPE)
-			defer stop()
-			return demo.Run(ctx, cfg, cmd.OutOrStdout())
+			return demo.Run(cmd.Context(), cfg, cmd.OutOrStdout())
 		},
 	}
 	fs := cmd.Flags()
+	addSignalboxFlag(fs, &signalbox)
 	fs.StringSliceVar(&modeNames, "mode", nil, "show only these modes (default: all there are)")
 	fs.StringSliceVar(&families, "family", nil, "show only IPv4 or IPv6 (default: both)")
 	fs.IntVar(&cfg.Services, "services", demo.DefaultServices, "how many Services there are beside those that are connected to")

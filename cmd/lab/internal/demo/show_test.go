@@ -17,20 +17,20 @@ import (
 	"signalbox/proxier"
 )
 
-// buildBinary builds the signalbox that the test shows.
-func buildBinary(t *testing.T) string {
+// buildPrograms builds signalbox and lab and returns their directory.
+func buildPrograms(t *testing.T) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "signalbox")
-	if out, err := exec.Command("go", "build", "-o", path, "signalbox/cmd/signalbox").CombinedOutput(); err != nil {
-		t.Fatalf("building signalbox: %v\n%s", err, out)
+	dir := t.TempDir()
+	if out, err := exec.Command("go", "build", "-o", dir, "signalbox/cmd/signalbox", "signalbox/cmd/lab").CombinedOutput(); err != nil {
+		t.Fatalf("building signalbox and lab: %v\n%s", err, out)
 	}
-	return path
+	return dir
 }
 
 // TestEveryModeIsShown runs the demo as its users do, only smaller.
 func TestEveryModeIsShown(t *testing.T) {
 	cfg := Config{
-		Binary: buildBinary(t), Families: proxier.Families,
+		Binary: filepath.Join(buildPrograms(t), "signalbox"), Families: proxier.Families,
 		Services: 3, Connections: minConnections, Changes: 4, Connects: 100,
 	}
 	for _, m := range modes.All {
@@ -62,7 +62,7 @@ func TestEveryModeIsShown(t *testing.T) {
 
 // TestProcessIsEnded ends the demo from outside while its daemon serves.
 func TestProcessIsEnded(t *testing.T) {
-	binary := buildBinary(t)
+	lab := filepath.Join(buildPrograms(t), "lab")
 	for _, c := range []struct {
 		name   string
 		end    func(p *os.Process, out io.Closer) error
@@ -77,7 +77,7 @@ func TestProcessIsEnded(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			ownTemporaryFiles(t)
 			before := machine(t)
-			cmd := exec.Command(binary, "demo", "--services=0")
+			cmd := exec.Command(lab, "demo", "--services=0")
 			out, err := cmd.StdoutPipe()
 			if err != nil {
 				t.Fatal(err)
