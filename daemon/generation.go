@@ -124,7 +124,7 @@ func (g *generation) connect(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
-		source.Noted = g.observer.noteManifests
+		source.OnProblems = g.observer.noteManifests
 		g.source = source
 		return nil
 	}

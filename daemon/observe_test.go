@@ -288,7 +288,7 @@ func TestServesOnWithoutWhatIsBroken(t *testing.T) {
 	write("node.yaml", "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\n")
 	d := startDaemon(t, host, binary, source, "--hostname-override=N1.Example.COM")
 	const healthz, metrics = "http://127.0.0.1:10256/healthz", "http://127.0.0.1:10249/metrics"
-	d.answers(healthz, 200, `"conditions":["no Node object is named \"n1.example.com\", but there are [\"n1\"]"`, `broken.yaml:4: unknown field \"spec.extra\"`)
+	d.answers(healthz, 200, `"conditions":["no Node object is named \"n1.example.com\", but there are [\"n1\"]"`, `broken.yaml: document 1: Service default/broken: unknown field \"spec.extra\"`)
 	d.answers(metrics, 200, "signalbox_node_missing 1\n", "signalbox_manifest_problems 1\n")
 	ready := func() string {
 		cmd := exec.Command(binary, "ready")
@@ -304,7 +304,7 @@ func TestServesOnWithoutWhatIsBroken(t *testing.T) {
 	}
 	eventually(t, "signalbox ready names the Node and the manifest", func() bool {
 		out := ready()
-		return strings.Contains(out, `ready, but no Node object is named "n1.example.com"`) && strings.Contains(out, "broken.yaml:4")
+		return strings.Contains(out, `ready, but no Node object is named "n1.example.com"`) && strings.Contains(out, "broken.yaml: document 1")
 	})
 	write("broken.yaml", "")
 	write("node.yaml", "apiVersion: v1\nkind: Node\nmetadata: {name: n1.example.com}\n")

@@ -27,7 +27,7 @@ func TestReady(t *testing.T) {
 	waiting := make(chan *successor, 1)
 	go func() { waiting <- s.waits(t.Context()) }()
 	for want, conditions := range map[string][]string{
-		"": nil, "a.yaml:7: no\nno Node object\n": {"a.yaml:7: no", "no Node\nobject"},
+		"": nil, "a.yaml: document 1: no\nno Node object\n": {"a.yaml: document 1: no", "no Node\nobject"},
 	} {
 		s.conditions = func() []string { return conditions }
 		got, err := ready(s.name)

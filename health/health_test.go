@@ -141,9 +141,9 @@ func TestDegraded(t *testing.T) {
 }
 
 func TestConditions(t *testing.T) {
-	r := newRig(t, func(s *Subject) { s.Conditions = func() []string { return []string{"a.yaml:7: no"} } })
+	r := newRig(t, func(s *Subject) { s.Conditions = func() []string { return []string{"a.yaml: document 1: no"} } })
 	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","healthy":true,"status":{},
-		"conditions":["a.yaml:7: no"]}`)
+		"conditions":["a.yaml: document 1: no"]}`)
 }
 
 // A family that never comes up is told of, once it is late.

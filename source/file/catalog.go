@@ -8,86 +8,79 @@ import (
 	"signalbox/proxier"
 )
 
-// catalog knows which file holds which object, and what the sink was told. It
-// keeps no object beyond the telling: the sink has them.
+// catalog knows which files have which objects, and what the sink has. It keeps
+// fingerprints, not objects: the sink has these.
 type catalog struct {
-	log   *slog.Logger
-	files map[string]map[key]uint64 // fingerprints, by file name
-	held  map[key][]string          // names of the files that hold an object, sorted
-	told  map[key]uint64            // fingerprint of what the sink was told
+	log     *slog.Logger
+	files   map[string]map[key]uint64 // fingerprints, by file name
+	holders map[key][]string          // sorted names of the files that have an object
+	sent    map[key]uint64            // fingerprint of what the sink has
 }
 
 func newCatalog(log *slog.Logger) *catalog {
-	return &catalog{log: log, files: map[string]map[key]uint64{}, held: map[key][]string{}, told: map[key]uint64{}}
+	return &catalog{log: log, files: map[string]map[key]uint64{}, holders: map[key][]string{}, sent: map[key]uint64{}}
 }
 
-// set takes what a file holds now and returns the objects that this concerns.
-// Where some of the file could not be read, what it held before stays.
-func (c *catalog) set(name string, found map[key]manifest, broken bool) []key {
+// set replaces the objects of a file and returns the keys that this changes.
+// Objects that an incomplete file had before stay.
+func (c *catalog) set(name string, objects map[key]manifest, incomplete bool) (changed []key) {
 	before := c.files[name]
-	now := make(map[key]uint64, len(found))
-	for k, m := range found {
-		now[k] = m.text
+	now := make(map[key]uint64, len(objects))
+	for k, m := range objects {
+		now[k] = m.fingerprint
 	}
-	if broken {
-		for k, text := range before {
-			if _, named := now[k]; !named {
-				now[k] = text
-			}
+	for k, fingerprint := range before {
+		switch _, has := now[k]; {
+		case has:
+		case incomplete:
+			now[k] = fingerprint
+		default:
+			changed = append(changed, k)
+			c.removeHolder(k, name)
 		}
 	}
+	for k, fingerprint := range now {
+		if old, had := before[k]; !had || old != fingerprint {
+			changed = append(changed, k)
+			c.addHolder(k, name)
+		}
+	}
+	c.files[name] = now
 	if len(now) == 0 {
 		delete(c.files, name)
-	} else {
-		c.files[name] = now
 	}
-	var concerned []key
-	for k, text := range now {
-		if old, had := before[k]; had && old == text {
-			continue
-		}
-		concerned = append(concerned, k)
-		c.hold(k, name)
-	}
-	for k := range before {
-		if _, has := now[k]; !has {
-			concerned = append(concerned, k)
-			c.letGo(k, name)
-		}
-	}
-	return concerned
+	return changed
 }
 
-func (c *catalog) hold(k key, name string) {
-	i, there := slices.BinarySearch(c.held[k], name)
+func (c *catalog) addHolder(k key, name string) {
+	i, there := slices.BinarySearch(c.holders[k], name)
 	if there {
 		return
 	}
-	c.held[k] = slices.Insert(c.held[k], i, name)
-	if len(c.held[k]) > 1 {
-		c.log.Warn("two files hold the same object; the first by name counts", "object", k.String(), "files", c.held[k])
+	c.holders[k] = slices.Insert(c.holders[k], i, name)
+	if len(c.holders[k]) > 1 {
+		c.log.Warn("several files have the same object; the first by name counts", "object", k.String(), "files", c.holders[k])
 	}
 }
 
-func (c *catalog) letGo(k key, name string) {
-	c.held[k] = slices.DeleteFunc(c.held[k], func(n string) bool { return n == name })
-	if len(c.held[k]) == 0 {
-		delete(c.held, k)
+func (c *catalog) removeHolder(k key, name string) {
+	c.holders[k] = slices.DeleteFunc(c.holders[k], func(n string) bool { return n == name })
+	if len(c.holders[k]) == 0 {
+		delete(c.holders, k)
 	}
 }
 
-// tell brings the sink up to date with the concerned objects, in a fixed
-// order. fetch finds an object's present form in the file that holds it.
-func (c *catalog) tell(concerned []key, fetch func(file string, k key) object, sink proxier.Sink) {
-	slices.SortFunc(concerned, func(a, b key) int {
+// send sends the changed objects to the sink, in a fixed order. load returns an
+// object of a file.
+func (c *catalog) send(changed []key, load func(file string, k key) object, sink proxier.Sink) {
+	slices.SortFunc(changed, func(a, b key) int {
 		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.name, b.name))
 	})
-	for _, k := range slices.Compact(concerned) {
-		told, was := c.told[k]
-		holders := c.held[k]
-		if len(holders) == 0 {
-			if was {
-				delete(c.told, k)
+	for _, k := range slices.Compact(changed) {
+		sent, known := c.sent[k]
+		if len(c.holders[k]) == 0 {
+			if known {
+				delete(c.sent, k)
 				gone := kinds[k.kind].empty()
 				gone.SetNamespace(k.namespace)
 				gone.SetName(k.name)
@@ -95,12 +88,13 @@ func (c *catalog) tell(concerned []key, fetch func(file string, k key) object, s
 			}
 			continue
 		}
-		text := c.files[holders[0]][k]
-		if was && told == text {
+		file := c.holders[k][0]
+		fingerprint := c.files[file][k]
+		if known && sent == fingerprint {
 			continue
 		}
-		if obj := fetch(holders[0], k); obj != nil {
-			c.told[k] = text
+		if obj := load(file, k); obj != nil {
+			c.sent[k] = fingerprint
 			sink.Apply(obj)
 		}
 	}

@@ -8,16 +8,16 @@ import (
 	"fmt"
 	"hash/maphash"
 	"io"
+	"regexp"
 	"slices"
 	"strings"
-	"unicode/utf8"
 
-	yamlv3 "go.yaml.in/yaml/v3"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	strictjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 )
 
@@ -31,22 +31,21 @@ func (k key) String() string {
 	return k.kind + " " + k.namespace + "/" + k.name
 }
 
-// manifest is one object and a fingerprint of its text.
-type manifest struct {
-	object object
-	text   uint64
-}
-
 type object interface {
 	runtime.Object
 	metav1.Object
 }
 
-// fault is what is wrong with a document, and in which line of the file.
+// manifest is one object and the fingerprint of its JSON.
+type manifest struct {
+	object      object
+	fingerprint uint64
+}
+
+// fault is what is wrong at a place of a file, such as "document 2: items[3]".
 type fault struct {
-	line   int
-	reason string
-	// harmless says that no object of the kinds that are read is missing by it.
+	place, reason string
+	// harmless: the fault hides no object of the kinds that are read.
 	harmless bool
 }
 
@@ -66,203 +65,145 @@ var kinds = map[string]struct {
 
 var seed = maphash.MakeSeed()
 
-// read returns the objects of a file and what is wrong with the rest of it. Of
-// two objects of the same name the first counts.
-func read(content []byte) (map[key]manifest, []fault) {
-	found := map[key]manifest{}
-	var faults []fault
-	for _, doc := range split(content) {
-		faults = append(faults, doc.read(found)...)
-	}
-	slices.SortStableFunc(faults, func(a, b fault) int { return cmp.Compare(a.line, b.line) })
-	return found, faults
+// separator begins or ends a YAML document. The next document may begin on the
+// same line: "--- {kind: Node}". The splitter of apimachinery refuses such a line,
+// and loses the document before it.
+var separator = regexp.MustCompile(`\n(?:---|\.\.\.)`)
+
+// parser collects the objects and the faults of one file.
+type parser struct {
+	objects map[key]manifest
+	faults  []fault
 }
 
-// document is a part of a file that starts at a line of it, counted from 1.
-type document struct {
-	line   int
-	text   []byte
-	places *places
-}
-
-// split cuts a file at its YAML document markers. A marker inside a block of
-// text would have to be indented, so every one in the first column counts.
-func split(content []byte) []document {
-	var docs []document
-	current := document{line: 1, places: &places{}}
-	line := 0
-	for next := range bytes.Lines(bytes.TrimPrefix(content, []byte("\ufeff"))) {
-		line++
-		rest, marker := cutMarker(next)
-		if marker {
-			docs = append(docs, current)
-			current = document{line: line, places: &places{}}
-		}
-		current.text = append(current.text, rest...)
+func parse(content []byte) *parser {
+	p := &parser{objects: map[key]manifest{}}
+	number := 0
+	place := func() string {
+		number++
+		return fmt.Sprintf("document %d", number)
 	}
-	return append(docs, current)
-}
-
-// cutMarker returns what of a line belongs to the document that a marker in it
-// begins: "--- {kind: Node}" is a document's first line.
-func cutMarker(line []byte) (rest []byte, marker bool) {
-	for _, m := range []string{"---", "..."} {
-		rest, ok := bytes.CutPrefix(line, []byte(m))
-		if ok && (len(rest) == 0 || bytes.ContainsAny(rest[:1], " \t\r\n")) {
-			return append([]byte("   "), rest...), true
-		}
-	}
-	return line, false
-}
-
-func (d document) read(found map[key]manifest) []fault {
-	if valid := validPrefix(d.text); valid < len(d.text) {
-		return []fault{{line: d.lineAt(valid), reason: "not UTF-8"}}
-	}
-	trimmed := bytes.TrimSpace(d.text)
-	if onlyComments(trimmed) {
-		return nil
-	}
-	if (trimmed[0] == '{' || trimmed[0] == '[') && !d.flowYAML() {
-		return d.readJSON(found)
-	}
-	asJSON, err := yaml.YAMLToJSONStrict(d.text)
-	if err != nil {
-		return []fault{d.yamlFault(err)}
-	}
-	if asJSON[0] == '[' {
-		return d.readItems(asJSON, "", "", found)
-	}
-	return d.readObject(asJSON, "", "", found)
-}
-
-// flowYAML says whether a document that begins like JSON is YAML instead, such
-// as {kind: Node}. What is neither counts as broken JSON.
-func (d document) flowYAML() bool {
-	var first json.RawMessage
-	if json.NewDecoder(bytes.NewReader(d.text)).Decode(&first) == nil {
-		return false
-	}
-	var whole yamlv3.Node
-	decoder := yamlv3.NewDecoder(bytes.NewReader(d.text))
-	return decoder.Decode(&whole) == nil && errors.Is(decoder.Decode(&whole), io.EOF)
-}
-
-// readJSON reads a stream of JSON values. YAML would take most of them too,
-// but not those that are indented with tabs.
-func (d document) readJSON(found map[key]manifest) (faults []fault) {
-	decoder := json.NewDecoder(bytes.NewReader(d.text))
-	for {
-		start := int(decoder.InputOffset())
-		var value json.RawMessage
-		err := decoder.Decode(&value)
-		if errors.Is(err, io.EOF) {
-			return faults
+	for _, text := range separator.Split("\n"+strings.TrimPrefix(string(content), "\ufeff"), -1) {
+		values, err := toJSON([]byte(strings.TrimPrefix(text, "\n")))
+		for _, value := range values {
+			p.add(value, place(), "")
 		}
 		if err != nil {
-			at := len(d.text) // it ends too soon
-			var syntax *json.SyntaxError
-			if errors.As(err, &syntax) {
-				at = int(syntax.Offset)
-			}
-			return append(faults, fault{line: d.lineAt(min(at, len(d.text))), reason: err.Error()})
+			p.fault(place(), "%v", err)
 		}
-		start += len(d.text[start:]) - len(bytes.TrimLeft(d.text[start:], " \t\r\n"))
-		part := document{d.lineAt(start), d.text[start:decoder.InputOffset()], &places{}}
-		if value[0] == '[' {
-			faults = append(faults, part.readItems(value, "", "", found)...)
-			continue
-		}
-		faults = append(faults, part.readObject(value, "", "", found)...)
 	}
+	return p
 }
 
-// readItems reads an array of objects that is at a path of the document.
-func (d document) readItems(array []byte, path, kind string, found map[key]manifest) (faults []fault) {
+// toJSON returns the values of a YAML document, or of a stream of JSON values. An
+// error is about what comes after these values.
+func toJSON(text []byte) (values []json.RawMessage, err error) {
+	start := bytes.TrimSpace(text)
+	flow := len(start) > 0 && (start[0] == '{' || start[0] == '[')
+	if flow {
+		decoder := json.NewDecoder(bytes.NewReader(text))
+		for err == nil {
+			var value json.RawMessage
+			if err = decoder.Decode(&value); err == nil {
+				values = append(values, value)
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return values, nil
+		}
+		// It may be YAML, such as {kind: Node}. The brackets let the YAML library
+		// see all of it: it ignores what comes after such a value.
+		text = slices.Concat([]byte("["), text, []byte("\n]"))
+	}
+	asJSON, yamlErr := yaml.YAMLToJSONStrict(text)
+	switch {
+	case len(values) > 0 && yamlErr != nil:
+		return values, err
+	case yamlErr != nil:
+		return nil, yamlErr
+	case flow:
+		return values, json.Unmarshal(asJSON, &values)
+	case string(asJSON) == "null":
+		return nil, nil // nothing but comments
+	}
+	return []json.RawMessage{asJSON}, nil
+}
+
+func (p *parser) fault(place, format string, args ...any) {
+	p.faults = append(p.faults, fault{place: place, reason: fmt.Sprintf(format, args...)})
+}
+
+// addAll adds each object of a JSON array.
+func (p *parser) addAll(array []byte, place, kind string) {
 	var items []json.RawMessage
 	if err := json.Unmarshal(array, &items); err != nil {
-		return []fault{{line: d.lineOfPath(path), reason: "not a list of objects: " + err.Error()}}
+		p.fault(place, "not a list of objects: %v", err)
 	}
 	for i, item := range items {
-		for _, f := range d.readObject(item, fmt.Sprintf("%s[%d]", path, i), kind, found) {
-			f.reason = fmt.Sprintf("item %d: %s", i, f.reason)
-			faults = append(faults, f)
-		}
+		p.add(item, fmt.Sprintf("%s[%d]", place, i), kind)
 	}
-	return faults
 }
 
-// readObject reads one object, or all of a List, that is at a path of the
-// document. kind is what a typed list says of its items, which need not say it
-// themselves.
-func (d document) readObject(text []byte, path, kind string, found map[key]manifest) []fault {
+// add adds the object, or all objects of the list, that a JSON value describes.
+// kind is the kind of a typed list's items, which need not name it.
+func (p *parser) add(value []byte, place, kind string) {
+	if value[0] == '[' {
+		p.addAll(value, place, kind)
+		return
+	}
 	var head struct {
 		metav1.TypeMeta
-		metav1.ObjectMeta `json:"metadata"`
-		Items             json.RawMessage `json:"items"`
+		Metadata struct{ Name, Namespace string }
+		Items    json.RawMessage
 	}
-	if err := json.Unmarshal(text, &head); err != nil {
-		return []fault{{line: d.lineOfPath(path), reason: "not an object: " + err.Error()}}
+	if err := json.Unmarshal(value, &head); err != nil {
+		p.fault(place, "not an object: %v", err)
+		return
 	}
-	if head.Kind == "" {
-		head.Kind = kind
-	}
+	head.Kind = cmp.Or(head.Kind, kind)
 	if item, isList := strings.CutSuffix(head.Kind, "List"); isList && head.Items != nil {
-		return d.readItems(head.Items, join(path, "items"), item, found)
+		p.addAll(head.Items, place+": items", item)
+		return
 	}
-	what, known := kinds[head.Kind]
+	k := key{head.Kind, cmp.Or(head.Metadata.Namespace, metav1.NamespaceDefault), head.Metadata.Name}
+	known, isKnown := kinds[k.kind]
+	if isKnown && !known.namespaced {
+		k.namespace = ""
+	}
 	switch {
-	case head.Kind == "":
-		return []fault{{line: d.lineOfPath(path), reason: "kind is missing"}}
-	case head.Kind == "Endpoints" && head.APIVersion == "v1":
-		return []fault{{line: d.lineOfPath(path), harmless: true, reason: fmt.Sprintf(
-			"Endpoints %s is passed over: only the addresses of EndpointSlices are served", cmp.Or(head.Namespace, metav1.NamespaceDefault)+"/"+head.Name)}}
-	case !known:
-		return nil
-	case head.APIVersion != what.apiVersion && (head.APIVersion != "" || kind == ""):
-		return []fault{{line: d.lineOfPath(join(path, "apiVersion")), reason: fmt.Sprintf("apiVersion %q of a %s is not served; %s is", head.APIVersion, head.Kind, what.apiVersion)}}
+	case k.kind == "":
+		p.fault(place, "kind is missing")
+	case k.kind == "Endpoints" && head.APIVersion == "v1":
+		p.faults = append(p.faults, fault{place, fmt.Sprintf("%s is ignored: only the addresses of EndpointSlices are served", k), true})
+	case !isKnown:
+	case head.APIVersion != known.apiVersion && (head.APIVersion != "" || kind == ""):
+		p.fault(place, "%s: apiVersion %q is not served, only %s", k, head.APIVersion, known.apiVersion)
+	default:
+		p.addObject(value, place, k, known.empty())
 	}
-	obj := what.empty()
-	if faults := d.decode(text, path, obj); len(faults) > 0 {
-		return faults
-	}
-	return d.keep(obj, path, head.Kind, what.namespaced, text, found)
 }
 
-func (d document) keep(obj object, path, kind string, namespaced bool, text []byte, found map[key]manifest) []fault {
-	if obj.GetName() == "" {
-		return []fault{{line: d.lineOfPath(join(path, "metadata")), reason: fmt.Sprintf("metadata.name of a %s is missing", kind)}}
+// addObject decodes value into obj, as strictly as the API server.
+func (p *parser) addObject(value []byte, place string, k key, obj object) {
+	errs, err := strictjson.UnmarshalStrict(value, obj)
+	var wrongType *json.UnmarshalTypeError
+	if errors.As(err, &wrongType) {
+		err = fmt.Errorf("%s: this needs the type %s, and has %s", wrongType.Field, wrongType.Type, wrongType.Value)
 	}
-	if !namespaced {
-		obj.SetNamespace("")
-	} else if obj.GetNamespace() == "" {
-		obj.SetNamespace(metav1.NamespaceDefault)
+	if err != nil {
+		errs = append(errs, err)
 	}
-	k := key{kind, obj.GetNamespace(), obj.GetName()}
-	if _, twice := found[k]; twice {
-		return []fault{{line: d.lineOfPath(path), reason: fmt.Sprintf("%s stands twice in this file; the first counts", k)}}
+	if k.name == "" {
+		errs = append(errs, errors.New("metadata.name is missing"))
 	}
-	found[k] = manifest{obj, maphash.Bytes(seed, text)}
-	return nil
-}
-
-// validPrefix is how many bytes from the start are UTF-8.
-func validPrefix(text []byte) int {
-	for i := 0; i < len(text); {
-		r, size := utf8.DecodeRune(text[i:])
-		if r == utf8.RuneError && size == 1 {
-			return i
-		}
-		i += size
+	if _, twice := p.objects[k]; twice {
+		errs = append(errs, errors.New("the file has this object twice; the first counts"))
 	}
-	return len(text)
-}
-
-func onlyComments(text []byte) bool {
-	for line := range bytes.Lines(text) {
-		if line = bytes.TrimSpace(line); len(line) > 0 && line[0] != '#' {
-			return false
-		}
+	for _, err := range errs {
+		p.fault(place, "%s: %v", k, err)
 	}
-	return true
+	if errs == nil {
+		obj.SetNamespace(k.namespace)
+		p.objects[k] = manifest{obj, maphash.Bytes(seed, value)}
+	}
 }

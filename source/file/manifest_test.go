@@ -1,7 +1,6 @@
 package file
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -15,15 +14,15 @@ spec:
   clusterIP: 10.96.0.1
 `
 
-// summary is what a file gave: objects, then faults with their lines.
-func summary(found map[key]manifest, faults []fault) string {
+// summary is what a file gave: objects, then faults with their places.
+func summary(p *parser) string {
 	var lines []string
-	for k := range found {
+	for k := range p.objects {
 		lines = append(lines, k.String())
 	}
 	slices.Sort(lines)
-	for _, f := range faults {
-		lines = append(lines, fmt.Sprintf("%d: %s", f.line, f.reason))
+	for _, f := range p.faults {
+		lines = append(lines, f.place+": "+f.reason)
 	}
 	return strings.Join(lines, "\n")
 }
@@ -44,38 +43,41 @@ func TestRead(t *testing.T) {
 		{"JSON array", `[{"apiVersion":"v1","kind":"Node","metadata":{"name":"a"}}]`, "Node a"},
 		{"namespace of a Node is dropped", "apiVersion: v1\nkind: Node\nmetadata: {name: node, namespace: x}\n", "Node node"},
 
-		{"YAML error", web + "---\napiVersion: v1\nkind: Service\nmetadata: {name: x\n", "Service default/web\n10: yaml: line 10: did not find expected ',' or '}'"},
-		{"a field twice", "apiVersion: v1\nkind: Service\nkind: Service\n", `3: yaml: unmarshal errors:` + "\n" + `  line 3: key "kind" already set in map`},
-		{"unknown field", web + "  prots: []\n", `7: unknown field "spec.prots"`},
-		{"unknown field of one port among several", web + "  ports:\n  - port: 80\n    name: a\n  - nmae: b\n    port: 81\n", `10: unknown field "spec.ports[1].nmae"`},
-		{"two unknown fields", "x: 1\n" + web + "  z: 2\n", "1: unknown field \"x\"\n8: unknown field \"spec.z\""},
-		{"wrong case", strings.Replace(web, "  name", "  Name", 1), `4: unknown field "metadata.Name"`},
-		{"unknown field of an item", "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Node, metadata: {name: n1}}\n- apiVersion: v1\n  kind: Node\n  metadata: {name: n2}\n  spec:\n    bad: 1\n", "Node n1\n9: item 1: unknown field \"spec.bad\""},
-		{"unknown field in JSON", "[\n{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"nmae\": 1}}]", `4: item 0: unknown field "metadata.nmae"`},
-		{"a field twice in JSON", "{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"name\": \"m\"}}", `3: duplicate field "metadata.name"`},
-		{"wrong type", web + "  ports:\n  - port: eighty\n", `8: spec.ports[0].port: a string where a int32 is wanted`},
-		{"wrong type further down", web + "  ports:\n  - port: 80\n  - port: [1]\n", `9: spec.ports[1].port: a array where a int32 is wanted`},
-		{"wrong indentation", "# first\n---\napiVersion: v1\nkind: Service\nmetadata:\n  name: x\n foo: bar\n", "7: yaml: line 7: did not find expected key"},
-		{"no colon", "a: 1\nb\nc: 2\n", "3: yaml: line 3: could not find expected ':'"},
-		{"colon in the first line", "a: b: c\n", "1: yaml: mapping values are not allowed in this context"},
-		{"anchor that is not there", web + "  x: *none\n", "7: yaml: unknown anchor 'none' referenced"},
-		{"control character", web + "  x: \x01\n", "7: yaml: control characters are not allowed"},
-		{"two fields twice", "kind: a\nkind: b\nc: d\nc: e\n", "2: yaml: unmarshal errors:\n  line 2: key \"kind\" already set in map\n  line 4: key \"c\" already set in map"},
+		{"quoted keys", "\"apiVersion\": v1\n\"kind\": Node\n\"metadata\": {\"name\": \"n\"}\n", "Node n"},
+		{"flow style", "{apiVersion: v1, kind: Node, metadata: {name: node}} # not JSON\n", "Node node"},
+		{"two values in flow style", "{apiVersion: v1, kind: Node, metadata: {name: node}} {kind: Node}\n", "document 1: yaml: did not find expected ',' or ']'"},
+		{"JSON with a comment", "{\"apiVersion\": \"v1\", \"kind\": \"Node\", \"metadata\": {\"name\": \"n\"}} # not JSON\n", "Node n"},
+
+		{"YAML error", web + "---\napiVersion: v1\nkind: Service\nmetadata: {name: x\n---\n" + strings.ReplaceAll(web, "web", "api"),
+			"Service default/api\nService default/web\ndocument 2: yaml: line 3: did not find expected ',' or '}'"},
+		{"a field twice", "apiVersion: v1\nkind: Service\nkind: Service\n", "document 1: yaml: unmarshal errors:\n  line 3: key \"kind\" already set in map"},
+		{"unknown field", web + "  prots: []\n", `document 1: Service default/web: unknown field "spec.prots"`},
+		{"unknown field of one port among several", web + "  ports:\n  - port: 80\n    name: a\n  - nmae: b\n    port: 81\n", `document 1: Service default/web: unknown field "spec.ports[1].nmae"`},
+		{"two unknown fields", "x: 1\n" + web + "  z: 2\n", "document 1: Service default/web: unknown field \"spec.z\"\ndocument 1: Service default/web: unknown field \"x\""},
+		{"wrong case", strings.Replace(web, "  name", "  Name", 1), `document 1: Service default/web: unknown field "metadata.Name"`},
+		{"unknown field of an item", "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Node, metadata: {name: n1}}\n- apiVersion: v1\n  kind: Node\n  metadata: {name: n2}\n  spec:\n    bad: 1\n", "Node n1\ndocument 1: items[1]: Node n2: unknown field \"spec.bad\""},
+		{"unknown field in JSON", "[\n{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"nmae\": 1}}]", `document 1[0]: Node n: unknown field "metadata.nmae"`},
+		{"a field twice in JSON", "{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"name\": \"m\"}}", `document 1: Node m: duplicate field "metadata.name"`},
+		{"wrong type", web + "  ports:\n  - port: eighty\n", `document 1: Service default/web: spec.ports.port: this needs the type int32, and has string`},
+		{"wrong indentation", "# first\n---\napiVersion: v1\nkind: Service\nmetadata:\n  name: x\n foo: bar\n", "document 1: yaml: line 4: did not find expected key"},
+		{"no colon", "a: 1\nb\nc: 2\n", "document 1: yaml: line 3: could not find expected ':'"},
+		{"anchor that is not there", web + "  x: *none\n", "document 1: yaml: unknown anchor 'none' referenced"},
+		{"control character", web + "  x: \x01\n", "document 1: yaml: control characters are not allowed"},
 		{"byte order mark", "\ufeff" + web, "Service default/web"},
-		{"object on the marker's line", "--- {apiVersion: v1, kind: Node, metadata: {name: a}}\n--- # b\n{apiVersion: v1, kind: Node, metadata: {name: b}}\n", "Node a\nNode b"},
+		{"object on the separator's line", "--- {apiVersion: v1, kind: Node, metadata: {name: a}}\n--- # b\n{apiVersion: v1, kind: Node, metadata: {name: b}}\n", "Node a\nNode b"},
 		{"YAML list", "- {apiVersion: v1, kind: Node, metadata: {name: a}}\n- {apiVersion: v1, kind: Node, metadata: {name: b}}\n", "Node a\nNode b"},
-		{"unknown field of a second document", "# first\n---\n" + web + "  x: 1\n", `9: unknown field "spec.x"`},
-		{"no name", "apiVersion: v1\nkind: Service\nmetadata: {}\n", "3: metadata.name of a Service is missing"},
-		{"no kind", "apiVersion: v1\nmetadata: {name: a}\n", "1: kind is missing"},
-		{"old version", "apiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\nmetadata: {name: a}\n", `1: apiVersion "discovery.k8s.io/v1beta1" of a EndpointSlice is not served; discovery.k8s.io/v1 is`},
+		{"documents without content do not count", "# first\n---\n---\n...\n---\n" + web + "---\n" + web + "  x: 1\n", `Service default/web` + "\n" + `document 2: Service default/web: unknown field "spec.x"` + "\n" + `document 2: Service default/web: the file has this object twice; the first counts`},
+		{"no name", "apiVersion: v1\nkind: Service\nmetadata: {}\n", "document 1: Service default/: metadata.name is missing"},
+		{"no kind", "apiVersion: v1\nmetadata: {name: a}\n", "document 1: kind is missing"},
+		{"old version", "apiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\nmetadata: {name: a}\n", `document 1: EndpointSlice default/a: apiVersion "discovery.k8s.io/v1beta1" is not served, only discovery.k8s.io/v1`},
 		{"not an object", "just words\n", ""},
-		{"JSON cut short", "\n{\"apiVersion\": \"v1\",\n\"kind\": \"No", "3: unexpected EOF"},
+		{"JSON cut short", "{\"apiVersion\": \"v1\", \"kind\": \"Node\", \"metadata\": {\"name\": \"n\"}}\n{\"apiVersion\": \"v1\",\n\"kind\": \"No", "Node n\ndocument 2: unexpected EOF"},
 		{"JSON item of another type", `{"apiVersion":"v1","kind":"List","items":[1]}`, ""},
-		{"not UTF-8", web + "---\n" + "apiVersion: v1\nkind: Service\nmetadata: {name: \"\xff\"}\n", "Service default/web\n10: not UTF-8"},
-		{"the same twice", web + "---\n" + web, "Service default/web\n8: Service default/web stands twice in this file; the first counts"},
+		{"not UTF-8", web + "---\n" + "apiVersion: v1\nkind: Service\nmetadata: {name: \"\xff\"}\n", "Service default/web\ndocument 2: yaml: invalid leading UTF-8 octet"},
+		{"the same twice", web + "---\n" + web, "Service default/web\ndocument 2: Service default/web: the file has this object twice; the first counts"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			got := summary(read([]byte(test.content)))
+			got := summary(parse([]byte(test.content)))
 			switch test.name {
 			case "not an object", "JSON item of another type":
 				if !strings.Contains(got, "not an object") {
@@ -96,16 +98,15 @@ func FuzzRead(f *testing.F) {
 	f.Add([]byte("kind: ServiceList\nitems: 3\n"))
 	f.Add([]byte("a: &a [*a]\n"))
 	f.Fuzz(func(t *testing.T, content []byte) {
-		found, faults := read(content)
-		lines := strings.Count(string(content), "\n") + 1
-		for _, fault := range faults {
-			if fault.line < 1 || fault.line > lines+1 {
-				t.Errorf("fault in line %d of %d: %s", fault.line, lines, fault.reason)
+		p := parse(content)
+		for _, fault := range p.faults {
+			if !strings.HasPrefix(fault.place, "document ") || fault.reason == "" {
+				t.Errorf("a fault is reported as %+v", fault)
 			}
 		}
-		for k, m := range found {
+		for k, m := range p.objects {
 			if k.name == "" || m.object.GetName() != k.name {
-				t.Errorf("%v is filed as %v", m.object, k)
+				t.Errorf("%v is found as %v", m.object, k)
 			}
 		}
 	})
@@ -120,8 +121,8 @@ func TestThousandsOfFaults(t *testing.T) {
 	for range items {
 		b.WriteString("- {apiVersion: v1, kind: Node, metadata: {name: n, nmae: m}}\n")
 	}
-	_, faults := read([]byte(b.String()))
-	if len(faults) != items || faults[0].line != 4 || faults[items-1].line != items+3 {
+	faults := parse([]byte(b.String())).faults
+	if len(faults) != items || faults[0].place != "document 1: items[0]" || faults[items-1].place != "document 1: items[4999]" {
 		t.Errorf("%d faults, want one for each of %d items", len(faults), items)
 	}
 }

@@ -19,11 +19,21 @@ import (
 	"signalbox/proxier"
 )
 
-// largeFile is the size in bytes from which a file is read by a goroutine of
-// its own: YAML takes about a second for 5 MB.
-const largeFile = 1 << 20
+const (
+	// largeFile is the size in bytes above which a goroutine reads the file: 5 MB
+	// of YAML take about a second.
+	largeFile = 1 << 20
+	// maxFaults is how many faults of a file are logged.
+	maxFaults = 20
+)
 
-func (s *Source) readAll(ctx context.Context, sink proxier.Sink) (unsettled map[string]bool, err error) {
+var (
+	errReplaced     = errors.New("another directory is at the path")
+	errBeingWritten = errors.New("being written")
+	errNotAFile     = errors.New("not a regular file")
+)
+
+func (s *Source) readAll(ctx context.Context, sink proxier.Sink) (unfinished map[string]bool, err error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
 		return nil, fmt.Errorf("reading %s: %w", s.dir, err)
@@ -34,63 +44,61 @@ func (s *Source) readAll(ctx context.Context, sink proxier.Sink) (unsettled map[
 			names[e.Name()] = true
 		}
 	}
-	if len(names) == 0 && s.waitsForManifests() {
+	if len(names) == 0 && s.inGrace() {
 		return nil, nil
 	}
-	s.emptied = time.Time{}
-	for name := range s.content {
-		names[name] = true // also those that are gone
+	s.emptySince = time.Time{}
+	for name := range s.fingerprints {
+		names[name] = true // also files that are gone
 	}
 	return s.readSome(ctx, names, sink, false), nil
 }
 
-// waitsForManifests says whether the objects of a directory stay in which no
-// manifest was found.
-func (s *Source) waitsForManifests() bool {
+// inGrace says whether the objects of a directory without manifests still stay.
+func (s *Source) inGrace() bool {
 	if len(s.catalog.files) == 0 {
-		return false // nothing can be lost
+		return false // there are no objects
 	}
-	if s.emptied.IsZero() {
-		s.emptied = time.Now()
-		s.log.Warn("the directory has no manifest any more; its objects are served until the grace period ends", "gracePeriod", s.grace)
+	if s.emptySince.IsZero() {
+		s.emptySince = time.Now()
+		s.log.Warn("the directory has no manifest any more; its objects stay until the grace period ends", "gracePeriod", s.grace)
 	}
-	if time.Since(s.emptied) < s.grace {
+	if time.Since(s.emptySince) < s.grace {
 		return true
 	}
 	s.log.Warn("the directory has had no manifest for the grace period; its objects are removed", "gracePeriod", s.grace)
 	return false
 }
 
-// readSome reads the named files. It takes no notice of files that are being
-// written and returns their names; a hasty reading does so with every file that
-// has faults, which may only be half written.
-func (s *Source) readSome(ctx context.Context, names map[string]bool, sink proxier.Sink, hasty bool) (unsettled map[string]bool) {
-	var concerned []key
-	fresh := map[string]map[key]manifest{}
+// readSome reads the named files. It returns all of the names if one of the files
+// is unfinished: a program writes to it, or it is new and has faults.
+func (s *Source) readSome(ctx context.Context, names map[string]bool, sink proxier.Sink, newFiles bool) (unfinished map[string]bool) {
+	var changed []key
+	objects := map[string]map[key]manifest{}
 	for name := range names {
-		some, ok := s.readOne(ctx, name, hasty, fresh)
+		some, ok := s.readOne(ctx, name, newFiles, objects)
 		if !ok {
-			unsettled = names // together with those that they came with
-			continue
+			unfinished = names
 		}
-		concerned = append(concerned, some...)
+		changed = append(changed, some...)
 	}
-	fetch := func(name string, k key) object {
-		if _, just := fresh[name]; !just {
-			// The file became an object's first holder without having changed.
+	load := func(name string, k key) object {
+		if _, ok := objects[name]; !ok {
+			// The file is unchanged. It had the object too, and is its first holder now.
 			if content, err := os.ReadFile(filepath.Join(s.dir, name)); err == nil {
-				fresh[name], _ = read(content)
+				objects[name] = parse(content).objects
 			}
 		}
-		return fresh[name][k].object
+		return objects[name][k].object
 	}
-	s.catalog.tell(concerned, fetch, sink)
-	return unsettled
+	s.catalog.send(changed, load, sink)
+	return unfinished
 }
 
-// readOne reads a file, if it has changed since it was last read, into fresh
-// and returns the objects that this concerns.
-func (s *Source) readOne(ctx context.Context, name string, hasty bool, fresh map[string]map[key]manifest) (concerned []key, ok bool) {
+// readOne reads a file if it has changed. It puts the file's objects into objects
+// and returns the keys of those that changed. ok is false if the file is
+// unfinished.
+func (s *Source) readOne(ctx context.Context, name string, isNew bool, objects map[string]map[key]manifest) (changed []key, ok bool) {
 	f, info, err := s.open(name)
 	var r reading
 	switch {
@@ -99,69 +107,51 @@ func (s *Source) readOne(ctx context.Context, name string, hasty bool, fresh map
 	case err != nil:
 		delete(s.large, name)
 		if errors.Is(err, fs.ErrNotExist) {
-			delete(s.content, name)
-			delete(s.faulty, name)
+			delete(s.fingerprints, name)
+			delete(s.problems, name)
 			return s.catalog.set(name, nil, false), true
 		}
 		r.err = err
-	case info.Size() > largeFile || s.large[name] != nil:
-		return s.readLater(ctx, name, f, info, fresh), true
+	case info.Size() > largeFile || s.isLarge(name):
+		return s.readLarge(ctx, name, f, info, objects), true
 	default:
-		r = readFrom(f, s.known(name))
-		f.Close()
+		defer f.Close()
+		r = read(f, s.fingerprints[name])
 	}
-	if hasty && r.err == nil && (len(r.faults) > 0 || r.empty) {
+	if isNew && r.err == nil && !r.unchanged && (len(r.faults) > 0 || len(r.objects) == 0) {
 		return nil, false
 	}
-	return s.accept(name, r, fresh), true
+	return s.accept(name, &r, objects), true
 }
 
-// reading is what reading a file gave.
+// reading is the result of reading a file.
 type reading struct {
-	// Of a large file: its name, what it was before it was read, and whether it
-	// was read.
+	// name and info of a large file, before it was read.
 	name string
-	file fs.FileInfo
-	done bool
+	info fs.FileInfo
 
 	err         error
-	empty       bool
-	unchanged   bool // since it was last read
 	fingerprint uint64
-	found       map[key]manifest
+	unchanged   bool // since it was last read
+	objects     map[key]manifest
 	faults      []fault
 }
 
-// broken says whether objects of the file may be missing in found.
-func (r *reading) broken() bool {
-	return slices.ContainsFunc(r.faults, fault.serious)
-}
-
-// known returns the fingerprint of what a file held when it was last read; nil
-// where it was not.
-func (s *Source) known(name string) *uint64 {
-	if fingerprint, read := s.content[name]; read {
-		return &fingerprint
-	}
-	return nil
-}
-
-func readFrom(f io.Reader, known *uint64) (r reading) {
+// read parses a file unless it still has the last fingerprint.
+func read(f io.Reader, last uint64) reading {
 	content, err := io.ReadAll(f)
-	if err != nil {
-		return reading{err: err}
-	}
-	r = reading{empty: len(content) == 0, fingerprint: maphash.Bytes(seed, content)}
-	r.unchanged = known != nil && *known == r.fingerprint
-	if !r.unchanged && (len(content) <= largeFile || mentionsKind(content)) {
-		r.found, r.faults = read(content)
+	r := reading{err: err, fingerprint: maphash.Bytes(seed, content)}
+	r.unchanged = r.fingerprint == last
+	if err == nil && !r.unchanged && (len(content) <= largeFile || namesKind(content)) {
+		p := parse(content)
+		r.objects, r.faults = p.objects, p.faults
 	}
 	return r
 }
 
-// mentionsKind says whether a text can hold an object that is served. It keeps
-// a large file of something else from being parsed.
-func mentionsKind(text []byte) bool {
+// namesKind says whether a text can have an object of the kinds that are read.
+// Large files of other content are not parsed.
+func namesKind(text []byte) bool {
 	for kind := range kinds {
 		if bytes.Contains(text, []byte(kind)) {
 			return true
@@ -170,95 +160,94 @@ func mentionsKind(text []byte) bool {
 	return false
 }
 
-// readLater accepts what a goroutine has read of a large file, and has the file
-// read if it has changed since. Other files do not wait for it. It closes f.
-func (s *Source) readLater(ctx context.Context, name string, f *os.File, now fs.FileInfo, fresh map[string]map[key]manifest) (concerned []key) {
-	if r := s.large[name]; r != nil {
-		if !r.done {
+func (s *Source) isLarge(name string) bool {
+	_, ok := s.large[name]
+	return ok
+}
+
+// readLarge accepts what a goroutine has read of a large file. If the file has
+// changed since, or was not read yet, it starts such a goroutine. It closes f.
+func (s *Source) readLarge(ctx context.Context, name string, f *os.File, now fs.FileInfo, objects map[string]map[key]manifest) (changed []key) {
+	if s.isLarge(name) {
+		r := s.large[name]
+		if r == nil {
 			f.Close()
-			return nil // it is looked at again when it was read
+			return nil // the file comes here again when the goroutine has read it
 		}
 		delete(s.large, name)
-		if os.SameFile(r.file, now) && r.file.Size() == now.Size() && r.file.ModTime().Equal(now.ModTime()) {
+		if os.SameFile(r.info, now) && r.info.Size() == now.Size() && r.info.ModTime().Equal(now.ModTime()) {
 			f.Close()
-			return s.accept(name, *r, fresh)
+			return s.accept(name, r, objects)
 		}
 	}
-	s.large[name] = &reading{}
-	known := s.known(name)
+	s.large[name] = nil
+	last := s.fingerprints[name]
 	go func() {
 		defer f.Close()
-		got := readFrom(f, known)
-		got.name, got.file, got.done = name, now, true
+		r := read(f, last)
+		r.name, r.info = name, now
 		select {
-		case s.largeRead <- &got:
+		case s.largeRead <- &r:
 		case <-ctx.Done():
 		}
 	}()
 	return nil
 }
 
-// accept takes over what was read of a file and returns the objects that this
-// concerns.
-func (s *Source) accept(name string, r reading, fresh map[string]map[key]manifest) (concerned []key) {
+// accept takes over the content of a file and returns the keys of the objects
+// that changed.
+func (s *Source) accept(name string, r *reading, objects map[string]map[key]manifest) (changed []key) {
 	if r.err != nil {
-		s.faulty[name] = r.err.Error() // it names the file
-		s.content[name] = 0            // so that its faults are found again
-		s.log.Warn("a file cannot be read; what it held before goes on being served", "error", r.err)
+		s.problems[name] = r.err.Error() // it names the file
+		s.fingerprints[name] = 0         // so that its faults are found again
+		s.log.Warn("a file cannot be read; its earlier objects stay", "error", r.err)
 		return nil
 	}
 	if r.unchanged {
 		return nil
 	}
-	s.content[name] = r.fingerprint
-	s.report(name, r)
-	fresh[name] = r.found
-	return s.catalog.set(name, r.found, r.broken())
+	s.fingerprints[name] = r.fingerprint
+	s.logFaults(name, r.faults)
+	objects[name] = r.objects
+	return s.catalog.set(name, r.objects, slices.ContainsFunc(r.faults, fault.serious))
 }
 
-// report logs what is wrong with a file, and remembers it for note.
-func (s *Source) report(name string, r reading) {
-	delete(s.faulty, name)
-	path := filepath.Join(s.dir, name)
-	at := func(f fault) string { return fmt.Sprintf("%s:%d", path, f.line) }
-	if i := slices.IndexFunc(r.faults, fault.serious); i >= 0 {
-		s.faulty[name] = at(r.faults[i]) + ": " + r.faults[i].reason
+// logFaults logs what is wrong with a file, and keeps the first serious fault
+// for reportProblems.
+func (s *Source) logFaults(name string, faults []fault) {
+	delete(s.problems, name)
+	at := func(f fault) string { return filepath.Join(s.dir, name) + ": " + f.place }
+	if i := slices.IndexFunc(faults, fault.serious); i >= 0 {
+		s.problems[name] = at(faults[i]) + ": " + faults[i].reason
 	}
-	for i, f := range r.faults {
-		switch {
-		case i == maxFaults:
-			s.log.Error("more is wrong with a file than is said here", "file", path, "faults", len(r.faults))
-			return
-		case f.harmless:
-			s.log.Warn("an object is not read", "at", at(f), "reason", f.reason)
-		default:
-			s.log.Error("a manifest cannot be used; what it said before goes on being served", "at", at(f), "reason", f.reason)
+	for _, f := range faults[:min(len(faults), maxFaults)] {
+		if f.harmless {
+			s.log.Warn("an object is ignored", "at", at(f), "reason", f.reason)
+		} else {
+			s.log.Error("a manifest has a fault; its earlier objects stay", "at", at(f), "reason", f.reason)
 		}
 	}
-}
-
-// note passes on which files are not served as they are.
-func (s *Source) note() {
-	problems := slices.Sorted(maps.Values(s.faulty))
-	if !s.emptied.IsZero() {
-		problems = append(problems, fmt.Sprintf("%s has no manifest any more; its objects are served until %s",
-			s.dir, s.emptied.Add(s.grace).Format(time.RFC3339)))
-	}
-	if s.Noted != nil && !slices.Equal(problems, s.noted) {
-		s.noted = problems
-		s.Noted(problems)
+	if len(faults) > maxFaults {
+		s.log.Error("a file has more faults than are logged", "file", filepath.Join(s.dir, name), "faults", len(faults))
 	}
 }
 
-var (
-	errReplaced     = errors.New("another directory has taken its place")
-	errBeingWritten = errors.New("being written")
-	errNotAFile     = errors.New("not a regular file")
-)
+// reportProblems calls OnProblems if the problems have changed.
+func (s *Source) reportProblems() {
+	problems := slices.Sorted(maps.Values(s.problems))
+	if !s.emptySince.IsZero() {
+		problems = append(problems, fmt.Sprintf("%s has no manifest any more; its objects stay until %s",
+			s.dir, s.emptySince.Add(s.grace).Format(time.RFC3339)))
+	}
+	if s.OnProblems != nil && !slices.Equal(problems, s.reported) {
+		s.reported = problems
+		s.OnProblems(problems)
+	}
+}
 
-// open opens a file, unless a program is writing to it.
+// open opens a file, unless a program writes to it.
 func (s *Source) open(name string) (*os.File, fs.FileInfo, error) {
-	// A pipe must not be waited for.
+	// O_NONBLOCK: a pipe must not block.
 	f, err := os.OpenFile(filepath.Join(s.dir, name), os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, nil, err
@@ -268,7 +257,7 @@ func (s *Source) open(name string) (*os.File, fs.FileInfo, error) {
 	case err != nil:
 	case !info.Mode().IsRegular():
 		err = fmt.Errorf("%s: %w", f.Name(), errNotAFile)
-	case s.waitsForWriter(name, f):
+	case s.waitForWriter(name, f):
 		err = errBeingWritten
 	}
 	if err != nil {

@@ -1,3 +1,24 @@
+// Package file is the source that reads a directory of manifests, for a node
+// without an API server: Services, EndpointSlices, Nodes and ServiceCIDRs in
+// YAML or JSON, one or more objects per file. The directory is watched, without
+// its sub-directories. The sink receives only objects that changed.
+//
+// A document with a fault never takes others down. The log names the file, the
+// document, the object and the field. While a file has such a document, the
+// file's earlier objects stay, unless its other documents replace them. The same
+// holds for a file or a directory that cannot be read.
+//
+// A directory without any manifest keeps its objects for 30 s: an unmounted file
+// system looks like this. When single files are removed, their objects go at
+// once. When the path leads to another directory, the source follows within
+// about a second.
+//
+// A goroutine reads each file of more than 1 MiB, so that other files do not
+// wait. Such a file is parsed only if it has the name of a kind that is read.
+//
+// Endpoints objects are ignored with a warning: only EndpointSlices count.
+//
+// If two files have the same object, the file whose name sorts first wins.
 package file
 
 import (
@@ -18,50 +39,46 @@ import (
 )
 
 const (
-	// quiet is how long nothing must happen before a change is read: long
-	// enough for the writes of one program to be seen together, short enough
-	// for nobody to wait for it.
-	quiet = 3 * time.Millisecond
-	// longest bounds the wait for quiet in a directory that is written to
-	// without end.
-	longest = 500 * time.Millisecond
-	// maxFaults is how many faults of a file are logged.
-	maxFaults = 20
-	// again is how soon a directory that cannot be watched is looked for again,
-	// and how often the path is asked whether it leads to another directory: a
-	// mount over the path and a renamed parent cause no event.
-	again = time.Second
-	// emptyGrace is how long the objects of a directory stay that has no manifest
-	// any more. A file system that is not mounted yet looks like that.
+	// quietTime without events ends a batch of changes, which are then read: long
+	// enough to see the writes of one program together.
+	quietTime = 3 * time.Millisecond
+	// maxBatchTime bounds the batch where events never end.
+	maxBatchTime = 500 * time.Millisecond
+	// pollPeriod is how often the source looks for a directory that cannot be
+	// watched, and for another directory at the path. A mount over the path, a
+	// renamed parent or a switched link cause no event.
+	pollPeriod = time.Second
+	// emptyGrace is how long the objects of a directory without manifests stay.
 	emptyGrace = 30 * time.Second
 )
 
 // Source reads the manifests of a directory and watches it.
 type Source struct {
-	// Noted is told of the files that are not served as they are, one sorted line
-	// each, whenever these lines change; may be nil.
-	Noted func(problems []string)
+	// OnProblems receives one sorted line per file that is not served as it is,
+	// whenever the lines change; may be nil.
+	OnProblems func(problems []string)
 
 	dir     string
 	log     *slog.Logger
 	grace   time.Duration // emptyGrace
 	catalog *catalog
-	content map[string]uint64 // fingerprint of each file that was read
-	// busy says since when files have been seen open for writing.
-	busy map[string]time.Time
-	// large are the files that goroutines are reading; see readLater.
+	// fingerprints of the files as they were last read.
+	fingerprints map[string]uint64
+	// writers has the time when a file was first seen open for writing.
+	writers map[string]time.Time
+	// large has the readings of large files, nil while a goroutine reads the file.
 	large     map[string]*reading
 	largeRead chan *reading
-	// faulty says of each file that cannot be used wholly why not.
-	faulty map[string]string
-	// emptied is when a directory with manifests was found without any; zero: it
-	// has some, or its objects are gone.
-	emptied time.Time
-	noted   []string
+	// problems by file: why it is not served as it is.
+	problems map[string]string
+	reported []string
+	// emptySince is when the last manifest disappeared; zero if there are
+	// manifests, or no objects.
+	emptySince time.Time
 }
 
-// New returns a Source for dir. A directory that does not exist yet is waited
-// for; anything else at that path is an error.
+// New returns a Source for dir. The source waits for a directory that does not
+// exist yet; anything else at that path is an error.
 func New(dir string, log *slog.Logger) (*Source, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -71,15 +88,14 @@ func New(dir string, log *slog.Logger) (*Source, error) {
 		return nil, fmt.Errorf("%s is not a directory", dir)
 	}
 	return &Source{
-		dir: dir, log: log.With("directory", dir), grace: emptyGrace, catalog: newCatalog(log), content: map[string]uint64{},
-		busy: map[string]time.Time{}, large: map[string]*reading{}, largeRead: make(chan *reading), faulty: map[string]string{},
+		dir: dir, log: log.With("directory", dir), grace: emptyGrace, catalog: newCatalog(log), fingerprints: map[string]uint64{},
+		writers: map[string]time.Time{}, large: map[string]*reading{}, largeRead: make(chan *reading), problems: map[string]string{},
 	}, nil
 }
 
-// Run tells the sink what the manifests say until ctx ends, and returns nil
-// then. A directory that cannot be read is tried again; what it said before
-// stays with the sink. The error is about the kernel's file watches: without
-// them nothing would ever change.
+// Run sends the objects of the manifests to the sink until ctx ends, and returns
+// nil then. If the directory cannot be read, the source tries again and the sink
+// keeps its objects. An error means that the kernel allows no file watches.
 func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
 	last := ""
 	for ctx.Err() == nil {
@@ -95,22 +111,22 @@ func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
 		}
 		if text := fmt.Sprint(err); text != last {
 			last = text
-			s.log.Warn("the directory cannot be watched; what it held before goes on being served, and it is looked for again", "error", err)
+			s.log.Warn("the directory cannot be watched; its objects stay, and the source tries again", "error", err)
 		}
-		s.faulty[s.dir] = fmt.Sprintf("the directory cannot be watched: %v", err)
-		s.note()
+		s.problems[s.dir] = fmt.Sprintf("the directory cannot be watched: %v", err)
+		s.reportProblems()
 		select {
 		case <-ctx.Done():
-		case <-time.After(again):
+		case <-time.After(pollPeriod):
 		}
 	}
 	return nil
 }
 
-// watch reads the whole directory and then what changes, until the directory
-// itself is gone.
+// watch reads all of the directory, and then each change, until the directory
+// is gone.
 func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
-	identity, err := os.Stat(s.dir) // before the watch: what comes between is noticed
+	identity, err := os.Stat(s.dir) // before the watch begins, so that no replacement is missed
 	if err != nil {
 		return err
 	}
@@ -122,29 +138,22 @@ func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
 	if err := watcher.Add(s.dir); err != nil {
 		return fmt.Errorf("watching %s: %w", s.dir, err)
 	}
-	// A watch follows what was at the path when it began. Where the path is a
-	// link that is switched to another directory, only its parent tells.
-	if parent := filepath.Dir(s.dir); parent != s.dir {
-		if err := watcher.Add(parent); err != nil {
-			s.log.Debug("cannot see the directory being replaced", "error", err)
-		}
-	}
-	delete(s.faulty, s.dir)
-	unsettled, err := s.readAll(ctx, sink)
+	delete(s.problems, s.dir)
+	unfinished, err := s.readAll(ctx, sink)
 	for synced := false; err == nil; {
-		s.note()
-		if !synced && len(unsettled) == 0 && len(s.large) == 0 {
+		s.reportProblems()
+		if !synced && len(unfinished) == 0 && len(s.large) == 0 {
 			synced = true
 			sink.Synced()
 		}
 		var c change
-		if c, err = s.changes(ctx, watcher, identity, unsettled); err != nil {
+		if c, err = s.changes(ctx, watcher, identity, unfinished); err != nil {
 			return err
 		}
 		if c.all {
-			unsettled, err = s.readAll(ctx, sink)
+			unfinished, err = s.readAll(ctx, sink)
 		} else {
-			unsettled = s.readSome(ctx, c.names, sink, c.hasty)
+			unfinished = s.readSome(ctx, c.names, sink, c.newFiles)
 		}
 	}
 	return err
@@ -153,39 +162,38 @@ func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
 // change is what happened in the directory.
 type change struct {
 	names map[string]bool // of manifests
-	// all asks for everything to be read: events were lost, or the link that a
-	// mounted ConfigMap is switched by changed.
+	// all files must be read: events were lost, or the link changed that switches
+	// a mounted ConfigMap.
 	all bool
-	// hasty says that files appeared just now. They are whole if they were
-	// renamed into place, as careful programs do.
-	hasty bool
+	// newFiles: all files appeared just now. If they were renamed into place, they
+	// are complete.
+	newFiles bool
 }
 
-// changes waits for something to happen and then, unless a file appeared, for
-// quiet. What is unsettled from before counts as just changed. An error says
-// that the path does not lead to the directory of that identity any more.
-func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, identity fs.FileInfo, unsettled map[string]bool) (change, error) {
+// changes waits for changes and then, unless files appeared, for quietTime.
+// Unfinished files count as changed. The error errReplaced says that another
+// directory than that of the identity is at the path.
+func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, identity fs.FileInfo, unfinished map[string]bool) (change, error) {
 	c := change{names: map[string]bool{}}
-	poll := time.NewTicker(again)
+	poll := time.NewTicker(pollPeriod)
 	defer poll.Stop()
-	var calm, late, graceOver <-chan time.Time
-	if !s.emptied.IsZero() {
-		graceOver = time.After(time.Until(s.emptied.Add(s.grace)))
+	var quiet, batchEnd, graceEnd <-chan time.Time
+	if !s.emptySince.IsZero() {
+		graceEnd = time.After(time.Until(s.emptySince.Add(s.grace)))
 	}
-	if len(unsettled) > 0 {
-		c.names, calm, late = unsettled, time.After(quiet), time.After(longest)
+	if len(unfinished) > 0 {
+		c.names, quiet, batchEnd = unfinished, time.After(quietTime), time.After(maxBatchTime)
 	}
 	for {
-		wait := quiet
 		select {
 		case <-ctx.Done():
 			return c, ctx.Err()
-		case <-calm:
+		case <-quiet:
 			return c, nil
-		case <-late:
-			c.hasty = false
+		case <-batchEnd:
+			c.newFiles = false
 			return c, nil
-		case <-graceOver:
+		case <-graceEnd:
 			c.all = true
 			return c, nil
 		case <-poll.C:
@@ -207,31 +215,28 @@ func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, identit
 			switch {
 			case !ok || event.Name == s.dir && event.Has(fsnotify.Remove|fsnotify.Rename):
 				return c, fmt.Errorf("%s: %w", s.dir, fs.ErrNotExist)
-			case event.Name == s.dir && event.Has(fsnotify.Create):
-				return c, errReplaced
-			case filepath.Dir(event.Name) != s.dir:
-				continue // of what stands beside the directory
 			case isManifest(base):
 				c.names[base] = true
-				c.hasty = event.Op == fsnotify.Create && (calm == nil || c.hasty)
+				c.newFiles = event.Op == fsnotify.Create && (quiet == nil || c.newFiles)
 			case strings.HasPrefix(base, ".."):
 				c.all = true
 			default:
 				continue
 			}
 		}
-		if c.hasty {
-			wait = 0
+		if c.newFiles {
+			quiet = time.After(0)
+		} else {
+			quiet = time.After(quietTime)
 		}
-		calm = time.After(wait)
-		if late == nil {
-			late = time.After(longest)
+		if batchEnd == nil {
+			batchEnd = time.After(maxBatchTime)
 		}
 	}
 }
 
-// isManifest goes by the name's ending; hidden files are other programs' own.
+// isManifest looks at the name's extension. Hidden files belong to other
+// programs.
 func isManifest(name string) bool {
-	base := filepath.Base(name)
-	return !strings.HasPrefix(base, ".") && slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(base))
+	return !strings.HasPrefix(name, ".") && slices.Contains([]string{".yaml", ".yml", ".json"}, filepath.Ext(name))
 }

@@ -48,11 +48,11 @@ func (b *lockedBuffer) String() string {
 
 // lab is a directory and the source that watches it.
 type lab struct {
-	t     *testing.T
-	dir   string
-	log   *lockedBuffer
-	lines chan string
-	noted chan []string
+	t        *testing.T
+	dir      string
+	log      *lockedBuffer
+	lines    chan string
+	problems chan []string
 }
 
 func newLab(t *testing.T, dir string) *lab {
@@ -68,7 +68,7 @@ func newLabWith(t *testing.T, dir string, grace time.Duration) *lab {
 		t.Fatal(err)
 	}
 	s.grace = grace
-	s.Noted = func(problems []string) { l.noted <- problems }
+	s.OnProblems = func(problems []string) { l.problems <- problems }
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx, listener{l.lines}) }()
@@ -135,14 +135,14 @@ func TestFilesComeAndGo(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.write("d.yaml", service("last"))
-	l.want("apply Service last") // the same objects under another name are no news
+	l.want("apply Service last") // the same objects in another file are no change
 	if err := os.Remove(filepath.Join(dir, "c.yaml")); err != nil {
 		t.Fatal(err)
 	}
 	l.want("delete Service one", "delete Service three")
 }
 
-func TestWhatIsThereIsToldBeforeSynced(t *testing.T) {
+func TestExistingObjectsComeBeforeSynced(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "a.yaml"), []byte(service("one")), 0o600); err != nil {
 		t.Fatal(err)
@@ -152,19 +152,19 @@ func TestWhatIsThereIsToldBeforeSynced(t *testing.T) {
 	l.want("synced")
 }
 
-func TestBrokenDocumentKeepsWhatItSaid(t *testing.T) {
+func TestDocumentWithFaultKeepsItsObjects(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
 	l.write("a.yaml", service("one", "two"))
 	l.want("apply Service one", "apply Service two")
 	l.write("a.yaml", service("one")+"  extra: true\n---\n"+service("new"))
 	l.want("apply Service new") // neither one nor two is deleted
-	where := filepath.Join(l.dir, "a.yaml") + ":7"
+	where := filepath.Join(l.dir, "a.yaml") + ": document 1"
 	if !strings.Contains(l.log.String(), where) || !strings.Contains(l.log.String(), `unknown field \"spec.extra\"`) {
 		t.Errorf("the log does not name %s and the field:\n%s", where, l.log)
 	}
 	l.write("a.yaml", service("one"))
-	l.want("delete Service two", "delete Service new") // one says what it said
+	l.want("delete Service two", "delete Service new") // one is unchanged
 }
 
 func TestFirstFileByNameWins(t *testing.T) {
@@ -174,7 +174,7 @@ func TestFirstFileByNameWins(t *testing.T) {
 	l.want("apply Service one")
 	l.write("a.yaml", service("one")+"  type: NodePort\n")
 	l.want("apply Service one")
-	if !strings.Contains(l.log.String(), "two files hold the same object") {
+	if !strings.Contains(l.log.String(), "several files have the same object") {
 		t.Errorf("not in the log:\n%s", l.log)
 	}
 	l.write("c.yaml", service("one")+"  type: LoadBalancer\n---\n"+service("marker"))

@@ -8,9 +8,9 @@ import (
 	"testing"
 )
 
-// A file that appeared just now is read at once; if it does not parse, it may
-// only be half written, and nobody is told.
-func TestHalfWrittenFileIsNoNews(t *testing.T) {
+// A new file is read at once. If it has faults, it may be half written, and
+// nothing is logged.
+func TestNewFileMayBeHalfWritten(t *testing.T) {
 	var log bytes.Buffer
 	s, err := New(t.TempDir(), slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
@@ -21,8 +21,8 @@ func TestHalfWrittenFileIsNoNews(t *testing.T) {
 		if err := os.WriteFile(path, []byte(half), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if concerned, ok := s.readOne(t.Context(), "a.yaml", true, map[string]map[key]manifest{}); ok || len(concerned) > 0 || log.Len() > 0 {
-			t.Errorf("a hasty reading of %q gives %v, %v and logs %q", half, concerned, ok, log.String())
+		if changed, ok := s.readOne(t.Context(), "a.yaml", true, map[string]map[key]manifest{}); ok || len(changed) > 0 || log.Len() > 0 {
+			t.Errorf("reading the new file %q gives %v, %v and logs %q", half, changed, ok, log.String())
 		}
 	}
 	if _, ok := s.readOne(t.Context(), "a.yaml", false, map[string]map[key]manifest{}); !ok || log.Len() == 0 {

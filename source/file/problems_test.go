@@ -8,24 +8,24 @@ import (
 	"time"
 )
 
-// wantNoted waits for the next change of what is noted, and wants one line for
-// each text, which holds it.
-func (l *lab) wantNoted(texts ...string) {
+// wantProblems waits for the next change of the problems, and wants one for each
+// text, which contains it.
+func (l *lab) wantProblems(texts ...string) {
 	l.t.Helper()
-	problems := <-l.noted
+	problems := <-l.problems
 	if len(problems) != len(texts) {
-		l.t.Fatalf("noted %q, want %q", problems, texts)
+		l.t.Fatalf("the problems are %q, want %q", problems, texts)
 	}
 	for i, text := range texts {
 		if !strings.Contains(problems[i], text) {
-			l.t.Fatalf("noted %q, want %q", problems, texts)
+			l.t.Fatalf("the problems are %q, want %q", problems, texts)
 		}
 	}
 }
 
-// A fault that is there at the start is known as long as it lasts: nobody may
-// have seen the log.
-func TestFaultsAreNoted(t *testing.T) {
+// A fault at the start is reported as long as it lasts: nobody may have seen the
+// log.
+func TestFaultsAreReported(t *testing.T) {
 	dir := t.TempDir()
 	broken := service("one") + "  extra: true\n"
 	if err := os.WriteFile(filepath.Join(dir, "a.yaml"), []byte(broken), 0o600); err != nil {
@@ -33,47 +33,47 @@ func TestFaultsAreNoted(t *testing.T) {
 	}
 	l := newLab(t, dir)
 	l.want("synced")
-	l.wantNoted("a.yaml:7: ")
+	l.wantProblems(`a.yaml: document 1: Service default/one: unknown field "spec.extra"`)
 	l.write("b.yaml", "kind: {")
-	l.wantNoted("a.yaml:7: ", "b.yaml:1: ")
+	l.wantProblems("a.yaml: document 1: Service default/one: unknown field", "b.yaml: document 1: ")
 	l.write("a.yaml", service("one"))
 	l.want("apply Service one")
-	l.wantNoted("b.yaml:1: ")
+	l.wantProblems("b.yaml: document 1: ")
 	if err := os.Remove(filepath.Join(dir, "b.yaml")); err != nil {
 		t.Fatal(err)
 	}
-	l.wantNoted()
+	l.wantProblems()
 }
 
-// A dump holds many Endpoints objects; the fault behind them counts.
-func TestFaultBehindEndpointsIsNoted(t *testing.T) {
+// A dump has many Endpoints objects. The fault after them counts.
+func TestFaultAfterEndpointsIsReported(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
 	endpoints := "apiVersion: v1\nkind: Endpoints\nmetadata: {name: one}\n---\n"
 	l.write("a.yaml", strings.Repeat(endpoints, maxFaults+1)+"kind: {")
-	l.wantNoted("a.yaml:")
+	l.wantProblems("a.yaml: document 22: ")
 }
 
-func TestUnreadableFileIsNoted(t *testing.T) {
+func TestUnreadableFileIsReported(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
 	path := filepath.Join(l.dir, "a.yaml")
 	if err := os.Mkdir(path, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	l.wantNoted("a.yaml: not a regular file")
+	l.wantProblems("a.yaml: not a regular file")
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	l.wantNoted()
+	l.wantProblems()
 }
 
-func TestEndpointsArePassedOver(t *testing.T) {
+func TestEndpointsAreIgnored(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
 	l.write("a.yaml", service("one")+"---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: one}\n")
 	l.want("apply Service one")
-	for _, text := range []string{"Endpoints default/one is passed over", "a.yaml:8"} {
+	for _, text := range []string{"Endpoints default/one is ignored", "a.yaml: document 2"} {
 		if !strings.Contains(l.log.String(), text) {
 			t.Errorf("the log has no %q:\n%s", text, l.log)
 		}
@@ -104,7 +104,7 @@ func TestEmptyDirectoryKeepsObjects(t *testing.T) {
 	l.write("a.yaml", service("one", "two"))
 	l.want("apply Service one", "apply Service two")
 	l.replace()
-	for problems := range l.noted {
+	for problems := range l.problems {
 		if len(problems) == 1 && strings.Contains(problems[0], "has no manifest any more") {
 			break
 		}
