@@ -39,7 +39,7 @@ func (s *settings) note(who string, problems []*node.KernelProblem) {
 	for _, p := range problems {
 		if was := before[p.Name()]; was == nil || was.Error() != p.Error() {
 			s.log.Warn("a kernel setting is not as it should be", "file", p.File, "wanted", p.Wanted, "found", p.Found, "error", p.Err,
-				"without", cmp.Or(p.Without, "the kernel's value counts"), "remedy", p.Remedy())
+				"without", cmp.Or(p.Impact, "the kernel's value counts"), "remedy", p.Remedy())
 		}
 		s.told(p.Name(), p)
 	}

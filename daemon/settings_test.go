@@ -22,7 +22,7 @@ func TestSettings(t *testing.T) {
 		told: func(name string, err error) { told = append(told, fmt.Sprint(name, " ", err != nil)) },
 	}
 	problem := func(name string) *node.KernelProblem {
-		return &node.KernelProblem{File: "/proc/sys/" + name, Wanted: "1", Found: "0", Err: errors.New("no"), Without: "it is dark"}
+		return &node.KernelProblem{File: "/proc/sys/" + name, Wanted: "1", Found: "0", Err: errors.New("no"), Impact: "it is dark"}
 	}
 	check := func(step string, logged int, wantTold, wantNames []string) {
 		t.Helper()

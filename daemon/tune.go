@@ -18,7 +18,7 @@ import (
 func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
 	if cfg.OOMScoreAdj != nil {
 		if p := node.SetOOMScore(*cfg.OOMScoreAdj); p != nil {
-			log.Warn(p.Without, "error", p, "remedy", p.Remedy())
+			log.Warn(p.Impact, "error", p, "remedy", p.Remedy())
 		}
 	}
 	return node.TuneConntrack(cfg.Conntrack)
@@ -27,7 +27,7 @@ func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
 // Init does what needs all privileges and ends (--init-only). It is an error
 // that anything of it could not be done: there is no other use for it.
 func Init(cfg *config.Config, log *slog.Logger) error {
-	failed := []error{node.Unmade(node.TuneConntrack(cfg.Conntrack))}
+	failed := []error{node.JoinProblems(node.TuneConntrack(cfg.Conntrack))}
 	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
 	failed = append(failed, err)
 	for _, family := range choice.Families {

@@ -15,5 +15,5 @@ func Init(opts proxier.Options, localhost bool) error {
 		return err
 	}
 	err = p.prepareNode(&proxier.Node{LocalhostNodePorts: localhost})
-	return errors.Join(err, node.Unmade(p.problems), p.Close())
+	return errors.Join(err, node.JoinProblems(p.problems), p.Close())
 }

@@ -14,5 +14,5 @@ func Init(opts proxier.Options) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(p.prepare(), node.Unmade(p.problems), p.Close())
+	return errors.Join(p.prepare(), node.JoinProblems(p.problems), p.Close())
 }

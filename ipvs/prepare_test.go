@@ -53,7 +53,7 @@ func TestServesWithoutSettings(t *testing.T) {
 		}
 		return nil
 	}
-	if p := problem(); p == nil || p.Wanted != "1" || p.Found != "0" || p.Without == "" || !errors.Is(p, unix.EROFS) || !strings.Contains(p.Remedy(), "--init-only") {
+	if p := problem(); p == nil || p.Wanted != "1" || p.Found != "0" || p.Impact == "" || !errors.Is(p, unix.EROFS) || !strings.Contains(p.Remedy(), "--init-only") {
 		t.Errorf("the problem is %+v", p)
 	}
 	unlock()

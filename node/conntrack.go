@@ -8,40 +8,40 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"k8s.io/utils/cpuset"
 )
 
-// Conntrack is what the kernel's connection tracking is set to. A zero leaves
-// what the kernel has.
+// Conntrack holds the wanted settings of the kernel's connection tracking. A zero
+// keeps the kernel's value.
 type Conntrack struct {
-	// MaxPerCore times the machine's CPUs is how many connections can be
-	// tracked: at least Min, or maxTracked where the product is more than that.
-	// Without MaxPerCore, Min sets nothing.
+	// MaxPerCore is multiplied by the machine's CPUs. So many connections can be
+	// tracked, but at least Min. A product above maxTracked counts as maxTracked,
+	// whatever Min is. Without MaxPerCore, Min has no effect.
 	MaxPerCore, Min int32
-	// The time-outs are in whole seconds; a part of one counts as one.
+	// The timeouts are rounded up to whole seconds.
 	TCPEstablishedTimeout, TCPCloseWaitTimeout time.Duration
-	// TCPBeLiberal tracks TCP segments outside the window too. False leaves
-	// what the kernel has.
+	// TCPBeLiberal tracks TCP segments outside the window too. False keeps the
+	// kernel's value.
 	TCPBeLiberal                 bool
 	UDPTimeout, UDPStreamTimeout time.Duration
 }
 
-// maxTracked bounds what MaxPerCore asks for on machines with many CPUs, since
-// kube-proxy 1.36: the table's buckets are allocated at once.
+// maxTracked bounds the product of MaxPerCore and the CPUs, as kube-proxy does
+// since 1.36: the kernel allocates the table's buckets at once.
 const maxTracked = 1 << 20
 
-// KernelProblem is a kernel setting that is not as it was wanted.
+// KernelProblem is a kernel setting that could not be set.
 type KernelProblem struct {
 	File          string
 	Wanted, Found string // Found is empty where it could not be read
 	Err           error
-	// Without says what does not work as long as it is so; may be empty.
-	Without string
-	remedy  string // in the place of the usual one
+	// Impact says what does not work meanwhile; may be empty.
+	Impact string
+	remedy string // replaces the usual one
 }
 
 func (p *KernelProblem) Error() string {
@@ -54,11 +54,11 @@ func (p *KernelProblem) Error() string {
 
 func (p *KernelProblem) Unwrap() error { return p.Err }
 
-// Name is what sysctl(8) calls the setting, or the path of one that it does
-// not know.
+// Name returns the setting's name for sysctl(8), or the path of a setting that
+// is no sysctl.
 func (p *KernelProblem) Name() string { return nameOf(p.File) }
 
-// Remedy is what an operator can do about it.
+// Remedy says what an operator can do about it.
 func (p *KernelProblem) Remedy() string {
 	switch {
 	case p.remedy != "":
@@ -71,9 +71,8 @@ func (p *KernelProblem) Remedy() string {
 	return fmt.Sprintf("set it on the node: echo %s > %s", p.Wanted, p.File)
 }
 
-// Unmade is one error for all of the problems, each with its remedy; nil for
-// none.
-func Unmade(problems []*KernelProblem) error {
+// JoinProblems returns one error for all problems with their remedies, or nil.
+func JoinProblems(problems []*KernelProblem) error {
 	var failed []error
 	for _, p := range problems {
 		failed = append(failed, fmt.Errorf("%w; %s", p, p.Remedy()))
@@ -81,15 +80,14 @@ func Unmade(problems []*KernelProblem) error {
 	return errors.Join(failed...)
 }
 
-// TuneConntrack makes the kernel's settings of connection tracking what want
-// says, as kube-proxy does, but never lowers how many connections can be
-// tracked. What cannot be written is in the list and keeps nothing else from
-// being written.
+// TuneConntrack sets the kernel's connection tracking as kube-proxy does, but
+// never lowers the number of connections that can be tracked. It returns the
+// settings that could not be written; the others are written all the same.
 func TuneConntrack(want Conntrack) []*KernelProblem {
 	return kernelFiles{sysctls: sysctlRoot, modules: "/sys/module", load: loadConntrack}.tuneConntrack(want, cpus())
 }
 
-// kernelFiles is where a kernel's settings are.
+// kernelFiles are the folders of a kernel's settings.
 type kernelFiles struct {
 	sysctls, modules string
 	load             func() // makes the kernel load connection tracking
@@ -101,14 +99,14 @@ func (k kernelFiles) tuneConntrack(want Conntrack, cpus int) []*KernelProblem {
 		k.load()
 	}
 	var problems []*KernelProblem
-	note := func(p *KernelProblem) {
+	add := func(p *KernelProblem) {
 		if p != nil {
 			problems = append(problems, p)
 		}
 	}
 	if n := want.tracked(cpus); n > 0 {
-		note(raise(dir+"/nf_conntrack_max", n))
-		note(raise(filepath.Join(k.modules, "nf_conntrack/parameters/hashsize"), n/4))
+		add(setAtLeast(dir+"/nf_conntrack_max", n))
+		add(setAtLeast(filepath.Join(k.modules, "nf_conntrack/parameters/hashsize"), n/4))
 	}
 	for _, t := range []struct {
 		name    string
@@ -120,16 +118,17 @@ func (k kernelFiles) tuneConntrack(want Conntrack, cpus int) []*KernelProblem {
 		{"udp_timeout_stream", want.UDPStreamTimeout},
 	} {
 		if t.timeout > 0 {
-			note(set(dir+"/nf_conntrack_"+t.name, seconds(t.timeout)))
+			add(set(dir+"/nf_conntrack_"+t.name, seconds(t.timeout)))
 		}
 	}
 	if want.TCPBeLiberal {
-		note(set(dir+"/nf_conntrack_tcp_be_liberal", "1"))
+		add(set(dir+"/nf_conntrack_tcp_be_liberal", "1"))
 	}
 	return problems
 }
 
-// tracked is how many connections are to be tracked; 0 leaves it to the kernel.
+// tracked returns how many connections the kernel shall be able to track; 0
+// keeps the kernel's value.
 func (c Conntrack) tracked(cpus int) int {
 	if c.MaxPerCore <= 0 {
 		return 0
@@ -145,8 +144,8 @@ func seconds(d time.Duration) string {
 	return strconv.Itoa(int((d + time.Second - 1) / time.Second))
 }
 
-// raise makes a number at least n.
-func raise(file string, n int) *KernelProblem {
+// setAtLeast raises a setting that is less than n.
+func setAtLeast(file string, n int) *KernelProblem {
 	text, err := readSetting(file)
 	if err != nil {
 		return &KernelProblem{File: file, Wanted: strconv.Itoa(n), Err: err}
@@ -166,35 +165,17 @@ func set(file, value string) *KernelProblem {
 	return &KernelProblem{File: file, Wanted: value, Found: found, Err: err}
 }
 
-// loadConntrack asks the kernel for its table of connections. The kernel loads
-// the module for that by itself, without a modprobe in this container.
+// loadConntrack lists the connections. The kernel loads the module for that
+// itself, so the container needs no modprobe.
 func loadConntrack() {
 	_, _ = netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)
 }
 
-// cpus is how many CPUs the machine has, whatever this process may use of
-// them.
+// cpus returns the number of the machine's CPUs, of which this process may be
+// allowed to use fewer.
 func cpus() int {
-	text, err := readSetting("/sys/devices/system/cpu/online")
-	if err != nil {
-		return runtime.NumCPU()
+	if n, err := cpuset.NumCPU(); err == nil && n > 0 {
+		return n
 	}
-	return max(countCPUs(text), 1)
-}
-
-// countCPUs reads the kernel's form of a list: "0-3,8".
-func countCPUs(list string) int {
-	n := 0
-	for part := range strings.SplitSeq(list, ",") {
-		first, last, isRange := strings.Cut(part, "-")
-		if !isRange {
-			last = first
-		}
-		a, errA := strconv.Atoi(first)
-		b, errB := strconv.Atoi(last)
-		if errA == nil && errB == nil && b >= a {
-			n += b - a + 1
-		}
-	}
-	return n
+	return runtime.NumCPU()
 }

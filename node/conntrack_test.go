@@ -146,17 +146,6 @@ func TestConntrackIsLoaded(t *testing.T) {
 	}
 }
 
-func TestCountCPUs(t *testing.T) {
-	for list, want := range map[string]int{"0": 1, "0-3": 4, "0-3,8,10-11": 7, "": 0, "x": 0} {
-		if got := countCPUs(list); got != want {
-			t.Errorf("%q are %d CPUs, want %d", list, got, want)
-		}
-	}
-	if cpus() < 1 {
-		t.Error("this machine has no CPU")
-	}
-}
-
 // Raising the own score needs no privilege, and is what a test can undo.
 func TestOOMScore(t *testing.T) {
 	const file = "/proc/self/oom_score_adj"

@@ -8,14 +8,14 @@ import (
 
 const threadNamespace = "/proc/thread-self/ns/net"
 
-// processNamespace is the network namespace that the process began in. Read
-// later, it would be wherever the main thread is by then.
+// processNamespace is the network namespace in which the process started. It is
+// read at the start because the main thread may change its namespace later.
 var processNamespace, _ = os.Readlink(threadNamespace)
 
 // ForeignNamespace returns the network namespace of the calling thread, or
-// netns.None where that is the process's own: a socket that is opened on any
-// thread is of that one, and to name it would cost CAP_SYS_ADMIN, which a
-// container has not. The caller closes what is open.
+// netns.None if it is the process's own. Sockets of any thread belong to the
+// process's own, and entering it by name needs CAP_SYS_ADMIN, which a container
+// does not have. The caller closes an open handle.
 func ForeignNamespace() (netns.NsHandle, error) {
 	here, err := os.Readlink(threadNamespace)
 	if err != nil || here == processNamespace {

@@ -9,8 +9,8 @@ import (
 	"signalbox/proxier"
 )
 
-// Name returns the name that this node's Node object carries: override, or the
-// host name where that is empty, trimmed and in lower case.
+// Name returns the name of this node's Node object: override, or the host name if
+// that is empty, trimmed and in lower case.
 func Name(override string) (string, error) {
 	name := override
 	if name == "" {
@@ -27,8 +27,8 @@ func Name(override string) (string, error) {
 	return trimmed, nil
 }
 
-// FamilyUsable says why no Service of a family can be served here, or returns
-// nil.
+// FamilyUsable returns the reason why this node can serve no Service of a family,
+// or nil.
 func FamilyUsable(family proxier.Family) error {
 	if family == proxier.IPv4 {
 		return nil

@@ -9,22 +9,22 @@ import (
 
 const sysctlRoot = "/proc/sys"
 
-// Sysctl reads a kernel setting, named with slashes as below /proc/sys:
+// Sysctl reads a kernel setting by its path below /proc/sys, such as
 // "net/ipv4/ip_forward".
 func Sysctl(name string) (string, error) { return readSetting(filepath.Join(sysctlRoot, name)) }
 
-// SetSysctl writes a kernel setting unless it has that value already, so that
-// a read-only /proc/sys is no obstacle where nothing has to change.
+// SetSysctl writes a kernel setting unless it has that value already. So nothing
+// fails on a read-only /proc/sys if nothing has to change.
 func SetSysctl(name, value string) error {
 	return writeSetting(filepath.Join(sysctlRoot, name), value)
 }
 
-// NeedSysctl is SetSysctl for a setting without which something does not work,
-// as the problem says where it cannot be made.
-func NeedSysctl(name, value, without string) *KernelProblem {
+// NeedSysctl is SetSysctl for a setting that something depends on. impact says
+// what does not work without it.
+func NeedSysctl(name, value, impact string) *KernelProblem {
 	p := set(filepath.Join(sysctlRoot, name), value)
 	if p != nil {
-		p.Without = without
+		p.Impact = impact
 	}
 	return p
 }
@@ -48,8 +48,8 @@ func writeSetting(file, value string) error {
 	return nil
 }
 
-// nameOf is what a setting is called by sysctl(8), and the path of one that
-// sysctl does not know.
+// nameOf returns the name for sysctl(8) of a setting below /proc/sys, and the path
+// of any other.
 func nameOf(file string) string {
 	if name, ok := strings.CutPrefix(file, sysctlRoot+"/"); ok {
 		return strings.ReplaceAll(name, "/", ".")
