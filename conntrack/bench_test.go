@@ -13,9 +13,9 @@ import (
 	"signalbox/proxier"
 )
 
-// BenchmarkPass lists a table in which one flow in ten is UDP, none of them
+// BenchmarkScan lists a table in which one flow in ten is UDP, none of them
 // stale: what every change of a UDP Service costs besides what it removes.
-func BenchmarkPass(b *testing.B) {
+func BenchmarkScan(b *testing.B) {
 	for _, flows := range []int{1000, 50000} {
 		b.Run(fmt.Sprintf("flows=%d", flows), func(b *testing.B) {
 			runtime.LockOSThread()
@@ -37,7 +37,7 @@ func BenchmarkPass(b *testing.B) {
 				b.Fatal(err)
 			}
 			defer t.close()
-			d := duties{key("10.96.0.10:53"): {serving: endpoints("10.0.0.1:53")}}
+			d := tasks{key("10.96.0.10:53"): {serving: endpoints("10.0.0.1:53")}}
 			seen := 0
 			b.ResetTimer()
 			for b.Loop() {

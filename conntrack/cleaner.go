@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -16,54 +17,53 @@ import (
 	"signalbox/proxier"
 )
 
-// Options is what a Cleaner is made of.
+// Options are the parameters of New.
 type Options struct {
 	// LocalAddrs returns the addresses of this node, of both families. It is
-	// asked before each pass that is about NodePorts. Where it fails, its last
-	// answer counts.
+	// called before each scan that concerns NodePorts. If it fails, the last known
+	// addresses count.
 	LocalAddrs func() ([]netip.Addr, error)
-	// Relays are addresses at which a relay of this node takes flows in. It
-	// decides with each datagram where that goes; so a flow that is translated
-	// to one of them is kept for as long as anybody serves its Service.
+	// Relays are addresses of a relay on this node. It chooses an endpoint for
+	// each datagram; so a flow that is translated to a relay stays as long as its
+	// Service has endpoints.
 	Relays []netip.Prefix
 	// Logger is slog.Default() when nil.
 	Logger *slog.Logger
-	// Passed is told about every pass over the table; may be nil. It is called
-	// by the Cleaner's goroutine.
-	Passed func(Pass)
-	// Settle is how long after its first pass a frontend is looked at again;
-	// a second when zero.
-	Settle time.Duration
+	// Scanned is called after every scan of the table, by the Cleaner's goroutine;
+	// may be nil.
+	Scanned func(Scan)
+	// RecheckAfter is the time between the two scans for a frontend; a second
+	// when zero.
+	RecheckAfter time.Duration
 }
 
-// Pass says what one pass over the table of a family did.
-type Pass struct {
+// Scan is the result of one scan of a family's flows.
+type Scan struct {
 	Family    proxier.Family
 	Frontends int // frontends whose flows were looked for
 	Deleted   int // flows that were removed
 	Took      time.Duration
-	Err       error // the frontends are due again
+	Err       error // the same frontends are scanned for again
 }
 
-// defaultSettle outlasts a packet's way through the kernel. A packet that was
-// looked up in the rules just before they changed makes an entry in the table
-// only when it leaves (or reaches a local socket), which can be after the first
-// pass; a second one finds its flow.
-const defaultSettle = time.Second
+// defaultRecheck is longer than a packet's way through the kernel. A packet that
+// met the old rules makes its entry in the table only when it leaves the node or
+// reaches a local socket. That can be after the first scan; the second finds it.
+const defaultRecheck = time.Second
 
-// The wait before a failed pass is tried again.
+// The pause after a failed scan.
 const (
 	firstRetry = 100 * time.Millisecond
 	lastRetry  = 30 * time.Second
 )
 
-// maxInterrupted is how often an interrupted listing is begun anew before the
-// pass counts as failed.
+// maxInterrupted is how many listings in a row may be interrupted before the scan
+// counts as failed.
 const maxInterrupted = 5
 
 // Cleaner implements proxier.FlowCleaner in the network namespace in which it
-// was made. Each batch of changes costs one listing of the family's UDP flows,
-// on a goroutine of its own; what is queued meanwhile is one batch.
+// was made. Its goroutine lists a family's UDP flows once for each batch of
+// changes. Changes that are queued meanwhile are the next batch.
 type Cleaner struct {
 	opts   Options
 	table  *table
@@ -72,15 +72,15 @@ type Cleaner struct {
 	wake   chan struct{} // holds one token while there is something new
 
 	mu      sync.Mutex // guards what follows
-	queued  map[proxier.Family]duties
-	asked   uint64 // calls of Clean so far
-	settled uint64 // those of them that had their first pass
-	passed  *sync.Cond
+	queued  map[proxier.Family]tasks
+	calls   uint64     // of Clean so far
+	scanned uint64     // calls whose first scan has succeeded
+	changed *sync.Cond // of scanned
 
-	// The goroutine's own.
-	duties map[proxier.Family]duties
-	local  []netip.Addr
-	retry  time.Duration
+	// Used by the goroutine alone.
+	tasks map[proxier.Family]tasks
+	local []netip.Addr
+	retry time.Duration
 }
 
 var _ proxier.FlowCleaner = (*Cleaner)(nil)
@@ -94,8 +94,8 @@ func New(opts Options) (*Cleaner, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.Default()
 	}
-	if opts.Settle == 0 {
-		opts.Settle = defaultSettle
+	if opts.RecheckAfter == 0 {
+		opts.RecheckAfter = defaultRecheck
 	}
 	t, err := openTable()
 	if err != nil {
@@ -105,9 +105,9 @@ func New(opts Options) (*Cleaner, error) {
 	c := &Cleaner{
 		opts: opts, table: t, cancel: cancel,
 		done: make(chan struct{}), wake: make(chan struct{}, 1),
-		queued: map[proxier.Family]duties{}, duties: map[proxier.Family]duties{},
+		queued: map[proxier.Family]tasks{}, tasks: map[proxier.Family]tasks{},
 	}
-	c.passed = sync.NewCond(&c.mu)
+	c.changed = sync.NewCond(&c.mu)
 	go c.run(ctx)
 	return c, nil
 }
@@ -117,15 +117,15 @@ func (c *Cleaner) Clean(family proxier.Family, owners []proxier.FlowOwner) {
 	c.mu.Lock()
 	queued := c.queued[family]
 	if queued == nil {
-		queued = duties{}
+		queued = tasks{}
 		c.queued[family] = queued
 	}
 	for _, o := range owners {
 		for _, key := range o.Frontends {
-			queued[key] = duty{serving: o.Serving}
+			queued[key] = task{serving: o.Serving}
 		}
 	}
-	c.asked++
+	c.calls++
 	c.mu.Unlock()
 	select {
 	case c.wake <- struct{}{}:
@@ -133,18 +133,18 @@ func (c *Cleaner) Clean(family proxier.Family, owners []proxier.FlowOwner) {
 	}
 }
 
-// Flush waits until everything that was queued before the call had its first
-// pass without a failure.
+// Flush waits until the first scan for everything that was queued before the
+// call has succeeded.
 func (c *Cleaner) Flush(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.passed.Broadcast()
+		c.changed.Broadcast()
 	})
 	defer stop()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for want := c.asked; c.settled < want; c.passed.Wait() {
+	for want := c.calls; c.scanned < want; c.changed.Wait() {
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("flushing stale flows: %w", err)
 		}
@@ -152,7 +152,7 @@ func (c *Cleaner) Flush(ctx context.Context) error {
 	return nil
 }
 
-// Close ends the Cleaner. What is queued and not yet begun is left undone.
+// Close ends the Cleaner. It does not wait for queued changes.
 func (c *Cleaner) Close() error {
 	c.cancel()
 	<-c.done
@@ -172,30 +172,30 @@ func (c *Cleaner) run(ctx context.Context) {
 		case <-again.C:
 		}
 		began := time.Now()
-		due := c.round(ctx)
+		due := c.scanAll(ctx)
 		again.Stop()
 		if !due.IsZero() {
 			again.Reset(time.Until(due))
 		}
-		// In a storm of changes listing the table takes a fifth of the time
-		// of one processor and no more; a lone change never waits.
+		// In a storm of changes, listing the table takes at most a fifth of one
+		// processor. A single change never waits.
 		if !wait.For(ctx, min(4*time.Since(began), time.Second)) {
 			return
 		}
 	}
 }
 
-// round makes one pass over each family that has something due and returns
-// when the next is; zero for never.
-func (c *Cleaner) round(ctx context.Context) (next time.Time) {
-	asked := c.take()
+// scanAll scans the flows of each family that has tasks, and returns when the next
+// scan is due; zero for never.
+func (c *Cleaner) scanAll(ctx context.Context) (next time.Time) {
+	calls := c.drain()
 	failed := false
 	for _, family := range proxier.Families {
-		if d := c.duties[family]; len(d) > 0 {
-			failed = c.pass(ctx, family, d) != nil || failed
-			for _, at := range d {
-				if !at.until.IsZero() && (next.IsZero() || at.until.Before(next)) {
-					next = at.until
+		if t := c.tasks[family]; len(t) > 0 {
+			failed = c.scan(ctx, family, t) != nil || failed
+			for _, task := range t {
+				if !task.recheck.IsZero() && (next.IsZero() || task.recheck.Before(next)) {
+					next = task.recheck
 				}
 			}
 		}
@@ -206,44 +206,41 @@ func (c *Cleaner) round(ctx context.Context) (next time.Time) {
 	}
 	c.retry = 0
 	c.mu.Lock()
-	c.settled = asked
-	c.passed.Broadcast()
+	c.scanned = calls
+	c.changed.Broadcast()
 	c.mu.Unlock()
 	return next
 }
 
-// take joins what is queued to what is still being done; the later word about
-// a frontend counts. It returns how many calls of Clean that covers.
-func (c *Cleaner) take() uint64 {
+// drain moves the queue into the tasks; for each frontend the latest task counts.
+// It returns the number of calls of Clean that the tasks cover.
+func (c *Cleaner) drain() uint64 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for family, queued := range c.queued {
-		if c.duties[family] == nil {
-			c.duties[family] = queued
+		if c.tasks[family] == nil {
+			c.tasks[family] = queued
 		} else {
-			for key, d := range queued {
-				c.duties[family][key] = d
-			}
+			maps.Copy(c.tasks[family], queued)
 		}
-		delete(c.queued, family)
 	}
-	return c.asked
+	clear(c.queued)
+	return c.calls
 }
 
-// pass removes the stale flows of one family, and ends the duties that are
-// over.
-func (c *Cleaner) pass(ctx context.Context, family proxier.Family, d duties) error {
+// scan removes the stale flows of one family. A task ends with its second scan.
+func (c *Cleaner) scan(ctx context.Context, family proxier.Family, t tasks) error {
 	began := time.Now()
-	deleted, err := c.clean(ctx, family, d)
-	report := Pass{Family: family, Frontends: len(d), Deleted: deleted, Took: time.Since(began), Err: err}
-	for key, at := range d {
+	deleted, err := c.removeStale(ctx, family, t)
+	result := Scan{Family: family, Frontends: len(t), Deleted: deleted, Took: time.Since(began), Err: err}
+	for key, task := range t {
 		switch {
 		case err != nil:
-		case at.until.IsZero():
-			at.until = time.Now().Add(c.opts.Settle)
-			d[key] = at
-		case !began.Before(at.until):
-			delete(d, key)
+		case task.recheck.IsZero():
+			task.recheck = time.Now().Add(c.opts.RecheckAfter)
+			t[key] = task
+		case !began.Before(task.recheck):
+			delete(t, key)
 		}
 	}
 	log := c.opts.Logger.With("family", family.String())
@@ -251,27 +248,26 @@ func (c *Cleaner) pass(ctx context.Context, family proxier.Family, d duties) err
 	case err != nil && ctx.Err() == nil && c.retry == 0:
 		log.Warn("stale UDP flows could not be removed; trying again", "error", err)
 	case deleted > 0:
-		log.Debug("stale UDP flows removed", "flows", deleted, "frontends", report.Frontends, "took", report.Took)
+		log.Debug("stale UDP flows removed", "flows", deleted, "frontends", result.Frontends, "took", result.Took)
 	}
-	if c.opts.Passed != nil {
-		c.opts.Passed(report)
+	if c.opts.Scanned != nil {
+		c.opts.Scanned(result)
 	}
 	return err
 }
 
-func (c *Cleaner) clean(ctx context.Context, family proxier.Family, d duties) (deleted int, err error) {
-	if d.nodePorts() {
+func (c *Cleaner) removeStale(ctx context.Context, family proxier.Family, t tasks) (deleted int, err error) {
+	if t.haveNodePorts() {
 		c.readLocal()
 	}
 	var handles [][]byte
 	for range maxInterrupted {
 		err = c.table.each(family, func(f *flow) {
-			if d.stale(f, c.isLocal, c.isRelay) {
+			if t.stale(f, c.isLocal, c.isRelay) {
 				handles = append(handles, slices.Clone(f.handle))
 			}
 		})
-		// What an interrupted listing did find goes at once; the next try
-		// does not find it again.
+		// Flows that an interrupted listing found are removed at once.
 		for _, h := range handles {
 			if ctx.Err() != nil {
 				return deleted, ctx.Err()

@@ -161,7 +161,7 @@ func TestLastKnownAddressesCount(t *testing.T) {
 		func() ([]netip.Addr, error) { return nil, nil },
 	}
 	calls := 0
-	c := w.cleaner(Options{Settle: time.Hour, LocalAddrs: func() ([]netip.Addr, error) {
+	c := w.cleaner(Options{RecheckAfter: time.Hour, LocalAddrs: func() ([]netip.Addr, error) {
 		calls++
 		return answers[calls-1]()
 	}})
@@ -174,36 +174,36 @@ func TestLastKnownAddressesCount(t *testing.T) {
 	}
 }
 
-// A packet that met the old rules may make its flow only after the first pass.
-func TestSecondPass(t *testing.T) {
+// A packet that met the old rules may make its flow only after the first scan.
+func TestSecondScan(t *testing.T) {
 	w := newWorld(t, proxier.IPv4)
 	w.rules([2]netip.AddrPort{w.vip, w.a})
 	late := w.client(w.vip)
-	passes := make(chan Pass, 2)
+	scans := make(chan Scan, 2)
 	first := true
-	c := w.cleaner(Options{Settle: time.Millisecond, Passed: func(p Pass) {
+	c := w.cleaner(Options{RecheckAfter: time.Millisecond, Scanned: func(s Scan) {
 		if first {
 			first = false
 			late.ask()
 		}
-		passes <- p
+		scans <- s
 	}})
 	c.Clean(w.family, []proxier.FlowOwner{{Frontends: []proxier.FrontendKey{vipKey(w.vip)}}})
 	for i, deleted := range []int{0, 1} {
-		p := <-passes
-		if p.Deleted != deleted || p.Err != nil || p.Family != w.family || p.Frontends != 1 {
-			t.Errorf("pass %d: %+v, want %d flows deleted for 1 frontend", i+1, p, deleted)
+		s := <-scans
+		if s.Deleted != deleted || s.Err != nil || s.Family != w.family || s.Frontends != 1 {
+			t.Errorf("scan %d: %+v, want %d flows deleted for 1 frontend", i+1, s, deleted)
 		}
 	}
-	late.wantTracked(false, "after the second pass")
+	late.wantTracked(false, "after the second scan")
 }
 
-// What was said last about a frontend holds in the second pass too.
-func TestLatestWordCounts(t *testing.T) {
+// The latest task for a frontend counts in the second scan, too.
+func TestLatestTaskCounts(t *testing.T) {
 	w := newWorld(t, proxier.IPv4)
 	w.rules([2]netip.AddrPort{w.vip, w.a})
 	kept := w.client(w.vip)
-	c := w.cleaner(Options{Settle: time.Hour})
+	c := w.cleaner(Options{RecheckAfter: time.Hour})
 	w.clean(c, nil, vipKey(w.vip))
 	kept.ask()
 	w.clean(c, set(w.a), vipKey(w.vip))

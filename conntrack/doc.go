@@ -1,18 +1,19 @@
-// Package conntrack removes UDP flows from the kernel's connection tracking
-// table that point at what is gone.
+// Package conntrack removes stale UDP flows from the kernel's connection tracking
+// table.
 //
-// The kernel decides where a flow goes at its first packet and keeps to that
-// for as long as packets follow. TCP notices when the other end is gone; a UDP
-// client that goes on using its source port sends into the void. So after every
-// change that reached the kernel, the flows of the Services it was about are
-// compared with who still answers for them.
+// The kernel decides at a flow's first packet where the flow goes, and keeps to
+// that as long as packets follow. TCP notices that the other end is gone. A UDP
+// client that keeps its source port goes on sending to an endpoint that is gone.
+// So after every change that reached the kernel, the Cleaner compares the flows of
+// the changed Services with their serving endpoints.
 //
-// The rule: a UDP flow whose original destination is a frontend of a Service is
-// removed unless the source of its replies is one of the Service's serving
-// endpoints. That covers a Service without any endpoint, a Service that is gone
-// and a Service that is new (its clients may have flows that were made before
-// it existed and are not translated at all). At a NodePort, whose port number
-// may also be in use by somebody else, only flows to an address of this node
-// count, and of those that are not translated only the ones that nobody ever
-// answered: a daemon of the host keeps its clients.
+// The rule: a UDP flow to a frontend of a Service is removed unless a serving
+// endpoint of the Service answers it. That includes Services without endpoints,
+// deleted Services, and new Services: clients may have flows from before the
+// Service existed, which are not translated.
+//
+// A daemon of the host may use the number of a NodePort on other addresses, and
+// may have clients from before the Service existed. So at a NodePort only flows to
+// an address of this node count, and an untranslated flow only if nobody has
+// answered it.
 package conntrack

@@ -9,53 +9,49 @@ import (
 	"signalbox/proxier"
 )
 
-// flow is what matters of one entry of the connection tracking table.
+// flow is an entry of the connection tracking table.
 type flow struct {
-	// to is where the first packet was sent, from who answers it: another
-	// address where the destination was translated.
+	// to is the original destination, from the source of replies. They differ
+	// if the destination was translated.
 	to, from netip.AddrPort
-	// answered says that a reply was seen.
-	answered bool
-	// handle finds the entry again in the table.
-	handle []byte
+	answered bool   // the kernel has seen a reply
+	handle   []byte // attributes by which the kernel finds the entry
 }
 
 func (f *flow) translated() bool { return f.from != f.to }
 
-// duty is what is to be done about the flows to one frontend.
-type duty struct {
+// task is to remove the flows to one frontend that no serving endpoint answers.
+type task struct {
 	serving *proxier.EndpointSet
-	// until is when the duty ends; zero where no pass has yet been made for
-	// it.
-	until time.Time
+	// recheck is when the second and last scan is due; zero before the first.
+	recheck time.Time
 }
 
-// duties says for each frontend who may answer; the latest word counts.
-type duties map[proxier.FrontendKey]duty
+// tasks are those of one family.
+type tasks map[proxier.FrontendKey]task
 
-// stale says whether a flow must go. local tells the addresses of this node,
-// relay those of a relay on it.
-func (d duties) stale(f *flow, local, relay func(netip.Addr) bool) bool {
+// stale reports whether a flow must be removed. local recognises the addresses of
+// this node, and relay those of a relay on it.
+func (t tasks) stale(f *flow, local, relay func(netip.Addr) bool) bool {
 	key := proxier.FrontendKey{Addr: f.to.Addr(), Port: f.to.Port(), Protocol: proxier.UDP}
-	if at, ok := d[key]; ok {
-		return !at.keeps(f, relay)
+	if task, ok := t[key]; ok {
+		return !task.keeps(f, relay)
 	}
 	key.Addr = netip.Addr{}
-	at, ok := d[key]
+	task, ok := t[key]
 	if !ok || !f.translated() && f.answered || !local(f.to.Addr()) {
 		return false
 	}
-	return !at.keeps(f, relay)
+	return !task.keeps(f, relay)
 }
 
-// keeps says whether whoever answers the flow still does so.
-func (d duty) keeps(f *flow, relay func(netip.Addr) bool) bool {
-	return answers(d.serving, f.from) || d.serving.Len() > 0 && relay(f.from.Addr())
+// keeps reports whether a serving endpoint or a relay answers the flow.
+func (t task) keeps(f *flow, relay func(netip.Addr) bool) bool {
+	return contains(t.serving, f.from) || t.serving.Len() > 0 && relay(f.from.Addr())
 }
 
-// answers says whether an endpoint of the set, which is sorted by address and
-// port, is at a.
-func answers(set *proxier.EndpointSet, a netip.AddrPort) bool {
+// contains searches a set of endpoints, which is sorted by address and port.
+func contains(set *proxier.EndpointSet, a netip.AddrPort) bool {
 	if set == nil {
 		return false
 	}
@@ -65,9 +61,9 @@ func answers(set *proxier.EndpointSet, a netip.AddrPort) bool {
 	return found
 }
 
-// nodePorts says whether any of the frontends is at every address of the node.
-func (d duties) nodePorts() bool {
-	for key := range d {
+// haveNodePorts reports whether any of the frontends is a NodePort.
+func (t tasks) haveNodePorts() bool {
+	for key := range t {
 		if !key.Addr.IsValid() {
 			return true
 		}

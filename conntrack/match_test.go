@@ -26,7 +26,7 @@ func nodePort(port uint16) proxier.FrontendKey {
 
 func TestStale(t *testing.T) {
 	serving := endpoints("10.0.0.1:53", "10.0.0.2:53", "10.0.0.2:5353", "10.0.0.9:53")
-	d := duties{
+	d := tasks{
 		key("10.96.0.10:53"):   {serving: serving},
 		key("10.96.0.11:53"):   {serving: endpoints()},
 		key("10.96.0.12:53"):   {},
@@ -79,7 +79,7 @@ func TestStale(t *testing.T) {
 }
 
 func TestMatchingDoesNotAllocate(t *testing.T) {
-	d := duties{key("10.96.0.10:53"): {serving: endpoints("10.0.0.1:53")}, nodePort(30053): {}}
+	d := tasks{key("10.96.0.10:53"): {serving: endpoints("10.0.0.1:53")}, nodePort(30053): {}}
 	flows := []*flow{
 		{to: netip.MustParseAddrPort("10.96.0.10:53"), from: netip.MustParseAddrPort("10.0.0.1:53")},
 		{to: netip.MustParseAddrPort("192.0.2.1:30053"), from: netip.MustParseAddrPort("10.0.0.1:53")},

@@ -51,16 +51,16 @@ const (
 // table is the connection tracking table of the network namespace in which it
 // was opened. It is used by one goroutine at a time.
 //
-// The netlink library parses neither a flow's status nor a protocol filter, so
-// this reads the few attributes it needs by itself, over the library's sockets.
+// The netlink library does not read a flow's status and cannot list UDP alone, so
+// table reads the few attributes that it needs, over the library's sockets.
 type table struct {
 	socket *nl.SocketHandle
-	// unfiltered is set once the kernel has refused to list UDP alone.
+	// unfiltered is set after the kernel has refused to list UDP alone.
 	unfiltered bool
 }
 
-// socketTimeout bounds one exchange with the kernel, so that a lost answer
-// costs one pass and not the goroutine.
+// socketTimeout bounds the wait for the kernel's answer. A lost answer fails one
+// scan and does not block the goroutine.
 var socketTimeout = unix.Timeval{Sec: 10}
 
 func openTable() (*table, error) {
@@ -99,9 +99,9 @@ func (t *table) request(message, flags int, family proxier.Family) *nl.NetlinkRe
 	return req
 }
 
-// each calls fn with every UDP flow of a family. fn must not keep the flow's
-// handle without a copy, nor use the table. What was seen may be incomplete
-// where the error is netlink.ErrDumpInterrupted.
+// each calls fn with every UDP flow of a family. fn must copy a handle that it
+// keeps, and must not use the table. After netlink.ErrDumpInterrupted some flows
+// may be missing.
 func (t *table) each(family proxier.Family, fn func(*flow)) error {
 	err := t.dump(family, fn)
 	if !t.unfiltered && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP)) {
@@ -136,8 +136,7 @@ func (t *table) dump(family proxier.Family, fn func(*flow)) error {
 	})
 }
 
-// remove deletes the flow with that handle. It is not an error that it is gone
-// already.
+// remove deletes the flow with that handle, if it still exists.
 func (t *table) remove(family proxier.Family, handle []byte) error {
 	req := t.request(msgDelete, unix.NLM_F_ACK, family)
 	req.AddRawData(handle)
@@ -148,7 +147,7 @@ func (t *table) remove(family proxier.Family, handle []byte) error {
 	return nil
 }
 
-// parse reads one message of a dump. It returns false for what is not a whole
+// parse reads one message of a dump. It returns false for anything but a complete
 // UDP flow.
 func (f *flow) parse(msg []byte) bool {
 	*f = flow{handle: f.handle[:0]}
@@ -167,8 +166,7 @@ func (f *flow) parse(msg []byte) bool {
 			f.answered = len(attrs.value) == 4 && binary.BigEndian.Uint32(attrs.value)&statusSeenReply != 0
 		}
 		switch attrs.kind {
-		// The id keeps a new flow between the same two ports from being taken
-		// for the one that was seen.
+		// The id distinguishes the flow from a later one between the same ports.
 		case ctaTupleOrig, ctaZone, ctaID:
 			f.handle = append(f.handle, attrs.whole...)
 		}
@@ -208,7 +206,7 @@ func parseTuple(b []byte) (src, dst netip.AddrPort, udp bool) {
 	return netip.AddrPortFrom(addrs[0], ports[0]), netip.AddrPortFrom(addrs[1], ports[1]), udp
 }
 
-// attrReader goes over netlink attributes without allocating.
+// attrReader iterates over netlink attributes without allocating.
 type attrReader struct {
 	rest  []byte
 	kind  uint16
@@ -233,19 +231,19 @@ func (r *attrReader) next() bool {
 	return true
 }
 
-// UnsupportedError says that the connection tracking table cannot be read or
-// changed by netlink on this node.
+// UnsupportedError means that this process cannot read or change the connection
+// tracking table.
 type UnsupportedError struct {
 	Err error // the kernel's answer
 }
 
-// Error says what is missing and what can be done about it.
+// Error names the remedy, too.
 func (e *UnsupportedError) Error() string {
 	remedy := "the kernel needs CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink)"
 	if errors.Is(e.Err, unix.EPERM) {
 		remedy = "the process needs CAP_NET_ADMIN"
 	}
-	return fmt.Sprintf("the connection tracking table is out of reach: %v; %s", e.Err, remedy)
+	return fmt.Sprintf("the connection tracking table cannot be read: %v; %s", e.Err, remedy)
 }
 
 // Unwrap returns the kernel's answer.

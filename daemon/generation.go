@@ -169,7 +169,7 @@ func (g *generation) watchFlows() {
 			relays = append(relays, r.RelayPrefix())
 		}
 	}
-	flows, err := conntrack.New(conntrack.Options{Logger: g.log, LocalAddrs: node.Addrs, Relays: relays, Passed: g.observer.metrics.FlowsPassed})
+	flows, err := conntrack.New(conntrack.Options{Logger: g.log, LocalAddrs: node.Addrs, Relays: relays, Scanned: g.observer.metrics.FlowsScanned})
 	if err != nil {
 		g.log.Warn("stale UDP flows are not removed", "reason", err)
 		g.observer.metrics.FlowsUnseen()

@@ -57,8 +57,8 @@ func exercised(mode string) *Metrics {
 		},
 	})
 	m.Synced(proxier.SyncReport{Family: proxier.IPv4, Took: time.Millisecond, SetAside: 2, Err: errors.New("no"), Totals: proxier.Totals{ServicePorts: 6, Endpoints: 12, NoLocalInternal: 1, NoLocalExternal: 3}})
-	m.FlowsPassed(conntrack.Pass{Family: proxier.IPv4, Deleted: 11, Took: time.Millisecond})
-	m.FlowsPassed(conntrack.Pass{Family: proxier.IPv4, Took: time.Millisecond, Err: errors.New("no")})
+	m.FlowsScanned(conntrack.Scan{Family: proxier.IPv4, Deleted: 11, Took: time.Millisecond})
+	m.FlowsScanned(conntrack.Scan{Family: proxier.IPv4, Took: time.Millisecond, Err: errors.New("no")})
 	m.Problem(proxier.Problem{Kind: "Service"})
 	m.Healthz(200)
 	m.Healthz(503)

@@ -54,14 +54,14 @@ func (m *Metrics) noteKernel(family string, k proxier.KernelObjects) {
 	}
 }
 
-// FlowsPassed notes a pass over the connection-tracking table. It has the form
-// of conntrack.Options.Passed.
-func (m *Metrics) FlowsPassed(p conntrack.Pass) {
-	family := p.Family.String()
-	m.compatible.reconcilerDuration.WithLabelValues(family).Observe(p.Took.Seconds())
-	m.compatible.reconcilerDeleted.WithLabelValues(family).Add(float64(p.Deleted))
-	m.own.flowsRemoved.WithLabelValues(family).Add(float64(p.Deleted))
-	if p.Err != nil {
+// FlowsScanned counts a scan of the connection-tracking table. It has the form
+// of conntrack.Options.Scanned.
+func (m *Metrics) FlowsScanned(s conntrack.Scan) {
+	family := s.Family.String()
+	m.compatible.reconcilerDuration.WithLabelValues(family).Observe(s.Took.Seconds())
+	m.compatible.reconcilerDeleted.WithLabelValues(family).Add(float64(s.Deleted))
+	m.own.flowsRemoved.WithLabelValues(family).Add(float64(s.Deleted))
+	if s.Err != nil {
 		m.own.flowPassErrors.WithLabelValues(family).Inc()
 	}
 }
