@@ -15,7 +15,7 @@ import (
 func demoCommand() *cobra.Command {
 	var modeNames, families []string
 	var signalbox string
-	cfg := demo.Config{Connections: demo.DefaultConnections, Connects: demo.DefaultConnects}
+	var cfg demo.Config
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Show every mode at work in a lab on this machine, with real connections",

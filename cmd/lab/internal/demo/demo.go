@@ -30,30 +30,17 @@ type Config struct {
 	Families []proxier.Family
 	// Services is the number of Services beside those that are probed.
 	Services int
-	// Connections is how many connections go from each client to each place,
-	// over each protocol.
-	Connections int
 	// Changes is how often a manifest is changed to measure how soon packets
 	// obey it.
 	Changes int
-	// Connects is how many connections are timed through a ClusterIP, and as
-	// many beside them straight to the Pod.
-	Connects int
 }
 
-// The sizes of a demo that nobody chose otherwise.
+// Defaults and limits of a Config.
 const (
-	DefaultServices    = 100
-	DefaultConnections = 64
-	DefaultChanges     = 15
-	DefaultConnects    = 2000
-
+	DefaultServices = 100
+	DefaultChanges  = 15
 	// MaxServices is how many cluster IPs there are for further Services.
 	MaxServices = 65000
-	// minConnections makes it all but impossible (once in seven million times)
-	// that one of four endpoints is missed by chance, which would be called
-	// wrong.
-	minConnections = 60
 )
 
 func (c *Config) check() error {
@@ -64,10 +51,8 @@ func (c *Config) check() error {
 		return errors.New("no IP family to show")
 	case c.Services < 0 || c.Services > MaxServices:
 		return fmt.Errorf("%d Services: must be 0 to %d, the cluster IPs there are", c.Services, MaxServices)
-	case c.Connections < minConnections:
-		return fmt.Errorf("%d connections to each place: at least %d, or an endpoint may be missed by chance", c.Connections, minConnections)
-	case c.Changes < 1 || c.Connects < 1:
-		return errors.New("nothing to measure: changes and connects must be at least 1")
+	case c.Changes < 1:
+		return errors.New("nothing to measure: there must be at least 1 change")
 	}
 	return nil
 }
@@ -84,7 +69,7 @@ func Run(ctx context.Context, cfg Config, out io.Writer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	p := &printer{out: out, stop: cancel}
-	p.opening(&cfg)
+	p.opening(&cfg, connections)
 	var results []*modeResult
 	var failed []error
 	for _, mode := range cfg.Modes {
@@ -107,11 +92,11 @@ func Run(ctx context.Context, cfg Config, out io.Writer) error {
 	if p.err != nil {
 		return fmt.Errorf("writing the results: %w", p.err)
 	}
-	return errors.Join(append(failed, verdict(results)...)...)
+	return errors.Join(append(failed, verdict(results))...)
 }
 
-// verdict returns what came out wrong as errors.
-func verdict(results []*modeResult) []error {
+// verdict is an error that names everything that came out wrong.
+func verdict(results []*modeResult) error {
 	var wrong []string
 	shown := 0
 	for _, m := range results {
@@ -123,10 +108,10 @@ func verdict(results []*modeResult) []error {
 		}
 	}
 	if len(wrong) > 0 {
-		return []error{fmt.Errorf("%d results are not what they must be:\n  %s", len(wrong), strings.Join(wrong, "\n  "))}
+		return fmt.Errorf("%d results are not what they must be:\n  %s", len(wrong), strings.Join(wrong, "\n  "))
 	}
 	if shown == 0 {
-		return []error{errors.New("no mode could be shown on this machine")}
+		return errors.New("no mode could be shown on this machine")
 	}
 	return nil
 }
@@ -134,9 +119,9 @@ func verdict(results []*modeResult) []error {
 // modeResult is what was found out about one mode.
 type modeResult struct {
 	mode string
-	// lost says for each family that the mode cannot serve here why not.
-	lost     []error
-	families []*familyResult
+	// unsupported says for each family that the mode cannot serve here why not.
+	unsupported []error
+	families    []*familyResult
 	// memory is the most that the daemon held in bytes, processor the time it
 	// and the programs it ran were computing.
 	memory    int64
@@ -151,7 +136,7 @@ type familyResult struct {
 	serving time.Duration
 	rows    []row
 	// changes are the times from a changed manifest to the first answer that
-	// obeys it; lost names what went wrong with connections meanwhile.
+	// obeys it; changeFails names what went wrong with connections meanwhile.
 	changes     []time.Duration
 	changeFails []string
 	connects    latencies

@@ -66,8 +66,7 @@ func fakeConfig(t *testing.T, script string) Config {
 		t.Fatal(err)
 	}
 	return Config{
-		Binary: path, Modes: []Mode{{"fake", func(proxier.Family) error { return nil }}}, Families: proxier.Families,
-		Connections: minConnections, Changes: 1, Connects: 1,
+		Binary: path, Modes: []Mode{{"fake", func(proxier.Family) error { return nil }}}, Families: proxier.Families, Changes: 1,
 	}
 }
 
@@ -100,7 +99,6 @@ func TestConfigIsChecked(t *testing.T) {
 		"no IP family":       func(c *Config) { c.Families = nil },
 		"-1 Services":        func(c *Config) { c.Services = -1 },
 		"65001 Services":     func(c *Config) { c.Services = MaxServices + 1 },
-		"59 connections":     func(c *Config) { c.Connections = minConnections - 1 },
 		"nothing to measure": func(c *Config) { c.Changes = 0 },
 	} {
 		cfg := fakeConfig(t, untilKilled)

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
-	"time"
 
 	"signalbox/internal/netlab"
 )
@@ -32,7 +31,7 @@ func (p *printer) printf(format string, args ...any) {
 // line writes an indented line of progress.
 func (p *printer) line(format string, args ...any) { p.printf("  "+format+"\n", args...) }
 
-func (p *printer) opening(c *Config) {
+func (p *printer) opening(c *Config, connections int) {
 	var names, families []string
 	for _, m := range c.Modes {
 		names = append(names, m.Name)
@@ -41,7 +40,7 @@ func (p *printer) opening(c *Config) {
 		families = append(families, f.String())
 	}
 	p.printf("signalbox demo: modes %s over %s, %d connections from each client to each place over TCP and over UDP\n",
-		strings.Join(names, ", "), strings.Join(families, " and "), c.Connections)
+		strings.Join(names, ", "), strings.Join(families, " and "), connections)
 }
 
 func (p *printer) heading(mode string) { p.printf("\nmode %s\n", mode) }
@@ -167,17 +166,17 @@ func (p *printer) comparison(results []*modeResult) {
 		of   func(*modeResult, *familyResult) string
 	}{
 		{"as it must be", func(_ *modeResult, f *familyResult) string { return f.score() }},
-		{"start to the first answer", func(_ *modeResult, f *familyResult) string { return orNone(f.serving) }},
-		{"change to the first packet, median", func(_ *modeResult, f *familyResult) string { return orNone(median(f.changes)) }},
-		{"connect through the ClusterIP, median", func(_ *modeResult, f *familyResult) string { return orNone(median(f.connects.through)) }},
-		{"  p99", func(_ *modeResult, f *familyResult) string { return orNone(quantile(f.connects.through, 0.99)) }},
-		{"connect straight to the Pod, median", func(_ *modeResult, f *familyResult) string { return orNone(median(f.connects.direct)) }},
-		{"  p99", func(_ *modeResult, f *familyResult) string { return orNone(quantile(f.connects.direct, 0.99)) }},
+		{"start to the first answer", func(_ *modeResult, f *familyResult) string { return brief(f.serving) }},
+		{"change to the first packet, median", func(_ *modeResult, f *familyResult) string { return brief(median(f.changes)) }},
+		{"connect through the ClusterIP, median", func(_ *modeResult, f *familyResult) string { return brief(median(f.connects.through)) }},
+		{"  p99", func(_ *modeResult, f *familyResult) string { return brief(quantile(f.connects.through, 0.99)) }},
+		{"connect straight to the Pod, median", func(_ *modeResult, f *familyResult) string { return brief(median(f.connects.direct)) }},
+		{"  p99", func(_ *modeResult, f *familyResult) string { return brief(quantile(f.connects.direct, 0.99)) }},
 		{"ratio of the medians", func(_ *modeResult, f *familyResult) string {
 			return timesOrNone(ratio(median(f.connects.through), median(f.connects.direct)))
 		}},
 		{"peak memory of the whole daemon", func(m *modeResult, _ *familyResult) string { return mebibytes(m.memory) }},
-		{"processor time of the whole daemon", func(m *modeResult, _ *familyResult) string { return orNone(m.processor) }},
+		{"processor time of the whole daemon", func(m *modeResult, _ *familyResult) string { return brief(m.processor) }},
 	}
 	rows := [][]string{head}
 	for _, metric := range metrics {
@@ -191,7 +190,7 @@ func (p *printer) comparison(results []*modeResult) {
 		p.columns(rows)
 	}
 	for _, m := range results {
-		for _, err := range m.lost {
+		for _, err := range m.unsupported {
 			p.line("not shown: %v", err)
 		}
 	}
@@ -206,13 +205,6 @@ func (f *familyResult) score() string {
 		}
 	}
 	return fmt.Sprintf("%d of %d rows", right, len(f.rows))
-}
-
-func orNone(d time.Duration) string {
-	if d == 0 {
-		return "-"
-	}
-	return brief(d)
 }
 
 func timesOrNone(r float64) string {

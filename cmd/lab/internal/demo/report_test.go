@@ -56,11 +56,11 @@ func sample(t *testing.T, family proxier.Family) *familyResult {
 func TestLayout(t *testing.T) {
 	var b strings.Builder
 	p := &printer{out: &b}
-	p.opening(&Config{Modes: []Mode{{Name: "nftables"}, {Name: "ipvs"}}, Families: proxier.Families, Connections: 10})
+	p.opening(&Config{Modes: []Mode{{Name: "nftables"}, {Name: "ipvs"}}, Families: proxier.Families}, 10)
 	results := []*modeResult{
 		{mode: "nftables", memory: 40 << 20, processor: 120 * time.Millisecond,
 			families: []*familyResult{sample(t, proxier.IPv4), sample(t, proxier.IPv6)}},
-		{mode: "ipvs", lost: []error{errors.New("mode ipvs cannot serve IPv4: ip_vs is missing")},
+		{mode: "ipvs", unsupported: []error{errors.New("mode ipvs cannot serve IPv4: ip_vs is missing")},
 			families: []*familyResult{{family: proxier.IPv6}}}, // a step failed before anything was found
 	}
 	for _, m := range results {
@@ -74,9 +74,7 @@ func TestLayout(t *testing.T) {
 		}
 	}
 	p.comparison(results)
-	for _, err := range verdict(results) {
-		p.printf("%v\n", err)
-	}
+	p.printf("%v\n", verdict(results))
 	if p.err != nil {
 		t.Fatal(p.err)
 	}
@@ -84,9 +82,9 @@ func TestLayout(t *testing.T) {
 }
 
 func TestNothingShownIsAnError(t *testing.T) {
-	errs := verdict([]*modeResult{{mode: "ipvs", lost: []error{errors.New("no ip_vs")}}})
-	if len(errs) != 1 || !strings.Contains(errs[0].Error(), "no mode could be shown") {
-		t.Errorf("got %v", errs)
+	err := verdict([]*modeResult{{mode: "ipvs", unsupported: []error{errors.New("no ip_vs")}}})
+	if err == nil || !strings.Contains(err.Error(), "no mode could be shown") {
+		t.Errorf("got error %v, want that no mode could be shown", err)
 	}
 }
 

@@ -31,7 +31,7 @@ func buildPrograms(t *testing.T) string {
 func TestEveryModeIsShown(t *testing.T) {
 	cfg := Config{
 		Binary: filepath.Join(buildPrograms(t), "signalbox"), Families: proxier.Families,
-		Services: 3, Connections: minConnections, Changes: 4, Connects: 100,
+		Services: 3, Changes: 4,
 	}
 	for _, m := range modes.All {
 		if m.Name == ipvs.Mode && m.Supported(proxier.IPv4) != nil {
@@ -49,7 +49,7 @@ func TestEveryModeIsShown(t *testing.T) {
 	t.Log(shown)
 	for _, m := range cfg.Modes {
 		for _, f := range proxier.Families {
-			if want := fmt.Sprintf("%s over %s: of %d connections", m.Name, f, minConnections); !strings.Contains(shown, want) {
+			if want := fmt.Sprintf("%s over %s: of %d connections", m.Name, f, connections); !strings.Contains(shown, want) {
 				t.Errorf("no table %q", want)
 			}
 		}
@@ -120,7 +120,7 @@ func readUntil(t *testing.T, from io.Reader, words string) string {
 func awaitEnd(t *testing.T, shown string) {
 	t.Helper()
 	pid := pidInOutput.FindStringSubmatch(shown)[1]
-	for deadline := time.Now().Add(patience); ; {
+	for deadline := time.Now().Add(exitTimeout); ; {
 		stat, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
 		if err != nil || strings.Contains(string(stat), ") Z ") {
 			return

@@ -40,7 +40,11 @@ func ratio(a, b time.Duration) float64 {
 }
 
 // brief writes a duration with three significant digits: 41.2 µs, 3.05 ms, 12.0 s.
+// 0 stands for a duration that was not measured.
 func brief(d time.Duration) string {
+	if d == 0 {
+		return "-"
+	}
 	unit, name := time.Second, "s"
 	switch {
 	case d < time.Millisecond:

@@ -55,7 +55,7 @@ func TestMedianAndQuantile(t *testing.T) {
 
 func TestBrief(t *testing.T) {
 	for d, want := range map[time.Duration]string{
-		0:                        "0.00 µs",
+		0:                        "-",
 		950:                      "0.95 µs",
 		41234:                    "41.2 µs",
 		412345:                   "412 µs",

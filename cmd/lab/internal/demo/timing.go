@@ -46,15 +46,15 @@ func (t *trial) change(ctx context.Context, f *familyResult) error {
 // awaitAnswerOf connects until the named Pod answers. fails names what nobody
 // answered meanwhile: a change must not cost a connection.
 func (t *trial) awaitAnswerOf(ctx context.Context, pod string, at netip.AddrPort) (fails []string, err error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	for {
-		a, err := t.ask(ctx, clientPod, "tcp", at, patience)
+		a, err := t.ask(ctx, clientPod, "tcp", at, answerTimeout)
 		switch {
 		case err == nil && a.Server == pod:
 			return fails, nil
 		case ctx.Err() != nil:
-			return fails, fmt.Errorf("expected %s to answer at %s within %v of the changed manifest: %w", pod, at, patience, t.alive(ctx))
+			return fails, fmt.Errorf("expected %s to answer at %s within %v of the changed manifest: %w", pod, at, answerTimeout, t.alive(ctx))
 		case err != nil:
 			fails = append(fails, fmt.Sprintf("expected every connection to %s to be answered while the endpoint moves to %s: %v", at, pod, err))
 		}
@@ -66,6 +66,10 @@ func (t *trial) awaitAnswerOf(ctx context.Context, pod string, at netip.AddrPort
 
 // latencies are the times that connect(2) took.
 type latencies struct{ through, direct []time.Duration }
+
+// connects is how many connections are timed through a ClusterIP, and as many beside
+// them straight to the Pod.
+const connects = 2000
 
 // warmUp is how many connections go first, untimed: neighbour entries, routes
 // and caches are then as in an established network.
@@ -79,7 +83,7 @@ func (t *trial) timeConnects(ctx context.Context, f *familyResult) error {
 	direct := netip.AddrPortFrom(ofPair(t.lab.Host(single.pods[0]).Addr, f.family), podPort)
 	err := t.lab.Host(clientPod).Do(func() error {
 		return recovered(func() (err error) {
-			f.connects, err = takeTurns(ctx, through, direct, t.cfg.Connects)
+			f.connects, err = takeTurns(ctx, through, direct)
 			return err
 		})
 	})
@@ -90,10 +94,10 @@ func (t *trial) timeConnects(ctx context.Context, f *familyResult) error {
 	return nil
 }
 
-// takeTurns times n connections to each of two addresses.
-func takeTurns(ctx context.Context, through, direct netip.AddrPort, n int) (latencies, error) {
+// takeTurns times connections to each of two addresses.
+func takeTurns(ctx context.Context, through, direct netip.AddrPort) (latencies, error) {
 	var l latencies
-	for i := range warmUp + n {
+	for i := range warmUp + connects {
 		if err := ctx.Err(); err != nil {
 			return l, err
 		}
@@ -131,7 +135,7 @@ func timeConnect(to netip.AddrPort) (time.Duration, error) {
 		return 0, err
 	}
 	defer unix.Close(fd)
-	limit := unix.NsecToTimeval(patience.Nanoseconds())
+	limit := unix.NsecToTimeval(answerTimeout.Nanoseconds())
 	err = errors.Join(
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit),
 		// A reset instead of a farewell leaves no socket in TIME-WAIT, of

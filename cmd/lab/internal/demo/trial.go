@@ -35,61 +35,57 @@ type trial struct {
 	undo []func() error
 }
 
-// step is one thing that a trial does.
-type step struct {
-	doing string // for messages: "<doing>: <error>"
-	run   func(*trial, context.Context) error
-}
-
-// plan is what happens in a trial, in this order.
-func plan(families []proxier.Family) []step {
-	steps := []step{
-		{"making the lab", (*trial).makeLab},
-		{"asking the kernel what it can", (*trial).findFamilies},
-		{"writing the manifests", (*trial).writeManifests},
-		{"starting signalbox", (*trial).start},
-		{"waiting for the first answer", (*trial).awaitServing},
-	}
-	for _, f := range families {
-		steps = append(steps,
-			forFamily(f, "connecting", (*trial).probe),
-			forFamily(f, "changing a manifest", (*trial).change),
-			forFamily(f, "timing connects", (*trial).timeConnects),
-		)
-	}
-	return append(steps, step{"stopping signalbox", (*trial).stop})
-}
-
-// forFamily makes a step that is left out where the mode cannot serve the
-// family.
-func forFamily(f proxier.Family, doing string, run func(*trial, context.Context, *familyResult) error) step {
-	return step{fmt.Sprintf("%s over %s", doing, f), func(t *trial, ctx context.Context) error {
-		for _, r := range t.result.families {
-			if r.family == f {
-				return run(t, ctx, r)
-			}
-		}
-		return nil
-	}}
-}
-
-// runTrial goes through the plan and leaves nothing behind, however it ends.
-// The result is never nil and holds what had been found out by then.
+// runTrial shows a mode and leaves nothing behind, however it ends. The result is
+// never nil and holds what had been found out by then.
 func runTrial(ctx context.Context, cfg *Config, mode Mode, out *printer) (res *modeResult, err error) {
 	t := &trial{cfg: cfg, mode: mode, out: out, result: &modeResult{mode: mode.Name}}
 	defer func() { err = errors.Join(err, t.close()) }()
 	out.heading(mode.Name)
-	for _, s := range plan(cfg.Families) {
-		if err := ctx.Err(); err != nil {
-			return t.result, err
-		}
-		if err := s.run(t, ctx); ctx.Err() != nil {
-			return t.result, ctx.Err() // what the step met then is no news
-		} else if err != nil {
-			return t.result, fmt.Errorf("%s: %w", s.doing, err)
+	return t.result, t.run(ctx)
+}
+
+func (t *trial) run(ctx context.Context) error {
+	if err := do(ctx,
+		step{"making the lab", t.makeLab},
+		step{"asking the kernel what it can", t.findFamilies},
+		step{"writing the manifests", t.writeManifests},
+		step{"starting signalbox", t.start},
+		step{"waiting for the first answer", t.awaitServing},
+	); err != nil {
+		return err
+	}
+	for _, f := range t.result.families {
+		over := " over " + f.family.String()
+		if err := do(ctx,
+			step{"connecting" + over, func(ctx context.Context) error { return t.probe(ctx, f) }},
+			step{"changing a manifest" + over, func(ctx context.Context) error { return t.change(ctx, f) }},
+			step{"timing connects" + over, func(ctx context.Context) error { return t.timeConnects(ctx, f) }},
+		); err != nil {
+			return err
 		}
 	}
-	return t.result, nil
+	return do(ctx, step{"stopping signalbox", t.stop})
+}
+
+// step is one thing that a trial does.
+type step struct {
+	doing string // for messages: "<doing>: <error>"
+	run   func(context.Context) error
+}
+
+// do takes the steps one after the other. After an interrupt it returns the context's
+// error, because the interrupted step's own is a consequence of it.
+func do(ctx context.Context, steps ...step) error {
+	for _, s := range steps {
+		err := s.run(ctx)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", s.doing, err)
+		}
+	}
+	return nil
 }
 
 // close undoes what the steps did, the last one first.
@@ -121,7 +117,7 @@ func (t *trial) findFamilies(context.Context) error {
 	for _, f := range t.cfg.Families {
 		err := t.lab.Host(nodeUnderTest).Do(func() error { return recovered(func() error { return t.mode.Supported(f) }) })
 		if unsupported := (*proxier.UnsupportedError)(nil); errors.As(err, &unsupported) {
-			t.result.lost = append(t.result.lost, err)
+			t.result.unsupported = append(t.result.unsupported, err)
 			t.out.line("%s is left out: %v", f, err)
 			continue
 		} else if err != nil {
@@ -195,7 +191,7 @@ func (t *trial) start(context.Context) error {
 		return err
 	}
 	t.daemon = p
-	t.undo = append(t.undo, p.end)
+	t.undo = append(t.undo, func() error { p.end(); return nil })
 	t.out.line("on node1, pid %d: signalbox %s", p.pid, strings.Join(args, " "))
 	return nil
 }
@@ -203,11 +199,11 @@ func (t *trial) start(context.Context) error {
 // probeLimit bounds one connection of the table: what takes longer is lost.
 const probeLimit = 5 * time.Second
 
-// patience bounds what must happen soon; nothing waits for it to pass.
-const patience = 30 * time.Second
+// answerTimeout bounds what must happen soon; nothing waits for it to pass.
+const answerTimeout = 30 * time.Second
 
-// startPatience bounds the start, which grows with the number of Services.
-const startPatience = 5 * time.Minute
+// startTimeout bounds the start, which grows with the number of Services.
+const startTimeout = 5 * time.Minute
 
 // startResolution is the pause between two attempts while nothing is served.
 const startResolution = time.Millisecond
@@ -216,7 +212,7 @@ const startResolution = time.Millisecond
 // routing loop's ICMP error) ends the attempt at once, and TCP would try again
 // only after a second.
 func (t *trial) awaitServing(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, startPatience)
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	waiting := append([]*familyResult(nil), t.result.families...)
 	for len(waiting) > 0 {
@@ -261,7 +257,8 @@ func (t *trial) stop(context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(t.daemon.end(), t.daemon.failure()); err != nil {
+	t.daemon.end()
+	if err := t.daemon.failure(); err != nil {
 		return err
 	}
 	t.result.memory, t.result.processor = memory, t.daemon.processorTime()
