@@ -172,7 +172,7 @@ func (g *generation) watchFlows() {
 	flows, err := conntrack.New(conntrack.Options{Logger: g.log, LocalAddrs: node.Addrs, Relays: relays, Scanned: g.observer.metrics.FlowsScanned})
 	if err != nil {
 		g.log.Warn("stale UDP flows are not removed", "reason", err)
-		g.observer.metrics.FlowsUnseen()
+		g.observer.metrics.ConntrackUnavailable()
 		return
 	}
 	g.flows = flows

@@ -1,9 +1,9 @@
 // Package metrics holds every series that signalbox exposes to Prometheus, and
-// the server that does so.
+// their server.
 //
-// What kube-proxy has too is exposed under kube-proxy's name, with its type,
-// labels and buckets, so that dashboards and alerts go on working. The rest
-// begins with signalbox_. docs/observability.md explains each.
+// Series that kube-proxy has keep its names, types, labels and buckets, so that
+// dashboards and alerts work unchanged. The others begin with signalbox_.
+// docs/observability.md explains each.
 //
-// A scrape reads counters: nothing in it walks what a node holds.
+// A scrape reads counters. Its cost does not depend on the number of Services.
 package metrics

@@ -67,7 +67,7 @@ func exercised(mode string) *Metrics {
 	m.Sysctl("net.ipv4.vs.conntrack", nil)
 	m.Source("services", nil)
 	m.Source("nodes", errors.New("no"))
-	m.FlowsUnseen()
+	m.ConntrackUnavailable()
 	m.Leftovers(proxier.IPv4, true)
 	m.Leftovers(proxier.IPv6, false)
 	m.HealthChecks(proxier.IPv4, 13)

@@ -15,9 +15,9 @@ const (
 	modeIPVS     = "ipvs"
 )
 
-// single are the series that kube-proxy has in single modes. They are exposed
-// while such a mode is at work, and go on where they were when it is again.
-type single struct {
+// modeSeries are the series that kube-proxy has only in some modes. They are
+// exposed while such a mode runs, and continue when it runs again.
+type modeSeries struct {
 	fullSyncDuration, partialSyncDuration *prometheus.HistogramVec
 
 	iptablesTotal, iptablesLast *prometheus.GaugeVec
@@ -27,24 +27,24 @@ type single struct {
 	nftablesCleanupFailures     *prometheus.CounterVec
 }
 
-func newSingle() single {
-	r := factory{prometheus.NewRegistry()} // that nobody reads: expose registers them
-	return single{
-		fullSyncDuration: r.histogram(kubeproxy, "sync_full_proxy_rules_duration_seconds", "Time that a sync took that wrote everything anew.",
+func newModeSeries() modeSeries {
+	r := factory{prometheus.NewRegistry()} // not exposed itself: expose registers the series
+	return modeSeries{
+		fullSyncDuration: r.histogram(kubeproxy, "sync_full_proxy_rules_duration_seconds", "Time that a sync of everything took.",
 			syncBuckets, ipFamily),
-		partialSyncDuration: r.histogram(kubeproxy, "sync_partial_proxy_rules_duration_seconds", "Time that a sync took that wrote what had changed.",
+		partialSyncDuration: r.histogram(kubeproxy, "sync_partial_proxy_rules_duration_seconds", "Time that a sync of changes took.",
 			syncBuckets, ipFamily),
-		iptablesTotal:           r.gauge(kubeproxy, "sync_proxy_rules_iptables_total", "Rules of ours in a table of iptables.", "table", ipFamily),
+		iptablesTotal:           r.gauge(kubeproxy, "sync_proxy_rules_iptables_total", "Rules of this mode in a table of iptables.", "table", ipFamily),
 		iptablesLast:            r.gauge(kubeproxy, "sync_proxy_rules_iptables_last", "Rules that the last sync wrote into a table of iptables.", "table", ipFamily),
 		restoreFailures:         r.counter(kubeproxy, "sync_proxy_rules_iptables_restore_failures_total", "Syncs that failed.", ipFamily),
-		partialRestoreFailures:  r.counter(kubeproxy, "sync_proxy_rules_iptables_partial_restore_failures_total", "Syncs of what had changed that failed.", ipFamily),
+		partialRestoreFailures:  r.counter(kubeproxy, "sync_proxy_rules_iptables_partial_restore_failures_total", "Syncs of changes that failed.", ipFamily),
 		nftablesFailures:        r.counter(kubeproxy, "sync_proxy_rules_nftables_sync_failures_total", "Syncs that failed.", ipFamily),
-		nftablesCleanupFailures: r.counter(kubeproxy, "sync_proxy_rules_nftables_cleanup_failures_total", "Removals of what is no longer used that failed. Always 0: what is no longer used goes with the sync that gave it up.", ipFamily),
+		nftablesCleanupFailures: r.counter(kubeproxy, "sync_proxy_rules_nftables_cleanup_failures_total", "Failed removals of unused objects. Always 0: each sync removes what it makes unused.", ipFamily),
 	}
 }
 
-// of are the series of a mode.
-func (s *single) of(mode string) []prometheus.Collector {
+// of returns the series of a mode.
+func (s *modeSeries) of(mode string) []prometheus.Collector {
 	switch mode {
 	case modeIPTables:
 		return []prometheus.Collector{
@@ -58,9 +58,9 @@ func (s *single) of(mode string) []prometheus.Collector {
 	return nil
 }
 
-// expose has the series of one mode in the place of another's, of which those
-// that both have are never missing.
-func (s *single) expose(r prometheus.Registerer, before, mode string) {
+// expose replaces the series of one mode by another's. Series of both modes are
+// exposed all the time.
+func (s *modeSeries) expose(r prometheus.Registerer, before, mode string) {
 	old, next := s.of(before), s.of(mode)
 	for _, c := range old {
 		if !slices.Contains(next, c) {
@@ -74,8 +74,8 @@ func (s *single) expose(r prometheus.Registerer, before, mode string) {
 	}
 }
 
-// begin has the counters of a mode and a family begin at 0.
-func (s *single) begin(mode, family string) {
+// begin creates the counters of a mode and a family, with 0 if they are new.
+func (s *modeSeries) begin(mode, family string) {
 	for _, c := range s.of(mode) {
 		if counter, ok := c.(*prometheus.CounterVec); ok {
 			counter.WithLabelValues(family).Add(0)
@@ -83,8 +83,7 @@ func (s *single) begin(mode, family string) {
 	}
 }
 
-// noteSync is told of each sync.
-func (s *single) noteSync(mode, family string, r proxier.SyncReport) {
+func (s *modeSeries) synced(mode, family string, r proxier.SyncReport) {
 	switch mode {
 	case modeIPTables, modeNFTables:
 		kind := s.partialSyncDuration

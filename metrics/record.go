@@ -7,10 +7,10 @@ import (
 	"signalbox/proxier"
 )
 
-// Synced notes what a sync did. It has the form of LoopOptions.Synced.
+// Synced records a sync. It has the form of LoopOptions.Synced.
 func (m *Metrics) Synced(r proxier.SyncReport) {
 	family := r.Family.String()
-	m.noteSync(family, r)
+	m.countSync(family, r)
 	if r.Current {
 		m.compatible.lastTimestamp.WithLabelValues(family).Set(seconds(m.now()))
 	}
@@ -29,11 +29,11 @@ func (m *Metrics) Synced(r proxier.SyncReport) {
 	m.compatible.noLocalEndpoints.WithLabelValues("internal", family).Set(float64(r.Totals.NoLocalInternal))
 	m.compatible.noLocalEndpoints.WithLabelValues("external", family).Set(float64(r.Totals.NoLocalExternal))
 	for _, k := range r.Kernel {
-		m.noteKernel(family, k)
+		m.kernelObjects(family, k)
 	}
 }
 
-func (m *Metrics) noteSync(family string, r proxier.SyncReport) {
+func (m *Metrics) countSync(family string, r proxier.SyncReport) {
 	scope, result := "change", "success"
 	if r.All {
 		scope = "everything"
@@ -43,14 +43,14 @@ func (m *Metrics) noteSync(family string, r proxier.SyncReport) {
 	}
 	m.own.syncs.WithLabelValues(scope, result, family).Inc()
 	m.compatible.syncDuration.WithLabelValues(family).Observe(r.Took.Seconds())
-	m.single.noteSync(m.mode, family, r)
+	m.modes.synced(m.mode, family, r)
 }
 
-func (m *Metrics) noteKernel(family string, k proxier.KernelObjects) {
+func (m *Metrics) kernelObjects(family string, k proxier.KernelObjects) {
 	m.own.kernelObjects.WithLabelValues(k.Table, k.Kind, family).Set(float64(k.Count))
 	if m.mode == modeIPTables && k.Kind == "rule" {
-		m.single.iptablesTotal.WithLabelValues(k.Table, family).Set(float64(k.Count))
-		m.single.iptablesLast.WithLabelValues(k.Table, family).Set(float64(k.Written))
+		m.modes.iptablesTotal.WithLabelValues(k.Table, family).Set(float64(k.Count))
+		m.modes.iptablesLast.WithLabelValues(k.Table, family).Set(float64(k.Written))
 	}
 }
 
@@ -62,66 +62,64 @@ func (m *Metrics) FlowsScanned(s conntrack.Scan) {
 	m.compatible.reconcilerDeleted.WithLabelValues(family).Add(float64(s.Deleted))
 	m.own.flowsRemoved.WithLabelValues(family).Add(float64(s.Deleted))
 	if s.Err != nil {
-		m.own.flowPassErrors.WithLabelValues(family).Inc()
+		m.own.flowScanErrors.WithLabelValues(family).Inc()
 	}
 }
 
-// FlowsUnseen notes that the connection-tracking table cannot be had.
-func (m *Metrics) FlowsUnseen() { m.own.flowsUnseen.WithLabelValues().Set(1) }
+// ConntrackUnavailable records that the connection-tracking table cannot be read.
+func (m *Metrics) ConntrackUnavailable() { m.own.conntrackUnavailable.WithLabelValues().Set(1) }
 
-// Problem counts what cannot be served. It has the form of LoopOptions.Report.
+// Problem counts a part of an object that cannot be served. It has the form of LoopOptions.Report.
 func (m *Metrics) Problem(p proxier.Problem) { m.own.problems.WithLabelValues(p.Kind).Inc() }
 
-// Healthz and Livez count answers by HTTP status.
+// Healthz counts answers of /healthz by HTTP status.
 func (m *Metrics) Healthz(status int) {
 	m.compatible.healthz.WithLabelValues(strconv.Itoa(status)).Inc()
 }
 
-// Livez is as Healthz.
+// Livez counts answers of /livez by HTTP status.
 func (m *Metrics) Livez(status int) { m.compatible.livez.WithLabelValues(strconv.Itoa(status)).Inc() }
 
-// Sysctl notes whether a kernel setting, named with dots, could be made.
+// Sysctl records whether a kernel setting, named with dots, could be set.
 func (m *Metrics) Sysctl(name string, err error) {
 	m.own.sysctlProblem.WithLabelValues(name).Set(oneIf(err != nil))
 }
 
-// ConfigurationRejected notes whether what the configuration file says at
-// present is not what is in force.
+// ConfigurationRejected records whether the configuration file is not in force.
 func (m *Metrics) ConfigurationRejected(rejected bool) {
 	m.own.configurationRejected.WithLabelValues().Set(oneIf(rejected))
 }
 
-// Source notes whether the API server tells of a resource at present.
+// Source records whether a resource can be listed and watched at present.
 func (m *Metrics) Source(resource string, err error) {
 	m.own.sourceFailing.WithLabelValues(resource).Set(oneIf(err != nil))
 }
 
-// NodeMissing notes whether no Node object has the name of this node.
+// NodeMissing records whether no Node object has the name of this node.
 func (m *Metrics) NodeMissing(missing bool) { m.own.nodeMissing.WithLabelValues().Set(oneIf(missing)) }
 
-// ManifestProblems notes how many files of the source directory are not served
-// as they are.
+// ManifestProblems records how many files of the source directory have a fault.
 func (m *Metrics) ManifestProblems(files int) {
 	m.own.manifestProblems.WithLabelValues().Set(float64(files))
 }
 
-// FullAffinityLists notes for how many endpoints the kernel keeps no more clients
-// with session affinity.
+// FullAffinityLists records for how many endpoints the kernel's list of clients
+// with session affinity is full.
 func (m *Metrics) FullAffinityLists(lists int) {
 	m.own.affinityListsFull.WithLabelValues().Set(float64(lists))
 }
 
-// Leftovers notes whether rules of others are there that may be obeyed.
+// Leftovers records whether rules of another service proxy may be in force.
 func (m *Metrics) Leftovers(family proxier.Family, present bool) {
 	m.own.leftovers.WithLabelValues(family.String()).Set(oneIf(present))
 }
 
-// HealthChecks notes how many Services have a healthCheckNodePort.
+// HealthChecks records how many Services have a healthCheckNodePort.
 func (m *Metrics) HealthChecks(family proxier.Family, services int) {
 	m.own.healthChecks.WithLabelValues(family.String()).Set(float64(services))
 }
 
-// The servers whose attempts to listen are told to Listen.
+// The servers of ListenFailed and ListenFailing.
 const (
 	HealthzServer       = "healthz"
 	MetricsServer       = "metrics"
@@ -131,12 +129,12 @@ const (
 // ListenFailed counts an attempt to listen that failed.
 func (m *Metrics) ListenFailed(server string) { m.own.listenFailures.WithLabelValues(server).Inc() }
 
-// ListenFailing notes at how many addresses a server at present cannot listen.
+// ListenFailing records at how many addresses a server cannot listen at present.
 func (m *Metrics) ListenFailing(server string, addresses int) {
 	m.own.listenFailing.WithLabelValues(server).Set(float64(addresses))
 }
 
-// Event counts a Kubernetes Event by what became of it.
+// Event counts a Kubernetes Event by its result.
 func (m *Metrics) Event(result string) { m.own.events.WithLabelValues(result).Inc() }
 
 func oneIf(yes bool) float64 {

@@ -19,9 +19,9 @@ import (
 	"signalbox/internal/buildinfo"
 )
 
-// Pages are what the metrics server shows beside the series.
+// Pages is the content of the metrics server's other pages.
 type Pages struct {
-	// Mode is the mode at work.
+	// Mode is the running mode.
 	Mode string
 	// Config is what /configz shows.
 	Config *kubeproxyconfigv1alpha1.KubeProxyConfiguration
@@ -32,11 +32,11 @@ type Pages struct {
 	Profiling bool
 	// SetVerbosity changes how much is logged (-v); nil: it cannot be changed.
 	SetVerbosity func(int)
-	// Started is when this process was, for /statusz.
+	// Started is the start of this process, for /statusz.
 	Started time.Time
 }
 
-// Mux answers all paths of the metrics server.
+// Mux serves all paths of the metrics server.
 func (m *Metrics) Mux(p Pages) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", m.Handler())
@@ -57,7 +57,7 @@ func (m *Metrics) Mux(p Pages) http.Handler {
 	return mux
 }
 
-// writeText answers a program.
+// writeText answers a program; writePage answers a person.
 func writeText(w http.ResponseWriter, text string) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	writePage(w, text)
@@ -80,10 +80,10 @@ func (p *Pages) configz(w http.ResponseWriter, _ *http.Request) {
 	_, _ = w.Write(body)
 }
 
-// component is the name by which tools know what runs here.
+// component is the name that tools expect.
 const component = "kube-proxy"
 
-// pageHead is how the pages for people begin (KEP-4827, KEP-4828).
+// pageHead begins /statusz and /flagz (KEP-4827, KEP-4828).
 const pageHead = `
 %s %s
 Warning: This endpoint is not meant to be machine parseable, has no formatting compatibility guarantees and is for debugging purposes only.
@@ -125,7 +125,7 @@ func (p *Pages) flagz(w http.ResponseWriter, _ *http.Request) {
 	writePage(w, b.String())
 }
 
-// verbosity sets how much is logged, to the number that a PUT bears.
+// verbosity sets the verbosity of the log to the number in the body of a PUT.
 func (p *Pages) verbosity(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodPut {
 		http.Error(w, "a PUT with a number sets the verbosity", http.StatusNotAcceptable)
