@@ -133,7 +133,7 @@ func (g *generation) connect(ctx context.Context) (err error) {
 		return err
 	}
 	source := apiserver.New(g.client, g.cfg.NodeName, g.log)
-	source.Noted = g.observer.metrics.Source
+	source.OnRequest = g.observer.metrics.Source
 	g.source = source
 	g.events = events.New(ctx, events.Options{Client: g.client, NodeName: g.cfg.NodeName, Log: g.log, Counted: g.observer.metrics.Event})
 	return nil

@@ -20,16 +20,16 @@ import (
 	"signalbox/internal/readfile"
 )
 
-// ClientOptions say where the API server is and how hard it may be asked.
+// ClientOptions say where the API server is, and how to talk to it.
 type ClientOptions struct {
-	// Kubeconfig is a file; Master is an address that wins over the file's.
-	// Both empty means the service account of the Pod that this runs in.
+	// Kubeconfig is a file; Master is an address, which wins over the file's.
+	// Both empty means the service account of this process's Pod.
 	Kubeconfig, Master string
-	// QPS and Burst bound the requests a second; client-go's defaults where 0.
+	// QPS and Burst bound the requests per second; 0 means client-go's defaults.
 	QPS   float32
 	Burst int
-	// ContentType is what is spoken; protobuf where empty. AcceptContentTypes
-	// is what is asked for, in order; where empty, ContentType and then JSON.
+	// ContentType is for requests; empty means protobuf. AcceptContentTypes is for
+	// answers, in order of preference; empty means ContentType, then JSON.
 	ContentType, AcceptContentTypes string
 }
 
@@ -80,8 +80,8 @@ func restConfig(opts ClientOptions) (*rest.Config, error) {
 	return cfg, nil
 }
 
-// readable returns what keeps a kubeconfig from being read, where there is one.
-// The library, which reads it again, would name it a second time.
+// readable returns why a kubeconfig cannot be read, or nil. The library reads the
+// file again; its own error would have the file's name twice.
 func readable(kubeconfig string) error {
 	if kubeconfig == "" {
 		return nil
@@ -97,7 +97,7 @@ func readable(kubeconfig string) error {
 	return fmt.Errorf("not a kubeconfig: %w; give one such as `kubectl config view --raw` prints", err)
 }
 
-// origin is what says where the API server is.
+// origin names the setting with the API server's address.
 func (o *ClientOptions) origin() string {
 	master := fmt.Sprintf("--master=%s", o.Master)
 	kubeconfig := fmt.Sprintf("--kubeconfig=%s (clientConnection.kubeconfig in a file)", o.Kubeconfig)
@@ -112,13 +112,13 @@ func (o *ClientOptions) origin() string {
 	return master + " and " + kubeconfig
 }
 
-// askFor bounds Ask.
-const askFor = 10 * time.Second
+// requestTimeout bounds Ask and Version.
+const requestTimeout = 10 * time.Second
 
-// Ask returns nil if the API server tells of Services, or what keeps it from
-// that. It is asked for one, which it has in its memory.
+// Ask returns nil if the API server lists Services, or else the reason. It asks
+// for one that is in the server's cache.
 func Ask(ctx context.Context, client kubernetes.Interface) error {
-	ctx, cancel := context.WithTimeout(ctx, askFor)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	_, err := client.CoreV1().Services(metav1.NamespaceDefault).List(ctx, metav1.ListOptions{
 		FieldSelector: fields.OneTermEqualSelector(metav1.ObjectNameField, "kubernetes").String(), ResourceVersion: "0",
@@ -131,7 +131,7 @@ func Ask(ctx context.Context, client kubernetes.Interface) error {
 
 // Version returns the API server's release, such as v1.36.3.
 func Version(ctx context.Context, client kubernetes.Interface) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, askFor)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	info, err := discovery.ToServerVersionInterfaceWithContext(client.Discovery()).ServerVersionWithContext(ctx)
 	if err != nil {
@@ -140,6 +140,6 @@ func Version(ctx context.Context, client kubernetes.Interface) (string, error) {
 	return info.GitVersion, nil
 }
 
-// LogTo sends what the Kubernetes client libraries log, for the whole process,
-// to log. They write to standard error in a form of their own otherwise.
+// LogTo sends the log of the Kubernetes client libraries to log, for the whole
+// process. By default, they write to standard error in their own format.
 func LogTo(log *slog.Logger) { klog.SetSlogLogger(log.With("from", "client-go")) }

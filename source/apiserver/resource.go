@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
-	"log/slog"
 	"reflect"
 	"sync"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/utils/clock"
 
 	"signalbox/proxier"
 )
@@ -25,78 +25,61 @@ type object interface {
 	metav1.Object
 }
 
-// resource watches one kind of object and tells the sink. It is its own
-// reflector's store: Add, Update, Delete and Replace are the reflector's calls,
-// one at a time.
+// resource watches the objects of one kind and passes changes on to the sink. It
+// is the store of its reflector, which calls Add, Update, Delete and Replace one
+// at a time.
 type resource struct {
-	name      string // plural and lower case, as in RBAC rules and in messages
+	name      string // plural and lower case, as in RBAC rules
 	example   object // of the kind; never changed
 	sink      proxier.Sink
 	reflector *cache.Reflector
-	log       *slog.Logger
 
-	seed    maphash.Seed
-	told    map[cache.ObjectName]uint64 // hash of what the sink was told of each object
-	buf     []byte                      // for hashing, used again
-	listed  chan struct{}               // closed once the first list is told
-	refused chan struct{}               // closed once the API server forbade it or did not know it
-	once    sync.Once
+	seed maphash.Seed
+	sent map[cache.ObjectName]uint64 // hash of each object that the sink has
+
+	listed, answered           chan struct{} // closed after the first list; after the first list or refusal
+	closeListed, closeAnswered func()
 }
 
 var _ cache.TransformingStore = (*resource)(nil)
 
-func newResource(name string, example object, sink proxier.Sink, lw cache.ListerWatcher, log *slog.Logger) *resource {
+func newResource(name string, example object, sink proxier.Sink, lw cache.ListerWatcher) *resource {
 	r := &resource{
-		name: name, example: example, sink: sink, log: log.With("resource", name),
-		seed: maphash.MakeSeed(), told: map[cache.ObjectName]uint64{},
-		listed: make(chan struct{}), refused: make(chan struct{}),
+		name: name, example: example, sink: sink, seed: maphash.MakeSeed(), sent: map[cache.ObjectName]uint64{},
+		listed: make(chan struct{}), answered: make(chan struct{}),
 	}
+	r.closeListed = sync.OnceFunc(func() { close(r.listed) })
+	r.closeAnswered = sync.OnceFunc(func() { close(r.answered) })
 	r.reflector = cache.NewReflectorWithOptions(lw, example, r, cache.ReflectorOptions{
 		Name: "signalbox/" + name, TypeDescription: name, Backoff: newBackoff(),
 	})
 	return r
 }
 
-// run lists and watches until ctx ends. The API server is never given up. How
-// each request ends is reported by the outcome that follows them.
+// run lists and watches until ctx ends. requestStatus logs the failures.
 func (r *resource) run(ctx context.Context) {
-	backoff := newBackoff()
-	refused := sync.OnceFunc(func() { close(r.refused) })
-	for ctx.Err() == nil {
-		began := time.Now()
+	delay := newBackoff().DelayWithReset(clock.RealClock{}, backoffReset)
+	_ = delay.Until(ctx, true, true, func(ctx context.Context) (bool, error) {
 		err := r.reflector.ListAndWatchWithContext(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-		if time.Since(began) > backoffReset {
-			backoff = newBackoff()
-		}
 		if apierrors.IsForbidden(err) || apierrors.IsNotFound(err) {
-			refused()
+			r.closeAnswered()
 		}
-		pause := backoff.Step()
-		if err != nil {
-			r.log.Debug("listing anew", "error", err, "in", pause)
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(pause):
-		}
-	}
+		return false, nil
+	})
 }
 
-// backoffReset is how long a watch must have lived for the next failure to
-// count as the first.
+// backoffReset is how long no failure must happen until the next counts as the
+// first.
 const backoffReset = time.Minute
 
-// newBackoff returns the waits between tries to reach a server that is away.
-// They are drawn from a wide range, so that a cluster's nodes do not return all
-// at once.
+// newBackoff returns the pauses between requests to a server that fails. They are
+// drawn from a wide range, so that the nodes of a cluster do not return together.
 func newBackoff() *wait.Backoff {
 	return &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 1 << 30, Cap: 10 * time.Second}
 }
 
-// Transformer has a list that comes in as a stream trimmed object by object.
+// Transformer implements cache.TransformingStore: it trims the objects of a
+// streamed list one by one.
 func (r *resource) Transformer() cache.TransformFunc { return trim }
 
 // Add implements cache.ReflectorStore.
@@ -109,37 +92,36 @@ func (r *resource) Update(obj any) error { return r.apply(obj) }
 func (r *resource) Delete(obj any) error {
 	o, ok := obj.(object)
 	if !ok {
-		return fmt.Errorf("watching %s: a %T was deleted", r.name, obj)
+		return fmt.Errorf("watching %s: a deleted object is a %T", r.name, obj)
 	}
-	r.forget(cache.MetaObjectToName(o))
+	r.remove(cache.MetaObjectToName(o))
 	return nil
 }
 
-// Replace implements cache.ReflectorStore: the result of a list. What is not
-// in it any more is gone, what says the same as before is no news.
+// Replace implements cache.ReflectorStore. The list has all objects that exist.
 func (r *resource) Replace(list []any, _ string) error {
-	there := make(map[cache.ObjectName]struct{}, len(list))
+	exists := make(map[cache.ObjectName]bool, len(list))
 	for _, item := range list {
 		if o, ok := item.(object); ok {
-			there[cache.MetaObjectToName(o)] = struct{}{}
+			exists[cache.MetaObjectToName(o)] = true
 		}
 	}
-	for name := range r.told {
-		if _, ok := there[name]; !ok {
-			r.forget(name)
+	for name := range r.sent {
+		if !exists[name] {
+			r.remove(name)
 		}
 	}
 	var failed []error
 	for i, item := range list {
-		list[i] = nil // nobody needs it while the rest is worked on
+		list[i] = nil // frees memory while the rest is processed
 		failed = append(failed, r.apply(item))
 	}
-	r.once.Do(func() { close(r.listed) })
+	r.closeListed()
+	r.closeAnswered()
 	return errors.Join(failed...)
 }
 
-// Resync implements cache.ReflectorStore. The sink forgets nothing that would
-// have to be told again.
+// Resync implements cache.ReflectorStore. The sink keeps its objects.
 func (r *resource) Resync() error { return nil }
 
 func (r *resource) apply(obj any) error {
@@ -152,65 +134,48 @@ func (r *resource) apply(obj any) error {
 	if err != nil {
 		return fmt.Errorf("watching %s: %s: %w", r.name, name, err)
 	}
-	if told, ok := r.told[name]; ok && told == hash {
-		return nil
+	if sent, ok := r.sent[name]; !ok || sent != hash {
+		r.sent[name] = hash
+		r.sink.Apply(o)
 	}
-	r.told[name] = hash
-	r.sink.Apply(o)
 	return nil
 }
 
-func (r *resource) forget(name cache.ObjectName) {
-	if _, ok := r.told[name]; ok {
-		delete(r.told, name)
-		r.sink.Delete(r.named(name))
+func (r *resource) remove(name cache.ObjectName) {
+	if _, ok := r.sent[name]; ok {
+		delete(r.sent, name)
+		gone := r.example.DeepCopyObject().(object)
+		gone.SetNamespace(name.Namespace)
+		gone.SetName(name.Name)
+		r.sink.Delete(gone)
 	}
 }
 
-// hash is over the protobuf form, which the API's types write with their maps
-// sorted. Unlike a resource version it says whether anything that matters has
-// changed, and it is right also after the server's data was restored from an
-// older state.
+// hash is over the protobuf form, in which maps are sorted. A resource version
+// would change without a change that matters, and would not tell objects apart
+// after the server's data was restored from a backup.
 func (r *resource) hash(o object) (uint64, error) {
-	m, ok := o.(interface {
-		Size() int
-		MarshalToSizedBuffer([]byte) (int, error)
-	})
+	m, ok := o.(interface{ Marshal() ([]byte, error) })
 	if !ok {
 		return 0, fmt.Errorf("a %T has no protobuf form", o)
 	}
-	size := m.Size()
-	if cap(r.buf) < size {
-		r.buf = make([]byte, size)
-	}
-	n, err := m.MarshalToSizedBuffer(r.buf[:size])
-	if err != nil {
-		return 0, err
-	}
-	return maphash.Bytes(r.seed, r.buf[size-n:size]), nil
+	text, err := m.Marshal()
+	return maphash.Bytes(r.seed, text), err
 }
 
-// named makes an object that says no more than which one it is.
-func (r *resource) named(name cache.ObjectName) object {
-	o := reflect.New(reflect.TypeOf(r.example).Elem()).Interface().(object)
-	o.SetNamespace(name.Namespace)
-	o.SetName(name.Name)
-	return o
-}
-
-// listWatch joins a typed client's two calls, with the same options for both.
-// How each ends is noted: a reflector tells nobody that the server is away
-// while it tries to watch again.
+// listWatch joins the two calls of a typed client, with the same options for
+// both. It records how each ends: a reflector does not report a failure to watch
+// that it retries.
 func listWatch[L runtime.Object](
 	list func(context.Context, metav1.ListOptions) (L, error),
 	watchFunc func(context.Context, metav1.ListOptions) (watch.Interface, error),
-	restrict func(*metav1.ListOptions), out *outcome,
+	restrict func(*metav1.ListOptions), status *requestStatus,
 ) *cache.ListWatch {
 	return &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			restrict(&o)
 			found, err := list(ctx, o)
-			out.note(ctx, "list", err)
+			status.ended(ctx, "list", err)
 			return found, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
@@ -218,23 +183,22 @@ func listWatch[L runtime.Object](
 			w, err := watchFunc(ctx, o)
 			switch {
 			case err == nil && reflect.TypeOf(w) == emptyWatch:
-				out.note(ctx, "watch", errNoAnswer)
+				status.ended(ctx, "watch", errNoAnswer)
 			case o.SendInitialEvents != nil && cannotStream(err):
-				// The list is asked for plainly now, and how that ends counts.
+				// A plain list follows, and its end counts.
 			default:
-				out.note(ctx, "watch", err)
+				status.ended(ctx, "watch", err)
 			}
 			return w, err
 		},
 	}
 }
 
-// emptyWatch is what client-go returns, without an error, in place of a watch
-// whose connection timed out or was closed before the server answered.
+// emptyWatch is what client-go returns, without an error, if a connection timed
+// out or was closed before the server answered a watch.
 var emptyWatch = reflect.TypeOf(watch.NewEmptyWatch())
 
-// cannotStream tells whether the server refused no more than to send a list as
-// a stream, as those do that know no such request or have it switched off. All
-// else has to be noted at once: where nothing listens, the reflector tries the
-// stream for ever and never asks for the list plainly.
+// cannotStream says whether the server only refuses to send a list as a stream,
+// because it does not know this or has it switched off. Other failures must be
+// recorded at once: if nothing listens, the reflector never asks for a plain list.
 func cannotStream(err error) bool { return apierrors.IsInvalid(err) || apierrors.IsBadRequest(err) }

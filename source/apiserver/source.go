@@ -1,3 +1,10 @@
+// Package apiserver is the source that watches a Kubernetes API server: Services,
+// EndpointSlices, this node's Node object and ServiceCIDRs, with the selectors of
+// kube-proxy and no more rights than kube-proxy has.
+//
+// No object is kept here. Objects go to the sink, trimmed to what a proxy reads.
+// Only names and hashes stay, to find removed and changed objects after a new
+// list.
 package apiserver
 
 import (
@@ -16,28 +23,26 @@ import (
 	"signalbox/proxier"
 )
 
-// The selectors are the API server's work, so that an object which changes its
-// label appears or vanishes here like any other.
+// The API server applies the selectors. If an object's label changes, the watch
+// reports the object as added or deleted.
 const (
 	servedServices = "!" + proxier.LabelServiceProxyName
 	servedSlices   = "!" + corev1.IsHeadlessService
 )
 
-// extrasWait is how long Services wait for the Node and the ServiceCIDRs to be
-// listed. Without them Services are served all the same, only without
-// topology and with fewer drops, until they are known.
-const extrasWait = 5 * time.Second
+// extrasTimeout is how long Services wait for the Node and the ServiceCIDRs.
+// Without them, there is no topology, and packets to unallocated addresses are
+// not dropped.
+const extrasTimeout = 5 * time.Second
 
 // Source watches an API server.
 type Source struct {
 	client   kubernetes.Interface
 	nodeName string
 	log      *slog.Logger
-	// Noted is told, whenever a list or a watch of a resource was asked for,
-	// what keeps the API server from telling of it: nil for nothing. It is not
-	// a failure that a server does not know an optional resource. May be nil;
-	// set before Run.
-	Noted func(resource string, err error)
+	// OnRequest receives the end of each list and watch request. A missing
+	// optional resource is no error. May be nil; set before Run.
+	OnRequest func(resource string, err error)
 }
 
 // New returns a Source for the node of that name.
@@ -45,22 +50,19 @@ func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source
 	return &Source{client: client, nodeName: nodeName, log: log}
 }
 
-// Run tells the sink what the API server says until ctx ends, and returns nil
-// then. An API server that cannot be reached or refuses is asked again and
-// again; what it said before stays with the sink.
+// Run sends the objects of the API server to the sink until ctx ends, and returns
+// nil then. When requests fail, it tries again, and the sink keeps its objects.
 //
-// It does not wait for the reflectors, which sleep between tries without regard
-// for ctx; the sink hears nothing after Run has returned.
+// It does not wait for the reflectors: they may sleep for seconds after the end of
+// ctx. Until they end, they may still call the sink.
 func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
-	door := &gate{sink: sink}
-	defer door.shut()
-	services, slices, node, cidrs := s.services(door), s.endpointSlices(door), s.node(door), s.serviceCIDRs(door)
+	services, slices, node, cidrs := s.services(sink), s.endpointSlices(sink), s.node(sink), s.serviceCIDRs(sink)
 	for _, r := range []*resource{services, slices, node, cidrs} {
 		go r.run(ctx)
 	}
-	if listed(ctx, services, slices) {
-		extras, cancel := context.WithTimeout(ctx, extrasWait)
-		answered(extras, node, cidrs)
+	if allClosed(ctx, services.listed, slices.listed) {
+		extras, cancel := context.WithTimeout(ctx, extrasTimeout)
+		allClosed(extras, node.answered, cidrs.answered)
 		cancel()
 		sink.Synced()
 	}
@@ -68,65 +70,53 @@ func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
 	return nil
 }
 
-// listed waits until each resource was listed once.
-func listed(ctx context.Context, resources ...*resource) bool {
-	for _, r := range resources {
+// allClosed waits for the channels, and returns false if ctx ends first.
+func allClosed(ctx context.Context, channels ...<-chan struct{}) bool {
+	for _, c := range channels {
 		select {
 		case <-ctx.Done():
 			return false
-		case <-r.listed:
+		case <-c:
 		}
 	}
 	return true
 }
 
-// answered waits until each resource was listed or refused once.
-func answered(ctx context.Context, resources ...*resource) {
-	for _, r := range resources {
-		select {
-		case <-ctx.Done():
-			return
-		case <-r.listed:
-		case <-r.refused:
-		}
-	}
-}
-
 func (s *Source) services(sink proxier.Sink) *resource {
 	api := s.client.CoreV1().Services(metav1.NamespaceAll)
-	out := s.outcome("services", false)
-	return s.resource(out, &corev1.Service{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+	status := s.status("services", false)
+	return s.resource(status, &corev1.Service{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
 		o.LabelSelector = servedServices
 		o.FieldSelector = fields.OneTermNotEqualSelector("spec.clusterIP", corev1.ClusterIPNone).String()
-	}, out))
+	}, status))
 }
 
 func (s *Source) endpointSlices(sink proxier.Sink) *resource {
 	api := s.client.DiscoveryV1().EndpointSlices(metav1.NamespaceAll)
-	out := s.outcome("endpointslices", false)
-	return s.resource(out, &discoveryv1.EndpointSlice{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+	status := s.status("endpointslices", false)
+	return s.resource(status, &discoveryv1.EndpointSlice{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
 		o.LabelSelector = servedSlices
-	}, out))
+	}, status))
 }
 
 func (s *Source) node(sink proxier.Sink) *resource {
 	api := s.client.CoreV1().Nodes()
-	out := s.outcome("nodes", true)
-	return s.resource(out, &corev1.Node{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
+	status := s.status("nodes", true)
+	return s.resource(status, &corev1.Node{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
 		o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, s.nodeName).String()
-	}, out))
+	}, status))
 }
 
 func (s *Source) serviceCIDRs(sink proxier.Sink) *resource {
 	api := s.client.NetworkingV1().ServiceCIDRs()
-	out := s.outcome("servicecidrs", true)
-	return s.resource(out, &networkingv1.ServiceCIDR{}, sink, listWatch(api.List, api.Watch, func(*metav1.ListOptions) {}, out))
+	status := s.status("servicecidrs", true)
+	return s.resource(status, &networkingv1.ServiceCIDR{}, sink, listWatch(api.List, api.Watch, func(*metav1.ListOptions) {}, status))
 }
 
-func (s *Source) outcome(resource string, optional bool) *outcome {
-	return &outcome{resource: resource, optional: optional, log: s.log, now: time.Now, noted: s.Noted}
+func (s *Source) status(resource string, optional bool) *requestStatus {
+	return &requestStatus{resource: resource, optional: optional, log: s.log, now: time.Now, onRequest: s.OnRequest}
 }
 
-func (s *Source) resource(out *outcome, example object, sink proxier.Sink, lw *cache.ListWatch) *resource {
-	return newResource(out.resource, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client), s.log)
+func (s *Source) resource(status *requestStatus, example object, sink proxier.Sink, lw *cache.ListWatch) *resource {
+	return newResource(status.resource, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client))
 }

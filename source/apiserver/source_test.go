@@ -71,7 +71,7 @@ func service(name, version string) *corev1.Service {
 
 func TestRelistTellsOnlyDifferences(t *testing.T) {
 	sink := newRecorder()
-	r := newResource("services", &corev1.Service{}, sink, nil, slog.Default())
+	r := newResource("services", &corev1.Service{}, sink, nil)
 	if err := r.Replace([]any{service("a", "1"), service("b", "2")}, "2"); err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +93,7 @@ func TestRelistTellsOnlyDifferences(t *testing.T) {
 
 func TestDeletedAndMadeAgain(t *testing.T) {
 	sink := newRecorder()
-	r := newResource("services", &corev1.Service{}, sink, nil, slog.Default())
+	r := newResource("services", &corev1.Service{}, sink, nil)
 	for _, step := range []error{r.Add(service("a", "1")), r.Delete(service("a", "2")), r.Add(service("a", "1"))} {
 		if step != nil {
 			t.Fatal(step)
@@ -106,7 +106,7 @@ func TestDeletedAndMadeAgain(t *testing.T) {
 }
 
 func TestForeignObjectIsAnError(t *testing.T) {
-	r := newResource("services", &corev1.Service{}, newRecorder(), nil, slog.Default())
+	r := newResource("services", &corev1.Service{}, newRecorder(), nil)
 	if err := r.Add("not an object"); err == nil || !strings.Contains(err.Error(), "services") {
 		t.Errorf("Add of a string answers %v", err)
 	}

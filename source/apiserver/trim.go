@@ -12,7 +12,7 @@ import (
 	"signalbox/proxier"
 )
 
-// The labels and annotations that mean something to a proxy.
+// The labels and annotations that a proxy reads.
 var (
 	keptLabels = map[string]bool{
 		discoveryv1.LabelServiceName:               true,
@@ -27,9 +27,9 @@ var (
 	}
 )
 
-// trim takes out of an object what no proxy looks at, in place: most of it by
-// size, and all that changes without meaning anything, such as a Node's
-// heartbeat. It has the form of a cache.TransformFunc.
+// trim removes from an object what no proxy reads, in place: most of its size, and
+// all that changes without effect, such as a Node's heartbeat. It is a
+// cache.TransformFunc.
 func trim(obj any) (any, error) {
 	switch o := obj.(type) {
 	case *corev1.Service:
@@ -55,7 +55,7 @@ func trim(obj any) (any, error) {
 		trimMeta(&o.ObjectMeta)
 		o.Status = networkingv1.ServiceCIDRStatus{}
 	default:
-		return nil, fmt.Errorf("the API server sent a %T, which nobody asked for", obj)
+		return nil, fmt.Errorf("the API server sent a %T, which was not requested", obj)
 	}
 	return obj, nil
 }

@@ -74,9 +74,9 @@ func TestEndsOfStreamedLists(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var lines logged
-			out := &outcome{resource: "endpointslices", log: slog.New(slog.NewTextHandler(&lines, nil)), now: time.Now}
+			status := &requestStatus{resource: "endpointslices", log: slog.New(slog.NewTextHandler(&lines, nil)), now: time.Now}
 			answer := func(context.Context, metav1.ListOptions) (watch.Interface, error) { return test.w, test.err }
-			lw := listWatch[*corev1.ServiceList](nil, answer, func(*metav1.ListOptions) {}, out)
+			lw := listWatch[*corev1.ServiceList](nil, answer, func(*metav1.ListOptions) {}, status)
 			for range 2 {
 				w, err := lw.WatchFuncWithContext(t.Context(), metav1.ListOptions{SendInitialEvents: ptr.To(true)})
 				if w != test.w || !errors.Is(err, test.err) {
@@ -116,21 +116,5 @@ func TestRunEndsWhileAReflectorHangs(t *testing.T) {
 		}
 	case <-time.After(30 * time.Second): // far more than any machine needs
 		t.Error("Run waits for a reflector that hangs")
-	}
-}
-
-func TestNothingIsToldThroughAShutGate(t *testing.T) {
-	sink := newRecorder()
-	g := &gate{sink: sink}
-	g.Apply(service("a", "1"))
-	g.Delete(service("a", "1"))
-	g.Synced()
-	g.shut()
-	g.Apply(service("b", "1"))
-	g.Delete(service("b", "1"))
-	g.Synced()
-	want := []string{"apply Service default/a", "delete Service default/a", "synced"}
-	if !slices.Equal(sink.lines, want) {
-		t.Errorf("told %q, want %q", sink.lines, want)
 	}
 }

@@ -17,7 +17,7 @@ import (
 func TestFailuresAreLoggedOnceInAWhile(t *testing.T) {
 	var lines logged
 	now := time.Unix(0, 0)
-	o := &outcome{resource: "services", log: slog.New(slog.NewTextHandler(&lines, nil)), now: func() time.Time { return now }}
+	s := &requestStatus{resource: "services", log: slog.New(slog.NewTextHandler(&lines, nil)), now: func() time.Time { return now }}
 	refused := fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
 	steps := []struct {
 		after time.Duration
@@ -27,7 +27,7 @@ func TestFailuresAreLoggedOnceInAWhile(t *testing.T) {
 		{0, nil, 0},
 		{0, refused, 1},
 		{10 * time.Second, refused, 1},
-		{0, apierrors.NewUnauthorized("no"), 2}, // another reason is news
+		{0, apierrors.NewUnauthorized("no"), 2}, // another reason
 		{30 * time.Second, apierrors.NewUnauthorized("no"), 2},
 		{31 * time.Second, apierrors.NewUnauthorized("no"), 3}, // it lasts
 		{0, apierrors.NewResourceExpired("old"), 3},            // no failure
@@ -37,29 +37,29 @@ func TestFailuresAreLoggedOnceInAWhile(t *testing.T) {
 	}
 	for i, step := range steps {
 		now = now.Add(step.after)
-		o.note(context.Background(), "list", step.err)
+		s.ended(context.Background(), "list", step.err)
 		if got := lines.count("\n"); got != step.lines {
 			t.Fatalf("step %d (%v): %d lines in the log, want %d:\n%s", i, step.err, got, step.lines, lines.b.String())
 		}
 	}
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()
-	o.note(ended, "list", errors.New("cut off"))
+	s.ended(ended, "list", errors.New("cut off"))
 	if got := lines.count("\n"); got != 5 {
 		t.Errorf("the end of the process was logged as a failure:\n%s", lines.b.String())
 	}
 }
 
-func TestWhatIsNotNecessaryIsMissedOnce(t *testing.T) {
+func TestMissingOptionalResourceIsLoggedOnce(t *testing.T) {
 	var lines logged
 	now := time.Unix(0, 0)
-	o := &outcome{resource: "servicecidrs", optional: true, log: slog.New(slog.NewTextHandler(&lines, nil)), now: func() time.Time { return now }}
+	s := &requestStatus{resource: "servicecidrs", optional: true, log: slog.New(slog.NewTextHandler(&lines, nil)), now: func() time.Time { return now }}
 	for range 5 {
-		o.note(context.Background(), "list", apierrors.NewNotFound(schema.GroupResource{Resource: "servicecidrs"}, ""))
+		s.ended(context.Background(), "list", apierrors.NewNotFound(schema.GroupResource{Resource: "servicecidrs"}, ""))
 		now = now.Add(time.Hour)
 	}
 	if got := lines.count("no servicecidrs"); got != 1 {
-		t.Errorf("said %d times, want once:\n%s", got, lines.b.String())
+		t.Errorf("logged %d times, want once:\n%s", got, lines.b.String())
 	}
 }
 
