@@ -54,7 +54,7 @@ func (s *servers) open(g *generation, alone bool) error {
 			s.services.PortsFree()
 		})
 		var work sync.WaitGroup
-		work.Go(func() { _ = s.services.Run(ctx) }) // it never fails
+		work.Go(func() { s.services.Run(ctx) })
 		s.stop = func() { cancel(); work.Wait() }
 	}
 	if alone {

@@ -12,48 +12,48 @@ import (
 	"signalbox/proxier"
 )
 
-// Options is what Health is made of.
+// Options are the parameters of New.
 type Options struct {
-	// Healthz and Livez are told the HTTP status of each answer; may be nil.
+	// Healthz and Livez are called with the HTTP status of each answer; may be nil.
 	Healthz, Livez func(status int)
 	// Now is time.Now when nil.
 	Now func() time.Time
 }
 
-// Subject is what Health is asked about.
+// Subject is what Health reports about.
 type Subject struct {
-	// Progress is that of the Loop whose health is asked for.
+	// Progress returns the progress of the Loop.
 	Progress func() proxier.Progress
-	// Degraded names kernel settings that the dataplane needs and could not make;
-	// may be nil. They are in the answers and do not make them another status:
-	// what needs none of them is served.
+	// Degraded returns the names of kernel settings that the dataplane needs and
+	// could not set; may be nil. The answers list them. They do not change the
+	// status, because most Services do not need them.
 	Degraded func() []string
-	// Conditions says in a line each what else is wrong that changes no status;
-	// may be nil.
+	// Conditions returns a line for each other problem that does not change the
+	// status; may be nil.
 	Conditions func() []string
-	// SyncPeriod is half of what an update may wait before the dataplane counts
-	// as unhealthy.
+	// SyncPeriod is half the time that an update may wait before the dataplane
+	// counts as unhealthy.
 	SyncPeriod time.Duration
 	// NodeName is the name of this node's Node object.
 	NodeName string
-	// NodeOptional makes a node eligible of which no Node object was ever seen.
+	// NodeOptional makes the node eligible as long as there was no Node object.
 	NodeOptional bool
 }
 
-// Health knows whether the dataplane follows what it is told, and whether the
-// node may get traffic. It may be asked and told from any goroutine.
+// Health knows whether the dataplane follows the API objects, and whether the node
+// is eligible for traffic. Its methods may be called from any goroutine.
 type Health struct {
 	opts Options
 
 	mu      sync.Mutex // guards what follows
-	of      Subject
+	subject Subject
 	updated map[proxier.Family]time.Time
 	node    nodeState
-	// rejected is why what the configuration file says is not in force.
+	// rejected is the reason why the configuration file is not in force.
 	rejected string
 }
 
-// nodeState is what is known of the Node object.
+// nodeState is the state of the Node object.
 type nodeState uint8
 
 const (
@@ -62,7 +62,7 @@ const (
 	nodeLeaving // or gone
 )
 
-// New returns a Health that was told nothing: healthy, of an unknown node.
+// New returns a Health with a healthy dataplane and an unknown node.
 func New(opts Options) *Health {
 	if opts.Now == nil {
 		opts.Now = time.Now
@@ -72,13 +72,12 @@ func New(opts Options) *Health {
 	return h
 }
 
-// Follow has Health be about another Loop than before. What it knows of the
-// node stays, as long as it is the same: the new Loop's source, which is still
-// to list it, is no reason to take traffic from it.
+// Follow replaces the subject. The state of the node stays if its name is the same:
+// that the new source has not listed it yet must not divert traffic.
 func (h *Health) Follow(s Subject) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if s.NodeName != h.of.NodeName {
+	if s.NodeName != h.subject.NodeName {
 		h.node = nodeUnknown
 	}
 	for _, f := range []*func() []string{&s.Degraded, &s.Conditions} {
@@ -86,12 +85,11 @@ func (h *Health) Follow(s Subject) {
 			*f = func() []string { return nil }
 		}
 	}
-	h.of = s
+	h.subject = s
 }
 
-// ConfigurationRejected has the answers say, nil: not any more, why what the
-// configuration file says is not in force. What is in force works, and so it is
-// no reason to call the node sick.
+// ConfigurationRejected sets the reason why the configuration file is not in force;
+// nil clears it. It does not change the status: the configuration in force works.
 func (h *Health) ConfigurationRejected(err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -101,7 +99,7 @@ func (h *Health) ConfigurationRejected(err error) {
 	}
 }
 
-// Synced notes when the kernel was last what it should be. It has the form of
+// Synced records when the kernel was last up to date. It has the form of
 // proxier.LoopOptions.Synced.
 func (h *Health) Synced(r proxier.SyncReport) {
 	if !r.Current {
@@ -112,12 +110,12 @@ func (h *Health) Synced(r proxier.SyncReport) {
 	h.updated[r.Family] = h.opts.Now()
 }
 
-// Watch returns a Sink that passes everything on to next and looks at the Node
-// object of the present Subject on the way.
+// Watch returns a Sink that passes everything on to next and reads the subject's
+// Node object.
 func (h *Health) Watch(next proxier.Sink) proxier.Sink {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return nodeWatch{next, h, h.of.NodeName}
+	return nodeWatch{next, h, h.subject.NodeName}
 }
 
 type nodeWatch struct {
@@ -173,31 +171,31 @@ type answer struct {
 	LastUpdated  time.Time               `json:"lastUpdated"`
 	CurrentTime  time.Time               `json:"currentTime"`
 	NodeEligible *bool                   `json:"nodeEligible,omitempty"` // nil at /livez
-	Healthy      bool                    `json:"healthy"`                // the dataplane alone
-	Degraded     []string                `json:"degraded,omitempty"`     // kernel settings that are missing
+	Healthy      bool                    `json:"healthy"`                // of the dataplane only
+	Degraded     []string                `json:"degraded,omitempty"`     // see Subject
 	Status       map[string]familyStatus `json:"status"`
-	// What follows is not kube-proxy's.
+	// kube-proxy does not have these.
 	Conditions            []string `json:"conditions,omitempty"`
 	ConfigurationRejected string   `json:"configurationRejected,omitempty"`
 }
 
-// Healthy says whether the dataplane follows what it is told.
+// Healthy reports whether the dataplane follows the API objects.
 func (h *Health) Healthy() bool { return h.dataplane().Healthy }
 
-// dataplane asks every family. One appears in the answer once it has synced, or
-// is late with its first sync.
+// dataplane returns the answer about all families. A family is listed after its
+// first sync, or when that is late.
 func (h *Health) dataplane() answer {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	pending := h.of.Progress().Pending
+	pending := h.subject.Progress().Pending
 	a := answer{
-		CurrentTime: h.opts.Now(), Healthy: true, Degraded: h.of.Degraded(), Conditions: h.of.Conditions(),
+		CurrentTime: h.opts.Now(), Healthy: true, Degraded: h.subject.Degraded(), Conditions: h.subject.Conditions(),
 		Status: map[string]familyStatus{}, ConfigurationRejected: h.rejected,
 	}
 	for _, family := range proxier.Families {
 		since, served := pending[family]
 		updated := h.updated[family]
-		late := !since.IsZero() && a.CurrentTime.Sub(since) >= 2*h.of.SyncPeriod
+		late := !since.IsZero() && a.CurrentTime.Sub(since) >= 2*h.subject.SyncPeriod
 		if !served || updated.IsZero() && !late {
 			continue
 		}
@@ -213,10 +211,10 @@ func (h *Health) dataplane() answer {
 func (h *Health) eligible() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.node == nodeEligible || h.node == nodeUnknown && h.of.NodeOptional
+	return h.node == nodeEligible || h.node == nodeUnknown && h.subject.NodeOptional
 }
 
-// Handler answers /healthz and /livez.
+// Handler serves /healthz and /livez.
 func (h *Health) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -231,8 +229,8 @@ func (h *Health) Handler() http.Handler {
 	return mux
 }
 
-// reply gives the time of the answer as that of the last update where all is
-// well, as old releases of kube-proxy did, on which some load balancers rely.
+// reply sets lastUpdated to the present time if all is well, as old releases of
+// kube-proxy did. Some load balancers rely on that.
 func reply(w http.ResponseWriter, a answer, ok bool, count func(int)) {
 	status := http.StatusServiceUnavailable
 	if ok {
@@ -249,7 +247,7 @@ func reply(w http.ResponseWriter, a answer, ok bool, count func(int)) {
 	}
 	setJSON(w.Header())
 	w.WriteHeader(status)
-	_, _ = w.Write(body) // who does not wait for the answer needs none
+	_, _ = w.Write(body)
 }
 
 func setJSON(h http.Header) {

@@ -19,66 +19,66 @@ import (
 	"signalbox/proxier"
 )
 
-// ServiceOptions is what Services are made of.
+// ServiceOptions are the parameters of NewServices.
 type ServiceOptions struct {
-	// Healthy says whether the dataplane is; nil: always. A node that offers no
-	// /healthz is not for that reason a sick one.
+	// Healthy reports whether the dataplane is healthy; nil: always.
 	Healthy func() bool
-	// Failed is told once when a Service's port cannot be listened on, at the
-	// second failure in a row: a process that this one takes the place of has
-	// it for a moment. May be nil.
+	// Failed is called at the second failure in a row to listen at a Service's
+	// port: a predecessor of this process may still have the port at the first.
+	// May be nil.
 	Failed func(service proxier.ServiceName, port uint16, err error)
-	// Tried is told how each attempt to listen ended; may be nil.
+	// Tried is called with the result of each attempt to listen; may be nil.
 	Tried func(error)
-	// State is told, after a change, how many Services of a family have a
-	// health check, and at how many addresses of both families a server should
-	// listen and cannot; may be nil.
+	// State is called after a change. services counts the Services of a family
+	// with a health check, failing the addresses of both families at which no
+	// server can listen. May be nil.
 	State func(family proxier.Family, services, failing int)
 	Log   *slog.Logger
 	// Listen is net.Listen when nil.
 	Listen func(network, addr string) (net.Listener, error)
 }
 
-// Services are the servers at the healthCheckNodePorts of Services: one for
-// each address that serves NodePorts. Each IP family has its own, because each
-// has its own endpoints.
+// Services are the servers at the healthCheckNodePorts of Services, one for each
+// address that serves NodePorts. Each IP family has its own servers, because it has
+// its own endpoints.
 type Services struct {
 	opts ServiceOptions
-	wake chan struct{} // holds one token while there is something new
-	free chan struct{} // holds one token when ports may have come free
-	// retry says when to listen again where that failed; nil: every
-	// httpserve.RetryAfter. Tests have ticks of their own.
+	wake chan struct{} // holds a token after a change
+	free chan struct{} // holds a token after PortsFree
+	// retry ticks for retries; nil: every httpserve.RetryAfter. Tests set it.
 	retry <-chan time.Time
 
 	mu     sync.Mutex // guards wanted
 	wanted map[proxier.Family]*wanted
 
-	// Of the goroutine of Run.
-	open   map[socket]*server
-	failed map[socket]*server // those whose address could not be had
+	servers map[socket]*server // used by Run alone
 }
 
-// wanted is what a family was last told.
+// wanted is the latest state of a family.
 type wanted struct {
 	addrs  proxier.NodePortAddrs
 	checks map[proxier.ServiceName]proxier.HealthCheck
 }
 
-// socket is what one server has to itself.
+// socket identifies a server.
 type socket struct {
 	family proxier.Family
 	addr   netip.AddrPort
 }
 
-// server answers for one Service at one address.
+// server answers the health checks of one Service at one address.
 type server struct {
-	service proxier.ServiceName
-	local   atomic.Int64
-	close   func() // nil while it does not listen
-	tries   int    // that failed in a row
+	service  proxier.ServiceName
+	local    atomic.Int64 // local endpoints
+	close    func()       // nil while it does not listen
+	failures int          // to listen, in a row
 }
 
-// NewServices returns Services that know of none.
+// reportedFailure is the failure in a row that is reported; see
+// ServiceOptions.Failed.
+const reportedFailure = 2
+
+// NewServices returns Services without any server.
 func NewServices(opts ServiceOptions) *Services {
 	if opts.Healthy == nil {
 		opts.Healthy = func() bool { return true }
@@ -88,12 +88,12 @@ func NewServices(opts ServiceOptions) *Services {
 	}
 	return &Services{
 		opts: opts, wake: make(chan struct{}, 1), free: make(chan struct{}, 1), wanted: map[proxier.Family]*wanted{},
-		open: map[socket]*server{}, failed: map[socket]*server{},
+		servers: map[socket]*server{},
 	}
 }
 
-// Synced takes the health checks of a plan that is in the kernel. It has the
-// form of proxier.LoopOptions.Synced, and does not wait for any socket.
+// Synced takes the health checks of a plan that is in the kernel. It does not wait
+// for sockets. It has the form of proxier.LoopOptions.Synced.
 func (s *Services) Synced(r proxier.SyncReport) {
 	if !r.Current {
 		return
@@ -115,8 +115,8 @@ func (s *Services) Synced(r proxier.SyncReport) {
 	}
 }
 
-// Serve notes which families are served from now on, each as it was until it is
-// synced.
+// Serve sets the families that are served. A family keeps its health checks until
+// its next sync.
 func (s *Services) Serve(families []proxier.Family) {
 	s.mu.Lock()
 	maps.DeleteFunc(s.wanted, func(f proxier.Family, _ *wanted) bool { return !slices.Contains(families, f) })
@@ -124,11 +124,11 @@ func (s *Services) Serve(families []proxier.Family) {
 	put(s.wake)
 }
 
-// PortsFree has Run try at once to listen where it could not: a process that
-// this one takes the place of has let go of its ports.
+// PortsFree makes Run retry at once: a predecessor of this process has closed its
+// ports.
 func (s *Services) PortsFree() { put(s.free) }
 
-// put leaves a token where there is none.
+// put leaves a token in a channel that holds none.
 func put(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
@@ -136,45 +136,45 @@ func put(c chan struct{}) {
 	}
 }
 
-// Run opens and closes servers until ctx ends, and returns nil then with all of
-// them closed. It may be called again afterwards.
-func (s *Services) Run(ctx context.Context) error {
+// Run opens and closes servers until ctx ends. When it returns, all are closed. It
+// may be called again afterwards.
+func (s *Services) Run(ctx context.Context) {
 	retry := s.retry
 	if retry == nil {
 		ticker := time.NewTicker(httpserve.RetryAfter)
 		defer ticker.Stop()
 		retry = ticker.C
 	}
-	defer s.settle(ctx, nil)
-	s.settle(ctx, s.sockets())
-	s.tellState()
+	defer s.update(ctx, nil)
+	s.update(ctx, s.sockets())
+	s.reportState()
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-s.wake:
-			s.settle(ctx, s.sockets())
+			s.update(ctx, s.sockets())
 		case <-s.free:
-			for _, sv := range s.failed {
-				if sv.tries == 1 {
-					sv.tries = 0 // no blame for what the other had
+			for _, sv := range s.servers {
+				if sv.failures < reportedFailure {
+					sv.failures = 0 // the predecessor had the port
 				}
 			}
 			s.listenAgain(ctx)
 		case <-retry:
 			s.listenAgain(ctx)
 		}
-		s.tellState()
+		s.reportState()
 	}
 }
 
-// target is whom a socket is to answer for.
+// target is the content of a socket's answers.
 type target struct {
 	service proxier.ServiceName
 	local   int
 }
 
-// sockets are all that should be there.
+// sockets returns the servers that are wanted.
 func (s *Services) sockets() map[socket]target {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -200,43 +200,41 @@ func unspecified(family proxier.Family) netip.Addr {
 	return netip.IPv4Unspecified()
 }
 
-// settle makes the servers those that should be there. What is to be closed is
-// closed before anything is opened: ports may change hands.
-func (s *Services) settle(ctx context.Context, want map[socket]target) {
-	for _, servers := range []map[socket]*server{s.open, s.failed} {
-		maps.DeleteFunc(servers, func(at socket, sv *server) bool {
-			t, stays := want[at]
-			if stays && t.service == sv.service {
-				return false
-			}
-			if sv.close != nil {
-				sv.close()
-			}
-			return true
-		})
-	}
+// update makes the servers those of want. It closes before it opens, because a
+// port may move from one Service to another.
+func (s *Services) update(ctx context.Context, want map[socket]target) {
+	maps.DeleteFunc(s.servers, func(at socket, sv *server) bool {
+		if t, stays := want[at]; stays && t.service == sv.service {
+			return false
+		}
+		if sv.close != nil {
+			sv.close()
+		}
+		return true
+	})
 	for at, t := range want {
-		sv := s.open[at]
-		if sv == nil {
-			sv = s.failed[at]
-		}
-		if sv == nil {
-			sv = &server{service: t.service}
+		sv := s.servers[at]
+		if sv != nil {
 			sv.local.Store(int64(t.local))
-			s.listen(ctx, at, sv)
+			continue
 		}
+		sv = &server{service: t.service}
 		sv.local.Store(int64(t.local))
-	}
-}
-
-// listenAgain tries those again that failed.
-func (s *Services) listenAgain(ctx context.Context) {
-	for at, sv := range maps.Clone(s.failed) {
+		s.servers[at] = sv
 		s.listen(ctx, at, sv)
 	}
 }
 
-// networks have IPv4 and IPv6 listen at one port without minding each other.
+// listenAgain retries where listening has failed.
+func (s *Services) listenAgain(ctx context.Context) {
+	for at, sv := range s.servers {
+		if sv.close == nil {
+			s.listen(ctx, at, sv)
+		}
+	}
+}
+
+// networks keep an IPv6 socket from taking the port in IPv4, too.
 var networks = map[proxier.Family]string{proxier.IPv4: "tcp4", proxier.IPv6: "tcp6"}
 
 func (s *Services) listen(ctx context.Context, at socket, sv *server) {
@@ -245,31 +243,28 @@ func (s *Services) listen(ctx context.Context, at socket, sv *server) {
 		s.opts.Tried(err)
 	}
 	if err != nil {
-		s.failed[at] = sv
-		if sv.tries++; sv.tries == 2 {
-			s.tellFailure(at, sv, err)
+		if sv.failures++; sv.failures == reportedFailure {
+			s.reportFailure(at, sv, err)
 		}
 		return
 	}
-	if s.failed[at] != nil {
+	if sv.failures >= reportedFailure {
 		s.opts.Log.Info("a Service's health checks are answered now", "service", sv.service.String(), "address", at.addr.String())
-		delete(s.failed, at)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan struct{})
 	sv.close = func() {
 		cancel()
-		l.Close() // the port is free now, whatever the server still does
+		l.Close() // frees the port at once
 		<-ended
 	}
 	go func() {
 		defer close(ended)
 		_ = httpserve.Serve(ctx, l, s.handler(sv), s.opts.Log)
 	}()
-	s.open[at] = sv
 }
 
-func (s *Services) tellFailure(at socket, sv *server, err error) {
+func (s *Services) reportFailure(at socket, sv *server, err error) {
 	s.opts.Log.Error("a Service's health checks cannot be answered; its load balancer takes this node for dead; trying again",
 		"service", sv.service.String(), "address", at.addr.String(), "every", httpserve.RetryAfter, "error", err)
 	if s.opts.Failed != nil {
@@ -277,7 +272,7 @@ func (s *Services) tellFailure(at socket, sv *server, err error) {
 	}
 }
 
-func (s *Services) tellState() {
+func (s *Services) reportState() {
 	if s.opts.State == nil {
 		return
 	}
@@ -287,8 +282,14 @@ func (s *Services) tellState() {
 		counts[family] = len(w.checks)
 	}
 	s.mu.Unlock()
+	failing := 0
+	for _, sv := range s.servers {
+		if sv.close == nil {
+			failing++
+		}
+	}
 	for family, services := range counts {
-		s.opts.State(family, services, len(s.failed))
+		s.opts.State(family, services, failing)
 	}
 }
 
@@ -302,8 +303,7 @@ type serviceAnswer struct {
 	ServiceProxyHealthy bool  `json:"serviceProxyHealthy"`
 }
 
-// handler answers whatever is asked, as load balancers ask with all kinds of
-// paths.
+// handler answers all paths, because load balancers use all kinds of them.
 func (s *Services) handler(sv *server) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		a := serviceAnswer{LocalEndpoints: sv.local.Load(), ServiceProxyHealthy: s.opts.Healthy()}
@@ -314,7 +314,7 @@ func (s *Services) handler(sv *server) http.Handler {
 			return
 		}
 		setJSON(w.Header())
-		// As load balancers that spread by weight expect it.
+		// For load balancers that spread by weight.
 		w.Header().Set("X-Load-Balancing-Endpoint-Weight", strconv.FormatInt(a.LocalEndpoints, 10))
 		if a.LocalEndpoints > 0 && a.ServiceProxyHealthy {
 			w.WriteHeader(http.StatusOK)

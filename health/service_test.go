@@ -62,9 +62,7 @@ func newWorld(t *testing.T) *world {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := w.Services.Run(ctx); err != nil {
-			t.Error(err)
-		}
+		w.Services.Run(ctx)
 	}()
 	w.stop = func() { cancel(); <-done }
 	t.Cleanup(func() { w.stop() })
@@ -250,9 +248,7 @@ func TestRetryPeriod(t *testing.T) {
 		s.Synced(proxier.SyncReport{Family: proxier.IPv4, Current: true, NodePortAddrs: all, HealthChecks: checks{web: {Port: 31000}}})
 		ctx, cancel := context.WithTimeout(t.Context(), 12*time.Second)
 		defer cancel()
-		if err := s.Run(ctx); err != nil {
-			t.Error(err)
-		}
+		s.Run(ctx)
 		if diff := cmp.Diff([]time.Duration{0, 5 * time.Second, 10 * time.Second}, tried); diff != "" {
 			t.Errorf("tried to listen after (-want +got)\n%s", diff)
 		}
@@ -269,13 +265,11 @@ func TestRunAgain(t *testing.T) {
 	w.wantClosed(w.host.Addr.V4, 31000)
 	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
 	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error)
-	go func() { done <- w.Services.Run(ctx) }()
+	done := make(chan struct{})
+	go func() { defer close(done); w.Services.Run(ctx) }()
 	w.want(w.host.Addr.V4, 31000, 200, "2")
 	cancel()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
+	<-done
 }
 
 // A Service that goes while its port is taken is not waited for.
