@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/tcprelay"
 	"signalbox/proxier"
 )
 
@@ -112,12 +114,12 @@ const (
 
 // bufferOption sets a buffer's size beyond what the node allows to everybody
 // (net.core.rmem_max, wmem_max), as far as this process may.
-func bufferOption(force, within, size int) option {
-	return func(_ string, fd int) error {
+func bufferOption(force, within, size int) tcprelay.SocketOption {
+	return func(fd int) error {
 		err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, size)
 		if errors.Is(err, unix.EPERM) {
 			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, within, size)
 		}
-		return syscallError("setsockopt", err)
+		return os.NewSyscallError("setsockopt", err)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"testing"
-	"time"
 
 	nft "github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -28,8 +27,8 @@ func TestCleanupLeavesNothing(t *testing.T) {
 		if during := w.kernel(); during == before {
 			t.Fatal("nothing was written")
 		}
-		w.p.routes.forsake() // or what is cleaned up is put back
-		for i := range 2 {   // also where nothing is there any more
+		w.p.routes.stopRestoring() // or what is cleaned up is added again
+		for i := range 2 {         // also where nothing is there any more
 			removed, err := Cleanup(w.family)
 			w.must(err)
 			if removed != (i == 0) {
@@ -75,7 +74,7 @@ func TestRulesOfOtherMarks(t *testing.T) {
 		}
 		w.p.routes.mark = old
 		w.must(w.p.routes.ensure()) // a second rule
-		w.p.routes.forsake()        // or what is cleaned up is put back
+		w.p.routes.stopRestoring()  // or what is cleaned up is added again
 		_, err := Cleanup(w.family)
 		w.must(err)
 		if after := w.kernel(); after != before {
@@ -99,7 +98,10 @@ func TestRemovedRoutesComeBack(t *testing.T) {
 		}
 		for _, remove := range removals {
 			w.must(remove())
-			w.await("what was removed to be back", func() bool { return w.kernel() == during })
+			w.must(w.p.routes.restore())
+			if now := w.kernel(); now != during {
+				t.Errorf("after restore there are %+v, there were %+v", now, during)
+			}
 		}
 		for _, remove := range removals {
 			w.must(remove())
@@ -122,12 +124,17 @@ func TestSourceMarksForbidClientAddresses(t *testing.T) {
 	w := newWorld(t, proxier.IPv4)
 	r := w.p.routes
 	client, endpoint := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
-	until := time.Now().Add(time.Hour)
-	r.seen[client], r.seen[endpoint] = way{link: 2, until: until}, way{link: 3, until: until}
+	w.must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "to-client"}, PeerName: "to-endpoint"}))
+	for name, a := range map[string]netip.Addr{"to-client": client, "to-endpoint": endpoint} {
+		link, err := netlink.LinkByName(name)
+		w.must(err)
+		w.must(netlink.LinkSetUp(link))
+		w.must(netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(netip.PrefixFrom(a, 32))}))
+	}
 	for value, want := range []bool{true, false} {
 		w.must(os.WriteFile("/proc/sys/net/ipv4/conf/all/src_valid_mark", fmt.Append(nil, value), 0o644))
-		r.lookAtSourceMarks()
-		if r.apart(client, endpoint) != want {
+		r.readSourceMarks()
+		if r.onDifferentLinks(client, endpoint) != want {
 			t.Errorf("src_valid_mark=%d: a client's address is used: %v", value, !want)
 		}
 	}

@@ -3,10 +3,12 @@ package userspace
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/tcprelay"
 	"signalbox/nftables"
 	"signalbox/proxier"
 )
@@ -58,12 +60,13 @@ func Supported(f proxier.Family) error {
 // chooses their ports: at the relay's own they would be given connections that a
 // relay at work is to have.
 func trySockets(f proxier.Family) error {
-	t, err := listenTCP(f, 0)
+	at := netip.AddrPortFrom(unspecified(f), 0)
+	t, err := tcprelay.ListenTCP(at)
 	if err != nil {
 		return err
 	}
 	defer t.Close()
-	u, err := listenUDP(f, 0)
+	u, err := tcprelay.ListenUDP(at, udpOptions(f)...)
 	if err != nil {
 		return err
 	}

@@ -56,8 +56,7 @@ func newRelay(f proxier.Family, r *routes) (*relay, error) {
 	}
 	re.node.Store(&proxier.Node{})
 	re.ctx, re.cancel = context.WithCancel(context.Background())
-	re.done.Go(re.expireAll)
-	re.done.Go(re.keepRoutes)
+	re.done.Go(re.maintain)
 	return re, nil
 }
 
@@ -92,13 +91,13 @@ const lastArrivals = 3 * time.Second
 // another process relays, which would not get what arrives here. What has
 // arrived, or is about to, is served.
 func (r *relay) standBy() {
-	r.routes.forsake() // the other process may do without
+	r.routes.stopRestoring() // the other process may do without
 	l := r.listeners
 	if l == nil {
 		return
 	}
 	r.listeners = nil
-	if err := l.leave(); err != nil {
+	if err := l.selectSecond(); err != nil {
 		r.tcp.Log.Warn("what arrives may yet come to this relay though another serves; a few connections will be reset", "family", r.family.String(), "error", err)
 	}
 	ctx, cancel := context.WithCancel(r.ctx)
@@ -120,7 +119,7 @@ func (r *relay) standBy() {
 
 // close ends the relay and all that it has open.
 func (r *relay) close() {
-	r.routes.forsake()
+	r.routes.stopRestoring()
 	if r.listeners != nil {
 		r.listeners.close()
 	}
@@ -131,21 +130,31 @@ func (r *relay) close() {
 	r.ns.Close()
 }
 
-// expiryInterval is how often what is over is forgotten.
-const expiryInterval = 10 * time.Second
+const (
+	// restoreInterval is how long routes that another program removes may be missing.
+	restoreInterval = time.Second
+	// expiryInterval is how often expired entries are removed.
+	expiryInterval = 10 * time.Second
+)
 
-func (r *relay) expireAll() {
-	tick := time.NewTicker(expiryInterval)
-	defer tick.Stop()
+// maintain does what the passing of time asks for.
+func (r *relay) maintain() {
+	restore, expiry := time.NewTicker(restoreInterval), time.NewTicker(expiryInterval)
+	defer restore.Stop()
+	defer expiry.Stop()
 	for {
 		select {
 		case <-r.ctx.Done():
 			return
-		case now := <-tick.C:
+		case <-restore.C:
+			if err := r.routes.restore(); err != nil {
+				r.tcp.Log.Warn("missing routes cannot be added; connections from their clients' addresses may hang, or all; trying again every second",
+					"family", r.family.String(), "error", err)
+			}
+		case now := <-expiry.C:
 			r.targets.expire(now)
 			r.tcp.Chooser.Expire(now)
-			r.routes.expire(now)
-			r.ns.Do(r.routes.lookAtSourceMarks)
+			r.ns.Do(r.routes.readSourceMarks)
 		}
 	}
 }
@@ -178,7 +187,7 @@ func (r *relay) know(n proxier.Node) { r.node.Store(&n) }
 // the node's. A client keeps its own where the plan says so, as far as the
 // answers come back this way.
 func (r *relay) sourceFor(t *target, o origin, client, endpoint netip.Addr) netip.Addr {
-	if o == fromNode || t.masquerade&o.bit() != 0 || r.node.Load().BetweenNodes(client, endpoint) || !r.routes.apart(client, endpoint) {
+	if o == fromNode || t.masquerade&o.bit() != 0 || r.node.Load().BetweenNodes(client, endpoint) || !r.routes.onDifferentLinks(client, endpoint) {
 		return netip.Addr{}
 	}
 	return client

@@ -51,24 +51,10 @@ type routes struct {
 	// that come from elsewhere, and drops them.
 	sourceMarks atomic.Bool
 
-	// keep guards the rule and the routes while they are made or put back; kept
-	// says that they are wanted.
-	keep sync.Mutex
-	kept bool
-
-	mu   sync.Mutex
-	seen map[netip.Addr]way
+	mu sync.Mutex
+	// wanted has restore add what is missing of the routes and the rule.
+	wanted bool
 }
-
-// way is how packets to an address leave this node.
-type way struct {
-	link  int
-	local bool
-	until time.Time
-}
-
-// wayLifetime is how long a route is believed.
-const wayLifetime = 5 * time.Second
 
 // routeTimeout is how long the kernel's answer is waited for: connections wait
 // with it.
@@ -84,7 +70,7 @@ func newRoutes(f proxier.Family, mark uint32) (*routes, error) {
 		h.Close()
 		return nil, fmt.Errorf("limit the wait for answers of routing: %w", err)
 	}
-	return &routes{family: f, mark: mark, handle: h, seen: map[netip.Addr]way{}}, nil
+	return &routes{family: f, mark: mark, handle: h}, nil
 }
 
 func (r *routes) close() { r.handle.Close() }
@@ -107,12 +93,8 @@ func (r *routes) entries() (own, answers *netlink.Route, rule *netlink.Rule, err
 		LinkIndex: link, Dst: ipNet(prefix), Table: unix.RT_TABLE_LOCAL,
 		Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Family: r.number(),
 	}
-	everything := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-	if r.family == proxier.IPv6 {
-		everything = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-	}
 	answers = &netlink.Route{
-		LinkIndex: link, Dst: ipNet(everything), Table: answersTable,
+		LinkIndex: link, Dst: ipNet(netip.PrefixFrom(unspecified(r.family), 0)), Table: answersTable,
 		Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Family: r.number(),
 	}
 	rule = netlink.NewRule()
@@ -121,27 +103,61 @@ func (r *routes) entries() (own, answers *netlink.Route, rule *netlink.Rule, err
 	return own, answers, rule, nil
 }
 
-// ensure makes the routes and the rule where they are not there, and has
-// restore put them back from now on.
+// ensure adds the routes and the rule where they are missing, and has restore do
+// so from now on.
 func (r *routes) ensure() error {
-	r.keep.Lock()
-	defer r.keep.Unlock()
-	own, answers, rule, err := r.entries()
-	if err != nil {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, err := r.add(); err != nil {
 		return err
 	}
-	if err := r.handle.RouteReplace(own); err != nil {
-		return fmt.Errorf("route %s to this node: %w", own.Dst, err)
-	}
-	if err := r.handle.RouteReplace(answers); err != nil {
-		return fmt.Errorf("route marked packets to this node: %w", err)
-	}
-	if err := r.handle.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("rule for marked packets: %w", err)
-	}
-	r.kept = true
-	r.lookAtSourceMarks()
+	r.wanted = true
+	r.readSourceMarks()
 	return nil
+}
+
+// restore adds what another program has removed: systemd-networkd removes all rules
+// that it does not know whenever it starts.
+func (r *routes) restore() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.wanted {
+		return nil
+	}
+	added, err := r.add()
+	for _, what := range added {
+		slog.Warn("userspace: another program removed what the relay needs of the kernel's routing; signalbox added it again",
+			"what", what, "family", r.family.String())
+	}
+	return err
+}
+
+// stopRestoring leaves to another process what is removed from now on.
+func (r *routes) stopRestoring() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.wanted = false
+}
+
+// add adds the routes and the rule that are missing, and says which these are.
+func (r *routes) add() (added []string, err error) {
+	own, answers, rule, err := r.entries()
+	if err != nil {
+		return nil, err
+	}
+	var failed []error
+	check := func(what string, err error) {
+		switch {
+		case err == nil:
+			added = append(added, what)
+		case !errors.Is(err, unix.EEXIST):
+			failed = append(failed, fmt.Errorf("add the %s: %w", what, err))
+		}
+	}
+	check(fmt.Sprintf("route of %s to this node", own.Dst), r.handle.RouteAdd(own))
+	check(fmt.Sprintf("route of table %d", answersTable), r.handle.RouteAdd(answers))
+	check(fmt.Sprintf("rule %d for marked packets", answersPriority), r.handle.RuleAdd(rule))
+	return added, errors.Join(failed...)
 }
 
 // removeOthers takes away the rules for answers with another mark, which an
@@ -200,41 +216,33 @@ func (r *routes) remove() (removed bool, err error) {
 	return removed, errors.Join(failed...)
 }
 
-// apart says whether packets from endpoint to client are sure to pass through
-// this node's IP layer, so that an answer to the client's address can be taken
-// in: the two must be on different links, and neither be this node itself.
-func (r *routes) apart(client, endpoint netip.Addr) bool {
+// onDifferentLinks says whether client and endpoint are on different links and
+// neither is this node itself. Only then do packets from endpoint to client pass
+// through this node's IP layer, where the relay can receive them. It is false, too,
+// where the kernel would drop the answers because of src_valid_mark.
+func (r *routes) onDifferentLinks(client, endpoint netip.Addr) bool {
 	if client == endpoint || r.sourceMarks.Load() {
 		return false
 	}
-	a, aKnown := r.way(client)
-	b, bKnown := r.way(endpoint)
-	return aKnown && bKnown && !a.local && !b.local && a.link != b.link
+	a, aOK := r.link(client)
+	b, bOK := r.link(endpoint)
+	return aOK && bOK && a != b
 }
 
-func (r *routes) way(a netip.Addr) (way, bool) {
-	now := time.Now()
-	r.mu.Lock()
-	w, known := r.seen[a]
-	r.mu.Unlock()
-	if known && now.Before(w.until) {
-		return w, true
-	}
+// link is the one that packets to an address leave by; false for this node's own
+// addresses, and where the kernel knows no route.
+func (r *routes) link(a netip.Addr) (index int, ok bool) {
 	found, err := r.handle.RouteGet(a.AsSlice())
-	if err != nil || len(found) == 0 {
-		return way{}, false
+	if err != nil || len(found) == 0 || found[0].Type == unix.RTN_LOCAL {
+		return 0, false
 	}
-	w = way{link: found[0].LinkIndex, local: found[0].Type == unix.RTN_LOCAL, until: now.Add(wayLifetime)}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.seen[a] = w
-	return w, true
+	return found[0].LinkIndex, true
 }
 
-// lookAtSourceMarks finds out whether src_valid_mark is set on any interface of
+// readSourceMarks finds out whether src_valid_mark is set on any interface of
 // the calling thread's network namespace, as wg-quick sets it on all. Only IPv4
 // has it.
-func (r *routes) lookAtSourceMarks() {
+func (r *routes) readSourceMarks() {
 	if r.family != proxier.IPv4 {
 		return
 	}
@@ -245,17 +253,6 @@ func (r *routes) lookAtSourceMarks() {
 	})
 	if was := r.sourceMarks.Swap(on); on && !was {
 		slog.Warn("userspace: net.ipv4.conf.*.src_valid_mark is set, as WireGuard's wg-quick does; endpoints see the node's address in place of their clients'")
-	}
-}
-
-// expire forgets routes that are not believed any more.
-func (r *routes) expire(now time.Time) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for a, w := range r.seen {
-		if !now.Before(w.until) {
-			delete(r.seen, a)
-		}
 	}
 }
 

@@ -24,7 +24,7 @@ func TestLeavingSocketsKeepWhatArrived(t *testing.T) {
 		first := open()
 		w.arrive(first.ports, each)
 		second := open()
-		w.must(first.leave())
+		w.must(first.selectSecond())
 		w.arrive(first.ports, each)
 		w.take(second, each)
 		w.take(first, each)

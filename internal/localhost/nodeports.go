@@ -6,7 +6,6 @@ package localhost
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -14,10 +13,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
@@ -155,7 +151,7 @@ func (n *NodePorts) noteOthers(sp *proxier.ServicePort) {
 func (n *NodePorts) open(p *port) {
 	err := n.start()
 	if err == nil {
-		p.listener, err = listen(n.family, p.number)
+		p.listener, err = tcprelay.ListenTCP(p.at(n.family))
 	}
 	p.err = err
 	if err != nil {
@@ -210,30 +206,8 @@ func (n *NodePorts) retry() {
 	}
 }
 
-func (n *NodePorts) dial(ctx context.Context, at netip.AddrPort) (conn net.Conn, err error) {
-	d := net.Dialer{KeepAliveConfig: tcprelay.KeepAlive}
-	d.SetMultipathTCP(false)
-	nsErr := n.ns.Do(func() { conn, err = d.DialContext(ctx, "tcp", at.String()) })
-	if nsErr != nil {
-		return nil, nsErr
-	}
-	return conn, err
-}
-
-// listen opens a port of the loopback address. A process that this one takes the
-// place of, or that takes this one's, may listen there too.
-func listen(f proxier.Family, number uint16) (*net.TCPListener, error) {
-	c := net.ListenConfig{KeepAliveConfig: tcprelay.KeepAlive, Control: func(_, _ string, raw syscall.RawConn) error {
-		var failed error
-		err := raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
-		return errors.Join(err, failed)
-	}}
-	c.SetMultipathTCP(false)
-	l, err := c.Listen(context.Background(), "tcp", netip.AddrPortFrom(proxier.Localhost(f), number).String())
-	if err != nil {
-		return nil, err
-	}
-	return l.(*net.TCPListener), nil
+func (n *NodePorts) dial(ctx context.Context, at netip.AddrPort) (net.Conn, error) {
+	return n.ns.Dial(ctx, "tcp", netip.AddrPort{}, at)
 }
 
 // Problem says why a Service port is not served on loopback though it should be.
@@ -322,16 +296,10 @@ func (n *NodePorts) closeAll() {
 	}
 }
 
-// close has the kernel refuse connections from now on. Close alone does not, while
-// a child process that was forked and has not executed its program holds the socket.
 func (p *port) close() {
-	if p.listener == nil {
-		return
+	if p.listener != nil {
+		tcprelay.CloseListener(p.listener)
 	}
-	if raw, err := p.listener.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
-	}
-	p.listener.Close()
 }
 
 func (p *port) at(f proxier.Family) netip.AddrPort {

@@ -29,10 +29,6 @@ const (
 	longestAcceptPause = time.Second
 )
 
-// KeepAlive is after which time the peer of a silent connection is asked whether
-// it still lives, and how long it may be silent then.
-var KeepAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 4}
-
 // TCP relays connections of one IP family until it is closed.
 type TCP struct {
 	Family  proxier.Family

@@ -13,25 +13,25 @@ import (
 )
 
 func TestReservedPortsAreLeftOut(t *testing.T) {
-	all := foreignPortsBut("\n")
-	if len(all) != lastForeignPort-firstForeignPort+1 {
+	all := sourcePortsWithout("\n")
+	if len(all) != lastSourcePort-firstSourcePort+1 {
 		t.Fatalf("%d ports with none reserved", len(all))
 	}
-	some := foreignPortsBut("80,11000,11002-11004,29990-40000\n")
+	some := sourcePortsWithout("80,11000,11002-11004,29990-40000\n")
 	for _, p := range all {
 		reserved := p == 11000 || p >= 11002 && p <= 11004 || p >= 29990
 		if slices.Contains(some, p) == reserved {
 			t.Fatalf("port %d is chosen or left out wrongly", p)
 		}
 	}
-	if got := foreignPortsBut("1-65535").any(); got != 0 {
+	if got := sourcePortsWithout("1-65535").any(); got != 0 {
 		t.Errorf("port %d is chosen, though all are reserved", got)
 	}
 }
 
-// TestForeignPorts looks at the ports of connections that bear a client's
-// address.
-func TestForeignPorts(t *testing.T) {
+// TestSourcePorts looks at the ports of transparent
+// connections.
+func TestSourcePorts(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.listen(0, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
 		w.echoUDP(0)
@@ -44,12 +44,12 @@ func TestForeignPorts(t *testing.T) {
 				return netip.MustParseAddrPort(c.LocalAddr().String()).Port()
 			}
 			for range 50 {
-				if p := dial(); p < firstForeignPort || p > lastForeignPort {
+				if p := dial(); p < firstSourcePort || p > lastSourcePort {
 					t.Fatalf("a %s connection has port %d, where clients have their own", network, p)
 				}
 			}
 			// Where none is free the kernel chooses.
-			d.ports = foreignPorts{10999}
+			d.sources = sourcePorts{10999}
 			if p := dial(); p != 10999 {
 				t.Fatalf("a %s connection has port %d, want the free 10999", network, p)
 			}
@@ -60,8 +60,8 @@ func TestForeignPorts(t *testing.T) {
 	})
 }
 
-// TestForeignPortsAreShared opens connections from one port to two endpoints.
-func TestForeignPortsAreShared(t *testing.T) {
+// TestSourcePortsAreShared opens connections from one port to two endpoints.
+func TestSourcePortsAreShared(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.listen(0, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
 		w.listen(1, func(c *net.TCPConn) { io.Copy(io.Discard, c) })
