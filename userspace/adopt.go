@@ -10,9 +10,9 @@ import (
 	"signalbox/proxier"
 )
 
-// adopt takes over the numbers that frontends have in the table that is there,
-// this process's or an earlier one's: the kernel remembers them with each UDP
-// flow. read lists a set of it.
+// adopt takes over the numbers that frontends have in the existing table, of this
+// process or an earlier one: the conntrack entries of UDP flows contain them. read
+// lists a set of the table.
 func (p *Proxier) adopt(st *state, plan *proxier.Plan, read func(set int) ([]nft.SetElement, error)) {
 	wanted := map[proxier.FrontendKey]bool{}
 	for name, sp := range plan.Services {
@@ -29,7 +29,7 @@ func (p *Proxier) adopt(st *state, plan *proxier.Plan, read func(set int) ([]nft
 			break
 		}
 		if err != nil {
-			slog.Warn("userspace: the old table cannot be read; UDP clients that keep their port may go unanswered for two minutes",
+			slog.Warn("userspace: the old table cannot be read and frontends get new numbers; UDP clients that keep their port may get no answer for two minutes",
 				"family", p.family.Family.String(), "error", err)
 			return
 		}

@@ -43,12 +43,12 @@ func (c *compiler) frontend(fe *proxier.Frontend, k proxier.FrontendKey, ids map
 	open := relayed(k.Protocol)
 	inside, outside := open && fe.Internal.Len() > 0, open && fe.External.Len() > 0
 	if inside || outside {
-		c.add(sets.captured, key, "", string(ids[k].addr(c.family.Family).AsSlice()), c.comment)
+		c.add(sets.redirected, key, "", string(ids[k].addr(c.family.Family).AsSlice()), c.comment)
 		if !inside {
-			c.add(sets.closedInside, key, "", "", "")
+			c.add(sets.noInternalEndpoints, key, "", "", "")
 		}
 		if !outside {
-			c.add(sets.closedOutside, key, "", "", "")
+			c.add(sets.noExternalEndpoints, key, "", "", "")
 		}
 	}
 	if !inside || !outside {

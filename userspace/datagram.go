@@ -16,9 +16,8 @@ import (
 	"signalbox/proxier"
 )
 
-// sendNow sends a datagram, to the socket's peer if to is nil, or fails with
-// EAGAIN where the socket holds as many as it may: what is slow, a device behind
-// a shaper for example, must not hold up the other flows.
+// sendNow sends a datagram, to the socket's peer if to is nil. It fails with EAGAIN
+// where the socket's buffer is full: a slow device must not delay the other flows.
 func sendNow(socket syscall.RawConn, datagram, oob []byte, to unix.Sockaddr) (err error) {
 	waitErr := socket.Write(func(fd uintptr) bool {
 		for {
@@ -60,11 +59,11 @@ func linkOf(zone string) (uint32, error) {
 	return uint32(device.Index), nil
 }
 
-// arrival is what the kernel says of a received datagram.
+// arrival is what the kernel reports about a received datagram.
 type arrival struct {
-	at netip.Addr // where it was sent to; the zero Addr if that is not said
-	// overflow counts all that found no room in the socket so far, modulo 2^32;
-	// it is 0 where none did.
+	at netip.Addr // its destination; the zero Addr if the kernel does not report it
+	// overflow counts the datagrams that the socket had no room for so far,
+	// modulo 2^32.
 	overflow uint32
 }
 
@@ -86,7 +85,7 @@ func readArrival(oob []byte) (a arrival) {
 	return a
 }
 
-// sourceControl asks for a datagram to be sent from an address.
+// sourceControl is the control message that sets a datagram's source address.
 func sourceControl(a netip.Addr) []byte {
 	level, kind, data := unix.IPPROTO_IP, unix.IP_PKTINFO, make([]byte, unix.SizeofInet4Pktinfo)
 	if proxier.FamilyOf(a) == proxier.IPv6 {
@@ -103,17 +102,16 @@ func sourceControl(a netip.Addr) []byte {
 	return oob
 }
 
-// The bytes of datagrams that may wait in the sockets that all clients share: in
-// one direction while a flow is made for one of them, in the other until slow
-// devices have taken the answers. A device's own queue is to be full earlier than
-// the socket of all (Linux's usual one holds a thousand packets).
+// The buffers of the sockets that all clients share, in bytes. Datagrams arrive
+// while the relay makes a flow for one of them. Answers wait for slow devices, whose
+// own queues (a thousand packets by default) must be full earlier than this buffer.
 const (
 	arrivalBuffer = 4 << 20
 	answerBuffer  = 32 << 20
 )
 
-// bufferOption sets a buffer's size beyond what the node allows to everybody
-// (net.core.rmem_max, wmem_max), as far as this process may.
+// bufferOption sets a buffer's size, beyond net.core.rmem_max and wmem_max where
+// this process may.
 func bufferOption(force, within, size int) tcprelay.SocketOption {
 	return func(fd int) error {
 		err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, size)

@@ -2,13 +2,13 @@ package userspace
 
 import "context"
 
-// Drain waits until no connection is relayed any more, or ctx ends. New ones are
-// still taken: they come only while nobody else has taken over the frontends.
-// UDP flows are not waited for, with other rules in place the client's next
-// datagram goes another way; but what was on its way at StandBy is.
+// Drain waits until the relay has no connection and no handover is in progress, or
+// ctx ends. It still accepts connections: they arrive only while no other process has
+// taken over the frontends. It does not wait for UDP flows: the rules of a successor
+// send the client's next datagram elsewhere.
 func (p *Proxier) Drain(ctx context.Context) {
-	p.relay.tcp.Drain(ctx, p.relay.leaving.Load)
+	p.relay.tcp.Drain(ctx, p.relay.handingOver.Load)
 }
 
-// Relays is true for all of a relay's life.
+// Relays is true as long as the relay exists.
 func (p *Proxier) Relays() bool { return true }

@@ -9,16 +9,16 @@ import (
 	"signalbox/proxier"
 )
 
-// frontendID is the number of a frontend. The kernel tells it to the relay as a
-// part of the address that it rewrites a packet's destination to, so that every
-// connection and every datagram says itself which frontend it is for.
+// frontendID is the number of a frontend. The rules rewrite a packet's destination
+// to an address that contains it, so that the relay can tell from each connection and
+// each datagram which frontend it is for.
 type frontendID uint32
 
 // idBits is how many bits of the address hold the number.
 const idBits = 24
 
-// relayPrefixes are the addresses that stand for frontends. They exist on the
-// node alone, as one local route each: no packet with one ever leaves it. The
+// relayPrefixes are the addresses that stand for frontends. They exist only on the
+// node, as one local route each: no packet with such an address leaves it. The
 // IPv4 range is a part of the reserved 240.0.0.0/4, the IPv6 range a unique
 // local one.
 var relayPrefixes = map[proxier.Family]netip.Prefix{
@@ -49,9 +49,8 @@ func idOf(f proxier.Family, a netip.Addr) (frontendID, bool) {
 	return frontendID(binary.BigEndian.Uint32(b[len(b)-4:]) & (1<<idBits - 1)), true
 }
 
-// idPool numbers frontends. A number that is free is not given again before
-// all others were: the kernel may remember for minutes that a UDP flow is to be
-// sent to it.
+// idPool numbers frontends. It gives a free number again only after all others: a
+// UDP flow's conntrack entry may contain it for minutes.
 type idPool struct {
 	used map[frontendID]bool
 	next frontendID

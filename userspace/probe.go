@@ -13,12 +13,11 @@ import (
 	"signalbox/proxier"
 )
 
-// probeTable is a table that never comes to be: the transaction that adds it
-// deletes it again.
+// probeTable never exists: the transaction that adds it deletes it again.
 const probeTable = "signalbox-userspace-probe"
 
-// Supported says whether this node's kernel can do all that the mode needs, by
-// asking it to. The error is a *proxier.UnsupportedError.
+// Supported has this node's kernel try all that the mode needs. The error is a
+// *proxier.UnsupportedError.
 func Supported(f proxier.Family) error {
 	missing := func(what, remedy string, err error) error {
 		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: what, Remedy: remedy, Err: err}
@@ -51,14 +50,13 @@ func Supported(f proxier.Family) error {
 		return missing("routing by rules", "the kernel needs CONFIG_IP_MULTIPLE_TABLES and CONFIG_IPV6_MULTIPLE_TABLES; IPv6 must not be disabled", err)
 	}
 	if err := trySockets(f); err != nil {
-		return missing("a socket for captured traffic", "run as root; for IPv6 it must not be disabled", err)
+		return missing("a socket for redirected traffic", "run as root; for IPv6 it must not be disabled", err)
 	}
 	return nil
 }
 
-// trySockets opens sockets such as captured traffic arrives at. The kernel
-// chooses their ports: at the relay's own they would be given connections that a
-// relay at work is to have.
+// trySockets opens sockets with the relay's options. The kernel chooses their ports:
+// at the relay's own ports they would take connections from a running relay.
 func trySockets(f proxier.Family) error {
 	at := netip.AddrPortFrom(unspecified(f), 0)
 	t, err := tcprelay.ListenTCP(at)

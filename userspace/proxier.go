@@ -23,7 +23,7 @@ type Proxier struct {
 	routes *routes
 	relay  *relay
 	state  *state // nil until the first Sync
-	// unrelayed holds the Service ports that were reported as not served.
+	// unrelayed holds the Service ports that the log named as not relayed.
 	unrelayed map[proxier.ServicePortName]bool
 }
 
@@ -54,25 +54,23 @@ func New(opts proxier.Options) (*Proxier, error) {
 		unrelayed: map[proxier.ServicePortName]bool{}}, nil
 }
 
-// Close ends the relay with all its connections. The rules stay, but lead to
-// nobody: until another process relays, clients are refused.
+// Close ends the relay with all its connections. The rules stay: until another
+// process relays, the node refuses clients.
 func (p *Proxier) Close() error {
 	p.relay.close()
 	p.routes.close()
 	return p.table.Close()
 }
 
-// StandBy leaves new connections and UDP flows to another process, which relays
-// by now, until the next Sync, which must be one of everything. Open connections
-// go on.
+// StandBy leaves new connections and UDP flows to another process, which already
+// relays, until the next Sync. That must have change.All. Open connections go on.
 func (p *Proxier) StandBy() { p.relay.standBy() }
 
 // RelayPrefix holds the addresses to which this mode translates the destination
-// of UDP flows: they are kept wherever the relay takes their datagrams.
+// of UDP flows. Their conntrack entries stay, because the relay chooses the endpoint.
 func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Family] }
 
-// Stats returns what the relay did and does. It may be called at any time, by
-// any goroutine.
+// Stats returns the relay's counts. Any goroutine may call it at any time.
 func (p *Proxier) Stats() Stats { return p.relay.stats() }
 
 // Sync implements proxier.Proxier. Every call is one transaction.
@@ -130,10 +128,10 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	}
 	s.commit()
 	p.relay.targets.replace(list, time.Now())
-	p.relay.know(plan.Node)
+	p.relay.setNode(plan.Node)
 	p.state = st
 	if err := p.routes.removeOthers(); err != nil { // no packet gets such a mark any more
-		slog.Warn("userspace: a routing rule of an earlier configuration stays", "family", p.family.Family.String(), "error", err)
+		slog.Warn("userspace: a routing rule of an earlier configuration cannot be removed; it stays until the next full sync", "family", p.family.Family.String(), "error", err)
 	}
 	p.report(plan, s.names)
 	return nil
@@ -168,12 +166,12 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 		return fmt.Errorf("write %d changed Service ports to table %s: %w", len(change.Services), tableName, err)
 	}
 	p.relay.targets.put(list, s.commit(), time.Now())
-	p.relay.know(plan.Node)
+	p.relay.setNode(plan.Node)
 	p.report(plan, s.names)
 	return nil
 }
 
-// report says once of each Service port that is not served that it is not.
+// report logs each Service port once that is not relayed.
 func (p *Proxier) report(plan *proxier.Plan, names []proxier.ServicePortName) {
 	for _, name := range names {
 		served := plan.Services[name] == nil || relayed(name.Protocol)

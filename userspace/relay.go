@@ -13,29 +13,29 @@ import (
 	"signalbox/proxier"
 )
 
-// relay takes captured connections and datagrams to endpoints, in one family.
+// relay forwards redirected connections and datagrams to endpoints, in one family.
 type relay struct {
-	family    proxier.Family
-	ns        *tcprelay.Namespace
-	listeners *listeners
-	dialer    *dialer
-	routes    *routes
-	targets   targets
-	idle      idleTimes
-	linger    time.Duration // lastArrivals, but in tests
-	counts    counters      // beside those of tcp
-	tcp       *tcprelay.TCP
+	family       proxier.Family
+	ns           *tcprelay.Namespace
+	listeners    *listeners
+	dialer       *dialer
+	routes       *routes
+	targets      targets
+	idle         idleTimes
+	handoverTime time.Duration // the constant, except in tests
+	counts       counters      // in addition to those of tcp
+	tcp          *tcprelay.TCP
 
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   sync.WaitGroup // all goroutines
-	// node is what the last plan said of this node.
+	// node is that of the last plan.
 	node atomic.Pointer[proxier.Node]
-	// leaving says that listeners are open yet that nothing new comes to;
-	// endLeaving closes them at once.
-	leaving    atomic.Bool
-	endLeaving func()
-	flows      flowTable
+	// handingOver: old listeners are still open, and the kernel gives new packets
+	// to another relay. endHandover closes these listeners at once.
+	handingOver atomic.Bool
+	endHandover func()
+	flows       flowTable
 }
 
 // newRelay makes a relay for the network namespace of the calling thread.
@@ -51,7 +51,7 @@ func newRelay(f proxier.Family, r *routes) (*relay, error) {
 	re := &relay{
 		family: f, ns: ns, dialer: newDialer(f, ns), routes: r,
 		targets: targets{byID: map[frontendID]*target{}, gone: map[frontendID]goneTarget{}},
-		tcp:     tcp, idle: idleTimes{answerIdle, flowIdle}, linger: lastArrivals, endLeaving: func() {},
+		tcp:     tcp, idle: idleTimes{answerIdle, flowIdle}, handoverTime: handoverTime, endHandover: func() {},
 		flows: flowTable{open: map[flowKey]*flow{}},
 	}
 	re.node.Store(&proxier.Node{})
@@ -60,15 +60,15 @@ func newRelay(f proxier.Family, r *routes) (*relay, error) {
 	return re, nil
 }
 
-// start opens the sockets that captured traffic arrives at, in the network
-// namespace of the calling thread, unless they are open. It must know its
-// targets by then: where another process relays already, some connections come
-// here at once.
+// start opens the sockets that redirected traffic arrives at, unless they are open.
+// The calling thread must be in the relay's network namespace. The relay must have
+// its targets before: where another process relays already, the kernel gives some
+// connections to this one at once.
 func (r *relay) start() error {
 	if r.listeners != nil {
 		return nil
 	}
-	r.endLeaving() // or the next to leave would not be the first of two
+	r.endHandover() // selectSecond works with two sockets at a port, not with three
 	l, err := listen(r.family)
 	if err != nil {
 		return err
@@ -81,15 +81,13 @@ func (r *relay) start() error {
 	return nil
 }
 
-// lastArrivals is how long a relay that leaves the node to another still takes
-// what the kernel had chosen it for: a connection whose handshake was not over,
-// with a packet that is sent again, datagrams that wait, and the answers to those
-// that were passed on.
-const lastArrivals = 3 * time.Second
+// handoverTime is how long a relay serves, after another has taken over, what the
+// kernel gave it before: connections in the middle of a handshake, a retransmission
+// included, datagrams that wait, and answers to datagrams that it forwarded.
+const handoverTime = 3 * time.Second
 
-// standBy takes no more connections and UDP flows, until start is called again:
-// another process relays, which would not get what arrives here. What has
-// arrived, or is about to, is served.
+// standBy leaves new connections and UDP flows to another relay until start is
+// called again. What has arrived is served for handoverTime.
 func (r *relay) standBy() {
 	r.routes.stopRestoring() // the other process may do without
 	l := r.listeners
@@ -98,26 +96,26 @@ func (r *relay) standBy() {
 	}
 	r.listeners = nil
 	if err := l.selectSecond(); err != nil {
-		r.tcp.Log.Warn("what arrives may yet come to this relay though another serves; a few connections will be reset", "family", r.family.String(), "error", err)
+		r.tcp.Log.Warn("the kernel cannot give all new packets to the relay that took over; this relay resets a few connections", "family", r.family.String(), "error", err)
 	}
 	ctx, cancel := context.WithCancel(r.ctx)
 	gone := make(chan struct{})
-	r.endLeaving = func() {
+	r.endHandover = func() {
 		cancel()
 		<-gone
 	}
-	r.leaving.Store(true)
+	r.handingOver.Store(true)
 	r.done.Go(func() {
 		defer close(gone)
-		defer r.leaving.Store(false)
-		wait.For(ctx, r.linger)
+		defer r.handingOver.Store(false)
+		wait.For(ctx, r.handoverTime)
 		cancel()
 		l.close()
 		r.flows.endAt(l)
 	})
 }
 
-// close ends the relay and all that it has open.
+// close ends the relay with its connections and flows.
 func (r *relay) close() {
 	r.routes.stopRestoring()
 	if r.listeners != nil {
@@ -137,7 +135,7 @@ const (
 	expiryInterval = 10 * time.Second
 )
 
-// maintain does what the passing of time asks for.
+// maintain restores routes and removes expired entries until the relay is closed.
 func (r *relay) maintain() {
 	restore, expiry := time.NewTicker(restoreInterval), time.NewTicker(expiryInterval)
 	defer restore.Stop()
@@ -180,12 +178,12 @@ func (r *relay) route(o origin, client *net.TCPConn) (tcprelay.Route, bool) {
 	}}, true
 }
 
-// know takes the facts that later connections go by.
-func (r *relay) know(n proxier.Node) { r.node.Store(&n) }
+// setNode sets the node's facts for later connections.
+func (r *relay) setNode(n proxier.Node) { r.node.Store(&n) }
 
-// sourceFor is the address that an endpoint is to see: the zero one stands for
-// the node's. A client keeps its own where the plan says so, as far as the
-// answers come back this way.
+// sourceFor is the source address of a connection to an endpoint: the client's,
+// where the plan keeps it and the answers pass through this node, or the zero one,
+// which stands for the node's.
 func (r *relay) sourceFor(t *target, o origin, client, endpoint netip.Addr) netip.Addr {
 	if o == fromNode || t.masquerade&o.bit() != 0 || r.node.Load().BetweenNodes(client, endpoint) || !r.routes.onDifferentLinks(client, endpoint) {
 		return netip.Addr{}

@@ -20,15 +20,14 @@ import (
 	"signalbox/proxier"
 )
 
-// answersTable is the routing table that makes a packet to anybody one for this
-// node. Only packets with the mark are looked up in it: the answers to
-// connections that bear their client's address.
+// answersTable is the routing table that delivers every packet to this node. The
+// kernel looks up only marked packets in it: the answers to transparent connections,
+// which have the client's address.
 const answersTable = 21314
 
-// answersMark is what answers are marked with: the masquerade mark and one bit
-// more. Another mode's rules, or kube-proxy's, which are there for a while when a
-// node changes from one to the other, mark the first packets of connections with
-// the masquerade mark alone; those must not be taken for answers.
+// answersMark is the mark of answers: the masquerade mark and one bit more. During a
+// change of mode, the rules of another mode or of kube-proxy set the masquerade mark
+// alone on first packets of connections, which are no answers.
 func answersMark(masquerade uint32) uint32 {
 	if masquerade == 1 {
 		return 3
@@ -36,19 +35,19 @@ func answersMark(masquerade uint32) uint32 {
 	return masquerade | 1
 }
 
-// answersPriority puts the rule behind the one for the node's own addresses
-// and before everybody's.
+// answersPriority puts the rule behind the one for the local table and before all
+// others.
 const answersPriority = 83
 
-// routes holds what the relay needs of the kernel's routing.
+// routes are the relay's routes and its rule in the kernel.
 type routes struct {
 	family proxier.Family
 	mark   uint32
 	handle *netlink.Handle
 
-	// sourceMarks says that the kernel looks up senders with the mark of their
-	// packets. It then takes answers, which are marked, for packets of its own
-	// that come from elsewhere, and drops them.
+	// sourceMarks: src_valid_mark is set, so that the kernel looks up the source
+	// addresses of marked packets in answersTable. It then drops answers as
+	// packets that claim to come from this node.
 	sourceMarks atomic.Bool
 
 	mu sync.Mutex
@@ -56,8 +55,7 @@ type routes struct {
 	wanted bool
 }
 
-// routeTimeout is how long the kernel's answer is waited for: connections wait
-// with it.
+// routeTimeout is how long to wait for the kernel: connections wait with it.
 const routeTimeout = time.Second
 
 // newRoutes works in the network namespace of the calling thread.
@@ -82,7 +80,7 @@ func (r *routes) number() int {
 	return netlink.FAMILY_V4
 }
 
-// entries are the two routes, which are by the loopback device, and the rule.
+// entries are the two routes, both by the loopback device, and the rule.
 func (r *routes) entries() (own, answers *netlink.Route, rule *netlink.Rule, err error) {
 	lo, err := r.handle.LinkByName("lo")
 	if err != nil {
@@ -160,8 +158,8 @@ func (r *routes) add() (added []string, err error) {
 	return added, errors.Join(failed...)
 }
 
-// removeOthers takes away the rules for answers with another mark, which an
-// earlier configuration had.
+// removeOthers removes the rules for answers with another mark, of an earlier
+// configuration.
 func (r *routes) removeOthers() error {
 	found, err := r.handle.RuleListFiltered(r.number(), &netlink.Rule{Table: answersTable, Priority: answersPriority},
 		netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
@@ -180,8 +178,7 @@ func (r *routes) removeOthers() error {
 	return errors.Join(failed...)
 }
 
-// try makes a route to this node in a table that nothing is looked up in, and
-// removes it.
+// try adds a route in a table that no rule uses, and removes it.
 func (r *routes) try() error {
 	_, route, _, err := r.entries()
 	if err != nil {
@@ -194,7 +191,7 @@ func (r *routes) try() error {
 	return r.handle.RouteDel(route)
 }
 
-// remove takes away what ensure made; what is not there is no error.
+// remove removes the routes and the rules; it is no error if there are none.
 func (r *routes) remove() (removed bool, err error) {
 	own, answers, rule, err := r.entries()
 	if err != nil {
@@ -239,9 +236,8 @@ func (r *routes) link(a netip.Addr) (index int, ok bool) {
 	return found[0].LinkIndex, true
 }
 
-// readSourceMarks finds out whether src_valid_mark is set on any interface of
-// the calling thread's network namespace, as wg-quick sets it on all. Only IPv4
-// has it.
+// readSourceMarks reads src_valid_mark of the interfaces in the calling thread's
+// network namespace. wg-quick sets it for all. Only IPv4 has it.
 func (r *routes) readSourceMarks() {
 	if r.family != proxier.IPv4 {
 		return

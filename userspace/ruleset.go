@@ -11,7 +11,7 @@ import (
 )
 
 // ownTraffic is the priority (SO_PRIORITY) of the relay's own connections to
-// endpoints, which must not be captured again. Rules put it back to 0 when they
+// endpoints, which must not be redirected again. Rules put it back to 0 when they
 // have seen it.
 const ownTraffic = 0x53420001
 
@@ -92,7 +92,7 @@ func (r ruleset) nodeChains() []nftables.Chain {
 	}
 	for o := range originCount {
 		chains = append(chains,
-			nftables.NewChain("nodeports-from-"+o.String(), nil, r.capture(nodePortOf, nodePortSets, o)...),
+			nftables.NewChain("nodeports-from-"+o.String(), nil, r.redirect(nodePortOf, nodePortSets, o)...),
 			nftables.NewChain("services-from-"+o.String(), nil, r.services(o)...))
 	}
 	var byOrigin []nftables.Rule
@@ -105,22 +105,22 @@ func (r ruleset) nodeChains() []nftables.Chain {
 }
 
 func (r ruleset) services(o origin) []nftables.Rule {
-	rules := r.capture(r.frontendOf(), addressedSets, o)
+	rules := r.redirect(r.frontendOf(), addressedSets, o)
 	for _, match := range r.toNodePortAddrs() {
 		rules = append(rules, nftables.NewRule(append(match, nftables.GoTo("nodeports-from-"+o.String()))...))
 	}
 	return rules
 }
 
-// capture sends what is for a frontend to the relay's port for its origin.
-func (r ruleset) capture(key nftables.Value, sets frontendSets, o origin) []nftables.Rule {
-	closed := sets.closedOutside
+// redirect sends what is for a frontend to the relay's port for its origin.
+func (r ruleset) redirect(key nftables.Value, sets frontendSets, o origin) []nftables.Rule {
+	noEndpoints := sets.noExternalEndpoints
 	if o.inside() {
-		closed = sets.closedInside
+		noEndpoints = sets.noInternalEndpoints
 	}
 	return []nftables.Rule{
-		nftables.NewRule(nftables.In(key, setNames[closed]), nftables.Return()),
-		nftables.NewRule(r.DNATToPort(nftables.LookedUp(key, setNames[sets.captured]), r.ports.of(o))),
+		nftables.NewRule(nftables.In(key, setNames[noEndpoints]), nftables.Return()),
+		nftables.NewRule(r.DNATToPort(nftables.LookedUp(key, setNames[sets.redirected]), r.ports.of(o))),
 	}
 }
 
@@ -152,7 +152,7 @@ func (r ruleset) toNodePortAddrs() [][]nftables.Statement {
 	return ways
 }
 
-// localhost captures what is for NodePorts on the loopback address. Only the
+// localhost redirects what is for NodePorts on the loopback address. Only the
 // output hook sees it: in prerouting a neighbour of the node could send packets to
 // that address, and rewritten there they would escape the kernel's own check.
 func (r ruleset) localhost() []nftables.Rule {
@@ -188,9 +188,9 @@ func (r ruleset) checkSources() []nftables.Rule {
 	return rules
 }
 
-// checkLocal rejects or drops what has come to this node and was not captured
+// checkLocal rejects or drops what has come to this node and was not redirected
 // because its endpoint set is empty. It also hides the relay's ports: only what was
-// captured gets to them.
+// redirected gets to them.
 func (r ruleset) checkLocal() []nftables.Rule {
 	rules := []nftables.Rule{nftables.NewRule(nftables.IsDNATed(), nftables.Return())}
 	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {

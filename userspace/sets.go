@@ -12,10 +12,10 @@ const tableName = "signalbox-userspace"
 const (
 	frontends = iota
 	nodePorts
-	closedInside
-	closedOutside
-	closedNodePortsInside
-	closedNodePortsOutside
+	noInternalEndpoints
+	noExternalEndpoints
+	nodePortsNoInternalEndpoints
+	nodePortsNoExternalEndpoints
 	rejected
 	dropped
 	rejectedNodePorts
@@ -34,12 +34,12 @@ const (
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
 type frontendSets struct {
-	captured, closedInside, closedOutside, rejected, dropped, restricted, allowed int
+	redirected, noInternalEndpoints, noExternalEndpoints, rejected, dropped, restricted, allowed int
 }
 
 var (
-	addressedSets = frontendSets{frontends, closedInside, closedOutside, rejected, dropped, restricted, allowedSources}
-	nodePortSets  = frontendSets{nodePorts, closedNodePortsInside, closedNodePortsOutside, rejectedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
+	addressedSets = frontendSets{frontends, noInternalEndpoints, noExternalEndpoints, rejected, dropped, restricted, allowedSources}
+	nodePortSets  = frontendSets{nodePorts, nodePortsNoInternalEndpoints, nodePortsNoExternalEndpoints, rejectedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
 )
 
 // setNames holds every set's name by its number.
@@ -60,10 +60,10 @@ func makeSets() []*nftables.Set {
 	}
 	declare(frontends, byFrontend, addr, "number of each frontend, as an address of the relay's")
 	declare(nodePorts, byNodePort, addr, "the same by node port")
-	declare(closedInside, byFrontend, nil, "frontends without endpoints for this node and its Pods")
-	declare(closedOutside, byFrontend, nil, "frontends without endpoints for others")
-	declare(closedNodePortsInside, byNodePort, nil, "")
-	declare(closedNodePortsOutside, byNodePort, nil, "")
+	declare(noInternalEndpoints, byFrontend, nil, "frontends without endpoints for this node and its Pods")
+	declare(noExternalEndpoints, byFrontend, nil, "frontends without endpoints for others")
+	declare(nodePortsNoInternalEndpoints, byNodePort, nil, "")
+	declare(nodePortsNoExternalEndpoints, byNodePort, nil, "")
 	declare(rejected, byFrontend, nil, "frontends without endpoints")
 	declare(dropped, byFrontend, nil, "frontends without endpoints that may be used here")
 	declare(rejectedNodePorts, byNodePort, nil, "")

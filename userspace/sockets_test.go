@@ -78,7 +78,7 @@ func TestQuestionIsAnsweredAfterStandBy(t *testing.T) {
 		w.must(err)
 		defer slow.Close()
 		slow.SetDeadline(time.Now().Add(patience))
-		w.p.relay.linger = time.Hour
+		w.p.relay.handoverTime = time.Hour
 		w.serve(0, 0, 0)
 		client := w.dialUDP(0)
 		client.SetDeadline(time.Now().Add(patience))
@@ -96,11 +96,11 @@ func TestQuestionIsAnsweredAfterStandBy(t *testing.T) {
 	})
 }
 
-// TestDrainWaitsForLastArrivals checks that what stands by lets go of its
+// TestDrainWaitsForHandover checks that what stands by lets go of its
 // sockets and flows, and that Drain knows when.
-func TestDrainWaitsForLastArrivals(t *testing.T) {
+func TestDrainWaitsForHandover(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
-		w.p.relay.linger = 20 * time.Millisecond
+		w.p.relay.handoverTime = 20 * time.Millisecond
 		w.echoUDP(0)
 		w.serve(0, 0, 0)
 		w.askUDP(w.dialUDP(0))

@@ -13,7 +13,7 @@ import (
 
 // Transparent connections take a source port between these, because the client may
 // itself be connected to the same endpoint: from the same port the two would be one
-// connection to everybody who sees the packets, and the relay's packets would end the
+// connection to everybody who sees the packets, and the relay's packets could end the
 // client's. Clients use 32768 and above by default (net.ipv4.ip_local_port_range;
 // other systems 49152 and above), NodePorts begin at 30000, and the relay's own ports
 // lie below. IP_LOCAL_PORT_RANGE (Linux 6.3) allows only ports inside of

@@ -8,8 +8,7 @@ import (
 	"signalbox/proxier"
 )
 
-// target is what the relay knows of a frontend. It is never changed, only
-// replaced.
+// target is the relay's form of a frontend. It is immutable.
 type target struct {
 	id         frontendID
 	name       proxier.ServicePortName
@@ -28,7 +27,7 @@ func (t *target) endpoints(o origin) *proxier.EndpointSet {
 	return t.external
 }
 
-// choice is what a client of an origin may get.
+// choice are the endpoints for a client of an origin.
 func (t *target) choice(o origin) tcprelay.Choice {
 	return tcprelay.Choice{Name: t.name, Affinity: t.timeout, Endpoints: t.endpoints(o)}
 }
@@ -40,18 +39,18 @@ type targets struct {
 	gone map[frontendID]goneTarget
 }
 
-// goneTarget is a frontend that is not in the kernel's rules any more.
+// goneTarget is a frontend that the kernel's rules no longer have.
 type goneTarget struct {
 	*target
 	until time.Time
 }
 
-// handshakeTime is how long after its frontend has gone a connection may still
-// arrive that was captured before.
+// handshakeTime is how long after the end of its frontend a connection may still
+// arrive that was redirected before.
 const handshakeTime = 30 * time.Second
 
-// find returns the frontend's target, or nil. With late it looks also among
-// those that are gone, but not for long.
+// find returns the frontend's target, or nil. With late it also finds frontends
+// that ended less than handshakeTime ago.
 func (ts *targets) find(id frontendID, late bool) *target {
 	ts.mu.RLock()
 	defer ts.mu.RUnlock()
@@ -61,8 +60,8 @@ func (ts *targets) find(id frontendID, late bool) *target {
 	return ts.gone[id].target
 }
 
-// announce adds targets that are new. The rest is for put, after the kernel has
-// taken the change.
+// announce adds new targets before the kernel has their rules. put or replace
+// follows when it has, withdraw when the change failed.
 func (ts *targets) announce(list []*target) (added []frontendID) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()

@@ -113,15 +113,15 @@ func TestFailingEndpointIsReplacedAndPassedOver(t *testing.T) {
 			w.connect(0).Close()
 		}
 		s := w.p.Stats()
-		// Each is tried FailuresToPass times, and once after each pause.
-		if s.DialFailures < 2 || s.DialFailures > 2*(tcprelay.FailuresToPass+10) {
+		// Each is tried UnhealthyAfter times, and once after each pause.
+		if s.DialFailures < 2 || s.DialFailures > 2*(tcprelay.UnhealthyAfter+10) {
 			t.Errorf("%d dials failed in 100 connections to three endpoints of which two are dead", s.DialFailures)
 		}
 		if s.NoEndpoint != 0 {
 			t.Errorf("%d connections found no endpoint", s.NoEndpoint)
 		}
 		w.echo(1)
-		deadline := time.Now().Add(2 * tcprelay.LongestPass)
+		deadline := time.Now().Add(2 * tcprelay.MaxUnhealthy)
 		for {
 			c := w.connect(0)
 			c.Close()
@@ -195,7 +195,7 @@ func TestConnectionLimit(t *testing.T) {
 	if shared, err := tcprelay.ProcessLimits(); err != nil || w.p.relay.tcp.Limits != shared {
 		t.Errorf("a relay has limits of its own (%v)", err)
 	}
-	w.p.relay.tcp.Limits = &tcprelay.Limits{Connections: tcprelay.Quota{Most: 2}}
+	w.p.relay.tcp.Limits = &tcprelay.Limits{Connections: tcprelay.Limit{Max: 2}}
 	w.echo(0)
 	w.serve(0, 0, 0)
 	a, b := w.connect(0), w.connect(0)

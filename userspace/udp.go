@@ -19,9 +19,9 @@ import (
 	"signalbox/proxier"
 )
 
-// A UDP flow is over when neither side has sent anything for flowIdle, or for
-// answerIdle if it was no more than a question and its answers. The kernel's
-// own tracking has about the same.
+// A UDP flow ends when neither side has sent anything for flowIdle, or for
+// answerIdle if the client sent one datagram only. Conntrack has about the same
+// timeouts.
 const (
 	answerIdle = 10 * time.Second
 	flowIdle   = 120 * time.Second
@@ -33,7 +33,7 @@ const flowTries = 3
 // maxDatagram is the largest that UDP can carry.
 const maxDatagram = 65535
 
-// datagrams are buffers for one each.
+// datagrams are buffers for one datagram each.
 var datagrams = sync.Pool{New: func() any { b := make([]byte, maxDatagram); return &b }}
 
 // flowKey is one client at one frontend.
@@ -41,28 +41,29 @@ type flowKey struct {
 	client netip.AddrPort
 	id     frontendID
 	origin origin
-	// at is where its datagrams arrive, and answers are sent from. A relay that
-	// comes back to work while its last flows end has both.
+	// at is the socket that its datagrams arrive at and answers leave from. After
+	// a handover back, a relay has flows at old and new sockets.
 	at *net.UDPConn
 }
 
 // flow is a client's connected socket to an endpoint.
 type flow struct {
 	key      flowKey
-	target   *target // belongs to the origin's receiving goroutine
+	target   *target // only for the origin's receiving goroutine
 	endpoint netip.AddrPort
 	socket   *net.UDPConn
 	raw      syscall.RawConn // of socket
 	sent     atomic.Int64    // datagrams of the client
-	last     atomic.Int64    // when something was sent or received, Unix time in ns, or flowOver
+	last     atomic.Int64    // when a datagram was sent or received last, Unix time in ns, or flowOver
 	refused  atomic.Bool     // the endpoint's port is closed
 }
 
-// flowOver in flow.last says that the flow takes no more datagrams.
+// flowOver in flow.last: the flow forwards no more datagrams.
 const flowOver = math.MinInt64
 
-// use puts off the flow's end; false if that has come. Only then may its socket
-// be written to: of a datagram and the end of the idle time, one is first.
+// use postpones the flow's end; false if it has ended. Only after true may the
+// caller write to the socket: so no datagram goes out by a flow that does not wait
+// for the answer.
 func (f *flow) use() bool {
 	for {
 		last := f.last.Load()
@@ -75,16 +76,16 @@ func (f *flow) use() bool {
 	}
 }
 
-// ends is when the flow is over if nothing more is sent or received.
+// ends is when the flow ends if no datagram is sent or received before.
 func (f *flow) ends(idle idleTimes) time.Time { return time.Unix(0, f.last.Load()).Add(idle.of(f)) }
 
-// expire ends the flow if its time is over.
+// expire ends the flow if it has been idle for long enough.
 func (f *flow) expire(idle idleTimes) bool {
 	last := f.last.Load()
 	return time.Since(time.Unix(0, last)) >= idle.of(f) && f.last.CompareAndSwap(last, flowOver)
 }
 
-// idleTimes are answerIdle and flowIdle, but in tests.
+// idleTimes are answerIdle and flowIdle, except in tests.
 type idleTimes struct{ answer, flow time.Duration }
 
 func (i idleTimes) of(f *flow) time.Duration {
@@ -116,7 +117,7 @@ func (ft *flowTable) add(f *flow) bool {
 	return true
 }
 
-// remove takes the flow out, if another has not taken its place.
+// remove removes the flow, unless another has replaced it.
 func (ft *flowTable) remove(f *flow) {
 	ft.mu.Lock()
 	defer ft.mu.Unlock()
@@ -125,14 +126,14 @@ func (ft *flowTable) remove(f *flow) {
 	}
 }
 
-// endAt ends the flows whose datagrams arrive at these sockets.
+// endAt ends the flows of these sockets.
 func (ft *flowTable) endAt(l *listeners) {
 	ft.mu.Lock()
 	defer ft.mu.Unlock()
 	ft.end(func(k flowKey) bool { return l.udp[k.origin] == k.at })
 }
 
-// closeAll ends all flows, and takes none after.
+// closeAll ends all flows, and accepts none after.
 func (ft *flowTable) closeAll() {
 	ft.mu.Lock()
 	defer ft.mu.Unlock()
@@ -140,7 +141,7 @@ func (ft *flowTable) closeAll() {
 	ft.end(func(flowKey) bool { return true })
 }
 
-// end ends flows; their goroutines notice by themselves. The lock is held.
+// end ends flows by closing their sockets. The lock is held.
 func (ft *flowTable) end(which func(flowKey) bool) {
 	for k, f := range ft.open {
 		if which(k) {
@@ -150,7 +151,7 @@ func (ft *flowTable) end(which func(flowKey) bool) {
 	}
 }
 
-// receiveAll takes the datagrams of an origin until the relay is closed.
+// receiveAll forwards the datagrams of an origin until the socket is closed.
 func (r *relay) receiveAll(from *listeners, o origin) {
 	socket := from.udp[o]
 	buffer, oob := make([]byte, maxDatagram), make([]byte, 128)
@@ -161,7 +162,7 @@ func (r *relay) receiveAll(from *listeners, o origin) {
 		case errors.Is(err, net.ErrClosed):
 			return
 		case err != nil:
-			r.tcp.Log.Warn("datagrams cannot be received", "family", r.family.String(), "error", err)
+			r.tcp.Log.Warn("datagrams cannot be received; trying again", "family", r.family.String(), "error", err)
 			if !wait.For(r.ctx, tcprelay.AcceptPause) {
 				return
 			}
@@ -209,7 +210,7 @@ func (r *relay) forward(k flowKey, datagram []byte) {
 			f.sent.Add(1)
 			return
 		}
-		// A datagram sent before was refused, or the flow has just timed out.
+		// The endpoint refused an earlier datagram, or the flow has just ended.
 		if errors.Is(err, unix.ECONNREFUSED) {
 			r.tcp.DialFailed(t.name, f.endpoint, err)
 			tried = append(tried, f.endpoint)
@@ -222,9 +223,9 @@ func (r *relay) forward(k flowKey, datagram []byte) {
 	}
 }
 
-// write sends a datagram to the endpoint. The kernel may answer with what has
-// become of one sent before, which says nothing of this one: a packet on the way
-// was too large, for example.
+// write sends a datagram to the endpoint. The kernel may return an error about an
+// earlier datagram, which was too large for the path for example. Then write tries
+// again.
 func (f *flow) write(datagram []byte) error {
 	err := sendNow(f.raw, datagram, nil, nil)
 	if err != nil && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, net.ErrClosed) {
@@ -233,8 +234,7 @@ func (f *flow) write(datagram []byte) error {
 	return err
 }
 
-// keeps says whether a flow may go on: its endpoint must still answer for the
-// Service.
+// keeps says whether a flow may go on: its endpoint must still serve the Service.
 func (r *relay) keeps(f *flow, t *target) bool {
 	if f.refused.Load() {
 		return false
@@ -249,13 +249,13 @@ func (r *relay) keeps(f *flow, t *target) bool {
 	return true
 }
 
-// newFlow makes a flow to an endpoint that was not tried. Where there is none it
-// names the endpoint that could not be reached, or nobody if another try would be
-// of no use.
+// newFlow makes a flow to an endpoint that was not tried. If that fails, silent is
+// the endpoint that could not be reached, or the zero value if another try is
+// useless.
 func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) (made *flow, silent netip.AddrPort) {
-	if !r.tcp.Limits.Flows.Enter(&r.counts.flows) {
+	if !r.tcp.Limits.Flows.Acquire(&r.counts.flows) {
 		r.tcp.Counts.Refused.Add(1)
-		r.tcp.Log.Warn("as many UDP flows are open as may be; datagrams of others are dropped", "family", r.family.String(), "limit", r.tcp.Limits.Flows.Most)
+		r.tcp.Log.Warn("the limit of UDP flows is reached; datagrams of new flows are dropped", "family", r.family.String(), "limit", r.tcp.Limits.Flows.Max)
 		return nil, silent
 	}
 	f, silent := r.openFlow(k, t, tried)
@@ -263,12 +263,12 @@ func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) (made *flo
 		if f != nil {
 			f.socket.Close()
 		}
-		r.tcp.Limits.Flows.Leave(&r.counts.flows)
+		r.tcp.Limits.Flows.Release(&r.counts.flows)
 		return nil, silent
 	}
 	r.counts.flowsMade.Add(1)
 	r.done.Go(func() {
-		defer r.tcp.Limits.Flows.Leave(&r.counts.flows)
+		defer r.tcp.Limits.Flows.Release(&r.counts.flows)
 		r.answer(f)
 	})
 	return f, silent
@@ -295,18 +295,18 @@ func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) (opened *
 		f.socket.Close()
 		return nil, netip.AddrPort{}
 	}
-	f.last.Store(time.Now().UnixNano()) // its time begins before anybody looks whether it is over
+	f.last.Store(time.Now().UnixNano()) // before expire can look at it
 	return f, netip.AddrPort{}
 }
 
-// end lets go of a flow; its goroutine notices by itself.
+// end ends a flow; its goroutine sees the closed socket.
 func (r *relay) end(f *flow) {
 	r.flows.remove(f)
 	f.socket.Close()
 }
 
-// answer sends what the endpoint says back to the client, from the address that
-// the client sent to, until the flow is over.
+// answer sends the endpoint's datagrams to the client, from the address that the
+// client sent to, until the flow ends.
 func (r *relay) answer(f *flow) {
 	defer r.end(f)
 	back, err := f.key.at.SyscallConn()
@@ -315,7 +315,7 @@ func (r *relay) answer(f *flow) {
 	}
 	to, err := sockaddr(f.key.client)
 	if err != nil {
-		r.tcp.Log.Warn("a client cannot be answered", "client", f.key.client.String(), "error", err)
+		r.tcp.Log.Warn("a client's flow cannot be answered and ends", "client", f.key.client.String(), "error", err)
 		return
 	}
 	from := sourceControl(f.key.id.addr(r.family))
@@ -341,8 +341,8 @@ func (r *relay) answer(f *flow) {
 		case errors.Is(err, net.ErrClosed):
 			return
 		default:
-			// It is about one packet, too large for the way, for example. The
-			// pause is for an error that does not go away.
+			// The error concerns one packet, which was too large for the path for
+			// example. The pause is for an error that stays.
 			if !wait.For(r.ctx, tcprelay.AcceptPause) {
 				return
 			}
@@ -350,8 +350,8 @@ func (r *relay) answer(f *flow) {
 	}
 }
 
-// receive waits for a datagram and takes a buffer only when there is one, so
-// that a waiting flow costs no buffer.
+// receive waits for a datagram. It gets a buffer only when there is one: a waiting
+// flow needs no buffer.
 func receive(raw syscall.RawConn) (buffer *[]byte, n int, err error) {
 	waitErr := raw.Read(func(fd uintptr) bool {
 		buffer = datagrams.Get().(*[]byte)

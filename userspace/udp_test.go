@@ -162,7 +162,7 @@ func TestIdleFlowsEnd(t *testing.T) {
 
 func TestFlowLimit(t *testing.T) {
 	w := newWorld(t, 4)
-	w.p.relay.tcp.Limits = &tcprelay.Limits{Flows: tcprelay.Quota{Most: 1}}
+	w.p.relay.tcp.Limits = &tcprelay.Limits{Flows: tcprelay.Limit{Max: 1}}
 	w.echoUDP(0)
 	w.serve(0, 0, 0)
 	first := w.dialUDP(0)

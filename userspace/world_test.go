@@ -62,7 +62,7 @@ func newWorld(t testing.TB, f proxier.Family) *world {
 			return err == nil && found[0].Type == unix.RTN_LOCAL
 		})
 	}
-	// Something must route virtual addresses before their packets are captured.
+	// Something must route virtual addresses before their packets are redirected.
 	w.must(netlink.RouteReplace(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(netip.PrefixFrom(w.vip(0).Addr(), f.HostBits()-8))}))
 	w.p = w.proxier()
 	return w

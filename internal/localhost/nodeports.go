@@ -1,7 +1,7 @@
 // Package localhost serves TCP NodePorts on 127.0.0.1 and ::1 in modes whose
 // rules cannot (KEP-6032): the kernel forwards nothing that comes from a loopback
 // address unless route_localnet is set, and never in IPv6. It listens at each
-// NodePort and relays what connects to it.
+// NodePort and relays the connections.
 package localhost
 
 import (
@@ -20,8 +20,8 @@ import (
 	"signalbox/proxier"
 )
 
-// RetryAfter is the wait before a NodePort that another program has is tried
-// again.
+// RetryAfter is how long to wait before listening again at a NodePort that another
+// program has.
 const RetryAfter = 5 * time.Second
 
 // NodePorts are the listeners of one IP family.
@@ -38,8 +38,8 @@ type NodePorts struct {
 	// serving says that NodePorts are wanted here.
 	serving bool
 	ports   map[proxier.ServicePortName]*port
-	// toldOthers says that the log has a line about protocols other than TCP.
-	toldOthers bool
+	// loggedProtocol: the log has the line about protocols other than TCP.
+	loggedProtocol bool
 }
 
 // port is one NodePort.
@@ -56,9 +56,9 @@ func New(f proxier.Family, mode string) *NodePorts {
 	return &NodePorts{family: f, mode: mode, ports: map[proxier.ServicePortName]*port{}}
 }
 
-// Sync makes the listeners those of the plan, and looks only at what change
-// names. Listeners are opened in the network namespace of the calling thread. A
-// port that cannot be had is tried again, see Problem.
+// Sync opens and closes listeners as the plan wants, and looks only at what change
+// names. It opens them in the network namespace of the calling thread. Where it
+// cannot listen, it tries again, see Problem.
 func (n *NodePorts) Sync(plan *proxier.Plan, change proxier.Change) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -71,7 +71,7 @@ func (n *NodePorts) Sync(plan *proxier.Plan, change proxier.Change) {
 		names = n.allNames(plan)
 	}
 	n.serving = true
-	for _, name := range names { // first, for ports may change hands
+	for _, name := range names { // first, because a port may go from one Service to another
 		if p := n.ports[name]; p != nil && p.number != numberOf(n.family, plan.Services[name]) {
 			p.close()
 			delete(n.ports, name)
@@ -79,7 +79,7 @@ func (n *NodePorts) Sync(plan *proxier.Plan, change proxier.Change) {
 	}
 	for _, name := range names {
 		sp := plan.Services[name]
-		n.noteOthers(sp)
+		n.logProtocol(sp)
 		number := numberOf(n.family, sp)
 		if number == 0 {
 			continue
@@ -123,9 +123,9 @@ func nodePort(sp *proxier.ServicePort) *proxier.Frontend {
 	return &sp.Frontends[i]
 }
 
-// numberOf is the NodePort to listen at, or 0 for none. As with kube-proxy, what
-// connects on loopback counts as external traffic, and a port without endpoints
-// is not opened, so that the kernel refuses.
+// numberOf is the NodePort to listen at, or 0 for none. As with kube-proxy,
+// connections on loopback count as external traffic. The kernel refuses them at a
+// port without endpoints, because nothing listens there.
 func numberOf(f proxier.Family, sp *proxier.ServicePort) uint16 {
 	fe := nodePort(sp)
 	if fe == nil || sp.Name.Protocol != proxier.TCP || fe.External.Len() == 0 {
@@ -137,12 +137,12 @@ func numberOf(f proxier.Family, sp *proxier.ServicePort) uint16 {
 	return fe.Port
 }
 
-// noteOthers says once that only TCP is served.
-func (n *NodePorts) noteOthers(sp *proxier.ServicePort) {
-	if n.toldOthers || nodePort(sp) == nil || sp.Name.Protocol == proxier.TCP {
+// logProtocol logs once that only TCP is served.
+func (n *NodePorts) logProtocol(sp *proxier.ServicePort) {
+	if n.loggedProtocol || nodePort(sp) == nil || sp.Name.Protocol == proxier.TCP {
 		return
 	}
-	n.toldOthers = true
+	n.loggedProtocol = true
 	slog.Warn(n.mode+": NodePorts of UDP and SCTP are refused on loopback, because the relay there carries TCP alone; the mode userspace serves UDP there",
 		"address", proxier.Localhost(n.family).String(), "first", sp.Name.String(), "protocol", sp.Name.Protocol.String())
 }
@@ -189,7 +189,7 @@ func (n *NodePorts) start() error {
 	return nil
 }
 
-// retry listens where it could not.
+// retry tries to listen where it failed before.
 func (n *NodePorts) retry() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -210,8 +210,8 @@ func (n *NodePorts) dial(ctx context.Context, at netip.AddrPort) (net.Conn, erro
 	return n.ns.Dial(ctx, "tcp", netip.AddrPort{}, at)
 }
 
-// Problem says why a Service port is not served on loopback though it should be.
-// It has the form of proxier.Reporter's.
+// Problem is why a Service port is not served on loopback though it should be. It has
+// the form of proxier.Reporter's.
 func (n *NodePorts) Problem(name proxier.ServicePortName) (proxier.Problem, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -248,22 +248,22 @@ func (n *NodePorts) Stats() Stats {
 	return s
 }
 
-// Relays says whether connections come this way, or came and are not over.
+// Relays says whether NodePorts are served here or relayed connections are open.
 func (n *NodePorts) Relays() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.serving || n.relay != nil && n.relay.Counts.Connections.Load() > 0
 }
 
-// StandBy leaves new connections to another process until the next Sync, which
-// must be one of everything. Open connections go on.
+// StandBy leaves new connections to another process until the next Sync, which must
+// have change.All. Open connections go on.
 func (n *NodePorts) StandBy() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.closeAll()
 }
 
-// Drain waits until no connection is relayed any more, or ctx ends.
+// Drain waits until no relayed connection is open, or ctx ends.
 func (n *NodePorts) Drain(ctx context.Context) {
 	n.mu.Lock()
 	relay := n.relay

@@ -11,7 +11,7 @@ import (
 	"signalbox/proxier"
 )
 
-// Choice is what a client may get.
+// Choice are the endpoints for a client.
 type Choice struct {
 	Name      proxier.ServicePortName
 	Affinity  time.Duration // 0 without
@@ -27,8 +27,7 @@ func Has(s *proxier.EndpointSet, at netip.AddrPort) bool {
 	return found
 }
 
-// clients remembers which endpoint each client of a Service port with session
-// affinity has.
+// clients holds the endpoint of each client of a Service port with session affinity.
 type clients struct {
 	mu      sync.Mutex
 	entries map[clientKey]*clientEntry
@@ -44,19 +43,19 @@ type clientEntry struct {
 	until    time.Time
 }
 
-// maxClients bounds the memory that clients can take up. One that finds no room
-// is served as though there were no affinity.
+// maxClients bounds the memory for clients. Beyond it, clients are served without
+// affinity.
 const maxClients = 1 << 18
 
-// health knows which endpoints fail.
+// health holds the endpoints that fail.
 type health struct {
-	failing atomic.Int32 // endpoints that are passed over, or were of late
+	failing atomic.Int32 // length of records, readable without the lock
 	mu      sync.Mutex
 	records map[Peer]*failures
 }
 
-// Peer is an endpoint as one protocol reaches it. What listens at the same port
-// of the other may be well.
+// Peer is an endpoint with the protocol. The same port of the other protocol may be
+// healthy.
 type Peer struct {
 	Protocol proxier.Protocol
 	At       netip.AddrPort
@@ -64,21 +63,21 @@ type Peer struct {
 
 type failures struct {
 	count int
-	until time.Time // passed over
-	since time.Time // of the last failure
+	until time.Time // unhealthy until then
+	last  time.Time
 }
 
-// An endpoint that has failed FailuresToPass times in a row is passed over,
-// first for firstPass, and after each further failure for twice as long.
+// An endpoint that has failed UnhealthyAfter times in a row is unhealthy, first for
+// firstUnhealthy, then after each failure for twice as long, up to MaxUnhealthy.
 const (
-	FailuresToPass = 3
-	firstPass      = time.Second
-	LongestPass    = 30 * time.Second
-	// forgetFailures is after how long without a failure all is forgotten.
+	UnhealthyAfter = 3
+	firstUnhealthy = time.Second
+	MaxUnhealthy   = 30 * time.Second
+	// forgetFailures is the time without a failure after which the record is removed.
 	forgetFailures = 2 * time.Minute
 )
 
-// failed notes that an endpoint did not answer.
+// failed records that an endpoint did not answer.
 func (h *health) failed(at Peer, now time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -89,13 +88,13 @@ func (h *health) failed(at Peer, now time.Time) {
 		h.failing.Add(1)
 	}
 	r.count++
-	r.since = now
-	if over := r.count - FailuresToPass; over >= 0 {
-		r.until = now.Add(min(firstPass<<min(over, 10), LongestPass))
+	r.last = now
+	if over := r.count - UnhealthyAfter; over >= 0 {
+		r.until = now.Add(min(firstUnhealthy<<min(over, 10), MaxUnhealthy))
 	}
 }
 
-// answered notes that an endpoint did answer.
+// answered removes the record of an endpoint.
 func (h *health) answered(at Peer) {
 	if h.failing.Load() == 0 {
 		return
@@ -112,7 +111,7 @@ func (h *health) forget(at Peer) {
 	}
 }
 
-// unhealthy says whether other endpoints are to be tried first.
+// unhealthy says whether to try other endpoints first.
 func (h *health) unhealthy(at Peer, now time.Time) bool {
 	if h.failing.Load() == 0 {
 		return false
@@ -127,20 +126,20 @@ func (h *health) expire(now time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for at, r := range h.records {
-		if now.Sub(r.since) > forgetFailures {
+		if now.Sub(r.last) > forgetFailures {
 			h.forget(at)
 		}
 	}
 }
 
-// Chooser picks endpoints: at random, evenly among those that answer, and for
-// clients with session affinity the same as before.
+// Chooser picks endpoints: at random, evenly among the healthy ones, and for clients
+// with session affinity the same as before.
 type Chooser struct {
 	clients clients
 	health  health
 }
 
-// NewChooser returns a Chooser that knows nobody yet.
+// NewChooser returns an empty Chooser.
 func NewChooser() *Chooser {
 	return &Chooser{
 		clients: clients{entries: map[clientKey]*clientEntry{}},
@@ -149,8 +148,8 @@ func NewChooser() *Chooser {
 }
 
 // Choose picks an endpoint for a client, none of those that were tried.
-// With session affinity the choice is remembered at once, so that two
-// connections that a client opens at a time go to the same.
+// With session affinity it records the choice at once, so that simultaneous
+// connections of a client go to the same endpoint.
 func (c *Chooser) Choose(from Choice, client netip.Addr, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
 	if from.Affinity == 0 {
 		return c.draw(from.Name.Protocol, from.Endpoints, tried, now)
@@ -174,7 +173,7 @@ func (c *Chooser) Choose(from Choice, client netip.Addr, tried []netip.AddrPort,
 	return at, ok
 }
 
-// draw picks at random, evenly among those that do not fail.
+// draw picks at random, evenly among the healthy endpoints, or among all if none is.
 func (c *Chooser) draw(p proxier.Protocol, set *proxier.EndpointSet, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
 	if set.Len() == 0 {
 		return netip.AddrPort{}, false
@@ -201,7 +200,7 @@ func (c *Chooser) draw(p proxier.Protocol, set *proxier.EndpointSet, tried []net
 	return good[rand.IntN(len(good))], true
 }
 
-// Expire forgets failures and clients whose time is over.
+// Expire removes expired failures and clients.
 func (c *Chooser) Expire(now time.Time) {
 	c.health.expire(now)
 	c.clients.mu.Lock()
@@ -213,8 +212,8 @@ func (c *Chooser) Expire(now time.Time) {
 	}
 }
 
-// Failed notes that an endpoint did not answer.
+// Failed records that an endpoint did not answer.
 func (c *Chooser) Failed(at Peer, now time.Time) { c.health.failed(at, now) }
 
-// Answered notes that an endpoint did answer.
+// Answered records that an endpoint answered.
 func (c *Chooser) Answered(at Peer) { c.health.answered(at) }

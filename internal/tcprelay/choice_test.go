@@ -26,14 +26,14 @@ var someClient = netip.MustParseAddr("192.0.2.1")
 func TestDrawIsEven(t *testing.T) {
 	c, set, now := NewChooser(), endpointsAt(1, 2, 3, 4), time.Now()
 	for n := range 3 {
-		c.health.failed(Peer{At: at(4)}, now) // the last of these makes it passed over
+		c.health.failed(Peer{At: at(4)}, now) // the last of these makes it unhealthy
 		count := map[uint16]int{}
 		for range 30000 {
 			got, _ := c.Choose(Choice{Endpoints: set}, someClient, nil, now)
 			count[got.Port()]++
 		}
 		wanted := 4
-		if n == FailuresToPass-1 {
+		if n == UnhealthyAfter-1 {
 			wanted = 3
 		}
 		for port, seen := range count {
@@ -50,23 +50,23 @@ func TestDrawIsEven(t *testing.T) {
 func TestPassingOver(t *testing.T) {
 	var h = &NewChooser().health
 	now := time.Now()
-	pass := firstPass
+	pass := firstUnhealthy
 	for n := range 12 {
 		h.failed(Peer{At: at(1)}, now)
-		if n < FailuresToPass-1 {
+		if n < UnhealthyAfter-1 {
 			if h.unhealthy(Peer{At: at(1)}, now) {
-				t.Fatalf("passed over after %d failures", n+1)
+				t.Fatalf("unhealthy after %d failures", n+1)
 			}
 			continue
 		}
 		if !h.unhealthy(Peer{At: at(1)}, now.Add(pass-1)) || h.unhealthy(Peer{At: at(1)}, now.Add(pass)) {
-			t.Errorf("after %d failures: not passed over for just %s", n+1, pass)
+			t.Errorf("after %d failures: not unhealthy for just %s", n+1, pass)
 		}
-		pass = min(2*pass, LongestPass)
+		pass = min(2*pass, MaxUnhealthy)
 	}
 	h.answered(Peer{At: at(1)})
 	if h.unhealthy(Peer{At: at(1)}, now) || h.failing.Load() != 0 {
-		t.Error("passed over though it answered")
+		t.Error("unhealthy though it answered")
 	}
 	h.failed(Peer{At: at(2)}, now)
 	h.expire(now.Add(forgetFailures + 1))
@@ -78,7 +78,7 @@ func TestPassingOver(t *testing.T) {
 // An endpoint's UDP port says nothing of its TCP port of the same number.
 func TestFailuresAreOfOneProtocol(t *testing.T) {
 	c, set, now := NewChooser(), endpointsAt(1, 2), time.Now()
-	for range FailuresToPass {
+	for range UnhealthyAfter {
 		c.health.failed(Peer{proxier.UDP, at(1)}, now)
 	}
 	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {
@@ -88,14 +88,14 @@ func TestFailuresAreOfOneProtocol(t *testing.T) {
 			used[got] = true
 		}
 		if used[at(1)] != (p == proxier.TCP) {
-			t.Errorf("protocol %v: passed over is %v", p, !used[at(1)])
+			t.Errorf("protocol %v: unhealthy is %v", p, !used[at(1)])
 		}
 	}
 }
 
 func TestAllFailing(t *testing.T) {
 	c, now := NewChooser(), time.Now()
-	for range FailuresToPass {
+	for range UnhealthyAfter {
 		c.health.failed(Peer{At: at(1)}, now)
 		c.health.failed(Peer{At: at(2)}, now)
 	}

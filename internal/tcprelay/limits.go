@@ -11,34 +11,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What a relayed connection and a UDP flow cost in file descriptors: two
-// sockets and, while bytes wait in the kernel on their way, a pipe in each
-// direction.
+// File descriptors of a relayed connection (two sockets, and for splice a pipe of
+// two in each direction) and of a UDP flow.
 const (
 	filesPerConnection = 6
 	filesPerFlow       = 1
-	// filesKept are for everything else in the process.
+	// filesKept are for the rest of the process.
 	filesKept = 1024
-	// wantedFiles is how many files the relay asks to be allowed.
+	// wantedFiles is the limit that the relay asks for.
 	wantedFiles = 1 << 20
 )
 
-// Limits are how many connections and flows the relays that share them keep
-// open between them.
+// Limits are for connections and UDP flows of all relays that share them.
 type Limits struct {
-	Connections, Flows Quota
+	Connections, Flows Limit
 }
 
-// limitsFor shares out files: three quarters for connections, the rest for
-// flows.
+// limitsFor gives three quarters of the files to connections, the rest to flows.
 func limitsFor(files uint64) *Limits {
 	free := int64(max(files, filesKept+64) - filesKept)
-	return &Limits{Connections: Quota{Most: free * 3 / 4 / filesPerConnection}, Flows: Quota{Most: free / 4 / filesPerFlow}}
+	return &Limits{Connections: Limit{Max: free * 3 / 4 / filesPerConnection}, Flows: Limit{Max: free / 4 / filesPerFlow}}
 }
 
-// ProcessLimits are those of all relays of this process: of both families, and
-// where the masquerade bit has changed of the relays that lead their last
-// connections to an end, too.
+// ProcessLimits are for all relays of this process: of both families, and also of
+// those that only drain after a change of the masquerade bit.
 var ProcessLimits = sync.OnceValues(func() (*Limits, error) {
 	files, err := raiseFileLimit()
 	if err != nil {
@@ -47,31 +43,30 @@ var ProcessLimits = sync.OnceValues(func() (*Limits, error) {
 	return limitsFor(files), nil
 })
 
-// Quota is how many may be open, and how many are.
-type Quota struct {
-	Most int64
+// Limit is a semaphore that does not block.
+type Limit struct {
+	Max  int64
 	open atomic.Int64
 }
 
-// Enter counts one more, here and in n, one relay's own count, unless there are
-// as many as there may be.
-func (q *Quota) Enter(n *atomic.Int64) bool {
-	if q.open.Add(1) > q.Most {
-		q.open.Add(-1)
+// Acquire counts one more, here and in n, the relay's own count; false at the limit.
+func (l *Limit) Acquire(n *atomic.Int64) bool {
+	if l.open.Add(1) > l.Max {
+		l.open.Add(-1)
 		return false
 	}
 	n.Add(1)
 	return true
 }
 
-// Leave takes back an Enter.
-func (q *Quota) Leave(n *atomic.Int64) {
+// Release undoes an Acquire.
+func (l *Limit) Release(n *atomic.Int64) {
 	n.Add(-1)
-	q.open.Add(-1)
+	l.open.Add(-1)
 }
 
-// raiseFileLimit raises RLIMIT_NOFILE as far as wanted and possible, and
-// returns what it is then.
+// raiseFileLimit raises RLIMIT_NOFILE to wantedFiles or as far as possible, and
+// returns the new limit.
 func raiseFileLimit() (uint64, error) {
 	var r unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {

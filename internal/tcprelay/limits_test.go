@@ -12,17 +12,17 @@ import (
 func TestQuietLog(t *testing.T) {
 	var q Log
 	now := time.Now()
-	of := func(n int) remark { return remark{"it fails", proxier.ServicePortName{Port: fmt.Sprint(n)}} }
-	if !q.fresh(of(0), now) || q.fresh(of(0), now.Add(quiet-1)) || !q.fresh(of(1), now) {
+	of := func(n int) messageKey { return messageKey{"it fails", proxier.ServicePortName{Port: fmt.Sprint(n)}} }
+	if !q.allow(of(0), now) || q.allow(of(0), now.Add(messageInterval-1)) || !q.allow(of(1), now) {
 		t.Error("something is not said once of each Service port")
 	}
-	for n := range 2 * maxRemarks {
-		q.fresh(of(n), now)
+	for n := range 2 * maxMessages {
+		q.allow(of(n), now)
 	}
-	if len(q.last) != maxRemarks {
-		t.Errorf("%d remarks are remembered, want %d", len(q.last), maxRemarks)
+	if len(q.last) != maxMessages {
+		t.Errorf("%d messages are recorded, want %d", len(q.last), maxMessages)
 	}
-	if !q.fresh(of(0), now.Add(quiet)) || len(q.last) != 1 {
+	if !q.allow(of(0), now.Add(messageInterval)) || len(q.last) != 1 {
 		t.Error("what was said long ago is not forgotten")
 	}
 }
@@ -30,9 +30,9 @@ func TestQuietLog(t *testing.T) {
 func TestLimitsFor(t *testing.T) {
 	for _, files := range []uint64{0, 256, 1024, 20000, 1 << 20} {
 		l := limitsFor(files)
-		used := l.Connections.Most*filesPerConnection + l.Flows.Most*filesPerFlow
-		if l.Connections.Most < 1 || l.Flows.Most < 1 || files > 2*filesKept && used > int64(files-filesKept) {
-			t.Errorf("%d files: %d connections and %d flows", files, l.Connections.Most, l.Flows.Most)
+		used := l.Connections.Max*filesPerConnection + l.Flows.Max*filesPerFlow
+		if l.Connections.Max < 1 || l.Flows.Max < 1 || files > 2*filesKept && used > int64(files-filesKept) {
+			t.Errorf("%d files: %d connections and %d flows", files, l.Connections.Max, l.Flows.Max)
 		}
 	}
 }
@@ -42,18 +42,18 @@ func TestLimitsFor(t *testing.T) {
 func TestRelaysShareLimits(t *testing.T) {
 	const files, relays = 20000, 4
 	l := limitsFor(files)
-	for name, q := range map[string]*Quota{"connections": &l.Connections, "flows": &l.Flows} {
+	for name, q := range map[string]*Limit{"connections": &l.Connections, "flows": &l.Flows} {
 		var open [relays]atomic.Int64
 		full := int64(0)
-		for q.Enter(&open[full%relays]) {
+		for q.Acquire(&open[full%relays]) {
 			full++
 		}
-		if full != q.Most || q.Enter(&open[1]) {
-			t.Errorf("%d %s are open, want %d", full, name, q.Most)
+		if full != q.Max || q.Acquire(&open[1]) {
+			t.Errorf("%d %s are open, want %d", full, name, q.Max)
 		}
 		before := open[1].Load()
-		q.Leave(&open[1])
-		if open[1].Load() != before-1 || !q.Enter(&open[2]) || q.Enter(&open[0]) {
+		q.Release(&open[1])
+		if open[1].Load() != before-1 || !q.Acquire(&open[2]) || q.Acquire(&open[0]) {
 			t.Errorf("what one relay lets go of, another gets once: %s %v", name, []int64{open[0].Load(), open[1].Load(), open[2].Load()})
 		}
 	}

@@ -9,59 +9,57 @@ import (
 	"signalbox/proxier"
 )
 
-// Log says the same thing of the same Service port at most once in a while.
+// Log writes a message about the same Service port at most once in messageInterval.
 type Log struct {
-	// Mode is what each line begins with.
+	// Mode is the prefix of each message.
 	Mode string
 
 	mu   sync.Mutex
-	last map[remark]time.Time
+	last map[messageKey]time.Time
 }
 
-// remark is what is said, and of whom; of nobody in particular with the zero
-// name.
-type remark struct {
-	message string
+// messageKey has the zero service where a message concerns no Service port.
+type messageKey struct {
+	text    string
 	service proxier.ServicePortName
 }
 
 const (
-	quiet = 10 * time.Second
-	// maxRemarks bounds what is said in that time.
-	maxRemarks = 256
+	messageInterval = 10 * time.Second
+	// maxMessages bounds the messages in that time.
+	maxMessages = 256
 )
 
 // Warn logs a warning.
 func (q *Log) Warn(message string, args ...any) {
-	if q.fresh(remark{message: message}, time.Now()) {
+	if q.allow(messageKey{text: message}, time.Now()) {
 		slog.Warn(q.Mode+": "+message, args...)
 	}
 }
 
 // WarnOf is Warn about a Service port.
 func (q *Log) WarnOf(service proxier.ServicePortName, message string, args ...any) {
-	if q.fresh(remark{message, service}, time.Now()) {
+	if q.allow(messageKey{message, service}, time.Now()) {
 		slog.Warn(q.Mode+": "+message, append([]any{"service", service.String()}, args...)...)
 	}
 }
 
-// fresh notes that something is said; false if it was just now, or if too much
-// was.
-func (q *Log) fresh(r remark, now time.Time) bool {
+// allow records a message; false if it is not to be logged.
+func (q *Log) allow(k messageKey, now time.Time) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if last, said := q.last[r]; said && now.Sub(last) < quiet {
+	if last, ok := q.last[k]; ok && now.Sub(last) < messageInterval {
 		return false
 	}
-	if len(q.last) >= maxRemarks {
-		maps.DeleteFunc(q.last, func(_ remark, last time.Time) bool { return now.Sub(last) >= quiet })
+	if len(q.last) >= maxMessages {
+		maps.DeleteFunc(q.last, func(_ messageKey, last time.Time) bool { return now.Sub(last) >= messageInterval })
 	}
-	if len(q.last) >= maxRemarks {
+	if len(q.last) >= maxMessages {
 		return false
 	}
 	if q.last == nil {
-		q.last = map[remark]time.Time{}
+		q.last = map[messageKey]time.Time{}
 	}
-	q.last[r] = now
+	q.last[k] = now
 	return true
 }

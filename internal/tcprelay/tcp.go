@@ -1,5 +1,6 @@
-// Package tcprelay passes TCP connections on to the endpoints of Services, for
-// the modes that serve some or all of them in this process.
+// Package tcprelay forwards TCP connections to the endpoints of Services, for the
+// modes that serve some or all of them in this process. It also opens the sockets of
+// these modes.
 package tcprelay
 
 import (
@@ -20,8 +21,8 @@ import (
 const (
 	// DialTries is how many endpoints are tried for one connection.
 	DialTries = 4
-	// dialTimeout is how long one of them may take to answer: long enough for
-	// a SYN that got lost to be sent again.
+	// dialTimeout is how long one of them may take to answer: long enough for the
+	// retransmission of a lost SYN.
 	dialTimeout = 3 * time.Second
 	// AcceptPause is the wait after a failed accept. It doubles up to
 	// longestAcceptPause.
@@ -48,15 +49,15 @@ type TCP struct {
 type Counts struct {
 	Connections atomic.Int64 // open now
 	Accepted    atomic.Uint64
-	// DialFailures counts attempts to reach an endpoint that failed, NoEndpoint
-	// connections that no endpoint could be found for.
+	// DialFailures counts failed attempts to connect to an endpoint, NoEndpoint
+	// connections without an endpoint.
 	DialFailures, NoEndpoint atomic.Uint64
 	Refused                  atomic.Uint64 // beyond the limits
 	AcceptFailures           atomic.Uint64
 }
 
-// Drain waits until no connection is open any more, or ctx ends. It waits for
-// more where busy says so; that may be nil.
+// Drain waits until no connection is open and busy, if not nil, returns false, or ctx
+// ends.
 func (r *TCP) Drain(ctx context.Context, busy func() bool) {
 	for r.Counts.Connections.Load() > 0 || busy != nil && busy() {
 		if !wait.For(ctx, drainInterval) {
@@ -67,14 +68,14 @@ func (r *TCP) Drain(ctx context.Context, busy func() bool) {
 
 const drainInterval = 50 * time.Millisecond
 
-// Route says where a connection goes.
+// Route is where a connection goes.
 type Route struct {
 	Choice
 	// Dial connects to one of the endpoints.
 	Dial func(ctx context.Context, endpoint netip.AddrPort) (net.Conn, error)
 }
 
-// New makes a relay that begins the lines of its log with the mode's name.
+// New makes a relay that puts the mode's name before its log messages.
 func New(f proxier.Family, mode string) (*TCP, error) {
 	most, err := ProcessLimits()
 	if err != nil {
@@ -85,16 +86,16 @@ func New(f proxier.Family, mode string) (*TCP, error) {
 	return r, nil
 }
 
-// Close ends the relay with all its connections. The listeners that it accepts
-// from must have been closed.
+// Close ends the relay with all its connections. The caller must close the listeners
+// first.
 func (r *TCP) Close() {
 	r.cancel()
 	r.conns.closeAll()
 	r.done.Wait()
 }
 
-// Accept takes the connections of a listener, in a goroutine, until that is
-// closed. Route says where one goes, or false for nowhere.
+// Accept accepts and forwards the connections of a listener, in a goroutine, until
+// the listener is closed. It resets connections for which route returns false.
 func (r *TCP) Accept(l *net.TCPListener, route func(*net.TCPConn) (Route, bool)) {
 	r.done.Go(func() { r.acceptAll(l, route) })
 }
@@ -121,14 +122,14 @@ func (r *TCP) acceptAll(l *net.TCPListener, route func(*net.TCPConn) (Route, boo
 }
 
 func (r *TCP) accept(c *net.TCPConn, route func(*net.TCPConn) (Route, bool)) {
-	if !r.Limits.Connections.Enter(&r.Counts.Connections) {
+	if !r.Limits.Connections.Acquire(&r.Counts.Connections) {
 		r.Counts.Refused.Add(1)
-		r.Log.Warn("as many connections are open as may be; more are refused", "family", r.Family.String(), "limit", r.Limits.Connections.Most)
+		r.Log.Warn("the limit of connections is reached; new ones are reset", "family", r.Family.String(), "limit", r.Limits.Connections.Max)
 		reset(c)
 		return
 	}
 	r.done.Go(func() {
-		defer r.Limits.Connections.Leave(&r.Counts.Connections)
+		defer r.Limits.Connections.Release(&r.Counts.Connections)
 		r.serve(c, route)
 	})
 }
@@ -185,19 +186,18 @@ func (r *TCP) connect(to Route, client netip.Addr) *net.TCPConn {
 	return nil
 }
 
-// DialFailed notes that an endpoint of a Service port could not be reached.
+// DialFailed records that an endpoint of a Service port could not be reached.
 func (r *TCP) DialFailed(service proxier.ServicePortName, at netip.AddrPort, err error) {
 	r.Counts.DialFailures.Add(1)
 	if isShortage(err) {
-		r.Log.Warn("endpoints cannot be connected to", "family", r.Family.String(), "error", err)
+		r.Log.Warn("this node lacks ports, memory or file descriptors to connect to endpoints; trying other endpoints", "family", r.Family.String(), "error", err)
 		return
 	}
 	r.Chooser.Failed(Peer{service.Protocol, at}, time.Now())
-	r.Log.WarnOf(service, "an endpoint does not answer", "endpoint", at.String(), "error", err)
+	r.Log.WarnOf(service, "an endpoint does not answer; trying other endpoints", "endpoint", at.String(), "error", err)
 }
 
-// isShortage says whether it was this node that lacked something, so that the
-// endpoint is not to blame.
+// isShortage says whether this node lacked something, and the endpoint did not fail.
 func isShortage(err error) bool {
 	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EADDRNOTAVAIL, unix.EADDRINUSE} {
 		if errors.Is(err, e) {
@@ -212,17 +212,16 @@ type conn struct {
 	client, endpoint *net.TCPConn
 }
 
-// relay moves bytes in both directions. Between two TCP sockets ReadFrom has
-// the kernel do it (splice), and takes no more from one side than the other
-// takes. The end of one direction is passed on and leaves the other open; that
-// of the second one goes with the close.
+// relay moves bytes in both directions. Between two TCP sockets ReadFrom lets the
+// kernel do it (splice), and reads no more from one side than the other side takes.
+// The end of one direction leaves the other open. The end of the second closes both.
 func (c *conn) relay() {
 	var both sync.WaitGroup
 	var ended atomic.Bool
 	move := func(to, from *net.TCPConn) {
 		if _, err := to.ReadFrom(from); err != nil {
-			// One side broke off; so does the other, and what is on its way
-			// is lost, as it would be without a relay.
+			// One side failed, so the other is reset. Bytes under way are lost, as
+			// they would be without a relay.
 			reset(to)
 			reset(from)
 		}
@@ -237,13 +236,13 @@ func (c *conn) relay() {
 	c.endpoint.Close()
 }
 
-// reset ends a connection in a way that the peer cannot take for a regular end.
+// reset ends a connection with RST, which the peer does not mistake for a regular end.
 func reset(c *net.TCPConn) {
 	c.SetLinger(0)
 	c.Close()
 }
 
-// connSet holds the open connections, so that they can be ended.
+// connSet holds the open connections for Close.
 type connSet struct {
 	mu     sync.Mutex
 	closed bool
