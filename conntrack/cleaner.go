@@ -85,8 +85,8 @@ type Cleaner struct {
 
 var _ proxier.FlowCleaner = (*Cleaner)(nil)
 
-// New returns a Cleaner for the caller's network namespace, or an
-// UnsupportedError.
+// New returns a Cleaner for the caller's network namespace. It fails if this
+// process cannot use the namespace's connection tracking table.
 func New(opts Options) (*Cleaner, error) {
 	if opts.LocalAddrs == nil {
 		return nil, errors.New("conntrack: Options.LocalAddrs is not set")

@@ -66,7 +66,7 @@ var socketTimeout = unix.Timeval{Sec: 10}
 func openTable() (*table, error) {
 	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_NETFILTER)
 	if err != nil {
-		return nil, &UnsupportedError{err}
+		return nil, unsupported(err)
 	}
 	_ = s.SetSendTimeout(&socketTimeout)
 	_ = s.SetReceiveTimeout(&socketTimeout)
@@ -81,7 +81,7 @@ func openTable() (*table, error) {
 	}
 	if err != nil {
 		s.Close()
-		return nil, &UnsupportedError{err}
+		return nil, unsupported(err)
 	}
 	return t, nil
 }
@@ -231,20 +231,11 @@ func (r *attrReader) next() bool {
 	return true
 }
 
-// UnsupportedError means that this process cannot read or change the connection
-// tracking table.
-type UnsupportedError struct {
-	Err error // the kernel's answer
-}
-
-// Error names the remedy, too.
-func (e *UnsupportedError) Error() string {
+// unsupported adds the remedy to the kernel's answer.
+func unsupported(err error) error {
 	remedy := "the kernel needs CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink)"
-	if errors.Is(e.Err, unix.EPERM) {
+	if errors.Is(err, unix.EPERM) {
 		remedy = "the process needs CAP_NET_ADMIN"
 	}
-	return fmt.Sprintf("the connection tracking table cannot be read: %v; %s", e.Err, remedy)
+	return fmt.Errorf("the connection tracking table cannot be read: %w; %s", err, remedy)
 }
-
-// Unwrap returns the kernel's answer.
-func (e *UnsupportedError) Unwrap() error { return e.Err }

@@ -203,7 +203,7 @@ func (p *Proxier) prepareNode(wanted *proxier.Node) error {
 		return err
 	}
 	p.problems = nil
-	if problem := node.NeedSysctl(routeLocalnet, "1", "NodePorts are not served on 127.0.0.1"); problem != nil {
+	if problem := node.SetSysctl(routeLocalnet, "1", "NodePorts are not served on 127.0.0.1"); problem != nil {
 		p.problems = []*node.KernelProblem{problem}
 	}
 	return nil

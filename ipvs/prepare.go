@@ -71,7 +71,7 @@ func (p *Proxier) prepare() error {
 func (p *Proxier) makeSettings() {
 	p.problems = nil
 	for _, s := range p.settings() {
-		if problem := node.NeedSysctl(s.name, s.value, s.without); problem != nil && !errors.Is(problem, fs.ErrNotExist) {
+		if problem := node.SetSysctl(s.name, s.value, s.without); problem != nil && !errors.Is(problem, fs.ErrNotExist) {
 			p.problems = append(p.problems, problem)
 		}
 	}

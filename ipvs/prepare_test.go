@@ -36,8 +36,8 @@ func TestServesWithoutSettings(t *testing.T) {
 	const name = "net/ipv4/ip_forward"
 	k := play(t)
 	p := k.proxier(t, time.Now)
-	if err := node.SetSysctl(name, "0"); err != nil {
-		t.Fatal(err)
+	if p := node.SetSysctl(name, "0", ""); p != nil {
+		t.Fatal(p)
 	}
 	unlock := lockSysctls(t)
 	plan := proxiertest.Fleet(proxier.IPv4, 3, 2)

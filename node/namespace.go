@@ -13,9 +13,9 @@ const threadNamespace = "/proc/thread-self/ns/net"
 var processNamespace, _ = os.Readlink(threadNamespace)
 
 // ForeignNamespace returns the network namespace of the calling thread, or
-// netns.None if it is the process's own. Sockets of any thread belong to the
-// process's own, and entering it by name needs CAP_SYS_ADMIN, which a container
-// does not have. The caller closes an open handle.
+// netns.None if it is the process's own: a socket is in that one on whichever thread
+// it is opened, and entering it by name needs CAP_SYS_ADMIN, which a container does
+// not have. The caller closes an open handle.
 func ForeignNamespace() (netns.NsHandle, error) {
 	here, err := os.Readlink(threadNamespace)
 	if err != nil || here == processNamespace {

@@ -34,7 +34,7 @@ func TestFamilyUsable(t *testing.T) {
 			t.Errorf("%s: %v", family, err)
 		}
 	}
-	if err := SetSysctl("net/ipv6/conf/all/disable_ipv6", "1"); err != nil {
+	if err := SetSysctl("net/ipv6/conf/all/disable_ipv6", "1", ""); err != nil {
 		t.Fatal(err)
 	}
 	if err := FamilyUsable(proxier.IPv6); err == nil || !strings.Contains(err.Error(), "disable_ipv6") {
@@ -49,24 +49,24 @@ func TestSysctl(t *testing.T) {
 	emptyNode(t)
 	const name = "net/ipv4/conf/all/route_localnet"
 	for _, value := range []string{"1", "1", "0"} {
-		if err := SetSysctl(name, value); err != nil {
+		if err := SetSysctl(name, value, ""); err != nil {
 			t.Fatalf("setting %s: %v", value, err)
 		}
 		if got, err := Sysctl(name); got != value || err != nil {
 			t.Errorf("reads %q, %v; want %s", got, err, value)
 		}
 	}
-	if err := SetSysctl("net/ipv4/no_such", "1"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "net/ipv4/no_such") {
-		t.Errorf("a setting that is not there: %v, want an error that names it", err)
+	if p := SetSysctl("net/ipv4/no_such", "1", "it is dark"); !errors.Is(p, fs.ErrNotExist) || p.Name() != "net.ipv4.no_such" || p.Impact != "it is dark" {
+		t.Errorf("a setting that does not exist: %+v", p)
 	}
 }
 
 // What cannot be written is no obstacle while it has the right value.
 func TestReadOnlySysctl(t *testing.T) {
-	if err := SetSysctl("kernel/ostype", "Linux"); err != nil {
+	if err := SetSysctl("kernel/ostype", "Linux", ""); err != nil {
 		t.Errorf("setting what is set: %v", err)
 	}
-	if err := SetSysctl("kernel/ostype", "Plan 9"); err == nil || !strings.Contains(err.Error(), "/proc/sys/kernel/ostype") {
-		t.Errorf("writing kernel/ostype: %v, want an error that names the file", err)
+	if p := SetSysctl("kernel/ostype", "Plan 9", ""); p == nil || p.Found != "Linux" || !strings.Contains(p.Error(), "/proc/sys/kernel/ostype") {
+		t.Errorf("writing kernel/ostype: %v, want a problem that names the file", p)
 	}
 }

@@ -14,14 +14,9 @@ const sysctlRoot = "/proc/sys"
 func Sysctl(name string) (string, error) { return readSetting(filepath.Join(sysctlRoot, name)) }
 
 // SetSysctl writes a kernel setting unless it has that value already. So nothing
-// fails on a read-only /proc/sys if nothing has to change.
-func SetSysctl(name, value string) error {
-	return writeSetting(filepath.Join(sysctlRoot, name), value)
-}
-
-// NeedSysctl is SetSysctl for a setting that something depends on. impact says
-// what does not work without it.
-func NeedSysctl(name, value, impact string) *KernelProblem {
+// fails on a read-only /proc/sys if nothing has to change. impact says what does
+// not work without the setting.
+func SetSysctl(name, value, impact string) *KernelProblem {
 	p := set(filepath.Join(sysctlRoot, name), value)
 	if p != nil {
 		p.Impact = impact
