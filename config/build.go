@@ -16,43 +16,38 @@ import (
 	"signalbox/proxier"
 )
 
-// Config checks the flags and the file that they name. Every mistake is in the
-// error, not only the first.
+// Config validates the flags and the file of --config. The error has all
+// mistakes, not only the first.
 func (f *Flags) Config() (*Config, error) {
 	f.Groups()
 	r, err := f.read()
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(r.validate(), f.own.check(r.KubeProxyConfiguration, f.master)); err != nil {
+	if err := errors.Join(r.validate(), f.signalbox.validate(r.KubeProxyConfiguration, f.master)); err != nil {
 		return nil, err
 	}
 	return f.build(r)
 }
 
-func (o *own) check(k *v1alpha1.KubeProxyConfiguration, master string) error {
+func (o *signalboxFlags) validate(k *v1alpha1.KubeProxyConfiguration, master string) error {
 	var wrong []error
 	if mode := oneOf(o.mode, Modes); mode != "" {
 		wrong = append(wrong, fmt.Errorf("--mode=%s", mode))
 	}
-	return errors.Join(append(wrong, o.checkSource(k, master))...)
-}
-
-func (o *own) checkSource(k *v1alpha1.KubeProxyConfiguration, master string) error {
 	if o.source == "" {
-		return nil
+		return errors.Join(wrong...)
 	}
 	if k.ClientConnection.Kubeconfig != "" || master != "" {
-		return fmt.Errorf("--source=%s contradicts --kubeconfig and --master: objects come from a directory or from an API server, not from both", o.source)
+		wrong = append(wrong, fmt.Errorf("--source=%s contradicts --kubeconfig and --master: objects come from a directory or from an API server, not from both", o.source))
+	} else if info, err := os.Stat(o.source); err == nil && !info.IsDir() {
+		wrong = append(wrong, fmt.Errorf("--source=%s: not a directory; name the one that the manifests are in", o.source))
 	}
-	if info, err := os.Stat(o.source); err == nil && !info.IsDir() {
-		return fmt.Errorf("--source=%s: not a directory; name the one that the manifests are in", o.source)
-	}
-	return nil
+	return errors.Join(wrong...)
 }
 
-// build says what a configuration that breaks no rule means.
-func (f *Flags) build(r *reading) (*Config, error) {
+// build turns a valid configuration into a Config.
+func (f *Flags) build(r *rawConfig) (*Config, error) {
 	k, timing := r.KubeProxyConfiguration, timingOf(r.KubeProxyConfiguration)
 	setting := "--hostname-override"
 	if r.file != "" {
@@ -63,43 +58,39 @@ func (f *Flags) build(r *reading) (*Config, error) {
 		return nil, err
 	}
 	client := &k.ClientConnection
+	bit, _ := masquerade(k)
 	return &Config{
 		Mode: string(k.Mode), ModeReason: r.modeReason, ModeUnset: r.modeUnset, NodeName: name,
-		SourceDir: f.own.source, Kubeconfig: client.Kubeconfig, Master: f.master,
+		SourceDir: f.signalbox.source, Kubeconfig: client.Kubeconfig, Master: f.master,
 		ContentType: client.ContentType, AcceptContentTypes: client.AcceptContentTypes, QPS: client.QPS, Burst: int(client.Burst),
-		MasqueradeMark: 1 << masqueradeBit(k), IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),
+		MasqueradeMark: 1 << bit, IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),
 		BindAddress: bindAddress(k), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
 		BindAddressHardFail: k.BindAddressHardFail, EnableProfiling: k.EnableProfiling,
-		SyncPeriod: timing.sync, MinSyncPeriod: r.minSyncPeriod, ConfigSyncPeriod: k.ConfigSyncPeriod.Duration,
+		SyncPeriod: timing.sync, MinSyncPeriod: r.minSyncPeriod,
 		Conntrack: conntrack(k), OOMScoreAdj: k.OOMScoreAdj,
 		Cleanup: f.cleanup, InitOnly: f.initOnly, WriteTo: f.writeTo,
 		Logging:   Logging{Format: k.Logging.Format, Verbosity: int(k.Logging.Verbosity)},
-		KubeProxy: k, KubernetesVersion: f.own.version.release(),
+		KubeProxy: k, KubernetesVersion: f.signalbox.version.release(),
 		Warnings: slices.Concat(r.warnings, withoutEffect(k), f.flagsWithoutEffect(k)),
 	}, nil
 }
 
-func masqueradeBit(k *v1alpha1.KubeProxyConfiguration) int32 {
+// masquerade is from the section that the mode reads.
+func masquerade(k *v1alpha1.KubeProxyConfiguration) (bit int32, all bool) {
 	if k.Mode == ModeNFTables {
-		return *k.NFTables.MasqueradeBit
+		return *k.NFTables.MasqueradeBit, k.NFTables.MasqueradeAll
 	}
-	return *k.IPTables.MasqueradeBit
-}
-
-func masqueradeAll(k *v1alpha1.KubeProxyConfiguration) bool {
-	if k.Mode == ModeNFTables {
-		return k.NFTables.MasqueradeAll
-	}
-	return k.IPTables.MasqueradeAll
+	return *k.IPTables.MasqueradeBit, k.IPTables.MasqueradeAll
 }
 
 func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
+	_, masqueradeAll := masquerade(k)
 	s := proxier.Settings{
-		MasqueradeAll:      masqueradeAll(k),
+		MasqueradeAll:      masqueradeAll,
 		DetectLocal:        proxier.DetectLocal(k.DetectLocalMode),
 		PodBridgeInterface: k.DetectLocal.BridgeInterface, PodInterfaceNamePrefix: k.DetectLocal.InterfaceNamePrefix,
 		IgnoreExternalIPs:     !gateOn(k, gateAllowServiceExternalIPs),
-		KubeProxyIPVSPolicies: f.own.kubeProxyIPVSPolicies,
+		KubeProxyIPVSPolicies: f.signalbox.kubeProxyIPVSPolicies,
 	}
 	if k.ClusterCIDR != "" {
 		s.ClusterCIDRs = prefixes(strings.Split(k.ClusterCIDR, ","))
@@ -122,8 +113,8 @@ func ipvsTuning(k *v1alpha1.KubeProxyConfiguration) proxier.IPVSTuning {
 	}
 }
 
-// wholeSeconds counts a part of a second as one: IPVS knows no shorter time,
-// and 0 would leave what the kernel has.
+// wholeSeconds rounds up: IPVS has whole seconds, and 0 would keep the kernel's
+// value.
 func wholeSeconds(d time.Duration) time.Duration {
 	return (d + time.Second - 1).Truncate(time.Second)
 }
@@ -142,40 +133,40 @@ func bindAddress(k *v1alpha1.KubeProxyConfiguration) netip.Addr {
 	return a
 }
 
-// listener is where a server listens; not valid for nowhere.
+// listener is the address of a server; invalid if there is no server.
 func listener(text string) netip.AddrPort {
 	a, _ := parseAddrPort(text)
 	return a
 }
 
-// withoutEffect says once what is accepted and does not do what its words
-// suggest.
+// withoutEffect names the settings that are accepted and have no effect, or another
+// effect than their name suggests.
 func withoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 	out := loggingWithoutEffect(&k.Logging)
-	note := func(when bool, format string, args ...any) {
+	add := func(when bool, format string, args ...any) {
 		if when {
 			out = append(out, fmt.Sprintf(format, args...))
 		}
 	}
 	local := v1alpha1.LocalMode(proxier.DetectLocalClusterCIDR)
-	note(k.DetectLocalMode == local && k.ClusterCIDR == "",
+	add(k.DetectLocalMode == local && k.ClusterCIDR == "",
 		"--cluster-cidr is not given, nor clusterCIDR in a file: Pods cannot be told from other traffic, so nothing sent to a cluster IP from outside the cluster is masqueraded")
 	for mode, other := range map[proxier.DetectLocal][2]string{
 		proxier.DetectLocalBridgeInterface:     {"--pod-bridge-interface", k.DetectLocal.BridgeInterface},
 		proxier.DetectLocalInterfaceNamePrefix: {"--pod-interface-name-prefix", k.DetectLocal.InterfaceNamePrefix},
 	} {
-		note(other[1] != "" && k.DetectLocalMode != v1alpha1.LocalMode(mode), "%s=%s has no effect with --detect-local-mode=%s", other[0], other[1], k.DetectLocalMode)
+		add(other[1] != "" && k.DetectLocalMode != v1alpha1.LocalMode(mode), "%s=%s has no effect with --detect-local-mode=%s", other[0], other[1], k.DetectLocalMode)
 	}
-	note(len(k.IPVS.ExcludeCIDRs) > 0, "no effect: --ipvs-exclude-cidrs: virtual servers of others are left alone anyway")
-	note(k.ConfigSyncPeriod.Duration != 15*time.Minute, "no effect: --config-sync-period: watches miss nothing")
-	note(k.ShowHiddenMetricsForVersion != "", "no effect: --show-hidden-metrics-for-version: no metric is hidden")
-	note(k.Winkernel != (v1alpha1.KubeProxyWinkernelConfiguration{}) || k.WindowsRunAsService, "no effect: winkernel and windowsRunAsService: this is not Windows")
+	add(len(k.IPVS.ExcludeCIDRs) > 0, "no effect: --ipvs-exclude-cidrs: virtual servers of others are left alone anyway")
+	add(k.ConfigSyncPeriod.Duration != 15*time.Minute, "no effect: --config-sync-period: watches miss nothing")
+	add(k.ShowHiddenMetricsForVersion != "", "no effect: --show-hidden-metrics-for-version: no metric is hidden")
+	add(k.Winkernel != (v1alpha1.KubeProxyWinkernelConfiguration{}) || k.WindowsRunAsService, "no effect: winkernel and windowsRunAsService: this is not Windows")
 	return append(out, gatesWithoutEffect(k.FeatureGates)...)
 }
 
 func (f *Flags) flagsWithoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 	var out []string
-	if k.Mode != ModeIPVS && (f.own.kubeProxyIPVSPolicies || ipvsTuning(k) != (proxier.IPVSTuning{})) {
+	if k.Mode != ModeIPVS && (f.signalbox.kubeProxyIPVSPolicies || ipvsTuning(k) != (proxier.IPVSTuning{})) {
 		out = append(out, "the --ipvs flags have no effect without --mode=ipvs")
 	}
 	for _, name := range []string{"boot-id-file", "machine-id-file"} {

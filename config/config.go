@@ -1,11 +1,10 @@
-// Package config turns what an operator decided, on the command line and in
-// kube-proxy's configuration file, into one validated Config. Nothing here asks
-// the kernel or the network, but for the host name: the same words give the
-// same Config.
+// Package config turns the command line and kube-proxy's configuration file into
+// one validated Config. Apart from the host name, nothing depends on the kernel or
+// the network: the same input gives the same Config.
 //
-// kube-proxy's own form of a configuration, KubeProxyConfiguration v1alpha1,
-// is the middle: flags and file are both read into it, defaults are filled in
-// and rules are checked there, and the Config follows from it.
+// Flags and file are both read into kube-proxy's form, KubeProxyConfiguration
+// v1alpha1. There, defaults are set and rules are checked. The Config follows from
+// that.
 package config
 
 import (
@@ -30,26 +29,25 @@ const (
 // Modes lists what --mode takes.
 var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeIPVS, ModeUserspace}
 
-// Config is what an operator decided.
+// Config is the validated configuration.
 type Config struct {
 	// Mode is one of Modes; ModeAuto takes the first mode that works here.
 	Mode string
-	// ModeReason says in words where Mode comes from.
+	// ModeReason says where Mode comes from.
 	ModeReason string
-	// ModeUnset says that nothing names a mode: Mode is a default.
+	// ModeUnset: nothing names a mode, and Mode is a default.
 	ModeUnset bool
 	// NodeName is the name that this node's Node object and its endpoints
 	// carry: trimmed and lower-cased, never empty.
 	NodeName string
 
-	// SourceDir serves the manifests of a directory; the API server is not
-	// asked then. The empty string means the API server.
+	// SourceDir is a directory of manifests; empty means the API server.
 	SourceDir string
 	// Kubeconfig and Master say where the API server is; both empty means the
 	// Pod's own service account.
 	Kubeconfig, Master string
-	// ContentType and AcceptContentTypes are what is spoken with the API
-	// server; an empty AcceptContentTypes follows ContentType.
+	// ContentType is for requests to the API server, AcceptContentTypes for its
+	// answers; empty means the same as ContentType.
 	ContentType, AcceptContentTypes string
 	// QPS and Burst bound the requests to the API server.
 	QPS   float32
@@ -75,43 +73,39 @@ type Config struct {
 	BindAddressHardFail bool
 	// EnableProfiling serves pprof beside the metrics.
 	EnableProfiling bool
-	// SyncPeriod is how long an update may wait before health calls it late,
-	// and the longest wait before what failed is tried again.
+	// SyncPeriod is the wait after which health calls an update late, and the
+	// longest pause before a failed sync is tried again.
 	SyncPeriod time.Duration
-	// MinSyncPeriod is the least time between two syncs; 0 for none. A change
-	// that comes alone never waits for it.
+	// MinSyncPeriod is the least time between two syncs; 0 for none. A single
+	// change never waits for it.
 	MinSyncPeriod time.Duration
-	// ConfigSyncPeriod is accepted and has no effect: watches miss nothing.
-	ConfigSyncPeriod time.Duration
 
 	Conntrack node.Conntrack
 	// OOMScoreAdj is this process's own, -1000 to 1000; nil leaves it.
 	OOMScoreAdj *int32
-	// Cleanup removes what is in the kernel and ends.
+	// Cleanup removes signalbox's rules from the kernel and ends.
 	Cleanup bool
-	// InitOnly does what needs all privileges, the kernel settings, and ends.
+	// InitOnly writes the kernel settings, which needs all privileges, and ends.
 	InitOnly bool
-	// WriteTo is the file that takes KubeProxy, instead of anything being
-	// served; the empty string for none.
+	// WriteTo is a file for KubeProxy; nothing is served then. Empty means no file.
 	WriteTo string
 
 	Logging Logging
 
-	// KubernetesVersion is the release of Kubernetes that metrics tell of, as
-	// v1.36.3; empty for the API server's.
+	// KubernetesVersion is the Kubernetes release in metrics, such as v1.36.3; empty
+	// for the API server's.
 	KubernetesVersion string
 
-	// KubeProxy is what is in force in kube-proxy's own form, for /configz:
-	// the file or the flags, with every default filled in. It is to be read
-	// only.
+	// KubeProxy is this configuration in kube-proxy's form with all defaults, for
+	// /configz. It is read only.
 	KubeProxy *v1alpha1.KubeProxyConfiguration
 
-	// Flags are the values of all flags, by name, for /flagz; Config leaves
-	// them out.
+	// Flags are the values of all flags, by name, for /flagz. Flags.Config does not
+	// set them.
 	Flags map[string]string
 
-	// Warnings are about settings that are accepted but do not do what their
-	// words suggest.
+	// Warnings are about settings without effect, or with another effect than their
+	// name suggests.
 	Warnings []string
 }
 

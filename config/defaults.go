@@ -16,13 +16,13 @@ import (
 const (
 	healthzPort = 10256
 	metricsPort = 10249
-	// off is what stands for "nowhere" in an address to listen at. kube-proxy
-	// takes the empty string for its default there and has no word for it.
+	// off in a listen address switches the server off. kube-proxy has no value for
+	// this: an empty string means its default.
 	off = "0"
 )
 
-// setDefaults fills in what is not there, with the values of kube-proxy 1.37.
-// A zero is not there, unless the field is a pointer.
+// setDefaults sets empty fields to the defaults of kube-proxy 1.37. A zero is empty,
+// unless the field is a pointer.
 func setDefaults(k *v1alpha1.KubeProxyConfiguration) {
 	c := &k.ClientConnection
 	orElse(&c.ContentType, "application/vnd.kubernetes.protobuf")
@@ -63,8 +63,8 @@ func orPointer[T any](field **T, value T) {
 	}
 }
 
-// withPort adds a port to an address that is without one. What is no address
-// is left for validation to name.
+// withPort adds a port to an address without one. Other text stays: validation
+// reports it.
 func withPort(address string, port int32) string {
 	if _, ok := proxier.ParseAddr(address); !ok {
 		return address

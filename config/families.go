@@ -8,10 +8,9 @@ import (
 	"signalbox/proxier"
 )
 
-// CheckFamilies compares what the configuration says of one IP family or the
-// other with the families that the node serves in a mode. As with kube-proxy,
-// it is an error that Pods can be told from other traffic in none of them for
-// ranges that are all of another family; the rest is said in warnings.
+// CheckFamilies compares the addresses in the configuration with the IP families
+// that the node serves. As with kube-proxy, it is an error if no Pod range is of a
+// served family. Other mismatches are warnings.
 func (c *Config) CheckFamilies(served []proxier.Family, mode string) (warnings []string, err error) {
 	has := func(prefixes []netip.Prefix, family proxier.Family) bool {
 		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return proxier.FamilyOf(p.Addr()) == family })
@@ -41,8 +40,8 @@ func (c *Config) CheckFamilies(served []proxier.Family, mode string) (warnings [
 	return warnings, nil
 }
 
-// localhostWarnings names the loopback addresses that were asked for and serve
-// no NodePorts in the mode.
+// localhostWarnings names the configured loopback addresses on which the mode does
+// not serve NodePorts.
 func (c *Config) localhostWarnings(s *proxier.Settings, served []proxier.Family, mode string) (warnings []string) {
 	for _, family := range served {
 		if !s.NodePortAddresses.NamesLocalhost(family) || s.ServesLocalhost(family) {

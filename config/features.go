@@ -14,14 +14,14 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 )
 
-// The gates that something here depends on.
+// The gates with an effect here.
 const (
 	gateAllowServiceExternalIPs = "AllowServiceExternalIPs"
 	gateKubeProxyIPVS           = "KubeProxyIPVS"
 	gateLocalhostNodePorts      = "KubeProxyNFTablesLocalhostNodePorts"
 )
 
-// gateMatters says whether anything here depends on a gate.
+// gateMatters says whether a gate has an effect here.
 func gateMatters(name string) bool {
 	switch name {
 	case gateAllowServiceExternalIPs, gateKubeProxyIPVS, gateLocalhostNodePorts:
@@ -64,16 +64,15 @@ func gatesWith(wanted map[string]bool) featuregate.MutableFeatureGate {
 	g := featuregate.NewFeatureGate()
 	settable := maps.Clone(wanted)
 	maps.DeleteFunc(settable, func(name string, on bool) bool { return gateIgnored(name, on) != "" })
-	// What it would log, gatesWithoutEffect says in other words.
+	// gatesWithoutEffect reports what it would log.
 	if err := errors.Join(g.Add(maps.Clone(gates())), g.SetFromMapWithLogger(logr.Discard(), settable)); err != nil {
 		panic(err) // the embedded list contradicts itself
 	}
 	return g
 }
 
-// gateIgnored says why a gate cannot be as it is wanted; empty where it can. It is
-// never an error: one list of gates is written for every component of a cluster,
-// of whatever release.
+// gateIgnored says why a gate cannot have the wanted value; empty if it can. This is
+// never an error: clusters give one list of gates to components of all releases.
 func gateIgnored(name string, on bool) string {
 	spec, known := gates()[featuregate.Feature(name)]
 	switch {
@@ -91,14 +90,14 @@ func gateOn(k *v1alpha1.KubeProxyConfiguration, name featuregate.Feature) bool {
 	return gatesWith(k.FeatureGates).Enabled(name)
 }
 
-// localhostRelay says whether the gate of KEP-6032 is open. It is unless it was
-// closed by name, as from kube-proxy 1.38 on: nodePortAddresses is the opt-in.
+// localhostRelay says whether the gate of KEP-6032 is on. As with kube-proxy 1.38,
+// it is on by default: nodePortAddresses is the opt-in.
 func localhostRelay(k *v1alpha1.KubeProxyConfiguration) bool {
 	on, given := k.FeatureGates[gateLocalhostNodePorts]
 	return on || !given
 }
 
-// gatesWithoutEffect names the gates that were set and change nothing here.
+// gatesWithoutEffect names the gates that were set and have no effect here.
 func gatesWithoutEffect(wanted map[string]bool) (out []string) {
 	for _, name := range slices.Sorted(maps.Keys(wanted)) {
 		switch why := gateIgnored(name, wanted[name]); {
@@ -110,3 +109,7 @@ func gatesWithoutEffect(wanted map[string]bool) (out []string) {
 	}
 	return out
 }
+
+// ShowFeatureGates sets kubernetes_feature_enabled for every known feature gate, in
+// the registry of the Kubernetes libraries.
+func (c *Config) ShowFeatureGates() { gatesWith(c.KubeProxy.FeatureGates).AddMetrics() }

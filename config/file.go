@@ -1,13 +1,13 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"os"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/kube-proxy/config/v1alpha1"
+	strictjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 
 	"signalbox/internal/readfile"
@@ -15,23 +15,8 @@ import (
 
 const kind = "KubeProxyConfiguration"
 
-var (
-	scheme         = newScheme()
-	strictDecoder  = serializer.NewCodecFactory(scheme, serializer.EnableStrict).UniversalDeserializer()
-	lenientDecoder = serializer.NewCodecFactory(scheme, serializer.DisableStrict).UniversalDeserializer()
-)
-
-func newScheme() *runtime.Scheme {
-	s := runtime.NewScheme()
-	if err := v1alpha1.AddToScheme(s); err != nil {
-		panic(err) // two kinds of one name: a mistake in this program
-	}
-	return s
-}
-
-// readFile reads kube-proxy's configuration file, without defaults. ignored
-// says what in it is unknown or there twice: as with kube-proxy, that stops
-// nothing.
+// readFile reads kube-proxy's configuration file, without defaults. ignored names
+// unknown and duplicate fields: as with kube-proxy, they are not fatal.
 func (f *Flags) readFile() (k *v1alpha1.KubeProxyConfiguration, ignored error, err error) {
 	if f.text, err = os.ReadFile(f.file); err != nil {
 		return nil, nil, fmt.Errorf("--config=%s: %w", f.file, readfile.Why(err))
@@ -46,17 +31,17 @@ func decode(text []byte) (k *v1alpha1.KubeProxyConfiguration, ignored error, err
 	if err := checkKind(text); err != nil {
 		return nil, nil, err
 	}
-	k = &v1alpha1.KubeProxyConfiguration{}
-	_, _, err = strictDecoder.Decode(text, nil, k)
-	if runtime.IsStrictDecodingError(err) {
-		ignored = err
-		k = &v1alpha1.KubeProxyConfiguration{}
-		_, _, err = lenientDecoder.Decode(text, nil, k)
+	_, duplicates := yaml.YAMLToJSONStrict(text)
+	asJSON, err := yaml.YAMLToJSON(text)
+	if err != nil {
+		return nil, nil, err
 	}
-	return k, ignored, err
+	k = &v1alpha1.KubeProxyConfiguration{}
+	unknown, err := strictjson.UnmarshalStrict(asJSON, k)
+	return k, errors.Join(append(unknown, duplicates)...), err
 }
 
-// checkKind says in words what the decoder would say by printing the file.
+// checkKind returns an error if the file has another kind or version.
 func checkKind(text []byte) error {
 	var head metav1.TypeMeta
 	if err := yaml.Unmarshal(text, &head); err != nil {
@@ -74,21 +59,12 @@ func checkKind(text []byte) error {
 
 // Write writes a configuration as --config reads it, for --write-config-to.
 func Write(path string, k *v1alpha1.KubeProxyConfiguration) error {
-	text, err := encode(k)
+	text, err := yaml.Marshal(k)
 	if err != nil {
-		return err
+		return fmt.Errorf("writing kube-proxy's configuration: %w", err)
 	}
 	if err := os.WriteFile(path, text, 0o644); err != nil {
 		return fmt.Errorf("--write-config-to: %w; name a file in a directory that is there and can be written", err)
 	}
 	return nil
-}
-
-// encode is a configuration as YAML, apiVersion and kind included.
-func encode(k *v1alpha1.KubeProxyConfiguration) ([]byte, error) {
-	text, err := yaml.Marshal(k)
-	if err != nil {
-		return nil, fmt.Errorf("writing kube-proxy's configuration: %w", err)
-	}
-	return text, nil
 }

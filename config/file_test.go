@@ -73,9 +73,9 @@ func TestKubeadmFile(t *testing.T) {
 			DetectLocal: proxier.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: proxier.LocalhostCovered,
 		},
 		BindAddress: netip.IPv4Unspecified(), HealthzBindAddress: netip.MustParseAddrPort("0.0.0.0:10256"), MetricsBindAddress: netip.MustParseAddrPort("127.0.0.1:10249"),
-		SyncPeriod: 30 * time.Second, ConfigSyncPeriod: 15 * time.Minute,
-		Conntrack: node.Conntrack{Min: 131072, TCPEstablishedTimeout: 24 * time.Hour, TCPCloseWaitTimeout: time.Hour},
-		Logging:   Logging{Format: "text"},
+		SyncPeriod: 30 * time.Second,
+		Conntrack:  node.Conntrack{Min: 131072, TCPEstablishedTimeout: 24 * time.Hour, TCPCloseWaitTimeout: time.Hour},
+		Logging:    Logging{Format: "text"},
 	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)
@@ -300,11 +300,11 @@ func FuzzFile(f *testing.F) {
 		}
 		var flags Flags
 		flags.Add(pflag.NewFlagSet("", pflag.ContinueOnError))
-		r, err := flags.beside(k, ignored)
+		r, err := flags.mergeFile(k, ignored, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		settle(k)
+		complete(k)
 		if r.validate() != nil {
 			return
 		}

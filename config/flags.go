@@ -8,30 +8,27 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 )
 
-// Flags are the words of the command line, before they are checked. Names,
-// defaults and meaning are kube-proxy's, but for the group that is signalbox's
-// own.
+// Flags is the command line before validation. Names, defaults and meaning are
+// kube-proxy's, except in the group signalbox.
 type Flags struct {
 	groups cliflag.NamedFlagSets
 
-	// kubeProxy is what the flags say in kube-proxy's own form.
+	// kubeProxy has the flags in kube-proxy's form.
 	kubeProxy v1alpha1.KubeProxyConfiguration
-	// master, cleanup and so on have no place in that form.
-	file, writeTo             string
-	master                    string
-	cleanup, initOnly         bool
-	healthzPort, metricsPort  int32
-	bootIDFile, machineIDFile string
+	// kube-proxy's form has no fields for these.
+	file, writeTo, master    string
+	cleanup, initOnly        bool
+	healthzPort, metricsPort int32
 
-	own own
+	signalbox signalboxFlags
 
-	// text is what the file held when it was last read.
+	// text is the content of the file when it was last read.
 	text []byte
 }
 
-// own are signalbox's own settings. They are flags and nothing else: a file of
-// kube-proxy's is one that kube-proxy can read again on the way back.
-type own struct {
+// signalboxFlags are the settings that kube-proxy does not have. They are not in
+// the file, so that kube-proxy can still read it.
+type signalboxFlags struct {
 	mode                  string
 	source                string
 	kubeProxyIPVSPolicies bool
@@ -40,7 +37,7 @@ type own struct {
 
 // The groups of flags, in the order in which help shows them.
 const (
-	groupOwn       = "signalbox"
+	groupSignalbox = "signalbox"
 	groupKubeProxy = "kube-proxy"
 	groupLogging   = "logging"
 )
@@ -49,7 +46,7 @@ const (
 func (f *Flags) Groups() cliflag.NamedFlagSets {
 	if f.groups.Order == nil {
 		f.groups.NormalizeNameFunc = cliflag.WordSepNormalizeFunc
-		f.own.add(f.groups.FlagSet(groupOwn))
+		f.signalbox.add(f.groups.FlagSet(groupSignalbox))
 		f.addKubeProxy(f.groups.FlagSet(groupKubeProxy))
 		addLogging(&f.kubeProxy.Logging, f.groups.FlagSet(groupLogging))
 	}
@@ -63,7 +60,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 	}
 }
 
-func (o *own) add(fs *pflag.FlagSet) {
+func (o *signalboxFlags) add(fs *pflag.FlagSet) {
 	fs.StringVar(&o.mode, "mode", "", "how Services are served: "+strings.Join(Modes, ", ")+"; wins over --proxy-mode and over the mode in --config. auto, the default where none of them says anything, takes the first of nftables and iptables that works on this node")
 	fs.StringVar(&o.source, "source", "", "serve the Services, EndpointSlices, Nodes and ServiceCIDRs in the YAML and JSON files of this directory, which is watched, instead of asking an API server")
 	fs.Var(&o.version, "version", "print the version and end; raw for all of it. A release such as v1.36.3 is told of in kubernetes_build_info instead of the API server's")
@@ -127,14 +124,14 @@ func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {
 	fs.DurationVar(&k.Conntrack.UDPTimeout.Duration, "conntrack-udp-timeout", 0, "how long a UDP flow without an answer is tracked; 0 leaves the kernel's value")
 	fs.DurationVar(&k.Conntrack.UDPStreamTimeout.Duration, "conntrack-udp-timeout-stream", 0, "the same for one with answers")
 	fs.DurationVar(&k.ConfigSyncPeriod.Duration, "config-sync-period", k.ConfigSyncPeriod.Duration, "no effect: watches miss nothing")
-	fs.StringVar(&f.bootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "no effect")
-	fs.StringVar(&f.machineIDFile, "machine-id-file", "/etc/machine-id,/var/lib/dbus/machine-id", "no effect")
+	fs.String("boot-id-file", "/proc/sys/kernel/random/boot_id", "no effect")
+	fs.String("machine-id-file", "/etc/machine-id,/var/lib/dbus/machine-id", "no effect")
 	for name, instead := range map[string]string{"healthz-port": "healthz-bind-address", "metrics-port": "metrics-bind-address"} {
 		_ = fs.MarkDeprecated(name, "use --"+instead) // fails only for a flag that is not there
 	}
 }
 
-// given says whether a flag stands on the command line.
+// given says whether a flag is on the command line.
 func (f *Flags) given(name string) bool {
 	for _, group := range f.groups.FlagSets {
 		if flag := group.Lookup(name); flag != nil {
@@ -142,4 +139,13 @@ func (f *Flags) given(name string) bool {
 		}
 	}
 	return false
+}
+
+// Values returns the values of all flags, by name.
+func (f *Flags) Values() map[string]string {
+	all := map[string]string{}
+	for _, group := range f.Groups().FlagSets {
+		group.VisitAll(func(flag *pflag.Flag) { all[flag.Name] = flag.Value.String() })
+	}
+	return all
 }

@@ -7,19 +7,18 @@ import (
 
 	"github.com/go-logr/logr"
 	"github.com/spf13/pflag"
-	"k8s.io/apimachinery/pkg/util/validation/field"
 	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
 )
 
-// Logging is how the log is written.
+// Logging configures the log.
 type Logging struct {
 	// Format is "text" or "json".
 	Format string
 	// Verbosity is kube-proxy's number for how much is logged.
 	Verbosity int
 
-	level *slog.LevelVar // nil: Verbosity is final
+	level *slog.LevelVar // nil if not Adjustable
 }
 
 // debugFrom is the verbosity from which every sync is logged. slog has one
@@ -40,6 +39,20 @@ func (l Logging) Handler(w io.Writer) slog.Handler {
 		return slog.NewJSONHandler(w, opts)
 	}
 	return slog.NewTextHandler(w, opts)
+}
+
+// Adjustable returns l with a verbosity that SetVerbosity can change later.
+func (l Logging) Adjustable() Logging {
+	l.level = new(slog.LevelVar)
+	return l
+}
+
+// SetVerbosity changes the verbosity of an Adjustable Logging's Handler.
+func (l Logging) SetVerbosity(v int) {
+	l.level.Set(slog.LevelInfo)
+	if v >= debugFrom {
+		l.level.Set(slog.LevelDebug)
+	}
 }
 
 // addLogging registers the flags that every component of Kubernetes has.
@@ -63,12 +76,8 @@ func (jsonFormat) Create(c logsapi.LoggingConfiguration, o logsapi.LoggingOption
 	return logr.FromSlogHandler(l.Handler(o.ErrorStream)), logsapi.RuntimeControl{}
 }
 
-func validateLogging(k *v1alpha1.KubeProxyConfiguration) field.ErrorList {
-	return logsapi.Validate(&k.Logging, gatesWith(k.FeatureGates), field.NewPath("logging"))
-}
-
-// copyLogging puts the logging flags that were given over what a file says, as
-// kube-proxy does. Patterns are an exception: the file's follow the flag's.
+// copyLogging lets the given logging flags override a file, as kube-proxy does.
+// Patterns are an exception: the file's follow the flag's.
 func (f *Flags) copyLogging(k *v1alpha1.KubeProxyConfiguration) {
 	patterns := k.Logging.VModule
 	k.Logging.VModule = nil
@@ -82,7 +91,7 @@ func (f *Flags) copyLogging(k *v1alpha1.KubeProxyConfiguration) {
 	k.Logging.VModule = append(k.Logging.VModule, patterns...)
 }
 
-// loggingWithoutEffect says what is asked for and not done.
+// loggingWithoutEffect names the logging settings that have no effect.
 func loggingWithoutEffect(l *logsapi.LoggingConfiguration) []string {
 	var out []string
 	for what, asked := range map[string]bool{

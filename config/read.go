@@ -15,56 +15,53 @@ import (
 	"signalbox/proxier"
 )
 
-// reading is a configuration in kube-proxy's form, complete and not yet
-// checked, with what the form cannot say.
-type reading struct {
+// rawConfig is a configuration in kube-proxy's form, before it is validated, and
+// what that form cannot express.
+type rawConfig struct {
 	*v1alpha1.KubeProxyConfiguration
-	// file is where it was read; empty for the command line.
+	// file is --config; empty for the command line.
 	file string
-	// ownMode says that the mode comes from signalbox's own flag.
-	ownMode bool
+	// modeFlag: the mode comes from signalbox's own flag --mode.
+	modeFlag bool
 	// modeReason says where the mode comes from.
 	modeReason string
-	// modeUnset says that nothing names a mode.
+	// modeUnset: nothing names a mode.
 	modeUnset bool
-	// minSyncPeriod is what was asked for, 0 for nothing.
+	// minSyncPeriod is the configured value, 0 for none.
 	minSyncPeriod time.Duration
 	warnings      []string
 }
 
-func (f *Flags) read() (*reading, error) {
-	r, err := f.readEither()
+func (f *Flags) read() (r *rawConfig, err error) {
+	if f.file == "" {
+		r, err = f.readCommandLine()
+	} else {
+		r, err = f.mergeFile(f.readFile())
+	}
 	if err != nil {
 		return nil, err
 	}
-	settle(r.KubeProxyConfiguration)
+	complete(r.KubeProxyConfiguration)
 	return r, nil
 }
 
-func (f *Flags) readEither() (*reading, error) {
-	if f.file == "" {
-		return f.readCommandLine()
-	}
-	k, ignored, err := f.readFile()
+// mergeFile lets the flags that count together with a file override the file.
+func (f *Flags) mergeFile(k *v1alpha1.KubeProxyConfiguration, ignored, err error) (*rawConfig, error) {
 	if err != nil {
 		return nil, err
 	}
-	return f.beside(k, ignored)
-}
-
-// beside puts the flags that count beside a file over what it says.
-func (f *Flags) beside(k *v1alpha1.KubeProxyConfiguration, ignored error) (*reading, error) {
-	r := &reading{KubeProxyConfiguration: k, file: f.file, ownMode: f.own.mode != ""}
+	r := &rawConfig{KubeProxyConfiguration: k, file: f.file, modeFlag: f.signalbox.mode != ""}
 	if ignored != nil {
 		r.warnings = append(r.warnings, fmt.Sprintf("--config=%s: part of it is not read: %v", f.file, ignored))
 	}
-	r.warnings = append(r.warnings, f.leftToFile()...)
-	r.modeUnset = f.own.mode == "" && k.Mode == ""
+	if names := f.ignoredFlags(); names != nil {
+		r.warnings = append(r.warnings, fmt.Sprintf("no effect beside --config, which decides: %s", strings.Join(names, ", ")))
+	}
+	r.modeUnset = f.signalbox.mode == "" && k.Mode == ""
 	r.modeReason = f.modeReason(k.Mode, "the file's mode", "the file of --config names no mode, which means iptables as with kube-proxy")
-	k.Mode = cmp.Or(v1alpha1.ProxyMode(f.own.mode), k.Mode, ModeIPTables)
+	k.Mode = cmp.Or(v1alpha1.ProxyMode(f.signalbox.mode), k.Mode, ModeIPTables)
 	r.minSyncPeriod = timingOf(k).minSync
 	setDefaults(k)
-	var err error
 	if f.kubeProxy.HostnameOverride != "" {
 		k.HostnameOverride, err = nodeName("--hostname-override", f.kubeProxy.HostnameOverride)
 	}
@@ -72,45 +69,41 @@ func (f *Flags) beside(k *v1alpha1.KubeProxyConfiguration, ignored error) (*read
 	return r, err
 }
 
-// besideFile are kube-proxy's flags that count with --config too.
-var besideFile = []string{"config", "write-config-to", "cleanup", "init-only", "master", "hostname-override"}
+// flagsWithFile are kube-proxy's flags that count together with --config.
+var flagsWithFile = []string{"config", "write-config-to", "cleanup", "init-only", "master", "hostname-override"}
 
-// leftToFile names the flags that --config makes useless, as it does
-// kube-proxy's.
-func (f *Flags) leftToFile() []string {
-	var names []string
+// ignoredFlags names the flags on the command line that have no effect with
+// --config, as with kube-proxy.
+func (f *Flags) ignoredFlags() (names []string) {
 	f.groups.FlagSet(groupKubeProxy).VisitAll(func(flag *pflag.Flag) {
-		if flag.Changed && !slices.Contains(besideFile, flag.Name) {
+		if flag.Changed && !slices.Contains(flagsWithFile, flag.Name) {
 			names = append(names, "--"+flag.Name)
 		}
 	})
-	if names == nil {
-		return nil
-	}
-	return []string{fmt.Sprintf("no effect beside --config, which decides: %s", strings.Join(names, ", "))}
+	return names
 }
 
-func (f *Flags) readCommandLine() (*reading, error) {
+func (f *Flags) readCommandLine() (*rawConfig, error) {
 	k := f.kubeProxy.DeepCopy()
-	r := &reading{KubeProxyConfiguration: k, ownMode: f.own.mode != ""}
-	own, theirs := v1alpha1.ProxyMode(f.own.mode), k.Mode
-	if own != "" && theirs != "" && own != theirs {
-		return nil, fmt.Errorf("--mode=%s and --proxy-mode=%s contradict each other: give one of them", own, theirs)
+	r := &rawConfig{KubeProxyConfiguration: k, modeFlag: f.signalbox.mode != ""}
+	mode, proxyMode := v1alpha1.ProxyMode(f.signalbox.mode), k.Mode
+	if mode != "" && proxyMode != "" && mode != proxyMode {
+		return nil, fmt.Errorf("--mode=%s and --proxy-mode=%s contradict each other: give one of them", mode, proxyMode)
 	}
-	unsaid, reason := v1alpha1.ProxyMode(ModeAuto), "nothing names a mode, which means auto; kube-proxy would take iptables, and --proxy-mode=iptables does so"
+	fallback, reason := v1alpha1.ProxyMode(ModeAuto), "nothing names a mode, which means auto; kube-proxy would take iptables, and --proxy-mode=iptables does so"
 	if f.given("proxy-mode") {
-		unsaid, reason = ModeIPTables, "--proxy-mode is given and empty, which means iptables as with kube-proxy"
+		fallback, reason = ModeIPTables, "--proxy-mode is given and empty, which means iptables as with kube-proxy"
 	}
-	r.modeUnset = own == "" && theirs == ""
-	r.modeReason = f.modeReason(theirs, "--proxy-mode", reason)
-	k.Mode = cmp.Or(own, theirs, unsaid)
+	r.modeUnset = mode == "" && proxyMode == ""
+	r.modeReason = f.modeReason(proxyMode, "--proxy-mode", reason)
+	k.Mode = cmp.Or(mode, proxyMode, fallback)
 	if k.Mode == ModeNFTables {
 		f.copyToNFTables(k)
 	}
 	if t := timingOf(k); f.given(t.flag + "-min-sync-period") {
 		r.minSyncPeriod = t.minSync
 	}
-	r.warnings = append(r.warnings, f.portFlags(k)...)
+	r.warnings = append(r.warnings, f.applyPortFlags(k)...)
 	var err error
 	if k.HostnameOverride != "" {
 		k.HostnameOverride, err = nodeName("--hostname-override", k.HostnameOverride)
@@ -118,19 +111,19 @@ func (f *Flags) readCommandLine() (*reading, error) {
 	return r, err
 }
 
-// modeReason says which of signalbox's own flag, what kube-proxy calls the mode,
-// and neither of the two decides.
-func (f *Flags) modeReason(theirs v1alpha1.ProxyMode, from, unsaid string) string {
+// modeReason says which setting decides the mode: --mode, kube-proxy's setting, or
+// neither.
+func (f *Flags) modeReason(proxyMode v1alpha1.ProxyMode, setting, fallback string) string {
 	switch {
-	case f.own.mode != "":
-		return "--mode=" + f.own.mode
-	case theirs != "":
-		return fmt.Sprintf("%s: %s", from, theirs)
+	case f.signalbox.mode != "":
+		return "--mode=" + f.signalbox.mode
+	case proxyMode != "":
+		return fmt.Sprintf("%s: %s", setting, proxyMode)
 	}
-	return unsaid
+	return fallback
 }
 
-// nodeName is the node's name by what a flag or a field says, which errors name.
+// nodeName is the node's name; errors name the flag or the field.
 func nodeName(setting, override string) (string, error) {
 	name, err := node.Name(override)
 	if err != nil {
@@ -139,8 +132,8 @@ func nodeName(setting, override string) (string, error) {
 	return name, nil
 }
 
-// copyToNFTables makes the iptables flags count in nftables mode, which has
-// none of its own. kube-proxy does so too, but for the bit of the packet mark.
+// copyToNFTables applies the iptables flags to nftables mode, which has no flags of
+// its own. kube-proxy does the same, except for the bit of the packet mark.
 func (f *Flags) copyToNFTables(k *v1alpha1.KubeProxyConfiguration) {
 	from, to := &k.IPTables, &k.NFTables
 	to.MasqueradeAll, to.SyncPeriod, to.MinSyncPeriod = from.MasqueradeAll, from.SyncPeriod, from.MinSyncPeriod
@@ -149,9 +142,9 @@ func (f *Flags) copyToNFTables(k *v1alpha1.KubeProxyConfiguration) {
 	}
 }
 
-// portFlags completes the addresses to listen at from the flags for a port
-// alone: 0 is for nowhere, and another port is for an address without one.
-func (f *Flags) portFlags(k *v1alpha1.KubeProxyConfiguration) (warnings []string) {
+// applyPortFlags applies the flags for a port alone: 0 switches the server off,
+// and another port completes an address without one.
+func (f *Flags) applyPortFlags(k *v1alpha1.KubeProxyConfiguration) (warnings []string) {
 	for _, server := range []struct {
 		name    string
 		port    int32
@@ -169,28 +162,23 @@ func (f *Flags) portFlags(k *v1alpha1.KubeProxyConfiguration) (warnings []string
 	return warnings
 }
 
-// settle fills in what only the mode decides, and empties what it does not
-// read in the sections of the other modes.
-func settle(k *v1alpha1.KubeProxyConfiguration) {
+// complete sets what depends on the mode, and clears what the mode does not read
+// in the sections of the other modes.
+func complete(k *v1alpha1.KubeProxyConfiguration) {
 	k.DetectLocalMode = cmp.Or(k.DetectLocalMode, v1alpha1.LocalMode(proxier.DetectLocalClusterCIDR))
 	if k.Mode == ModeNFTables && len(k.NodePortAddresses) == 0 {
 		k.NodePortAddresses = []string{proxier.NodePortsPrimary}
 	}
-	var none metav1.Duration
-	if k.Mode == ModeNFTables {
-		k.IPTables.MasqueradeAll = false
-	} else {
-		k.NFTables.MasqueradeAll = false
-	}
-	read := timingOf(k).field
-	if read != "iptables" {
-		k.IPTables.SyncPeriod, k.IPTables.MinSyncPeriod = none, none
-	}
-	if read != "ipvs" {
-		k.IPVS.SyncPeriod, k.IPVS.MinSyncPeriod = none, none
-	}
-	if read != "nftables" {
-		k.NFTables.SyncPeriod, k.NFTables.MinSyncPeriod = none, none
+	k.IPTables.MasqueradeAll = k.IPTables.MasqueradeAll && k.Mode != ModeNFTables
+	k.NFTables.MasqueradeAll = k.NFTables.MasqueradeAll && k.Mode == ModeNFTables
+	for section, periods := range map[string][2]*metav1.Duration{
+		"iptables": {&k.IPTables.SyncPeriod, &k.IPTables.MinSyncPeriod},
+		"ipvs":     {&k.IPVS.SyncPeriod, &k.IPVS.MinSyncPeriod},
+		"nftables": {&k.NFTables.SyncPeriod, &k.NFTables.MinSyncPeriod},
+	} {
+		if section != timingOf(k).field {
+			*periods[0], *periods[1] = metav1.Duration{}, metav1.Duration{}
+		}
 	}
 	k.PortRange = ""
 	k.APIVersion, k.Kind = v1alpha1.SchemeGroupVersion.String(), kind

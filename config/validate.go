@@ -10,20 +10,20 @@ import (
 	"strings"
 	"time"
 
+	"k8s.io/apimachinery/pkg/util/validation/field"
 	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
 
 	"signalbox/proxier"
 )
 
-// rule is one thing that must hold of a configuration. field is its place in
-// the file, flag the flag for it. wrong is the value and what is the matter
-// with it, or empty.
+// rule is the result of one check. field is the setting in the file, flag the flag
+// for it. wrong is the value and what is wrong with it, or empty.
 type rule struct{ field, flag, wrong string }
 
-// validate returns every rule that the reading breaks, joined, each with the
-// name that the setting has where it was set.
-func (r *reading) validate() error {
+// validate returns all broken rules. Each names the setting as it is called where
+// it was set: in the file or on the command line.
+func (r *rawConfig) validate() error {
 	var wrong []error
 	for _, rule := range r.rules() {
 		switch {
@@ -37,7 +37,7 @@ func (r *reading) validate() error {
 	return errors.Join(wrong...)
 }
 
-func (r *reading) rules() []rule {
+func (r *rawConfig) rules() []rule {
 	k := r.KubeProxyConfiguration
 	c, local := &k.Conntrack, &k.DetectLocal
 	timing := timingOf(k)
@@ -63,7 +63,7 @@ func (r *reading) rules() []rule {
 		{"conntrack.udpTimeout", "conntrack-udp-timeout", notNegative(c.UDPTimeout.Duration)},
 		{"conntrack.udpStreamTimeout", "conntrack-udp-timeout-stream", notNegative(c.UDPStreamTimeout.Duration)},
 	}
-	if !r.ownMode {
+	if !r.modeFlag {
 		list = append(list, rule{"mode", "proxy-mode", proxyMode(k)})
 	}
 	if k.Mode == ModeNFTables {
@@ -81,7 +81,7 @@ func (r *reading) rules() []rule {
 	return append(list, loggingRules(k)...)
 }
 
-// loggingRules are those of Kubernetes' components, in their own words.
+// loggingRules are the rules of Kubernetes' components, with their messages.
 func loggingRules(k *v1alpha1.KubeProxyConfiguration) []rule {
 	flags := map[string]string{
 		"logging.format": "logging-format", "logging.flushFrequency": logsapi.LogFlushFreqFlagName,
@@ -90,9 +90,9 @@ func loggingRules(k *v1alpha1.KubeProxyConfiguration) []rule {
 		"logging.options.json.splitStream": "log-json-split-stream", "logging.options.json.infoBufferSize": "log-json-info-buffer-size",
 	}
 	var list []rule
-	for _, err := range validateLogging(k) {
-		field, _, _ := strings.Cut(err.Field, "[")
-		flag, ok := flags[field]
+	for _, err := range logsapi.Validate(&k.Logging, gatesWith(k.FeatureGates), field.NewPath("logging")) {
+		name, _, _ := strings.Cut(err.Field, "[")
+		flag, ok := flags[name]
 		if !ok {
 			flag = "logging-format"
 		}
@@ -153,7 +153,7 @@ func address(text string) string {
 	return ""
 }
 
-// listenAddress accepts no host names: which of its addresses would be meant?
+// listenAddress accepts no host name: it may have several addresses.
 func listenAddress(text string) string {
 	if text == "" || text == off {
 		return ""
@@ -214,8 +214,7 @@ var detectLocalModes = []string{
 	string(proxier.DetectLocalBridgeInterface), string(proxier.DetectLocalInterfaceNamePrefix),
 }
 
-// interfaceFor checks the name of an interface, or the begin of one, that a
-// mode needs.
+// interfaceFor checks the interface name, or the prefix of one, that a mode needs.
 func interfaceFor(mode proxier.DetectLocal, k *v1alpha1.KubeProxyConfiguration, name string) string {
 	const longest = 15 // the kernel's IFNAMSIZ, less the byte that ends it
 	switch {
@@ -238,7 +237,7 @@ func scheduler(name string) string {
 	return ""
 }
 
-// prefixes parses what cidrs has found right.
+// prefixes parses what cidrs has accepted.
 func prefixes(list []string) []netip.Prefix {
 	var out []netip.Prefix
 	for _, text := range list {

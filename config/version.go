@@ -8,8 +8,8 @@ import (
 	"k8s.io/apimachinery/pkg/util/version"
 )
 
-// Version is the value of --version, which is that of Kubernetes' components:
-// whether to print the version, or which release to tell of.
+// Version is the value of --version, as in Kubernetes' components: a boolean, raw,
+// or the release to report.
 type Version string
 
 // What --version prints.
@@ -18,9 +18,9 @@ const (
 	VersionRaw  Version = "raw"
 )
 
-// Asked is what --version asks to be printed; empty for nothing.
+// Asked is what --version prints; empty for nothing.
 func (f *Flags) Asked() Version {
-	if v := f.own.version; v == VersionText || v == VersionRaw {
+	if v := f.signalbox.version; v == VersionText || v == VersionRaw {
 		return v
 	}
 	return ""

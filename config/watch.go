@@ -12,13 +12,13 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// quiet is how long nothing must happen to the file before it is read again:
-// an editor writes in several steps.
-const quiet = 100 * time.Millisecond
+// quietTime without events must pass before the file is read again: an editor
+// writes in several steps.
+const quietTime = 100 * time.Millisecond
 
-// Watch calls changed whenever the file of --config has changed, with what it
-// says now or why that cannot be used, until ctx ends. Without --config it
-// returns at once. Config must have been called, and is not called meanwhile.
+// Watch calls changed after each change of the --config file, with the new Config or
+// the error, until ctx ends. Without --config it returns at once. Config must have
+// been called before, and must not be called during Watch.
 func (f *Flags) Watch(ctx context.Context, log *slog.Logger, changed func(*Config, error)) {
 	if f.file == "" {
 		return
@@ -38,8 +38,8 @@ func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Confi
 	if err := watcher.Add(filepath.Dir(f.file)); err != nil {
 		return fmt.Errorf("watching %s: %w", filepath.Dir(f.file), err)
 	}
-	settled := time.NewTimer(quiet) // it may have changed since Config read it
-	defer settled.Stop()
+	quiet := time.NewTimer(quietTime) // the file may have changed since Config read it
+	defer quiet.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -48,20 +48,20 @@ func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Confi
 			if !open {
 				return nil
 			}
-			settled.Reset(quiet)
+			quiet.Reset(quietTime)
 		case err := <-watcher.Errors:
 			log.Debug("events of the configuration file were lost; it is read again", "error", err)
-			settled.Reset(quiet)
-		case <-settled.C:
+			quiet.Reset(quietTime)
+		case <-quiet.C:
 			f.follow(watcher)
 			f.readAgain(changed)
 		}
 	}
 }
 
-// follow watches the directory of the file that the path leads to at present.
-// Directories are watched because a file that is renamed into place is another
-// file; the path's own, because a mounted ConfigMap is switched by a link there.
+// follow watches the directory of the file to which the path leads. A watch on the
+// file would miss a file that is renamed into place. The directory of the path is
+// watched too, because a link there switches a mounted ConfigMap.
 func (f *Flags) follow(watcher *fsnotify.Watcher) {
 	if target, err := filepath.EvalSymlinks(f.file); err == nil {
 		_ = watcher.Add(filepath.Dir(target)) // the path's own is watched anyway
