@@ -7,7 +7,7 @@ func (n *Node) equal(o *Node) bool {
 		n.LocalPods.InterfacePrefix == o.LocalPods.InterfacePrefix &&
 		n.NodePortAddrs.All == o.NodePortAddrs.All && slices.Equal(n.NodePortAddrs.Addrs, o.NodePortAddrs.Addrs) &&
 		n.LocalhostNodePorts == o.LocalhostNodePorts && slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs) &&
-		slices.Equal(n.OwnPods, o.OwnPods)
+		slices.Equal(n.OwnPods, o.OwnPods) && slices.Equal(n.RouteSources, o.RouteSources)
 }
 
 func (f *Frontend) equal(o *Frontend) bool {

@@ -17,7 +17,8 @@ type inbox struct {
 	mu     sync.Mutex // guards what follows
 	events []event
 	addrs  []netip.Addr
-	moved  bool // addrs changed since they were last taken
+	routes []RouteSource
+	moved  bool // addrs or routes changed since they were last taken
 	resync bool
 	synced bool
 	// progress has nothing wait before synced: until then there is nothing to
@@ -51,6 +52,17 @@ func (b *inbox) SetLocalAddrs(addrs []netip.Addr) {
 	b.mu.Lock()
 	if !slices.Equal(b.addrs, addrs) {
 		b.addrs, b.moved = slices.Clone(addrs), true
+		b.queue()
+	}
+	b.mu.Unlock()
+	b.wakeUp()
+}
+
+// SetRouteSources tells the sources that the node's routes name, of both families.
+func (b *inbox) SetRouteSources(sources []RouteSource) {
+	b.mu.Lock()
+	if !slices.Equal(b.routes, sources) {
+		b.routes, b.moved = slices.Clone(sources), true
 		b.queue()
 	}
 	b.mu.Unlock()
@@ -113,6 +125,7 @@ func (b *inbox) resume(family Family) {
 type delivery struct {
 	events []event
 	addrs  []netip.Addr
+	routes []RouteSource
 	moved  bool
 	resync bool
 	synced bool
@@ -122,7 +135,7 @@ type delivery struct {
 func (b *inbox) take() delivery {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	d := delivery{b.events, b.addrs, b.moved, b.resync, b.synced, b.progress.take()}
+	d := delivery{b.events, b.addrs, b.routes, b.moved, b.resync, b.synced, b.progress.take()}
 	b.events, b.moved, b.resync = nil, false, false
 	return d
 }

@@ -79,15 +79,16 @@ type SyncReport struct {
 }
 
 // Loop feeds objects through Tracker and resolver into the Proxiers. It is a
-// Sink: Apply, Delete, Synced, SetLocalAddrs, LocalAddrs, Resync and Progress
-// may be called from any goroutine; everything else belongs to the one that
-// calls Run or SyncNow.
+// Sink: Apply, Delete, Synced, SetLocalAddrs, SetRouteSources, LocalAddrs, Resync
+// and Progress may be called from any goroutine; everything else belongs to the
+// one that calls Run or SyncNow.
 type Loop struct {
 	*inbox
 	opts LoopOptions
 
 	tracker  *Tracker
 	local    []netip.Addr
+	routes   []RouteSource
 	settled  bool                     // the source has synced and its objects were taken
 	resolved int                      // how often a Service was resolved, over all families
 	toldEven map[ServiceName]struct{} // see warnOfEvenSpread
@@ -224,7 +225,7 @@ func (l *Loop) update() bool {
 			l.opts.Report(p)
 		}
 	}
-	l.local = got.addrs
+	l.local, l.routes = got.addrs, got.routes
 	if !got.synced {
 		return false
 	}
@@ -243,7 +244,7 @@ func (l *Loop) update() bool {
 		}
 		todo := names
 		if node || got.moved || first {
-			if f.planner.setNode(l.tracker.nodeValue(&l.opts.Settings, f.family, l.local)) {
+			if f.planner.setNode(l.tracker.nodeValue(&l.opts.Settings, f.family, l.local, l.routes)) {
 				todo = l.tracker.serviceNames(names)
 			}
 		}

@@ -221,6 +221,31 @@ func TestNodeChangeIsWrittenAlone(t *testing.T) {
 	b.mustSyncNothing()
 }
 
+func TestRouteSourcesAreWrittenAlone(t *testing.T) {
+	b := filled(t, 'c')
+	sources := []RouteSource{
+		{"eth0", netip.MustParsePrefix("10.1.0.0/16"), netip.Addr{}},
+		{"eth0", netip.MustParsePrefix("fd00:1::/64"), netip.MustParseAddr("fd00::7")},
+		{"eth0", netip.MustParsePrefix("10.0.0.0/8"), netip.MustParseAddr("192.0.2.7")},
+	}
+	b.SetRouteSources(sources)
+	b.mustSync()
+	if c := b.last().change; !c.Node || c.All || len(c.Services) != 0 {
+		t.Errorf("wrote %+v", c)
+	}
+	const want = "\n  source by eth0 to 10.1.0.0/16: masquerade\n  source by eth0 to 10.0.0.0/8: 192.0.2.7\n"
+	if text := b.Plan(IPv4).String(); !strings.Contains(text, want) || strings.Contains(text, "fd00::7") {
+		t.Errorf("the plan is\n%s\nwant in it%s", text, want)
+	}
+	b.SetRouteSources(slices.Clone(sources))
+	b.mustSyncNothing()
+	b.SetRouteSources(nil)
+	b.mustSync()
+	if text := b.Plan(IPv4).String(); strings.Contains(text, "source by") {
+		t.Errorf("the plan still has sources:\n%s", text)
+	}
+}
+
 func TestSetsKeepTheirIdentity(t *testing.T) {
 	b := filled(t, 'a')
 	name := ServicePortName{ServiceName{"default", "a"}, "http", TCP}

@@ -63,14 +63,21 @@ func readServiceCIDR(obj *networkingv1.ServiceCIDR) ([]netip.Prefix, []Problem) 
 }
 
 // nodeValue is what rules need to know about this node in one family, given
-// the addresses that its interfaces have.
-func (t *Tracker) nodeValue(settings *Settings, family Family, local []netip.Addr) Node {
+// the addresses that its interfaces have and the sources that its routes name.
+func (t *Tracker) nodeValue(settings *Settings, family Family, local []netip.Addr, routes []RouteSource) Node {
 	addrs := settings.NodePortAddresses.pick(family, settings.primary(family, &t.node), local)
 	var own []netip.Prefix
 	if settings.takesRemotePodsForLocal(family) {
 		own = ownPods(firstOf(family, t.node.podCIDRs), local)
 	}
+	var sources []RouteSource
+	for _, s := range routes {
+		if FamilyOf(s.Destination.Addr()) == family {
+			sources = append(sources, s)
+		}
+	}
 	return Node{
+		RouteSources:       sources,
 		OwnPods:            own,
 		LocalPods:          settings.localPods(family, t.node.podCIDRs),
 		NodePortAddrs:      addrs,

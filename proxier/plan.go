@@ -303,6 +303,17 @@ type NodePortAddrs struct {
 	Addrs []netip.Addr
 }
 
+// RouteSource is the source address of packets that leave by an interface for a
+// destination, as the node's routes name it.
+type RouteSource struct {
+	Link        string
+	Destination netip.Prefix
+	// Source is not valid where the route names none, or the one that masquerade
+	// takes: an exception to a RouteSource of the same interface whose prefix is
+	// shorter.
+	Source netip.Addr
+}
+
 // Node is what rules need to know about this node in one IP family.
 type Node struct {
 	LocalPods     LocalPods
@@ -318,6 +329,10 @@ type Node struct {
 	// ServiceCIDRs are the ranges that cluster IPs are given from; an address
 	// in them that no Service holds is dropped.
 	ServiceCIDRs []netip.Prefix
+	// RouteSources are the addresses that sources are rewritten to, in place of
+	// those that masquerade takes: an address of the interface that a packet leaves
+	// by. The first that fits a packet counts. Where none does, masquerade chooses.
+	RouteSources []RouteSource
 }
 
 // BetweenNodes says whether a connection to a Service is one from a Pod of another

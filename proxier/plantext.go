@@ -59,6 +59,18 @@ func (n *Node) print(w io.Writer) {
 	}
 	fmt.Fprintf(w, "  node ports: %s\n", at)
 	fmt.Fprintf(w, "  service CIDRs: %s\n", join(n.ServiceCIDRs))
+	for _, s := range n.RouteSources {
+		fmt.Fprintf(w, "  source by %s\n", s)
+	}
+}
+
+// String returns for example "eth0 to 10.0.0.0/8: 192.0.2.1".
+func (s RouteSource) String() string {
+	source := "masquerade"
+	if s.Source.IsValid() {
+		source = s.Source.String()
+	}
+	return fmt.Sprintf("%s to %s: %s", s.Link, s.Destination, source)
 }
 
 func (p *ServicePort) print(w io.Writer) {
