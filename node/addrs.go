@@ -5,19 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"runtime"
 	"slices"
-	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
-	"signalbox/internal/wait"
 )
-
-// maxInterrupted is how often a listing that a change interrupted is begun
-// anew.
-const maxInterrupted = 10
 
 // errNoAddrs is returned instead of an empty list: a node without so much as a
 // loopback address is one whose addresses could not be seen.
@@ -38,20 +30,8 @@ func Addrs() ([]netip.Addr, error) {
 	return addrs(h)
 }
 
-func openRoute() (*netlink.Handle, error) {
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return nil, fmt.Errorf("opening a netlink socket for this node's addresses: %w", err)
-	}
-	return h, nil
-}
-
 func addrs(h *netlink.Handle) ([]netip.Addr, error) {
-	var list []netlink.Addr
-	var err error = netlink.ErrDumpInterrupted
-	for try := 0; try < maxInterrupted && errors.Is(err, netlink.ErrDumpInterrupted); try++ {
-		list, err = h.AddrList(nil, netlink.FAMILY_ALL)
-	}
+	list, err := whole(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("listing this node's addresses: %w", err)
 	}
@@ -105,92 +85,23 @@ func ordered(list []netlink.Addr, first int) []netip.Addr {
 	return append(out, last...)
 }
 
-// The wait before the addresses are looked at again after a failure.
-const (
-	firstRetry = 50 * time.Millisecond
-	lastRetry  = 5 * time.Second
-)
-
 // Watch calls changed with what Addrs returns, at once and whenever that
 // changes, until ctx is done, and returns nil then. What cannot be read changes
 // nothing: the last list that was whole goes on to count, and reading is tried
 // again. It is an error that the kernel offers no netlink socket at all.
 func Watch(ctx context.Context, changed func([]netip.Addr)) error {
-	// Sockets that are opened later must be of the namespace that the caller
-	// is in now. To name it would cost CAP_SYS_ADMIN, which a container has not.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	h, err := openRoute()
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	w := watch{handle: h, changed: changed, retry: firstRetry}
-	for ctx.Err() == nil {
-		if err := w.follow(ctx); err != nil {
-			wait.For(ctx, w.retry)
-			w.retry = min(2*w.retry, lastRetry)
-		}
-	}
-	return nil
-}
-
-type watch struct {
-	handle  *netlink.Handle
-	changed func([]netip.Addr)
-	last    []netip.Addr
-	retry   time.Duration
-}
-
-// follow reads the addresses and again after every change, until the
-// subscription breaks (the kernel drops it where changes come faster than they
-// are read) or reading fails.
-func (w *watch) follow(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	updates := make(chan netlink.AddrUpdate, 64)
-	opts := netlink.AddrSubscribeOptions{ErrorCallback: func(error) {}}
-	if err := netlink.AddrSubscribeWithOptions(updates, ctx.Done(), opts); err != nil {
-		return fmt.Errorf("subscribing to this node's addresses: %w", err)
-	}
-	// The library's goroutine must never block on a list that nobody reads.
-	defer func() {
-		cancel()
-		for range updates {
-		}
-	}()
-	for {
-		if err := w.read(); err != nil {
+	var last []netip.Addr
+	return watch[netlink.AddrUpdate]{
+		subscribe: func(updates chan<- netlink.AddrUpdate, done <-chan struct{}) error {
+			return netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{ErrorCallback: func(error) {}})
+		},
+		read: func(h *netlink.Handle) error {
+			now, err := addrs(h)
+			if err == nil && (last == nil || !slices.Equal(now, last)) {
+				last = now
+				changed(slices.Clone(now))
+			}
 			return err
-		}
-		w.retry = firstRetry
-		select {
-		case <-ctx.Done():
-			return nil
-		case _, open := <-updates:
-			if !open {
-				return nil
-			}
-		}
-		for drained := false; !drained; {
-			select {
-			case _, open := <-updates:
-				drained = !open
-			default:
-				drained = true
-			}
-		}
-	}
-}
-
-func (w *watch) read() error {
-	now, err := addrs(w.handle)
-	if err != nil {
-		return err
-	}
-	if w.last == nil || !slices.Equal(now, w.last) {
-		w.last = now
-		w.changed(slices.Clone(now))
-	}
-	return nil
+		},
+	}.run(ctx)
 }

@@ -99,15 +99,15 @@ func TestNoAddressIsAnError(t *testing.T) {
 	}
 }
 
-// watching runs Watch in the namespace of the calling thread.
-func watching(t *testing.T) <-chan []netip.Addr {
+// following runs a watch in the namespace of the calling thread.
+func following[T any](t *testing.T, watch func(context.Context, func(T)) error) <-chan T {
 	t.Helper()
 	ns, err := netns.Get()
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	told := make(chan []netip.Addr, 1000)
+	told := make(chan T, 1000)
 	ended := make(chan error, 1)
 	go func() {
 		defer ns.Close()
@@ -116,19 +116,19 @@ func watching(t *testing.T) <-chan []netip.Addr {
 			ended <- err
 			return
 		}
-		ended <- Watch(ctx, func(a []netip.Addr) { told <- a })
+		ended <- watch(ctx, func(now T) { told <- now })
 	}()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
-			t.Errorf("Watch = %v, want nil once its context ends", err)
+			t.Errorf("the watch = %v, want nil once its context ends", err)
 		}
 	})
 	return told
 }
 
-// await returns the first list told that holds what it should.
-func await(t *testing.T, told <-chan []netip.Addr, what string, ok func([]netip.Addr) bool) {
+// await waits until something is told that is as it should be.
+func await[T any](t *testing.T, told <-chan T, what string, ok func(T) bool) {
 	t.Helper()
 	deadline := time.After(patience)
 	for {
@@ -145,7 +145,7 @@ func await(t *testing.T, told <-chan []netip.Addr, what string, ok func([]netip.
 
 func TestWatch(t *testing.T) {
 	h, lo := emptyNode(t)
-	told := watching(t)
+	told := following(t, Watch)
 	await(t, told, "the addresses at the start", func(a []netip.Addr) bool {
 		return slices.Contains(a, netip.MustParseAddr("127.0.0.1"))
 	})
@@ -167,7 +167,7 @@ func TestWatch(t *testing.T) {
 // a reader do not make it deaf.
 func TestWatchNeverShrinksToNothing(t *testing.T) {
 	h, lo := emptyNode(t)
-	told := watching(t)
+	told := following(t, Watch)
 	await(t, told, "the addresses at the start", func(a []netip.Addr) bool { return len(a) > 0 })
 	list, err := h.AddrList(lo, netlink.FAMILY_ALL)
 	if err != nil {
