@@ -37,7 +37,7 @@ var oursAlone = belongings{
 			return false
 		}
 		own := func(shape treeShape) bool { return strings.HasPrefix(chain, shape.prefix) }
-		return chain == externalPortsChain || chain == hairpinChain || strings.HasPrefix(chain, markPrefix) || slices.ContainsFunc(treeShapes[:], own)
+		return chain == externalPortsChain || chain == hairpinChain || chain == routeSourcesChain || strings.HasPrefix(chain, markPrefix) || slices.ContainsFunc(treeShapes[:], own)
 	},
 	leaveUsed: true,
 }
@@ -180,7 +180,7 @@ func (l *listing) removal(table string, b belongings) (edits []edit, builtin []s
 		}
 	}
 	if !b.leaveUsed && (used[postroutingChain] || l.referenced[postroutingChain]) {
-		used[hairpinChain] = true // by a rule that stays
+		used[hairpinChain], used[routeSourcesChain] = true, true // by rules that stay
 	}
 	for _, name := range l.chains {
 		switch {

@@ -61,6 +61,7 @@ const (
 const (
 	externalPortsChain = externalPrefix + "0NP"
 	hairpinChain       = clusterPrefix + "0HP"
+	routeSourcesChain  = clusterPrefix + "0SRC"
 )
 
 // treeShapes keep within prefixes that kube-proxy knows. The 0 after these is

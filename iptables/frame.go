@@ -2,6 +2,7 @@ package iptables
 
 import (
 	"fmt"
+	"slices"
 
 	"signalbox/proxier"
 )
@@ -12,7 +13,7 @@ type facts struct {
 	// invalid (nf_conntrack_tcp_be_liberal = 0). Such a packet is not
 	// translated back, and its receiver would answer it with a reset.
 	dropInvalid bool
-	// randomFully says that MASQUERADE can choose any free source port, which
+	// randomFully says that MASQUERADE and SNAT can choose any free source port, which
 	// spares connections made at the same time a collision.
 	randomFully bool
 }
@@ -20,9 +21,18 @@ type facts struct {
 // frameChains are the chains that depend on no Service and hold no tree.
 func frameChains(mark uint32, node *proxier.Node, pods []podMatch, facts facts) [tableCount][]chain {
 	bit := fmt.Sprintf("%#x", mark)
-	masq := " -j MASQUERADE"
+	random := ""
 	if facts.randomFully {
-		masq += " --random-fully"
+		random = " --random-fully"
+	}
+	sources := routeSources(node, random)
+	// newSource are the rules that give packets that match a source of this node.
+	newSource := func(match string) []string {
+		masq := match + " -j MASQUERADE" + random
+		if len(sources) == 0 {
+			return []string{masq}
+		}
+		return []string{match + " -j " + routeSourcesChain, masq}
 	}
 	var forward []string
 	if facts.dropInvalid {
@@ -38,22 +48,45 @@ func frameChains(mark uint32, node *proxier.Node, pods []podMatch, facts facts) 
 	postrouting := []string{comment("endpoints that are their own clients") + " -m conntrack --ctstate DNAT -j " + hairpinChain}
 	for _, own := range node.OwnPods {
 		for _, all := range node.LocalPods.Prefixes {
-			postrouting = append(postrouting, fmt.Sprintf(" -s %s ! -d %s%s -m conntrack --ctstate DNAT ! --ctorigsrc %[2]s%[4]s",
-				all.Masked(), own.Masked(), comment("from another node to another node"), masq))
+			postrouting = append(postrouting, newSource(fmt.Sprintf(" -s %s ! -d %s%s -m conntrack --ctstate DNAT ! --ctorigsrc %[2]s",
+				all.Masked(), own.Masked(), comment("from another node to another node")))...)
 		}
 	}
 	postrouting = append(postrouting,
 		" -m mark ! --mark "+bit+"/"+bit+" -j RETURN",
 		// The packet may come by again, after encapsulation.
-		" -j MARK --xor-mark "+bit,
-		comment("kubernetes service traffic requiring SNAT")+masq)
+		" -j MARK --xor-mark "+bit)
+	postrouting = append(postrouting, newSource(comment("kubernetes service traffic requiring SNAT"))...)
 	return [tableCount][]chain{
-		nat: append([]chain{
+		nat: slices.Concat([]chain{
 			{markMasqChain, frameLevel, []string{" -j MARK --or-mark " + bit}},
 			{postroutingChain, trunkLevel, postrouting},
-		}, masqueradeChains(pods)...),
+		}, sources, masqueradeChains(pods)),
 		filter: {{forwardChain, frameLevel, forward}},
 	}
+}
+
+// routeSources is the chain that rewrites sources to the addresses that the node's
+// routes name, if they name others than MASQUERADE takes. It leaves to MASQUERADE the
+// packets for which they do not.
+func routeSources(node *proxier.Node, random string) []chain {
+	if len(node.RouteSources) == 0 {
+		return nil
+	}
+	c := chain{name: routeSourcesChain, level: frameLevel}
+	for _, s := range node.RouteSources {
+		rule := " -o " + s.Link
+		if s.Destination.Bits() > 0 {
+			rule += " -d " + s.Destination.Masked().String()
+		}
+		if s.Source.IsValid() {
+			rule += " -j SNAT --to-source " + s.Source.String() + random
+		} else {
+			rule += " -j RETURN"
+		}
+		c.rules = append(c.rules, rule)
+	}
+	return []chain{c}
 }
 
 // toExternalServices is in KUBE-SERVICES, as OUTPUT has no jump of its own to the

@@ -308,7 +308,10 @@ func TestForeignRulesStay(t *testing.T) {
 // masquerade goes on doing so.
 func TestCleanupLeavesWhatOthersUse(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		mustSync(t, p, newWorld(p.opts.Family, 8).plan(5), proxier.Change{All: true})
+		w := newWorld(p.opts.Family, 8)
+		plan := w.plan(5)
+		plan.Node.RouteSources = w.routeSources()
+		mustSync(t, p, plan, proxier.Change{All: true})
 		run(t, "*nat\n:CNI-X - [0:0]\n:CNI-Y - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\n-A CNI-Y -j KUBE-POSTROUTING\n-A POSTROUTING -j CNI-Y\nCOMMIT\n", p.tools.restore, "--noflush")
 		for range 2 {
 			if _, err := Cleanup(p.opts.Family); err != nil {
@@ -316,7 +319,7 @@ func TestCleanupLeavesWhatOthersUse(t *testing.T) {
 			}
 		}
 		left := saved(t, p)
-		if !strings.Contains(left, "kubernetes service traffic requiring SNAT") || strings.Contains(left, "-A "+hairpinChain) {
+		if !strings.Contains(left, "kubernetes service traffic requiring SNAT") || strings.Contains(left, "-A "+hairpinChain) || strings.Contains(left, "-A "+routeSourcesChain) {
 			t.Errorf("KUBE-POSTROUTING after Cleanup:\n%s", left)
 		}
 		if !strings.Contains(left, "-A CNI-X -p tcp -j KUBE-MARK-MASQ\n") || !strings.Contains(left, "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n") {

@@ -78,7 +78,7 @@ func (m *model) apply(input string, seen func()) error {
 }
 
 func isBuiltinTarget(s string) bool {
-	return slices.Contains([]string{"ACCEPT", "DROP", "RETURN", "REJECT", "MARK", "MASQUERADE", "DNAT"}, s)
+	return slices.Contains([]string{"ACCEPT", "DROP", "RETURN", "REJECT", "MARK", "MASQUERADE", "DNAT", "SNAT"}, s)
 }
 
 func (m *model) mustApply(t testing.TB, input string) {

@@ -15,6 +15,8 @@ type state struct {
 	compiler compiler
 	node     proxier.Node
 	frame    [tableCount][]chain
+	// frameOf makes the frame of a node with the same local Pods.
+	frameOf  func(*proxier.Node) [tableCount][]chain
 	trees    [treeCount]*tree
 	services map[proxier.ServicePortName]*proxier.ServicePort
 	own      counts // rules of Services' own chains
@@ -38,9 +40,12 @@ func newState(opts proxier.Options, node proxier.Node, facts facts) (*state, err
 	s := &state{
 		compiler: compiler{opts.Family, pods},
 		node:     cloneNode(node),
-		frame:    frameChains(opts.MasqueradeMark, &node, pods, facts),
+		frameOf: func(node *proxier.Node) [tableCount][]chain {
+			return frameChains(opts.MasqueradeMark, node, pods, facts)
+		},
 		services: map[proxier.ServicePortName]*proxier.ServicePort{},
 	}
+	s.frame = s.frameOf(&node)
 	ends := tails(opts.Family, &node)
 	for id := range treeCount {
 		s.trees[id] = newTree(id, opts.Family)
@@ -53,6 +58,7 @@ func cloneNode(n proxier.Node) proxier.Node {
 	n.LocalPods.Prefixes = slices.Clone(n.LocalPods.Prefixes)
 	n.OwnPods = slices.Clone(n.OwnPods)
 	n.NodePortAddrs.Addrs = slices.Clone(n.NodePortAddrs.Addrs)
+	n.RouteSources = slices.Clone(n.RouteSources)
 	n.ServiceCIDRs = nil // not looked at
 	return n
 }
@@ -140,7 +146,7 @@ type transition struct {
 }
 
 // change brings the trees to what plan says of the named Services and, where
-// node is set, to its node addresses (the local Pods being the same).
+// node is set, to its node addresses and routes (the local Pods being the same).
 //
 // The two tables cannot change at the same time. So that no packet passes
 // between them, the filter table refuses before the nat table changes what
@@ -162,7 +168,9 @@ func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
 		d.compare(name.String(), before, after)
 	}
 	if change.Node {
+		before := s.frame[nat]
 		t.setNode(plan.Node)
+		d.compareChains(nat, "", before, s.frame[nat])
 	}
 	before, during, after := t.part(filter, d.before), t.part(nat, d.during), t.part(filter, d.after)
 	t.remark(filter, &before, &after)
@@ -223,8 +231,11 @@ func (t *transition) setNode(node proxier.Node) {
 		before[id] = t.state.trees[id].tail
 		t.state.trees[id].setTail(rules)
 	}
+	frame := t.state.frame
+	t.state.frame = t.state.frameOf(&node)
 	t.node = cloneNode(node)
 	t.undo = append(t.undo, func() {
+		t.state.frame = frame
 		for id, rules := range before {
 			t.state.trees[id].setTail(rules)
 		}

@@ -95,8 +95,20 @@ func (w *world) change(plan *proxier.Plan) proxier.Change {
 		plan.Node = cloneNode(plan.Node)
 		plan.Node.NodePortAddrs.All = !plan.Node.NodePortAddrs.All
 		plan.Node.NodePortAddrs.Addrs = []netip.Addr{w.nodeIP}
+		plan.Node.RouteSources = nil
+		if plan.Node.NodePortAddrs.All {
+			plan.Node.RouteSources = w.routeSources()
+		}
 	}
 	return change
+}
+
+func (w *world) routeSources() []proxier.RouteSource {
+	return []proxier.RouteSource{
+		{Link: "eth0", Destination: netip.PrefixFrom(w.nodeIP, 16).Masked()},
+		{Link: "eth0", Destination: netip.PrefixFrom(w.nodeIP, 8).Masked(), Source: w.nodeIP},
+		{Link: "eth1", Destination: netip.PrefixFrom(w.nodeIP, 0).Masked(), Source: w.nodeIP},
+	}
 }
 
 // TestNoWrongMoment looks at the rules after each table of changes by which
