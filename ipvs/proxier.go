@@ -182,7 +182,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 	}
 	b.knownTimeouts = known
 	if change.Node {
-		b.node = true
+		b.node, b.nodeBefore = true, st.rules.node
 		st.rules.node = plan.Node
 	}
 	if err := p.write(st, b); err != nil {
@@ -240,7 +240,7 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 	}
 	add := b.add
 	if b.node {
-		t.RewriteChains(st.rules.nodeChains())
+		t.RewriteNodeChains(append(st.rules.nodeChains(), st.rules.postrouting()), b.nodeBefore, st.rules.node)
 		for _, set := range []int{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
 			t.FlushSet(set)
 		}

@@ -81,10 +81,15 @@ func (r *ruleset) baseChains() []nftables.Chain {
 		chain("after-ipvs-output", afterOutput, rule(isNew, nftables.Jump("decided"))),
 		chain("filter-forward", nftables.FilterForward, noService),
 		chain("filter-output", nftables.FilterOutput, noService),
-		chain("nat-postrouting", nftables.NATPostrouting,
-			rule(nftables.MarkHas(r.mark), nftables.SetMarkBit(r.mark, false), nftables.MasqueradeRandom()),
-			rule(nftables.LeavesNotBy("lo"), in(nftables.Join(r.Saddr(), r.Daddr()), hairpin), nftables.MasqueradeRandom()).Because("a client that is its own endpoint")),
+		r.postrouting(),
 	}
+}
+
+// postrouting is a base chain that depends on the node.
+func (r *ruleset) postrouting() nftables.Chain {
+	return nftables.NewChain("nat-postrouting", nftables.NATPostrouting,
+		rule(nftables.MarkHas(r.mark), nftables.SetMarkBit(r.mark, false), nftables.NewSource(r.node)),
+		rule(nftables.LeavesNotBy("lo"), in(nftables.Join(r.Saddr(), r.Daddr()), hairpin), nftables.NewSource(r.node)).Because("a client that is its own endpoint"))
 }
 
 // nodeChains are written anew when the node's facts change. Each comes before
@@ -92,7 +97,7 @@ func (r *ruleset) baseChains() []nftables.Chain {
 func (r *ruleset) nodeChains() []nftables.Chain {
 	chain := nftables.NewChain
 	fe := r.frontendKey()
-	return []nftables.Chain{
+	return append(r.SourceChains(r.node), []nftables.Chain{
 		chain("check-cluster-ips", nil,
 			rule(in(r.Daddr(), serviceCIDRs), notIn(r.Daddr(), vips), nftables.FibNotLocal(), nftables.Drop()).Because("no such Service")),
 		chain("reject", nil, r.refuse(r.Reject())...),
@@ -111,7 +116,7 @@ func (r *ruleset) nodeChains() []nftables.Chain {
 		chain("internal", nil, r.internal(fe)...),
 		chain("services", nil, r.services(fe)...),
 		chain("decided", nil, r.decided()...),
-	}
+	}...)
 }
 
 // services finds out where a packet that opens a connection comes from.

@@ -52,6 +52,7 @@ type use struct {
 // batch is a change of some Service ports on its way to the kernel.
 type batch struct {
 	all, node     bool
+	nodeBefore    proxier.Node // what the rules in the kernel go by
 	knownTimeouts int
 	names         []proxier.ServicePortName
 	old, new      []*record // by names; nil for none

@@ -46,6 +46,7 @@ func TestKernelTakesRules(t *testing.T) {
 				node: proxier.Node{
 					LocalPods:     proxier.LocalPods{Interface: "cni0", InterfacePrefix: "veth"},
 					NodePortAddrs: proxier.NodePortAddrs{All: true},
+					RouteSources:  routeSources(family),
 				}}
 			table.ReplaceTable()
 			if err := table.Commit(); err != nil {
@@ -58,6 +59,14 @@ func TestKernelTakesRules(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func routeSources(f proxier.Family) []proxier.RouteSource {
+	w := world{f}
+	return []proxier.RouteSource{
+		{Link: "eth0", Destination: w.prefix("10.1.0.0/16", "fd00:1::/32")},
+		{Link: "eth0", Destination: w.prefix("10.0.0.0/8", "fd00::/8"), Source: w.external(9)},
 	}
 }
 
@@ -83,19 +92,30 @@ func TestListing(t *testing.T) {
 				t.Fatal(err)
 			}
 			b.all = true
+			compare := func(t *testing.T) {
+				out, err := exec.Command("nft", "list", "table", f.Word(), tableName).CombinedOutput()
+				if err != nil {
+					t.Fatalf("nft: %v\n%s", err, out)
+				}
+				_, want, _ := strings.Cut(Render(options(family), plan), "# nft -f\n")
+				if diff := cmp.Diff(words(want), words(string(out))); diff != "" {
+					t.Errorf("-rendered +listed:\n%s", diff)
+				}
+			}
 			// Over a table that is there: the second time the map of clients stays.
 			for range 2 {
 				if err := p.writeTable(st, b); err != nil {
 					t.Fatal(err)
 				}
 			}
-			out, err := exec.Command("nft", "list", "table", f.Word(), tableName).CombinedOutput()
-			if err != nil {
-				t.Fatalf("nft: %v\n%s", err, out)
-			}
-			_, want, _ := strings.Cut(Render(options(family), plan), "# nft -f\n")
-			if diff := cmp.Diff(words(want), words(string(out))); diff != "" {
-				t.Errorf("-rendered +listed:\n%s", diff)
+			compare(t)
+			for _, sources := range [][]proxier.RouteSource{routeSources(family), routeSources(family)[1:], nil} {
+				before := st.rules.node
+				st.rules.node.RouteSources, plan.Node.RouteSources = sources, sources
+				if err := p.writeTable(st, &batch{node: true, nodeBefore: before, knownTimeouts: len(st.rules.timeouts)}); err != nil {
+					t.Fatal(err)
+				}
+				compare(t)
 			}
 		})
 	}

@@ -92,10 +92,6 @@ func SetPriority(id uint32) Statement {
 	}}
 }
 
-// MasqueradeRandom rewrites the source to the node's address, and the port to
-// any.
-func MasqueradeRandom() Statement { return masqueradeRandom() }
-
 // HasEntered matches packets that came in by an interface, which those at the
 // output hook did not.
 func HasEntered() Statement {
@@ -106,14 +102,7 @@ func HasEntered() Statement {
 }
 
 // LeavesNotBy matches packets that leave by another interface.
-func LeavesNotBy(name string) Statement {
-	data := make([]byte, unix.IFNAMSIZ)
-	copy(data, name)
-	return statement{fmt.Sprintf("oifname != %q", name), []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg32(0)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: data},
-	}}
-}
+func LeavesNotBy(name string) Statement { return oifname(name, "!= ", expr.CmpOpNeq) }
 
 // Remember records key -> mark in a map made by Remembering, for the given
 // time. Where the key is known already the kernel only starts its time again.

@@ -77,6 +77,11 @@ func (f *family) ValidateNode(n proxier.Node) error {
 			return fmt.Errorf("node: prefix %s is not of %s", p, f.Family)
 		}
 	}
+	for _, s := range n.RouteSources {
+		if !f.holds(s.Destination.Addr()) || s.Source.IsValid() && !f.holds(s.Source) {
+			return fmt.Errorf("node: the route source %s is not of %s", s, f.Family)
+		}
+	}
 	for _, a := range n.NodePortAddrs.Addrs {
 		if !f.holds(a) {
 			return fmt.Errorf("node: address for NodePorts %s is not of %s", a, f.Family)

@@ -151,6 +151,13 @@ func (g generator) node() proxier.Node {
 		n.LocalPods.InterfacePrefix = "veth"
 	}
 	n.NodePortAddrs.All, n.LocalhostNodePorts = g.chance(30), g.chance(50)
+	for i := range g.IntN(4) {
+		s := proxier.RouteSource{Link: fmt.Sprintf("eth%d", g.IntN(2)), Destination: g.prefix()}
+		if g.chance(70) {
+			s.Source = g.addr(192, i)
+		}
+		n.RouteSources = append(n.RouteSources, s)
+	}
 	for i := range g.IntN(3) {
 		n.NodePortAddrs.Addrs = append(n.NodePortAddrs.Addrs, g.addr(192, i))
 	}

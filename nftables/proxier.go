@@ -58,7 +58,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	if err := plan.For(ctx, Mode, p.Family); err != nil {
 		return err
 	}
-	change.All = change.All || p.state == nil || change.Node && p.state.localhost != plan.Node.LocalhostNodePorts
+	change.All = change.All || p.state == nil || change.Node && p.state.node.LocalhostNodePorts != plan.Node.LocalhostNodePorts
 	if change.Empty() {
 		return nil
 	}
@@ -120,7 +120,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan, _ proxier.Change) error {
 	if err != nil {
 		return fmt.Errorf("write table %s: %w", tableName, err)
 	}
-	st.localhost, p.state = plan.Node.LocalhostNodePorts, st
+	st.node, p.state = plan.Node, st
 	p.size = sizeOf(rules, st, p.wire.added)
 	return nil
 }
@@ -156,7 +156,7 @@ func (p *Proxier) recall(rules ruleset, plan *proxier.Plan) (old *legacy, before
 		p.warn("cannot go on with the old table and write it anew", err)
 		return old, before, false, nil
 	}
-	st.digest, st.localhost, p.state = rules.digest(), plan.Node.LocalhostNodePorts, st
+	st.digest, st.node, p.state = rules.digest(), plan.Node, st
 	p.size = sizeOf(rules, st, fix.elements)
 	return old, before, true, nil
 }
@@ -217,7 +217,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 		return fmt.Errorf("write %s to table %s: %w", changeText(change), tableName, err)
 	}
 	s.commit()
-	p.state.digest = digest
+	p.state.digest, p.state.node = digest, plan.Node
 	p.size.change(rules, s, change.Node)
 	return nil
 }
@@ -225,7 +225,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 // writeStage writes a change in one transaction.
 func (w *wire) writeStage(rules ruleset, s *stage, node bool, digest string) error {
 	if node {
-		w.rewriteNode(rules)
+		w.rewriteNode(rules, s.state.node)
 	}
 	if digest != s.state.digest {
 		w.addChain(chain{name: digest})
@@ -242,14 +242,14 @@ func (w *wire) writeStage(rules ruleset, s *stage, node bool, digest string) err
 	w.remove(s.remove)
 	w.add(s.add)
 	for _, c := range s.oldChains {
-		w.deleteChain(c)
+		w.deleteChain(c.name())
 	}
 	return w.flush()
 }
 
 // rewriteNode replaces the rules and sets that depend on the node.
-func (w *wire) rewriteNode(rules ruleset) {
-	w.rewriteChains(rules.nodeChains())
+func (w *wire) rewriteNode(rules ruleset, before proxier.Node) {
+	w.RewriteNodeChains(append(rules.nodeChains(), rules.postrouting()), before, rules.node)
 	var list []element
 	rules.compileNode(func(e element) { list = append(list, e) })
 	for _, set := range []setID{localPods, ownPods, nodePortAddrs, serviceCIDRs} {

@@ -77,17 +77,22 @@ func (r ruleset) baseChains() []chain {
 		{name: "filter-output", hook: &filterOutput, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
 		{name: "nat-prerouting", hook: &natPrerouting, rules: []rule{newRule(jump("services"))}},
 		{name: "nat-output", hook: &natOutput, rules: []rule{newRule(jump("services"))}},
-		{name: "nat-postrouting", hook: &natPostrouting, rules: []rule{
-			newRule(markHas(r.mark), setMarkBit(r.mark, false), masqueradeRandom()),
-			newRule(isDNATed(), in(join(r.saddr(), r.daddr()), hairpin), masqueradeRandom()).because("a client that is its own endpoint"),
-			newRule(isDNATed(), jump("between-nodes")),
-		}},
+		r.postrouting(),
 	}
+}
+
+// postrouting is a base chain that depends on the node.
+func (r ruleset) postrouting() chain {
+	return chain{name: "nat-postrouting", hook: &natPostrouting, rules: []rule{
+		newRule(markHas(r.mark), setMarkBit(r.mark, false), NewSource(r.node)),
+		newRule(isDNATed(), in(join(r.saddr(), r.daddr()), hairpin), NewSource(r.node)).because("a client that is its own endpoint"),
+		newRule(isDNATed(), jump("between-nodes")),
+	}}
 }
 
 // nodeChains are written anew when the node's facts change.
 func (r ruleset) nodeChains() []chain {
-	chains := append(r.localhostChains(), []chain{
+	chains := append(append(r.localhostChains(), r.SourceChains(r.node)...), []chain{
 		{name: "refuse", rules: r.refuse(r.frontendOf(), dropped)},
 		{name: "refuse-nodeport", rules: r.refuse(nodePortOf, droppedNodePorts)},
 		{name: "between-nodes", rules: r.betweenNodes()},
@@ -144,7 +149,7 @@ func (r ruleset) betweenNodes() []rule {
 	if len(r.node.OwnPods) == 0 {
 		return nil
 	}
-	return []rule{newRule(in(r.saddr(), localPods), notIn(r.saddr(), ownPods), notIn(r.daddr(), ownPods), masqueradeRandom())}
+	return []rule{newRule(in(r.saddr(), localPods), notIn(r.saddr(), ownPods), notIn(r.daddr(), ownPods), NewSource(r.node))}
 }
 
 // toNodePortAddrs are the ways to tell packets to addresses that serve

@@ -23,8 +23,8 @@ type state struct {
 	chains map[sizedChain]uint32
 	// digest is the name of the chain that tells which rules the kernel has.
 	digest string
-	// localhost says that NodePorts on loopback are refused and counted.
-	localhost bool
+	// node are the facts that the rules in the kernel go by.
+	node proxier.Node
 }
 
 // sharedKey is an element of a shared set.

@@ -304,26 +304,10 @@ func fibNotLocal() statement {
 }
 
 // notLoopback matches packets to other than loopback addresses.
-func (f *family) notLoopback() statement { return f.compareLoopback("!= ", expr.CmpOpNeq) }
+func (f *family) notLoopback() statement { return f.daddrIn(f.loopback, "!= ", expr.CmpOpNeq) }
 
 // isLoopback matches packets to loopback addresses.
-func (f *family) isLoopback() statement { return f.compareLoopback("", expr.CmpOpEq) }
-
-func (f *family) compareLoopback(operator string, op expr.CmpOp) statement {
-	start := f.loopback.Addr().AsSlice()
-	exprs := f.daddr().load(0)
-	text := f.loopback.String()
-	if f.loopback.IsSingleIP() {
-		text = f.loopback.Addr().String()
-	} else {
-		mask := make([]byte, len(start))
-		binary.BigEndian.PutUint32(mask, ^uint32(0)<<(32-f.loopback.Bits()))
-		exprs = append(exprs, &expr.Bitwise{
-			SourceRegister: reg32(0), DestRegister: reg32(0), Len: uint32(len(start)), Mask: mask, Xor: make([]byte, len(start)),
-		})
-	}
-	return statement{f.word + " daddr " + operator + text, append(exprs, &expr.Cmp{Op: op, Register: reg32(0), Data: start})}
-}
+func (f *family) isLoopback() statement { return f.daddrIn(f.loopback, "", expr.CmpOpEq) }
 
 // entersBy matches packets that came in by the interface, or by any whose name
 // begins so.

@@ -173,8 +173,8 @@ func (w *wire) rewriteChains(chains []chain) {
 	}
 }
 
-func (w *wire) deleteChain(c sizedChain) {
-	out := &nft.Chain{Name: c.name(), Table: w.table}
+func (w *wire) deleteChain(name string) {
+	out := &nft.Chain{Name: name, Table: w.table}
 	w.conn.FlushChain(out)
 	w.conn.DelChain(out)
 }
