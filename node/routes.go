@@ -116,7 +116,7 @@ func hopsOf(routes []netlink.Route) []hop {
 	var hops []hop
 	for _, r := range routes {
 		destination := prefixOf(r.Dst)
-		if r.Type != unix.RTN_UNICAST || r.Tos != 0 || !destination.IsValid() {
+		if r.Type != unix.RTN_UNICAST || r.Tos != 0 || !destination.IsValid() || destination.Addr().IsLinkLocalUnicast() {
 			continue
 		}
 		add := func(link int, gateway net.IP) {

@@ -94,11 +94,14 @@ func (h *Host) Addrs() (addrs []netip.Addr, err error) {
 	return addrs, nil
 }
 
-// AddAddr gives the host one more address on its main interface. It returns when
+// AddAddr gives the host one more address on its main interface: see AddAddrTo.
+func (h *Host) AddAddr(a netip.Addr) error { return h.AddAddrTo("eth0", a) }
+
+// AddAddrTo gives an interface of the host one more address. It returns when
 // the kernel routes packets to that address to the host itself, which for IPv6 is a
 // moment after the kernel has added it.
-func (h *Host) AddAddr(a netip.Addr) error {
-	if err := h.addr("eth0", netip.PrefixFrom(a, a.BitLen())); err != nil {
+func (h *Host) AddAddrTo(link string, a netip.Addr) error {
+	if err := h.addr(link, netip.PrefixFrom(a, a.BitLen())); err != nil {
 		return err
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
@@ -120,6 +123,25 @@ func (h *Host) RemoveAddr(a netip.Addr) error {
 	}
 	if err := h.nl.AddrDel(link, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, a.BitLen()))}); err != nil {
 		return fmt.Errorf("removing %s from %s: %w", a, h.Name, err)
+	}
+	return nil
+}
+
+// SetRouteSource has the host's route to a destination name a source address, or with
+// one that is not valid none.
+func (h *Host) SetRouteSource(dst netip.Prefix, source netip.Addr) error {
+	family := netlink.FAMILY_V4
+	if dst.Addr().Is6() {
+		family = netlink.FAMILY_V6
+	}
+	routes, err := h.nl.RouteListFiltered(family, &netlink.Route{Dst: ipNet(dst)}, netlink.RT_FILTER_DST)
+	if err != nil || len(routes) != 1 {
+		return fmt.Errorf("%s has not one route to %s: %v %v", h.Name, dst, routes, err)
+	}
+	r := routes[0]
+	r.Src = source.AsSlice()
+	if err := h.nl.RouteReplace(&r); err != nil {
+		return fmt.Errorf("%s: naming the source %s in the route to %s: %w", h.Name, source, dst, err)
 	}
 	return nil
 }

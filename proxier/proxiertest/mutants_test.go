@@ -89,6 +89,7 @@ var faults = []struct {
 	{"serves NodePorts everywhere", "nodeport-addresses-primary", func(p *proxier.Plan) { p.Node.NodePortAddrs.All = true }},
 	{"knows no Pods", "detect-local-own-node", func(p *proxier.Plan) { p.Node.LocalPods = proxier.LocalPods{} }},
 	{"lets unallocated addresses pass", "unused-clusterip", func(p *proxier.Plan) { p.Node.ServiceCIDRs = nil }},
+	{"ignores the sources that routes name", "route-source", func(p *proxier.Plan) { p.Node.RouteSources = nil }},
 	{"never removes a Service", "change-clusterip", neverRemove()},
 	{"does not tell the node from Pods", "masquerade-node", eachFrontend(func(f *proxier.Frontend) {
 		if f.Masquerade&proxier.FromPods == 0 {

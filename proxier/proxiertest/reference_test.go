@@ -120,16 +120,24 @@ func (s *script) rule(chain, format string, args ...any) {
 }
 
 func (s *script) base(n proxier.Node) {
-	s.chains = append(s.chains, "services", "local-pods",
+	s.chains = append(s.chains, "services", "local-pods", "new-source",
 		"prerouting { type nat hook prerouting priority -100; }", "output { type nat hook output priority -100; }",
 		"input { type filter hook input priority 0; }", "postrouting { type nat hook postrouting priority 100; }")
 	s.rule("prerouting", "jump services")
 	s.rule("output", "jump services")
 	s.rule("input", "ct state new meta mark & 0x8000 == 0x8000 reject")
-	s.rule("postrouting", "meta mark & 0x4000 == 0x4000 meta mark set meta mark ^ 0x4000 masquerade fully-random")
+	s.rule("postrouting", "meta mark & 0x4000 == 0x4000 meta mark set meta mark ^ 0x4000 goto new-source")
 	for _, own := range n.OwnPods {
-		s.rule("postrouting", "ct status dnat %s saddr %s %[1]s saddr != %[3]s %[1]s daddr != %[3]s masquerade fully-random", s.ip, n.LocalPods.Prefixes[0], own)
+		s.rule("postrouting", "ct status dnat %s saddr %s %[1]s saddr != %[3]s %[1]s daddr != %[3]s goto new-source", s.ip, n.LocalPods.Prefixes[0], own)
 	}
+	for _, r := range n.RouteSources {
+		source := "masquerade"
+		if r.Source.IsValid() {
+			source = "snat to " + r.Source.String()
+		}
+		s.rule("new-source", "oifname %q %s daddr %s %s fully-random", r.Link, s.ip, r.Destination, source)
+	}
+	s.rule("new-source", "masquerade fully-random")
 }
 
 func (s *script) nodeAddrs(n proxier.Node) string {

@@ -52,7 +52,7 @@ func parseStep(line string) (func(context.Context, *world) error, error) {
 	case "clients":
 		return parseClients(words)
 	case "node1":
-		return parseAddress(words)
+		return parseNode(words)
 	case "idle":
 		d, err := time.ParseDuration(rest)
 		return func(ctx context.Context, _ *world) error { return idle(ctx, d) }, err
@@ -239,12 +239,20 @@ func parseClients(words []string) (func(context.Context, *world) error, error) {
 	return func(ctx context.Context, w *world) error { return c.run(ctx, w) }, err
 }
 
-// parseAddress reads "gains ADDRESS" or "loses ADDRESS".
-func parseAddress(words []string) (func(context.Context, *world) error, error) {
-	if len(words) != 2 || words[0] != "gains" && words[0] != "loses" {
-		return nil, errors.New("expected: node1 gains|loses ADDRESS")
+// parseNode reads "gains ADDRESS [on LINK]", "loses ADDRESS" or "routes RANGE from
+// ADDRESS|anywhere".
+func parseNode(words []string) (func(context.Context, *world) error, error) {
+	switch {
+	case len(words) == 2 && words[0] == "gains":
+		return func(ctx context.Context, w *world) error { return w.gain(ctx, words[1], "eth0") }, nil
+	case len(words) == 4 && words[0] == "gains" && words[2] == "on":
+		return func(ctx context.Context, w *world) error { return w.gain(ctx, words[1], words[3]) }, nil
+	case len(words) == 2 && words[0] == "loses":
+		return func(ctx context.Context, w *world) error { return w.lose(ctx, words[1]) }, nil
+	case len(words) == 4 && words[0] == "routes" && words[2] == "from":
+		return func(ctx context.Context, w *world) error { return w.route(ctx, words[1], words[3]) }, nil
 	}
-	return func(ctx context.Context, w *world) error { return w.address(ctx, words[0] == "gains", words[1]) }, nil
+	return nil, errors.New("expected: node1 gains ADDRESS [on LINK], loses ADDRESS, or routes RANGE from ADDRESS|anywhere")
 }
 
 // idle lets time pass where the kernel's own clock is what is tested: there is

@@ -16,10 +16,11 @@ import (
 //
 //	$node1 $node2 $client1 $client2 $pod-a ...  the hosts of the lab
 //	$node1b                one more address for node1, which it lacks at first
+//	$tunnel1               node1's address on the overlay
 //	$vip1 ... $vip9        cluster IPs; $newvip1 ... lie in another range
 //	$lb1 ... $lb9          load-balancer IPs, $ext1 ... $ext9 external IPs
 //	$localhost             127.0.0.1 or ::1
-//	$podCIDR $clusterCIDR $serviceCIDR $newServiceCIDR $externalCIDR
+//	$podCIDR $podCIDR2 $clusterCIDR $serviceCIDR $newServiceCIDR $externalCIDR
 //	$nodeNet $clientNet1 $clientNet2 $everyone   ranges
 //	$family                IPv4 or IPv6
 //	$hostbits              32 or 128
@@ -87,6 +88,8 @@ func (s *symbols) lookup(name string, family proxier.Family) (string, error) {
 			return "::1", nil
 		}
 		return "127.0.0.1", nil
+	case "tunnel1":
+		return rangeOf(netlab.NodePodNetwork("node1"), family).Addr().String(), nil
 	case "node1b":
 		return nthAddr(rangeOf(netlab.NodeNetwork, family).Addr(), 111).String(), nil
 	}
@@ -104,6 +107,7 @@ func (s *symbols) lookup(name string, family proxier.Family) (string, error) {
 var ranges = map[string]netlab.PrefixPair{
 	"clusterCIDR":    netlab.PodNetwork,
 	"podCIDR":        netlab.NodePodNetwork("node1"),
+	"podCIDR2":       netlab.NodePodNetwork("node2"),
 	"serviceCIDR":    netlab.ServiceNetwork,
 	"newServiceCIDR": netlab.ServiceNetwork2,
 	"externalCIDR":   netlab.ExternalNetwork,

@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"signalbox/internal/netlab"
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -198,11 +199,7 @@ func (w *world) start(ctx context.Context, synced bool) error {
 		return errors.New("it runs already")
 	}
 	w.proxiers = map[proxier.Family]proxier.Proxier{}
-	addrs, err := w.lab.Host("node1").Addrs()
-	if err != nil {
-		return err
-	}
-	return w.onNode(func() error {
+	return w.onNode(func() (err error) {
 		for _, family := range w.families {
 			p, err := w.mode.New(proxier.Options{Family: family, MasqueradeMark: proxier.DefaultMasqueradeMark})
 			if err != nil {
@@ -216,7 +213,9 @@ func (w *world) start(ctx context.Context, synced bool) error {
 			}
 		}
 		w.loop = proxier.NewLoop(w.loopOptions())
-		w.loop.SetLocalAddrs(addrs)
+		if err := w.tellNode(); err != nil {
+			return err
+		}
 		if !synced {
 			return w.loop.SyncNow(ctx)
 		}
@@ -350,34 +349,76 @@ func (w *world) sync(ctx context.Context) error {
 	return w.flows.Flush(ctx)
 }
 
-// address gives or takes an address of node1 and tells the Loop.
-func (w *world) address(ctx context.Context, gain bool, text string) error {
+// gain gives an interface of node1 an address, at which node1 then answers.
+func (w *world) gain(ctx context.Context, text, link string) error {
 	a, err := w.addr(text)
 	if err != nil {
 		return err
 	}
 	node := w.lab.Host("node1")
-	if gain {
-		err = node.AddAddr(a)
-	} else {
-		err = node.RemoveAddr(a)
-	}
-	if err != nil {
+	if err := node.AddAddrTo(link, a); err != nil {
 		return err
 	}
-	addrs, err := node.Addrs()
-	if err != nil {
-		return err
-	}
-	if gain {
-		for _, port := range []uint16{8080, netlab.ControlPort} {
-			if err := node.Serve(netip.AddrPortFrom(a, port)); err != nil {
-				return err
-			}
+	for _, port := range []uint16{8080, netlab.ControlPort} {
+		if err := node.Serve(netip.AddrPortFrom(a, port)); err != nil {
+			return err
 		}
 	}
-	w.loop.SetLocalAddrs(addrs)
+	return w.nodeChanged(ctx)
+}
+
+// lose takes an address from node1 that it gained on its main interface.
+func (w *world) lose(ctx context.Context, text string) error {
+	a, err := w.addr(text)
+	if err != nil {
+		return err
+	}
+	if err := w.lab.Host("node1").RemoveAddr(a); err != nil {
+		return err
+	}
+	return w.nodeChanged(ctx)
+}
+
+// route has a route of node1 name a source address, or none.
+func (w *world) route(ctx context.Context, to, source string) error {
+	p, err := w.prefix(to, w.symbols.family)
+	if err != nil {
+		return err
+	}
+	var a netip.Addr
+	if source != "anywhere" {
+		if a, err = w.addr(source); err != nil {
+			return err
+		}
+	}
+	if err := w.lab.Host("node1").SetRouteSource(p, a); err != nil {
+		return err
+	}
+	return w.nodeChanged(ctx)
+}
+
+func (w *world) nodeChanged(ctx context.Context) error {
+	if err := w.tellNode(); err != nil {
+		return err
+	}
 	return w.sync(ctx)
+}
+
+// tellNode tells the Loop what it needs to know of node1's addresses and routes.
+func (w *world) tellNode() error {
+	addrs, err := w.lab.Host("node1").Addrs()
+	if err != nil {
+		return err
+	}
+	return w.onNode(func() error {
+		sources, err := node.ReadRouteSources()
+		if err != nil {
+			return err
+		}
+		w.loop.SetLocalAddrs(addrs)
+		w.loop.SetRouteSources(sources.Served)
+		return nil
+	})
 }
 
 // reported takes the problems that contain a text from those that were
