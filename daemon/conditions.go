@@ -9,11 +9,12 @@ import (
 const (
 	nodeName = iota
 	manifests
+	routeSources
 	subjects // their number
 )
 
 // conditions are the faults with which the process serves on: a manifest that
-// cannot be used, a Node object that is missing. The answers of health and of
+// cannot be used, a Node object that is missing, routes whose source is not used. The answers of health and of
 // `signalbox ready` list them; no status follows from them.
 type conditions struct {
 	mu    sync.Mutex // guards texts

@@ -71,12 +71,14 @@ func (p *process) close(log *slog.Logger) {
 // run serves until ctx ends.
 func (g *generation) run(ctx context.Context) error {
 	g.reportStart()
+	g.readRouteSources()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		g.settings.note("connection tracking", tune(g.cfg, g.log))
 		return nil
 	})
 	group.Go(func() error { return node.Watch(ctx, g.loop.SetLocalAddrs) })
+	group.Go(func() error { return node.WatchRouteSources(ctx, g.noteRouteSources) })
 	group.Go(func() error { return g.source.Run(ctx, g.events.Watch(g.observer.health.Watch(g.loop))) })
 	group.Go(func() error { g.reportVersion(ctx); return nil })
 	group.Go(func() error { return g.serve(ctx) })
@@ -88,6 +90,22 @@ func (g *generation) run(ctx context.Context) error {
 	}
 	g.log.Info("stopped; the rules stay in the kernel")
 	return nil
+}
+
+// readRouteSources comes before the first sync, which would otherwise change rules
+// that an earlier process wrote, and the second one change them back.
+func (g *generation) readRouteSources() {
+	sources, err := node.ReadRouteSources()
+	if err != nil {
+		g.log.Warn("this node's routes cannot be read; until they can, masquerade chooses source addresses", "error", err)
+		return
+	}
+	g.loop.SetRouteSources(sources.Served)
+}
+
+func (g *generation) noteRouteSources(s node.RouteSources) {
+	g.loop.SetRouteSources(s.Served)
+	g.observer.noteRouteSources(g.log, s)
 }
 
 // modeReason says why this mode serves and no other.

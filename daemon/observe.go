@@ -9,6 +9,7 @@ import (
 	"signalbox/events"
 	"signalbox/health"
 	"signalbox/metrics"
+	"signalbox/node"
 	"signalbox/proxier"
 )
 
@@ -105,6 +106,19 @@ const maxNames = 10
 func (o *observer) noteManifests(problems []string) {
 	o.metrics.ManifestProblems(len(problems))
 	o.conditions.set(manifests, problems...)
+}
+
+// noteRouteSources tells which source addresses of the node's routes are not used.
+func (o *observer) noteRouteSources(log *slog.Logger, s node.RouteSources) {
+	n := len(s.LeftOut)
+	o.metrics.RouteSourcesLeftOut(n)
+	if n == 0 {
+		o.conditions.set(routeSources)
+		return
+	}
+	o.conditions.set(routeSources, fmt.Sprintf("%d source addresses of routes are not used, among them %s", n, s.LeftOut[0]))
+	log.Warn("source addresses of routes are not used; masquerade chooses an address of the interface there",
+		"leftOut", n, "among them", s.LeftOut[0].String(), "used", len(s.Served), "limitOfFamily", node.MaxRouteSources)
 }
 
 func (o *observer) synced(r proxier.SyncReport) {

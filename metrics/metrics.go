@@ -82,6 +82,7 @@ type own struct {
 	sourceFailing                     *prometheus.GaugeVec
 	nodeMissing, manifestProblems     *prometheus.GaugeVec
 	affinityListsFull                 *prometheus.GaugeVec
+	routeSourcesLeftOut               *prometheus.GaugeVec
 	leftovers                         *prometheus.GaugeVec
 	conntrackUnavailable              *prometheus.GaugeVec
 	healthChecks                      *prometheus.GaugeVec
@@ -119,6 +120,7 @@ func newOwn(r factory) own {
 		nodeMissing:          r.gauge(signalbox, "node_missing", "1 while no Node object has the name of this node."),
 		manifestProblems:     r.gauge(signalbox, "manifest_problems", "Files of the --source directory that cannot be read or have a fault."),
 		affinityListsFull:    r.gauge(signalbox, "affinity_lists_full", "Mode iptables: endpoints with session affinity whose list of clients is full; a new client replaces another."),
+		routeSourcesLeftOut:  r.gauge(signalbox, "route_sources_left_out", "Source addresses of routes for which masquerade chooses instead: there are too many, or rules cannot name their interface."),
 		conntrackUnavailable: r.gauge(signalbox, "conntrack_unavailable", "1 if the connection-tracking table cannot be read, so that stale UDP flows are not removed."),
 		leftovers: r.gauge(signalbox, "leftovers", "1 while rules of another service proxy may be in force: they could not be removed, or a kube-proxy that was started later wrote them.",
 			ipFamily),
@@ -137,7 +139,7 @@ func newOwn(r factory) own {
 // conditions are the series without labels that begin at 0 with each
 // configuration.
 func (o *own) conditions() []*prometheus.GaugeVec {
-	return []*prometheus.GaugeVec{o.conntrackUnavailable, o.nodeMissing, o.manifestProblems, o.affinityListsFull}
+	return []*prometheus.GaugeVec{o.conntrackUnavailable, o.nodeMissing, o.manifestProblems, o.affinityListsFull, o.routeSourcesLeftOut}
 }
 
 // factory makes vectors and registers them.

@@ -109,6 +109,11 @@ func (m *Metrics) FullAffinityLists(lists int) {
 	m.own.affinityListsFull.WithLabelValues().Set(float64(lists))
 }
 
+// RouteSourcesLeftOut records how many source addresses of routes are not used.
+func (m *Metrics) RouteSourcesLeftOut(n int) {
+	m.own.routeSourcesLeftOut.WithLabelValues().Set(float64(n))
+}
+
 // Leftovers records whether rules of another service proxy may be in force.
 func (m *Metrics) Leftovers(family proxier.Family, present bool) {
 	m.own.leftovers.WithLabelValues(family.String()).Set(oneIf(present))

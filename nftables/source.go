@@ -13,7 +13,7 @@ import (
 
 // sourceChain rewrites sources to the addresses that the node's routes name. There is
 // one only where they name others than masquerade takes.
-const sourceChain = "masquerade"
+const sourceChain = "new-source"
 
 // NewSource rewrites the source to an address of this node, and the port to any.
 func NewSource(n proxier.Node) Statement {
