@@ -37,7 +37,7 @@ func exercised(mode string) *Metrics {
 	m.now = func() time.Time { return now }
 	m.ReadProgress(func() proxier.Progress {
 		return proxier.Progress{
-			Held:     proxier.Held{Services: 3, EndpointSlices: 4, Nodes: 1, ServiceCIDRs: 2},
+			Held:     proxier.ObjectCounts{Services: 3, EndpointSlices: 4, Nodes: 1, ServiceCIDRs: 2},
 			Services: proxier.Told{Total: 5, Pending: 1}, EndpointSlices: proxier.Told{Total: 7, Pending: 2},
 			LastQueued: now.Add(-time.Second), Pending: map[proxier.Family]time.Time{proxier.IPv4: now.Add(-2 * time.Second)},
 		}

@@ -105,7 +105,7 @@ func (f *familyLoop) sort(names []ServicePortName, lanes []lane, entries map[Ser
 	b.small = slices.Concat(byLane[laneSmall]...)
 	large := byLane[laneSlices]
 	slices.SortStableFunc(large, func(x, y []ServicePortName) int {
-		return cmp.Or(cmp.Compare(entries[x[0].ServiceName], entries[y[0].ServiceName]), compareServiceNames(x[0].ServiceName, y[0].ServiceName))
+		return cmp.Or(cmp.Compare(entries[x[0].ServiceName], entries[y[0].ServiceName]), x[0].ServiceName.Compare(y[0].ServiceName))
 	})
 	b.slices, b.altered = f.pack(large), f.pack(byLane[laneAltered])
 	return b
@@ -130,14 +130,14 @@ func (f *familyLoop) pack(parts [][]ServicePortName) (packed [][]ServicePortName
 // entries is how much a mode has to write for changed Service ports.
 func (f *familyLoop) entries(names ...ServicePortName) (n int) {
 	for _, name := range names {
-		n += max(1, f.planner.changed[name].entries(), f.planner.plan.Services[name].entries())
+		n += max(1, entriesOf(f.planner.changed[name]), entriesOf(f.planner.plan.Services[name]))
 	}
 	return n
 }
 
-// entries is how much a mode has to write for a Service port: its frontends,
+// entriesOf is how much a mode has to write for a Service port: its frontends,
 // their source ranges and its endpoints.
-func (p *ServicePort) entries() int {
+func entriesOf(p *ServicePort) int {
 	if p == nil {
 		return 0
 	}

@@ -19,7 +19,7 @@ const (
 )
 
 // tooLarge says which bound a Service is beyond; "" for none.
-func (r *resolver) tooLarge(s *service, addrs []serviceAddr, filed []*endpointSlice) string {
+func (r *Resolver) tooLarge(s *service, addrs []serviceAddr, filed []*endpointSlice) string {
 	each := len(addrs)
 	for _, a := range addrs {
 		each += len(a.sources)
@@ -45,21 +45,4 @@ func (r *resolver) tooLarge(s *service, addrs []serviceAddr, filed []*endpointSl
 		return fmt.Sprintf("%d ports with their endpoints make more than %d", len(s.ports), maxEndpoints)
 	}
 	return ""
-}
-
-// noteSize remembers which Services of a family are too large, and returns the
-// report about one unless it is too large in another family already.
-func (f *familyLoop) noteSize(s ServiceName, ports int, tooLarge string) (found []Problem) {
-	_, was := f.oversized[s]
-	switch {
-	case tooLarge == "" && was:
-		delete(f.oversized, s)
-		f.leave(s)
-	case tooLarge != "":
-		f.oversized[s] = ports
-		if !was && f.enter(s) {
-			found = append(found, Problem{Kind: "Service", Object: s.String(), Field: "spec", Reason: tooLarge + "; the Service is not served until it is smaller"})
-		}
-	}
-	return found
 }

@@ -81,7 +81,7 @@ func (c *claims) exchange(name ServiceName, before, after []wish) (affected []Se
 			}
 		}
 	}
-	slices.SortFunc(affected, compareServiceNames)
+	slices.SortFunc(affected, ServiceName.Compare)
 	return slices.Compact(affected)
 }
 

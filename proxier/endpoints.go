@@ -171,9 +171,6 @@ func (l locality) set(chosen []candidate, remoteHairpins bool) *EndpointSet {
 	return s
 }
 
-// noEndpoints is every empty set, so that emptiness never tells two apart.
-var noEndpoints = &EndpointSet{}
-
 // filter returns all itself where everything is kept.
 func filter(all []candidate, keep func(candidate) bool) []candidate {
 	first := slices.IndexFunc(all, func(c candidate) bool { return !keep(c) })

@@ -73,7 +73,7 @@ func (f *fakeProxier) Sync(ctx context.Context, plan *Plan, change Change) (err 
 	}
 	owners := map[FrontendKey]ServicePortName{}
 	for name, sp := range next {
-		for _, key := range sp.keys() {
+		for _, key := range sp.Keys() {
 			if other, taken := owners[key]; taken {
 				return fmt.Errorf("%s is at %s already", other, key)
 			}

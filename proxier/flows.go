@@ -13,15 +13,6 @@ type FlowCleaner interface {
 	Clean(family Family, owners []FlowOwner)
 }
 
-// FlowOwner says who may answer UDP flows to some frontends.
-type FlowOwner struct {
-	// Frontends are of protocol UDP.
-	Frontends []FrontendKey
-	// Serving is empty where the Service has nobody left, and for frontends
-	// that a Service had and nobody has taken over.
-	Serving *EndpointSet
-}
-
 // flowOwners says who may answer the UDP flows that writing these Service
 // ports could have changed. It is asked before they are noted as written.
 func (p *planner) flowOwners(names []ServicePortName) []FlowOwner {
@@ -33,7 +24,7 @@ func (p *planner) flowOwners(names []ServicePortName) []FlowOwner {
 			continue
 		}
 		now := p.plan.Services[name]
-		before, after := was.keys(), now.keys()
+		before, after := was.Keys(), now.Keys()
 		for _, key := range before {
 			// Who has taken a frontend over has changed and is an owner too.
 			if _, taken := p.claims.owners[key]; !taken {
@@ -48,16 +39,4 @@ func (p *planner) flowOwners(names []ServicePortName) []FlowOwner {
 		owners = append(owners, gone)
 	}
 	return owners
-}
-
-// keys are what packets to a Service port are matched by; none for nil.
-func (p *ServicePort) keys() []FrontendKey {
-	if p == nil {
-		return nil
-	}
-	keys := make([]FrontendKey, len(p.Frontends))
-	for i := range p.Frontends {
-		keys[i] = p.Frontends[i].Key(p.Name.Protocol)
-	}
-	return keys
 }

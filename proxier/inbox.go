@@ -107,7 +107,7 @@ func (b *inbox) wakeUp() {
 	}
 }
 
-func (b *inbox) settle(held Held, done []Family) {
+func (b *inbox) settle(held ObjectCounts, done []Family) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.progress.settle(held, done)

@@ -41,7 +41,7 @@ func TestSmallChangesOvertakeLargeOnes(t *testing.T) {
 	for i, c := range b.mode.calls {
 		size := 0
 		for _, name := range c.change.Services {
-			size += b.Plan(IPv4).Services[name].entries()
+			size += entriesOf(b.Plan(IPv4).Services[name])
 			if seen[name] {
 				t.Errorf("%s was written twice", name)
 			}

@@ -191,7 +191,7 @@ func (l *Loop) SyncNow(ctx context.Context) error {
 
 func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 	var done []Family
-	defer func() { l.settle(l.tracker.held(), done) }()
+	defer func() { l.settle(l.tracker.Counts(), done) }()
 	for _, f := range l.families {
 		if f.more {
 			l.resume(f.family)
@@ -233,7 +233,7 @@ func (l *Loop) update() bool {
 	l.settled = true
 	l.checkNode()
 	if first {
-		l.warnOfGuesses()
+		l.tracker.WarnOfUnknowns(l.opts.Logger, &l.opts.Settings, slices.Sorted(maps.Keys(l.opts.Proxiers)))
 	}
 	names, node := l.tracker.takeDirty()
 	l.warnOfEvenSpread(names)
@@ -257,51 +257,33 @@ func (l *Loop) update() bool {
 
 // checkNode tells whether this node's Node object is missing.
 func (l *Loop) checkNode() {
-	t := l.tracker
-	missing := !t.nodeExists && (!l.opts.NodeOptional || len(t.otherNodes) > 0)
+	exists, others := l.tracker.NodeExists()
+	missing := !exists && (!l.opts.NodeOptional || len(others) > 0)
 	if l.opts.NodeMissing != nil && missing != l.nodeMissing {
-		l.opts.NodeMissing(missing, slices.Sorted(maps.Keys(t.otherNodes)))
+		l.opts.NodeMissing(missing, others)
 	}
 	l.nodeMissing = missing
-}
-
-// warnOfGuesses names what the settings need to know of the Node object and do
-// not: it may still come.
-func (l *Loop) warnOfGuesses() {
-	s, n := &l.opts.Settings, &l.tracker.node
-	if s.DetectLocal == DetectLocalNodeCIDR && len(n.podCIDRs) == 0 {
-		l.opts.Logger.Warn("this node's Pod ranges are not known, so its Pods cannot be told from other traffic until a Node object says them", "node", l.opts.NodeName)
-	}
-	for _, f := range l.families {
-		if s.DetectLocal == DetectLocalNodeCIDR && len(n.podCIDRs) > 0 && firstOf(f.family, n.podCIDRs) == nil {
-			l.opts.Logger.Warn("this node has no Pod range of the family, so its Pods cannot be told from other traffic there", "family", f.family.String(), "podCIDRs", n.podCIDRs)
-		}
-	}
-	if s.NodePortAddresses.Primary && len(n.addresses) == 0 && !s.NodeAddress.IsValid() {
-		l.opts.Logger.Warn("this node's own address is not known: until a Node object says it, NodePorts are served at the first address of the interface with the default route", "node", l.opts.NodeName)
-	}
 }
 
 // plan resolves the named Services and those that gain or lose a frontend by
 // it.
 func (l *Loop) plan(f *familyLoop, names []ServiceName) {
-	r := newResolver(&l.opts.Settings, l.tracker, f.family)
+	r := NewResolver(&l.opts.Settings, l.tracker, f.family)
 	for len(names) > 0 {
 		affected := map[ServiceName]struct{}{}
 		for _, name := range names {
 			delete(affected, name)
 			l.resolved++
-			svc := l.tracker.services[name]
-			ports, tooLarge := r.resolve(svc, l.tracker.slices[name])
-			others, found := f.planner.update(name, svc.since(), ports)
+			s := r.Resolve(name)
+			others, found := f.planner.update(name, s.Created, s.Ports)
 			for _, other := range others {
 				affected[other] = struct{}{}
 			}
-			for _, p := range append(found, f.noteSize(name, svc.portCount(), tooLarge)...) {
+			for _, p := range append(found, f.noteSize(name, s.DeclaredPorts, s.TooLarge)...) {
 				l.opts.Report(p)
 			}
 		}
-		names = slices.SortedFunc(maps.Keys(affected), compareServiceNames)
+		names = slices.SortedFunc(maps.Keys(affected), ServiceName.Compare)
 	}
 }
 
@@ -314,4 +296,31 @@ func (l *Loop) Plan(family Family) *Plan {
 		}
 	}
 	return nil
+}
+
+// LogProblems returns what logs each Problem as a warning. It has the form of
+// LoopOptions.Report.
+func LogProblems(log *slog.Logger) func(Problem) {
+	return func(p Problem) {
+		log.Warn("cannot serve part of an object", "kind", p.Kind, "object", p.Object, "field", p.Field, "reason", p.Reason)
+	}
+}
+
+// warnOfEvenSpread says once for each Service that its annotations do less here
+// than they ask for.
+func (l *Loop) warnOfEvenSpread(names []ServiceName) {
+	if l.opts.Settings.HasSchedulers {
+		return
+	}
+	for _, name := range names {
+		if _, told := l.toldEven[name]; told == l.tracker.spreadsUnevenly(name) {
+			continue
+		} else if told {
+			delete(l.toldEven, name)
+			continue
+		}
+		l.toldEven[name] = struct{}{}
+		l.opts.Logger.Warn("annotations for a scheduler or weights have no effect in this mode: new connections are spread evenly; only the mode ipvs has schedulers, and the weight 0 counts everywhere",
+			"service", name.String())
+	}
 }

@@ -1,6 +1,7 @@
 package proxier
 
 import (
+	"log/slog"
 	"net/netip"
 	"slices"
 
@@ -98,4 +99,21 @@ func ownPods(podRange []netip.Prefix, local []netip.Addr) []netip.Prefix {
 		}
 	}
 	return nil
+}
+
+// WarnOfUnknowns logs what the settings need from the Node object and the Tracker
+// does not know yet.
+func (t *Tracker) WarnOfUnknowns(log *slog.Logger, s *Settings, families []Family) {
+	n := &t.node
+	if s.DetectLocal == DetectLocalNodeCIDR && len(n.podCIDRs) == 0 {
+		log.Warn("this node's Pod ranges are not known, so its Pods cannot be told from other traffic until a Node object says them", "node", t.nodeName)
+	}
+	for _, f := range families {
+		if s.DetectLocal == DetectLocalNodeCIDR && len(n.podCIDRs) > 0 && firstOf(f, n.podCIDRs) == nil {
+			log.Warn("this node has no Pod range of the family, so its Pods cannot be told from other traffic there", "family", f.String(), "podCIDRs", n.podCIDRs)
+		}
+	}
+	if s.NodePortAddresses.Primary && len(n.addresses) == 0 && !s.NodeAddress.IsValid() {
+		log.Warn("this node's own address is not known: until a Node object says it, NodePorts are served at the first address of the interface with the default route", "node", t.nodeName)
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -74,8 +75,9 @@ type ServiceName struct{ Namespace, Name string }
 // String returns "namespace/name".
 func (n ServiceName) String() string { return n.Namespace + "/" + n.Name }
 
-func compareServiceNames(a, b ServiceName) int {
-	return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+// Compare orders names by namespace, then by name.
+func (n ServiceName) Compare(o ServiceName) int {
+	return cmp.Or(cmp.Compare(n.Namespace, o.Namespace), cmp.Compare(n.Name, o.Name))
 }
 
 // ServicePortName identifies one port of one Service. Port is the port's name
@@ -98,7 +100,7 @@ func (n ServicePortName) String() string {
 // Compare orders names by namespace, name, port name and protocol.
 func (n ServicePortName) Compare(o ServicePortName) int {
 	return cmp.Or(
-		compareServiceNames(n.ServiceName, o.ServiceName),
+		n.ServiceName.Compare(o.ServiceName),
 		cmp.Compare(n.Port, o.Port),
 		cmp.Compare(n.Protocol, o.Protocol),
 	)
@@ -373,3 +375,42 @@ type Change struct {
 
 // Empty says that there is nothing to do.
 func (c Change) Empty() bool { return !c.All && !c.Node && len(c.Services) == 0 }
+
+// FlowOwner says who may answer UDP flows to some frontends.
+type FlowOwner struct {
+	// Frontends are of protocol UDP.
+	Frontends []FrontendKey
+	// Serving is empty where the Service has nobody left, and for frontends
+	// that a Service had and nobody has taken over.
+	Serving *EndpointSet
+}
+
+// Keys are what packets to a Service port are matched by; none for nil.
+func (p *ServicePort) Keys() []FrontendKey {
+	if p == nil {
+		return nil
+	}
+	keys := make([]FrontendKey, len(p.Frontends))
+	for i := range p.Frontends {
+		keys[i] = p.Frontends[i].Key(p.Name.Protocol)
+	}
+	return keys
+}
+
+// HealthCheck is what a load balancer that asks this node about a Service is
+// to be told (spec.healthCheckNodePort).
+type HealthCheck struct {
+	// Port is the TCP port on which it asks.
+	Port uint16
+	// LocalEndpoints counts the addresses of ready endpoints on this node, over
+	// all ports of the Service.
+	LocalEndpoints int
+}
+
+// noEndpoints is every empty set, so that emptiness never tells two apart.
+var noEndpoints = &EndpointSet{}
+
+// contains says whether one of the prefixes holds an address.
+func contains(prefixes []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
+}

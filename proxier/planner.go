@@ -86,8 +86,8 @@ func (p *planner) update(name ServiceName, since int64, ports []*ServicePort) (a
 // grant puts the ports into the plan with those frontends that they have.
 func (p *planner) grant(next *plannedService, ports []*ServicePort) {
 	for _, sp := range ports {
-		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f Frontend) bool { return !p.claims.has(f.wish(sp.Name, next.since)) })
-		if sp.HealthCheckNodePort != 0 && !p.claims.has(sp.healthCheckWish(next.since)) {
+		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f Frontend) bool { return !p.claims.has(wishOf(&f, sp.Name, next.since)) })
+		if sp.HealthCheckNodePort != 0 && !p.claims.has(healthCheckWish(sp, next.since)) {
 			sp.HealthCheckNodePort, sp.LocalEndpoints = 0, 0
 		}
 		if len(sp.Frontends) > 0 || sp.HealthCheckNodePort != 0 {

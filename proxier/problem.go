@@ -2,7 +2,6 @@ package proxier
 
 import (
 	"fmt"
-	"log/slog"
 )
 
 // Problem says what in an object cannot be served. Everything else in the
@@ -18,14 +17,6 @@ type Problem struct {
 // `Service default/web: spec.ports[0].port: 70000 is not a port; the port is left out`.
 func (p Problem) String() string {
 	return fmt.Sprintf("%s %s: %s: %s", p.Kind, p.Object, p.Field, p.Reason)
-}
-
-// LogProblems returns what logs each Problem as a warning. It has the form of
-// LoopOptions.Report.
-func LogProblems(log *slog.Logger) func(Problem) {
-	return func(p Problem) {
-		log.Warn("cannot serve part of an object", "kind", p.Kind, "object", p.Object, "field", p.Field, "reason", p.Reason)
-	}
 }
 
 // maxProblems is how many problems of one object are told one by one: an

@@ -11,7 +11,7 @@ import (
 // Progress says what a Loop was told and how far it has come with it.
 type Progress struct {
 	// Held are the objects that count at present.
-	Held Held
+	Held ObjectCounts
 	// Services and EndpointSlices are what the source told of these kinds.
 	Services, EndpointSlices Told
 	// LastQueued is when something to do last came in; zero for never.
@@ -21,10 +21,6 @@ type Progress struct {
 	// port that the mode refuses holds nothing up.
 	Pending map[Family]time.Time
 }
-
-// Held counts objects. Services that no proxy serves, and slices of these, are
-// not held.
-type Held struct{ Services, EndpointSlices, Nodes, ServiceCIDRs int }
 
 // Told counts what came in about objects of one kind.
 type Told struct {
@@ -36,7 +32,7 @@ type Told struct {
 
 // progress is Progress as it is kept; its inbox's lock guards it.
 type progress struct {
-	held          Held
+	held          ObjectCounts
 	services      Told
 	slices        Told
 	lastQueued    time.Time
@@ -76,7 +72,7 @@ func (p *progress) take() (since time.Time) {
 }
 
 // settle notes how a sync left things.
-func (p *progress) settle(held Held, done []Family) {
+func (p *progress) settle(held ObjectCounts, done []Family) {
 	p.held = held
 	p.services.Pending -= p.takenServices
 	p.slices.Pending -= p.takenSlices

@@ -146,7 +146,7 @@ func TestHeld(t *testing.T) {
 	b.Apply(cidr)
 	b.Delete(newSlice("a"))
 	_ = b.syncNow()
-	if diff := cmp.Diff(Held{Services: 3, EndpointSlices: 2, Nodes: 1, ServiceCIDRs: 1}, b.Progress().Held); diff != "" {
+	if diff := cmp.Diff(ObjectCounts{Services: 3, EndpointSlices: 2, Nodes: 1, ServiceCIDRs: 1}, b.Progress().Held); diff != "" {
 		t.Errorf("-want +got\n%s", diff)
 	}
 	b.Delete(node)

@@ -155,9 +155,26 @@ func (r *refusals) setAside() int {
 // takeFailures is the error of a turn that had to leave Services out.
 func (f *familyLoop) takeFailures() error {
 	var failed []error
-	for _, name := range slices.SortedFunc(maps.Keys(f.failures), compareServiceNames) {
+	for _, name := range slices.SortedFunc(maps.Keys(f.failures), ServiceName.Compare) {
 		failed = append(failed, f.failures[name])
 	}
 	clear(f.failures)
 	return errors.Join(failed...)
+}
+
+// noteSize remembers which Services of a family are too large, and returns the
+// report about one unless it is too large in another family already.
+func (f *familyLoop) noteSize(s ServiceName, ports int, tooLarge string) (found []Problem) {
+	_, was := f.oversized[s]
+	switch {
+	case tooLarge == "" && was:
+		delete(f.oversized, s)
+		f.leave(s)
+	case tooLarge != "":
+		f.oversized[s] = ports
+		if !was && f.enter(s) {
+			found = append(found, Problem{Kind: "Service", Object: s.String(), Field: "spec", Reason: tooLarge + "; the Service is not served until it is smaller"})
+		}
+	}
+	return found
 }

@@ -5,37 +5,6 @@ import (
 	"time"
 )
 
-// KernelObjects counts what a mode keeps in the kernel, of one kind and in one
-// table.
-type KernelObjects struct {
-	// Table is the name of an nftables or iptables table, and empty for what
-	// is in none.
-	Table string
-	// Kind is "chain", "rule", "element", "virtual-server", "real-server" or
-	// "address".
-	Kind string
-	// Count are there now; Written of them, or in their place, were written by
-	// the last sync. Written is 0 in modes that do not count it.
-	Count, Written int
-}
-
-// Counter is implemented by Proxiers that know what they keep in the kernel.
-type Counter interface {
-	// Counts is called after each Sync by the same goroutine, so that it must
-	// cost next to nothing beside a Sync, at any size.
-	Counts() []KernelObjects
-}
-
-// Reporter is implemented by Proxiers that may serve a Service port otherwise
-// than it asks for.
-type Reporter interface {
-	// Problem says how, of a Service port as it is in the kernel. It is called
-	// after a Sync that succeeded, for each Service port that Sync has written,
-	// by the same goroutine. Equal Problems of a Service's ports and families are
-	// told once, for as long as there is one.
-	Problem(ServicePortName) (p Problem, found bool)
-}
-
 // heed asks a mode that is a Reporter about what it has just written.
 func (f *familyLoop) heed(plan *Plan, change Change) {
 	mode, ok := f.proxier.(Reporter)

@@ -6,9 +6,10 @@ import (
 	"unique"
 )
 
-// resolver decides what this node must do for a Service in one IP family. All
+// Resolver decides what this node must do for a Service in one IP family. All
 // policy is here: nothing downstream knows the Service API.
-type resolver struct {
+type Resolver struct {
+	tracker  *Tracker
 	settings *Settings
 	family   Family
 	locality locality
@@ -20,9 +21,10 @@ type resolver struct {
 	remotePodsCount bool
 }
 
-// newResolver reads from the tracker what all Services depend on.
-func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
-	return &resolver{
+// NewResolver reads from the tracker what all Services depend on.
+func NewResolver(settings *Settings, t *Tracker, family Family) *Resolver {
+	return &Resolver{
+		tracker:   t,
 		settings:  settings,
 		family:    family,
 		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone), weighs: settings.HasSchedulers},
@@ -33,10 +35,30 @@ func newResolver(settings *Settings, t *Tracker, family Family) *resolver {
 	}
 }
 
+// Resolution is what one Service means on this node in one family.
+type Resolution struct {
+	// Ports are sorted by name. There are none where the Service does not exist,
+	// has no cluster IP of the family or is too large.
+	Ports []*ServicePort
+	// Created is the time of the Service's creation in Unix seconds; 0 where unknown.
+	Created int64
+	// DeclaredPorts is the number of ports that the object declares.
+	DeclaredPorts int
+	// TooLarge says which bound the Service is beyond; "" for none.
+	TooLarge string
+}
+
+// Resolve decides what this node must do for a Service.
+func (r *Resolver) Resolve(name ServiceName) Resolution {
+	s := r.tracker.services[name]
+	ports, tooLarge := r.resolve(s, r.tracker.slices[name])
+	return Resolution{ports, s.since(), s.portCount(), tooLarge}
+}
+
 // resolve returns the Service's ports, sorted by name. A Service without a
 // cluster IP of the family has none there, and neither has one that is too
 // large: tooLarge says why.
-func (r *resolver) resolve(s *service, filed []*endpointSlice) (ports []*ServicePort, tooLarge string) {
+func (r *Resolver) resolve(s *service, filed []*endpointSlice) (ports []*ServicePort, tooLarge string) {
 	if s == nil || !slices.ContainsFunc(s.clusterIPs, r.serves) {
 		return nil, ""
 	}
@@ -67,14 +89,14 @@ func (r *resolver) resolve(s *service, filed []*endpointSlice) (ports []*Service
 	return ports, ""
 }
 
-func (r *resolver) scheduler(s *service) string {
+func (r *Resolver) scheduler(s *service) string {
 	if !r.settings.HasSchedulers {
 		return ""
 	}
 	return s.scheduler
 }
 
-func (r *resolver) serves(a netip.Addr) bool { return FamilyOf(a) == r.family }
+func (r *Resolver) serves(a netip.Addr) bool { return FamilyOf(a) == r.family }
 
 // serviceAddr is one address at which all ports of a Service are served.
 type serviceAddr struct {
@@ -86,7 +108,7 @@ type serviceAddr struct {
 // addresses of a Service. An address that is several things at once counts as a
 // cluster IP first, then as a load-balancer IP, which may have source ranges
 // where an equal external IP has none.
-func (r *resolver) addresses(s *service) []serviceAddr {
+func (r *Resolver) addresses(s *service) []serviceAddr {
 	var out []serviceAddr
 	add := func(kind FrontendKind, addrs []netip.Addr, but map[netip.Addr]struct{}) {
 		for _, a := range addrs {
@@ -110,7 +132,7 @@ func (r *resolver) addresses(s *service) []serviceAddr {
 }
 
 // frontends of one port.
-func (r *resolver) frontends(s *service, port servicePort, addrs []serviceAddr, chosen selection) []Frontend {
+func (r *Resolver) frontends(s *service, port servicePort, addrs []serviceAddr, chosen selection) []Frontend {
 	internal, external := r.internal(s, chosen), r.external(s, chosen)
 	out := make([]Frontend, 0, len(addrs)+1)
 	for _, a := range addrs {
@@ -131,7 +153,7 @@ func (r *resolver) frontends(s *service, port servicePort, addrs []serviceAddr, 
 // internal is what internalTrafficPolicy makes of a cluster IP. Traffic that
 // is not from a Pod of this node is masqueraded, so that the answer comes back
 // this way; where Pods cannot be told apart, nothing is.
-func (r *resolver) internal(s *service, chosen selection) Frontend {
+func (r *Resolver) internal(s *service, chosen selection) Frontend {
 	f := Frontend{Internal: chosen.cluster, External: chosen.cluster}
 	if r.keepsLocal(s.internalLocal, chosen) {
 		f.Internal, f.External = chosen.local, chosen.local
@@ -151,7 +173,7 @@ func (r *resolver) internal(s *service, chosen selection) Frontend {
 // endpoints: the policy is for traffic that a load balancer sent here. The
 // node's own source is rewritten on that way, as it may be an address that
 // endpoints cannot answer.
-func (r *resolver) external(s *service, chosen selection) Frontend {
+func (r *Resolver) external(s *service, chosen selection) Frontend {
 	if r.keepsLocal(s.externalLocal, chosen) {
 		f := Frontend{
 			Internal: chosen.cluster, External: chosen.local,
@@ -170,10 +192,10 @@ func (r *resolver) external(s *service, chosen selection) Frontend {
 // externalTrafficPolicy Local a Pod of another node that is taken for one of this
 // node takes the short way. All other external traffic from other nodes is
 // masqueraded, or its endpoints are on this node.
-func (r *resolver) remoteHairpins(s *service) bool { return r.remotePodsCount && s.externalLocal }
+func (r *Resolver) remoteHairpins(s *service) bool { return r.remotePodsCount && s.externalLocal }
 
 // keepsLocal says whether a traffic policy is Local in effect.
-func (r *resolver) keepsLocal(local bool, chosen selection) bool {
+func (r *Resolver) keepsLocal(local bool, chosen selection) bool {
 	return local && (chosen.local.Len() > 0 || !r.settings.KubeProxyIPVSPolicies)
 }
 
@@ -187,7 +209,7 @@ func whenNoneLocal(chosen selection) Verdict {
 // restrict gives load-balancer IPs their source ranges, sorted. Where they cover
 // the node, the IP itself is a source too: the node may use it as its own when
 // it talks to it.
-func (r *resolver) restrict(s *service, balanced []serviceAddr) {
+func (r *Resolver) restrict(s *service, balanced []serviceAddr) {
 	if len(balanced) == 0 {
 		return
 	}

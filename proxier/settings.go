@@ -2,7 +2,6 @@ package proxier
 
 import (
 	"net/netip"
-	"slices"
 )
 
 // DetectLocal is how Pods of this node are told from other traffic
@@ -80,8 +79,4 @@ func firstOf(family Family, prefixes []netip.Prefix) []netip.Prefix {
 		}
 	}
 	return nil
-}
-
-func contains(prefixes []netip.Prefix, a netip.Addr) bool {
-	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 }

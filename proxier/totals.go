@@ -2,16 +2,6 @@ package proxier
 
 import "maps"
 
-// HealthCheck is what a load balancer that asks this node about a Service is
-// to be told (spec.healthCheckNodePort).
-type HealthCheck struct {
-	// Port is the TCP port on which it asks.
-	Port uint16
-	// LocalEndpoints counts the addresses of ready endpoints on this node, over
-	// all ports of the Service.
-	LocalEndpoints int
-}
-
 // Totals are sums over a family's plan.
 type Totals struct {
 	ServicePorts int
@@ -40,7 +30,7 @@ func newTotals() totals {
 func (t *totals) exchange(old, next *ServicePort) {
 	t.count(old, -1)
 	t.count(next, 1)
-	if was, is := old.healthCheck(), next.healthCheck(); was != is {
+	if was, is := healthCheckOf(old), healthCheckOf(next); was != is {
 		t.healthMoved = true
 		if is.Port != 0 {
 			t.health[next.Name] = is
@@ -56,7 +46,7 @@ func (t *totals) count(p *ServicePort, by int) {
 	}
 	t.ServicePorts += by
 	t.Endpoints += by * p.Serving.Len()
-	internal, external := p.dropsForWantOfLocal()
+	internal, external := lacksLocal(p)
 	if internal {
 		t.NoLocalInternal += by
 	}
@@ -79,16 +69,16 @@ func (t *totals) takeHealth() map[ServiceName]HealthCheck {
 	return checks
 }
 
-func (p *ServicePort) healthCheck() HealthCheck {
+func healthCheckOf(p *ServicePort) HealthCheck {
 	if p == nil || p.HealthCheckNodePort == 0 {
 		return HealthCheck{}
 	}
 	return HealthCheck{p.HealthCheckNodePort, p.LocalEndpoints}
 }
 
-// dropsForWantOfLocal says whether connections from inside and from outside are
+// lacksLocal says whether connections from inside and from outside are
 // dropped because all endpoints are on other nodes.
-func (p *ServicePort) dropsForWantOfLocal() (internal, external bool) {
+func lacksLocal(p *ServicePort) (internal, external bool) {
 	for i := range p.Frontends {
 		f := &p.Frontends[i]
 		if f.WhenEmpty != Drop || f.External.Len() > 0 {

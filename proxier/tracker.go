@@ -192,7 +192,7 @@ func (t *Tracker) setServiceCIDR(name string, prefixes []netip.Prefix) {
 // takeDirty returns the Services that changed since the last call, sorted, and
 // whether what Node values are made from changed.
 func (t *Tracker) takeDirty() (names []ServiceName, node bool) {
-	names, node = slices.SortedFunc(maps.Keys(t.dirty), compareServiceNames), t.dirtyNode
+	names, node = slices.SortedFunc(maps.Keys(t.dirty), ServiceName.Compare), t.dirtyNode
 	if len(names) > 0 {
 		// A map keeps the size it once had, and walking or clearing it costs
 		// that size: at the start every Service is dirty.
@@ -218,12 +218,19 @@ func (t *Tracker) takeTriggers(family Family) []time.Time {
 	return triggers
 }
 
-func (t *Tracker) held() Held {
-	h := Held{Services: len(t.services), EndpointSlices: len(t.sliceOwners), ServiceCIDRs: len(t.serviceCIDRs)}
+// Counts returns how many objects count at present.
+func (t *Tracker) Counts() ObjectCounts {
+	h := ObjectCounts{Services: len(t.services), EndpointSlices: len(t.sliceOwners), ServiceCIDRs: len(t.serviceCIDRs)}
 	if t.nodeExists {
 		h.Nodes = 1
 	}
 	return h
+}
+
+// NodeExists says whether this node's Node object exists, and names the Node
+// objects of other nodes, sorted.
+func (t *Tracker) NodeExists() (exists bool, others []string) {
+	return t.nodeExists, slices.Sorted(maps.Keys(t.otherNodes))
 }
 
 // cidrsOf returns the ranges of one family that cluster IPs are given from.
@@ -243,6 +250,10 @@ func (t *Tracker) cidrsOf(family Family) []netip.Prefix {
 // serviceNames returns every Service there is, and those given, sorted.
 func (t *Tracker) serviceNames(and []ServiceName) []ServiceName {
 	names := slices.AppendSeq(slices.Clone(and), maps.Keys(t.services))
-	slices.SortFunc(names, compareServiceNames)
+	slices.SortFunc(names, ServiceName.Compare)
 	return slices.Compact(names)
 }
+
+// ObjectCounts counts objects. Services that no proxy serves, and slices of these, are
+// not held.
+type ObjectCounts struct{ Services, EndpointSlices, Nodes, ServiceCIDRs int }

@@ -177,22 +177,3 @@ func (t *Tracker) spreadsUnevenly(name ServiceName) bool {
 	return s != nil && (s.scheduler != "" || s.weights.differ() ||
 		slices.ContainsFunc(t.slices[name], func(s *endpointSlice) bool { return s.spreadsUnevenly }))
 }
-
-// warnOfEvenSpread says once for each Service that its annotations do less here
-// than they ask for.
-func (l *Loop) warnOfEvenSpread(names []ServiceName) {
-	if l.opts.Settings.HasSchedulers {
-		return
-	}
-	for _, name := range names {
-		if _, told := l.toldEven[name]; told == l.tracker.spreadsUnevenly(name) {
-			continue
-		} else if told {
-			delete(l.toldEven, name)
-			continue
-		}
-		l.toldEven[name] = struct{}{}
-		l.opts.Logger.Warn("annotations for a scheduler or weights have no effect in this mode: new connections are spread evenly; only the mode ipvs has schedulers, and the weight 0 counts everywhere",
-			"service", name.String())
-	}
-}

@@ -6,15 +6,15 @@ import (
 	"slices"
 )
 
-// wish is what a frontend asks for on behalf of its Service port.
-func (f *Frontend) wish(port ServicePortName, since int64) wish {
+// wishOf is what a frontend asks for on behalf of its Service port.
+func wishOf(f *Frontend, port ServicePortName, since int64) wish {
 	return wish{f.Key(port.Protocol), claim{port, f.Kind, since}}
 }
 
 // healthCheckWish is for the port that answers load balancers: a NodePort of
 // the same number would take its connections. It belongs to the Service as a
 // whole, hence to a port without protocol.
-func (p *ServicePort) healthCheckWish(since int64) wish {
+func healthCheckWish(p *ServicePort, since int64) wish {
 	return wish{
 		FrontendKey{netip.Addr{}, p.HealthCheckNodePort, TCP},
 		claim{ServicePortName{ServiceName: p.Name.ServiceName}, NodePort, since},
@@ -26,10 +26,10 @@ func wishesOf(since int64, ports []*ServicePort) []wish {
 	var out []wish
 	for _, sp := range ports {
 		if sp.HealthCheckNodePort != 0 {
-			out = append(out, sp.healthCheckWish(since))
+			out = append(out, healthCheckWish(sp, since))
 		}
 		for i := range sp.Frontends {
-			out = append(out, sp.Frontends[i].wish(sp.Name, since))
+			out = append(out, wishOf(&sp.Frontends[i], sp.Name, since))
 		}
 	}
 	return out
