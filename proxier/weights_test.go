@@ -2,7 +2,6 @@ package proxier
 
 import (
 	"bytes"
-	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
@@ -78,17 +77,5 @@ func TestWeightsReachTheMode(t *testing.T) {
 	}
 	if got := b.Plan(IPv4).String(); !strings.Contains(got, "10.244.2.1:8080 10.244.2.2:8080=2") {
 		t.Errorf("at the end:\n%s", got)
-	}
-}
-
-// TestManyWeights checks that what each endpoint is compared with is bounded.
-func TestManyWeights(t *testing.T) {
-	var text strings.Builder
-	for i := range 2 * maxWeightRules {
-		fmt.Fprintf(&text, "web-%d=2,", i)
-	}
-	s, found := readService(newService("web", "10.96.0.1", annotated(AnnotationWeights, text.String())))
-	if len(s.weights) != maxWeightRules || len(found) != 1 || found[0].Field != "metadata.annotations[signalbox.dev/weights]" {
-		t.Errorf("%d rules, problems %v", len(s.weights), found)
 	}
 }
