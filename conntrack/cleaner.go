@@ -122,7 +122,7 @@ func (c *Cleaner) Clean(family proxier.Family, owners []proxier.FlowOwner) {
 	}
 	for _, o := range owners {
 		for _, key := range o.Frontends {
-			queued[key] = task{serving: o.Serving}
+			queued[key] = task{serving: o.Usable}
 		}
 	}
 	c.calls++

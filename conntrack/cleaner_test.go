@@ -40,7 +40,7 @@ func (w *world) cleaner(opts Options) *Cleaner {
 
 func (w *world) clean(c *Cleaner, serving *proxier.EndpointSet, frontends ...proxier.FrontendKey) {
 	w.t.Helper()
-	c.Clean(w.family, []proxier.FlowOwner{{Frontends: frontends, Serving: serving}})
+	c.Clean(w.family, []proxier.FlowOwner{{Frontends: frontends, Usable: serving}})
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := c.Flush(ctx); err != nil {

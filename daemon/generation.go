@@ -238,7 +238,7 @@ func (g *generation) noteSync(r proxier.SyncReport) {
 		level = slog.LevelInfo
 	}
 	g.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
-		"took", r.Took, "everything", r.All, "setAside", r.SetAside, "failed", r.Err != nil)
+		"took", r.Took, "everything", r.All, "setAside", r.Quarantined, "failed", r.Err != nil)
 }
 
 // reportStart writes Events about the start of the process, about a mode that is

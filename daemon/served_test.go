@@ -17,7 +17,7 @@ func TestAQuarantinedServiceDoesNotHoldUpTheNode(t *testing.T) {
 	if complete != 0 {
 		t.Error("a family that failed counts as served")
 	}
-	g.noteSync(proxier.SyncReport{Family: proxier.IPv6, Current: true, SetAside: 3, Err: errors.New("the kernel refuses Service default/bad")})
+	g.noteSync(proxier.SyncReport{Family: proxier.IPv6, Current: true, Quarantined: 3, Err: errors.New("the kernel refuses Service default/bad")})
 	if complete != 1 {
 		t.Error("a quarantined Service keeps the node from being served")
 	}

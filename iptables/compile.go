@@ -102,7 +102,7 @@ type setChain struct {
 // entryChain tells origins apart before a set is chosen.
 type entryChain struct {
 	internal, external string
-	masquerade         proxier.Origins
+	masquerade         proxier.TrafficSources
 	name               string
 }
 
@@ -212,7 +212,7 @@ func addressOrPort(f *proxier.Frontend, address, port treeID) treeID {
 // both sets are empty.
 func (b *builder) entry(f *proxier.Frontend, internal, external, match string) string {
 	switch {
-	case internal == external && (internal == "" || f.Masquerade == proxier.FromNowhere):
+	case internal == external && (internal == "" || f.Masquerade == proxier.NoSource):
 		return internal
 	case internal == external && f.Kind == proxier.ClusterIP:
 		// No other chain to jump through for what nearly every Service has.
@@ -239,7 +239,7 @@ func (b *builder) entryRules(e entryChain) []string {
 		return append(masquerade(b.pods, e.masquerade, ""), " -j "+e.internal)
 	}
 	var rules []string
-	add := func(match string, origin proxier.Origins, target string) {
+	add := func(match string, origin proxier.TrafficSources, target string) {
 		if e.masquerade&origin != 0 && target != "" {
 			rules = append(rules, match+" -j "+markMasqChain)
 		}

@@ -97,12 +97,12 @@ func (w *world) service(n int) *proxier.ServicePort {
 	if w.IntN(12) == 0 {
 		sets[0] = w.set(300)
 	}
-	sp.Serving = sets[0]
+	sp.Usable = sets[0]
 	for range w.IntN(5) {
 		f := proxier.Frontend{
 			Kind: proxier.FrontendKind(w.IntN(4)), Port: uint16(80 + w.IntN(40)),
 			Internal: sets[w.IntN(2)], External: sets[w.IntN(2)],
-			WhenEmpty: proxier.Verdict(w.IntN(2)), Masquerade: proxier.Origins(w.IntN(8)),
+			WhenEmpty: proxier.Verdict(w.IntN(2)), Masquerade: proxier.TrafficSources(w.IntN(8)),
 		}
 		if f.Kind == proxier.NodePort {
 			f.Port += 30000
@@ -133,9 +133,9 @@ func (w *world) plan(services int) *proxier.Plan {
 }
 
 // packets are one of each origin to the frontend.
-func (w *world) packets(f *proxier.Frontend, proto proxier.Protocol) map[packet]proxier.Origins {
-	out := map[packet]proxier.Origins{}
-	add := func(src netip.Addr, in string, origin proxier.Origins) {
+func (w *world) packets(f *proxier.Frontend, proto proxier.Protocol) map[packet]proxier.TrafficSources {
+	out := map[packet]proxier.TrafficSources{}
+	add := func(src netip.Addr, in string, origin proxier.TrafficSources) {
 		p := packet{src: src, dst: f.Addr, proto: proto, dport: f.Port, in: in, srcLocal: origin == proxier.FromNode}
 		if f.Kind == proxier.NodePort {
 			p.dst, p.dstLocal = w.nodeIP, true
@@ -158,7 +158,7 @@ func (w *world) packets(f *proxier.Frontend, proto proxier.Protocol) map[packet]
 }
 
 // expected is what the Frontend says of a connection of that origin.
-func expected(f *proxier.Frontend, origin proxier.Origins, src netip.Addr) outcomes {
+func expected(f *proxier.Frontend, origin proxier.TrafficSources, src netip.Addr) outcomes {
 	if f.Sources != nil && !slices.ContainsFunc(f.Sources, func(p netip.Prefix) bool { return p.Contains(src) }) {
 		return outcomes{"DROP": 1}
 	}

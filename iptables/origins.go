@@ -40,21 +40,21 @@ func podMatches(l proxier.LocalPods) ([]podMatch, error) {
 
 // masqueradeChain marks traffic of origins where that takes the negation of
 // several matches, which one rule cannot say.
-func masqueradeChain(origins proxier.Origins) string {
+func masqueradeChain(origins proxier.TrafficSources) string {
 	return fmt.Sprintf("%sMASQ-%d", clusterPrefix, origins)
 }
 
 // masquerade returns the rules that mark traffic of the origins, each limited
 // by guard (empty or beginning with a blank). A packet marked twice is marked.
-func masquerade(pods []podMatch, origins proxier.Origins, guard string) []string {
+func masquerade(pods []podMatch, origins proxier.TrafficSources, guard string) []string {
 	const mark = " -j " + markMasqChain
 	if len(pods) == 0 {
 		origins = withoutPods(origins)
 	}
 	switch origins {
-	case proxier.FromNowhere:
+	case proxier.NoSource:
 		return nil
-	case proxier.FromAnywhere:
+	case proxier.AnySource:
 		return []string{guard + mark}
 	}
 	var rules []string
@@ -88,8 +88,8 @@ func masquerade(pods []podMatch, origins proxier.Origins, guard string) []string
 
 // withoutPods is what origins mean where Pods cannot be told apart: nothing is
 // FromPods, so that the other two are everything.
-func withoutPods(o proxier.Origins) proxier.Origins {
-	if o |= proxier.FromPods; o == proxier.FromAnywhere {
+func withoutPods(o proxier.TrafficSources) proxier.TrafficSources {
+	if o |= proxier.FromPods; o == proxier.AnySource {
 		return o
 	}
 	return o &^ proxier.FromPods
@@ -101,7 +101,7 @@ func masqueradeChains(pods []podMatch) []chain {
 		return nil
 	}
 	var out []chain
-	for _, origins := range []proxier.Origins{proxier.FromNode, proxier.FromOutside, proxier.FromNode | proxier.FromOutside} {
+	for _, origins := range []proxier.TrafficSources{proxier.FromNode, proxier.FromOutside, proxier.FromNode | proxier.FromOutside} {
 		c := chain{name: masqueradeChain(origins), level: frameLevel + 1}
 		for _, p := range pods {
 			c.rules = append(c.rules, p.is+" -j RETURN")

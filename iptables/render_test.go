@@ -47,7 +47,7 @@ func example(family proxier.Family) *proxier.Plan {
 	outside := func(kind proxier.FrontendKind, n string, internal, external *proxier.EndpointSet) proxier.Frontend {
 		f := proxier.Frontend{Kind: kind, Port: 80, Internal: internal, External: external, WhenEmpty: proxier.Drop, Masquerade: proxier.FromNode}
 		if internal == external {
-			f.Masquerade, f.WhenEmpty = proxier.FromAnywhere, proxier.Reject
+			f.Masquerade, f.WhenEmpty = proxier.AnySource, proxier.Reject
 		}
 		f.Addr = addr("192.0.2."+n, "2001:db8::"+n)
 		if kind == proxier.NodePort {
@@ -151,8 +151,8 @@ func TestEndpointsOfUnknownNodes(t *testing.T) {
 	chains := func(mayHairpin bool) int {
 		plan := proxiertest.Fleet(proxier.IPv4, services, each)
 		for _, sp := range plan.Services {
-			for i := range sp.Serving.Endpoints {
-				sp.Serving.Endpoints[i].MayHairpin = mayHairpin
+			for i := range sp.Usable.Endpoints {
+				sp.Usable.Endpoints[i].MayHairpin = mayHairpin
 			}
 		}
 		text, err := Render(proxier.Options{Family: proxier.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan)

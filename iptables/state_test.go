@@ -153,7 +153,7 @@ func TestNoWrongMoment(t *testing.T) {
 // without endpoints.
 func (w *world) frontService(n int) *proxier.ServicePort {
 	cluster, local := w.set(2), w.set(1)
-	f := proxier.Frontend{Kind: proxier.FrontendKind(n % 4), Port: uint16(30000 + n), Internal: cluster, External: cluster, Masquerade: proxier.FromAnywhere}
+	f := proxier.Frontend{Kind: proxier.FrontendKind(n % 4), Port: uint16(30000 + n), Internal: cluster, External: cluster, Masquerade: proxier.AnySource}
 	if f.Kind != proxier.NodePort {
 		f.Addr = w.addr(96, n+1)
 	}
@@ -168,7 +168,7 @@ func (w *world) frontService(n int) *proxier.ServicePort {
 	return &proxier.ServicePort{
 		Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: fmt.Sprintf("s%d", n)}, Protocol: proxier.TCP},
 		Frontends: []proxier.Frontend{f},
-		Serving:   cluster,
+		Usable:    cluster,
 	}
 }
 

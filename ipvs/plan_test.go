@@ -42,7 +42,7 @@ func (w world) pods(numbers ...int) *proxier.EndpointSet {
 func (w world) service(name string, protocol proxier.Protocol, serving *proxier.EndpointSet, frontends ...proxier.Frontend) *proxier.ServicePort {
 	return &proxier.ServicePort{
 		Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "default", Name: name}, Protocol: protocol},
-		Frontends: frontends, Serving: serving,
+		Frontends: frontends, Usable: serving,
 	}
 }
 

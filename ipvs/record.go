@@ -186,7 +186,7 @@ func (c *compiler) lead(fe *proxier.Frontend, key string, foreign bool) error {
 			c.emit(plainServers, key, "")
 			c.out.servers = append(c.out.servers, wanted{
 				key:       serverKey{addr: fe.Addr, port: fe.Port, protocol: c.port.Name.Protocol},
-				scheduler: c.scheduler, dests: destsOf(fe.External), serving: c.port.Serving,
+				scheduler: c.scheduler, dests: destsOf(fe.External), serving: c.port.Usable,
 			})
 		}
 		return nil
@@ -236,7 +236,7 @@ func (c *compiler) markOf(set *proxier.EndpointSet, k markKey) (uint32, error) {
 		c.ids[i] = mark
 		c.out.servers = append(c.out.servers, wanted{
 			key:       serverKey{mark: mark, protocol: c.port.Name.Protocol},
-			scheduler: c.scheduler, dests: destsOf(set), serving: c.port.Serving,
+			scheduler: c.scheduler, dests: destsOf(set), serving: c.port.Usable,
 		})
 	}
 	c.out.marks[k] = c.ids[i]
@@ -325,7 +325,7 @@ func (c *compiler) compileEndpoints() {
 				c.emit(affinityMarks, nftables.MarkKey(block)+addrPortBytes(e.AddrPort), nftables.MarkData(mark))
 				c.out.servers = append(c.out.servers, wanted{
 					key:       serverKey{mark: mark, protocol: c.port.Name.Protocol},
-					scheduler: defaultScheduler, dests: []weighted{{e.AddrPort, 1}}, serving: c.port.Serving,
+					scheduler: defaultScheduler, dests: []weighted{{e.AddrPort, 1}}, serving: c.port.Usable,
 				})
 			}
 			c.emit(affinityMembers+v, nftables.MarkKey(mark), "")

@@ -40,7 +40,7 @@ const (
 // origins lists where a connection can come from, with the priority that says
 // so.
 var origins = []struct {
-	origin   proxier.Origins
+	origin   proxier.TrafficSources
 	priority uint32
 }{
 	{proxier.FromPods, fromPods}, {proxier.FromNode, fromNode}, {proxier.FromOutside, fromOutside},

@@ -190,7 +190,7 @@ func (st *state) diffUnwanted(b *batch) {
 		var want *wanted
 		if port := replacedBy[key]; port != nil {
 			st.replaced[key] = port.Name
-			want = &wanted{key: key, scheduler: st.servers[key].scheduler, serving: port.Serving, replaced: true}
+			want = &wanted{key: key, scheduler: st.servers[key].scheduler, serving: port.Usable, replaced: true}
 		}
 		b.diff(st.servers[key], want, key)
 	}
@@ -226,7 +226,7 @@ func (st *state) drains(key serverKey, dest netip.AddrPort) bool {
 		return true
 	}
 	r := st.records[name]
-	return r != nil && contains(r.port.Serving, dest)
+	return r != nil && contains(r.port.Usable, dest)
 }
 
 // diffElements compares the elements of the batch's records before and after.

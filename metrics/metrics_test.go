@@ -37,8 +37,8 @@ func exercised(mode string) *Metrics {
 	m.now = func() time.Time { return now }
 	m.ReadProgress(func() proxier.Progress {
 		return proxier.Progress{
-			Held:     proxier.ObjectCounts{Services: 3, EndpointSlices: 4, Nodes: 1, ServiceCIDRs: 2},
-			Services: proxier.Told{Total: 5, Pending: 1}, EndpointSlices: proxier.Told{Total: 7, Pending: 2},
+			Objects:  proxier.ObjectCounts{Services: 3, EndpointSlices: 4, Nodes: 1, ServiceCIDRs: 2},
+			Services: proxier.EventCounts{Total: 5, Pending: 1}, EndpointSlices: proxier.EventCounts{Total: 7, Pending: 2},
 			LastQueued: now.Add(-time.Second), Pending: map[proxier.Family]time.Time{proxier.IPv4: now.Add(-2 * time.Second)},
 		}
 	})
@@ -49,14 +49,14 @@ func exercised(mode string) *Metrics {
 		return map[proxier.Family]localhost.Stats{proxier.IPv4: {Serving: true, Listeners: 2, Failures: 1, Refused: map[proxier.Protocol]uint64{proxier.UDP: 3, proxier.SCTP: 0}}}
 	})
 	m.Synced(proxier.SyncReport{
-		Family: proxier.IPv4, All: true, Current: true, Repaired: true, Took: 3 * time.Millisecond, SetAside: 2, Queued: now.Add(-10 * time.Millisecond),
+		Family: proxier.IPv4, All: true, Current: true, Repaired: true, Took: 3 * time.Millisecond, Quarantined: 2, Queued: now.Add(-10 * time.Millisecond),
 		Triggers: []time.Time{now.Add(-2500 * time.Millisecond), now.Add(-100 * time.Second)},
 		Totals:   proxier.Totals{ServicePorts: 6, Endpoints: 12, NoLocalInternal: 1, NoLocalExternal: 3},
 		Kernel: []proxier.KernelObjects{
 			{Table: "nat", Kind: "rule", Count: 40, Written: 4}, {Table: "signalbox", Kind: "element", Count: 90}, {Kind: "virtual-server", Count: 9},
 		},
 	})
-	m.Synced(proxier.SyncReport{Family: proxier.IPv4, Took: time.Millisecond, SetAside: 2, Err: errors.New("no"), Totals: proxier.Totals{ServicePorts: 6, Endpoints: 12, NoLocalInternal: 1, NoLocalExternal: 3}})
+	m.Synced(proxier.SyncReport{Family: proxier.IPv4, Took: time.Millisecond, Quarantined: 2, Err: errors.New("no"), Totals: proxier.Totals{ServicePorts: 6, Endpoints: 12, NoLocalInternal: 1, NoLocalExternal: 3}})
 	m.FlowsScanned(conntrack.Scan{Family: proxier.IPv4, Deleted: 11, Took: time.Millisecond})
 	m.FlowsScanned(conntrack.Scan{Family: proxier.IPv4, Took: time.Millisecond, Err: errors.New("no")})
 	m.Problem(proxier.Problem{Kind: "Service"})
@@ -222,7 +222,7 @@ func TestCountersGoOn(t *testing.T) {
 	}
 	loop := func(services, slices uint64) {
 		m.ReadProgress(func() proxier.Progress {
-			return proxier.Progress{Services: proxier.Told{Total: services}, EndpointSlices: proxier.Told{Total: slices}}
+			return proxier.Progress{Services: proxier.EventCounts{Total: services}, EndpointSlices: proxier.EventCounts{Total: slices}}
 		})
 	}
 	type values = map[string]float64

@@ -123,10 +123,10 @@ func (m *Metrics) collectProgress(ch chan<- prometheus.Metric, p proxier.Progres
 	for _, r := range progressReadings {
 		r.send(ch, p)
 	}
-	objects.send(ch, p.Held.Services, "Service")
-	objects.send(ch, p.Held.EndpointSlices, "EndpointSlice")
-	objects.send(ch, p.Held.Nodes, "Node")
-	objects.send(ch, p.Held.ServiceCIDRs, "ServiceCIDR")
+	objects.send(ch, p.Objects.Services, "Service")
+	objects.send(ch, p.Objects.EndpointSlices, "EndpointSlice")
+	objects.send(ch, p.Objects.Nodes, "Node")
+	objects.send(ch, p.Objects.ServiceCIDRs, "ServiceCIDR")
 	for family, since := range p.Pending {
 		age := time.Duration(0)
 		if !since.IsZero() {

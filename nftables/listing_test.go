@@ -127,7 +127,7 @@ func (g generator) port(n int) *proxier.ServicePort {
 		f := proxier.Frontend{
 			Kind: proxier.FrontendKind(i), Addr: g.addr(96+i, n), Port: uint16(80 + n),
 			Internal: sets[0], External: sets[g.IntN(len(sets))],
-			WhenEmpty: proxier.Verdict(g.IntN(2)), Masquerade: proxier.Origins(g.IntN(8)),
+			WhenEmpty: proxier.Verdict(g.IntN(2)), Masquerade: proxier.TrafficSources(g.IntN(8)),
 		}
 		if i == int(proxier.NodePort) {
 			f.Addr = netip.Addr{}
@@ -347,7 +347,7 @@ func examplePlan(f proxier.Family) *proxier.Plan {
 	cart := pods(2, 22)
 	put(plan, "cart", proxier.TCP, 3*time.Hour,
 		proxier.Frontend{Addr: vip(3), Port: 443, Internal: cart, External: cart, Masquerade: outsiders},
-		proxier.Frontend{Kind: proxier.NodePort, Port: 30443, Internal: cart, External: cart, Masquerade: proxier.FromAnywhere})
+		proxier.Frontend{Kind: proxier.NodePort, Port: 30443, Internal: cart, External: cart, Masquerade: proxier.AnySource})
 	put(plan, "empty", proxier.TCP, 0, proxier.Frontend{Addr: vip(4), Port: 80, Internal: none, External: none, Masquerade: outsiders})
 	remote := pods(32)
 	put(plan, "elsewhere", proxier.TCP, 0,

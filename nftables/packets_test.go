@@ -78,15 +78,15 @@ func TestMasqueradeOrigins(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
 		plan := l.plan()
 		set := l.set(1)
-		for origins := range proxier.FromAnywhere + 1 {
+		for origins := range proxier.AnySource + 1 {
 			put(plan, "web-"+string('0'+rune(origins)), proxier.TCP, 0, proxier.Frontend{
 				Kind: proxier.NodePort, Port: 30000 + uint16(origins), Internal: set, External: set, Masquerade: origins,
 			})
 		}
 		l.synced(plan)
-		for origins := range proxier.FromAnywhere + 1 {
+		for origins := range proxier.AnySource + 1 {
 			to := netip.AddrPortFrom(l.client.nodeAddr, 30000+uint16(origins))
-			for origin, from := range map[proxier.Origins]*peer{proxier.FromPods: l.pods[1], proxier.FromOutside: l.client} {
+			for origin, from := range map[proxier.TrafficSources]*peer{proxier.FromPods: l.pods[1], proxier.FromOutside: l.client} {
 				want := from.addr
 				if origins&origin != 0 {
 					want = l.pods[0].nodeAddr
@@ -214,7 +214,7 @@ func TestForeignMarks(t *testing.T) {
 		plan := l.plan()
 		set := l.set(1)
 		put(plan, "web", proxier.TCP, 0, proxier.Frontend{
-			Addr: l.vip(1), Port: 80, Internal: set, External: set, Masquerade: proxier.FromAnywhere,
+			Addr: l.vip(1), Port: 80, Internal: set, External: set, Masquerade: proxier.AnySource,
 		})
 		l.synced(plan)
 		runNft(t, "-f", "-", `table inet other {

@@ -100,7 +100,7 @@ func (r ruleset) nodeChains() []chain {
 		{name: "check-local", rules: r.checkLocal()},
 		{name: "check-remote", rules: r.checkRemote()},
 	}...)
-	for origins := proxier.FromPods; origins <= proxier.FromAnywhere; origins++ {
+	for origins := proxier.FromPods; origins <= proxier.AnySource; origins++ {
 		chains = append(chains, chain{name: markChain(origins), rules: r.markRules(origins)})
 	}
 	services := []rule{newRule(setPriority(idLookedUp(r.frontendOf(), masquerade)), goTo("service"))}
@@ -165,7 +165,7 @@ func (r ruleset) toNodePortAddrs() [][]statement {
 }
 
 // markChain names the chain that marks packets from these origins.
-func markChain(origins proxier.Origins) string {
+func markChain(origins proxier.TrafficSources) string {
 	switch origins {
 	case proxier.FromPods:
 		return "mark-from-pods"
@@ -186,13 +186,13 @@ func markChain(origins proxier.Origins) string {
 // markRules mark packets from the given origins for masquerading. A packet
 // from a Pod's address counts as from a Pod even where the node holds that
 // address too, as a bridge of Pods does.
-func (r ruleset) markRules(origins proxier.Origins) []rule {
+func (r ruleset) markRules(origins proxier.TrafficSources) []rule {
 	mark := setMarkBit(r.mark, true)
-	if origins == proxier.FromAnywhere {
+	if origins == proxier.AnySource {
 		return []rule{newRule(mark)}
 	}
 	var rules []rule
-	decide := func(match statement, origin proxier.Origins) {
+	decide := func(match statement, origin proxier.TrafficSources) {
 		if origins&origin != 0 {
 			rules = append(rules, newRule(match, mark, returns()))
 			return

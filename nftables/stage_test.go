@@ -207,7 +207,7 @@ func TestRefused(t *testing.T) {
 		{"5 different endpoint sets with session affinity", func(sp *proxier.ServicePort) {
 			sp.AffinityTimeout = time.Hour
 			for i := range 5 {
-				set := proxiertest.FleetService(proxier.IPv4, 1, i*10, 2).Serving
+				set := proxiertest.FleetService(proxier.IPv4, 1, i*10, 2).Usable
 				sp.Frontends = append(sp.Frontends, proxier.Frontend{Addr: netip.AddrFrom4([4]byte{1, 1, 1, byte(i)}), Internal: set, External: set})
 			}
 			sp.Frontends = sp.Frontends[1:]

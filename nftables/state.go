@@ -164,7 +164,7 @@ func (st *state) pickElement(c sizedChain) element {
 
 // emitAll hands out every element that does not depend on the node.
 func (st *state) emitAll(emit func(element)) {
-	for origins := proxier.FromPods; origins <= proxier.FromAnywhere; origins++ {
+	for origins := proxier.FromPods; origins <= proxier.AnySource; origins++ {
 		emit(element{set: markChains, key: idKey(uint32(origins)), chain: markChain(origins)})
 	}
 	for _, name := range slices.SortedFunc(maps.Keys(st.records), proxier.ServicePortName.Compare) {

@@ -38,7 +38,7 @@ const (
 	laneSmall lane = iota
 	laneSlices
 	laneSuspects
-	laneRefused
+	laneQuarantined
 	laneAltered
 )
 
@@ -47,7 +47,7 @@ func (f *familyLoop) backlog() (b backlog) {
 	names := f.changed()
 	entries := map[ServiceName]int{}
 	for _, name := range names {
-		if _, refused := f.refused[name]; !refused {
+		if _, refused := f.quarantinedPorts[name]; !refused {
 			entries[name.ServiceName] += f.entries(name)
 		}
 	}
@@ -68,16 +68,16 @@ func (f *familyLoop) lanes(names []ServicePortName, entries map[ServiceName]int)
 	}
 	lanes := make([]lane, len(names))
 	for i, name := range names {
-		r, refused := f.refused[name]
+		r, refused := f.quarantinedPorts[name]
 		_, suspected := suspects[name.ServiceName]
 		switch {
 		case refused && r.port != f.planner.plan.Services[name]:
 			lanes[i] = laneAltered
 		case refused:
-			lanes[i] = laneRefused
+			lanes[i] = laneQuarantined
 		case suspected:
 			lanes[i] = laneSuspects
-		case entries[name.ServiceName] > smallService || f.quarantined[name.ServiceName] > 0:
+		case entries[name.ServiceName] > smallService || f.portCounts[name.ServiceName] > 0:
 			lanes[i] = laneSlices
 		}
 	}
@@ -97,7 +97,7 @@ func (f *familyLoop) sort(names []ServicePortName, lanes []lane, entries map[Ser
 		for _, name := range part[1:] {
 			highest, lowest = max(highest, of[name]), min(lowest, of[name])
 		}
-		if highest == laneRefused && lowest != laneRefused {
+		if highest == laneQuarantined && lowest != laneQuarantined {
 			highest = laneAltered
 		}
 		byLane[highest] = append(byLane[highest], part)
@@ -141,7 +141,7 @@ func entriesOf(p *ServicePort) int {
 	if p == nil {
 		return 0
 	}
-	n := len(p.Frontends) + p.Serving.Len()
+	n := len(p.Frontends) + p.Usable.Len()
 	for i := range p.Frontends {
 		n += len(p.Frontends[i].Sources)
 	}

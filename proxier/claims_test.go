@@ -28,7 +28,7 @@ func TestManyClaimants(t *testing.T) {
 		})
 	}
 	key := FrontendKey{Port: 30001, Protocol: TCP}
-	owner := func() string { return b.families[0].planner.claims.owners[key].by.Name }
+	owner := func() string { return b.families[0].planner.owners.owners[key].by.Name }
 
 	b.Synced()
 	for i := range n {
@@ -62,8 +62,8 @@ func TestManyClaimants(t *testing.T) {
 	if resolved > 2*n {
 		t.Errorf("%d Services resolved for %d removed", resolved, n)
 	}
-	if len(b.families[0].planner.claims.losers) != 0 || len(b.families[0].planner.services) != 1 {
-		t.Errorf("claims of Services that are gone are kept: %v", b.families[0].planner.claims)
+	if len(b.families[0].planner.owners.waiting) != 0 || len(b.families[0].planner.services) != 1 {
+		t.Errorf("claims of Services that are gone are kept: %v", b.families[0].planner.owners)
 	}
 	checkPlan(t, b.Plan(IPv4))
 }

@@ -159,7 +159,7 @@ func (l locality) closest(ready []candidate) []candidate {
 // be anybody's client.
 func (l locality) set(chosen []candidate, remoteHairpins bool) *EndpointSet {
 	if len(chosen) == 0 {
-		return noEndpoints
+		return NoEndpoints
 	}
 	s := &EndpointSet{Endpoints: make([]Endpoint, len(chosen))}
 	for i, c := range chosen {

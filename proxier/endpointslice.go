@@ -98,14 +98,14 @@ func (s *endpointSlice) hasZoneHints() bool {
 // readEndpointSlice returns nil for a slice that is not for a proxy: of a
 // headless Service, of host names, or naming no Service.
 func readEndpointSlice(obj *discoveryv1.EndpointSlice) (*endpointSlice, []Problem) {
-	p := problems{kind: "EndpointSlice", object: objectName(obj)}
+	p := Problems{Kind: "EndpointSlice", Object: objectName(obj)}
 	if _, headless := obj.Labels[corev1.IsHeadlessService]; headless || !validNames(&p, obj, validation.IsDNS1123Subdomain) {
-		return nil, p.all()
+		return nil, p.All()
 	}
 	owner := obj.Labels[discoveryv1.LabelServiceName]
 	if owner == "" {
-		p.add("metadata.labels", "%s is missing, so the slice belongs to no Service; it is left out", discoveryv1.LabelServiceName)
-		return nil, p.all()
+		p.Add("metadata.labels", "%s is missing, so the slice belongs to no Service; it is left out", discoveryv1.LabelServiceName)
+		return nil, p.All()
 	}
 	s := &endpointSlice{
 		name:    sliceName{obj.Namespace, obj.Name},
@@ -119,29 +119,29 @@ func readEndpointSlice(obj *discoveryv1.EndpointSlice) (*endpointSlice, []Proble
 	case discoveryv1.AddressTypeIPv6:
 		s.family = IPv6
 	default:
-		p.add("addressType", "%q endpoints cannot be served; the slice is left out", obj.AddressType)
-		return nil, p.all()
+		p.Add("addressType", "%q endpoints cannot be served; the slice is left out", obj.AddressType)
+		return nil, p.All()
 	}
 	s.ports = readSlicePorts(&p, obj.Ports)
 	weights := readWeights(&p, obj)
 	s.spreadsUnevenly = weights.differ()
 	s.readEndpoints(&p, obj.Endpoints, weights)
-	return s, p.all()
+	return s, p.All()
 }
 
-func readSlicePorts(p *problems, ports []discoveryv1.EndpointPort) []slicePort {
+func readSlicePorts(p *Problems, ports []discoveryv1.EndpointPort) []slicePort {
 	var out []slicePort
 	for i, ep := range ports {
 		field := indexed("ports", i)
 		if ep.Name == nil {
-			p.add(field+".name", "is missing; the port is left out")
+			p.Add(field+".name", "is missing; the port is left out")
 			continue
 		}
 		if ep.Port == nil {
 			continue // "all ports": nothing that a Service port could be sent to
 		}
 		if !validPort(*ep.Port) {
-			p.add(field+".port", "%d is not a port (1 to 65535); the port is left out", *ep.Port)
+			p.Add(field+".port", "%d is not a port (1 to 65535); the port is left out", *ep.Port)
 			continue
 		}
 		proto, ok := readProtocol(p, field, ep.Protocol)
@@ -155,17 +155,17 @@ func readSlicePorts(p *problems, ports []discoveryv1.EndpointPort) []slicePort {
 
 // readEndpoints uses the first address of each endpoint, as the API asks of
 // its consumers, and reads missing conditions as the API defines them.
-func (s *endpointSlice) readEndpoints(p *problems, endpoints []discoveryv1.Endpoint, weights weightRules) {
+func (s *endpointSlice) readEndpoints(p *Problems, endpoints []discoveryv1.Endpoint, weights weightRules) {
 	s.endpoints = make([]sliceEndpoint, 0, len(endpoints))
 	for i := range endpoints {
 		ep := &endpoints[i]
 		if len(ep.Addresses) == 0 {
-			p.add(indexed("endpoints", i)+".addresses", "is empty; the endpoint is left out")
+			p.Add(indexed("endpoints", i)+".addresses", "is empty; the endpoint is left out")
 			continue
 		}
 		a, ok := ParseAddr(ep.Addresses[0])
 		if reason := s.unusable(a, ok); reason != "" {
-			p.add(indexed("endpoints", i)+".addresses[0]", "%q %s; the endpoint is left out", ep.Addresses[0], reason)
+			p.Add(indexed("endpoints", i)+".addresses[0]", "%q %s; the endpoint is left out", ep.Addresses[0], reason)
 			continue
 		}
 		e := sliceEndpoint{

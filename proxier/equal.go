@@ -2,7 +2,7 @@ package proxier
 
 import "slices"
 
-func (n *Node) equal(o *Node) bool {
+func (n *Node) Equal(o *Node) bool {
 	return slices.Equal(n.LocalPods.Prefixes, o.LocalPods.Prefixes) && n.LocalPods.Interface == o.LocalPods.Interface &&
 		n.LocalPods.InterfacePrefix == o.LocalPods.InterfacePrefix &&
 		n.NodePortAddrs.All == o.NodePortAddrs.All && slices.Equal(n.NodePortAddrs.Addrs, o.NodePortAddrs.Addrs) &&
@@ -10,35 +10,35 @@ func (n *Node) equal(o *Node) bool {
 		slices.Equal(n.OwnPods, o.OwnPods) && slices.Equal(n.RouteSources, o.RouteSources)
 }
 
-func (f *Frontend) equal(o *Frontend) bool {
+func (f *Frontend) Equal(o *Frontend) bool {
 	return f.Kind == o.Kind && f.Addr == o.Addr && f.Port == o.Port && f.WhenEmpty == o.WhenEmpty && f.Masquerade == o.Masquerade &&
 		(f.Sources == nil) == (o.Sources == nil) && slices.Equal(f.Sources, o.Sources) &&
-		f.Internal.equal(o.Internal) && f.External.equal(o.External) &&
+		f.Internal.Equal(o.Internal) && f.External.Equal(o.External) &&
 		(f.Internal == f.External) == (o.Internal == o.External)
 }
 
-func (s *EndpointSet) equal(o *EndpointSet) bool {
+func (s *EndpointSet) Equal(o *EndpointSet) bool {
 	return s == o || slices.Equal(s.Endpoints, o.Endpoints)
 }
 
-func (p *ServicePort) equal(o *ServicePort) bool {
+func (p *ServicePort) Equal(o *ServicePort) bool {
 	if p == nil || o == nil {
 		return p == o
 	}
 	return p.Name == o.Name && p.AffinityTimeout == o.AffinityTimeout && p.HealthCheckNodePort == o.HealthCheckNodePort &&
-		p.Scheduler == o.Scheduler && p.LocalEndpoints == o.LocalEndpoints && p.Serving.equal(o.Serving) &&
-		slices.EqualFunc(p.Frontends, o.Frontends, func(a, b Frontend) bool { return a.equal(&b) })
+		p.Scheduler == o.Scheduler && p.LocalEndpoints == o.LocalEndpoints && p.Usable.Equal(o.Usable) &&
+		slices.EqualFunc(p.Frontends, o.Frontends, func(a, b Frontend) bool { return a.Equal(&b) })
 }
 
 // keepSets makes p use the sets of its predecessor where they are equal, so
 // that a pointer comparison tells what changed.
-func (p *ServicePort) keepSets(old *ServicePort) {
+func (p *ServicePort) KeepSets(old *ServicePort) {
 	if p == nil || old == nil {
 		return
 	}
 	known := old.sets()
 	for _, mine := range p.sets() {
-		i := slices.IndexFunc(known, mine.equal)
+		i := slices.IndexFunc(known, mine.Equal)
 		if i < 0 || known[i] == mine {
 			continue
 		}
@@ -63,7 +63,7 @@ func (p *ServicePort) sets() []*EndpointSet {
 
 func (p *ServicePort) setRefs() []**EndpointSet {
 	refs := make([]**EndpointSet, 0, 1+2*len(p.Frontends))
-	refs = append(refs, &p.Serving)
+	refs = append(refs, &p.Usable)
 	for i := range p.Frontends {
 		refs = append(refs, &p.Frontends[i].Internal, &p.Frontends[i].External)
 	}

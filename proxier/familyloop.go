@@ -28,17 +28,17 @@ type familyLoop struct {
 	suspects [][]ServicePortName
 	// proven says that the kernel took something since the search began: its
 	// state is not to blame for a failure.
-	proven  bool
-	accused int       // suspects that failed alone since the search began
-	doubted time.Time // when everything was last written anew to find out
-	refusals
+	kernelAccepts bool
+	failedAlone   int       // suspects that failed alone since the search began
+	rewrittenAt   time.Time // when everything was last written anew to find out
+	quarantine
 	retryAt time.Time // zero: nothing is due
 	backoff time.Duration
 
 	// said is what the mode last said of Service ports, says what the modes of
 	// all families do. See Reporter.
-	said map[ServicePortName]Problem
-	says sayings
+	problemOf map[ServicePortName]Problem
+	problems  problemCounts
 
 	written  bool // everything was written at least once
 	asked    bool // all is set because the Loop was asked to, not after a failure
@@ -57,14 +57,14 @@ const (
 	// patience is how often writing everything may fail before Services are
 	// looked at for the reason. The kernel goes on with what it has in the
 	// meantime, and a lock that somebody holds for a moment costs no Service.
-	patience = 3
+	maxFullSyncFailures = 3
 )
 
-func newFamilyLoop(family Family, p Proxier, opts *LoopOptions, says sayings, quarantined map[ServiceName]int) *familyLoop {
+func newFamilyLoop(family Family, p Proxier, opts *LoopOptions, says problemCounts, quarantined map[ServiceName]int) *familyLoop {
 	return &familyLoop{
 		family: family, proxier: p, planner: newPlanner(family), opts: opts,
 		log: opts.Logger.With("family", family.String()),
-		all: true, refusals: newRefusals(quarantined), said: map[ServicePortName]Problem{}, says: says,
+		all: true, quarantine: newQuarantine(quarantined), problemOf: map[ServicePortName]Problem{}, problems: says,
 	}
 }
 
@@ -79,11 +79,11 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 	}
 	f.prune()
 	b := f.backlog()
-	retry := due && len(f.refused) > 0
+	retry := due && len(f.quarantinedPorts) > 0
 	if !f.all && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
 		f.schedule(due, false)
 		f.since, f.triggers = time.Time{}, nil // these changed nothing that counts
-		f.rest()
+		f.lookAtRest()
 		return false, nil
 	}
 	report := SyncReport{Family: f.family, Services: f.count(b)}
@@ -114,7 +114,7 @@ func (f *familyLoop) count(b backlog) int {
 func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error {
 	f.wroteAll, f.searchesPorts = false, false
 	if len(f.suspects) == 0 {
-		f.proven, f.accused = false, 0
+		f.kernelAccepts, f.failedAlone = false, 0
 	}
 	if f.all {
 		if err := f.writeAll(ctx); err != nil {
@@ -128,7 +128,7 @@ func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error
 		return err
 	}
 	if retry && len(f.retries) == 0 {
-		f.retries = [][]ServicePortName{slices.SortedFunc(maps.Keys(f.refused), ServicePortName.Compare)}
+		f.retries = [][]ServicePortName{slices.SortedFunc(maps.Keys(f.quarantinedPorts), ServicePortName.Compare)}
 	}
 	a, progress := newAllowance(), false
 	f.writeGroups(ctx, a, b.slices[:min(1, len(b.slices))])
@@ -153,7 +153,7 @@ func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error
 func (f *familyLoop) schedule(due, progress bool) {
 	now := time.Now()
 	switch {
-	case !f.all && len(f.refused) == 0:
+	case !f.all && len(f.quarantinedPorts) == 0:
 		f.retryAt, f.backoff = time.Time{}, 0
 	case progress:
 		f.backoff, f.retryAt = firstRetry, now.Add(firstRetry)
@@ -166,7 +166,7 @@ func (f *familyLoop) schedule(due, progress bool) {
 }
 
 // rest looks at what a sync has left.
-func (f *familyLoop) rest() {
+func (f *familyLoop) lookAtRest() {
 	b := f.backlog()
 	waits := f.planner.node || len(f.suspects)+len(b.small)+len(b.altered) > 0
 	f.current = !f.all && !waits
@@ -181,7 +181,7 @@ func (f *familyLoop) writeSmall(ctx context.Context, names []ServicePortName) er
 	}
 	err := f.try(ctx, p.plan, Change{Node: p.node, Services: names})
 	if err == nil {
-		p.node, f.proven = false, true
+		p.node, f.kernelAccepts = false, true
 		f.done(names)
 		return nil
 	}
@@ -193,7 +193,7 @@ func (f *familyLoop) writeSmall(ctx context.Context, names []ServicePortName) er
 			f.all = true
 			return f.failed(ctx, err)
 		}
-		p.node, f.proven = false, true
+		p.node, f.kernelAccepts = false, true
 	}
 	if len(names) > 0 {
 		f.failedTogether(names, err)
@@ -217,10 +217,10 @@ func (f *familyLoop) writeAll(ctx context.Context) error {
 		return nil
 	}
 	f.allFailed++
-	if ctx.Err() != nil || f.allFailed < patience || len(names) == 0 && f.allFailed < 2*patience {
+	if ctx.Err() != nil || f.allFailed < maxFullSyncFailures || len(names) == 0 && f.allFailed < 2*maxFullSyncFailures {
 		return f.failed(ctx, err)
 	}
-	if f.allFailed >= 2*patience {
+	if f.allFailed >= 2*maxFullSyncFailures {
 		p.forgetKernel()
 	}
 	f.log.Warn("writing everything failed again, looking for the Service it fails for", "services", len(p.changed), "error", err)
@@ -232,13 +232,13 @@ func (f *familyLoop) writeAll(ctx context.Context) error {
 }
 
 func (f *familyLoop) tookAll() {
-	f.planner.node, f.allFailed, f.proven = false, 0, true
+	f.planner.node, f.allFailed, f.kernelAccepts = false, 0, true
 }
 
 // unsuspected returns the changes that neither failed nor were refused, sorted.
 func (f *familyLoop) unsuspected() []ServicePortName {
 	names := f.changed()
-	if len(f.suspects)+len(f.refused) == 0 {
+	if len(f.suspects)+len(f.quarantinedPorts) == 0 {
 		return names
 	}
 	out := map[ServicePortName]struct{}{}
@@ -247,7 +247,7 @@ func (f *familyLoop) unsuspected() []ServicePortName {
 			out[name] = struct{}{}
 		}
 	}
-	for _, name := range f.closed(slices.Collect(maps.Keys(f.refused))) {
+	for _, name := range f.closed(slices.Collect(maps.Keys(f.quarantinedPorts))) {
 		out[name] = struct{}{}
 	}
 	return slices.DeleteFunc(names, func(name ServicePortName) bool { _, left := out[name]; return left })
@@ -277,7 +277,7 @@ func (f *familyLoop) try(ctx context.Context, plan *Plan, change Change) (err er
 	if err := f.proxier.Sync(ctx, plan, change); err != nil {
 		return err
 	}
-	f.heed(plan, change)
+	f.collectProblems(plan, change)
 	return nil
 }
 
@@ -287,7 +287,7 @@ const slowSync = 10 * time.Second
 // done notes what is in the kernel now.
 func (f *familyLoop) done(names []ServicePortName) {
 	owners := f.planner.flowOwners(names)
-	f.planner.written(names)
+	f.planner.markWritten(names)
 	for _, name := range names {
 		f.release(name)
 	}

@@ -17,7 +17,7 @@ type FlowCleaner interface {
 // ports could have changed. It is asked before they are noted as written.
 func (p *planner) flowOwners(names []ServicePortName) []FlowOwner {
 	var owners []FlowOwner
-	gone := FlowOwner{Serving: noEndpoints}
+	gone := FlowOwner{Usable: NoEndpoints}
 	for _, name := range names {
 		was, changed := p.changed[name]
 		if !changed || name.Protocol != UDP {
@@ -27,12 +27,12 @@ func (p *planner) flowOwners(names []ServicePortName) []FlowOwner {
 		before, after := was.Keys(), now.Keys()
 		for _, key := range before {
 			// Who has taken a frontend over has changed and is an owner too.
-			if _, taken := p.claims.owners[key]; !taken {
+			if _, taken := p.owners.owners[key]; !taken {
 				gone.Frontends = append(gone.Frontends, key)
 			}
 		}
-		if now != nil && len(after) > 0 && (was == nil || was.Serving != now.Serving || !slices.Equal(before, after)) {
-			owners = append(owners, FlowOwner{after, now.Serving})
+		if now != nil && len(after) > 0 && (was == nil || was.Usable != now.Usable || !slices.Equal(before, after)) {
+			owners = append(owners, FlowOwner{after, now.Usable})
 		}
 	}
 	if len(gone.Frontends) > 0 {

@@ -18,7 +18,7 @@ func (r *recorder) text() string {
 			keys[i] = k.String()
 		}
 		slices.Sort(keys)
-		lines = append(lines, fmt.Sprintf("%s: %s", strings.Join(keys, " "), o.Serving))
+		lines = append(lines, fmt.Sprintf("%s: %s", strings.Join(keys, " "), o.Usable))
 	}
 	r.owners = nil
 	slices.Sort(lines)

@@ -221,7 +221,7 @@ func mustSyncBoth(t *testing.T, loop *Loop, modes []*fakeProxier) {
 			t.Fatal(modes[i].broken)
 		}
 		for name, sp := range modes[i].kernel {
-			if !sp.equal(plan.Services[name]) {
+			if !sp.Equal(plan.Services[name]) {
 				t.Fatalf("%s: the kernel has %v of %s, the plan %v", family, sp, name, plan.Services[name])
 			}
 		}
@@ -312,7 +312,7 @@ func FuzzRefusals(f *testing.F) {
 				_ = loop.SyncNow(t.Context())
 			}
 		}
-		for range 4 * patience {
+		for range 4 * maxFullSyncFailures {
 			_ = loop.SyncNow(t.Context())
 		}
 		for i, family := range Families {

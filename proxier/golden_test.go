@@ -167,10 +167,10 @@ func checkPlan(t testing.TB, plan *Plan) {
 	t.Helper()
 	taken := map[FrontendKey]ServicePortName{}
 	for name, sp := range plan.Services {
-		if sp == nil || sp.Name != name || sp.Serving == nil {
+		if sp == nil || sp.Name != name || sp.Usable == nil {
 			t.Fatalf("%s: broken entry %+v", name, sp)
 		}
-		checkSet(t, name, sp.Serving)
+		checkSet(t, name, sp.Usable)
 		for i := range sp.Frontends {
 			f := &sp.Frontends[i]
 			key := f.Key(name.Protocol)

@@ -88,7 +88,7 @@ func (b *inbox) Resync() {
 func (b *inbox) push(e event) {
 	b.mu.Lock()
 	b.events = append(b.events, e)
-	b.progress.told(e.obj)
+	b.progress.count(e.obj)
 	b.queue()
 	b.mu.Unlock()
 	b.wakeUp()
@@ -107,10 +107,10 @@ func (b *inbox) wakeUp() {
 	}
 }
 
-func (b *inbox) settle(held ObjectCounts, done []Family) {
+func (b *inbox) finish(held ObjectCounts, done []Family) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.progress.settle(held, done)
+	b.progress.finish(held, done)
 }
 
 // resume notes that a family's Proxier goes on with what its last sync has left.
@@ -122,7 +122,7 @@ func (b *inbox) resume(family Family) {
 }
 
 // delivery is what an inbox held.
-type delivery struct {
+type batch struct {
 	events []event
 	addrs  []netip.Addr
 	routes []RouteSource
@@ -132,10 +132,10 @@ type delivery struct {
 	since  time.Time // when the oldest of it came in; zero for nothing
 }
 
-func (b *inbox) take() delivery {
+func (b *inbox) drain() batch {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	d := delivery{b.events, b.addrs, b.routes, b.moved, b.resync, b.synced, b.progress.take()}
+	d := batch{b.events, b.addrs, b.routes, b.moved, b.resync, b.synced, b.progress.take()}
 	b.events, b.moved, b.resync = nil, false, false
 	return d
 }

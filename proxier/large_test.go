@@ -139,7 +139,7 @@ func TestTooLargeServices(t *testing.T) {
 			if len(b.problems) != 1 || !strings.HasPrefix(b.problems[0].Reason, test.want) {
 				t.Errorf("reported %v, want %q", b.problems, test.want)
 			}
-			if r := b.reports[0]; r.SetAside == 0 || !r.Current {
+			if r := b.reports[0]; r.Quarantined == 0 || !r.Current {
 				t.Errorf("the report is %+v", r)
 			}
 			b.Apply(newSlice("huge", "10.244.2.3")) // still too large
@@ -149,7 +149,7 @@ func TestTooLargeServices(t *testing.T) {
 			}
 			b.Apply(newService("huge", clusterIP(5), ports(2)))
 			b.mustSync()
-			if r := b.reports[len(b.reports)-1]; len(b.Plan(IPv4).Services) != 3 || r.SetAside != 0 {
+			if r := b.reports[len(b.reports)-1]; len(b.Plan(IPv4).Services) != 3 || r.Quarantined != 0 {
 				t.Errorf("once it is small, %d Service ports are served; %+v", len(b.Plan(IPv4).Services), r)
 			}
 		})

@@ -15,7 +15,7 @@ func newLinks(p *planner) links {
 			continue
 		}
 		for i := range was.Frontends {
-			heir := p.claims.owners[was.Frontends[i].Key(name.Protocol)].by
+			heir := p.owners.owners[was.Frontends[i].Key(name.Protocol)].by
 			if _, changed := p.changed[heir]; changed && heir != name {
 				l.join(name, heir)
 			}

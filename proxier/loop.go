@@ -49,11 +49,11 @@ type LoopOptions struct {
 
 // SyncReport says what one sync of one family did.
 type SyncReport struct {
-	Family   Family
-	Took     time.Duration
-	Services int  // Service ports to write or remove
-	All      bool // everything was written anew
-	SetAside int  // Service ports in quarantine: the mode refuses them, or their Service is too large
+	Family      Family
+	Took        time.Duration
+	Services    int  // Service ports to write or remove
+	All         bool // everything was written anew
+	Quarantined int  // Service ports in quarantine: the mode refuses them, or their Service is too large
 	// Current says that the kernel now does what the plan asks for, but for
 	// quarantined Services and for slices of large ones that are still to come.
 	Current bool
@@ -86,13 +86,13 @@ type Loop struct {
 	*inbox
 	opts LoopOptions
 
-	tracker  *Tracker
-	local    []netip.Addr
-	routes   []RouteSource
-	settled  bool                     // the source has synced and its objects were taken
-	resolved int                      // how often a Service was resolved, over all families
-	toldEven map[ServiceName]struct{} // see warnOfEvenSpread
-	families []*familyLoop
+	tracker        *Tracker
+	local          []netip.Addr
+	routes         []RouteSource
+	sourceSynced   bool                     // the source has synced and its objects were taken
+	resolved       int                      // how often a Service was resolved, over all families
+	warnedOfSpread map[ServiceName]struct{} // see warnOfEvenSpread
+	families       []*familyLoop
 
 	nodeMissing bool // as NodeMissing was told
 }
@@ -108,9 +108,9 @@ func NewLoop(opts LoopOptions) *Loop {
 	if opts.RetryPeriod == 0 {
 		opts.RetryPeriod = 30 * time.Second
 	}
-	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName), toldEven: map[ServiceName]struct{}{}}
+	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: NewTracker(opts.NodeName), warnedOfSpread: map[ServiceName]struct{}{}}
 	l.progress.pending = map[Family]time.Time{}
-	says, quarantined := sayings{}, map[ServiceName]int{}
+	says, quarantined := problemCounts{}, map[ServiceName]int{}
 	for _, family := range Families {
 		if p := opts.Proxiers[family]; p != nil {
 			l.progress.pending[family] = time.Time{}
@@ -191,7 +191,7 @@ func (l *Loop) SyncNow(ctx context.Context) error {
 
 func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 	var done []Family
-	defer func() { l.settle(l.tracker.Counts(), done) }()
+	defer func() { l.finish(l.tracker.Counts(), done) }()
 	for _, f := range l.families {
 		if f.more {
 			l.resume(f.family)
@@ -215,7 +215,7 @@ func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 // update brings the plans up to date with what is queued, and says whether
 // they are complete: Services and EndpointSlices were listed.
 func (l *Loop) update() bool {
-	got := l.take()
+	got := l.drain()
 	for _, e := range got.events {
 		if e.delete {
 			l.tracker.Delete(e.obj)
@@ -229,23 +229,23 @@ func (l *Loop) update() bool {
 	if !got.synced {
 		return false
 	}
-	first := !l.settled
-	l.settled = true
+	first := !l.sourceSynced
+	l.sourceSynced = true
 	l.checkNode()
 	if first {
 		l.tracker.WarnOfUnknowns(l.opts.Logger, &l.opts.Settings, slices.Sorted(maps.Keys(l.opts.Proxiers)))
 	}
-	names, node := l.tracker.takeDirty()
-	l.warnOfEvenSpread(names)
+	names, node := l.tracker.TakeChanges()
+	l.warnOfIgnoredWeights(names)
 	for _, f := range l.families {
-		f.queued(got.since, l.tracker.takeTriggers(f.family))
+		f.queued(got.since, l.tracker.TakeTriggerTimes(f.family))
 		if got.resync && !f.all {
 			f.all, f.asked, f.retryAt = true, true, time.Time{}
 		}
 		todo := names
 		if node || got.moved || first {
-			if f.planner.setNode(l.tracker.nodeValue(&l.opts.Settings, f.family, l.local, l.routes)) {
-				todo = l.tracker.serviceNames(names)
+			if f.planner.setNode(l.tracker.Node(&l.opts.Settings, f.family, l.local, l.routes)) {
+				todo = l.tracker.ServiceNames(names)
 			}
 		}
 		if len(todo) > 0 {
@@ -308,18 +308,18 @@ func LogProblems(log *slog.Logger) func(Problem) {
 
 // warnOfEvenSpread says once for each Service that its annotations do less here
 // than they ask for.
-func (l *Loop) warnOfEvenSpread(names []ServiceName) {
+func (l *Loop) warnOfIgnoredWeights(names []ServiceName) {
 	if l.opts.Settings.HasSchedulers {
 		return
 	}
 	for _, name := range names {
-		if _, told := l.toldEven[name]; told == l.tracker.spreadsUnevenly(name) {
+		if _, told := l.warnedOfSpread[name]; told == l.tracker.SpreadsUnevenly(name) {
 			continue
 		} else if told {
-			delete(l.toldEven, name)
+			delete(l.warnedOfSpread, name)
 			continue
 		}
-		l.toldEven[name] = struct{}{}
+		l.warnedOfSpread[name] = struct{}{}
 		l.opts.Logger.Warn("annotations for a scheduler or weights have no effect in this mode: new connections are spread evenly; only the mode ipvs has schedulers, and the weight 0 counts everywhere",
 			"service", name.String())
 	}

@@ -257,11 +257,11 @@ func TestSetsKeepTheirIdentity(t *testing.T) {
 		t.Fatalf("no node port: %+v", after)
 	}
 	for _, f := range after.Frontends {
-		if f.Internal != before.Serving || f.External != before.Serving {
+		if f.Internal != before.Usable || f.External != before.Usable {
 			t.Errorf("the set of %s is another one, though its endpoints are the same", f.Key(TCP))
 		}
 	}
-	if before.Serving != after.Serving {
+	if before.Usable != after.Usable {
 		t.Error("Serving is another one")
 	}
 }
@@ -411,7 +411,7 @@ func TestTenThousandEndpointsOfOneService(t *testing.T) {
 	b.mustSync()
 	checkPlan(t, b.Plan(IPv4))
 	for _, sp := range b.Plan(IPv4).Services {
-		if n := sp.Serving.Len(); n != 10_000 {
+		if n := sp.Usable.Len(); n != 10_000 {
 			t.Errorf("%d endpoints", n)
 		}
 	}

@@ -28,7 +28,7 @@ func (n *nodeObject) primary(family Family) netip.Addr {
 }
 
 func readNode(obj *corev1.Node) (nodeObject, []Problem) {
-	p := problems{kind: "Node", object: objectName(obj)}
+	p := Problems{Kind: "Node", Object: objectName(obj)}
 	n := nodeObject{zone: obj.Labels[corev1.LabelTopologyZone]}
 	cidrs := obj.Spec.PodCIDRs
 	if len(cidrs) == 0 && obj.Spec.PodCIDR != "" {
@@ -45,27 +45,27 @@ func readNode(obj *corev1.Node) (nodeObject, []Problem) {
 			}
 		}
 	}
-	return n, p.all()
+	return n, p.All()
 }
 
 // readServiceCIDR leaves out a range of all addresses: unallocated addresses
 // of a ServiceCIDR are dropped, so it would cut the node off.
 func readServiceCIDR(obj *networkingv1.ServiceCIDR) ([]netip.Prefix, []Problem) {
-	p := problems{kind: "ServiceCIDR", object: objectName(obj)}
+	p := Problems{Kind: "ServiceCIDR", Object: objectName(obj)}
 	var out []netip.Prefix
 	for _, prefix := range readPrefixes(&p, "spec.cidrs", obj.Spec.CIDRs) {
 		if prefix.Bits() == 0 {
-			p.add("spec.cidrs", "%s is every address there is; it is left out", prefix)
+			p.Add("spec.cidrs", "%s is every address there is; it is left out", prefix)
 			continue
 		}
 		out = append(out, prefix)
 	}
-	return out, p.all()
+	return out, p.All()
 }
 
 // nodeValue is what rules need to know about this node in one family, given
 // the addresses that its interfaces have and the sources that its routes name.
-func (t *Tracker) nodeValue(settings *Settings, family Family, local []netip.Addr, routes []RouteSource) Node {
+func (t *Tracker) Node(settings *Settings, family Family, local []netip.Addr, routes []RouteSource) Node {
 	addrs := settings.NodePortAddresses.pick(family, settings.primary(family, &t.node), local)
 	var own []netip.Prefix
 	if settings.takesRemotePodsForLocal(family) {

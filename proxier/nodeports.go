@@ -63,7 +63,7 @@ func (s *NodePortSelector) pick(family Family, primary netip.Addr, local []netip
 	local = slices.DeleteFunc(slices.Clone(local), func(a netip.Addr) bool { return FamilyOf(a) != family })
 	var addrs []netip.Addr
 	for _, a := range local {
-		if contains(cidrs, a) {
+		if AnyContains(cidrs, a) {
 			addrs = append(addrs, a)
 		}
 	}
@@ -120,7 +120,7 @@ func (s *Settings) ServesLocalhost(family Family) bool {
 	switch s.LocalhostNodePorts {
 	case LocalhostCovered:
 		cidrs := at.of(IPv4)
-		return family == IPv4 && (len(cidrs) == 0 && !at.Primary || contains(cidrs, Localhost(IPv4)))
+		return family == IPv4 && (len(cidrs) == 0 && !at.Primary || AnyContains(cidrs, Localhost(IPv4)))
 	case LocalhostNamed:
 		return at.NamesLocalhost(family)
 	}

@@ -34,7 +34,7 @@ func TestOwnPods(t *testing.T) {
 			Spec:       corev1.NodeSpec{PodCIDRs: []string{"10.244.1.0/24", "fd00:244:0:1::/64"}},
 		})
 		settings := Settings{DetectLocal: test.detect, ClusterCIDRs: cluster}
-		n := tracker.nodeValue(&settings, test.family, []netip.Addr{netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr(test.local)}, nil)
+		n := tracker.Node(&settings, test.family, []netip.Addr{netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr(test.local)}, nil)
 		var want []netip.Prefix
 		if test.want != "" {
 			want = []netip.Prefix{netip.MustParsePrefix(test.want)}

@@ -186,20 +186,20 @@ func (v Verdict) String() string {
 
 // Origins is a set of places that a connection can come from, as seen by this
 // node.
-type Origins uint8
+type TrafficSources uint8
 
 const (
 	// FromPods is traffic of Pods on this node, as Node.LocalPods tells them
 	// apart. Where it cannot, Pods count as FromOutside.
-	FromPods Origins = 1 << iota
+	FromPods TrafficSources = 1 << iota
 	// FromNode is traffic of processes in the node's own network namespace:
 	// its source address is one of the node's.
 	FromNode
 	// FromOutside is everything else.
 	FromOutside
 
-	FromNowhere  Origins = 0
-	FromAnywhere         = FromPods | FromNode | FromOutside
+	NoSource  TrafficSources = 0
+	AnySource                = FromPods | FromNode | FromOutside
 )
 
 // FrontendKey is what a packet is matched by: no two frontends of a Plan share
@@ -235,7 +235,7 @@ type Frontend struct {
 	// Masquerade is the set of origins whose source address is rewritten to
 	// the node's. A hairpin connection (source address equal to the chosen
 	// endpoint's) is always rewritten, whatever this says.
-	Masquerade Origins
+	Masquerade TrafficSources
 	// Sources, where not nil, are the only source addresses that may use this
 	// frontend, wherever they are; all others are dropped, before WhenEmpty is
 	// looked at. A set but empty slice admits nobody.
@@ -261,7 +261,7 @@ type ServicePort struct {
 	Frontends []Frontend
 	// Serving holds every endpoint that still answers, whatever policy,
 	// topology or termination say: the flows to these must not be cut.
-	Serving *EndpointSet
+	Usable *EndpointSet
 	// HealthCheckNodePort is the TCP port on which a load balancer asks
 	// whether this node has local endpoints; 0 for none. One port of a Service
 	// carries it for the whole of the Service.
@@ -340,7 +340,7 @@ type Node struct {
 // BetweenNodes says whether a connection to a Service is one from a Pod of another
 // node to an endpoint of another node. See OwnPods.
 func (n *Node) BetweenNodes(client, endpoint netip.Addr) bool {
-	return len(n.OwnPods) > 0 && contains(n.LocalPods.Prefixes, client) && !contains(n.OwnPods, client) && !contains(n.OwnPods, endpoint)
+	return len(n.OwnPods) > 0 && AnyContains(n.LocalPods.Prefixes, client) && !AnyContains(n.OwnPods, client) && !AnyContains(n.OwnPods, endpoint)
 }
 
 // Plan is what this node must do in one IP family: the whole desired state. It
@@ -382,7 +382,7 @@ type FlowOwner struct {
 	Frontends []FrontendKey
 	// Serving is empty where the Service has nobody left, and for frontends
 	// that a Service had and nobody has taken over.
-	Serving *EndpointSet
+	Usable *EndpointSet
 }
 
 // Keys are what packets to a Service port are matched by; none for nil.
@@ -408,9 +408,9 @@ type HealthCheck struct {
 }
 
 // noEndpoints is every empty set, so that emptiness never tells two apart.
-var noEndpoints = &EndpointSet{}
+var NoEndpoints = &EndpointSet{}
 
 // contains says whether one of the prefixes holds an address.
-func contains(prefixes []netip.Prefix, a netip.Addr) bool {
+func AnyContains(prefixes []netip.Prefix, a netip.Addr) bool {
 	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 }

@@ -11,7 +11,7 @@ import (
 type planner struct {
 	plan      *Plan
 	services  map[ServiceName]*plannedService
-	claims    claims
+	owners    ownership
 	totals    totals
 	mostPorts int // see compact.Map
 
@@ -25,14 +25,14 @@ type planner struct {
 type plannedService struct {
 	since   int64             // as in claim
 	ports   []ServicePortName // in the plan, sorted
-	waiting []wish            // for frontends that better claims have
+	waiting []request         // for frontends that better claims have
 }
 
 func newPlanner(family Family) *planner {
 	return &planner{
 		plan:     &Plan{Family: family, Services: map[ServicePortName]*ServicePort{}},
 		services: map[ServiceName]*plannedService{},
-		claims:   newClaims(),
+		owners:   newOwnership(),
 		totals:   newTotals(),
 		changed:  map[ServicePortName]*ServicePort{},
 	}
@@ -41,7 +41,7 @@ func newPlanner(family Family) *planner {
 // setNode says whether Services must be resolved again: masquerading depends
 // on whether local Pods can be told apart.
 func (p *planner) setNode(n Node) (resolveAll bool) {
-	if p.plan.Node.equal(&n) {
+	if p.plan.Node.Equal(&n) {
 		return false
 	}
 	resolveAll = p.plan.Node.LocalPods.Known() != n.LocalPods.Known()
@@ -57,21 +57,21 @@ func (p *planner) update(name ServiceName, since int64, ports []*ServicePort) (a
 	if old == nil {
 		old = &plannedService{}
 	}
-	wishes := wishesOf(since, ports)
-	affected = p.claims.exchange(name, p.wishesOf(old), wishes)
+	wishes := requestsOf(since, ports)
+	affected = p.owners.replace(name, p.requestsOf(old), wishes)
 
 	next := &plannedService{since: since}
-	found := problems{kind: "Service", object: name.String()}
+	found := Problems{Kind: "Service", Object: name.String()}
 	for _, w := range wishes {
-		if p.claims.has(w) {
+		if p.owners.has(w) {
 			continue
 		}
 		next.waiting = append(next.waiting, w)
-		if _, waited := findWish(old.waiting, w); !waited {
+		if _, waited := findRequest(old.waiting, w); !waited {
 			p.conflict(&found, w)
 		}
 	}
-	slices.SortFunc(next.waiting, wish.compare)
+	slices.SortFunc(next.waiting, request.compare)
 	p.grant(next, ports)
 	p.remove(old.ports, next.ports)
 	p.plan.Services = compact.Map(p.plan.Services, &p.mostPorts)
@@ -80,14 +80,14 @@ func (p *planner) update(name ServiceName, since int64, ports []*ServicePort) (a
 	} else {
 		delete(p.services, name)
 	}
-	return affected, found.all()
+	return affected, found.All()
 }
 
 // grant puts the ports into the plan with those frontends that they have.
 func (p *planner) grant(next *plannedService, ports []*ServicePort) {
 	for _, sp := range ports {
-		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f Frontend) bool { return !p.claims.has(wishOf(&f, sp.Name, next.since)) })
-		if sp.HealthCheckNodePort != 0 && !p.claims.has(healthCheckWish(sp, next.since)) {
+		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f Frontend) bool { return !p.owners.has(requestOf(&f, sp.Name, next.since)) })
+		if sp.HealthCheckNodePort != 0 && !p.owners.has(healthCheckRequest(sp, next.since)) {
 			sp.HealthCheckNodePort, sp.LocalEndpoints = 0, 0
 		}
 		if len(sp.Frontends) > 0 || sp.HealthCheckNodePort != 0 {
@@ -115,17 +115,17 @@ func (p *planner) set(name ServicePortName, sp *ServicePort) {
 		written = old
 	}
 	switch {
-	case old.equal(sp):
+	case old.Equal(sp):
 		return
-	case written.equal(sp):
+	case written.Equal(sp):
 		sp = written
 		delete(p.changed, name)
 	default:
-		sp.keepSets(old)
-		sp.keepSets(written)
+		sp.KeepSets(old)
+		sp.KeepSets(written)
 		p.changed[name] = written
 	}
-	p.totals.exchange(old, sp)
+	p.totals.replace(old, sp)
 	if sp == nil {
 		delete(p.plan.Services, name)
 	} else {
@@ -134,7 +134,7 @@ func (p *planner) set(name ServicePortName, sp *ServicePort) {
 }
 
 // written notes that the kernel holds these Service ports as the plan does.
-func (p *planner) written(names []ServicePortName) {
+func (p *planner) markWritten(names []ServicePortName) {
 	for _, name := range names {
 		delete(p.changed, name)
 	}

@@ -89,7 +89,7 @@ func (p *ServicePort) print(w io.Writer) {
 	for i := range p.Frontends {
 		p.Frontends[i].print(w, &letters)
 	}
-	serving := letters.of(p.Serving)
+	serving := letters.of(p.Usable)
 	for i, set := range letters.sets {
 		fmt.Fprintf(w, "  %s: %s\n", letter(i), set)
 	}
@@ -115,10 +115,10 @@ func (f *Frontend) print(w io.Writer, letters *setLetters) {
 }
 
 // String returns for example "node outside", or "nobody".
-func (o Origins) String() string {
+func (o TrafficSources) String() string {
 	var words []string
 	for _, origin := range []struct {
-		bit  Origins
+		bit  TrafficSources
 		word string
 	}{{FromPods, "pods"}, {FromNode, "node"}, {FromOutside, "outside"}} {
 		if o&origin.bit != 0 {

@@ -24,22 +24,22 @@ func (p Problem) String() string {
 const maxProblems = 10
 
 // problems collects what is wrong with one object.
-type problems struct {
-	kind, object string
+type Problems struct {
+	Kind, Object string
 	found        []Problem
 	more         int // not in found
 }
 
-func (p *problems) add(field, reason string, args ...any) {
+func (p *Problems) Add(field, reason string, args ...any) {
 	if len(p.found) == maxProblems {
 		p.more++
 		return
 	}
-	p.found = append(p.found, Problem{p.kind, p.object, field, fmt.Sprintf(reason, args...)})
+	p.found = append(p.found, Problem{p.Kind, p.Object, field, fmt.Sprintf(reason, args...)})
 }
 
 // all returns what was found, with a word on what is not listed.
-func (p *problems) all() []Problem {
+func (p *Problems) All() []Problem {
 	if p.more == 0 {
 		return p.found
 	}

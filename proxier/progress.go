@@ -11,9 +11,9 @@ import (
 // Progress says what a Loop was told and how far it has come with it.
 type Progress struct {
 	// Held are the objects that count at present.
-	Held ObjectCounts
+	Objects ObjectCounts
 	// Services and EndpointSlices are what the source told of these kinds.
-	Services, EndpointSlices Told
+	Services, EndpointSlices EventCounts
 	// LastQueued is when something to do last came in; zero for never.
 	LastQueued time.Time
 	// Pending is for each family that is served since when the oldest update
@@ -23,7 +23,7 @@ type Progress struct {
 }
 
 // Told counts what came in about objects of one kind.
-type Told struct {
+type EventCounts struct {
 	// Total counts additions, changes and deletions since the start.
 	Total uint64
 	// Pending are those of them that no sync has taken up and ended yet.
@@ -32,9 +32,9 @@ type Told struct {
 
 // progress is Progress as it is kept; its inbox's lock guards it.
 type progress struct {
-	held          ObjectCounts
-	services      Told
-	slices        Told
+	objects       ObjectCounts
+	services      EventCounts
+	slices        EventCounts
 	lastQueued    time.Time
 	waitsSince    time.Time            // the oldest that was not taken; zero for none
 	pending       map[Family]time.Time // of what was taken; a key for each family that is served
@@ -43,7 +43,7 @@ type progress struct {
 }
 
 // told is called with each object that comes in.
-func (p *progress) told(obj runtime.Object) {
+func (p *progress) count(obj runtime.Object) {
 	switch obj.(type) {
 	case *corev1.Service:
 		p.services.Total++
@@ -72,8 +72,8 @@ func (p *progress) take() (since time.Time) {
 }
 
 // settle notes how a sync left things.
-func (p *progress) settle(held ObjectCounts, done []Family) {
-	p.held = held
+func (p *progress) finish(held ObjectCounts, done []Family) {
+	p.objects = held
 	p.services.Pending -= p.takenServices
 	p.slices.Pending -= p.takenSlices
 	p.takenServices, p.takenSlices = 0, 0
@@ -95,7 +95,7 @@ func (b *inbox) Progress() Progress {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	p := Progress{
-		Held: b.progress.held, Services: b.progress.services, EndpointSlices: b.progress.slices,
+		Objects: b.progress.objects, Services: b.progress.services, EndpointSlices: b.progress.slices,
 		LastQueued: b.progress.lastQueued, Pending: make(map[Family]time.Time, len(b.progress.pending)),
 	}
 	for family, pending := range b.progress.pending {

@@ -21,7 +21,7 @@ func checkTotals(t *testing.T, p *planner) {
 	t.Helper()
 	fresh := newTotals()
 	for _, sp := range p.plan.Services {
-		fresh.exchange(nil, sp)
+		fresh.replace(nil, sp)
 	}
 	if p.totals.Totals != fresh.Totals || !maps.Equal(p.totals.health, fresh.health) {
 		t.Fatalf("%s: sums that followed the plan are %+v %v, those of the plan %+v %v",
@@ -90,7 +90,7 @@ func TestWhatIsSetAsideHoldsNothingUp(t *testing.T) {
 	if since := b.pending(); !since.IsZero() {
 		t.Errorf("something waits since %v", since)
 	}
-	if r := b.reports[len(b.reports)-1]; !r.Current || r.SetAside != 1 {
+	if r := b.reports[len(b.reports)-1]; !r.Current || r.Quarantined != 1 {
 		t.Errorf("the report is %+v", r)
 	}
 }
@@ -123,7 +123,7 @@ func TestProgressWhileASyncHangs(t *testing.T) {
 			t.Errorf("waits since %v, want since %v", since, changed)
 		}
 		// One of each was there before; the sync at work has taken the Service.
-		want := Told{Total: 2, Pending: 1}
+		want := EventCounts{Total: 2, Pending: 1}
 		if p := b.Progress(); p.Services != want || p.EndpointSlices != want {
 			t.Errorf("Services %+v, EndpointSlices %+v, want %+v", p.Services, p.EndpointSlices, want)
 		}
@@ -146,12 +146,12 @@ func TestHeld(t *testing.T) {
 	b.Apply(cidr)
 	b.Delete(newSlice("a"))
 	_ = b.syncNow()
-	if diff := cmp.Diff(ObjectCounts{Services: 3, EndpointSlices: 2, Nodes: 1, ServiceCIDRs: 1}, b.Progress().Held); diff != "" {
+	if diff := cmp.Diff(ObjectCounts{Services: 3, EndpointSlices: 2, Nodes: 1, ServiceCIDRs: 1}, b.Progress().Objects); diff != "" {
 		t.Errorf("-want +got\n%s", diff)
 	}
 	b.Delete(node)
 	_ = b.syncNow()
-	if n := b.Progress().Held.Nodes; n != 0 {
+	if n := b.Progress().Objects.Nodes; n != 0 {
 		t.Errorf("%d Nodes are held after the deletion", n)
 	}
 }

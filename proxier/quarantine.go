@@ -11,10 +11,10 @@ import (
 // refusals are the Service ports of one family that the kernel refuses.
 // Syncs of other changes leave them out. They are tried again when they change,
 // and after growing pauses.
-type refusals struct {
-	refused map[ServicePortName]refusal
+type quarantine struct {
+	quarantinedPorts map[ServicePortName]failure
 	// quarantined counts the refused ports of each Service.
-	quarantined map[ServiceName]int
+	portCounts map[ServiceName]int
 	// retries are groups of refused ports that are to be tried; the first is next.
 	retries [][]ServicePortName
 	// searchesPorts says that a Service was refused as a whole just now, and that
@@ -22,7 +22,7 @@ type refusals struct {
 	searchesPorts bool
 	// told counts for each Service the families of the Loop in which it is in
 	// quarantine. All families share it: one report is enough.
-	told map[ServiceName]int
+	familyCounts map[ServiceName]int
 	// oversized are the Services that are too large, with their numbers of ports.
 	oversized map[ServiceName]int
 	// failures are the first errors of Services in the present turn.
@@ -30,40 +30,40 @@ type refusals struct {
 }
 
 // refusal is the kernel's answer to one Service port, or to a group with it.
-type refusal struct {
+type failure struct {
 	port *ServicePort // what was refused; nil for its removal
 	err  error
 }
 
-func newRefusals(told map[ServiceName]int) refusals {
-	return refusals{
-		refused: map[ServicePortName]refusal{}, quarantined: map[ServiceName]int{}, told: told, oversized: map[ServiceName]int{},
+func newQuarantine(told map[ServiceName]int) quarantine {
+	return quarantine{
+		quarantinedPorts: map[ServicePortName]failure{}, portCounts: map[ServiceName]int{}, familyCounts: told, oversized: map[ServiceName]int{},
 		failures: map[ServiceName]error{},
 	}
 }
 
 // quarantine notes that the kernel refuses a group. A Service is reported when
 // its first port is refused.
-func (f *familyLoop) quarantine(group []ServicePortName, err error) {
+func (f *familyLoop) putInQuarantine(group []ServicePortName, err error) {
 	for _, name := range group {
 		service := name.ServiceName
 		if _, failed := f.failures[service]; !failed {
 			f.failures[service] = fmt.Errorf("Service %s: %w", name, err)
 		}
-		_, already := f.refused[name]
-		f.refused[name] = refusal{f.planner.plan.Services[name], err}
+		_, already := f.quarantinedPorts[name]
+		f.quarantinedPorts[name] = failure{f.planner.plan.Services[name], err}
 		if already {
 			continue
 		}
-		f.quarantined[service]++
-		if f.quarantined[service] == 1 {
-			f.tell(service, err)
+		f.portCounts[service]++
+		if f.portCounts[service] == 1 {
+			f.reportQuarantined(service, err)
 		}
 	}
 }
 
 // tell reports a Service that the kernel refuses.
-func (f *familyLoop) tell(service ServiceName, err error) {
+func (f *familyLoop) reportQuarantined(service ServiceName, err error) {
 	if !f.enter(service) {
 		return
 	}
@@ -75,31 +75,31 @@ func (f *familyLoop) tell(service ServiceName, err error) {
 
 // enter counts a family in which a Service is in quarantine. It says whether
 // this is the first, of which there is a report.
-func (r *refusals) enter(service ServiceName) (first bool) {
-	r.told[service]++
-	return r.told[service] == 1
+func (r *quarantine) enter(service ServiceName) (first bool) {
+	r.familyCounts[service]++
+	return r.familyCounts[service] == 1
 }
 
 // leave undoes enter, and says whether this was the last family.
-func (r *refusals) leave(service ServiceName) (last bool) {
-	if r.told[service]--; r.told[service] > 0 {
+func (r *quarantine) leave(service ServiceName) (last bool) {
+	if r.familyCounts[service]--; r.familyCounts[service] > 0 {
 		return false
 	}
-	delete(r.told, service)
+	delete(r.familyCounts, service)
 	return true
 }
 
 // release forgets that the kernel refused a Service port.
 func (f *familyLoop) release(name ServicePortName) {
-	if _, refused := f.refused[name]; !refused {
+	if _, refused := f.quarantinedPorts[name]; !refused {
 		return
 	}
-	delete(f.refused, name)
+	delete(f.quarantinedPorts, name)
 	service := name.ServiceName
-	if f.quarantined[service]--; f.quarantined[service] > 0 {
+	if f.portCounts[service]--; f.portCounts[service] > 0 {
 		return
 	}
-	delete(f.quarantined, service)
+	delete(f.portCounts, service)
 	if f.leave(service) {
 		f.log.Info("the kernel refuses nothing of a Service any more", "service", service.String())
 	}
@@ -107,7 +107,7 @@ func (f *familyLoop) release(name ServicePortName) {
 
 // prune releases what is no change any more.
 func (f *familyLoop) prune() {
-	for name := range f.refused {
+	for name := range f.quarantinedPorts {
 		if _, changed := f.planner.changed[name]; !changed {
 			f.release(name)
 		}
@@ -121,7 +121,7 @@ func (f *familyLoop) retry(ctx context.Context, a *allowance) (progress bool) {
 		if len(f.retries) == 0 {
 			return false
 		}
-		group := f.closed(slices.DeleteFunc(f.retries[0], func(name ServicePortName) bool { _, refused := f.refused[name]; return !refused }))
+		group := f.closed(slices.DeleteFunc(f.retries[0], func(name ServicePortName) bool { _, refused := f.quarantinedPorts[name]; return !refused }))
 		f.retries = f.retries[1:]
 		if len(group) == 0 {
 			return true
@@ -135,7 +135,7 @@ func (f *familyLoop) retry(ctx context.Context, a *allowance) (progress bool) {
 		case err == nil:
 			progress = true
 		case ctx.Err() == nil:
-			f.quarantine(group, err)
+			f.putInQuarantine(group, err)
 			f.retries = append(f.retries, halves...)
 		}
 		return true
@@ -144,8 +144,8 @@ func (f *familyLoop) retry(ctx context.Context, a *allowance) (progress bool) {
 }
 
 // setAside counts the Service ports in quarantine.
-func (r *refusals) setAside() int {
-	n := len(r.refused)
+func (r *quarantine) portCount() int {
+	n := len(r.quarantinedPorts)
 	for _, ports := range r.oversized {
 		n += ports
 	}

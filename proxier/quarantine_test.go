@@ -29,7 +29,7 @@ func TestARefusedServiceIsSetAside(t *testing.T) {
 	if len(b.problems) != 2 || b.problems[0].Object != "default/c" || b.problems[1].Object != "default/f" {
 		t.Errorf("reported: %v", b.problems)
 	}
-	if r := b.reports[len(b.reports)-1]; r.SetAside != 2 || r.Err == nil || r.Services != 8 {
+	if r := b.reports[len(b.reports)-1]; r.Quarantined != 2 || r.Err == nil || r.Services != 8 {
 		t.Errorf("report: %+v", r)
 	}
 
@@ -52,7 +52,7 @@ func TestARefusedServiceIsTriedWhenItChanges(t *testing.T) {
 	b := filled(t, 'd')
 	b.mode.setRefuse(func(plan *Plan, change Change) error {
 		for _, n := range change.Services {
-			if plan.Services[n].Serving.Len() > 2 {
+			if plan.Services[n].Usable.Len() > 2 {
 				return errors.New("too many")
 			}
 		}
@@ -176,7 +176,7 @@ func TestARefusedServiceKeepsItsOldFormWhenAllIsWritten(t *testing.T) {
 
 func TestAFirstSyncThatFailsIsTriedAgainBeforeServicesAreBlamed(t *testing.T) {
 	b := newRig(t)
-	fails := patience - 1
+	fails := maxFullSyncFailures - 1
 	b.mode.setRefuse(func(_ *Plan, change Change) error {
 		if !change.All {
 			t.Errorf("wrote parts: %+v", change)
@@ -188,7 +188,7 @@ func TestAFirstSyncThatFailsIsTriedAgainBeforeServicesAreBlamed(t *testing.T) {
 	})
 	b.Apply(newService("web", "10.96.0.1"))
 	b.Synced()
-	for range patience - 1 {
+	for range maxFullSyncFailures - 1 {
 		if err := b.syncNow(); err == nil {
 			t.Fatal("no error")
 		}
@@ -214,7 +214,7 @@ func TestABadServiceAtTheStartKeepsNobodyElseOut(t *testing.T) {
 			}
 			b.mode.setRefuse(refusing(badNames...))
 			b.Synced()
-			for range patience {
+			for range maxFullSyncFailures {
 				_ = b.syncNow()
 			}
 			b.wantInKernel(badNames...)
@@ -273,7 +273,7 @@ func TestAPanicCostsTheServiceThatCausesIt(t *testing.T) {
 	})
 	b.Apply(newService("bad", "10.96.7.7"))
 	b.Apply(newSlice("a", "10.244.2.2"))
-	for range 1 + patience {
+	for range 1 + maxFullSyncFailures {
 		if err := b.syncNow(); err == nil {
 			t.Fatal("no error")
 		}
@@ -322,7 +322,7 @@ func TestAFailureWhateverTheServicesIsNotTheirs(t *testing.T) {
 			failed++
 		}
 	}
-	if failed > 4*maxAccused {
+	if failed > 4*maxFailedAlone {
 		t.Errorf("%d tries failed before the Services were believed", failed)
 	}
 	if len(b.problems) != 0 {
@@ -376,7 +376,7 @@ func TestWhatWasTakenOnceMayBeRefusedLater(t *testing.T) {
 	b := filled(t, 'h')
 	b.mode.setRefuse(refusing("c"))
 	b.Resync()
-	for range 2 * patience {
+	for range 2 * maxFullSyncFailures {
 		if err := b.syncNow(); err == nil {
 			t.Fatal("no error")
 		}
@@ -390,14 +390,14 @@ func TestWhatWasTakenOnceMayBeRefusedLater(t *testing.T) {
 func TestSetsAreComparedWithWhatTheKernelHas(t *testing.T) {
 	b := filled(t, 'c')
 	name := ServicePortName{ServiceName{"default", "b"}, "http", TCP}
-	inKernel := b.mode.kernel[name].Serving
+	inKernel := b.mode.kernel[name].Usable
 	b.mode.setRefuse(refusing("b"))
 	b.Apply(newSlice("b", "10.244.2.2"))
 	_ = b.syncNow()
 	b.Apply(newSlice("b", "10.244.2.1")) // as in the kernel
 	b.Apply(newService("b", clusterIP(1), nodePort(30001)))
 	_ = b.syncNow()
-	if got := b.Plan(IPv4).Services[name].Serving; got != inKernel {
+	if got := b.Plan(IPv4).Services[name].Usable; got != inKernel {
 		t.Errorf("the set is another one than the kernel's, though its endpoints are the same")
 	}
 }

@@ -43,14 +43,14 @@ func ParsePrefix(text string) (netip.Prefix, bool) {
 	return p.Masked(), true
 }
 
-func readAddr(p *problems, field, text string) (netip.Addr, bool) {
+func readAddr(p *Problems, field, text string) (netip.Addr, bool) {
 	a, ok := ParseAddr(text)
 	if !ok {
-		p.add(field, "%q is not an IP address; it is left out", text)
+		p.Add(field, "%q is not an IP address; it is left out", text)
 		return a, false
 	}
 	if !hostAddr(a) {
-		p.add(field, "%s is a loopback, multicast or unspecified address; it is left out", a)
+		p.Add(field, "%s is a loopback, multicast or unspecified address; it is left out", a)
 		return a, false
 	}
 	return a, true
@@ -66,12 +66,12 @@ func hostAddr(a netip.Addr) bool {
 // server lets nothing else be an endpoint or an external IP.
 func routable(a netip.Addr) bool { return hostAddr(a) && !a.IsLinkLocalUnicast() }
 
-func readPrefixes(p *problems, field string, texts []string) []netip.Prefix {
+func readPrefixes(p *Problems, field string, texts []string) []netip.Prefix {
 	var out []netip.Prefix
 	for i, text := range texts {
 		prefix, ok := ParsePrefix(text)
 		if !ok {
-			p.add(indexed(field, i), "%q is not a CIDR; it is left out", text)
+			p.Add(indexed(field, i), "%q is not a CIDR; it is left out", text)
 			continue
 		}
 		out = append(out, prefix)
@@ -83,13 +83,13 @@ func validPort(port int32) bool { return port > 0 && port <= 65535 }
 
 // validNames refuses what the API server would: names end up in rules,
 // comments and logs. The namespace may be missing.
-func validNames(p *problems, obj metav1.Object, nameErrors func(string) []string) bool {
+func validNames(p *Problems, obj metav1.Object, nameErrors func(string) []string) bool {
 	namespace := obj.GetNamespace()
 	switch {
 	case namespace != "" && len(validation.IsDNS1123Label(namespace)) > 0:
-		p.add("metadata.namespace", "%q is not a name that the API allows; the object is left out", namespace)
+		p.Add("metadata.namespace", "%q is not a name that the API allows; the object is left out", namespace)
 	case len(nameErrors(obj.GetName())) > 0:
-		p.add("metadata.name", "%q is not a name that the API allows; the object is left out", obj.GetName())
+		p.Add("metadata.name", "%q is not a name that the API allows; the object is left out", obj.GetName())
 	default:
 		return true
 	}

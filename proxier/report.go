@@ -6,20 +6,20 @@ import (
 )
 
 // heed asks a mode that is a Reporter about what it has just written.
-func (f *familyLoop) heed(plan *Plan, change Change) {
+func (f *familyLoop) collectProblems(plan *Plan, change Change) {
 	mode, ok := f.proxier.(Reporter)
 	if !ok {
 		return
 	}
 	ask := func(name ServicePortName) {
 		p, found := mode.Problem(name)
-		if f.says.replace(f.said[name], p, found) {
+		if f.problems.replace(f.problemOf[name], p, found) {
 			f.opts.Report(p)
 		}
 		if found {
-			f.said[name] = p
+			f.problemOf[name] = p
 		} else {
-			delete(f.said, name)
+			delete(f.problemOf, name)
 		}
 	}
 	if !change.All {
@@ -28,7 +28,7 @@ func (f *familyLoop) heed(plan *Plan, change Change) {
 		}
 		return
 	}
-	for name := range f.said {
+	for name := range f.problemOf {
 		if plan.Services[name] == nil {
 			ask(name)
 		}
@@ -39,11 +39,11 @@ func (f *familyLoop) heed(plan *Plan, change Change) {
 }
 
 // sayings counts by Problem for how many Service ports modes say it.
-type sayings map[Problem]int
+type problemCounts map[Problem]int
 
 // replace counts p, where found, in the place of old, which may be none. It says
 // whether p is new.
-func (s sayings) replace(old, p Problem, found bool) (isNew bool) {
+func (s problemCounts) replace(old, p Problem, found bool) (isNew bool) {
 	if found {
 		s[p]++
 		isNew = s[p] == 1
@@ -69,12 +69,12 @@ func (f *familyLoop) queued(since time.Time, triggers []time.Time) {
 
 // report completes a report and hands it out.
 func (f *familyLoop) report(r SyncReport) {
-	f.rest()
-	r.All, r.SetAside, r.Totals, r.NodePortAddrs = f.wroteAll, f.setAside(), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
+	f.lookAtRest()
+	r.All, r.Quarantined, r.Totals, r.NodePortAddrs = f.wroteAll, f.portCount(), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
 	r.Repaired, f.repaired = f.repaired, false
 	if r.Current = f.current; r.Current {
 		r.Queued, r.Triggers = f.since, f.triggers
-		r.HealthChecks = f.planner.totals.takeHealth()
+		r.HealthChecks = f.planner.totals.changedHealthChecks()
 		f.since, f.triggers = time.Time{}, nil
 	}
 	if c, ok := f.proxier.(Counter); ok {

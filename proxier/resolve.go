@@ -78,7 +78,7 @@ func (r *Resolver) resolve(s *service, filed []*endpointSlice) (ports []*Service
 			Name:            ServicePortName{s.name, port.name, port.protocol},
 			AffinityTimeout: s.affinity,
 			Frontends:       r.frontends(s, port, addrs, chosen),
-			Serving:         chosen.serving,
+			Usable:          chosen.serving,
 			Scheduler:       r.scheduler(s),
 		})
 	}
@@ -161,7 +161,7 @@ func (r *Resolver) internal(s *service, chosen selection) Frontend {
 	}
 	switch {
 	case r.settings.MasqueradeAll:
-		f.Masquerade = FromAnywhere
+		f.Masquerade = AnySource
 	case r.knowsPods:
 		f.Masquerade = FromNode | FromOutside
 	}
@@ -184,7 +184,7 @@ func (r *Resolver) external(s *service, chosen selection) Frontend {
 		}
 		return f
 	}
-	return Frontend{Internal: chosen.cluster, External: chosen.cluster, Masquerade: FromAnywhere}
+	return Frontend{Internal: chosen.cluster, External: chosen.cluster, Masquerade: AnySource}
 }
 
 // remoteHairpins says whether an endpoint of another node may be the client of a
@@ -214,11 +214,11 @@ func (r *Resolver) restrict(s *service, balanced []serviceAddr) {
 		return
 	}
 	ranges := s.sourcesOf(r.family)
-	coverNode := r.primary.IsValid() && contains(ranges, r.primary)
+	coverNode := r.primary.IsValid() && AnyContains(ranges, r.primary)
 	for i := range balanced {
 		a := &balanced[i]
 		a.sources = ranges
-		if coverNode && !contains(ranges, a.addr) {
+		if coverNode && !AnyContains(ranges, a.addr) {
 			a.sources = append(slices.Clone(ranges), netip.PrefixFrom(a.addr, a.addr.BitLen()))
 			slices.SortFunc(a.sources, netip.Prefix.Compare)
 		}

@@ -15,7 +15,7 @@ const (
 
 // maxAccused is how many Services may fail one after the other before the
 // kernel's state is doubted and not they.
-const maxAccused = 8
+const maxFailedAlone = 8
 
 // allowance is what is left of a turn.
 type allowance struct {
@@ -44,7 +44,7 @@ func (f *familyLoop) write(ctx context.Context, a *allowance, group []ServicePor
 	if err := f.try(ctx, f.planner.plan, Change{Services: group}); err != nil {
 		return err
 	}
-	f.proven, f.accused = true, 0
+	f.kernelAccepts, f.failedAlone = true, 0
 	f.done(group)
 	return nil
 }
@@ -115,15 +115,15 @@ func (f *familyLoop) failedTogether(group []ServicePortName, err error) {
 	case severalServices:
 		f.log.Debug("a sync of several Services failed, looking for the one to blame", "servicePorts", len(group), "error", err)
 		f.suspect(halves)
-	case f.inDoubt(group[0].ServiceName) && f.accused < min(maxAccused, len(f.suspects)):
+	case f.inDoubt(group[0].ServiceName) && f.failedAlone < min(maxFailedAlone, len(f.suspects)):
 		f.suspects = slices.Insert(f.suspects, 0, group) // the last to be tried
-		f.accused++
+		f.failedAlone++
 	case f.inDoubt(group[0].ServiceName):
 		f.log.Info("a sync failed, everything is written anew in case the kernel's state is to blame", "service", group[0].ServiceName.String(), "error", err)
 		f.suspects = append(f.suspects, group)
-		f.all, f.doubted, f.accused = true, time.Now(), 0
+		f.all, f.rewrittenAt, f.failedAlone = true, time.Now(), 0
 	default:
-		f.quarantine(group, err)
+		f.putInQuarantine(group, err)
 		if len(halves) > 0 {
 			f.retries = append(f.retries, halves...)
 			f.searchesPorts = true
@@ -135,7 +135,7 @@ func (f *familyLoop) failedTogether(group []ServicePortName, err error) {
 // failure. To write everything anew costs everybody time: once in a while must
 // do.
 func (f *familyLoop) inDoubt(name ServiceName) bool {
-	return !f.proven && f.quarantined[name] == 0 && (f.doubted.IsZero() || time.Since(f.doubted) >= f.opts.RetryPeriod)
+	return !f.kernelAccepts && f.portCounts[name] == 0 && (f.rewrittenAt.IsZero() || time.Since(f.rewrittenAt) >= f.opts.RetryPeriod)
 }
 
 // halves divides a group in two, smaller Services first. While it holds several

@@ -147,7 +147,7 @@ func TestPortsOfAQuarantinedServiceAreServed(t *testing.T) {
 	if len(b.problems) != 1 {
 		t.Errorf("reported: %v", b.problems)
 	}
-	if r := b.reports[len(b.reports)-1]; r.SetAside != 3 || !r.Current {
+	if r := b.reports[len(b.reports)-1]; r.Quarantined != 3 || !r.Current {
 		t.Errorf("the report is %+v", r)
 	}
 
@@ -165,8 +165,8 @@ func TestPortsOfAQuarantinedServiceAreServed(t *testing.T) {
 	b.mode.setRefuse(nil)
 	b.mustSync()
 	b.mustSyncNothing()
-	if len(b.families[0].told) != 0 {
-		t.Errorf("in quarantine: %v", b.families[0].told)
+	if len(b.families[0].familyCounts) != 0 {
+		t.Errorf("in quarantine: %v", b.families[0].familyCounts)
 	}
 }
 

@@ -48,9 +48,9 @@ func (s *service) equal(o *service) bool {
 // readService returns nil for a Service that no proxy serves: headless,
 // ExternalName, without a cluster IP, or handed to another proxy by its label.
 func readService(obj *corev1.Service) (*service, []Problem) {
-	p := problems{kind: "Service", object: objectName(obj)}
+	p := Problems{Kind: "Service", Object: objectName(obj)}
 	if !servedByUs(obj) || !validNames(&p, obj, validation.IsDNS1123Label) {
-		return nil, p.all()
+		return nil, p.All()
 	}
 	s := &service{
 		name:                ServiceName{obj.Namespace, obj.Name},
@@ -67,7 +67,7 @@ func readService(obj *corev1.Service) (*service, []Problem) {
 	s.readSources(&p, obj.Spec.LoadBalancerSourceRanges)
 	s.internalLocal = isLocal(&p, "spec.internalTrafficPolicy", string(deref(obj.Spec.InternalTrafficPolicy)))
 	s.externalLocal = isLocal(&p, "spec.externalTrafficPolicy", string(obj.Spec.ExternalTrafficPolicy))
-	return s, p.all()
+	return s, p.All()
 }
 
 // since is when the Service was created, 0 for none.
@@ -111,13 +111,13 @@ func servedByUs(obj *corev1.Service) bool {
 // sessionAffinityConfig.clientIP.timeoutSeconds.
 const DefaultAffinityTimeout = 10800 * time.Second
 
-func readAffinity(p *problems, obj *corev1.Service) time.Duration {
+func readAffinity(p *Problems, obj *corev1.Service) time.Duration {
 	switch obj.Spec.SessionAffinity {
 	case corev1.ServiceAffinityNone, "":
 		return 0
 	case corev1.ServiceAffinityClientIP:
 	default:
-		p.add("spec.sessionAffinity", "%q is neither None nor ClientIP; there is no affinity", obj.Spec.SessionAffinity)
+		p.Add("spec.sessionAffinity", "%q is neither None nor ClientIP; there is no affinity", obj.Spec.SessionAffinity)
 		return 0
 	}
 	cfg := obj.Spec.SessionAffinityConfig
@@ -126,31 +126,31 @@ func readAffinity(p *problems, obj *corev1.Service) time.Duration {
 	}
 	seconds := *cfg.ClientIP.TimeoutSeconds
 	if seconds < 1 || seconds > 86400 {
-		p.add("spec.sessionAffinityConfig.clientIP.timeoutSeconds", "%d is not between 1 and 86400; %v is used", seconds, DefaultAffinityTimeout)
+		p.Add("spec.sessionAffinityConfig.clientIP.timeoutSeconds", "%d is not between 1 and 86400; %v is used", seconds, DefaultAffinityTimeout)
 		return DefaultAffinityTimeout
 	}
 	return time.Duration(seconds) * time.Second
 }
 
-func readHealthCheckNodePort(p *problems, obj *corev1.Service) uint16 {
+func readHealthCheckNodePort(p *Problems, obj *corev1.Service) uint16 {
 	port := obj.Spec.HealthCheckNodePort
 	if port == 0 || obj.Spec.Type != corev1.ServiceTypeLoadBalancer || obj.Spec.ExternalTrafficPolicy != corev1.ServiceExternalTrafficPolicyLocal {
 		return 0
 	}
 	if !validPort(port) {
-		p.add("spec.healthCheckNodePort", "%d is not a port (1 to 65535); there is no health check", port)
+		p.Add("spec.healthCheckNodePort", "%d is not a port (1 to 65535); there is no health check", port)
 		return 0
 	}
 	return uint16(port)
 }
 
-func isLocal(p *problems, field, policy string) bool {
+func isLocal(p *Problems, field, policy string) bool {
 	switch policy {
 	case "Local":
 		return true
 	case "Cluster", "":
 	default:
-		p.add(field, "%q is neither Cluster nor Local; Cluster is used", policy)
+		p.Add(field, "%q is neither Cluster nor Local; Cluster is used", policy)
 	}
 	return false
 }

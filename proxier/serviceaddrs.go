@@ -9,7 +9,7 @@ import (
 )
 
 // readClusterIPs returns at most one address of each family.
-func readClusterIPs(p *problems, obj *corev1.Service) []netip.Addr {
+func readClusterIPs(p *Problems, obj *corev1.Service) []netip.Addr {
 	texts, field := obj.Spec.ClusterIPs, "spec.clusterIPs"
 	if len(texts) == 0 {
 		texts, field = []string{obj.Spec.ClusterIP}, "spec.clusterIP"
@@ -24,9 +24,9 @@ func readClusterIPs(p *problems, obj *corev1.Service) []netip.Addr {
 		switch {
 		case !ok:
 		case i < len(obj.Spec.IPFamilies) && string(obj.Spec.IPFamilies[i]) != FamilyOf(a).String():
-			p.add(at, "%s is not an %s address, which %s promises; it is left out", a, obj.Spec.IPFamilies[i], indexed("spec.ipFamilies", i))
+			p.Add(at, "%s is not an %s address, which %s promises; it is left out", a, obj.Spec.IPFamilies[i], indexed("spec.ipFamilies", i))
 		case slices.ContainsFunc(out, func(o netip.Addr) bool { return FamilyOf(o) == FamilyOf(a) }):
-			p.add(at, "%s is a second %s address; it is left out", a, FamilyOf(a))
+			p.Add(at, "%s is a second %s address; it is left out", a, FamilyOf(a))
 		default:
 			out = append(out, a)
 		}
@@ -34,7 +34,7 @@ func readClusterIPs(p *problems, obj *corev1.Service) []netip.Addr {
 	return out
 }
 
-func readExternalIPs(p *problems, texts []string) []netip.Addr {
+func readExternalIPs(p *Problems, texts []string) []netip.Addr {
 	var out addrSet
 	for i, text := range texts {
 		field := indexed("spec.externalIPs", i)
@@ -42,7 +42,7 @@ func readExternalIPs(p *problems, texts []string) []netip.Addr {
 		switch {
 		case !ok:
 		case !routable(a):
-			p.add(field, "%s is a link-local address; it is left out", a)
+			p.Add(field, "%s is a link-local address; it is left out", a)
 		default:
 			out.add(a)
 		}
@@ -52,7 +52,7 @@ func readExternalIPs(p *problems, texts []string) []netip.Addr {
 
 // readIngressIPs leaves out host names, and addresses whose load balancer
 // answers by itself (ipMode Proxy, KEP-1860).
-func readIngressIPs(p *problems, ingress []corev1.LoadBalancerIngress) []netip.Addr {
+func readIngressIPs(p *Problems, ingress []corev1.LoadBalancerIngress) []netip.Addr {
 	var out addrSet
 	for i, in := range ingress {
 		if in.IP == "" || in.IPMode != nil && *in.IPMode != corev1.LoadBalancerIPModeVIP {
@@ -85,13 +85,13 @@ func (s *addrSet) add(a netip.Addr) {
 
 // readSources keeps what can be read. Where a family's ranges were all
 // malformed it admits nobody, so that a typing error never opens a Service.
-func (s *service) readSources(p *problems, ranges []string) {
+func (s *service) readSources(p *Problems, ranges []string) {
 	malformed := false
 	for i, text := range ranges {
 		prefix, ok := ParsePrefix(strings.TrimSpace(text))
 		if !ok {
 			malformed = true
-			p.add(indexed("spec.loadBalancerSourceRanges", i), "%q is not a CIDR; it admits nobody", text)
+			p.Add(indexed("spec.loadBalancerSourceRanges", i), "%q is not a CIDR; it admits nobody", text)
 			continue
 		}
 		s.sources = append(s.sources, prefix)

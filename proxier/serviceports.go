@@ -5,7 +5,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
-func readServicePorts(p *problems, ports []corev1.ServicePort) []servicePort {
+func readServicePorts(p *Problems, ports []corev1.ServicePort) []servicePort {
 	type named struct {
 		name     string
 		protocol Protocol
@@ -25,7 +25,7 @@ func readServicePorts(p *problems, ports []corev1.ServicePort) []servicePort {
 		_, sameName := names[name]
 		_, sameNumber := numbers[number]
 		if sameName || sameNumber {
-			p.add(indexed("spec.ports", i), "repeats the name or the number of another %s port; it is left out", next.protocol)
+			p.Add(indexed("spec.ports", i), "repeats the name or the number of another %s port; it is left out", next.protocol)
 			continue
 		}
 		names[name], numbers[number] = struct{}{}, struct{}{}
@@ -34,31 +34,31 @@ func readServicePorts(p *problems, ports []corev1.ServicePort) []servicePort {
 	return out
 }
 
-func readServicePort(p *problems, field string, sp *corev1.ServicePort) (servicePort, bool) {
+func readServicePort(p *Problems, field string, sp *corev1.ServicePort) (servicePort, bool) {
 	proto, ok := readProtocol(p, field, &sp.Protocol)
 	if !ok {
 		return servicePort{}, false
 	}
 	if !validPort(sp.Port) {
-		p.add(field+".port", "%d is not a port (1 to 65535); the port is left out", sp.Port)
+		p.Add(field+".port", "%d is not a port (1 to 65535); the port is left out", sp.Port)
 		return servicePort{}, false
 	}
 	if sp.Name != "" && len(validation.IsDNS1123Label(sp.Name)) > 0 {
-		p.add(field+".name", "%q is not a name that the API allows; the port is left out", sp.Name)
+		p.Add(field+".name", "%q is not a name that the API allows; the port is left out", sp.Name)
 		return servicePort{}, false
 	}
 	next := servicePort{name: sp.Name, protocol: proto, port: uint16(sp.Port)}
 	switch {
 	case sp.NodePort == 0:
 	case !validPort(sp.NodePort):
-		p.add(field+".nodePort", "%d is not a port (1 to 65535); the port has no node port", sp.NodePort)
+		p.Add(field+".nodePort", "%d is not a port (1 to 65535); the port has no node port", sp.NodePort)
 	default:
 		next.nodePort = uint16(sp.NodePort)
 	}
 	return next, true
 }
 
-func readProtocol(p *problems, field string, proto *corev1.Protocol) (Protocol, bool) {
+func readProtocol(p *Problems, field string, proto *corev1.Protocol) (Protocol, bool) {
 	switch deref(proto) {
 	case corev1.ProtocolTCP, "":
 		return TCP, true
@@ -67,6 +67,6 @@ func readProtocol(p *problems, field string, proto *corev1.Protocol) (Protocol, 
 	case corev1.ProtocolSCTP:
 		return SCTP, true
 	}
-	p.add(field+".protocol", "%q is none of TCP, UDP and SCTP; the port is left out", *proto)
+	p.Add(field+".protocol", "%q is none of TCP, UDP and SCTP; the port is left out", *proto)
 	return 0, false
 }

@@ -18,20 +18,20 @@ type Totals struct {
 // it.
 type totals struct {
 	Totals
-	health      map[ServicePortName]HealthCheck // by the port that carries it
-	healthMoved bool                            // since takeHealth was last asked
+	health        map[ServicePortName]HealthCheck // by the port that carries it
+	healthChanged bool                            // since takeHealth was last asked
 }
 
 func newTotals() totals {
-	return totals{health: map[ServicePortName]HealthCheck{}, healthMoved: true}
+	return totals{health: map[ServicePortName]HealthCheck{}, healthChanged: true}
 }
 
 // exchange counts next in the place of old; either may be nil.
-func (t *totals) exchange(old, next *ServicePort) {
+func (t *totals) replace(old, next *ServicePort) {
 	t.count(old, -1)
 	t.count(next, 1)
 	if was, is := healthCheckOf(old), healthCheckOf(next); was != is {
-		t.healthMoved = true
+		t.healthChanged = true
 		if is.Port != 0 {
 			t.health[next.Name] = is
 		} else {
@@ -45,7 +45,7 @@ func (t *totals) count(p *ServicePort, by int) {
 		return
 	}
 	t.ServicePorts += by
-	t.Endpoints += by * p.Serving.Len()
+	t.Endpoints += by * p.Usable.Len()
 	internal, external := lacksLocal(p)
 	if internal {
 		t.NoLocalInternal += by
@@ -57,11 +57,11 @@ func (t *totals) count(p *ServicePort, by int) {
 
 // takeHealth returns the health checks of the plan, or nil where they are what
 // they were at the last call.
-func (t *totals) takeHealth() map[ServiceName]HealthCheck {
-	if !t.healthMoved {
+func (t *totals) changedHealthChecks() map[ServiceName]HealthCheck {
+	if !t.healthChanged {
 		return nil
 	}
-	t.healthMoved = false
+	t.healthChanged = false
 	checks := make(map[ServiceName]HealthCheck, len(t.health))
 	for name, check := range maps.All(t.health) {
 		checks[name.ServiceName] = check

@@ -191,7 +191,7 @@ func (t *Tracker) setServiceCIDR(name string, prefixes []netip.Prefix) {
 
 // takeDirty returns the Services that changed since the last call, sorted, and
 // whether what Node values are made from changed.
-func (t *Tracker) takeDirty() (names []ServiceName, node bool) {
+func (t *Tracker) TakeChanges() (names []ServiceName, node bool) {
 	names, node = slices.SortedFunc(maps.Keys(t.dirty), ServiceName.Compare), t.dirtyNode
 	if len(names) > 0 {
 		// A map keeps the size it once had, and walking or clearing it costs
@@ -212,7 +212,7 @@ func (t *Tracker) noteTrigger(old, s *endpointSlice) {
 }
 
 // takeTriggers returns what noteTrigger remembers for a family, and forgets it.
-func (t *Tracker) takeTriggers(family Family) []time.Time {
+func (t *Tracker) TakeTriggerTimes(family Family) []time.Time {
 	triggers := t.triggers[family]
 	t.triggers[family] = nil
 	return triggers
@@ -248,7 +248,7 @@ func (t *Tracker) cidrsOf(family Family) []netip.Prefix {
 }
 
 // serviceNames returns every Service there is, and those given, sorted.
-func (t *Tracker) serviceNames(and []ServiceName) []ServiceName {
+func (t *Tracker) ServiceNames(and []ServiceName) []ServiceName {
 	names := slices.AppendSeq(slices.Clone(and), maps.Keys(t.services))
 	slices.SortFunc(names, ServiceName.Compare)
 	return slices.Compact(names)

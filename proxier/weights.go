@@ -87,7 +87,7 @@ func AnnotationProblem(service ServiceName, key, reason string) Problem {
 }
 
 // readWeights leaves out what it cannot read, and the rest counts.
-func readWeights(p *problems, obj metav1.Object) weightRules {
+func readWeights(p *Problems, obj metav1.Object) weightRules {
 	text, field := obj.GetAnnotations()[AnnotationWeights], annotation(AnnotationWeights)
 	var rules weightRules
 	for entry := range strings.SplitSeq(text, ",") {
@@ -95,12 +95,12 @@ func readWeights(p *problems, obj metav1.Object) weightRules {
 			continue
 		}
 		if len(rules) == maxWeightRules {
-			p.add(field, "has more than %d entries; the others are left out", maxWeightRules)
+			p.Add(field, "has more than %d entries; the others are left out", maxWeightRules)
 			break
 		}
 		r, wrong := readWeight(entry)
 		if wrong != "" {
-			p.add(field, "%.100q %s; the entry is left out", entry, wrong)
+			p.Add(field, "%.100q %s; the entry is left out", entry, wrong)
 			continue
 		}
 		rules = append(rules, r)
@@ -108,7 +108,7 @@ func readWeights(p *problems, obj metav1.Object) weightRules {
 	slices.SortStableFunc(rules, weightRule.compare)
 	for i := 1; i < len(rules); i++ {
 		if rules[i].sameSubject(rules[i-1]) {
-			p.add(field, "names %.100q twice; the first entry counts", rules[i].subject())
+			p.Add(field, "names %.100q twice; the first entry counts", rules[i].subject())
 		}
 	}
 	return slices.CompactFunc(rules, weightRule.sameSubject)
@@ -153,10 +153,10 @@ func readWeight(entry string) (r weightRule, wrong string) {
 }
 
 // readScheduler checks no more than that the kernel can be asked for it.
-func readScheduler(p *problems, obj metav1.Object) string {
+func readScheduler(p *Problems, obj metav1.Object) string {
 	name, said := obj.GetAnnotations()[AnnotationScheduler]
 	if said && !ValidScheduler(name) {
-		p.add(annotation(AnnotationScheduler), "%.100q is not a scheduler's name; the Service has the mode's own", name)
+		p.Add(annotation(AnnotationScheduler), "%.100q is not a scheduler's name; the Service has the mode's own", name)
 		return ""
 	}
 	return name
@@ -172,7 +172,7 @@ func ValidScheduler(name string) bool {
 
 // spreadsUnevenly says whether annotations ask for what takes a mode with
 // schedulers.
-func (t *Tracker) spreadsUnevenly(name ServiceName) bool {
+func (t *Tracker) SpreadsUnevenly(name ServiceName) bool {
 	s := t.services[name]
 	return s != nil && (s.scheduler != "" || s.weights.differ() ||
 		slices.ContainsFunc(t.slices[name], func(s *endpointSlice) bool { return s.spreadsUnevenly }))

@@ -28,7 +28,7 @@ const (
 )
 
 // bit is the origin as the plan names it.
-func (o origin) bit() proxier.Origins { return proxier.FromPods << o }
+func (o origin) bit() proxier.TrafficSources { return proxier.FromPods << o }
 
 // inside says whether connections go to Frontend.Internal.
 func (o origin) inside() bool { return o != fromOutside }

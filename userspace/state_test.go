@@ -54,7 +54,7 @@ func examplePlan(f proxier.Family) *proxier.Plan {
 	}
 	add := func(name string, p proxier.Protocol, affinity time.Duration, frontends ...proxier.Frontend) {
 		n := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "shop", Name: name}, Port: "main", Protocol: p}
-		plan.Services[n] = &proxier.ServicePort{Name: n, AffinityTimeout: affinity, Frontends: frontends, Serving: all}
+		plan.Services[n] = &proxier.ServicePort{Name: n, AffinityTimeout: affinity, Frontends: frontends, Usable: all}
 	}
 	add("web", proxier.TCP, time.Hour,
 		proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(1), Port: 80, Internal: all, External: all, Masquerade: proxier.FromOutside},

@@ -16,7 +16,7 @@ type target struct {
 	internal   *proxier.EndpointSet
 	external   *proxier.EndpointSet
 	serving    *proxier.EndpointSet
-	masquerade proxier.Origins
+	masquerade proxier.TrafficSources
 }
 
 // endpoints is the set for connections of an origin.

@@ -121,8 +121,8 @@ func (w *world) serve(n int, affinity time.Duration, endpoints ...int) {
 		name := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "test", Name: fmt.Sprint("web", n)}, Protocol: p}
 		set := w.set(endpoints...)
 		w.plan.Services[name] = &proxier.ServicePort{
-			Name: name, AffinityTimeout: affinity, Serving: set,
-			Frontends: []proxier.Frontend{{Addr: w.vip(n).Addr(), Port: w.vip(n).Port(), Internal: set, External: set, Masquerade: proxier.FromAnywhere}},
+			Name: name, AffinityTimeout: affinity, Usable: set,
+			Frontends: []proxier.Frontend{{Addr: w.vip(n).Addr(), Port: w.vip(n).Port(), Internal: set, External: set, Masquerade: proxier.AnySource}},
 		}
 		changed = append(changed, name)
 	}

@@ -51,7 +51,7 @@ func FleetService(family proxier.Family, i, firstPod, endpoints int) *proxier.Se
 			ServiceName: proxier.ServiceName{Namespace: "default", Name: fmt.Sprintf("svc-%d", i)},
 			Port:        "http", Protocol: proxier.TCP,
 		},
-		Serving: set,
+		Usable: set,
 		Frontends: []proxier.Frontend{{
 			Kind: proxier.ClusterIP, Addr: nthAddr(fleetPrefix(family, "10.96.0.0/12", "fd00:96::/64").Addr(), i+1), Port: 80,
 			Internal: set, External: set,

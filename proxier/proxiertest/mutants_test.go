@@ -61,7 +61,7 @@ var faults = []struct {
 	spoil           func(*proxier.Plan)
 }{
 	{"never masquerades", "clusterip-basic", eachFrontend(func(f *proxier.Frontend) { f.Masquerade = 0 })},
-	{"always masquerades", "clusterip-basic", eachFrontend(func(f *proxier.Frontend) { f.Masquerade = proxier.FromAnywhere })},
+	{"always masquerades", "clusterip-basic", eachFrontend(func(f *proxier.Frontend) { f.Masquerade = proxier.AnySource })},
 	{"does not masquerade the node", "masquerade-node", eachFrontend(func(f *proxier.Frontend) { f.Masquerade &^= proxier.FromNode })},
 	{"passes over one endpoint", "clusterip-basic", eachFrontend(func(f *proxier.Frontend) {
 		f.Internal, f.External = withoutLast(f.Internal), withoutLast(f.External)

@@ -165,7 +165,7 @@ func (s *script) frontend(chain string, n proxier.Node, sp *proxier.ServicePort,
 	if f.Sources != nil {
 		s.sources(chain, f.Sources)
 	}
-	masq := func(o proxier.Origins) string {
+	masq := func(o proxier.TrafficSources) string {
 		if f.Masquerade&o != 0 {
 			return "meta mark set meta mark | 0x4000 "
 		}

@@ -11,7 +11,7 @@ import (
 // document.
 func large(n int, name string) string {
 	ballast := "---\nkind: ConfigMap\napiVersion: v1\nmetadata: {name: ballast}\ndata: {text: " + strings.Repeat("x", 1000) + "}\n"
-	return strings.Repeat(ballast, n/len(ballast)+1) + "---\n" + service(name)
+	return strings.Repeat(ballast, n/len(ballast)+1) + "---\n" + serviceManifest(name)
 }
 
 // Other changes must not wait for a large file.
@@ -19,12 +19,12 @@ func TestLargeFileDelaysNothing(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
 	l.write("large.yaml", large(4*largeFile, "large"))
-	l.write("a.yaml", service("small"))
+	l.write("a.yaml", serviceManifest("small"))
 	l.want("apply Service small")
 	l.want("apply Service large")
 	l.write("large.yaml", large(largeFile, "other"))
 	l.want("delete Service large", "apply Service other")
-	l.write("large.yaml", service("little")) // and back to a small one
+	l.write("large.yaml", serviceManifest("little")) // and back to a small one
 	l.want("delete Service other", "apply Service little")
 }
 
@@ -48,7 +48,7 @@ func TestLargeFileOfNoInterest(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
 	l.write("large.yaml", strings.Repeat("kind: {\n", largeFile))
-	l.write("a.yaml", service("one"))
+	l.write("a.yaml", serviceManifest("one"))
 	l.want("apply Service one")
 	l.write("large.yaml", large(largeFile, "large"))
 	l.want("apply Service large")

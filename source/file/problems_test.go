@@ -27,7 +27,7 @@ func (l *lab) wantProblems(texts ...string) {
 // log.
 func TestFaultsAreReported(t *testing.T) {
 	dir := t.TempDir()
-	broken := service("one") + "  extra: true\n"
+	broken := serviceManifest("one") + "  extra: true\n"
 	if err := os.WriteFile(filepath.Join(dir, "a.yaml"), []byte(broken), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -36,7 +36,7 @@ func TestFaultsAreReported(t *testing.T) {
 	l.wantProblems(`a.yaml: document 1: Service default/one: unknown field "spec.extra"`)
 	l.write("b.yaml", "kind: {")
 	l.wantProblems("a.yaml: document 1: Service default/one: unknown field", "b.yaml: document 1: ")
-	l.write("a.yaml", service("one"))
+	l.write("a.yaml", serviceManifest("one"))
 	l.want("apply Service one")
 	l.wantProblems("b.yaml: document 1: ")
 	if err := os.Remove(filepath.Join(dir, "b.yaml")); err != nil {
@@ -71,14 +71,14 @@ func TestUnreadableFileIsReported(t *testing.T) {
 func TestEndpointsAreIgnored(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
-	l.write("a.yaml", service("one")+"---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: one}\n")
+	l.write("a.yaml", serviceManifest("one")+"---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: one}\n")
 	l.want("apply Service one")
 	for _, text := range []string{"Endpoints default/one is ignored", "a.yaml: document 2"} {
 		if !strings.Contains(l.log.String(), text) {
 			t.Errorf("the log has no %q:\n%s", text, l.log)
 		}
 	}
-	l.write("a.yaml", service("two")+"---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: one}\n")
+	l.write("a.yaml", serviceManifest("two")+"---\napiVersion: v1\nkind: Endpoints\nmetadata: {name: one}\n")
 	l.want("delete Service one", "apply Service two") // the file counts as whole
 }
 
@@ -101,7 +101,7 @@ func TestEmptyDirectoryKeepsObjects(t *testing.T) {
 	}
 	l := newLab(t, dir)
 	l.want("synced")
-	l.write("a.yaml", service("one", "two"))
+	l.write("a.yaml", serviceManifest("one", "two"))
 	l.want("apply Service one", "apply Service two")
 	l.replace()
 	for problems := range l.problems {
@@ -110,7 +110,7 @@ func TestEmptyDirectoryKeepsObjects(t *testing.T) {
 		}
 	}
 	l.want("synced")
-	l.write("b.yaml", service("three"))
+	l.write("b.yaml", serviceManifest("three"))
 	l.want("apply Service three") // and nothing is deleted in the grace period
 }
 
@@ -121,7 +121,7 @@ func TestEmptyDirectoryCountsAfterGrace(t *testing.T) {
 	}
 	l := newLabWith(t, dir, time.Millisecond)
 	l.want("synced")
-	l.write("a.yaml", service("one", "two"))
+	l.write("a.yaml", serviceManifest("one", "two"))
 	l.want("apply Service one", "apply Service two")
 	l.replace()
 	l.want("synced", "delete Service one", "delete Service two")
@@ -139,7 +139,7 @@ func TestParentIsReplaced(t *testing.T) {
 		if err := os.MkdirAll(filepath.Join(p, "manifests"), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(p, "manifests", "a.yaml"), []byte(service(filepath.Ext(p)+"x")), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(p, "manifests", "a.yaml"), []byte(serviceManifest(filepath.Ext(p)+"x")), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -81,7 +81,7 @@ func newLabWith(t *testing.T, dir string, grace time.Duration) *lab {
 	return l
 }
 
-func service(names ...string) string {
+func serviceManifest(names ...string) string {
 	var docs []string
 	for _, n := range names {
 		docs = append(docs, strings.ReplaceAll(web, "web", n))
@@ -124,17 +124,17 @@ func TestFilesComeAndGo(t *testing.T) {
 	dir := t.TempDir()
 	l := newLab(t, dir)
 	l.want("synced")
-	l.write("a.yaml", service("one", "two"))
+	l.write("a.yaml", serviceManifest("one", "two"))
 	l.want("apply Service one", "apply Service two")
-	l.write("a.yaml", service("one", "three"))
+	l.write("a.yaml", serviceManifest("one", "three"))
 	l.want("delete Service two", "apply Service three")
-	l.write("ignored.txt", service("four"))
+	l.write("ignored.txt", serviceManifest("four"))
 	l.write("b.json", `{"apiVersion":"v1","kind":"Node","metadata":{"name":"n"}}`)
 	l.want("apply Node n")
 	if err := os.Rename(filepath.Join(dir, "a.yaml"), filepath.Join(dir, "c.yaml")); err != nil {
 		t.Fatal(err)
 	}
-	l.write("d.yaml", service("last"))
+	l.write("d.yaml", serviceManifest("last"))
 	l.want("apply Service last") // the same objects in another file are no change
 	if err := os.Remove(filepath.Join(dir, "c.yaml")); err != nil {
 		t.Fatal(err)
@@ -144,7 +144,7 @@ func TestFilesComeAndGo(t *testing.T) {
 
 func TestExistingObjectsComeBeforeSynced(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "a.yaml"), []byte(service("one")), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "a.yaml"), []byte(serviceManifest("one")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	l := newLab(t, dir)
@@ -155,29 +155,29 @@ func TestExistingObjectsComeBeforeSynced(t *testing.T) {
 func TestDocumentWithFaultKeepsItsObjects(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
-	l.write("a.yaml", service("one", "two"))
+	l.write("a.yaml", serviceManifest("one", "two"))
 	l.want("apply Service one", "apply Service two")
-	l.write("a.yaml", service("one")+"  extra: true\n---\n"+service("new"))
+	l.write("a.yaml", serviceManifest("one")+"  extra: true\n---\n"+serviceManifest("new"))
 	l.want("apply Service new") // neither one nor two is deleted
 	where := filepath.Join(l.dir, "a.yaml") + ": document 1"
 	if !strings.Contains(l.log.String(), where) || !strings.Contains(l.log.String(), `unknown field \"spec.extra\"`) {
 		t.Errorf("the log does not name %s and the field:\n%s", where, l.log)
 	}
-	l.write("a.yaml", service("one"))
+	l.write("a.yaml", serviceManifest("one"))
 	l.want("delete Service two", "delete Service new") // one is unchanged
 }
 
 func TestFirstFileByNameWins(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
-	l.write("b.yaml", service("one"))
+	l.write("b.yaml", serviceManifest("one"))
 	l.want("apply Service one")
-	l.write("a.yaml", service("one")+"  type: NodePort\n")
+	l.write("a.yaml", serviceManifest("one")+"  type: NodePort\n")
 	l.want("apply Service one")
 	if !strings.Contains(l.log.String(), "several files have the same object") {
 		t.Errorf("not in the log:\n%s", l.log)
 	}
-	l.write("c.yaml", service("one")+"  type: LoadBalancer\n---\n"+service("marker"))
+	l.write("c.yaml", serviceManifest("one")+"  type: LoadBalancer\n---\n"+serviceManifest("marker"))
 	l.want("apply Service marker") // c.yaml comes third
 	if err := os.Remove(filepath.Join(l.dir, "a.yaml")); err != nil {
 		t.Fatal(err)
@@ -203,14 +203,14 @@ func TestMountedConfigMapIsSwitched(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	publish("..v1", service("one"))
+	publish("..v1", serviceManifest("one"))
 	if err := os.Symlink(filepath.Join("..data", "a.yaml"), filepath.Join(dir, "a.yaml")); err != nil {
 		t.Fatal(err)
 	}
 	l := newLab(t, dir)
 	l.want("apply Service one")
 	l.want("synced")
-	publish("..v2", service("two"))
+	publish("..v2", serviceManifest("two"))
 	l.want("delete Service one", "apply Service two")
 }
 
@@ -229,13 +229,13 @@ func TestDirectoryThatGoesAndComesBack(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	make1(service("one"))
+	make1(serviceManifest("one"))
 	l.want("apply Service one")
 	l.want("synced")
 	if err := os.Rename(dir, dir+".old"); err != nil {
 		t.Fatal(err)
 	}
-	make1(service("two"))
+	make1(serviceManifest("two"))
 	l.want("apply Service two", "delete Service one", "synced")
 }
 
@@ -245,7 +245,7 @@ func TestLinkIsSwitchedToAnotherDirectory(t *testing.T) {
 		if err := os.Mkdir(filepath.Join(base, version), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(base, version, "a.yaml"), []byte(service(version)), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(base, version, "a.yaml"), []byte(serviceManifest(version)), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -256,7 +256,7 @@ func TestLinkIsSwitchedToAnotherDirectory(t *testing.T) {
 	l := newLab(t, dir)
 	l.want("apply Service one")
 	l.want("synced")
-	if err := os.WriteFile(filepath.Join(base, "beside.yaml"), []byte(service("beside")), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(base, "beside.yaml"), []byte(serviceManifest("beside")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Symlink("two", dir+".new"); err != nil {

@@ -13,7 +13,7 @@ import (
 func TestFileThatIsBeingWritten(t *testing.T) {
 	l := newLab(t, t.TempDir())
 	l.want("synced")
-	l.write("a.yaml", service("one", "two"))
+	l.write("a.yaml", serviceManifest("one", "two"))
 	l.want("apply Service one", "apply Service two")
 	f, err := os.Create(filepath.Join(l.dir, "a.yaml"))
 	if err != nil {
@@ -21,12 +21,12 @@ func TestFileThatIsBeingWritten(t *testing.T) {
 	}
 	defer f.Close()
 	for _, part := range []struct{ text, marker string }{
-		{"", "after-emptying"}, {service("one"), "after-half"}, {"---\n" + service("three"), "after-all"},
+		{"", "after-emptying"}, {serviceManifest("one"), "after-half"}, {"---\n" + serviceManifest("three"), "after-all"},
 	} {
 		if _, err := f.WriteString(part.text); err != nil {
 			t.Fatal(err)
 		}
-		l.write("marker.yaml", service(part.marker))
+		l.write("marker.yaml", serviceManifest(part.marker))
 		if part.marker == "after-emptying" {
 			l.want("apply Service " + part.marker)
 		} else {
@@ -46,12 +46,12 @@ func TestFileThatIsWrittenAtTheStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if err := os.WriteFile(filepath.Join(dir, "b.yaml"), []byte(service("two")), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "b.yaml"), []byte(serviceManifest("two")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	l := newLab(t, dir)
 	l.want("apply Service two")
-	if _, err := f.WriteString(service("one")); err != nil {
+	if _, err := f.WriteString(serviceManifest("one")); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Close(); err != nil {
@@ -66,7 +66,7 @@ func TestPipeIsNotWaitedFor(t *testing.T) {
 	if err := unix.Mkfifo(filepath.Join(dir, "a.yaml"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "b.yaml"), []byte(service("one")), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "b.yaml"), []byte(serviceManifest("one")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	l := newLab(t, dir)
