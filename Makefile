@@ -35,7 +35,7 @@ test: ## everything; the end lists each stage's duration and what failed in it
 # The contract of one variant and family of each mode.
 .PHONY: check
 check: vet unit ## vet, unit and a part of the contract, in less than three minutes
-	$(GO) test -run 'TestNFTables/./IPv4|TestUserspace/./IPv4|TestIPTables/nft/./IPv4' ./proxier/proxiertest
+	$(GO) test -run 'TestNFTables/./IPv4|TestUserspace/./IPv4|TestIPTables/nft/./IPv4' ./proxier/conformance
 
 .PHONY: vet
 vet: ## go vet, in both modules
@@ -44,11 +44,11 @@ vet: ## go vet, in both modules
 
 .PHONY: unit
 unit: deps ## all packages but the contract suite
-	$(GO) test -parallel 6 $$($(GO) list ./... | grep -v /proxier/proxiertest)
+	$(GO) test -parallel 6 $$($(GO) list ./... | grep -v /proxier/conformance)
 
 .PHONY: contract
 contract: deps ## every mode against the contract suite, with real packets
-	$(GO) test -timeout 30m ./proxier/proxiertest
+	$(GO) test -timeout 30m ./proxier/conformance
 
 # The first run builds Kubernetes, half an hour on two cores.
 .PHONY: e2e
@@ -70,7 +70,7 @@ SOAK ?= 20
 .PHONY: soak
 soak: PACKAGES += qemu-system-x86 ipset
 soak: deps build ## for hours: the tests of traffic again and again, to find what fails once in many runs
-	$(GO) test -count $(SOAK) -timeout 24h ./proxier/proxiertest
+	$(GO) test -count $(SOAK) -timeout 24h ./proxier/conformance
 	cd e2e && $(GO) test -count $(SOAK) -timeout 24h -run '^(TestTakeover|TestKubeProxyLingers|TestKilledInAStorm|TestUpgrade|TestProxyRestart)$$' .
 	cd e2e && $(GO) test -v -timeout 24h ./vm -soak
 

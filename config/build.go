@@ -14,6 +14,7 @@ import (
 
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 // Config validates the flags and the file of --config. The error has all
@@ -83,11 +84,11 @@ func masquerade(k *v1alpha1.KubeProxyConfiguration) (bit int32, all bool) {
 	return *k.IPTables.MasqueradeBit, k.IPTables.MasqueradeAll
 }
 
-func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
+func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) service.Settings {
 	_, masqueradeAll := masquerade(k)
-	s := proxier.Settings{
+	s := service.Settings{
 		MasqueradeAll:      masqueradeAll,
-		DetectLocal:        proxier.DetectLocal(k.DetectLocalMode),
+		DetectLocal:        service.DetectLocal(k.DetectLocalMode),
 		PodBridgeInterface: k.DetectLocal.BridgeInterface, PodInterfaceNamePrefix: k.DetectLocal.InterfaceNamePrefix,
 		IgnoreExternalIPs:     !gateOn(k, gateAllowServiceExternalIPs),
 		KubeProxyIPVSPolicies: f.signalbox.kubeProxyIPVSPolicies,
@@ -99,9 +100,9 @@ func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) proxier.Settings {
 		s.NodeAddress = a
 	}
 	if *k.IPTables.LocalhostNodePorts {
-		s.LocalhostNodePorts = proxier.LocalhostCovered
+		s.LocalhostNodePorts = service.LocalhostCovered
 	}
-	s.NodePortAddresses, _ = proxier.ParseNodePortAddresses(k.NodePortAddresses) // rules names what is wrong with them
+	s.NodePortAddresses, _ = service.ParseNodePortAddresses(k.NodePortAddresses) // rules names what is wrong with them
 	return s
 }
 
@@ -129,7 +130,7 @@ func conntrack(k *v1alpha1.KubeProxyConfiguration) node.Conntrack {
 }
 
 func bindAddress(k *v1alpha1.KubeProxyConfiguration) netip.Addr {
-	a, _ := proxier.ParseAddr(k.BindAddress) // valid: a rule checks it
+	a, _ := service.ParseAddr(k.BindAddress) // valid: a rule checks it
 	return a
 }
 
@@ -148,12 +149,12 @@ func withoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 			out = append(out, fmt.Sprintf(format, args...))
 		}
 	}
-	local := v1alpha1.LocalMode(proxier.DetectLocalClusterCIDR)
+	local := v1alpha1.LocalMode(service.DetectLocalClusterCIDR)
 	add(k.DetectLocalMode == local && k.ClusterCIDR == "",
 		"--cluster-cidr is not given, nor clusterCIDR in a file: Pods cannot be told from other traffic, so nothing sent to a cluster IP from outside the cluster is masqueraded")
-	for mode, other := range map[proxier.DetectLocal][2]string{
-		proxier.DetectLocalBridgeInterface:     {"--pod-bridge-interface", k.DetectLocal.BridgeInterface},
-		proxier.DetectLocalInterfaceNamePrefix: {"--pod-interface-name-prefix", k.DetectLocal.InterfaceNamePrefix},
+	for mode, other := range map[service.DetectLocal][2]string{
+		service.DetectLocalBridgeInterface:     {"--pod-bridge-interface", k.DetectLocal.BridgeInterface},
+		service.DetectLocalInterfaceNamePrefix: {"--pod-interface-name-prefix", k.DetectLocal.InterfaceNamePrefix},
 	} {
 		add(other[1] != "" && k.DetectLocalMode != v1alpha1.LocalMode(mode), "%s=%s has no effect with --detect-local-mode=%s", other[0], other[1], k.DetectLocalMode)
 	}

@@ -15,6 +15,7 @@ import (
 
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 // The values of --mode.
@@ -57,7 +58,7 @@ type Config struct {
 	MasqueradeMark uint32
 	// IPVS is for ModeIPVS alone.
 	IPVS     proxier.IPVSTuning
-	Settings proxier.Settings
+	Settings service.Settings
 	// LocalhostRelay lets nftables and userspace mode serve NodePorts on loopback
 	// (feature gate KubeProxyNFTablesLocalhostNodePorts).
 	LocalhostRelay bool
@@ -114,7 +115,7 @@ type Config struct {
 // NodePorts at the Node's own address alone unless told otherwise, as kube-proxy
 // does since 1.31. On loopback, iptables mode serves them unless told otherwise,
 // and nftables and userspace mode where they are told to.
-func (c *Config) ForMode(mode string) proxier.Settings {
+func (c *Config) ForMode(mode string) service.Settings {
 	s := c.Settings
 	s.HasSchedulers = mode == ModeIPVS
 	s.KubeProxyIPVSPolicies = s.KubeProxyIPVSPolicies && mode == ModeIPVS
@@ -126,9 +127,9 @@ func (c *Config) ForMode(mode string) proxier.Settings {
 	switch {
 	case mode == ModeIPTables:
 	case c.LocalhostRelay && (mode == ModeUserspace || mode == ModeNFTables):
-		s.LocalhostNodePorts = proxier.LocalhostNamed
+		s.LocalhostNodePorts = service.LocalhostNamed
 	default:
-		s.LocalhostNodePorts = proxier.NoLocalhost
+		s.LocalhostNodePorts = service.NoLocalhost
 	}
 	return s
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 func parse(t *testing.T, args ...string) (*Config, error) {
@@ -31,7 +32,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if c.NodeName != "node-1" || c.Mode != ModeAuto || c.MasqueradeMark != 0x4000 || c.MinSyncPeriod != 0 ||
-		c.QPS != 5 || c.Burst != 10 || c.Settings.DetectLocal != proxier.DetectLocalClusterCIDR || c.Settings.LocalhostNodePorts != proxier.LocalhostCovered {
+		c.QPS != 5 || c.Burst != 10 || c.Settings.DetectLocal != service.DetectLocalClusterCIDR || c.Settings.LocalhostNodePorts != service.LocalhostCovered {
 		t.Errorf("defaults are %+v", c)
 	}
 	if len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "--cluster-cidr is not given") {
@@ -74,7 +75,7 @@ func TestWhatFlagsSet(t *testing.T) {
 	if want := prefixes("192.168.0.0/16", "fd00::/8"); !slices.Equal(c.Settings.NodePortAddresses.CIDRs, want) {
 		t.Errorf("NodePort addresses are %v, want %v", c.Settings.NodePortAddresses.CIDRs, want)
 	}
-	if c.Mode != ModeIPTables || !c.Settings.MasqueradeAll || c.MasqueradeMark != 1<<31 || c.Settings.LocalhostNodePorts != proxier.NoLocalhost ||
+	if c.Mode != ModeIPTables || !c.Settings.MasqueradeAll || c.MasqueradeMark != 1<<31 || c.Settings.LocalhostNodePorts != service.NoLocalhost ||
 		c.Kubeconfig != "/k" || c.Master != "https://m" || c.Settings.PodInterfaceNamePrefix != "cali" {
 		t.Errorf("got %+v", c)
 	}

@@ -10,7 +10,7 @@ import (
 	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
 
-	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 const (
@@ -32,7 +32,7 @@ func setDefaults(k *v1alpha1.KubeProxyConfiguration) {
 
 	orElse(&k.BindAddress, "0.0.0.0")
 	everywhere, loopback := "0.0.0.0", "127.0.0.1"
-	if a, ok := proxier.ParseAddr(k.BindAddress); ok && a.Is6() {
+	if a, ok := service.ParseAddr(k.BindAddress); ok && a.Is6() {
 		everywhere, loopback = "::", "::1"
 	}
 	k.HealthzBindAddress = withPort(cmp.Or(k.HealthzBindAddress, everywhere), healthzPort)
@@ -66,7 +66,7 @@ func orPointer[T any](field **T, value T) {
 // withPort adds a port to an address without one. Other text stays: validation
 // reports it.
 func withPort(address string, port int32) string {
-	if _, ok := proxier.ParseAddr(address); !ok {
+	if _, ok := service.ParseAddr(address); !ok {
 		return address
 	}
 	return net.JoinHostPort(address, strconv.Itoa(int(port)))

@@ -5,22 +5,23 @@ import (
 	"net/netip"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
 )
 
 // CheckFamilies compares the addresses in the configuration with the IP families
 // that the node serves. As with kube-proxy, it is an error if no Pod range is of a
 // served family. Other mismatches are warnings.
-func (c *Config) CheckFamilies(served []proxier.Family, mode string) (warnings []string, err error) {
-	has := func(prefixes []netip.Prefix, family proxier.Family) bool {
-		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return proxier.FamilyOf(p.Addr()) == family })
+func (c *Config) CheckFamilies(served []plan.Family, mode string) (warnings []string, err error) {
+	has := func(prefixes []netip.Prefix, family plan.Family) bool {
+		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return plan.FamilyOf(p.Addr()) == family })
 	}
 	s := c.ForMode(mode)
 	ranges := s.ClusterCIDRs
-	if s.DetectLocal != proxier.DetectLocalClusterCIDR {
+	if s.DetectLocal != service.DetectLocalClusterCIDR {
 		ranges = nil
 	}
-	if len(ranges) > 0 && !slices.ContainsFunc(served, func(f proxier.Family) bool { return has(ranges, f) }) {
+	if len(ranges) > 0 && !slices.ContainsFunc(served, func(f plan.Family) bool { return has(ranges, f) }) {
 		return nil, fmt.Errorf("the Pods' ranges (--cluster-cidr, or clusterCIDR in a file) are %v, and this node serves %v only: give a range of that family, or another --detect-local-mode", ranges, served)
 	}
 	for _, family := range served {
@@ -33,7 +34,7 @@ func (c *Config) CheckFamilies(served []proxier.Family, mode string) (warnings [
 	}
 	warnings = append(warnings, c.localhostWarnings(&s, served, mode)...)
 	for name, at := range map[string]netip.AddrPort{"health": c.HealthzBindAddress, "metrics": c.MetricsBindAddress} {
-		if at.IsValid() && !slices.Contains(served, proxier.FamilyOf(at.Addr().Unmap())) {
+		if at.IsValid() && !slices.Contains(served, plan.FamilyOf(at.Addr().Unmap())) {
 			warnings = append(warnings, fmt.Sprintf("the address of %s, %s, is of a family in which this node serves no Services", name, at))
 		}
 	}
@@ -42,7 +43,7 @@ func (c *Config) CheckFamilies(served []proxier.Family, mode string) (warnings [
 
 // localhostWarnings names the configured loopback addresses on which the mode does
 // not serve NodePorts.
-func (c *Config) localhostWarnings(s *proxier.Settings, served []proxier.Family, mode string) (warnings []string) {
+func (c *Config) localhostWarnings(s *service.Settings, served []plan.Family, mode string) (warnings []string) {
 	for _, family := range served {
 		if !s.NodePortAddresses.NamesLocalhost(family) || s.ServesLocalhost(family) {
 			continue
@@ -51,12 +52,12 @@ func (c *Config) localhostWarnings(s *proxier.Settings, served []proxier.Family,
 		switch {
 		case mode == ModeUserspace || mode == ModeNFTables:
 			why = fmt.Sprintf("the feature gate %s is off; remove it", gateLocalhostNodePorts)
-		case mode == ModeIPTables && family == proxier.IPv4:
+		case mode == ModeIPTables && family == plan.IPv4:
 			why = "--iptables-localhost-nodeports, or iptables.localhostNodePorts in a file, is false; remove it"
 		case mode == ModeIPTables:
 			why = "mode iptables can in IPv4 only; use the mode nftables"
 		}
-		warnings = append(warnings, fmt.Sprintf("NodePorts are to be served on loopback, and are not on %s: %s", proxier.Localhost(family), why))
+		warnings = append(warnings, fmt.Sprintf("NodePorts are to be served on loopback, and are not on %s: %s", service.Localhost(family), why))
 	}
 	return warnings
 }

@@ -6,13 +6,13 @@ import (
 
 	"k8s.io/kube-proxy/config/v1alpha1"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 func TestCheckFamilies(t *testing.T) {
-	v4, v6, both := []proxier.Family{proxier.IPv4}, []proxier.Family{proxier.IPv6}, proxier.Families
+	v4, v6, both := []plan.Family{plan.IPv4}, []plan.Family{plan.IPv6}, plan.Families
 	for _, test := range []struct {
-		served   []proxier.Family
+		served   []plan.Family
 		args     []string
 		warnings []string
 		err      string
@@ -76,10 +76,10 @@ func TestLocalhostNodePorts(t *testing.T) {
 		c := mustParse(t, append(test.args, "--cluster-cidr=10.0.0.0/8,fd00::/8")...)
 		c.LocalhostRelay = !test.gateOff
 		s := c.ForMode(test.mode)
-		if v4, v6 := s.ServesLocalhost(proxier.IPv4), s.ServesLocalhost(proxier.IPv6); v4 != test.v4 || v6 != test.v6 {
+		if v4, v6 := s.ServesLocalhost(plan.IPv4), s.ServesLocalhost(plan.IPv6); v4 != test.v4 || v6 != test.v6 {
 			t.Errorf("%s %q: IPv4 %v, IPv6 %v; want %v, %v", test.mode, test.args, v4, v6, test.v4, test.v6)
 		}
-		warnings, err := c.CheckFamilies(proxier.Families, test.mode)
+		warnings, err := c.CheckFamilies(plan.Families, test.mode)
 		text := strings.Join(warnings, "\n")
 		if err != nil || strings.Count(text, "loopback") != len(test.warnings) {
 			t.Errorf("%s %q: warnings %q, %v", test.mode, test.args, warnings, err)

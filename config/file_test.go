@@ -13,7 +13,8 @@ import (
 	"github.com/spf13/pflag"
 
 	"signalbox/node"
-	"signalbox/proxier"
+
+	"signalbox/proxier/service"
 )
 
 const fileHead = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
@@ -69,8 +70,8 @@ func TestKubeadmFile(t *testing.T) {
 	want := &Config{
 		Mode: ModeIPTables, ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", ModeUnset: true, NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
 		ContentType: "application/vnd.kubernetes.protobuf", QPS: 5, Burst: 10, MasqueradeMark: 0x4000, LocalhostRelay: true,
-		Settings: proxier.Settings{
-			DetectLocal: proxier.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: proxier.LocalhostCovered,
+		Settings: service.Settings{
+			DetectLocal: service.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: service.LocalhostCovered,
 		},
 		BindAddress: netip.IPv4Unspecified(), HealthzBindAddress: netip.MustParseAddrPort("0.0.0.0:10256"), MetricsBindAddress: netip.MustParseAddrPort("127.0.0.1:10249"),
 		SyncPeriod: 30 * time.Second,

@@ -12,7 +12,8 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 
 	"signalbox/node"
-	"signalbox/proxier"
+
+	"signalbox/proxier/service"
 )
 
 // rawConfig is a configuration in kube-proxy's form, before it is validated, and
@@ -165,9 +166,9 @@ func (f *Flags) applyPortFlags(k *v1alpha1.KubeProxyConfiguration) (warnings []s
 // complete sets what depends on the mode, and clears what the mode does not read
 // in the sections of the other modes.
 func complete(k *v1alpha1.KubeProxyConfiguration) {
-	k.DetectLocalMode = cmp.Or(k.DetectLocalMode, v1alpha1.LocalMode(proxier.DetectLocalClusterCIDR))
+	k.DetectLocalMode = cmp.Or(k.DetectLocalMode, v1alpha1.LocalMode(service.DetectLocalClusterCIDR))
 	if k.Mode == ModeNFTables && len(k.NodePortAddresses) == 0 {
-		k.NodePortAddresses = []string{proxier.NodePortsPrimary}
+		k.NodePortAddresses = []string{service.NodePortsPrimary}
 	}
 	k.IPTables.MasqueradeAll = k.IPTables.MasqueradeAll && k.Mode != ModeNFTables
 	k.NFTables.MasqueradeAll = k.NFTables.MasqueradeAll && k.Mode == ModeNFTables

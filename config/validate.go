@@ -14,7 +14,8 @@ import (
 	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
 )
 
 // rule is the result of one check. field is the setting in the file, flag the flag
@@ -53,8 +54,8 @@ func (r *rawConfig) rules() []rule {
 		{"clusterCIDR", "cluster-cidr", clusterCIDR(k.ClusterCIDR)},
 		{"nodePortAddresses", "nodeport-addresses", nodePortAddresses(k.NodePortAddresses)},
 		{"detectLocalMode", "detect-local-mode", oneOf(string(k.DetectLocalMode), detectLocalModes)},
-		{"detectLocal.bridgeInterface", "pod-bridge-interface", interfaceFor(proxier.DetectLocalBridgeInterface, k, local.BridgeInterface)},
-		{"detectLocal.interfaceNamePrefix", "pod-interface-name-prefix", interfaceFor(proxier.DetectLocalInterfaceNamePrefix, k, local.InterfaceNamePrefix)},
+		{"detectLocal.bridgeInterface", "pod-bridge-interface", interfaceFor(service.DetectLocalBridgeInterface, k, local.BridgeInterface)},
+		{"detectLocal.interfaceNamePrefix", "pod-interface-name-prefix", interfaceFor(service.DetectLocalInterfaceNamePrefix, k, local.InterfaceNamePrefix)},
 		{"oomScoreAdj", "oom-score-adj", between(*k.OOMScoreAdj, -1000, 1000, "must be from -1000 to 1000")},
 		{"conntrack.maxPerCore", "conntrack-max-per-core", notNegative(*c.MaxPerCore)},
 		{"conntrack.min", "conntrack-min", notNegative(*c.Min)},
@@ -147,7 +148,7 @@ func minSyncPeriod(t timing) string {
 }
 
 func address(text string) string {
-	if _, ok := proxier.ParseAddr(text); !ok {
+	if _, ok := service.ParseAddr(text); !ok {
 		return fmt.Sprintf("%s: not an IP address", text)
 	}
 	return ""
@@ -174,7 +175,7 @@ func parseAddrPort(text string) (netip.AddrPort, bool) {
 	if err != nil {
 		return netip.AddrPort{}, false
 	}
-	a, ok := proxier.ParseAddr(host)
+	a, ok := service.ParseAddr(host)
 	port, err := strconv.ParseUint(number, 10, 16)
 	return netip.AddrPortFrom(a, uint16(port)), ok && err == nil
 }
@@ -187,7 +188,7 @@ func clusterCIDR(text string) string {
 	if wrong := cidrs(list); wrong != "" {
 		return wrong
 	}
-	if p := prefixes(list); len(p) > 2 || len(p) == 2 && proxier.FamilyOf(p[0].Addr()) == proxier.FamilyOf(p[1].Addr()) {
+	if p := prefixes(list); len(p) > 2 || len(p) == 2 && plan.FamilyOf(p[0].Addr()) == plan.FamilyOf(p[1].Addr()) {
 		return fmt.Sprintf("%s: at most one range of each IP family", text)
 	}
 	return ""
@@ -195,7 +196,7 @@ func clusterCIDR(text string) string {
 
 func cidrs(list []string) string {
 	for _, text := range list {
-		if _, ok := proxier.ParsePrefix(text); !ok {
+		if _, ok := service.ParsePrefix(text); !ok {
 			return fmt.Sprintf("%s: %q is not a CIDR such as 10.0.0.0/8 or fd00::/48", strings.Join(list, ","), text)
 		}
 	}
@@ -203,22 +204,22 @@ func cidrs(list []string) string {
 }
 
 func nodePortAddresses(list []string) string {
-	if _, err := proxier.ParseNodePortAddresses(list); err != nil {
+	if _, err := service.ParseNodePortAddresses(list); err != nil {
 		return fmt.Sprintf("%s: %v", strings.Join(list, ","), err)
 	}
 	return ""
 }
 
 var detectLocalModes = []string{
-	string(proxier.DetectLocalClusterCIDR), string(proxier.DetectLocalNodeCIDR),
-	string(proxier.DetectLocalBridgeInterface), string(proxier.DetectLocalInterfaceNamePrefix),
+	string(service.DetectLocalClusterCIDR), string(service.DetectLocalNodeCIDR),
+	string(service.DetectLocalBridgeInterface), string(service.DetectLocalInterfaceNamePrefix),
 }
 
 // interfaceFor checks the interface name, or the prefix of one, that a mode needs.
-func interfaceFor(mode proxier.DetectLocal, k *v1alpha1.KubeProxyConfiguration, name string) string {
+func interfaceFor(mode service.DetectLocal, k *v1alpha1.KubeProxyConfiguration, name string) string {
 	const longest = 15 // the kernel's IFNAMSIZ, less the byte that ends it
 	switch {
-	case proxier.DetectLocal(k.DetectLocalMode) != mode:
+	case service.DetectLocal(k.DetectLocalMode) != mode:
 		return ""
 	case name == "":
 		return fmt.Sprintf(": the mode %s of telling Pods from other traffic needs it", mode)
@@ -231,7 +232,7 @@ func interfaceFor(mode proxier.DetectLocal, k *v1alpha1.KubeProxyConfiguration, 
 }
 
 func scheduler(name string) string {
-	if name != "" && !proxier.ValidScheduler(name) {
+	if name != "" && !service.ValidScheduler(name) {
 		return fmt.Sprintf("%s: not a name of a scheduler: at most 15 lower-case letters, digits and underscores", name)
 	}
 	return ""
@@ -241,7 +242,7 @@ func scheduler(name string) string {
 func prefixes(list []string) []netip.Prefix {
 	var out []netip.Prefix
 	for _, text := range list {
-		if p, ok := proxier.ParsePrefix(text); ok {
+		if p, ok := service.ParsePrefix(text); ok {
 			out = append(out, p)
 		}
 	}

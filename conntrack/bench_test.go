@@ -10,7 +10,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // BenchmarkScan lists a table in which one flow in ten is UDP, none of them
@@ -42,7 +42,7 @@ func BenchmarkScan(b *testing.B) {
 			b.ResetTimer()
 			for b.Loop() {
 				seen = 0
-				if err := t.each(proxier.IPv4, func(f *flow) {
+				if err := t.each(plan.IPv4, func(f *flow) {
 					seen++
 					if d.stale(f, func(netip.Addr) bool { return true }, func(netip.Addr) bool { return false }) {
 						b.Fatal("a flow is stale")

@@ -14,7 +14,9 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"signalbox/internal/wait"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 )
 
 // Options are the parameters of New.
@@ -39,7 +41,7 @@ type Options struct {
 
 // Scan is the result of one scan of a family's flows.
 type Scan struct {
-	Family    proxier.Family
+	Family    plan.Family
 	Frontends int // frontends whose flows were looked for
 	Deleted   int // flows that were removed
 	Took      time.Duration
@@ -72,18 +74,18 @@ type Cleaner struct {
 	wake   chan struct{} // holds one token while there is something new
 
 	mu      sync.Mutex // guards what follows
-	queued  map[proxier.Family]tasks
+	queued  map[plan.Family]tasks
 	calls   uint64     // of Clean so far
 	scanned uint64     // calls whose first scan has succeeded
 	changed *sync.Cond // of scanned
 
 	// Used by the goroutine alone.
-	tasks map[proxier.Family]tasks
+	tasks map[plan.Family]tasks
 	local []netip.Addr
 	retry time.Duration
 }
 
-var _ proxier.FlowCleaner = (*Cleaner)(nil)
+var _ syncer.FlowCleaner = (*Cleaner)(nil)
 
 // New returns a Cleaner for the caller's network namespace. It fails if this
 // process cannot use the namespace's connection tracking table.
@@ -105,7 +107,7 @@ func New(opts Options) (*Cleaner, error) {
 	c := &Cleaner{
 		opts: opts, table: t, cancel: cancel,
 		done: make(chan struct{}), wake: make(chan struct{}, 1),
-		queued: map[proxier.Family]tasks{}, tasks: map[proxier.Family]tasks{},
+		queued: map[plan.Family]tasks{}, tasks: map[plan.Family]tasks{},
 	}
 	c.changed = sync.NewCond(&c.mu)
 	go c.run(ctx)
@@ -113,7 +115,7 @@ func New(opts Options) (*Cleaner, error) {
 }
 
 // Clean implements proxier.FlowCleaner.
-func (c *Cleaner) Clean(family proxier.Family, owners []proxier.FlowOwner) {
+func (c *Cleaner) Clean(family plan.Family, owners []plan.FlowOwner) {
 	c.mu.Lock()
 	queued := c.queued[family]
 	if queued == nil {
@@ -190,7 +192,7 @@ func (c *Cleaner) run(ctx context.Context) {
 func (c *Cleaner) scanAll(ctx context.Context) (next time.Time) {
 	calls := c.drain()
 	failed := false
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		if t := c.tasks[family]; len(t) > 0 {
 			failed = c.scan(ctx, family, t) != nil || failed
 			for _, task := range t {
@@ -229,7 +231,7 @@ func (c *Cleaner) drain() uint64 {
 }
 
 // scan removes the stale flows of one family. A task ends with its second scan.
-func (c *Cleaner) scan(ctx context.Context, family proxier.Family, t tasks) error {
+func (c *Cleaner) scan(ctx context.Context, family plan.Family, t tasks) error {
 	began := time.Now()
 	deleted, err := c.removeStale(ctx, family, t)
 	result := Scan{Family: family, Frontends: len(t), Deleted: deleted, Took: time.Since(began), Err: err}
@@ -256,7 +258,7 @@ func (c *Cleaner) scan(ctx context.Context, family proxier.Family, t tasks) erro
 	return err
 }
 
-func (c *Cleaner) removeStale(ctx context.Context, family proxier.Family, t tasks) (deleted int, err error) {
+func (c *Cleaner) removeStale(ctx context.Context, family plan.Family, t tasks) (deleted int, err error) {
 	if t.haveNodePorts() {
 		c.readLocal()
 	}

@@ -11,11 +11,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 func inBothFamilies(t *testing.T, test func(t *testing.T, w *world)) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) { test(t, newWorld(t, family)) })
 	}
 }
@@ -38,9 +38,9 @@ func (w *world) cleaner(opts Options) *Cleaner {
 	return c
 }
 
-func (w *world) clean(c *Cleaner, serving *proxier.EndpointSet, frontends ...proxier.FrontendKey) {
+func (w *world) clean(c *Cleaner, serving *plan.EndpointSet, frontends ...plan.FrontendKey) {
 	w.t.Helper()
-	c.Clean(w.family, []proxier.FlowOwner{{Frontends: frontends, Usable: serving}})
+	c.Clean(w.family, []plan.FlowOwner{{Frontends: frontends, Usable: serving}})
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := c.Flush(ctx); err != nil {
@@ -48,16 +48,16 @@ func (w *world) clean(c *Cleaner, serving *proxier.EndpointSet, frontends ...pro
 	}
 }
 
-func set(at ...netip.AddrPort) *proxier.EndpointSet {
-	s := &proxier.EndpointSet{}
+func set(at ...netip.AddrPort) *plan.EndpointSet {
+	s := &plan.EndpointSet{}
 	for _, a := range at {
-		s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: a})
+		s.Endpoints = append(s.Endpoints, plan.Endpoint{AddrPort: a})
 	}
 	return s
 }
 
-func vipKey(a netip.AddrPort) proxier.FrontendKey {
-	return proxier.FrontendKey{Addr: a.Addr(), Port: a.Port(), Protocol: proxier.UDP}
+func vipKey(a netip.AddrPort) plan.FrontendKey {
+	return plan.FrontendKey{Addr: a.Addr(), Port: a.Port(), Protocol: plan.UDP}
 }
 
 func TestClientMovesToTheServingEndpoint(t *testing.T) {
@@ -90,7 +90,7 @@ func TestFlowToServingEndpointStays(t *testing.T) {
 }
 
 func TestFlowsOfNobodyGo(t *testing.T) {
-	for name, serving := range map[string]*proxier.EndpointSet{"no endpoint left": set(), "Service gone": nil} {
+	for name, serving := range map[string]*plan.EndpointSet{"no endpoint left": set(), "Service gone": nil} {
 		t.Run(name, func(t *testing.T) {
 			inBothFamilies(t, func(t *testing.T, w *world) {
 				w.rules([2]netip.AddrPort{w.vip, w.a})
@@ -154,7 +154,7 @@ func TestDaemonOfTheHostKeepsItsClients(t *testing.T) {
 
 // A failed look at the addresses must not make the node forget them.
 func TestLastKnownAddressesCount(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	at := netip.AddrPortFrom(w.node, servedNodePort)
 	answers := []func() ([]netip.Addr, error){
 		func() ([]netip.Addr, error) { return []netip.Addr{w.node}, nil },
@@ -177,7 +177,7 @@ func TestLastKnownAddressesCount(t *testing.T) {
 
 // A packet that met the old rules may make its flow only after the first scan.
 func TestSecondScan(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.rules([2]netip.AddrPort{w.vip, w.a})
 	late := w.client(w.vip)
 	scans := make(chan Scan, 2)
@@ -189,7 +189,7 @@ func TestSecondScan(t *testing.T) {
 		}
 		scans <- s
 	}})
-	c.Clean(w.family, []proxier.FlowOwner{{Frontends: []proxier.FrontendKey{vipKey(w.vip)}}})
+	c.Clean(w.family, []plan.FlowOwner{{Frontends: []plan.FrontendKey{vipKey(w.vip)}}})
 	for i, deleted := range []int{0, 1} {
 		s := <-scans
 		if s.Deleted != deleted || s.Err != nil || s.Family != w.family || s.Frontends != 1 {
@@ -201,7 +201,7 @@ func TestSecondScan(t *testing.T) {
 
 // The latest task for a frontend counts in the second scan, too.
 func TestLatestTaskCounts(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.rules([2]netip.AddrPort{w.vip, w.a})
 	kept := w.client(w.vip)
 	c := w.cleaner(Options{RecheckAfter: time.Hour})
@@ -212,10 +212,10 @@ func TestLatestTaskCounts(t *testing.T) {
 }
 
 func TestFlushEndsWithItsContext(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	blocked := make(chan struct{})
 	c := w.cleaner(Options{LocalAddrs: func() ([]netip.Addr, error) { <-blocked; return []netip.Addr{w.node}, nil }})
-	c.Clean(w.family, []proxier.FlowOwner{{Frontends: []proxier.FrontendKey{nodePort(servedNodePort)}}})
+	c.Clean(w.family, []plan.FlowOwner{{Frontends: []plan.FrontendKey{nodePort(servedNodePort)}}})
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	if err := c.Flush(ctx); !errors.Is(err, context.Canceled) {

@@ -6,7 +6,7 @@ import (
 	"slices"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // flow is an entry of the connection tracking table.
@@ -22,18 +22,18 @@ func (f *flow) translated() bool { return f.from != f.to }
 
 // task is to remove the flows to one frontend that no serving endpoint answers.
 type task struct {
-	serving *proxier.EndpointSet
+	serving *plan.EndpointSet
 	// recheck is when the second and last scan is due; zero before the first.
 	recheck time.Time
 }
 
 // tasks are those of one family.
-type tasks map[proxier.FrontendKey]task
+type tasks map[plan.FrontendKey]task
 
 // stale reports whether a flow must be removed. local recognises the addresses of
 // this node, and relay those of a relay on it.
 func (t tasks) stale(f *flow, local, relay func(netip.Addr) bool) bool {
-	key := proxier.FrontendKey{Addr: f.to.Addr(), Port: f.to.Port(), Protocol: proxier.UDP}
+	key := plan.FrontendKey{Addr: f.to.Addr(), Port: f.to.Port(), Protocol: plan.UDP}
 	if task, ok := t[key]; ok {
 		return !task.keeps(f, relay)
 	}
@@ -51,11 +51,11 @@ func (t task) keeps(f *flow, relay func(netip.Addr) bool) bool {
 }
 
 // contains searches a set of endpoints, which is sorted by address and port.
-func contains(set *proxier.EndpointSet, a netip.AddrPort) bool {
+func contains(set *plan.EndpointSet, a netip.AddrPort) bool {
 	if set == nil {
 		return false
 	}
-	_, found := slices.BinarySearchFunc(set.Endpoints, a, func(e proxier.Endpoint, a netip.AddrPort) int {
+	_, found := slices.BinarySearchFunc(set.Endpoints, a, func(e plan.Endpoint, a netip.AddrPort) int {
 		return cmp.Or(e.Addr().Compare(a.Addr()), cmp.Compare(e.Port(), a.Port()))
 	})
 	return found

@@ -4,24 +4,24 @@ import (
 	"net/netip"
 	"testing"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
-func endpoints(at ...string) *proxier.EndpointSet {
-	set := &proxier.EndpointSet{}
+func endpoints(at ...string) *plan.EndpointSet {
+	set := &plan.EndpointSet{}
 	for _, a := range at {
-		set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: netip.MustParseAddrPort(a)})
+		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: netip.MustParseAddrPort(a)})
 	}
 	return set
 }
 
-func key(at string) proxier.FrontendKey {
+func key(at string) plan.FrontendKey {
 	a := netip.MustParseAddrPort(at)
-	return proxier.FrontendKey{Addr: a.Addr(), Port: a.Port(), Protocol: proxier.UDP}
+	return plan.FrontendKey{Addr: a.Addr(), Port: a.Port(), Protocol: plan.UDP}
 }
 
-func nodePort(port uint16) proxier.FrontendKey {
-	return proxier.FrontendKey{Port: port, Protocol: proxier.UDP}
+func nodePort(port uint16) plan.FrontendKey {
+	return plan.FrontendKey{Port: port, Protocol: plan.UDP}
 }
 
 func TestStale(t *testing.T) {

@@ -15,7 +15,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // patience is how long a test waits for what must happen; it ends a test that
@@ -26,7 +26,7 @@ const patience = 30 * time.Second
 // address and two endpoints, and out of which the virtual IPs are routed.
 type world struct {
 	t       *testing.T
-	family  proxier.Family
+	family  plan.Family
 	handle  *netlink.Handle
 	node    netip.Addr
 	a, b    netip.AddrPort // endpoints that answer with their name
@@ -35,15 +35,15 @@ type world struct {
 	foreign netip.AddrPort // an address of another host
 }
 
-var worlds = map[proxier.Family]world{
-	proxier.IPv4: {
-		family: proxier.IPv4, node: netip.MustParseAddr("192.0.2.1"),
+var worlds = map[plan.Family]world{
+	plan.IPv4: {
+		family: plan.IPv4, node: netip.MustParseAddr("192.0.2.1"),
 		a: netip.MustParseAddrPort("10.0.0.1:5300"), b: netip.MustParseAddrPort("10.0.0.2:5300"),
 		vip: netip.MustParseAddrPort("10.96.0.10:53"), other: netip.MustParseAddrPort("10.96.0.11:53"),
 		foreign: netip.MustParseAddrPort("10.96.0.99:30053"),
 	},
-	proxier.IPv6: {
-		family: proxier.IPv6, node: netip.MustParseAddr("2001:db8::1"),
+	plan.IPv6: {
+		family: plan.IPv6, node: netip.MustParseAddr("2001:db8::1"),
 		a: netip.MustParseAddrPort("[fd00::1]:5300"), b: netip.MustParseAddrPort("[fd00::2]:5300"),
 		vip: netip.MustParseAddrPort("[fd96::10]:53"), other: netip.MustParseAddrPort("[fd96::11]:53"),
 		foreign: netip.MustParseAddrPort("[fd96::99]:30053"),
@@ -53,7 +53,7 @@ var worlds = map[proxier.Family]world{
 const servedNodePort = 30053
 
 // newWorld moves the test's goroutine to a network namespace of its own.
-func newWorld(t *testing.T, family proxier.Family) *world {
+func newWorld(t *testing.T, family plan.Family) *world {
 	t.Helper()
 	runtime.LockOSThread() // the thread, in its namespace, ends with the test
 	ns, err := netns.New()
@@ -121,7 +121,7 @@ func hostNet(a netip.Addr) *net.IPNet {
 // rules replaces the translation rules, and has flows tracked without any. Each is "ADDRESS:PORT ENDPOINT".
 func (w *world) rules(translate ...[2]netip.AddrPort) {
 	w.t.Helper()
-	ip := map[proxier.Family]string{proxier.IPv4: "ip", proxier.IPv6: "ip6"}[w.family]
+	ip := map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[w.family]
 	var s strings.Builder
 	fmt.Fprintf(&s, "table %s t\nflush table %s t\ntable %s t {\n chain track { type filter hook output priority 0; ct state new accept; }\n chain out { type nat hook output priority -100;\n", ip, ip, ip)
 	for _, r := range translate {
@@ -201,7 +201,7 @@ func (c *client) ask() string {
 func (c *client) tracked() bool {
 	c.w.t.Helper()
 	af := netlink.InetFamily(unix.AF_INET)
-	if c.w.family == proxier.IPv6 {
+	if c.w.family == plan.IPv6 {
 		af = unix.AF_INET6
 	}
 	flows, err := c.w.handle.ConntrackTableList(netlink.ConntrackTable, af)

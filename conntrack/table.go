@@ -11,7 +11,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Message types, attributes and flags of <linux/netfilter/nfnetlink_conntrack.h>
@@ -72,7 +72,7 @@ func openTable() (*table, error) {
 	_ = s.SetReceiveTimeout(&socketTimeout)
 	t := &table{socket: &nl.SocketHandle{Socket: s}}
 	answered := false
-	err = t.request(msgGetStats, unix.NLM_F_ACK, proxier.IPv4).ExecuteIter(unix.NETLINK_NETFILTER, 0, func([]byte) bool {
+	err = t.request(msgGetStats, unix.NLM_F_ACK, plan.IPv4).ExecuteIter(unix.NETLINK_NETFILTER, 0, func([]byte) bool {
 		answered = true
 		return true
 	})
@@ -88,11 +88,11 @@ func openTable() (*table, error) {
 
 func (t *table) close() { t.socket.Close() }
 
-func (t *table) request(message, flags int, family proxier.Family) *nl.NetlinkRequest {
+func (t *table) request(message, flags int, family plan.Family) *nl.NetlinkRequest {
 	req := nl.NewNetlinkRequest(message, flags)
 	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: t.socket}
 	af := uint8(unix.AF_INET)
-	if family == proxier.IPv6 {
+	if family == plan.IPv6 {
 		af = unix.AF_INET6
 	}
 	req.AddData(&nl.Nfgenmsg{NfgenFamily: af, Version: nl.NFNETLINK_V0})
@@ -102,7 +102,7 @@ func (t *table) request(message, flags int, family proxier.Family) *nl.NetlinkRe
 // each calls fn with every UDP flow of a family. fn must copy a handle that it
 // keeps, and must not use the table. After netlink.ErrDumpInterrupted some flows
 // may be missing.
-func (t *table) each(family proxier.Family, fn func(*flow)) error {
+func (t *table) each(family plan.Family, fn func(*flow)) error {
 	err := t.dump(family, fn)
 	if !t.unfiltered && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP)) {
 		t.unfiltered = true
@@ -114,7 +114,7 @@ func (t *table) each(family proxier.Family, fn func(*flow)) error {
 	return err
 }
 
-func (t *table) dump(family proxier.Family, fn func(*flow)) error {
+func (t *table) dump(family plan.Family, fn func(*flow)) error {
 	req := t.request(msgGet, unix.NLM_F_DUMP, family)
 	if !t.unfiltered {
 		// Kernels before 5.8 do not know the filter and list everything.
@@ -137,7 +137,7 @@ func (t *table) dump(family proxier.Family, fn func(*flow)) error {
 }
 
 // remove deletes the flow with that handle, if it still exists.
-func (t *table) remove(family proxier.Family, handle []byte) error {
+func (t *table) remove(family plan.Family, handle []byte) error {
 	req := t.request(msgDelete, unix.NLM_F_ACK, family)
 	req.AddRawData(handle)
 	_, err := req.Execute(unix.NETLINK_NETFILTER, 0)

@@ -9,6 +9,7 @@ import (
 	"signalbox/modes"
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Cleanup removes from the kernel what signalbox has put there, in every mode
@@ -26,7 +27,7 @@ func Cleanup(kubeProxy bool) (removed []string, err error) {
 	}
 	var left []error
 	for _, r := range todo {
-		for _, family := range proxier.Families {
+		for _, family := range plan.Families {
 			some, err := r.do(family)
 			if some {
 				removed = append(removed, fmt.Sprintf("%s, for %s", r.what, family))
@@ -41,14 +42,14 @@ func Cleanup(kubeProxy bool) (removed []string, err error) {
 type removal struct {
 	what string
 	// remove says whether anything was there that went.
-	remove func(proxier.Family) (bool, error)
+	remove func(plan.Family) (bool, error)
 	// kubeProxy is that it was kube-proxy's.
 	kubeProxy bool
 }
 
 // do returns whether anything went, and an error that names what is left. What
 // this machine cannot have is not left.
-func (r removal) do(family proxier.Family) (removed bool, err error) {
+func (r removal) do(family plan.Family) (removed bool, err error) {
 	removed, err = r.remove(family)
 	var unsupported *proxier.UnsupportedError
 	var unknown *iptables.UnknownOwnerError
@@ -74,16 +75,16 @@ func signalboxRemovals(list []modes.Mode) []removal {
 // not taken over: inUse is its variant of the iptables tools, "" in other modes.
 // servers removes what is in IPVS, and comes after the iptables rules, which use
 // kube-proxy's sets.
-func kubeProxyRemovals(inUse iptables.Backend, servers func(proxier.Family) (bool, error)) []removal {
+func kubeProxyRemovals(inUse iptables.Backend, servers func(plan.Family) (bool, error)) []removal {
 	return []removal{
-		{"kube-proxy's iptables rules", func(f proxier.Family) (bool, error) { return iptables.CleanupKubeProxy(f, inUse) }, true},
+		{"kube-proxy's iptables rules", func(f plan.Family) (bool, error) { return iptables.CleanupKubeProxy(f, inUse) }, true},
 		{"kube-proxy's nftables table", nftables.CleanupKubeProxy, true},
 		{"kube-proxy's IPVS servers, addresses and ipsets", servers, true},
 	}
 }
 
 // endIPVS removes kube-proxy's virtual servers, with their connections.
-func endIPVS(f proxier.Family) (removed bool, err error) {
+func endIPVS(f plan.Family) (removed bool, err error) {
 	removed, _, err = ipvs.CleanupKubeProxy(f, false, false)
 	return removed, err
 }

@@ -18,7 +18,8 @@ import (
 
 	"signalbox/config"
 	"signalbox/node"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // process is what outlives a configuration.
@@ -116,7 +117,7 @@ func (g *generation) modeReason() string {
 	return g.cfg.ModeReason + "; auto takes the first of nftables and iptables that serves this node"
 }
 
-func familyNames(families []proxier.Family) string {
+func familyNames(families []plan.Family) string {
 	names := make([]string, len(families))
 	for i, f := range families {
 		names[i] = f.String()

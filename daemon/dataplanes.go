@@ -11,6 +11,7 @@ import (
 	"signalbox/ipvs"
 	"signalbox/modes"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 	"signalbox/userspace"
 )
 
@@ -27,9 +28,9 @@ type dataplanes struct {
 	open     map[planeKey]proxier.Proxier
 	retiring map[planeKey]*retiree
 	// ended is what relays counted that are closed.
-	ended map[proxier.Family]userspace.Stats
+	ended map[plan.Family]userspace.Stats
 	// endedListeners counts failures to listen on loopback, of closed Proxiers.
-	endedListeners map[proxier.Family]uint64
+	endedListeners map[plan.Family]uint64
 }
 
 type planeKey struct {
@@ -59,7 +60,7 @@ type retiree struct {
 func newDataplanes() *dataplanes {
 	return &dataplanes{
 		used: map[planeKey]bool{}, open: map[planeKey]proxier.Proxier{},
-		retiring: map[planeKey]*retiree{}, ended: map[proxier.Family]userspace.Stats{}, endedListeners: map[proxier.Family]uint64{},
+		retiring: map[planeKey]*retiree{}, ended: map[plan.Family]userspace.Stats{}, endedListeners: map[plan.Family]uint64{},
 	}
 }
 

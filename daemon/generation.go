@@ -16,13 +16,16 @@ import (
 	"signalbox/modes"
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
+	"signalbox/proxier/syncer"
 	"signalbox/source/apiserver"
 	"signalbox/source/file"
 )
 
 // Source tells a Sink about objects until its context ends.
 type Source interface {
-	Run(ctx context.Context, sink proxier.Sink) error
+	Run(ctx context.Context, sink service.Sink) error
 }
 
 // generation is a process under one configuration. It ends when another takes
@@ -39,11 +42,11 @@ type generation struct {
 	// events is nil without an API server.
 	events   *events.Recorder
 	settings *settings
-	proxiers map[proxier.Family]proxier.Proxier
+	proxiers map[plan.Family]proxier.Proxier
 	// flows removes stale UDP flows; nil where they cannot be.
 	flows     *conntrack.Cleaner
 	served    *served
-	loop      *proxier.Loop
+	loop      *syncer.Loop
 	leftovers *leftovers
 }
 
@@ -71,7 +74,7 @@ func newGeneration(ctx context.Context, p *process, cfg *config.Config, log *slo
 	}
 	g.watchFlows()
 	g.served = newServed(len(choice.Families), func() { g.planes.serve(log) })
-	g.loop = proxier.NewLoop(g.loopOptions())
+	g.loop = syncer.NewLoop(g.loopOptions())
 	g.leftovers = newLeftovers(leftoversOptions{
 		choice: choice, proxiers: g.proxiers, resync: g.loop.Resync, drained: g.planes.waitRetired, present: g.observer.metrics.Leftovers, log: log,
 	})
@@ -105,9 +108,9 @@ func choose(cfg *config.Config, log *slog.Logger) (modes.Choice, error) {
 
 // usableFamilies leaves out a family that the kernel has not got or that is
 // switched off.
-func usableFamilies(log *slog.Logger) []proxier.Family {
-	var usable []proxier.Family
-	for _, family := range proxier.Families {
+func usableFamilies(log *slog.Logger) []plan.Family {
+	var usable []plan.Family
+	for _, family := range plan.Families {
 		if err := node.FamilyUsable(family); err != nil {
 			log.Info("an IP family is not served", "family", family.String(), "reason", err)
 			continue
@@ -148,7 +151,7 @@ func clientOptions(cfg *config.Config) apiserver.ClientOptions {
 
 // takePlanes makes the mode work in each family.
 func (g *generation) takePlanes() error {
-	g.proxiers = map[proxier.Family]proxier.Proxier{}
+	g.proxiers = map[plan.Family]proxier.Proxier{}
 	for _, family := range g.choice.Families {
 		p, err := g.planes.get(g.choice.Mode, proxier.Options{
 			Family: family, MasqueradeMark: g.cfg.MasqueradeMark, IPVS: g.cfg.IPVS,
@@ -202,17 +205,17 @@ func (g *generation) watchAffinity(ctx context.Context) {
 // in case other software changed our rules without an error telling us.
 const fullSyncPeriod = time.Hour
 
-func (g *generation) loopOptions() proxier.LoopOptions {
-	logProblem := proxier.LogProblems(g.log)
-	opts := proxier.LoopOptions{
+func (g *generation) loopOptions() syncer.LoopOptions {
+	logProblem := syncer.LogProblems(g.log)
+	opts := syncer.LoopOptions{
 		NodeName: g.cfg.NodeName, Settings: g.cfg.ForMode(g.choice.Mode.Name), MinSyncPeriod: g.cfg.MinSyncPeriod,
 		Proxiers: g.proxiers, Logger: g.log, SyncPeriod: fullSyncPeriod, RetryPeriod: g.cfg.SyncPeriod,
-		Report: func(p proxier.Problem) {
+		Report: func(p plan.Problem) {
 			logProblem(p)
 			g.observer.metrics.Problem(p)
 			g.events.Problem(p)
 		},
-		Synced: func(r proxier.SyncReport) {
+		Synced: func(r syncer.SyncReport) {
 			g.noteSync(r)
 			if p, ok := g.proxiers[r.Family].(interface{ KernelProblems() []*node.KernelProblem }); ok {
 				g.settings.note(r.Family.String(), p.KernelProblems())
@@ -232,7 +235,7 @@ func (g *generation) loopOptions() proxier.LoopOptions {
 
 // noteSync says when a family is first served, and tells what waits for that;
 // each later sync is logged at debug level.
-func (g *generation) noteSync(r proxier.SyncReport) {
+func (g *generation) noteSync(r syncer.SyncReport) {
 	level := slog.LevelDebug
 	if g.served.note(r) {
 		level = slog.LevelInfo

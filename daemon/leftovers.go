@@ -13,6 +13,7 @@ import (
 	"signalbox/modes"
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 	"signalbox/userspace"
 )
 
@@ -28,17 +29,17 @@ import (
 type leftovers struct {
 	leftoversOptions
 	// inUse is the variant of the iptables tools that this mode uses.
-	inUse map[proxier.Family]iptables.Backend
+	inUse map[plan.Family]iptables.Backend
 
 	mu sync.Mutex // guards failed
 	// failed are removals that are to be done again, by what they remove.
-	failed map[proxier.Family]map[string]removal
+	failed map[plan.Family]map[string]removal
 
 	// The goroutine's own: of which families kube-proxy had rules, until when
 	// they are removed again, and of which it was said that they are there.
-	had   map[proxier.Family]bool
+	had   map[plan.Family]bool
 	until time.Time
-	said  map[proxier.Family]bool
+	said  map[plan.Family]bool
 	// draining counts kube-proxy's virtual servers that have connections yet, and
 	// ownDraining those of the ipvs mode.
 	draining, ownDraining draining
@@ -48,7 +49,7 @@ type leftovers struct {
 type leftoversOptions struct {
 	// choice and proxiers are the mode at work.
 	choice   modes.Choice
-	proxiers map[proxier.Family]proxier.Proxier
+	proxiers map[plan.Family]proxier.Proxier
 	// resync has this mode's own rules written anew.
 	resync func()
 	// drained waits until relays that this process had under an earlier
@@ -56,12 +57,12 @@ type leftoversOptions struct {
 	// first.
 	drained func(context.Context) bool
 	// present is told whether something of others is there that may be obeyed.
-	present func(family proxier.Family, is bool)
+	present func(family plan.Family, is bool)
 	log     *slog.Logger
 }
 
 func newLeftovers(opts leftoversOptions) *leftovers {
-	l := &leftovers{leftoversOptions: opts, inUse: map[proxier.Family]iptables.Backend{}, failed: map[proxier.Family]map[string]removal{}}
+	l := &leftovers{leftoversOptions: opts, inUse: map[plan.Family]iptables.Backend{}, failed: map[plan.Family]map[string]removal{}}
 	for family, p := range opts.proxiers {
 		if p, ok := p.(interface{ Backend() iptables.Backend }); ok {
 			l.inUse[family] = p.Backend()
@@ -116,11 +117,11 @@ func (l *leftovers) removeAll(ctx context.Context) {
 	if l.choice.Mode.Name != ipvs.Mode {
 		todo = append(todo, l.ownIPVS())
 	}
-	l.had, l.said = map[proxier.Family]bool{}, map[proxier.Family]bool{}
+	l.had, l.said = map[plan.Family]bool{}, map[plan.Family]bool{}
 	l.draining, l.ownDraining = draining{}, draining{}
 	l.until = time.Now().Add(swapTime)
 	l.mu.Lock()
-	l.failed = map[proxier.Family]map[string]removal{}
+	l.failed = map[plan.Family]map[string]removal{}
 	l.mu.Unlock()
 	for _, family := range l.choice.Families {
 		l.remove(family, todo)
@@ -143,14 +144,14 @@ func (l *leftovers) removeRelay() {
 }
 
 // kubeProxy is what kube-proxy's rules are removed by while this mode serves.
-func (l *leftovers) kubeProxy(family proxier.Family) []removal {
+func (l *leftovers) kubeProxy(family plan.Family) []removal {
 	return kubeProxyRemovals(l.inUse[family], l.drainIPVS)
 }
 
 // ownIPVS is what the ipvs mode's rules and servers are removed by while another
 // mode serves, without ending connections.
 func (l *leftovers) ownIPVS() removal {
-	return removal{what: "what signalbox's mode ipvs wrote", remove: func(family proxier.Family) (removed bool, err error) {
+	return removal{what: "what signalbox's mode ipvs wrote", remove: func(family plan.Family) (removed bool, err error) {
 		removed, n, err := ipvs.Drain(family)
 		l.ownDraining.note(family, n, "the ipvs mode", l.log)
 		return removed, err
@@ -158,24 +159,24 @@ func (l *leftovers) ownIPVS() removal {
 }
 
 // drainIPVS removes kube-proxy's virtual servers without ending connections.
-func (l *leftovers) drainIPVS(family proxier.Family) (removed bool, err error) {
+func (l *leftovers) drainIPVS(family plan.Family) (removed bool, err error) {
 	removed, n, err := ipvs.CleanupKubeProxy(family, l.choice.Mode.Name == ipvs.Mode, true)
 	l.draining.note(family, n, "kube-proxy", l.log)
 	return removed, err
 }
 
 // draining counts virtual servers that have connections yet.
-type draining map[proxier.Family]int
+type draining map[plan.Family]int
 
 // note says when the first have.
-func (d draining) note(family proxier.Family, n int, owner string, log *slog.Logger) {
+func (d draining) note(family plan.Family, n int, owner string, log *slog.Logger) {
 	if n > 0 && d[family] == 0 {
 		log.Info("virtual servers of "+owner+" have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
 	}
 	d[family] = n
 }
 
-func (l *leftovers) remove(family proxier.Family, todo []removal) {
+func (l *leftovers) remove(family plan.Family, todo []removal) {
 	for _, r := range todo {
 		removed, err := r.do(family)
 		if removed {
@@ -190,7 +191,7 @@ func (l *leftovers) remove(family proxier.Family, todo []removal) {
 }
 
 // note keeps a removal that failed, and says whether its last one did, too.
-func (l *leftovers) note(family proxier.Family, r removal, err error) (known bool) {
+func (l *leftovers) note(family plan.Family, r removal, err error) (known bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	_, known = l.failed[family][r.what]
@@ -208,7 +209,7 @@ func (l *leftovers) note(family proxier.Family, r removal, err error) (known boo
 
 // removeAgain does again what failed. That a kube-proxy wrote is tried for as
 // long as one that served before may run: later it could be another's.
-func (l *leftovers) removeAgain(family proxier.Family) {
+func (l *leftovers) removeAgain(family plan.Family) {
 	l.mu.Lock()
 	todo := slices.Collect(maps.Values(l.failed[family]))
 	l.mu.Unlock()
@@ -230,7 +231,7 @@ func (l *leftovers) tellPresent() {
 
 // look removes kube-proxy's rules if they are back, and has this mode's own
 // written again if somebody else replaced them.
-func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool) {
+func (l *leftovers) look(ctx context.Context, family plan.Family) (found bool) {
 	if l.ownDraining[family] > 0 {
 		l.remove(family, []removal{l.ownIPVS()})
 	}
@@ -252,7 +253,7 @@ func (l *leftovers) look(ctx context.Context, family proxier.Family) (found bool
 }
 
 // dealWithKubeProxy removes its rules, if it is one that served before.
-func (l *leftovers) dealWithKubeProxy(family proxier.Family) (removed bool) {
+func (l *leftovers) dealWithKubeProxy(family plan.Family) (removed bool) {
 	if l.had[family] && time.Now().Before(l.until) {
 		l.log.Warn("kube-proxy has written its rules again, and they are removed again; does it still run on this node?", "family", family.String())
 		l.remove(family, l.kubeProxy(family))
@@ -272,6 +273,6 @@ func (l *leftovers) dealWithKubeProxy(family proxier.Family) (removed bool) {
 
 // kubeProxyWrote looks for what kube-proxy has in each of its modes, at the
 // least cost.
-func (l *leftovers) kubeProxyWrote(ctx context.Context, family proxier.Family) bool {
+func (l *leftovers) kubeProxyWrote(ctx context.Context, family plan.Family) bool {
 	return nftables.HasKubeProxy(family) || l.draining[family] == 0 && ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family, l.inUse[family])
 }

@@ -8,7 +8,8 @@ import (
 	"time"
 
 	"signalbox/modes"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // What could not be removed is tried again, and told of until it is gone; not
@@ -17,29 +18,29 @@ func TestFailedRemovalIsRepeated(t *testing.T) {
 	var log strings.Builder
 	present := false
 	l := newLeftovers(leftoversOptions{
-		choice:  modes.Choice{Families: []proxier.Family{proxier.IPv4}},
-		present: func(_ proxier.Family, is bool) { present = is },
+		choice:  modes.Choice{Families: []plan.Family{plan.IPv4}},
+		present: func(_ plan.Family, is bool) { present = is },
 		log:     slog.New(slog.NewTextHandler(&log, nil)),
 	})
 	l.until = time.Now().Add(time.Hour)
 	tries := map[string]int{}
 	failing := func(what string, times int, kubeProxy bool) removal {
-		return removal{what, func(proxier.Family) (bool, error) {
+		return removal{what, func(plan.Family) (bool, error) {
 			if tries[what]++; tries[what] <= times {
 				return false, errors.New("busy")
 			}
 			return true, nil
 		}, kubeProxy}
 	}
-	l.remove(proxier.IPv4, []removal{failing("ours", 2, false), failing("theirs", 1, true), failing("nothing", 0, false)})
+	l.remove(plan.IPv4, []removal{failing("ours", 2, false), failing("theirs", 1, true), failing("nothing", 0, false)})
 	l.tellPresent()
 	if !present {
 		t.Error("nobody is told of what could not be removed")
 	}
 	l.until = time.Now().Add(-time.Hour)
-	l.removeAgain(proxier.IPv4)
-	l.removeAgain(proxier.IPv4)
-	l.removeAgain(proxier.IPv4)
+	l.removeAgain(plan.IPv4)
+	l.removeAgain(plan.IPv4)
+	l.removeAgain(plan.IPv4)
 	if tries["ours"] != 3 || tries["theirs"] != 1 || tries["nothing"] != 1 {
 		t.Errorf("tried %v", tries)
 	}
@@ -48,7 +49,7 @@ func TestFailedRemovalIsRepeated(t *testing.T) {
 		t.Error("what is kube-proxy's is taken for removed")
 	}
 	l.until = time.Now().Add(time.Hour)
-	l.removeAgain(proxier.IPv4)
+	l.removeAgain(plan.IPv4)
 	l.tellPresent()
 	if present {
 		t.Error("all is removed and nobody is told")

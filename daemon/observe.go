@@ -10,7 +10,9 @@ import (
 	"signalbox/health"
 	"signalbox/metrics"
 	"signalbox/node"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 )
 
 // observer tells others what the process does: metrics, health and the answers
@@ -40,7 +42,7 @@ func newObserver(log *slog.Logger) *observer {
 	o.health = health.New(health.Options{Healthz: o.metrics.Healthz, Livez: o.metrics.Livez})
 	o.services = health.NewServices(health.ServiceOptions{
 		Healthy: func() bool { return !o.offersHealthz.Load() || o.health.Healthy() },
-		Failed: func(service proxier.ServiceName, port uint16, err error) {
+		Failed: func(service plan.ServiceName, port uint16, err error) {
 			o.events.Load().HealthCheckFailed(service, port, err)
 		},
 		Tried: func(err error) {
@@ -48,7 +50,7 @@ func newObserver(log *slog.Logger) *observer {
 				o.metrics.ListenFailed(metrics.ServiceHealthServer)
 			}
 		},
-		State: func(family proxier.Family, services, failing int) {
+		State: func(family plan.Family, services, failing int) {
 			o.metrics.HealthChecks(family, services)
 			o.metrics.ListenFailing(metrics.ServiceHealthServer, failing)
 		},
@@ -121,7 +123,7 @@ func (o *observer) noteRouteSources(log *slog.Logger, s node.RouteSources) {
 		"leftOut", n, "among them", s.LeftOut[0].String(), "used", len(s.Served), "limitOfFamily", node.MaxRouteSources)
 }
 
-func (o *observer) synced(r proxier.SyncReport) {
+func (o *observer) synced(r syncer.SyncReport) {
 	o.metrics.Synced(r)
 	o.health.Synced(r)
 	o.services.Synced(r)

@@ -10,13 +10,15 @@ import (
 	"signalbox/config"
 	"signalbox/modes"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 	"signalbox/source/file"
 )
 
 // Plans reads the manifests of cfg.SourceDir once and returns what the node
 // must do for them in each family, without looking at this machine. local are
 // the addresses that the node's interfaces are taken to have.
-func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []netip.Addr) ([]*proxier.Plan, error) {
+func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []netip.Addr) ([]*plan.Plan, error) {
 	if _, err := os.Stat(cfg.SourceDir); err != nil {
 		return nil, fmt.Errorf("reading manifests: %w", err) // the source would wait for the directory
 	}
@@ -24,9 +26,9 @@ func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []net
 	if err != nil {
 		return nil, err
 	}
-	loop := proxier.NewLoop(proxier.LoopOptions{
+	loop := syncer.NewLoop(syncer.LoopOptions{
 		NodeName: cfg.NodeName, Settings: cfg.ForMode(mode.Name),
-		Proxiers: map[proxier.Family]proxier.Proxier{proxier.IPv4: planOnly{}, proxier.IPv6: planOnly{}},
+		Proxiers: map[plan.Family]proxier.Proxier{plan.IPv4: planOnly{}, plan.IPv6: planOnly{}},
 	})
 	loop.SetLocalAddrs(local)
 	ctx, cancel := context.WithCancel(ctx)
@@ -37,18 +39,18 @@ func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []net
 	if err := loop.SyncNow(context.Background()); err != nil {
 		return nil, err
 	}
-	return []*proxier.Plan{loop.Plan(proxier.IPv4), loop.Plan(proxier.IPv6)}, nil
+	return []*plan.Plan{loop.Plan(plan.IPv4), loop.Plan(plan.IPv6)}, nil
 }
 
 // planOnly stands where a mode would be when only the plan is asked for.
 type planOnly struct{}
 
-func (planOnly) Sync(context.Context, *proxier.Plan, proxier.Change) error { return nil }
-func (planOnly) Close() error                                              { return nil }
+func (planOnly) Sync(context.Context, *plan.Plan, plan.Change) error { return nil }
+func (planOnly) Close() error                                        { return nil }
 
 // untilSynced ends the source once all that exists has been told.
 type untilSynced struct {
-	*proxier.Loop
+	*syncer.Loop
 	stop context.CancelFunc
 }
 

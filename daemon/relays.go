@@ -5,6 +5,7 @@ import (
 
 	"signalbox/internal/localhost"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 	"signalbox/userspace"
 )
 
@@ -13,7 +14,7 @@ type relay interface{ Stats() userspace.Stats }
 
 // relays is what the relays of each family did and do, with those that only
 // end their connections, and with what the closed ones counted.
-func (d *dataplanes) relays() map[proxier.Family]userspace.Stats {
+func (d *dataplanes) relays() map[plan.Family]userspace.Stats {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	all := maps.Clone(d.ended)
@@ -49,9 +50,9 @@ type listener interface{ LocalhostStats() localhost.Stats }
 
 // localhost counts the listeners on loopback of each family whose NodePorts are
 // served there. It asks the kernel without the lock.
-func (d *dataplanes) localhost() map[proxier.Family]localhost.Stats {
+func (d *dataplanes) localhost() map[plan.Family]localhost.Stats {
 	d.mu.Lock()
-	ended, planes := maps.Clone(d.endedListeners), map[proxier.Family][]listener{}
+	ended, planes := maps.Clone(d.endedListeners), map[plan.Family][]listener{}
 	add := func(key planeKey, p proxier.Proxier) {
 		if l, ok := p.(listener); ok {
 			planes[key.opts.Family] = append(planes[key.opts.Family], l)
@@ -64,7 +65,7 @@ func (d *dataplanes) localhost() map[proxier.Family]localhost.Stats {
 		add(key, r.plane)
 	}
 	d.mu.Unlock()
-	all := map[proxier.Family]localhost.Stats{}
+	all := map[plan.Family]localhost.Stats{}
 	for family, list := range planes {
 		var s localhost.Stats
 		failures := ended[family]

@@ -4,7 +4,8 @@ import (
 	"context"
 	"sync"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 )
 
 // served tells when all Services of all families are in the kernel.
@@ -14,9 +15,9 @@ type served struct {
 	complete func()
 
 	mu sync.Mutex // guards what follows
-	of map[proxier.Family]bool
+	of map[plan.Family]bool
 	// written are the families in which everything was written since forget.
-	written map[proxier.Family]bool
+	written map[plan.Family]bool
 	all     chan struct{} // closed when all families are served
 }
 
@@ -30,13 +31,13 @@ func newServed(families int, complete func()) *served {
 func (s *served) forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.of, s.written, s.all = map[proxier.Family]bool{}, map[proxier.Family]bool{}, make(chan struct{})
+	s.of, s.written, s.all = map[plan.Family]bool{}, map[plan.Family]bool{}, make(chan struct{})
 }
 
 // note is told of each sync, and says whether the family is served with it for
 // the first time: everything was written, and the kernel is what it should be. A
 // Service in quarantine does not keep the node from serving all others.
-func (s *served) note(r proxier.SyncReport) (first bool) {
+func (s *served) note(r syncer.SyncReport) (first bool) {
 	s.mu.Lock()
 	s.written[r.Family] = s.written[r.Family] || r.All
 	first = r.Current && s.written[r.Family] && !s.of[r.Family]

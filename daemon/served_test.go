@@ -5,19 +5,20 @@ import (
 	"log/slog"
 	"testing"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 )
 
 // A Service in quarantine at the start does not keep the node from being served.
 func TestAQuarantinedServiceDoesNotHoldUpTheNode(t *testing.T) {
 	complete := 0
 	g := &generation{log: slog.New(slog.DiscardHandler), served: newServed(2, func() { complete++ })}
-	g.noteSync(proxier.SyncReport{Family: proxier.IPv4, All: true, Current: true})
-	g.noteSync(proxier.SyncReport{Family: proxier.IPv6, All: true, Err: errors.New("no kernel state")})
+	g.noteSync(syncer.SyncReport{Family: plan.IPv4, All: true, Current: true})
+	g.noteSync(syncer.SyncReport{Family: plan.IPv6, All: true, Err: errors.New("no kernel state")})
 	if complete != 0 {
 		t.Error("a family that failed counts as served")
 	}
-	g.noteSync(proxier.SyncReport{Family: proxier.IPv6, Current: true, Quarantined: 3, Err: errors.New("the kernel refuses Service default/bad")})
+	g.noteSync(syncer.SyncReport{Family: plan.IPv6, Current: true, Quarantined: 3, Err: errors.New("the kernel refuses Service default/bad")})
 	if complete != 1 {
 		t.Error("a quarantined Service keeps the node from being served")
 	}
@@ -27,11 +28,11 @@ func TestAQuarantinedServiceDoesNotHoldUpTheNode(t *testing.T) {
 // anew first.
 func TestServedAnewWhenEverythingIsWritten(t *testing.T) {
 	s := newServed(1, func() {})
-	whole := proxier.SyncReport{Family: proxier.IPv4, All: true, Current: true}
-	change := proxier.SyncReport{Family: proxier.IPv4, Current: true}
+	whole := syncer.SyncReport{Family: plan.IPv4, All: true, Current: true}
+	change := syncer.SyncReport{Family: plan.IPv4, Current: true}
 	for i, step := range []struct {
 		forget bool
-		sync   proxier.SyncReport
+		sync   syncer.SyncReport
 		first  bool
 	}{
 		{sync: whole, first: true}, {sync: whole}, {sync: change},

@@ -16,11 +16,13 @@ import (
 	"signalbox/internal/netlab"
 	"signalbox/modes"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 )
 
 // tell gives a loop Services of ten endpoints each, as a source does that has
 // them in its cache.
-func tell(l *proxier.Loop, services int) {
+func tell(l *syncer.Loop, services int) {
 	port, protocol := int32(8080), corev1.ProtocolTCP
 	for i := range services {
 		name := fmt.Sprintf("svc-%d", i)
@@ -95,13 +97,13 @@ func startOnce(b *testing.B, name string, services int, restart bool) (cpu time.
 		b.Fatal(err)
 	}
 	start := func(timed bool) error {
-		p, err := mode.New(proxier.Options{Family: proxier.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark})
+		p, err := mode.New(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark})
 		if err != nil {
 			return err
 		}
 		defer p.Close()
-		l := proxier.NewLoop(proxier.LoopOptions{
-			NodeName: "node1", Proxiers: map[proxier.Family]proxier.Proxier{proxier.IPv4: p}, Logger: slog.New(slog.DiscardHandler),
+		l := syncer.NewLoop(syncer.LoopOptions{
+			NodeName: "node1", Proxiers: map[plan.Family]proxier.Proxier{plan.IPv4: p}, Logger: slog.New(slog.DiscardHandler),
 		})
 		tell(l, services)
 		if timed {

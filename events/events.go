@@ -25,7 +25,8 @@ import (
 	"k8s.io/client-go/util/flowcontrol"
 	"k8s.io/klog/v2"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
 )
 
 // controller is the reportingController that operators' tools look for.
@@ -92,7 +93,7 @@ func New(ctx context.Context, opts Options) *Recorder {
 // Watch returns a Sink that passes everything on to next and remembers the UIDs
 // of Services. kubectl describe shows only Events with the Service's UID, and
 // the rights of a service proxy do not allow to get a single Service.
-func (r *Recorder) Watch(next proxier.Sink) proxier.Sink {
+func (r *Recorder) Watch(next service.Sink) service.Sink {
 	if r == nil {
 		return next
 	}
@@ -100,20 +101,20 @@ func (r *Recorder) Watch(next proxier.Sink) proxier.Sink {
 }
 
 type uidSink struct {
-	proxier.Sink
+	service.Sink
 	uids *sync.Map
 }
 
 func (s uidSink) Apply(obj runtime.Object) {
 	if svc, ok := obj.(*corev1.Service); ok {
-		s.uids.Store(proxier.ServiceName{Namespace: svc.Namespace, Name: svc.Name}, svc.UID)
+		s.uids.Store(plan.ServiceName{Namespace: svc.Namespace, Name: svc.Name}, svc.UID)
 	}
 	s.Sink.Apply(obj)
 }
 
 func (s uidSink) Delete(obj runtime.Object) {
 	if svc, ok := obj.(*corev1.Service); ok {
-		s.uids.Delete(proxier.ServiceName{Namespace: svc.Namespace, Name: svc.Name})
+		s.uids.Delete(plan.ServiceName{Namespace: svc.Namespace, Name: svc.Name})
 	}
 	s.Sink.Delete(obj)
 }
@@ -143,7 +144,7 @@ func (r *Recorder) ConfigurationRejected(err error) {
 
 // HealthCheckFailed reports that a Service's healthCheckNodePort cannot be
 // listened on. It has the form of health.ServiceOptions.Failed.
-func (r *Recorder) HealthCheckFailed(service proxier.ServiceName, port uint16, err error) {
+func (r *Recorder) HealthCheckFailed(service plan.ServiceName, port uint16, err error) {
 	if r == nil {
 		return
 	}
@@ -154,12 +155,12 @@ func (r *Recorder) HealthCheckFailed(service proxier.ServiceName, port uint16, e
 // Problem reports that a field of a Service cannot be served. Problems of other
 // objects are only logged. Each field has an Event of its own, since of equal
 // Events the broadcaster keeps the first note and counts the others.
-func (r *Recorder) Problem(p proxier.Problem) {
+func (r *Recorder) Problem(p plan.Problem) {
 	namespace, name, ok := strings.Cut(p.Object, "/")
 	if r == nil || p.Kind != "Service" || !ok {
 		return
 	}
-	r.service(proxier.ServiceName{Namespace: namespace, Name: name}, p.Field, "NotFullyServed", "ProgramService",
+	r.service(plan.ServiceName{Namespace: namespace, Name: name}, p.Field, "NotFullyServed", "ProgramService",
 		fmt.Sprintf("node %s: %s: %s", r.opts.NodeName, p.Field, p.Reason))
 }
 
@@ -172,7 +173,7 @@ func (r *Recorder) node(kind, reason, note string) {
 	r.write(regarding, kind, reason, "StartKubeProxy", note)
 }
 
-func (r *Recorder) service(name proxier.ServiceName, field, reason, action, note string) {
+func (r *Recorder) service(name plan.ServiceName, field, reason, action, note string) {
 	regarding := corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: name.Namespace, Name: name.Name, FieldPath: field}
 	if uid, ok := r.uids.Load(name); ok {
 		regarding.UID = uid.(types.UID)

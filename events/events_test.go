@@ -26,7 +26,8 @@ import (
 	"k8s.io/client-go/rest"
 	clienttesting "k8s.io/client-go/testing"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
 )
 
 // rig is a Recorder at work with a fake API server.
@@ -126,7 +127,7 @@ func (r *rig) events(namespace string) []eventsv1.Event {
 	return list.Items
 }
 
-var web = proxier.ServiceName{Namespace: "shop", Name: "web"}
+var web = plan.ServiceName{Namespace: "shop", Name: "web"}
 
 func TestEvents(t *testing.T) {
 	service := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web", UID: "1234"}}
@@ -163,13 +164,13 @@ func TestEvents(t *testing.T) {
 			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: "shop", Name: "web", UID: "1234"},
 		}},
 		{"a problem", func(r *Recorder) {
-			r.Problem(proxier.Problem{Kind: "Service", Object: "shop/web", Field: "spec.ports[0]", Reason: "is bad"})
+			r.Problem(plan.Problem{Kind: "Service", Object: "shop/web", Field: "spec.ports[0]", Reason: "is bad"})
 		}, "shop", eventsv1.Event{
 			Type: "Warning", Reason: "NotFullyServed", Action: "ProgramService", Note: "node node1: spec.ports[0]: is bad",
 			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: "shop", Name: "web", UID: "1234", FieldPath: "spec.ports[0]"},
 		}},
 		{"a problem of a Service that is gone", func(r *Recorder) {
-			r.Problem(proxier.Problem{Kind: "Service", Object: "shop/other", Field: "f", Reason: strings.Repeat("é", 2000)})
+			r.Problem(plan.Problem{Kind: "Service", Object: "shop/other", Field: "f", Reason: strings.Repeat("é", 2000)})
 		}, "shop", eventsv1.Event{
 			Type: "Warning", Reason: "NotFullyServed", Action: "ProgramService", Note: "node node1: f: " + strings.Repeat("é", 502) + " …",
 			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Service", Namespace: "shop", Name: "other", FieldPath: "f"},
@@ -205,7 +206,7 @@ func TestEvents(t *testing.T) {
 func TestOnlyProblemsOfServices(t *testing.T) {
 	r := newRig(t)
 	for _, kind := range []string{"EndpointSlice", "Node", "ServiceCIDR"} {
-		r.Problem(proxier.Problem{Kind: kind, Object: "shop/web"})
+		r.Problem(plan.Problem{Kind: kind, Object: "shop/web"})
 	}
 	r.Flush(time.Minute)
 	if n := len(r.client.Actions()); n > 0 {
@@ -214,7 +215,7 @@ func TestOnlyProblemsOfServices(t *testing.T) {
 }
 
 // told is a Sink that keeps nothing.
-type told struct{ proxier.Sink }
+type told struct{ service.Sink }
 
 func (told) Apply(runtime.Object)  {}
 func (told) Delete(runtime.Object) {}
@@ -264,7 +265,7 @@ func TestOutage(t *testing.T) {
 	const problems = 20_000
 	before := goruntime.NumGoroutine()
 	for i := range problems {
-		r.Problem(proxier.Problem{Kind: "Service", Object: fmt.Sprintf("shop/web-%d", i), Field: "f", Reason: "r"})
+		r.Problem(plan.Problem{Kind: "Service", Object: fmt.Sprintf("shop/web-%d", i), Field: "f", Reason: "r"})
 	}
 	r.mu.Lock()
 	dropped := r.counted[Dropped]
@@ -303,7 +304,7 @@ func TestRepetitions(t *testing.T) {
 func TestProblemsOfOneService(t *testing.T) {
 	r := newRig(t)
 	for _, field := range []string{"a", "b", "a"} {
-		r.Problem(proxier.Problem{Kind: "Service", Object: "shop/web", Field: field, Reason: "is bad"})
+		r.Problem(plan.Problem{Kind: "Service", Object: "shop/web", Field: field, Reason: "is bad"})
 	}
 	r.await(Sent, 3)
 	notes := map[string]bool{}
@@ -371,6 +372,6 @@ func TestNobodyToTell(t *testing.T) {
 	r.HealthzFailed(errors.New("no"))
 	r.MetricsFailed(errors.New("no"))
 	r.HealthCheckFailed(web, 1, errors.New("no"))
-	r.Problem(proxier.Problem{Kind: "Service", Object: "shop/web"})
+	r.Problem(plan.Problem{Kind: "Service", Object: "shop/web"})
 	r.Flush(time.Hour)
 }

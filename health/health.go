@@ -9,7 +9,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
+	"signalbox/proxier/syncer"
 )
 
 // Options are the parameters of New.
@@ -23,7 +25,7 @@ type Options struct {
 // Subject is what Health reports about.
 type Subject struct {
 	// Progress returns the progress of the Loop.
-	Progress func() proxier.Progress
+	Progress func() syncer.Progress
 	// Degraded returns the names of kernel settings that the dataplane needs and
 	// could not set; may be nil. The answers list them. They do not change the
 	// status, because most Services do not need them.
@@ -47,7 +49,7 @@ type Health struct {
 
 	mu      sync.Mutex // guards what follows
 	subject Subject
-	updated map[proxier.Family]time.Time
+	updated map[plan.Family]time.Time
 	node    nodeState
 	// rejected is the reason why the configuration file is not in force.
 	rejected string
@@ -67,8 +69,8 @@ func New(opts Options) *Health {
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
-	h := &Health{opts: opts, updated: map[proxier.Family]time.Time{}}
-	h.Follow(Subject{Progress: func() proxier.Progress { return proxier.Progress{} }})
+	h := &Health{opts: opts, updated: map[plan.Family]time.Time{}}
+	h.Follow(Subject{Progress: func() syncer.Progress { return syncer.Progress{} }})
 	return h
 }
 
@@ -101,7 +103,7 @@ func (h *Health) ConfigurationRejected(err error) {
 
 // Synced records when the kernel was last up to date. It has the form of
 // proxier.LoopOptions.Synced.
-func (h *Health) Synced(r proxier.SyncReport) {
+func (h *Health) Synced(r syncer.SyncReport) {
 	if !r.Current {
 		return
 	}
@@ -112,14 +114,14 @@ func (h *Health) Synced(r proxier.SyncReport) {
 
 // Watch returns a Sink that passes everything on to next and reads the subject's
 // Node object.
-func (h *Health) Watch(next proxier.Sink) proxier.Sink {
+func (h *Health) Watch(next service.Sink) service.Sink {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return nodeWatch{next, h, h.subject.NodeName}
 }
 
 type nodeWatch struct {
-	proxier.Sink
+	service.Sink
 	health *Health
 	name   string
 }
@@ -192,7 +194,7 @@ func (h *Health) dataplane() answer {
 		CurrentTime: h.opts.Now(), Healthy: true, Degraded: h.subject.Degraded(), Conditions: h.subject.Conditions(),
 		Status: map[string]familyStatus{}, ConfigurationRejected: h.rejected,
 	}
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		since, served := pending[family]
 		updated := h.updated[family]
 		late := !since.IsZero() && a.CurrentTime.Sub(since) >= 2*h.subject.SyncPeriod

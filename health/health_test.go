@@ -13,7 +13,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
+	"signalbox/proxier/syncer"
 )
 
 // rig is a Health whose clock and Loop are a test's.
@@ -21,16 +23,16 @@ type rig struct {
 	*testing.T
 	*Health
 	now     time.Time
-	pending map[proxier.Family]time.Time
+	pending map[plan.Family]time.Time
 	counted map[string][]int
 	told    []string
 	subject Subject
 }
 
 func newRig(t *testing.T, change ...func(*Subject)) *rig {
-	r := &rig{T: t, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC), pending: map[proxier.Family]time.Time{proxier.IPv4: {}, proxier.IPv6: {}}, counted: map[string][]int{}}
+	r := &rig{T: t, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC), pending: map[plan.Family]time.Time{plan.IPv4: {}, plan.IPv6: {}}, counted: map[string][]int{}}
 	r.subject = Subject{
-		Progress: func() proxier.Progress { return proxier.Progress{Pending: r.pending} }, SyncPeriod: 30 * time.Second, NodeName: "node1",
+		Progress: func() syncer.Progress { return syncer.Progress{Pending: r.pending} }, SyncPeriod: 30 * time.Second, NodeName: "node1",
 	}
 	for _, c := range change {
 		c(&r.subject)
@@ -61,9 +63,9 @@ func node(name string, taints ...string) *corev1.Node {
 	return n
 }
 
-func (r *rig) synced(families ...proxier.Family) {
+func (r *rig) synced(families ...plan.Family) {
 	for _, f := range families {
-		r.Health.Synced(proxier.SyncReport{Family: f, Current: true})
+		r.Health.Synced(syncer.SyncReport{Family: f, Current: true})
 	}
 }
 
@@ -102,15 +104,15 @@ func TestAnswers(t *testing.T) {
 	r.want("/healthz", 503, `{"lastUpdated":"0001-01-01T00:00:00Z","currentTime":"2026-03-01T12:00:00Z","nodeEligible":false,"healthy":true,"status":{}}`)
 
 	watch.Apply(node("node1"))
-	r.synced(proxier.IPv4)
+	r.synced(plan.IPv4)
 	r.now = r.now.Add(time.Second)
-	r.synced(proxier.IPv6)
+	r.synced(plan.IPv6)
 	r.now = r.now.Add(time.Minute)
 	r.want("/healthz", 200, `{"lastUpdated":"2026-03-01T12:01:01Z","currentTime":"2026-03-01T12:01:01Z","nodeEligible":true,"healthy":true,"status":{
 		"IPv4":{"lastUpdated":"2026-03-01T12:00:00Z","healthy":true},"IPv6":{"lastUpdated":"2026-03-01T12:00:01Z","healthy":true}}}`)
 
 	// One family that is late is one too many.
-	r.pending[proxier.IPv6] = r.now.Add(-59 * time.Second)
+	r.pending[plan.IPv6] = r.now.Add(-59 * time.Second)
 	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:01:01Z","currentTime":"2026-03-01T12:01:01Z","healthy":true,"status":{
 		"IPv4":{"lastUpdated":"2026-03-01T12:00:00Z","healthy":true},"IPv6":{"lastUpdated":"2026-03-01T12:00:01Z","healthy":true}}}`)
 	r.now = r.now.Add(time.Second)
@@ -121,8 +123,8 @@ func TestAnswers(t *testing.T) {
 		t.Error("Healthy says that the dataplane is")
 	}
 
-	r.pending[proxier.IPv6] = time.Time{}
-	r.synced(proxier.IPv6)
+	r.pending[plan.IPv6] = time.Time{}
+	r.synced(plan.IPv6)
 	r.want("/livez", 200, `{"lastUpdated":"2026-03-01T12:01:02Z","currentTime":"2026-03-01T12:01:02Z","healthy":true,"status":{
 		"IPv4":{"lastUpdated":"2026-03-01T12:00:00Z","healthy":true},"IPv6":{"lastUpdated":"2026-03-01T12:01:02Z","healthy":true}}}`)
 	if diff := cmp.Diff(map[string][]int{"healthz": {503, 200, 503}, "livez": {200, 200, 503, 200}}, r.counted); diff != "" {
@@ -149,8 +151,8 @@ func TestConditions(t *testing.T) {
 // A family that never comes up is told of, once it is late.
 func TestFirstSyncThatIsLate(t *testing.T) {
 	r := newRig(t)
-	r.pending[proxier.IPv4] = r.now
-	r.Health.Synced(proxier.SyncReport{Family: proxier.IPv4}) // it failed
+	r.pending[plan.IPv4] = r.now
+	r.Health.Synced(syncer.SyncReport{Family: plan.IPv4}) // it failed
 	if !r.Healthy() {
 		t.Error("unhealthy at once")
 	}
@@ -164,20 +166,20 @@ func TestEligibility(t *testing.T) {
 	deleting.DeletionTimestamp = &metav1.Time{Time: time.Now()}
 	for _, test := range []struct {
 		what string
-		tell func(watch proxier.Sink)
+		tell func(watch service.Sink)
 		want int
 	}{
-		{"nothing known", func(proxier.Sink) {}, 503},
-		{"another node", func(w proxier.Sink) { w.Apply(node("node2")) }, 503},
-		{"this node", func(w proxier.Sink) { w.Apply(node("node1")) }, 200},
-		{"a taint", func(w proxier.Sink) { w.Apply(node("node1", "a", toBeDeleted)) }, 503},
-		{"other taints", func(w proxier.Sink) { w.Apply(node("node1", "node.kubernetes.io/unschedulable")) }, 200},
-		{"a taint on another node", func(w proxier.Sink) { w.Apply(node("node1")); w.Apply(node("node2", toBeDeleted)) }, 200},
-		{"a taint taken back", func(w proxier.Sink) { w.Apply(node("node1", toBeDeleted)); w.Apply(node("node1")) }, 200},
-		{"being deleted", func(w proxier.Sink) { w.Apply(deleting) }, 503},
-		{"deleted", func(w proxier.Sink) { w.Apply(node("node1")); w.Delete(node("node1")) }, 503},
-		{"another deleted", func(w proxier.Sink) { w.Apply(node("node1")); w.Delete(node("node2")) }, 200},
-		{"made again", func(w proxier.Sink) { w.Delete(node("node1")); w.Apply(node("node1")) }, 200},
+		{"nothing known", func(service.Sink) {}, 503},
+		{"another node", func(w service.Sink) { w.Apply(node("node2")) }, 503},
+		{"this node", func(w service.Sink) { w.Apply(node("node1")) }, 200},
+		{"a taint", func(w service.Sink) { w.Apply(node("node1", "a", toBeDeleted)) }, 503},
+		{"other taints", func(w service.Sink) { w.Apply(node("node1", "node.kubernetes.io/unschedulable")) }, 200},
+		{"a taint on another node", func(w service.Sink) { w.Apply(node("node1")); w.Apply(node("node2", toBeDeleted)) }, 200},
+		{"a taint taken back", func(w service.Sink) { w.Apply(node("node1", toBeDeleted)); w.Apply(node("node1")) }, 200},
+		{"being deleted", func(w service.Sink) { w.Apply(deleting) }, 503},
+		{"deleted", func(w service.Sink) { w.Apply(node("node1")); w.Delete(node("node1")) }, 503},
+		{"another deleted", func(w service.Sink) { w.Apply(node("node1")); w.Delete(node("node2")) }, 200},
+		{"made again", func(w service.Sink) { w.Delete(node("node1")); w.Apply(node("node1")) }, 200},
 	} {
 		t.Run(test.what, func(t *testing.T) {
 			r := newRig(t)
@@ -197,9 +199,9 @@ func TestEligibility(t *testing.T) {
 func TestAnotherLoop(t *testing.T) {
 	r := newRig(t)
 	r.Watch(sink{r}).Apply(node("node1"))
-	r.synced(proxier.IPv4, proxier.IPv6)
-	r.subject.Progress = func() proxier.Progress {
-		return proxier.Progress{Pending: map[proxier.Family]time.Time{proxier.IPv4: {}}}
+	r.synced(plan.IPv4, plan.IPv6)
+	r.subject.Progress = func() syncer.Progress {
+		return syncer.Progress{Pending: map[plan.Family]time.Time{plan.IPv4: {}}}
 	}
 	r.Follow(r.subject)
 	r.want("/healthz", 200, `{"lastUpdated":"2026-03-01T12:00:00Z","currentTime":"2026-03-01T12:00:00Z","nodeEligible":true,"healthy":true,"status":{

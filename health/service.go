@@ -16,7 +16,9 @@ import (
 	"time"
 
 	"signalbox/internal/httpserve"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 )
 
 // ServiceOptions are the parameters of NewServices.
@@ -26,13 +28,13 @@ type ServiceOptions struct {
 	// Failed is called at the second failure in a row to listen at a Service's
 	// port: a predecessor of this process may still have the port at the first.
 	// May be nil.
-	Failed func(service proxier.ServiceName, port uint16, err error)
+	Failed func(service plan.ServiceName, port uint16, err error)
 	// Tried is called with the result of each attempt to listen; may be nil.
 	Tried func(error)
 	// State is called after a change. services counts the Services of a family
 	// with a health check, failing the addresses of both families at which no
 	// server can listen. May be nil.
-	State func(family proxier.Family, services, failing int)
+	State func(family plan.Family, services, failing int)
 	Log   *slog.Logger
 	// Listen is net.Listen when nil.
 	Listen func(network, addr string) (net.Listener, error)
@@ -49,26 +51,26 @@ type Services struct {
 	retry <-chan time.Time
 
 	mu     sync.Mutex // guards wanted
-	wanted map[proxier.Family]*wanted
+	wanted map[plan.Family]*wanted
 
 	servers map[socket]*server // used by Run alone
 }
 
 // wanted is the latest state of a family.
 type wanted struct {
-	addrs  proxier.NodePortAddrs
-	checks map[proxier.ServiceName]proxier.HealthCheck
+	addrs  plan.NodePortAddrs
+	checks map[plan.ServiceName]plan.HealthCheck
 }
 
 // socket identifies a server.
 type socket struct {
-	family proxier.Family
+	family plan.Family
 	addr   netip.AddrPort
 }
 
 // server answers the health checks of one Service at one address.
 type server struct {
-	service  proxier.ServiceName
+	service  plan.ServiceName
 	local    atomic.Int64 // local endpoints
 	close    func()       // nil while it does not listen
 	failures int          // to listen, in a row
@@ -87,14 +89,14 @@ func NewServices(opts ServiceOptions) *Services {
 		opts.Listen = net.Listen
 	}
 	return &Services{
-		opts: opts, wake: make(chan struct{}, 1), free: make(chan struct{}, 1), wanted: map[proxier.Family]*wanted{},
+		opts: opts, wake: make(chan struct{}, 1), free: make(chan struct{}, 1), wanted: map[plan.Family]*wanted{},
 		servers: map[socket]*server{},
 	}
 }
 
 // Synced takes the health checks of a plan that is in the kernel. It does not wait
 // for sockets. It has the form of proxier.LoopOptions.Synced.
-func (s *Services) Synced(r proxier.SyncReport) {
+func (s *Services) Synced(r syncer.SyncReport) {
 	if !r.Current {
 		return
 	}
@@ -117,9 +119,9 @@ func (s *Services) Synced(r proxier.SyncReport) {
 
 // Serve sets the families that are served. A family keeps its health checks until
 // its next sync.
-func (s *Services) Serve(families []proxier.Family) {
+func (s *Services) Serve(families []plan.Family) {
 	s.mu.Lock()
-	maps.DeleteFunc(s.wanted, func(f proxier.Family, _ *wanted) bool { return !slices.Contains(families, f) })
+	maps.DeleteFunc(s.wanted, func(f plan.Family, _ *wanted) bool { return !slices.Contains(families, f) })
 	s.mu.Unlock()
 	put(s.wake)
 }
@@ -170,7 +172,7 @@ func (s *Services) Run(ctx context.Context) {
 
 // target is the content of a socket's answers.
 type target struct {
-	service proxier.ServiceName
+	service plan.ServiceName
 	local   int
 }
 
@@ -193,8 +195,8 @@ func (s *Services) sockets() map[socket]target {
 	return all
 }
 
-func unspecified(family proxier.Family) netip.Addr {
-	if family == proxier.IPv6 {
+func unspecified(family plan.Family) netip.Addr {
+	if family == plan.IPv6 {
 		return netip.IPv6Unspecified()
 	}
 	return netip.IPv4Unspecified()
@@ -235,7 +237,7 @@ func (s *Services) listenAgain(ctx context.Context) {
 }
 
 // networks keep an IPv6 socket from taking the port in IPv4, too.
-var networks = map[proxier.Family]string{proxier.IPv4: "tcp4", proxier.IPv6: "tcp6"}
+var networks = map[plan.Family]string{plan.IPv4: "tcp4", plan.IPv6: "tcp6"}
 
 func (s *Services) listen(ctx context.Context, at socket, sv *server) {
 	l, err := s.opts.Listen(networks[at.family], at.addr.String())
@@ -277,7 +279,7 @@ func (s *Services) reportState() {
 		return
 	}
 	s.mu.Lock()
-	counts := map[proxier.Family]int{}
+	counts := map[plan.Family]int{}
 	for family, w := range s.wanted {
 		counts[family] = len(w.checks)
 	}

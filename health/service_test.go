@@ -20,7 +20,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/internal/netlab"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 )
 
 // world is Services at work on a host of a lab of their own.
@@ -46,11 +48,11 @@ func newWorld(t *testing.T) *world {
 	w.healthy.Store(true)
 	w.Services = NewServices(ServiceOptions{
 		Healthy: w.healthy.Load,
-		Failed: func(name proxier.ServiceName, port uint16, err error) {
+		Failed: func(name plan.ServiceName, port uint16, err error) {
 			w.failures <- fmt.Sprintf("%s %d %v", name, port, errors.Is(err, syscall.EADDRINUSE))
 		},
-		State: func(f proxier.Family, services, failing int) {
-			if f == proxier.IPv4 {
+		State: func(f plan.Family, services, failing int) {
+			if f == plan.IPv4 {
 				w.states <- [2]int{services, failing}
 			}
 		},
@@ -70,9 +72,9 @@ func newWorld(t *testing.T) *world {
 }
 
 // tell gives a family its plan.
-func (w *world) tell(family proxier.Family, addrs proxier.NodePortAddrs, checks map[proxier.ServiceName]proxier.HealthCheck) {
+func (w *world) tell(family plan.Family, addrs plan.NodePortAddrs, checks map[plan.ServiceName]plan.HealthCheck) {
 	w.Helper()
-	w.Services.Synced(proxier.SyncReport{Family: family, Current: true, NodePortAddrs: addrs, HealthChecks: checks})
+	w.Services.Synced(syncer.SyncReport{Family: family, Current: true, NodePortAddrs: addrs, HealthChecks: checks})
 }
 
 // awaitState waits until so many Services of IPv4 have a check, and so many
@@ -88,11 +90,11 @@ func (w *world) awaitState(services, failing int) {
 	}
 }
 
-var all = proxier.NodePortAddrs{All: true}
+var all = plan.NodePortAddrs{All: true}
 
-type checks = map[proxier.ServiceName]proxier.HealthCheck
+type checks = map[plan.ServiceName]plan.HealthCheck
 
-var web, db = proxier.ServiceName{Namespace: "default", Name: "web"}, proxier.ServiceName{Namespace: "default", Name: "db"}
+var web, db = plan.ServiceName{Namespace: "default", Name: "web"}, plan.ServiceName{Namespace: "default", Name: "db"}
 
 // ask returns status, weight and body, or what kept the answer away.
 func (w *world) ask(addr netip.Addr, port uint16, path string) (status int, weight, body string, err error) {
@@ -142,8 +144,8 @@ func (w *world) wantClosed(addr netip.Addr, port uint16) {
 func TestServiceAnswers(t *testing.T) {
 	w := newWorld(t)
 	v4, v6 := w.host.Addr.V4, w.host.Addr.V6
-	w.tell(proxier.IPv6, all, checks{web: {Port: 31000, LocalEndpoints: 0}})
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
+	w.tell(plan.IPv6, all, checks{web: {Port: 31000, LocalEndpoints: 0}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
 	w.awaitState(1, 0)
 	// Each family has the port, and a count of its own.
 	w.want(v4, 31000, 200, "2")
@@ -160,24 +162,24 @@ func TestServiceAnswers(t *testing.T) {
 	w.healthy.Store(true)
 
 	// A new count needs no new socket.
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}})
 	w.awaitState(1, 0)
 	w.want(v4, 31000, 200, "1")
 	// Nothing about health checks is no news about them.
-	w.tell(proxier.IPv4, all, nil)
+	w.tell(plan.IPv4, all, nil)
 	w.want(v4, 31000, 200, "1")
 
 	// Ports change, and change hands.
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31001, LocalEndpoints: 1}, db: {Port: 31000, LocalEndpoints: 5}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31001, LocalEndpoints: 1}, db: {Port: 31000, LocalEndpoints: 5}})
 	w.awaitState(2, 0)
 	w.want(v4, 31001, 200, "1")
 	w.want(v4, 31000, 200, "5")
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}, db: {Port: 31001, LocalEndpoints: 5}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}, db: {Port: 31001, LocalEndpoints: 5}})
 	w.awaitState(2, 0)
 	w.want(v4, 31000, 200, "1")
 	w.want(v4, 31001, 200, "5")
 
-	w.tell(proxier.IPv4, all, checks{})
+	w.tell(plan.IPv4, all, checks{})
 	w.awaitState(0, 0)
 	w.wantClosed(v4, 31000)
 	w.wantClosed(v4, 31001)
@@ -189,17 +191,17 @@ func TestServiceAnswers(t *testing.T) {
 func TestOnlyNodePortAddressesAnswer(t *testing.T) {
 	w := newWorld(t)
 	v4 := w.host.Addr.V4
-	w.tell(proxier.IPv4, proxier.NodePortAddrs{Addrs: []netip.Addr{v4}}, checks{web: {Port: 31000, LocalEndpoints: 1}})
+	w.tell(plan.IPv4, plan.NodePortAddrs{Addrs: []netip.Addr{v4}}, checks{web: {Port: 31000, LocalEndpoints: 1}})
 	w.awaitState(1, 0)
 	w.want(v4, 31000, 200, "1")
 	w.wantClosed(netip.MustParseAddr("127.0.0.1"), 31000)
 	// The node's addresses change while the plan's health checks do not.
-	w.tell(proxier.IPv4, proxier.NodePortAddrs{Addrs: []netip.Addr{netip.MustParseAddr("127.0.0.1")}}, nil)
+	w.tell(plan.IPv4, plan.NodePortAddrs{Addrs: []netip.Addr{netip.MustParseAddr("127.0.0.1")}}, nil)
 	w.awaitState(1, 0)
 	w.want(netip.MustParseAddr("127.0.0.1"), 31000, 200, "1")
 	w.wantClosed(v4, 31000)
 	// A sync that failed says nothing.
-	w.Services.Synced(proxier.SyncReport{Family: proxier.IPv4, NodePortAddrs: all, HealthChecks: checks{}})
+	w.Services.Synced(syncer.SyncReport{Family: plan.IPv4, NodePortAddrs: all, HealthChecks: checks{}})
 	w.want(netip.MustParseAddr("127.0.0.1"), 31000, 200, "1")
 }
 
@@ -209,7 +211,7 @@ func TestAPortThatIsTakenIsTriedAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}, db: {Port: 31001, LocalEndpoints: 1}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}, db: {Port: 31001, LocalEndpoints: 1}})
 	w.awaitState(2, 1)
 	if len(w.failures) > 0 {
 		t.Errorf("told at the first failure of %s", <-w.failures)
@@ -221,7 +223,7 @@ func TestAPortThatIsTakenIsTriedAgain(t *testing.T) {
 	}
 	w.want(w.host.Addr.V4, 31001, 200, "1")
 	// What changes meanwhile counts when the port is free.
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 7}, db: {Port: 31001, LocalEndpoints: 1}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 7}, db: {Port: 31001, LocalEndpoints: 1}})
 	w.awaitState(2, 1)
 	w.ticks <- time.Now()
 	w.awaitState(2, 1)
@@ -245,7 +247,7 @@ func TestRetryPeriod(t *testing.T) {
 			},
 			Log: slog.New(slog.DiscardHandler),
 		})
-		s.Synced(proxier.SyncReport{Family: proxier.IPv4, Current: true, NodePortAddrs: all, HealthChecks: checks{web: {Port: 31000}}})
+		s.Synced(syncer.SyncReport{Family: plan.IPv4, Current: true, NodePortAddrs: all, HealthChecks: checks{web: {Port: 31000}}})
 		ctx, cancel := context.WithTimeout(t.Context(), 12*time.Second)
 		defer cancel()
 		s.Run(ctx)
@@ -259,11 +261,11 @@ func TestRetryPeriod(t *testing.T) {
 // them again when that has ended.
 func TestRunAgain(t *testing.T) {
 	w := newWorld(t)
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 1}})
 	w.want(w.host.Addr.V4, 31000, 200, "1")
 	w.stop()
 	w.wantClosed(w.host.Addr.V4, 31000)
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); w.Services.Run(ctx) }()
@@ -280,9 +282,9 @@ func TestAFailedPortIsForgotten(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer taken.Close()
-	w.tell(proxier.IPv4, all, checks{web: {Port: 31000}})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000}})
 	w.awaitState(1, 1)
-	w.tell(proxier.IPv4, all, checks{})
+	w.tell(plan.IPv4, all, checks{})
 	w.awaitState(0, 0)
 }
 
@@ -290,12 +292,12 @@ func TestAFailedPortIsForgotten(t *testing.T) {
 // not any more.
 func TestFamiliesThatAreServed(t *testing.T) {
 	w := newWorld(t)
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		w.tell(f, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
 	}
 	w.want(w.host.Addr.V4, 31000, 200, "2")
 	w.want(w.host.Addr.V6, 31000, 200, "2")
-	w.Serve([]proxier.Family{proxier.IPv4})
+	w.Serve([]plan.Family{plan.IPv4})
 	w.eventually(func() error {
 		if _, _, _, err := w.ask(w.host.Addr.V6, 31000, "/"); !errors.Is(err, syscall.ECONNREFUSED) {
 			return fmt.Errorf("IPv6 is still answered: %v", err)
@@ -331,8 +333,8 @@ func (r *recorder) Write(b []byte) (int, error) { r.body = append(r.body, b...);
 // Services that come and go, and ports that move, leave no socket behind.
 func TestChurnLeavesNothing(t *testing.T) {
 	w := newWorld(t)
-	name := func(i int) proxier.ServiceName {
-		return proxier.ServiceName{Namespace: "churn", Name: fmt.Sprint(i)}
+	name := func(i int) plan.ServiceName {
+		return plan.ServiceName{Namespace: "churn", Name: fmt.Sprint(i)}
 	}
 	files := func() int {
 		entries, err := os.ReadDir("/proc/self/fd")
@@ -341,22 +343,22 @@ func TestChurnLeavesNothing(t *testing.T) {
 		}
 		return len(entries)
 	}
-	w.tell(proxier.IPv4, all, checks{})
+	w.tell(plan.IPv4, all, checks{})
 	w.awaitState(0, 0)
 	before := files()
 	for round := range 30 {
 		want := checks{}
 		for i := range 40 {
-			want[name(i+round%5)] = proxier.HealthCheck{Port: uint16(31000 + (i*7+round)%50), LocalEndpoints: i}
+			want[name(i+round%5)] = plan.HealthCheck{Port: uint16(31000 + (i*7+round)%50), LocalEndpoints: i}
 		}
 		// Each port once.
 		seen := map[uint16]bool{}
-		maps.DeleteFunc(want, func(_ proxier.ServiceName, c proxier.HealthCheck) bool {
+		maps.DeleteFunc(want, func(_ plan.ServiceName, c plan.HealthCheck) bool {
 			defer func() { seen[c.Port] = true }()
 			return seen[c.Port]
 		})
-		w.tell(proxier.IPv4, all, want)
-		w.tell(proxier.IPv6, all, want)
+		w.tell(plan.IPv4, all, want)
+		w.tell(plan.IPv6, all, want)
 		w.awaitState(len(want), 0)
 		for _, c := range want {
 			status := 503
@@ -367,8 +369,8 @@ func TestChurnLeavesNothing(t *testing.T) {
 			break
 		}
 	}
-	w.tell(proxier.IPv6, all, checks{})
-	w.tell(proxier.IPv4, all, checks{})
+	w.tell(plan.IPv6, all, checks{})
+	w.tell(plan.IPv4, all, checks{})
 	w.awaitState(0, 0)
 	w.eventually(func() error {
 		if n := files(); n > before {

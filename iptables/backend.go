@@ -16,7 +16,7 @@ import (
 
 	"github.com/coreos/go-iptables/iptables"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Backend is the variant of the iptables tools.
@@ -35,7 +35,7 @@ const defaultWait = 5 * time.Second
 // tools are the programs of one variant for one family.
 type tools struct {
 	backend                Backend
-	family                 proxier.Family
+	family                 plan.Family
 	command, restore, save string // paths
 	wait                   time.Duration
 	version                [3]int
@@ -68,15 +68,15 @@ func (t *tools) facts() facts {
 // oldestVersion is the first whose iptables-restore waits for the lock.
 var oldestVersion = [3]int{1, 6, 2}
 
-func commandName(f proxier.Family) string {
-	if f == proxier.IPv6 {
+func commandName(f plan.Family) string {
+	if f == plan.IPv6 {
 		return "ip6tables"
 	}
 	return "iptables"
 }
 
-func protocol(f proxier.Family) iptables.Protocol {
-	if f == proxier.IPv6 {
+func protocol(f plan.Family) iptables.Protocol {
+	if f == plan.IPv6 {
 		return iptables.ProtocolIPv6
 	}
 	return iptables.ProtocolIPv4
@@ -84,7 +84,7 @@ func protocol(f proxier.Family) iptables.Protocol {
 
 // findTools returns the programs of a variant: those named after it or, where
 // a system has only one, those without a name that are it.
-func findTools(f proxier.Family, b Backend, wait time.Duration) (*tools, error) {
+func findTools(f plan.Family, b Backend, wait time.Duration) (*tools, error) {
 	base := commandName(f)
 	var failed []error
 	for _, name := range []string{base + "-" + string(b), base} {
@@ -179,7 +179,7 @@ func (t *tools) client() (*iptables.IPTables, error) {
 // chooseTools takes the variant that the kubelet of this node uses; without
 // its hint the one that has more rules, because rules that other software
 // wrote must be seen; and without any rules the system's own.
-func chooseTools(ctx context.Context, f proxier.Family, wait time.Duration) (t *tools, why string, err error) {
+func chooseTools(ctx context.Context, f plan.Family, wait time.Duration) (t *tools, why string, err error) {
 	nft, nftErr := findTools(f, NFT, wait)
 	legacy, legacyErr := findTools(f, Legacy, wait)
 	switch {
@@ -222,7 +222,7 @@ func (t *tools) tables() []string {
 	if t.backend == NFT {
 		return []string{"mangle", "nat", "filter"}
 	}
-	file, err := os.Open("/proc/thread-self/net/" + map[proxier.Family]string{proxier.IPv4: "ip", proxier.IPv6: "ip6"}[t.family] + "_tables_names")
+	file, err := os.Open("/proc/thread-self/net/" + map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[t.family] + "_tables_names")
 	if err != nil {
 		return nil // the module is not there
 	}

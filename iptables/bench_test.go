@@ -6,7 +6,9 @@ import (
 	"testing"
 
 	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 const endpointsEach = 10
@@ -14,10 +16,10 @@ const endpointsEach = 10
 func BenchmarkCompile(b *testing.B) {
 	for _, services := range []int{1000, 10000, 50000} {
 		b.Run(fmt.Sprintf("%d", services), func(b *testing.B) {
-			plan := proxiertest.Fleet(proxier.IPv4, services, endpointsEach)
+			desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := Render(proxier.Options{Family: proxier.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan); err != nil {
+				if _, err := Render(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -30,26 +32,26 @@ func BenchmarkCompile(b *testing.B) {
 func BenchmarkCompileOne(b *testing.B) {
 	for _, services := range []int{1000, 10000, 50000} {
 		b.Run(fmt.Sprintf("%d", services), func(b *testing.B) {
-			plan := proxiertest.Fleet(proxier.IPv4, services, endpointsEach)
-			s, err := newState(proxier.Options{Family: proxier.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node, facts{})
+			desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
+			s, err := newState(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired.Node, facts{})
 			if err != nil {
 				b.Fatal(err)
 			}
-			s.full(plan, [tableCount][]string{}, nil)
+			s.full(desired, [tableCount][]string{}, nil)
 			b.ReportAllocs()
 			b.ResetTimer()
 			for n := 0; b.Loop(); n++ {
-				s.change(plan, moved(plan, n)).commit()
+				s.change(desired, moved(desired, n)).commit()
 			}
 		})
 	}
 }
 
 // moved gives one Service of the plan other endpoints.
-func moved(plan *proxier.Plan, n int) proxier.Change {
-	sp := proxiertest.FleetService(plan.Family, 7, 1000000+n%1000*endpointsEach, endpointsEach)
-	plan.Services[sp.Name] = sp
-	return proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
+func moved(desired *plan.Plan, n int) plan.Change {
+	sp := conformance.FleetService(desired.Family, 7, 1000000+n%1000*endpointsEach, endpointsEach)
+	desired.Services[sp.Name] = sp
+	return plan.Change{Services: []plan.ServicePortName{sp.Name}}
 }
 
 // kernelSizes are numbers of Services.
@@ -59,13 +61,13 @@ func BenchmarkSyncCold(b *testing.B) {
 	for _, backend := range []Backend{Legacy, NFT} {
 		for _, services := range kernelSizes {
 			b.Run(fmt.Sprintf("%s/%d", backend, services), func(b *testing.B) {
-				plan := proxiertest.Fleet(proxier.IPv4, services, endpointsEach)
+				desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
 				for b.Loop() {
 					b.StopTimer()
 					ownNamespace(b)
-					p := newProxier(b, proxier.IPv4, backend)
+					p := newProxier(b, plan.IPv4, backend)
 					b.StartTimer()
-					mustSync(b, p, plan, proxier.Change{All: true})
+					mustSync(b, p, desired, plan.Change{All: true})
 				}
 			})
 		}
@@ -77,12 +79,12 @@ func BenchmarkSyncOne(b *testing.B) {
 		for _, services := range kernelSizes {
 			b.Run(fmt.Sprintf("%s/%d", backend, services), func(b *testing.B) {
 				ownNamespace(b)
-				plan := proxiertest.Fleet(proxier.IPv4, services, endpointsEach)
-				p := newProxier(b, proxier.IPv4, backend)
-				mustSync(b, p, plan, proxier.Change{All: true})
+				desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
+				p := newProxier(b, plan.IPv4, backend)
+				mustSync(b, p, desired, plan.Change{All: true})
 				b.ResetTimer()
 				for n := 0; b.Loop(); n++ {
-					if err := p.Sync(context.Background(), plan, moved(plan, n)); err != nil {
+					if err := p.Sync(context.Background(), desired, moved(desired, n)); err != nil {
 						b.Fatal(err)
 					}
 				}
@@ -96,12 +98,12 @@ func BenchmarkSyncOne(b *testing.B) {
 func BenchmarkCounts(b *testing.B) {
 	for _, services := range []int{1000, 10000, 50000} {
 		b.Run(fmt.Sprintf("%d", services), func(b *testing.B) {
-			plan := proxiertest.Fleet(proxier.IPv4, services, endpointsEach)
-			s, err := newState(proxier.Options{Family: proxier.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node, facts{})
+			desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
+			s, err := newState(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired.Node, facts{})
 			if err != nil {
 				b.Fatal(err)
 			}
-			s.full(plan, [tableCount][]string{}, nil)
+			s.full(desired, [tableCount][]string{}, nil)
 			p := &Proxier{state: s}
 			b.ReportAllocs()
 			b.ResetTimer()

@@ -9,6 +9,7 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // belongings are what a proxy has in the tables: chains, and rules in built-in
@@ -58,7 +59,7 @@ var signatures = []string{
 //
 // Without the tools there is nothing to remove where there are no such chains,
 // and the error is a *proxier.UnsupportedError; else it is an *UnknownOwnerError.
-func Cleanup(f proxier.Family) (removed bool, err error) {
+func Cleanup(f plan.Family) (removed bool, err error) {
 	removed, err = cleanup(f, func(ctx context.Context, t *tools) (bool, error) {
 		signed, err := t.signed(ctx)
 		if err != nil || signed && t.hasChain(ctx, "mangle", canaryChain) {
@@ -79,7 +80,7 @@ func Cleanup(f proxier.Family) (removed bool, err error) {
 var errNoTools = errors.New("no variant of iptables is installed")
 
 // cleanup runs fn for both variants, which says whether it removed anything.
-func cleanup(f proxier.Family, fn func(context.Context, *tools) (bool, error)) (removed bool, err error) {
+func cleanup(f plan.Family, fn func(context.Context, *tools) (bool, error)) (removed bool, err error) {
 	var failed []error
 	found := false
 	for _, b := range []Backend{NFT, Legacy} {
@@ -101,7 +102,7 @@ func cleanup(f proxier.Family, fn func(context.Context, *tools) (bool, error)) (
 }
 
 // missingTools is the error where the programs are needed.
-func missingTools(f proxier.Family, err error) *proxier.UnsupportedError {
+func missingTools(f plan.Family, err error) *proxier.UnsupportedError {
 	return &proxier.UnsupportedError{
 		Mode: Mode, Family: f, Missing: "program " + commandName(f),
 		Remedy: "install the package iptables, or use the image signalbox-iptables", Err: err,
@@ -112,7 +113,7 @@ func missingTools(f proxier.Family, err error) *proxier.UnsupportedError {
 // and kube-proxy use, and that the programs are missing by which it could be
 // told whose they are, and they could be removed.
 type UnknownOwnerError struct {
-	Family proxier.Family
+	Family plan.Family
 	// Found is what there is.
 	Found string
 }
@@ -125,7 +126,7 @@ func (e *UnknownOwnerError) Error() string {
 
 // withoutTools tells a node that has no iptables from one that has rules
 // nobody can remove.
-func withoutTools(f proxier.Family) error {
+func withoutTools(f plan.Family) error {
 	legacy := tools{backend: Legacy, family: f}
 	if names := legacy.tables(); len(names) > 0 {
 		return &UnknownOwnerError{f, fmt.Sprintf("the kernel may have iptables rules for Services of %s (legacy, tables %s)", f, strings.Join(names, ", "))}

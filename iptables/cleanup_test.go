@@ -9,6 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // otherModesRules is what kube-proxy's ipvs and userspace modes leave, with
@@ -70,9 +71,9 @@ func wholeSave(t *testing.T, p *Proxier) string {
 // What is kube-proxy's goes, whatever its mode was, and nothing else changes by
 // a byte.
 func TestCleanupKubeProxy(t *testing.T) {
-	for name, rules := range map[string]func(proxier.Family) string{
+	for name, rules := range map[string]func(plan.Family) string{
 		"iptables":       kubeProxyRules,
-		"ipvs,userspace": func(proxier.Family) string { return otherModesRules },
+		"ipvs,userspace": func(plan.Family) string { return otherModesRules },
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachVariant(t, func(t *testing.T, p *Proxier) {
@@ -111,7 +112,7 @@ func TestCleanupLeavesKubeProxysRules(t *testing.T) {
 // finds the chains that it is about to fill.
 func TestCleanupBesideStartingKubeProxy(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), proxier.Change{All: true})
+		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), plan.Change{All: true})
 		run(t, "*mangle\n:KUBE-PROXY-CANARY - [0:0]\nCOMMIT\n", p.tools.restore, "--noflush")
 		before := wholeSave(t, p)
 		if _, err := Cleanup(p.opts.Family); err != nil {
@@ -127,14 +128,14 @@ func TestCleanupBesideStartingKubeProxy(t *testing.T) {
 // this mode has not got remains to be removed.
 func TestCleanupKubeProxyInUse(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		plan := newWorld(p.opts.Family, 5).plan(30)
-		mustSync(t, p, plan, proxier.Change{All: true})
+		desired := newWorld(p.opts.Family, 5).plan(30)
+		mustSync(t, p, desired, plan.Change{All: true})
 		want := saved(t, p)
 		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
 		run(t, otherModesRules, p.tools.restore, "--noflush")
-		mustSync(t, newProxier(t, p.opts.Family, p.Backend()), plan, proxier.Change{All: true})
+		mustSync(t, newProxier(t, p.opts.Family, p.Backend()), desired, plan.Change{All: true})
 		if _, err := CleanupKubeProxy(p.opts.Family, p.Backend()); err != nil {
 			t.Fatal(err)
 		}
@@ -151,14 +152,14 @@ func TestCleanupKubeProxyInUse(t *testing.T) {
 
 // Without the tools, rules that are there are not taken for none.
 func TestCleanupWithoutTools(t *testing.T) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		ownNamespace(t)
 		p := newProxier(t, f, NFT)
 		var missing *proxier.UnsupportedError
 		if err := withoutTools(f); !errors.As(err, &missing) {
 			t.Errorf("%s, with no rules: %v", f, err)
 		}
-		mustSync(t, p, planOf(f), proxier.Change{All: true})
+		mustSync(t, p, planOf(f), plan.Change{All: true})
 		if err := withoutTools(f); errors.As(err, &missing) || !strings.Contains(err.Error(), "whether signalbox or kube-proxy wrote them") || !strings.Contains(err.Error(), "image signalbox-iptables") {
 			t.Errorf("%s, with rules: %v", f, err)
 		}
@@ -168,7 +169,7 @@ func TestCleanupWithoutTools(t *testing.T) {
 // A node that was upgraded may still have the rules of an earlier version.
 func TestCleanupAfterEarlierVersions(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), proxier.Change{All: true})
+		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), plan.Change{All: true})
 		run(t, "*filter\n"+strings.Replace(signatures[0], "-A", "-D", 1)+"\n"+signatures[1]+"\nCOMMIT\n", p.tools.restore, "--noflush")
 		if removed, err := Cleanup(p.opts.Family); err != nil || !removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)

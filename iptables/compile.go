@@ -7,7 +7,7 @@ import (
 	"slices"
 	"strconv"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // chain is one chain and its rules. A rule is the text after "-A CHAIN", with
@@ -37,8 +37,8 @@ const (
 // one key.
 type item struct {
 	tree  treeID
-	key   proxier.FrontendKey
-	owner proxier.ServicePortName
+	key   plan.FrontendKey
+	owner plan.ServicePortName
 	rules []string
 }
 
@@ -50,7 +50,7 @@ type program struct {
 
 // compiler turns ServicePorts into programs for one node.
 type compiler struct {
-	family proxier.Family
+	family plan.Family
 	pods   []podMatch
 }
 
@@ -59,7 +59,7 @@ type compiler struct {
 // of chains, so that a new connection passes two short runs.
 const maxRun = 128
 
-func (c *compiler) compile(sp *proxier.ServicePort) program {
+func (c *compiler) compile(sp *plan.ServicePort) program {
 	b := builder{compiler: c, sp: sp, name: sp.Name.String(), proto: sp.Name.Protocol.String()}
 	b.nameSets()
 	for i := range sp.Frontends {
@@ -70,7 +70,7 @@ func (c *compiler) compile(sp *proxier.ServicePort) program {
 		b.endpointSet(&b.sets[i])
 	}
 	if port := sp.HealthCheckNodePort; port != 0 {
-		b.add(healthTree, proxier.FrontendKey{Port: port, Protocol: proxier.TCP},
+		b.add(healthTree, plan.FrontendKey{Port: port, Protocol: plan.TCP},
 			" -p tcp -m tcp --dport "+strconv.Itoa(int(port))+comment(b.name+" health check node port")+" -j ACCEPT")
 	}
 	return b.program
@@ -80,7 +80,7 @@ func (c *compiler) compile(sp *proxier.ServicePort) program {
 type builder struct {
 	*compiler
 	program
-	sp          *proxier.ServicePort
+	sp          *plan.ServicePort
 	name, proto string
 	firstHash   string // portHash of ordinal 0, which most chains use
 	sets        []setChain
@@ -93,7 +93,7 @@ type builder struct {
 
 // setChain is the chain that picks one endpoint of a set.
 type setChain struct {
-	set  *proxier.EndpointSet
+	set  *plan.EndpointSet
 	name string
 	// heads are rules that come first: masquerade of cluster IPs.
 	heads []string
@@ -102,7 +102,7 @@ type setChain struct {
 // entryChain tells origins apart before a set is chosen.
 type entryChain struct {
 	internal, external string
-	masquerade         proxier.TrafficSources
+	masquerade         plan.TrafficSources
 	name               string
 }
 
@@ -121,7 +121,7 @@ func (b *builder) chainName(prefix string, ordinal int) string {
 // the prefix of cluster-wide sets, others that of local ones.
 func (b *builder) nameSets() {
 	ordinals := map[string]int{}
-	add := func(s *proxier.EndpointSet, prefix string) {
+	add := func(s *plan.EndpointSet, prefix string) {
 		if s.Len() > 0 && b.setName(s) == "" {
 			b.sets = append(b.sets, setChain{set: s, name: b.chainName(prefix, ordinals[prefix])})
 			ordinals[prefix]++
@@ -139,7 +139,7 @@ func (b *builder) nameSets() {
 }
 
 // setName is the set's chain, or "" for an empty set.
-func (b *builder) setName(s *proxier.EndpointSet) string {
+func (b *builder) setName(s *plan.EndpointSet) string {
 	for i := range b.sets {
 		if b.sets[i].set == s {
 			return b.sets[i].name
@@ -148,14 +148,14 @@ func (b *builder) setName(s *proxier.EndpointSet) string {
 	return ""
 }
 
-func (b *builder) add(tree treeID, key proxier.FrontendKey, rules ...string) {
+func (b *builder) add(tree treeID, key plan.FrontendKey, rules ...string) {
 	b.items = append(b.items, item{tree, key, b.sp.Name, rules})
 }
 
 // match is what a packet to the frontend looks like.
-func (b *builder) match(f *proxier.Frontend) string {
+func (b *builder) match(f *plan.Frontend) string {
 	s := " -p " + b.proto + " -m " + b.proto + " --dport " + strconv.Itoa(int(f.Port))
-	if f.Kind == proxier.NodePort {
+	if f.Kind == plan.NodePort {
 		return s
 	}
 	return destination(f.Addr) + s
@@ -167,10 +167,10 @@ func destination(a netip.Addr) string {
 
 func source(a netip.Addr) string { return " -s " + netip.PrefixFrom(a, a.BitLen()).String() }
 
-func (b *builder) frontend(f *proxier.Frontend) {
+func (b *builder) frontend(f *plan.Frontend) {
 	internal, external := b.setName(f.Internal), b.setName(f.External)
 	key, match := f.Key(b.sp.Name.Protocol), b.match(f)
-	if f.Kind == proxier.NodePort {
+	if f.Kind == plan.NodePort {
 		key.Addr = netip.Addr{}
 	}
 	label := comment(b.name + " " + f.Kind.String())
@@ -188,7 +188,7 @@ func (b *builder) frontend(f *proxier.Frontend) {
 }
 
 // ordinal numbers the frontends that need chains of their own.
-func (b *builder) ordinal(f *proxier.Frontend) int {
+func (b *builder) ordinal(f *plan.Frontend) int {
 	n := 0
 	for i := range b.sp.Frontends {
 		if &b.sp.Frontends[i] == f {
@@ -201,8 +201,8 @@ func (b *builder) ordinal(f *proxier.Frontend) int {
 	return n
 }
 
-func addressOrPort(f *proxier.Frontend, address, port treeID) treeID {
-	if f.Kind == proxier.NodePort {
+func addressOrPort(f *plan.Frontend, address, port treeID) treeID {
+	if f.Kind == plan.NodePort {
 		return port
 	}
 	return address
@@ -210,11 +210,11 @@ func addressOrPort(f *proxier.Frontend, address, port treeID) treeID {
 
 // entry returns the chain that takes the frontend's connections, or "" where
 // both sets are empty.
-func (b *builder) entry(f *proxier.Frontend, internal, external, match string) string {
+func (b *builder) entry(f *plan.Frontend, internal, external, match string) string {
 	switch {
-	case internal == external && (internal == "" || f.Masquerade == proxier.NoSource):
+	case internal == external && (internal == "" || f.Masquerade == plan.NoSource):
 		return internal
-	case internal == external && f.Kind == proxier.ClusterIP:
+	case internal == external && f.Kind == plan.ClusterIP:
 		// No other chain to jump through for what nearly every Service has.
 		for i := range b.sets {
 			if b.sets[i].name == internal {
@@ -239,7 +239,7 @@ func (b *builder) entryRules(e entryChain) []string {
 		return append(masquerade(b.pods, e.masquerade, ""), " -j "+e.internal)
 	}
 	var rules []string
-	add := func(match string, origin proxier.TrafficSources, target string) {
+	add := func(match string, origin plan.TrafficSources, target string) {
 		if e.masquerade&origin != 0 && target != "" {
 			rules = append(rules, match+" -j "+markMasqChain)
 		}
@@ -249,22 +249,22 @@ func (b *builder) entryRules(e entryChain) []string {
 		rules = append(rules, match+" -j "+target)
 	}
 	for _, p := range b.pods {
-		add(p.is, proxier.FromPods, e.internal)
+		add(p.is, plan.FromPods, e.internal)
 	}
-	add(fromNode, proxier.FromNode, e.internal)
+	add(fromNode, plan.FromNode, e.internal)
 	if e.external != "" {
-		add("", proxier.FromOutside, e.external)
+		add("", plan.FromOutside, e.external)
 	}
 	return rules
 }
 
 // admit lets only the frontend's sources through to target.
-func (b *builder) admit(f *proxier.Frontend, name, target string) string {
+func (b *builder) admit(f *plan.Frontend, name, target string) string {
 	b.chains[nat] = append(b.chains[nat], chain{name, sourcesLevel, eachSource(f, target)})
 	return name
 }
 
-func eachSource(f *proxier.Frontend, target string) []string {
+func eachSource(f *plan.Frontend, target string) []string {
 	rules := make([]string, 0, len(f.Sources)+1)
 	for _, p := range f.Sources {
 		rules = append(rules, " -s "+p.Masked().String()+" -j "+target)
@@ -274,12 +274,12 @@ func eachSource(f *proxier.Frontend, target string) []string {
 
 // refuse adds what the filter table does with a connection that the nat table
 // did not send to an endpoint: it still has the frontend's address there.
-func (b *builder) refuse(f *proxier.Frontend, key proxier.FrontendKey, match, firewall string) {
+func (b *builder) refuse(f *plan.Frontend, key plan.FrontendKey, match, firewall string) {
 	var rules []string
 	if f.Sources != nil {
 		b.chains[filter] = append(b.chains[filter], chain{firewall, sourcesLevel, append(eachSource(f, "RETURN"), " -j DROP")})
 		rule := match + comment(b.name+" source ranges") + " -j " + firewall
-		if f.Kind == proxier.NodePort {
+		if f.Kind == plan.NodePort {
 			rules = append(rules, rule)
 		} else {
 			b.add(firewallTree, key, rule)
@@ -292,7 +292,7 @@ func (b *builder) refuse(f *proxier.Frontend, key proxier.FrontendKey, match, fi
 		return
 	}
 	tree := addressOrPort(f, externalTree, externalPortsTree)
-	if f.Kind == proxier.ClusterIP {
+	if f.Kind == plan.ClusterIP {
 		tree = emptyTree
 	}
 	b.add(tree, key, rules...)
@@ -301,9 +301,9 @@ func (b *builder) refuse(f *proxier.Frontend, key proxier.FrontendKey, match, fi
 // verdict is the rule for a frontend without endpoints. Where only some
 // origins find none, the others may still pass with this destination: an
 // endpoint can be the node itself at the same port.
-func (b *builder) verdict(f *proxier.Frontend, match string) string {
+func (b *builder) verdict(f *plan.Frontend, match string) string {
 	verdict, why := " -j REJECT", " has no endpoints"
-	if f.WhenEmpty == proxier.Drop {
+	if f.WhenEmpty == plan.Drop {
 		verdict, why = " -j DROP", " has no local endpoints"
 	}
 	internalEmpty, externalEmpty := f.Internal.Len() == 0, f.External.Len() == 0
@@ -327,7 +327,7 @@ func (b *builder) verdict(f *proxier.Frontend, match string) string {
 	if internalEmpty {
 		shape += 2
 	}
-	if f.WhenEmpty == proxier.Reject {
+	if f.WhenEmpty == plan.Reject {
 		shape++
 	}
 	name := b.chainName(externalPrefix, shape)
@@ -368,8 +368,8 @@ func (b *builder) endpointSet(s *setChain) {
 
 // spread divides endpoints by a hash of each, so that one more or one less
 // changes one bucket only.
-func spread(endpoints []proxier.Endpoint) [][]proxier.Endpoint {
-	buckets := make([][]proxier.Endpoint, 1<<bits.Len(uint(math.Sqrt(float64(len(endpoints))))))
+func spread(endpoints []plan.Endpoint) [][]plan.Endpoint {
+	buckets := make([][]plan.Endpoint, 1<<bits.Len(uint(math.Sqrt(float64(len(endpoints))))))
 	for _, e := range endpoints {
 		h := uint32(2166136261) // FNV-1a
 		addr := e.Addr().As16()
@@ -383,7 +383,7 @@ func spread(endpoints []proxier.Endpoint) [][]proxier.Endpoint {
 }
 
 // pick appends to rules one for each endpoint.
-func (b *builder) pick(rules []string, endpoints []proxier.Endpoint) []string {
+func (b *builder) pick(rules []string, endpoints []plan.Endpoint) []string {
 	for i, e := range endpoints {
 		match := chance(1, len(endpoints)-i)
 		if e.MayHairpin {
@@ -410,10 +410,10 @@ func (b *builder) hairpin(a netip.Addr) {
 	}
 	b.hairpins[a] = struct{}{}
 	rule := source(a) + destination(a) + " -j " + markMasqChain
-	b.items = append(b.items, item{tree: hairpinTree, key: proxier.FrontendKey{Addr: a}, rules: []string{rule}})
+	b.items = append(b.items, item{tree: hairpinTree, key: plan.FrontendKey{Addr: a}, rules: []string{rule}})
 }
 
-func dnat(e proxier.Endpoint) string { return " -j DNAT --to-destination " + e.AddrPort.String() }
+func dnat(e plan.Endpoint) string { return " -j DNAT --to-destination " + e.AddrPort.String() }
 
 // chance matches n of total packets; all where n is total.
 func chance(n, total int) string {
@@ -425,7 +425,7 @@ func chance(n, total int) string {
 
 // endpoint returns the endpoint's own chain, which remembers the client. Its
 // sets share it: a client keeps its endpoint whichever frontend it uses.
-func (b *builder) endpoint(e proxier.Endpoint) string {
+func (b *builder) endpoint(e plan.Endpoint) string {
 	name := endpointChain(b.sp.Name, e)
 	if _, done := b.endpoints[e.AddrPort]; done {
 		return name

@@ -13,15 +13,15 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // loneHost gives the namespace an address, a default route that leads nowhere,
 // and servers at that address which answer with their port.
-func loneHost(t *testing.T, family proxier.Family, ports ...uint16) netip.Addr {
+func loneHost(t *testing.T, family plan.Family, ports ...uint16) netip.Addr {
 	t.Helper()
 	host, route, bits := nodeAddr(family), "0.0.0.0/0", family.HostBits()
-	if family == proxier.IPv6 {
+	if family == plan.IPv6 {
 		route = "::/0"
 	}
 	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "out"}, PeerName: "away"}
@@ -80,7 +80,7 @@ func ask(addr netip.Addr, port uint16) (string, error) {
 type connections struct {
 	*world
 	host netip.Addr
-	plan *proxier.Plan
+	plan *plan.Plan
 }
 
 var serverPorts = []uint16{8080, 8081, 8082}
@@ -93,21 +93,21 @@ func newConnections(t *testing.T, p *Proxier) *connections {
 
 // service puts a Service with cluster IP number vip, and node port 30000+vip,
 // into the plan.
-func (c *connections) service(name string, vip int, affinity time.Duration, ports ...uint16) proxier.Change {
-	set := &proxier.EndpointSet{}
+func (c *connections) service(name string, vip int, affinity time.Duration, ports ...uint16) plan.Change {
+	set := &plan.EndpointSet{}
 	for _, port := range ports {
-		set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(c.host, port), MayHairpin: true})
+		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(c.host, port), MayHairpin: true})
 	}
-	sp := &proxier.ServicePort{
-		Name:            proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: name}, Protocol: proxier.TCP},
+	sp := &plan.ServicePort{
+		Name:            plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "ns", Name: name}, Protocol: plan.TCP},
 		AffinityTimeout: affinity,
-		Frontends: []proxier.Frontend{
+		Frontends: []plan.Frontend{
 			{Addr: c.addr(96, vip), Port: 80, Internal: set, External: set},
-			{Kind: proxier.NodePort, Port: uint16(30000 + vip), Internal: set, External: set},
+			{Kind: plan.NodePort, Port: uint16(30000 + vip), Internal: set, External: set},
 		},
 	}
 	c.plan.Services[sp.Name] = sp
-	return proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
+	return plan.Change{Services: []plan.ServicePortName{sp.Name}}
 }
 
 // answers are those of the Service's servers to connections that go to its
@@ -137,7 +137,7 @@ func TestConnections(t *testing.T) {
 		c := newConnections(t, p)
 		c.service("spread", 1, 0, serverPorts...)
 		c.service("empty", 3, 0)
-		mustSync(t, p, c.plan, proxier.Change{All: true})
+		mustSync(t, p, c.plan, plan.Change{All: true})
 		if got := c.answers(t, 1, 200); len(got) != len(serverPorts) {
 			t.Errorf("200 connections reach %v of %v", got, serverPorts)
 		}
@@ -156,7 +156,7 @@ func TestAffinity(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		c := newConnections(t, p)
 		c.service("sticky", 2, time.Hour, serverPorts...)
-		mustSync(t, p, c.plan, proxier.Change{All: true})
+		mustSync(t, p, c.plan, plan.Change{All: true})
 		first := c.answers(t, 2, 40)
 		if len(first) != 1 {
 			t.Fatalf("one client reaches %v", first)

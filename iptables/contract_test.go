@@ -10,31 +10,32 @@ import (
 	"time"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // world makes plans of every shape that the contract allows.
 type world struct {
 	*rand.Rand
-	family  proxier.Family
-	node    proxier.Node
+	family  plan.Family
+	node    plan.Node
 	podIPs  []netip.Addr // local Pods
 	nodeIP  netip.Addr
 	outside []netip.Addr
-	claimed map[proxier.FrontendKey]bool
+	claimed map[plan.FrontendKey]bool
 }
 
 const podInterface = "cali42"
 
-func newWorld(family proxier.Family, seed uint64) *world {
-	w := &world{Rand: rand.New(rand.NewPCG(seed, 7)), family: family, claimed: map[proxier.FrontendKey]bool{}}
+func newWorld(family plan.Family, seed uint64) *world {
+	w := &world{Rand: rand.New(rand.NewPCG(seed, 7)), family: family, claimed: map[plan.FrontendKey]bool{}}
 	pick := func(v4, v6 string) netip.Addr {
-		if family == proxier.IPv6 {
+		if family == plan.IPv6 {
 			return netip.MustParseAddr(v6)
 		}
 		return netip.MustParseAddr(v4)
 	}
 	prefix := func(a netip.Addr, v4, v6 int) netip.Prefix {
-		if family == proxier.IPv6 {
+		if family == plan.IPv6 {
 			v4 = v6
 		}
 		return netip.PrefixFrom(a, v4).Masked()
@@ -62,30 +63,30 @@ func newWorld(family proxier.Family, seed uint64) *world {
 }
 
 func (w *world) addr(net, n int) netip.Addr {
-	if w.family == proxier.IPv6 {
+	if w.family == plan.IPv6 {
 		return netip.MustParseAddr(fmt.Sprintf("fd00:%x::%x", net, n))
 	}
 	return netip.AddrFrom4([4]byte{10, byte(net), byte(n >> 8), byte(n)})
 }
 
-func (w *world) set(limit int) *proxier.EndpointSet {
-	s := &proxier.EndpointSet{}
+func (w *world) set(limit int) *plan.EndpointSet {
+	s := &plan.EndpointSet{}
 	for range w.IntN(limit + 1) {
-		s.Endpoints = append(s.Endpoints, proxier.Endpoint{
+		s.Endpoints = append(s.Endpoints, plan.Endpoint{
 			AddrPort:   netip.AddrPortFrom(w.addr(128, 1+w.IntN(200)), uint16(8000+w.IntN(3))),
 			MayHairpin: w.IntN(4) == 0,
 		})
 	}
-	slices.SortFunc(s.Endpoints, func(a, b proxier.Endpoint) int { return a.AddrPort.Compare(b.AddrPort) })
-	s.Endpoints = slices.CompactFunc(s.Endpoints, func(a, b proxier.Endpoint) bool { return a.AddrPort == b.AddrPort })
+	slices.SortFunc(s.Endpoints, func(a, b plan.Endpoint) int { return a.AddrPort.Compare(b.AddrPort) })
+	s.Endpoints = slices.CompactFunc(s.Endpoints, func(a, b plan.Endpoint) bool { return a.AddrPort == b.AddrPort })
 	return s
 }
 
 // service makes one ServicePort whose frontends nobody else has.
-func (w *world) service(n int) *proxier.ServicePort {
-	sp := &proxier.ServicePort{Name: proxier.ServicePortName{
-		ServiceName: proxier.ServiceName{Namespace: "ns", Name: fmt.Sprintf("s%d", n)},
-		Port:        "p", Protocol: proxier.Protocols[w.IntN(3)],
+func (w *world) service(n int) *plan.ServicePort {
+	sp := &plan.ServicePort{Name: plan.ServicePortName{
+		ServiceName: plan.ServiceName{Namespace: "ns", Name: fmt.Sprintf("s%d", n)},
+		Port:        "p", Protocol: plan.Protocols[w.IntN(3)],
 	}}
 	if w.IntN(3) == 0 {
 		sp.AffinityTimeout = 90 * time.Second
@@ -93,18 +94,18 @@ func (w *world) service(n int) *proxier.ServicePort {
 	if w.IntN(6) == 0 {
 		sp.HealthCheckNodePort = uint16(40000 + n)
 	}
-	sets := []*proxier.EndpointSet{w.set(6), w.set(3)}
+	sets := []*plan.EndpointSet{w.set(6), w.set(3)}
 	if w.IntN(12) == 0 {
 		sets[0] = w.set(300)
 	}
 	sp.Usable = sets[0]
 	for range w.IntN(5) {
-		f := proxier.Frontend{
-			Kind: proxier.FrontendKind(w.IntN(4)), Port: uint16(80 + w.IntN(40)),
+		f := plan.Frontend{
+			Kind: plan.FrontendKind(w.IntN(4)), Port: uint16(80 + w.IntN(40)),
 			Internal: sets[w.IntN(2)], External: sets[w.IntN(2)],
-			WhenEmpty: proxier.Verdict(w.IntN(2)), Masquerade: proxier.TrafficSources(w.IntN(8)),
+			WhenEmpty: plan.Verdict(w.IntN(2)), Masquerade: plan.TrafficSources(w.IntN(8)),
 		}
-		if f.Kind == proxier.NodePort {
+		if f.Kind == plan.NodePort {
 			f.Port += 30000
 		} else {
 			f.Addr = w.addr(96, 1+w.IntN(8)*1000+w.IntN(30))
@@ -123,8 +124,8 @@ func (w *world) service(n int) *proxier.ServicePort {
 	return sp
 }
 
-func (w *world) plan(services int) *proxier.Plan {
-	plan := &proxier.Plan{Family: w.family, Node: w.node, Services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+func (w *world) plan(services int) *plan.Plan {
+	plan := &plan.Plan{Family: w.family, Node: w.node, Services: map[plan.ServicePortName]*plan.ServicePort{}}
 	for n := range services {
 		sp := w.service(n)
 		plan.Services[sp.Name] = sp
@@ -133,41 +134,41 @@ func (w *world) plan(services int) *proxier.Plan {
 }
 
 // packets are one of each origin to the frontend.
-func (w *world) packets(f *proxier.Frontend, proto proxier.Protocol) map[packet]proxier.TrafficSources {
-	out := map[packet]proxier.TrafficSources{}
-	add := func(src netip.Addr, in string, origin proxier.TrafficSources) {
-		p := packet{src: src, dst: f.Addr, proto: proto, dport: f.Port, in: in, srcLocal: origin == proxier.FromNode}
-		if f.Kind == proxier.NodePort {
+func (w *world) packets(f *plan.Frontend, proto plan.Protocol) map[packet]plan.TrafficSources {
+	out := map[packet]plan.TrafficSources{}
+	add := func(src netip.Addr, in string, origin plan.TrafficSources) {
+		p := packet{src: src, dst: f.Addr, proto: proto, dport: f.Port, in: in, srcLocal: origin == plan.FromNode}
+		if f.Kind == plan.NodePort {
 			p.dst, p.dstLocal = w.nodeIP, true
 		}
 		out[p] = origin
 	}
 	l := w.node.LocalPods
 	for i, src := range w.podIPs {
-		origin := proxier.FromOutside
+		origin := plan.FromOutside
 		if l.Interface != "" || l.InterfacePrefix != "" || i < len(l.Prefixes) {
-			origin = proxier.FromPods
+			origin = plan.FromPods
 		}
 		add(src, podInterface, origin)
 	}
-	add(w.nodeIP, "", proxier.FromNode)
+	add(w.nodeIP, "", plan.FromNode)
 	for _, src := range w.outside {
-		add(src, "eth0", proxier.FromOutside)
+		add(src, "eth0", plan.FromOutside)
 	}
 	return out
 }
 
 // expected is what the Frontend says of a connection of that origin.
-func expected(f *proxier.Frontend, origin proxier.TrafficSources, src netip.Addr) outcomes {
+func expected(f *plan.Frontend, origin plan.TrafficSources, src netip.Addr) outcomes {
 	if f.Sources != nil && !slices.ContainsFunc(f.Sources, func(p netip.Prefix) bool { return p.Contains(src) }) {
 		return outcomes{"DROP": 1}
 	}
 	set := f.Internal
-	if origin == proxier.FromOutside {
+	if origin == plan.FromOutside {
 		set = f.External
 	}
 	if set.Len() == 0 {
-		return outcomes{map[proxier.Verdict]string{proxier.Drop: "DROP", proxier.Reject: "REJECT"}[f.WhenEmpty]: 1}
+		return outcomes{map[plan.Verdict]string{plan.Drop: "DROP", plan.Reject: "REJECT"}[f.WhenEmpty]: 1}
 	}
 	out := outcomes{}
 	for _, e := range set.Endpoints {
@@ -198,7 +199,7 @@ func (o outcomes) near(want outcomes) bool {
 func TestEveryFrontendDoesWhatItSays(t *testing.T) {
 	opts := proxier.Options{MasqueradeMark: proxier.DefaultMasqueradeMark}
 	for seed := range uint64(60) {
-		opts.Family = proxier.Families[seed%2]
+		opts.Family = plan.Families[seed%2]
 		w := newWorld(opts.Family, seed)
 		plan := w.plan(1 + w.IntN(60))
 		input, err := Render(opts, plan)
@@ -223,17 +224,17 @@ func TestEveryFrontendDoesWhatItSays(t *testing.T) {
 }
 
 func TestHairpinIsMasqueraded(t *testing.T) {
-	w := newWorld(proxier.IPv4, 1)
-	set := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{
+	w := newWorld(plan.IPv4, 1)
+	set := &plan.EndpointSet{Endpoints: []plan.Endpoint{
 		{AddrPort: netip.MustParseAddrPort("10.1.0.5:80"), MayHairpin: true},
 		{AddrPort: netip.MustParseAddrPort("10.9.0.5:80")},
 	}}
 	sp := w.service(1)
-	sp.Name.Protocol, sp.AffinityTimeout = proxier.TCP, 0
-	sp.Frontends = []proxier.Frontend{{Addr: netip.MustParseAddr("10.96.0.1"), Port: 80, Internal: set, External: set}}
+	sp.Name.Protocol, sp.AffinityTimeout = plan.TCP, 0
+	sp.Frontends = []plan.Frontend{{Addr: netip.MustParseAddr("10.96.0.1"), Port: 80, Internal: set, External: set}}
 	m := newModel()
-	m.mustApply(t, rendered(t, planOf(proxier.IPv4, sp)))
-	got, _ := m.fate(packet{src: netip.MustParseAddr("10.1.0.5"), dst: netip.MustParseAddr("10.96.0.1"), proto: proxier.TCP, dport: 80})
+	m.mustApply(t, rendered(t, planOf(plan.IPv4, sp)))
+	got, _ := m.fate(packet{src: netip.MustParseAddr("10.1.0.5"), dst: netip.MustParseAddr("10.96.0.1"), proto: plan.TCP, dport: 80})
 	if want := (outcomes{"masqueraded -> 10.1.0.5:80": .5, "-> 10.9.0.5:80": .5}); !got.near(want) {
 		t.Errorf("got %v, want %v", got, want)
 	}
@@ -242,21 +243,21 @@ func TestHairpinIsMasqueraded(t *testing.T) {
 // TestAffinityIsPerServicePort: a client that the cluster chain sent to an
 // endpoint is sent there by the local chain too.
 func TestAffinityIsPerServicePort(t *testing.T) {
-	e := func(s string) proxier.Endpoint { return proxier.Endpoint{AddrPort: netip.MustParseAddrPort(s)} }
-	cluster := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{e("10.1.0.1:80"), e("10.1.0.2:80"), e("10.2.0.1:80")}}
-	local := &proxier.EndpointSet{Endpoints: cluster.Endpoints[:2]}
-	sp := &proxier.ServicePort{
-		Name:            proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: "web"}, Protocol: proxier.TCP},
+	e := func(s string) plan.Endpoint { return plan.Endpoint{AddrPort: netip.MustParseAddrPort(s)} }
+	cluster := &plan.EndpointSet{Endpoints: []plan.Endpoint{e("10.1.0.1:80"), e("10.1.0.2:80"), e("10.2.0.1:80")}}
+	local := &plan.EndpointSet{Endpoints: cluster.Endpoints[:2]}
+	sp := &plan.ServicePort{
+		Name:            plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "ns", Name: "web"}, Protocol: plan.TCP},
 		AffinityTimeout: 3*time.Hour + 100*time.Millisecond,
-		Frontends: []proxier.Frontend{
+		Frontends: []plan.Frontend{
 			{Addr: netip.MustParseAddr("10.96.0.1"), Port: 80, Internal: cluster, External: cluster},
-			{Kind: proxier.LoadBalancerIP, Addr: netip.MustParseAddr("192.0.2.1"), Port: 80, Internal: cluster, External: local},
+			{Kind: plan.LoadBalancerIP, Addr: netip.MustParseAddr("192.0.2.1"), Port: 80, Internal: cluster, External: local},
 		},
 	}
 	m := newModel()
-	m.mustApply(t, rendered(t, planOf(proxier.IPv4, sp)))
+	m.mustApply(t, rendered(t, planOf(plan.IPv4, sp)))
 	for _, f := range sp.Frontends {
-		p := packet{src: netip.MustParseAddr("203.0.113.7"), dst: f.Addr, proto: proxier.TCP, dport: 80, known: endpointChain(sp.Name, cluster.Endpoints[1])}
+		p := packet{src: netip.MustParseAddr("203.0.113.7"), dst: f.Addr, proto: plan.TCP, dport: 80, known: endpointChain(sp.Name, cluster.Endpoints[1])}
 		if got, _ := m.fate(p); !got.near(outcomes{"-> 10.1.0.2:80": 1}) {
 			t.Errorf("%s: a known client goes to %v", f.Kind, got)
 		}
@@ -266,17 +267,17 @@ func TestAffinityIsPerServicePort(t *testing.T) {
 // TestLargeSetsAreNested bounds the rules that a connection to a Service of
 // many endpoints can pass.
 func TestLargeSetsAreNested(t *testing.T) {
-	set := &proxier.EndpointSet{}
+	set := &plan.EndpointSet{}
 	for i := range 10000 {
 		addr := netip.AddrFrom4([4]byte{10, 1, byte(i >> 8), byte(i)})
-		set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(addr, 80)})
+		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(addr, 80)})
 	}
-	sp := &proxier.ServicePort{
-		Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: "big"}, Protocol: proxier.UDP},
-		Frontends: []proxier.Frontend{{Addr: netip.MustParseAddr("10.96.0.1"), Port: 53, Internal: set, External: set}},
+	sp := &plan.ServicePort{
+		Name:      plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "ns", Name: "big"}, Protocol: plan.UDP},
+		Frontends: []plan.Frontend{{Addr: netip.MustParseAddr("10.96.0.1"), Port: 53, Internal: set, External: set}},
 	}
 	m := newModel()
-	m.mustApply(t, rendered(t, planOf(proxier.IPv4, sp)))
+	m.mustApply(t, rendered(t, planOf(plan.IPv4, sp)))
 	longest := 0
 	for _, rules := range m[nat] {
 		longest = max(longest, len(rules))
@@ -284,21 +285,21 @@ func TestLargeSetsAreNested(t *testing.T) {
 	if longest > 2*maxRun {
 		t.Errorf("a chain has %d rules", longest)
 	}
-	got, _ := m.fate(packet{src: netip.MustParseAddr("203.0.113.7"), dst: netip.MustParseAddr("10.96.0.1"), proto: proxier.UDP, dport: 53})
-	if !got.near(expected(&sp.Frontends[0], proxier.FromOutside, netip.MustParseAddr("203.0.113.7"))) {
+	got, _ := m.fate(packet{src: netip.MustParseAddr("203.0.113.7"), dst: netip.MustParseAddr("10.96.0.1"), proto: plan.UDP, dport: 53})
+	if !got.near(expected(&sp.Frontends[0], plan.FromOutside, netip.MustParseAddr("203.0.113.7"))) {
 		t.Errorf("%d endpoints are reached, not all with the same probability", len(got))
 	}
 }
 
-func planOf(family proxier.Family, services ...*proxier.ServicePort) *proxier.Plan {
-	plan := &proxier.Plan{Family: family, Services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+func planOf(family plan.Family, services ...*plan.ServicePort) *plan.Plan {
+	plan := &plan.Plan{Family: family, Services: map[plan.ServicePortName]*plan.ServicePort{}}
 	for _, sp := range services {
 		plan.Services[sp.Name] = sp
 	}
 	return plan
 }
 
-func rendered(t testing.TB, plan *proxier.Plan) string {
+func rendered(t testing.TB, plan *plan.Plan) string {
 	t.Helper()
 	input, err := Render(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan)
 	if err != nil {

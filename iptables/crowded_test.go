@@ -10,16 +10,16 @@ import (
 	"syscall"
 	"testing"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // crowd is a set of frontends that share an address, or whose addresses differ
 // in few digits.
-type crowd []proxier.FrontendKey
+type crowd []plan.FrontendKey
 
 func portsOf(addr netip.Addr, n int) (c crowd) {
 	for i := range n {
-		c = append(c, proxier.FrontendKey{Addr: addr, Port: uint16(80 + i), Protocol: proxier.TCP})
+		c = append(c, plan.FrontendKey{Addr: addr, Port: uint16(80 + i), Protocol: plan.TCP})
 	}
 	return c
 }
@@ -49,27 +49,27 @@ func (w *world) crowds() []crowd {
 
 // services are one with the server as its endpoint for each frontend, and one
 // without endpoints at the port 10,000 above. Some have source ranges.
-func (c crowd) services(server netip.AddrPort) map[proxier.ServicePortName]*proxier.ServicePort {
-	services := map[proxier.ServicePortName]*proxier.ServicePort{}
-	add := func(name string, kind proxier.FrontendKind, key proxier.FrontendKey, set *proxier.EndpointSet) {
-		sp := &proxier.ServicePort{
-			Name: proxier.ServicePortName{
-				ServiceName: proxier.ServiceName{Namespace: "ns", Name: fmt.Sprint(name, "-", key)}, Protocol: proxier.TCP,
+func (c crowd) services(server netip.AddrPort) map[plan.ServicePortName]*plan.ServicePort {
+	services := map[plan.ServicePortName]*plan.ServicePort{}
+	add := func(name string, kind plan.FrontendKind, key plan.FrontendKey, set *plan.EndpointSet) {
+		sp := &plan.ServicePort{
+			Name: plan.ServicePortName{
+				ServiceName: plan.ServiceName{Namespace: "ns", Name: fmt.Sprint(name, "-", key)}, Protocol: plan.TCP,
 			},
-			Frontends: []proxier.Frontend{{
-				Kind: kind, Addr: key.Addr, Port: key.Port, Internal: set, External: set, Masquerade: proxier.FromOutside,
+			Frontends: []plan.Frontend{{
+				Kind: kind, Addr: key.Addr, Port: key.Port, Internal: set, External: set, Masquerade: plan.FromOutside,
 			}},
 		}
-		if kind == proxier.LoadBalancerIP {
+		if kind == plan.LoadBalancerIP {
 			sp.Frontends[0].Sources = []netip.Prefix{netip.PrefixFrom(server.Addr(), 8)}
 		}
 		services[sp.Name] = sp
 	}
 	for i, key := range c {
-		kind := []proxier.FrontendKind{proxier.ClusterIP, proxier.ExternalIP, proxier.LoadBalancerIP}[i%3]
-		add("served", kind, key, &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: server}}})
+		kind := []plan.FrontendKind{plan.ClusterIP, plan.ExternalIP, plan.LoadBalancerIP}[i%3]
+		add("served", kind, key, &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: server}}})
 		key.Port += 10000
-		add("empty", kind, key, &proxier.EndpointSet{})
+		add("empty", kind, key, &plan.EndpointSet{})
 	}
 	return services
 }
@@ -88,13 +88,13 @@ func (c crowd) check(t *testing.T, server netip.AddrPort) {
 // and each of them from nothing.
 func TestKernelTakesCrowds(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		w, plan := newWorld(p.opts.Family, 1), planOf(p.opts.Family)
+		w, desired := newWorld(p.opts.Family, 1), planOf(p.opts.Family)
 		server := netip.AddrPortFrom(loneHost(t, p.opts.Family, 8080), 8080)
 		for _, c := range w.crowds() {
-			changed := maps.Clone(plan.Services)
-			plan.Services = c.services(server)
-			maps.Copy(changed, plan.Services)
-			mustSync(t, p, plan, proxier.Change{Services: slices.Collect(maps.Keys(changed))})
+			changed := maps.Clone(desired.Services)
+			desired.Services = c.services(server)
+			maps.Copy(changed, desired.Services)
+			mustSync(t, p, desired, plan.Change{Services: slices.Collect(maps.Keys(changed))})
 			c.check(t, server)
 			// One only, because a host's own connection over IPv6 hears of it after a second.
 			last := c[len(c)-1]
@@ -107,8 +107,8 @@ func TestKernelTakesCrowds(t *testing.T) {
 			if _, err := Cleanup(p.opts.Family); err != nil {
 				t.Fatal(err)
 			}
-			plan.Services = c.services(server)
-			mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), plan, proxier.Change{All: true})
+			desired.Services = c.services(server)
+			mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), desired, plan.Change{All: true})
 			c.check(t, server)
 		}
 	})
@@ -118,14 +118,14 @@ func TestKernelTakesCrowds(t *testing.T) {
 // and whose addresses differ in few digits.
 func TestKernelTakesCrowdsOfEndpoints(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		w, set := newWorld(p.opts.Family, 1), &proxier.EndpointSet{}
+		w, set := newWorld(p.opts.Family, 1), &plan.EndpointSet{}
 		for _, addr := range w.middles(20) {
-			set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(addr, 8080), MayHairpin: true})
+			set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(addr, 8080), MayHairpin: true})
 		}
-		mustSync(t, p, planOf(p.opts.Family, &proxier.ServicePort{
-			Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: "web"}, Protocol: proxier.TCP},
-			Frontends: []proxier.Frontend{{Addr: w.addr(96, 1), Port: 80, Internal: set, External: set}},
-		}), proxier.Change{All: true})
+		mustSync(t, p, planOf(p.opts.Family, &plan.ServicePort{
+			Name:      plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "ns", Name: "web"}, Protocol: plan.TCP},
+			Frontends: []plan.Frontend{{Addr: w.addr(96, 1), Port: 80, Internal: set, External: set}},
+		}), plan.Change{All: true})
 		rules := saved(t, p)
 		for _, e := range set.Endpoints {
 			if rule := source(e.Addr()) + destination(e.Addr()) + " -j " + markMasqChain; !strings.Contains(rules, rule) {

@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // maxForeign is the number of chains of other software that may lead to the
@@ -48,19 +48,19 @@ func (m *model) depth() int {
 }
 
 // keySets are sets of keys that are hard to divide, and ordinary large ones.
-func keySets(family proxier.Family) map[string][]proxier.FrontendKey {
+func keySets(family plan.Family) map[string][]plan.FrontendKey {
 	base := slices.Repeat([]byte{0x5a}, family.HostBits()/8)
 	base[0] = 0x20
-	key := func(port int, change func(addr []byte)) proxier.FrontendKey {
+	key := func(port int, change func(addr []byte)) plan.FrontendKey {
 		addr := slices.Clone(base)
 		if change != nil {
 			change(addr)
 		}
 		a, _ := netip.AddrFromSlice(addr)
-		return proxier.FrontendKey{Addr: a, Port: uint16(port), Protocol: proxier.TCP}
+		return plan.FrontendKey{Addr: a, Port: uint16(port), Protocol: plan.TCP}
 	}
-	sets := map[string][]proxier.FrontendKey{}
-	add := func(name string, k ...proxier.FrontendKey) { sets[name] = append(sets[name], k...) }
+	sets := map[string][]plan.FrontendKey{}
+	add := func(name string, k ...plan.FrontendKey) { sets[name] = append(sets[name], k...) }
 	for port := range 1000 {
 		if port < 17 {
 			add("17 ports of one address", key(80+port, nil))
@@ -92,7 +92,7 @@ func keySets(family proxier.Family) map[string][]proxier.FrontendKey {
 			some(left-1, i, append(flipped, i))
 		}
 	}
-	some(map[proxier.Family]int{proxier.IPv4: 3, proxier.IPv6: 2}[family], bits, nil)
+	some(map[plan.Family]int{plan.IPv4: 3, plan.IPv6: 2}[family], bits, nil)
 	for i := range bits {
 		for port := range 17 {
 			add("each bit flipped", key(port, func(a []byte) { flip(a, i) }))
@@ -119,7 +119,7 @@ func keySets(family proxier.Family) map[string][]proxier.FrontendKey {
 	}
 	add("deepest", deepestKeys(family)...)
 	for name, keys := range sets {
-		slices.SortFunc(keys, func(a, b proxier.FrontendKey) int { return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port)) })
+		slices.SortFunc(keys, func(a, b plan.FrontendKey) int { return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port)) })
 		sets[name] = slices.Compact(keys)
 	}
 	return sets
@@ -128,7 +128,7 @@ func keySets(family proxier.Family) map[string][]proxier.FrontendKey {
 // TestTreesAreShallow bounds the chains and the rules of a first packet's way
 // through a tree, whatever its keys.
 func TestTreesAreShallow(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		for name, keys := range keySets(family) {
 			for id, shape := range treeShapes {
 				t.Run(family.String()+"/"+name+"/"+shape.prefix, func(t *testing.T) {
@@ -140,7 +140,7 @@ func TestTreesAreShallow(t *testing.T) {
 }
 
 // testTree makes a tree of the keys and looks each of them up.
-func testTree(t *testing.T, id treeID, family proxier.Family, keys []proxier.FrontendKey, maxRules int) {
+func testTree(t *testing.T, id treeID, family plan.Family, keys []plan.FrontendKey, maxRules int) {
 	tree := newTree(id, family)
 	for _, key := range keys {
 		match := ""
@@ -155,7 +155,7 @@ func testTree(t *testing.T, id treeID, family proxier.Family, keys []proxier.Fro
 		if tree.keys != addresses {
 			match += " -p " + key.Protocol.String() + " --dport " + strconv.Itoa(int(key.Port))
 		}
-		tree.put(&item{id, key, proxier.ServicePortName{}, []string{match + " -j ACCEPT"}})
+		tree.put(&item{id, key, plan.ServicePortName{}, []string{match + " -j ACCEPT"}})
 	}
 	m := newModel()
 	for _, e := range tree.all() {
@@ -187,8 +187,8 @@ func FuzzTrees(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, seed uint64, number uint16, digits, values uint8) {
 		r := rand.New(rand.NewPCG(seed, 3))
-		family, id := proxier.Families[seed%2], treeID(seed/2%uint64(treeCount))
-		keys := map[proxier.FrontendKey]struct{}{}
+		family, id := plan.Families[seed%2], treeID(seed/2%uint64(treeCount))
+		keys := map[plan.FrontendKey]struct{}{}
 		for range number {
 			keys[alikeKey(r, family, 1+int(digits)%8, 1+int(values)%15)] = struct{}{}
 		}
@@ -198,27 +198,27 @@ func FuzzTrees(f *testing.F) {
 
 // alikeKey differs from the others in some digits of the address, by some values,
 // and in few bits of the port.
-func alikeKey(r *rand.Rand, family proxier.Family, digits, values int) proxier.FrontendKey {
+func alikeKey(r *rand.Rand, family plan.Family, digits, values int) plan.FrontendKey {
 	addr := slices.Repeat([]byte{0x25}, family.HostBits()/8)
 	for range r.IntN(digits + 1) {
 		// Not in the first digit, so that the address is of a host.
 		i := 1 + r.IntN(2*len(addr)-1)
 		addr[i/2] ^= byte(r.IntN(values+1)) << (4 * (1 - i%2))
 	}
-	key := proxier.FrontendKey{Port: uint16(80 ^ 1<<r.IntN(16)), Protocol: proxier.Protocols[r.IntN(3)]}
+	key := plan.FrontendKey{Port: uint16(80 ^ 1<<r.IntN(16)), Protocol: plan.Protocols[r.IntN(3)]}
 	key.Addr, _ = netip.AddrFromSlice(addr)
 	return key
 }
 
 // deepestKeys are as few keys as make a tree as deep as it gets: two nodes of
 // each size class above a leaf. The last key is in that leaf.
-func deepestKeys(family proxier.Family) []proxier.FrontendKey {
-	var keys []proxier.FrontendKey
+func deepestKeys(family plan.Family) []plan.FrontendKey {
+	var keys []plan.FrontendKey
 	base := slices.Repeat([]byte{0x25}, family.HostBits()/8)
 	add := func(n int, addr []byte) {
 		a, _ := netip.AddrFromSlice(addr)
 		for port := range n {
-			keys = append(keys, proxier.FrontendKey{Addr: a, Port: uint16(1 + port), Protocol: proxier.TCP})
+			keys = append(keys, plan.FrontendKey{Addr: a, Port: uint16(1 + port), Protocol: plan.TCP})
 		}
 	}
 	// From 4,098 keys these leave 4,097, 258, 257, 18, 17 and 16 below each digit.
@@ -235,44 +235,44 @@ func deepestKeys(family proxier.Family) []proxier.FrontendKey {
 // The deepest leaf leads to a Service with source ranges, affinity and so many
 // endpoints that they are spread. The other Services are simple, because
 // iptables-nft checks every way to a chain.
-func longestWay(family proxier.Family) *proxier.Plan {
-	port := func(name string, affinity time.Duration) *proxier.ServicePort {
-		return &proxier.ServicePort{AffinityTimeout: affinity, Name: proxier.ServicePortName{
-			ServiceName: proxier.ServiceName{Namespace: "ns", Name: name}, Protocol: proxier.TCP,
+func longestWay(family plan.Family) *plan.Plan {
+	port := func(name string, affinity time.Duration) *plan.ServicePort {
+		return &plan.ServicePort{AffinityTimeout: affinity, Name: plan.ServicePortName{
+			ServiceName: plan.ServiceName{Namespace: "ns", Name: name}, Protocol: plan.TCP,
 		}}
 	}
 	long, short, empty := port("long", time.Hour), port("short", 0), port("empty", 0)
 	keys := deepestKeys(family)
-	many, one, none := &proxier.EndpointSet{}, &proxier.EndpointSet{}, &proxier.EndpointSet{}
+	many, one, none := &plan.EndpointSet{}, &plan.EndpointSet{}, &plan.EndpointSet{}
 	for i := range maxRun + 1 {
-		many.Endpoints = append(many.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(keys[0].Addr, uint16(1+i))})
+		many.Endpoints = append(many.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(keys[0].Addr, uint16(1+i))})
 	}
 	one.Endpoints = many.Endpoints[:1]
 	for i, key := range keys {
-		f := proxier.Frontend{Kind: proxier.LoadBalancerIP, Addr: key.Addr, Port: key.Port, Internal: one, External: one}
+		f := plan.Frontend{Kind: plan.LoadBalancerIP, Addr: key.Addr, Port: key.Port, Internal: one, External: one}
 		if i < len(keys)-1 {
 			short.Frontends = append(short.Frontends, f)
 		} else {
-			f.Internal, f.External, f.WhenEmpty, f.Masquerade = many, none, proxier.Drop, proxier.FromNode
+			f.Internal, f.External, f.WhenEmpty, f.Masquerade = many, none, plan.Drop, plan.FromNode
 			f.Sources = []netip.Prefix{netip.PrefixFrom(key.Addr, 16)}
 			long.Frontends = append(long.Frontends, f)
-			f.Kind, f.Addr, f.Port = proxier.NodePort, netip.Addr{}, 30000
+			f.Kind, f.Addr, f.Port = plan.NodePort, netip.Addr{}, 30000
 			long.Frontends = append(long.Frontends, f)
 		}
-		empty.Frontends = append(empty.Frontends, proxier.Frontend{Addr: key.Addr, Port: 10000 + key.Port, Internal: none, External: none})
+		empty.Frontends = append(empty.Frontends, plan.Frontend{Addr: key.Addr, Port: 10000 + key.Port, Internal: none, External: none})
 	}
 	for i := range uint16(2767) {
-		short.Frontends = append(short.Frontends, proxier.Frontend{Kind: proxier.NodePort, Port: 30001 + i, Internal: one, External: one})
+		short.Frontends = append(short.Frontends, plan.Frontend{Kind: plan.NodePort, Port: 30001 + i, Internal: one, External: one})
 	}
-	plan := planOf(family, long, short, empty)
-	plan.Node.LocalPods = proxier.LocalPods{Interface: "cni0", InterfacePrefix: "veth"}
-	plan.Node.NodePortAddrs.All = true
-	return plan
+	desired := planOf(family, long, short, empty)
+	desired.Node.LocalPods = plan.LocalPods{Interface: "cni0", InterfacePrefix: "veth"}
+	desired.Node.NodePortAddrs.All = true
+	return desired
 }
 
 // TestRulesAreShallow leaves room for chains of other software that lead to ours.
 func TestRulesAreShallow(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		_, m := stateOf(t, longestWay(family))
 		if n := m.depth(); n != maxChains-maxForeign {
 			t.Errorf("%s: the longest way of a packet has %d chains, want %d", family, n, maxChains-maxForeign)
@@ -284,7 +284,7 @@ func TestRulesAreShallow(t *testing.T) {
 // many as there is room for.
 func TestKernelTakesTheLongestWay(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		mustSync(t, p, longestWay(p.opts.Family), proxier.Change{All: true})
+		mustSync(t, p, longestWay(p.opts.Family), plan.Change{All: true})
 		for table := range tableCount {
 			run(t, foreignChains(table), p.tools.restore, "--noflush")
 		}

@@ -7,7 +7,7 @@ import (
 	"slices"
 	"strconv"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // A tree leads a packet to the rules for its destination. See tree.go for how
@@ -242,7 +242,7 @@ func (t *tree) match(path []byte, first int) string {
 	if len(path) <= n {
 		return s
 	}
-	proto := proxier.Protocols[path[n]].String()
+	proto := plan.Protocols[path[n]].String()
 	s += " -p " + proto
 	digits := path[n+1:]
 	if len(digits) == 0 {

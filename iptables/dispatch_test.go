@@ -7,7 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 func render(t *tree) string {
@@ -21,14 +21,14 @@ func render(t *tree) string {
 	return s
 }
 
-func treeItem(id treeID, key proxier.FrontendKey) *item {
-	return &item{id, key, proxier.ServicePortName{}, []string{" -j " + key.String()}}
+func treeItem(id treeID, key plan.FrontendKey) *item {
+	return &item{id, key, plan.ServicePortName{}, []string{" -j " + key.String()}}
 }
 
 // randomKey makes keys that crowd: few addresses, some of them with very many
 // ports.
-func randomKey(r *rand.Rand, family proxier.Family, ports bool) proxier.FrontendKey {
-	key := proxier.FrontendKey{Port: uint16(1 + r.IntN(4)), Protocol: proxier.Protocols[r.IntN(3)]}
+func randomKey(r *rand.Rand, family plan.Family, ports bool) plan.FrontendKey {
+	key := plan.FrontendKey{Port: uint16(1 + r.IntN(4)), Protocol: plan.Protocols[r.IntN(3)]}
 	if ports {
 		key.Port = uint16(30000 + r.IntN(2768))
 		return key
@@ -47,10 +47,10 @@ func randomKey(r *rand.Rand, family proxier.Family, ports bool) proxier.Frontend
 func TestTreesWithTheSameItemsAreEqual(t *testing.T) {
 	for seed := range uint64(30) {
 		r := rand.New(rand.NewPCG(seed, 1))
-		family, id := proxier.Families[seed%2], []treeID{servicesTree, nodePortsTree}[seed/2%2]
+		family, id := plan.Families[seed%2], []treeID{servicesTree, nodePortsTree}[seed/2%2]
 		grown := newTree(id, family)
 		kernel := map[string][]ownedRule{grown.root: nil}
-		items := map[proxier.FrontendKey]*item{}
+		items := map[plan.FrontendKey]*item{}
 		for round := range 40 {
 			for range r.IntN(60) {
 				it := treeItem(id, randomKey(r, family, grown.keys == ports))
@@ -93,11 +93,11 @@ func TestTreesWithTheSameItemsAreEqual(t *testing.T) {
 // TestAddressesAreThereOnce checks that a tree of addresses holds one for as long
 // as anybody needs it, and that its shape does not count how often that is.
 func TestAddressesAreThereOnce(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		tree, r := newTree(hairpinTree, family), rand.New(rand.NewPCG(1, 1))
 		var list []*item
 		for range 100 {
-			it := treeItem(hairpinTree, proxier.FrontendKey{Addr: randomKey(r, family, false).Addr})
+			it := treeItem(hairpinTree, plan.FrontendKey{Addr: randomKey(r, family, false).Addr})
 			list = append(list, it, it)
 			tree.put(it)
 		}
@@ -127,11 +127,11 @@ func TestAddressesAreThereOnce(t *testing.T) {
 
 func TestChainNames(t *testing.T) {
 	for id := range treeCount {
-		for _, family := range proxier.Families {
+		for _, family := range plan.Families {
 			tree := newTree(id, family)
 			for n := range maxDigits + 1 {
 				path := make([]byte, n)
-				if n > len(tree.digits(proxier.FrontendKey{Addr: nodeAddr(family), Protocol: proxier.TCP})) {
+				if n > len(tree.digits(plan.FrontendKey{Addr: nodeAddr(family), Protocol: plan.TCP})) {
 					break
 				}
 				name := tree.chain(string(path))
@@ -145,8 +145,8 @@ func TestChainNames(t *testing.T) {
 		}
 	}
 	// Names by which kube-proxy knows a Service, so that it replaces them.
-	sp := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns1", Name: "svc1"}, Port: "p80", Protocol: proxier.TCP}
-	e := proxier.Endpoint{AddrPort: netip.MustParseAddrPort("10.180.0.1:80")}
+	sp := plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "ns1", Name: "svc1"}, Port: "p80", Protocol: plan.TCP}
+	e := plan.Endpoint{AddrPort: netip.MustParseAddrPort("10.180.0.1:80")}
 	for got, want := range map[string]string{
 		clusterPrefix + portHash(sp, 0): "KUBE-SVC-XPGD46QRK7WJZT7O",
 		endpointChain(sp, e):            "KUBE-SEP-SXIVWICOYRO3J4NJ",
@@ -160,22 +160,22 @@ func TestChainNames(t *testing.T) {
 func TestMatches(t *testing.T) {
 	for _, c := range []struct {
 		id     treeID
-		family proxier.Family
+		family plan.Family
 		path   []byte
 		first  int
 		want   string
 	}{
-		{servicesTree, proxier.IPv4, []byte{5}, 0, " -d 0.0.0.5/0.0.0.15"},
-		{servicesTree, proxier.IPv4, []byte{5, 10}, 1, " -d 0.0.0.160/0.0.0.240"},
-		{servicesTree, proxier.IPv4, []byte{5, 10, 0, 1}, 1, " -d 0.0.16.160/0.0.255.240"},
-		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1}, 7, " -d 16.0.0.0/240.0.0.0"},
-		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1, 1}, 8, " -p udp"},
-		{servicesTree, proxier.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1, 1}, 7, " -d 16.0.0.0/240.0.0.0 -p udp"},
-		{servicesTree, proxier.IPv4, []byte{1, 0, 0, 0, 0, 6, 0, 1, 1, 1}, 0, " -d 16.96.0.1/255.255.255.255 -p udp -m udp --dport 4096:8191"},
-		{servicesTree, proxier.IPv6, []byte{5, 10}, 1, " -d ::a0/::f0"},
-		{nodePortsTree, proxier.IPv4, []byte{2}, 0, " -p sctp"},
-		{nodePortsTree, proxier.IPv4, []byte{0, 7}, 1, " -p tcp -m tcp --dport 28672:32767"},
-		{nodePortsTree, proxier.IPv4, []byte{0, 7, 5, 3, 1}, 4, " -p tcp -m tcp --dport 30001"},
+		{servicesTree, plan.IPv4, []byte{5}, 0, " -d 0.0.0.5/0.0.0.15"},
+		{servicesTree, plan.IPv4, []byte{5, 10}, 1, " -d 0.0.0.160/0.0.0.240"},
+		{servicesTree, plan.IPv4, []byte{5, 10, 0, 1}, 1, " -d 0.0.16.160/0.0.255.240"},
+		{servicesTree, plan.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1}, 7, " -d 16.0.0.0/240.0.0.0"},
+		{servicesTree, plan.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1, 1}, 8, " -p udp"},
+		{servicesTree, plan.IPv4, []byte{0, 0, 0, 0, 0, 0, 0, 1, 1}, 7, " -d 16.0.0.0/240.0.0.0 -p udp"},
+		{servicesTree, plan.IPv4, []byte{1, 0, 0, 0, 0, 6, 0, 1, 1, 1}, 0, " -d 16.96.0.1/255.255.255.255 -p udp -m udp --dport 4096:8191"},
+		{servicesTree, plan.IPv6, []byte{5, 10}, 1, " -d ::a0/::f0"},
+		{nodePortsTree, plan.IPv4, []byte{2}, 0, " -p sctp"},
+		{nodePortsTree, plan.IPv4, []byte{0, 7}, 1, " -p tcp -m tcp --dport 28672:32767"},
+		{nodePortsTree, plan.IPv4, []byte{0, 7, 5, 3, 1}, 4, " -p tcp -m tcp --dport 30001"},
 	} {
 		if got := newTree(c.id, c.family).match(c.path, c.first); got != c.want {
 			t.Errorf("match of %v from %d is %q, want %q", c.path, c.first, got, c.want)

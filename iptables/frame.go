@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // facts is what rules need to know of the kernel and of the tools.
@@ -19,7 +19,7 @@ type facts struct {
 }
 
 // frameChains are the chains that depend on no Service and hold no tree.
-func frameChains(mark uint32, node *proxier.Node, pods []podMatch, facts facts) [tableCount][]chain {
+func frameChains(mark uint32, node *plan.Node, pods []podMatch, facts facts) [tableCount][]chain {
 	bit := fmt.Sprintf("%#x", mark)
 	random := ""
 	if facts.randomFully {
@@ -69,7 +69,7 @@ func frameChains(mark uint32, node *proxier.Node, pods []podMatch, facts facts) 
 // routeSources is the chain that rewrites sources to the addresses that the node's
 // routes name, if they name others than MASQUERADE takes. It leaves to MASQUERADE the
 // packets for which they do not.
-func routeSources(node *proxier.Node, random string) []chain {
+func routeSources(node *plan.Node, random string) []chain {
 	if len(node.RouteSources) == 0 {
 		return nil
 	}
@@ -96,7 +96,7 @@ func routeSources(node *proxier.Node, random string) []chain {
 const toExternalServices = " -m addrtype ! --dst-type LOCAL -j " + externalServicesChain
 
 // tails are the rules at the end of the trees' root chains.
-func tails(family proxier.Family, node *proxier.Node) map[treeID][]string {
+func tails(family plan.Family, node *plan.Node) map[treeID][]string {
 	to := func(target, text string) []string {
 		var rules []string
 		for _, match := range nodePortMatches(family, node) {
@@ -117,11 +117,11 @@ type splitMatch struct{ before, after string }
 
 // nodePortMatches recognise packets to the addresses that serve NodePorts, one
 // for each.
-func nodePortMatches(family proxier.Family, node *proxier.Node) []splitMatch {
+func nodePortMatches(family plan.Family, node *plan.Node) []splitMatch {
 	if node.NodePortAddrs.All {
 		notLoopback := ""
 		switch {
-		case family == proxier.IPv6:
+		case family == plan.IPv6:
 			notLoopback = " ! -d ::1/128"
 		case !node.LocalhostNodePorts:
 			notLoopback = " ! -d 127.0.0.0/8"
@@ -130,7 +130,7 @@ func nodePortMatches(family proxier.Family, node *proxier.Node) []splitMatch {
 	}
 	var matches []splitMatch
 	for _, a := range node.NodePortAddrs.Addrs {
-		if proxier.FamilyOf(a) == family && (!a.IsLoopback() || family == proxier.IPv4 && node.LocalhostNodePorts) {
+		if plan.FamilyOf(a) == family && (!a.IsLoopback() || family == plan.IPv4 && node.LocalhostNodePorts) {
 			matches = append(matches, splitMatch{before: destination(a)})
 		}
 	}

@@ -5,6 +5,7 @@ import (
 
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Init makes the kernel setting that NodePorts on 127.0.0.1 need, where they
@@ -14,6 +15,6 @@ func Init(opts proxier.Options, localhost bool) error {
 	if err != nil {
 		return err
 	}
-	err = p.prepareNode(&proxier.Node{LocalhostNodePorts: localhost})
+	err = p.prepareNode(&plan.Node{LocalhostNodePorts: localhost})
 	return errors.Join(err, node.JoinProblems(p.problems), p.Close())
 }

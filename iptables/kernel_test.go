@@ -23,6 +23,7 @@ import (
 
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // ownNamespace moves the test's thread to a new network namespace.
@@ -50,7 +51,7 @@ func ownNamespace(t testing.TB) {
 // eachVariant runs the test for both families and both variants of the tools.
 func eachVariant(t *testing.T, test func(t *testing.T, p *Proxier)) {
 	for _, b := range []Backend{Legacy, NFT} {
-		for _, f := range proxier.Families {
+		for _, f := range plan.Families {
 			t.Run(string(b)+f.String(), func(t *testing.T) {
 				ownNamespace(t)
 				test(t, newProxier(t, f, b))
@@ -59,7 +60,7 @@ func eachVariant(t *testing.T, test func(t *testing.T, p *Proxier)) {
 	}
 }
 
-func newProxier(t testing.TB, f proxier.Family, b Backend) *Proxier {
+func newProxier(t testing.TB, f plan.Family, b Backend) *Proxier {
 	t.Helper()
 	p, err := New(proxier.Options{Family: f}, Tuning{Backend: b, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	if err != nil {
@@ -68,7 +69,7 @@ func newProxier(t testing.TB, f proxier.Family, b Backend) *Proxier {
 	return p
 }
 
-func mustSync(t testing.TB, p *Proxier, plan *proxier.Plan, change proxier.Change) {
+func mustSync(t testing.TB, p *Proxier, plan *plan.Plan, change plan.Change) {
 	t.Helper()
 	if err := p.Sync(context.Background(), plan, change); err != nil {
 		t.Fatal(err)
@@ -124,10 +125,10 @@ func sortedLines(s string) string {
 func TestChangesEqualFullSync(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		w := newWorld(p.opts.Family, 3)
-		plan := w.plan(60)
-		mustSync(t, p, plan, proxier.Change{})
+		desired := w.plan(60)
+		mustSync(t, p, desired, plan.Change{})
 		for range 6 {
-			mustSync(t, p, plan, w.change(plan))
+			mustSync(t, p, desired, w.change(desired))
 			compareCounts(t, p)
 		}
 		changed := saved(t, p)
@@ -137,7 +138,7 @@ func TestChangesEqualFullSync(t *testing.T) {
 		if left := saved(t, p); strings.Contains(left, "KUBE-") {
 			t.Fatalf("Cleanup left\n%s", left)
 		}
-		mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), plan, proxier.Change{All: true})
+		mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), desired, plan.Change{All: true})
 		if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(changed)); diff != "" {
 			t.Errorf("-full sync +changes\n%s", diff)
 		}
@@ -171,9 +172,9 @@ func compareCounts(t *testing.T, p *Proxier) {
 
 // kubeProxyRules is a node as kube-proxy leaves it, with Services that are
 // gone, and another proxy's leavings.
-func kubeProxyRules(f proxier.Family) string {
+func kubeProxyRules(f plan.Family) string {
 	pod := "10.9.9.9"
-	if f == proxier.IPv6 {
+	if f == plan.IPv6 {
 		pod = "fd00:9::9"
 	}
 	return `*filter
@@ -240,8 +241,8 @@ func TestTakesOverFromKubeProxyAndGivesBack(t *testing.T) {
 		// Somebody's rule that is in the way of removing a chain.
 		restore("*nat\n:KUBE-SVC-USED - [0:0]\n-A INPUT -j KUBE-SVC-USED\nCOMMIT\n")
 		w := newWorld(p.opts.Family, 5)
-		plan := w.plan(70)
-		mustSync(t, p, plan, proxier.Change{All: true})
+		desired := w.plan(70)
+		mustSync(t, p, desired, plan.Change{All: true})
 		after := saved(t, p)
 		for _, gone := range []string{"KUBE-SEP-SXIVWICOYRO3J4NJ", "KUBE-SVC-XPGD46QRK7WJZT7O"} {
 			if strings.Contains(after, gone) {
@@ -255,7 +256,7 @@ func TestTakesOverFromKubeProxyAndGivesBack(t *testing.T) {
 				t.Errorf("%s has %d times %s", j.table, n, line)
 			}
 		}
-		mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), plan, proxier.Change{All: true})
+		mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), desired, plan.Change{All: true})
 		if diff := cmp.Diff(after, saved(t, p)); diff != "" {
 			t.Errorf("a restart changes the rules:\n%s", diff)
 		}
@@ -283,9 +284,9 @@ func TestForeignRulesStay(t *testing.T) {
 		run(t, foreignRules, p.tools.restore, "--noflush")
 		before := saved(t, p)
 		w := newWorld(p.opts.Family, 8)
-		plan := w.plan(50)
-		mustSync(t, p, plan, proxier.Change{All: true})
-		mustSync(t, p, plan, w.change(plan))
+		desired := w.plan(50)
+		mustSync(t, p, desired, plan.Change{All: true})
+		mustSync(t, p, desired, w.change(desired))
 		present := saved(t, p)
 		for _, line := range strings.Split(before, "\n") {
 			if !strings.Contains(present, line+"\n") {
@@ -309,9 +310,9 @@ func TestForeignRulesStay(t *testing.T) {
 func TestCleanupLeavesWhatOthersUse(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		w := newWorld(p.opts.Family, 8)
-		plan := w.plan(5)
-		plan.Node.RouteSources = w.routeSources()
-		mustSync(t, p, plan, proxier.Change{All: true})
+		desired := w.plan(5)
+		desired.Node.RouteSources = w.routeSources()
+		mustSync(t, p, desired, plan.Change{All: true})
 		run(t, "*nat\n:CNI-X - [0:0]\n:CNI-Y - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\n-A CNI-Y -j KUBE-POSTROUTING\n-A POSTROUTING -j CNI-Y\nCOMMIT\n", p.tools.restore, "--noflush")
 		for range 2 {
 			if _, err := Cleanup(p.opts.Family); err != nil {
@@ -331,11 +332,11 @@ func TestCleanupLeavesWhatOthersUse(t *testing.T) {
 	})
 }
 
-func onlyService(w *world, endpoint string) *proxier.ServicePort {
-	set := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.MustParseAddrPort(endpoint)}}}
-	return &proxier.ServicePort{
-		Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: "bad"}, Port: "web", Protocol: proxier.TCP},
-		Frontends: []proxier.Frontend{{Addr: w.addr(97, 1), Port: 80, Internal: set, External: set}},
+func onlyService(w *world, endpoint string) *plan.ServicePort {
+	set := &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: netip.MustParseAddrPort(endpoint)}}}
+	return &plan.ServicePort{
+		Name:      plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "ns", Name: "bad"}, Port: "web", Protocol: plan.TCP},
+		Frontends: []plan.Frontend{{Addr: w.addr(97, 1), Port: 80, Internal: set, External: set}},
 	}
 }
 
@@ -344,17 +345,17 @@ func onlyService(w *world, endpoint string) *proxier.ServicePort {
 func TestFailureNamesTheServiceAndIsUndone(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		w := newWorld(p.opts.Family, 8)
-		plan := w.plan(30)
-		mustSync(t, p, plan, proxier.Change{All: true})
+		desired := w.plan(30)
+		mustSync(t, p, desired, plan.Change{All: true})
 		before := saved(t, p)
 		good, bad := "10.1.0.1:80", "[fd00::1]:80"
-		if p.opts.Family == proxier.IPv6 {
+		if p.opts.Family == plan.IPv6 {
 			good, bad = bad, good
 		}
 		sp := onlyService(w, bad)
-		plan.Services[sp.Name] = sp
-		change := proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
-		err := p.Sync(context.Background(), plan, change)
+		desired.Services[sp.Name] = sp
+		change := plan.Change{Services: []plan.ServicePortName{sp.Name}}
+		err := p.Sync(context.Background(), desired, change)
 		if err == nil || errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(err.Error(), "ns/bad:web") {
 			t.Errorf("Sync says %v", err)
 		}
@@ -367,18 +368,18 @@ func TestFailureNamesTheServiceAndIsUndone(t *testing.T) {
 		empty.Name.Name = "empty"
 		empty.Frontends[0].Addr = w.addr(97, 2)
 		empty.Frontends[0].Internal, empty.Frontends[0].External = nil, nil
-		plan.Services[empty.Name] = empty
+		desired.Services[empty.Name] = empty
 		change.Services = append(change.Services, empty.Name)
-		if err := p.Sync(context.Background(), plan, change); !errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(err.Error(), "ns/bad:web") {
+		if err := p.Sync(context.Background(), desired, change); !errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(err.Error(), "ns/bad:web") {
 			t.Errorf("Sync of two tables, of which the second is refused, says %v", err)
 		}
 
 		sp = onlyService(w, good)
-		plan.Services[sp.Name] = sp
-		mustSync(t, p, plan, proxier.Change{All: true})
+		desired.Services[sp.Name] = sp
+		mustSync(t, p, desired, plan.Change{All: true})
 		repaired := saved(t, p)
 		fresh := newProxier(t, p.opts.Family, p.tools.backend)
-		mustSync(t, fresh, plan, proxier.Change{All: true})
+		mustSync(t, fresh, desired, plan.Change{All: true})
 		if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(repaired)); diff != "" {
 			t.Errorf("after the failures (-fresh +repaired)\n%s", diff)
 		}
@@ -390,11 +391,11 @@ func TestLockHeldByAnother(t *testing.T) {
 	ownNamespace(t)
 	path := filepath.Join(t.TempDir(), "xtables.lock")
 	t.Setenv("XTABLES_LOCKFILE", path)
-	p := newProxier(t, proxier.IPv4, Legacy)
+	p := newProxier(t, plan.IPv4, Legacy)
 	p.tools.wait = time.Second
-	w := newWorld(proxier.IPv4, 1)
-	plan := w.plan(3)
-	mustSync(t, p, plan, proxier.Change{All: true})
+	w := newWorld(plan.IPv4, 1)
+	desired := w.plan(3)
+	mustSync(t, p, desired, plan.Change{All: true})
 
 	lock, err := os.Create(path)
 	if err != nil {
@@ -405,21 +406,21 @@ func TestLockHeldByAnother(t *testing.T) {
 		t.Fatal(err)
 	}
 	sp := onlyService(w, "10.1.0.1:80")
-	plan.Services[sp.Name] = sp
-	change := proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
-	err = p.Sync(context.Background(), plan, change)
+	desired.Services[sp.Name] = sp
+	change := plan.Change{Services: []plan.ServicePortName{sp.Name}}
+	err = p.Sync(context.Background(), desired, change)
 	if err == nil || !strings.Contains(err.Error(), "lock") || !strings.Contains(err.Error(), path) || errors.Is(err, proxier.ErrUnknownState) {
 		t.Errorf("with the lock held Sync says %v", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if err := p.Sync(ctx, plan, change); !errors.Is(err, context.Canceled) {
+	if err := p.Sync(ctx, desired, change); !errors.Is(err, context.Canceled) {
 		t.Errorf("a Sync that is stopped says %v", err)
 	}
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_UN); err != nil {
 		t.Fatal(err)
 	}
-	mustSync(t, p, plan, change)
+	mustSync(t, p, desired, change)
 	if !strings.Contains(saved(t, p), `ns/bad:web cluster IP`) {
 		t.Error("the Service is not there when the lock is free again")
 	}
@@ -438,7 +439,7 @@ func TestBackendFollowsTheNode(t *testing.T) {
 		{"more rules in legacy", map[string]string{"legacy": foreignRules, "nft": "*filter\n-A INPUT -j ACCEPT\nCOMMIT\n"}, Legacy},
 		{"more rules in nft", map[string]string{"nft": foreignRules, "legacy": "*filter\n-A INPUT -j ACCEPT\nCOMMIT\n"}, NFT},
 	}
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		for _, c := range cases {
 			t.Run(f.String()+" "+c.name, func(t *testing.T) {
 				ownNamespace(t)
@@ -460,7 +461,7 @@ func TestBackendFollowsTheNode(t *testing.T) {
 
 func TestSupported(t *testing.T) {
 	ownNamespace(t)
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		if err := Supported(f); err != nil {
 			t.Errorf("%s: %v", f, err)
 		}
@@ -489,7 +490,7 @@ func TestMissingFeatureIsNamed(t *testing.T) {
 	features = append(slices.Clone(old), old[0])
 	features[len(old)].name, features[len(old)].rule = "the target NOSUCH", " -j NOSUCH"
 	for _, b := range []Backend{Legacy, NFT} {
-		err := newProxier(t, proxier.IPv4, b).tools.probe()
+		err := newProxier(t, plan.IPv4, b).tools.probe()
 		var unsupported *proxier.UnsupportedError
 		if !errors.As(err, &unsupported) || unsupported.Missing != "the target NOSUCH" {
 			t.Errorf("%s: %v", b, err)
@@ -501,18 +502,18 @@ func TestLocalhostNodePorts(t *testing.T) {
 	for _, b := range []Backend{Legacy, NFT} {
 		t.Run(string(b), func(t *testing.T) {
 			ownNamespace(t)
-			p := newProxier(t, proxier.IPv4, b)
+			p := newProxier(t, plan.IPv4, b)
 			// As the kubelet writes it.
 			run(t, "*filter\n:KUBE-FIREWALL - [0:0]\n-A INPUT -j KUBE-FIREWALL\n-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\""+
 				" --dst 127.0.0.0/8 ! --src 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP\nCOMMIT\n", p.tools.restore, "--noflush")
-			plan := planOf(proxier.IPv4)
-			plan.Node.NodePortAddrs.All = true
-			mustSync(t, p, plan, proxier.Change{All: true})
+			desired := planOf(plan.IPv4)
+			desired.Node.NodePortAddrs.All = true
+			mustSync(t, p, desired, plan.Change{All: true})
 			if rules := saved(t, p); !strings.Contains(rules, "-A KUBE-SERVICES ! -d 127.0.0.0/8 ") {
 				t.Errorf("NodePorts are served on 127.0.0.1:\n%s", rules)
 			}
-			plan.Node.LocalhostNodePorts = true
-			mustSync(t, p, plan, proxier.Change{Node: true})
+			desired.Node.LocalhostNodePorts = true
+			mustSync(t, p, desired, plan.Change{Node: true})
 			rules := saved(t, p)
 			for text, times := range map[string]int{"block incoming localnet connections": 1, "-A INPUT -j KUBE-FIREWALL\n": 1, "-A OUTPUT -j KUBE-FIREWALL\n": 1, "! -d 127.0.0.0/8 -m comment": 0} {
 				if n := strings.Count(rules, text); n != times {

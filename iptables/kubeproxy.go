@@ -5,7 +5,7 @@ import (
 	"errors"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // canaryChain is in three tables while kube-proxy runs in iptables mode: it
@@ -57,7 +57,7 @@ var kubeProxys = belongings{
 // chains this mode has filled with its own rules, only the rest goes; "" for
 // none. Without the tools the error is a *proxier.UnsupportedError: what is in
 // the kernel may be signalbox's, and Cleanup tells of it.
-func CleanupKubeProxy(f proxier.Family, inUse Backend) (removed bool, err error) {
+func CleanupKubeProxy(f plan.Family, inUse Backend) (removed bool, err error) {
 	removed, err = cleanup(f, func(ctx context.Context, t *tools) (bool, error) {
 		if t.backend == inUse {
 			return t.remove(ctx, otherModes)
@@ -74,7 +74,7 @@ func CleanupKubeProxy(f proxier.Family, inUse Backend) (removed bool, err error)
 // removed. A kube-proxy that runs on writes what changes at once, and its
 // canaries half a minute later; in the variant in use, where the names of the
 // chains do not tell, these are all there is to go by.
-func HasKubeProxy(ctx context.Context, f proxier.Family, inUse Backend) bool {
+func HasKubeProxy(ctx context.Context, f plan.Family, inUse Backend) bool {
 	for _, b := range []Backend{NFT, Legacy} {
 		t, err := findTools(f, b, defaultWait)
 		if err != nil {
@@ -89,7 +89,7 @@ func HasKubeProxy(ctx context.Context, f proxier.Family, inUse Backend) bool {
 
 // Intact says whether the rules of Services in a variant's tables are this
 // mode's.
-func Intact(ctx context.Context, f proxier.Family, b Backend) (bool, error) {
+func Intact(ctx context.Context, f plan.Family, b Backend) (bool, error) {
 	t, err := findTools(f, b, defaultWait)
 	if err != nil {
 		return false, err

@@ -7,7 +7,7 @@ import (
 	"strconv"
 	"strings"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // table is an iptables table that this mode writes to.
@@ -70,7 +70,7 @@ func hash(s string) string {
 // portHash tells the chains of one ServicePort from those of others. The first
 // chain with a prefix has kube-proxy's name for it, so that a takeover replaces
 // its contents in place; the others are numbered.
-func portHash(n proxier.ServicePortName, ordinal int) string {
+func portHash(n plan.ServicePortName, ordinal int) string {
 	s := n.String() + n.Protocol.String()
 	if ordinal > 0 {
 		s += "#" + strconv.Itoa(ordinal)
@@ -80,7 +80,7 @@ func portHash(n proxier.ServicePortName, ordinal int) string {
 
 // endpointChain is also the name of the endpoint's list of clients. It is
 // kube-proxy's, so that affinity survives a takeover in both directions.
-func endpointChain(n proxier.ServicePortName, e proxier.Endpoint) string {
+func endpointChain(n plan.ServicePortName, e plan.Endpoint) string {
 	return endpointPrefix + hash(n.String()+n.Protocol.String()+e.AddrPort.String())
 }
 

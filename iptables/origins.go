@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"strings"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // podMatch recognises local Pods by one prefix or interface; is begins with a
@@ -18,7 +18,7 @@ const (
 
 // podMatches are the ways in which a packet of a local Pod can show. Any of
 // them decides, before FromNode is looked at.
-func podMatches(l proxier.LocalPods) ([]podMatch, error) {
+func podMatches(l plan.LocalPods) ([]podMatch, error) {
 	var out []podMatch
 	add := func(s string) { out = append(out, podMatch{" " + s, " ! " + s}) }
 	for _, p := range l.Prefixes {
@@ -40,32 +40,32 @@ func podMatches(l proxier.LocalPods) ([]podMatch, error) {
 
 // masqueradeChain marks traffic of origins where that takes the negation of
 // several matches, which one rule cannot say.
-func masqueradeChain(origins proxier.TrafficSources) string {
+func masqueradeChain(origins plan.TrafficSources) string {
 	return fmt.Sprintf("%sMASQ-%d", clusterPrefix, origins)
 }
 
 // masquerade returns the rules that mark traffic of the origins, each limited
 // by guard (empty or beginning with a blank). A packet marked twice is marked.
-func masquerade(pods []podMatch, origins proxier.TrafficSources, guard string) []string {
+func masquerade(pods []podMatch, origins plan.TrafficSources, guard string) []string {
 	const mark = " -j " + markMasqChain
 	if len(pods) == 0 {
 		origins = withoutPods(origins)
 	}
 	switch origins {
-	case proxier.NoSource:
+	case plan.NoSource:
 		return nil
-	case proxier.AnySource:
+	case plan.AnySource:
 		return []string{guard + mark}
 	}
 	var rules []string
-	if origins&proxier.FromPods != 0 {
+	if origins&plan.FromPods != 0 {
 		for _, p := range pods {
 			rules = append(rules, p.is+guard+mark)
 		}
 		switch {
-		case origins&proxier.FromNode != 0:
+		case origins&plan.FromNode != 0:
 			rules = append(rules, guard+fromNode+mark)
-		case origins&proxier.FromOutside != 0:
+		case origins&plan.FromOutside != 0:
 			rules = append(rules, guard+notFromNode+mark)
 		}
 		return rules
@@ -78,9 +78,9 @@ func masquerade(pods []podMatch, origins proxier.TrafficSources, guard string) [
 		notPods = pods[0].not
 	}
 	switch origins {
-	case proxier.FromNode:
+	case plan.FromNode:
 		return []string{notPods + guard + fromNode + mark}
-	case proxier.FromOutside:
+	case plan.FromOutside:
 		return []string{notPods + guard + notFromNode + mark}
 	}
 	return []string{notPods + guard + mark}
@@ -88,11 +88,11 @@ func masquerade(pods []podMatch, origins proxier.TrafficSources, guard string) [
 
 // withoutPods is what origins mean where Pods cannot be told apart: nothing is
 // FromPods, so that the other two are everything.
-func withoutPods(o proxier.TrafficSources) proxier.TrafficSources {
-	if o |= proxier.FromPods; o == proxier.AnySource {
+func withoutPods(o plan.TrafficSources) plan.TrafficSources {
+	if o |= plan.FromPods; o == plan.AnySource {
 		return o
 	}
-	return o &^ proxier.FromPods
+	return o &^ plan.FromPods
 }
 
 // masqueradeChains are what masquerade's rules jump to.
@@ -101,7 +101,7 @@ func masqueradeChains(pods []podMatch) []chain {
 		return nil
 	}
 	var out []chain
-	for _, origins := range []proxier.TrafficSources{proxier.FromNode, proxier.FromOutside, proxier.FromNode | proxier.FromOutside} {
+	for _, origins := range []plan.TrafficSources{plan.FromNode, plan.FromOutside, plan.FromNode | plan.FromOutside} {
 		c := chain{name: masqueradeChain(origins), level: frameLevel + 1}
 		for _, p := range pods {
 			c.rules = append(c.rules, p.is+" -j RETURN")

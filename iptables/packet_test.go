@@ -8,13 +8,13 @@ import (
 	"strconv"
 	"strings"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // packet is the first packet of a connection.
 type packet struct {
 	src, dst           netip.Addr
-	proto              proxier.Protocol
+	proto              plan.Protocol
 	dport              uint16
 	in                 string // interface; "" for packets of the node
 	srcLocal, dstLocal bool   // the address is one of the node's

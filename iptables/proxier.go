@@ -10,6 +10,7 @@ import (
 
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Mode is the name of this mode.
@@ -62,7 +63,7 @@ func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
 	return &Proxier{opts: opts, tools: t}, nil
 }
 
-func pickTools(f proxier.Family, tune Tuning) (t *tools, why string, err error) {
+func pickTools(f plan.Family, tune Tuning) (t *tools, why string, err error) {
 	if tune.Backend != "" {
 		why = "asked for"
 		if t, err = findTools(f, tune.Backend, tune.LockWait); err != nil {
@@ -93,7 +94,7 @@ func (p *Proxier) Close() error { return nil }
 // Sync implements proxier.Proxier. A change of what tells local Pods from
 // others is in the rules of nearly every Service and writes everything anew,
 // as change.All does.
-func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
+func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
 	if err := plan.For(ctx, Mode, p.opts.Family); err != nil {
 		return err
 	}
@@ -115,7 +116,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 }
 
 // needsFull says whether rules of Services, or the frame, depend on what changed.
-func (s *state) needsFull(node *proxier.Node) bool {
+func (s *state) needsFull(node *plan.Node) bool {
 	a, b := &s.node.LocalPods, &node.LocalPods
 	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix ||
 		!slices.Equal(s.node.OwnPods, node.OwnPods)
@@ -124,7 +125,7 @@ func (s *state) needsFull(node *proxier.Node) bool {
 // full writes everything, removes what is left of earlier proxies, and puts in
 // the jumps that are missing: those that are there stay where they are. What an
 // earlier process wrote, and is as it should be, is not written again.
-func (p *Proxier) full(ctx context.Context, plan *proxier.Plan) error {
+func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
 	client, err := p.tools.client()
 	if err != nil {
 		return err
@@ -189,8 +190,8 @@ const routeLocalnet = "net/ipv4/conf/all/route_localnet"
 // prepareNode makes the kernel route packets between NodePorts on 127.0.0.1
 // and Pods, where these are wanted. It is never undone: other software may
 // need it by then. Where the setting cannot be made, everything else is served.
-func (p *Proxier) prepareNode(wanted *proxier.Node) error {
-	if !wanted.LocalhostNodePorts || p.opts.Family != proxier.IPv4 {
+func (p *Proxier) prepareNode(wanted *plan.Node) error {
+	if !wanted.LocalhostNodePorts || p.opts.Family != plan.IPv4 {
 		p.problems = nil
 		return nil
 	}

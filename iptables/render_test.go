@@ -12,60 +12,62 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
 // example is one Service of each kind that rules tell apart.
-func example(family proxier.Family) *proxier.Plan {
-	v6 := family == proxier.IPv6
+func example(family plan.Family) *plan.Plan {
+	v6 := family == plan.IPv6
 	addr := func(v4, six string) netip.Addr {
 		if v6 {
 			return netip.MustParseAddr(six)
 		}
 		return netip.MustParseAddr(v4)
 	}
-	set := func(hairpin int, addrs ...netip.Addr) *proxier.EndpointSet {
-		s := &proxier.EndpointSet{}
+	set := func(hairpin int, addrs ...netip.Addr) *plan.EndpointSet {
+		s := &plan.EndpointSet{}
 		for i, a := range addrs {
-			s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(a, 8080), MayHairpin: i < hairpin})
+			s.Endpoints = append(s.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(a, 8080), MayHairpin: i < hairpin})
 		}
 		return s
 	}
 	pods := []netip.Addr{addr("10.1.0.5", "fd00:1::5"), addr("10.1.1.5", "fd00:1:1::5"), addr("10.1.2.5", "fd00:1:2::5")}
 	cluster, local, none := set(1, pods...), set(1, pods[0]), set(0)
-	port := func(name, portName string, frontends ...proxier.Frontend) *proxier.ServicePort {
-		return &proxier.ServicePort{
-			Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "default", Name: name}, Port: portName, Protocol: proxier.TCP},
+	port := func(name, portName string, frontends ...plan.Frontend) *plan.ServicePort {
+		return &plan.ServicePort{
+			Name:      plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "default", Name: name}, Port: portName, Protocol: plan.TCP},
 			Frontends: frontends,
 		}
 	}
-	clusterIP := func(n string, s *proxier.EndpointSet) proxier.Frontend {
-		return proxier.Frontend{Addr: addr("10.96.0."+n, "fd00:96::"+n), Port: 80, Internal: s, External: s, Masquerade: proxier.FromNode | proxier.FromOutside}
+	clusterIP := func(n string, s *plan.EndpointSet) plan.Frontend {
+		return plan.Frontend{Addr: addr("10.96.0."+n, "fd00:96::"+n), Port: 80, Internal: s, External: s, Masquerade: plan.FromNode | plan.FromOutside}
 	}
-	outside := func(kind proxier.FrontendKind, n string, internal, external *proxier.EndpointSet) proxier.Frontend {
-		f := proxier.Frontend{Kind: kind, Port: 80, Internal: internal, External: external, WhenEmpty: proxier.Drop, Masquerade: proxier.FromNode}
+	outside := func(kind plan.FrontendKind, n string, internal, external *plan.EndpointSet) plan.Frontend {
+		f := plan.Frontend{Kind: kind, Port: 80, Internal: internal, External: external, WhenEmpty: plan.Drop, Masquerade: plan.FromNode}
 		if internal == external {
-			f.Masquerade, f.WhenEmpty = proxier.AnySource, proxier.Reject
+			f.Masquerade, f.WhenEmpty = plan.AnySource, plan.Reject
 		}
 		f.Addr = addr("192.0.2."+n, "2001:db8::"+n)
-		if kind == proxier.NodePort {
+		if kind == plan.NodePort {
 			f.Addr, f.Port = netip.Addr{}, 30080
 		}
 		return f
 	}
 	sticky := port("sticky", "http", clusterIP("3", cluster))
 	sticky.AffinityTimeout = 3 * time.Hour
-	allowed := outside(proxier.LoadBalancerIP, "4", cluster, cluster)
+	allowed := outside(plan.LoadBalancerIP, "4", cluster, cluster)
 	allowed.Sources = []netip.Prefix{netip.PrefixFrom(addr("203.0.113.0", "2001:db8:113::"), map[bool]int{false: 24, true: 64}[v6])}
-	lb := port("local", "http", clusterIP("5", cluster), outside(proxier.LoadBalancerIP, "5", cluster, local), outside(proxier.NodePort, "0", cluster, local))
+	lb := port("local", "http", clusterIP("5", cluster), outside(plan.LoadBalancerIP, "5", cluster, local), outside(plan.NodePort, "0", cluster, local))
 	lb.HealthCheckNodePort = 30999
-	away := outside(proxier.NodePort, "0", cluster, none)
+	away := outside(plan.NodePort, "0", cluster, none)
 	away.Port++
 	plan := planOf(family,
 		port("plain", "", clusterIP("1", cluster)),
-		port("empty", "http", clusterIP("2", none), outside(proxier.ExternalIP, "2", none, none)),
+		port("empty", "http", clusterIP("2", none), outside(plan.ExternalIP, "2", none, none)),
 		sticky,
 		port("allowed", "http", clusterIP("4", cluster), allowed),
 		lb,
@@ -78,13 +80,13 @@ func example(family proxier.Family) *proxier.Plan {
 }
 
 func TestRender(t *testing.T) {
-	pods := map[string]proxier.LocalPods{
+	pods := map[string]plan.LocalPods{
 		"one prefix": {},
 		"unknown":    {Prefixes: []netip.Prefix{}},
 		"interface":  {Interface: "cni0"},
 		"two":        {Interface: "cni0", InterfacePrefix: "veth"},
 	}
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		for name, local := range pods {
 			plan := example(family)
 			if name != "one prefix" {
@@ -111,9 +113,9 @@ func TestRender(t *testing.T) {
 
 func TestRenderRefusesInterfaceNames(t *testing.T) {
 	for _, name := range []string{"a b", "x\n-j ACCEPT", `"`} {
-		plan := example(proxier.IPv4)
-		plan.Node.LocalPods = proxier.LocalPods{Interface: name}
-		if _, err := Render(proxier.Options{Family: proxier.IPv4}, plan); err == nil || !strings.Contains(err.Error(), "interface") {
+		desired := example(plan.IPv4)
+		desired.Node.LocalPods = plan.LocalPods{Interface: name}
+		if _, err := Render(proxier.Options{Family: plan.IPv4}, desired); err == nil || !strings.Contains(err.Error(), "interface") {
 			t.Errorf("interface %q: %v", name, err)
 		}
 	}
@@ -149,13 +151,13 @@ func TestKernelTakesTheExamples(t *testing.T) {
 func TestEndpointsOfUnknownNodes(t *testing.T) {
 	const services, each = 200, 10
 	chains := func(mayHairpin bool) int {
-		plan := proxiertest.Fleet(proxier.IPv4, services, each)
-		for _, sp := range plan.Services {
+		desired := conformance.Fleet(plan.IPv4, services, each)
+		for _, sp := range desired.Services {
 			for i := range sp.Usable.Endpoints {
 				sp.Usable.Endpoints[i].MayHairpin = mayHairpin
 			}
 		}
-		text, err := Render(proxier.Options{Family: proxier.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan)
+		text, err := Render(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -10,7 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // recorded makes p run its restores through a program that notes each in a
@@ -43,16 +43,16 @@ func restores(t *testing.T, note string) int {
 func TestResume(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		w := newWorld(p.opts.Family, 4)
-		plan := w.plan(60)
-		mustSync(t, p, plan, proxier.Change{All: true})
+		desired := w.plan(60)
+		mustSync(t, p, desired, plan.Change{All: true})
 		for round := range 4 {
 			for range 3 {
-				mustSync(t, p, plan, w.change(plan))
+				mustSync(t, p, desired, w.change(desired))
 			}
 			rules := wholeSave(t, p)
 			p = newProxier(t, p.opts.Family, p.Backend())
 			note := recorded(t, p)
-			mustSync(t, p, plan, proxier.Change{})
+			mustSync(t, p, desired, plan.Change{})
 			if n := restores(t, note); n != 0 {
 				t.Errorf("round %d: with nothing changed, %d restores", round, n)
 			}
@@ -60,23 +60,23 @@ func TestResume(t *testing.T) {
 				t.Errorf("round %d: with nothing changed (-before +after)\n%s", round, diff)
 			}
 			// It goes on from there.
-			mustSync(t, p, plan, w.change(plan))
+			mustSync(t, p, desired, w.change(desired))
 
-			w.change(plan)
+			w.change(desired)
 			p = newProxier(t, p.opts.Family, p.Backend())
-			mustSync(t, p, plan, proxier.Change{})
-			compareWithFresh(t, p, plan)
+			mustSync(t, p, desired, plan.Change{})
+			compareWithFresh(t, p, desired)
 		}
 	})
 }
 
 // compareWithFresh fails unless the kernel holds what one sync of everything
 // would write.
-func compareWithFresh(t *testing.T, p *Proxier, plan *proxier.Plan) {
+func compareWithFresh(t *testing.T, p *Proxier, desired *plan.Plan) {
 	t.Helper()
 	got := saved(t, p)
-	mustSync(t, newProxier(t, p.opts.Family, p.Backend()), planOf(p.opts.Family), proxier.Change{All: true})
-	mustSync(t, newProxier(t, p.opts.Family, p.Backend()), plan, proxier.Change{All: true})
+	mustSync(t, newProxier(t, p.opts.Family, p.Backend()), planOf(p.opts.Family), plan.Change{All: true})
+	mustSync(t, newProxier(t, p.opts.Family, p.Backend()), desired, plan.Change{All: true})
 	if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(got)); diff != "" {
 		t.Errorf("(-anew +found)\n%s", diff)
 	}
@@ -94,13 +94,13 @@ func TestResumeDamaged(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachVariant(t, func(t *testing.T, p *Proxier) {
-				plan := newWorld(p.opts.Family, 4).plan(20)
-				mustSync(t, p, plan, proxier.Change{All: true})
+				desired := newWorld(p.opts.Family, 4).plan(20)
+				mustSync(t, p, desired, plan.Change{All: true})
 				before := sortedLines(saved(t, p))
 				if out, err := exec.CommandContext(context.Background(), p.tools.command, damage...).CombinedOutput(); err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
-				mustSync(t, newProxier(t, p.opts.Family, p.Backend()), plan, proxier.Change{})
+				mustSync(t, newProxier(t, p.opts.Family, p.Backend()), desired, plan.Change{})
 				if diff := cmp.Diff(before, sortedLines(saved(t, p))); diff != "" {
 					t.Errorf("(-before +after)\n%s", diff)
 				}

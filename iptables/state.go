@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // state is what the kernel holds, or is to hold. The rules of Services' own
@@ -13,12 +14,12 @@ import (
 // they are needed.
 type state struct {
 	compiler compiler
-	node     proxier.Node
+	node     plan.Node
 	frame    [tableCount][]chain
 	// frameOf makes the frame of a node with the same local Pods.
-	frameOf  func(*proxier.Node) [tableCount][]chain
+	frameOf  func(*plan.Node) [tableCount][]chain
 	trees    [treeCount]*tree
-	services map[proxier.ServicePortName]*proxier.ServicePort
+	services map[plan.ServicePortName]*plan.ServicePort
 	own      counts // rules of Services' own chains
 	// sums are digests of what Services have in each table, and marks the names
 	// of the chains that say so in the kernel.
@@ -29,7 +30,7 @@ type state struct {
 }
 
 // newState is what plan asks for, without its Services.
-func newState(opts proxier.Options, node proxier.Node, facts facts) (*state, error) {
+func newState(opts proxier.Options, node plan.Node, facts facts) (*state, error) {
 	pods, err := podMatches(node.LocalPods)
 	if err != nil {
 		return nil, err
@@ -40,10 +41,10 @@ func newState(opts proxier.Options, node proxier.Node, facts facts) (*state, err
 	s := &state{
 		compiler: compiler{opts.Family, pods},
 		node:     cloneNode(node),
-		frameOf: func(node *proxier.Node) [tableCount][]chain {
+		frameOf: func(node *plan.Node) [tableCount][]chain {
 			return frameChains(opts.MasqueradeMark, node, pods, facts)
 		},
-		services: map[proxier.ServicePortName]*proxier.ServicePort{},
+		services: map[plan.ServicePortName]*plan.ServicePort{},
 	}
 	s.frame = s.frameOf(&node)
 	ends := tails(opts.Family, &node)
@@ -54,7 +55,7 @@ func newState(opts proxier.Options, node proxier.Node, facts facts) (*state, err
 	return s, nil
 }
 
-func cloneNode(n proxier.Node) proxier.Node {
+func cloneNode(n plan.Node) plan.Node {
 	n.LocalPods.Prefixes = slices.Clone(n.LocalPods.Prefixes)
 	n.OwnPods = slices.Clone(n.OwnPods)
 	n.NodePortAddrs.Addrs = slices.Clone(n.NodePortAddrs.Addrs)
@@ -71,16 +72,16 @@ func cloneNode(n proxier.Node) proxier.Node {
 // the nat table did not send to an endpoint, so that none of them can harm a
 // Service that works; and a Service that lost its endpoints is refused before
 // it is no longer sent to them.
-func (s *state) full(plan *proxier.Plan, stale [tableCount][]string, missing []jump) *script {
+func (s *state) full(desired *plan.Plan, stale [tableCount][]string, missing []jump) *script {
 	var edits [tableCount][]edit
 	for t := range tableCount {
 		for _, c := range s.frame[t] {
 			edits[t] = append(edits[t], c.edit(""))
 		}
 	}
-	s.services = maps.Clone(plan.Services)
-	for _, name := range slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare) {
-		p := s.compiler.compile(plan.Services[name])
+	s.services = maps.Clone(desired.Services)
+	for _, name := range slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare) {
+		p := s.compiler.compile(desired.Services[name])
 		s.own.add(p.size())
 		s.sums.add(p.sums())
 		for i := range p.items {
@@ -136,8 +137,8 @@ func (c chain) edit(owner string) edit {
 // in the kernel.
 type transition struct {
 	state    *state
-	services map[proxier.ServicePortName]*proxier.ServicePort // nil: removed
-	node     proxier.Node
+	services map[plan.ServicePortName]*plan.ServicePort // nil: removed
+	node     plan.Node
 	undo     []func()
 	script   script
 	own      counts // as it will be
@@ -153,11 +154,11 @@ type transition struct {
 // either the old or the new state refuses, and only afterwards no more than
 // the new one: its rules take no packet that has an endpoint. Most changes need
 // only one of the three parts.
-func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
-	t := &transition{state: s, node: s.node, services: map[proxier.ServicePortName]*proxier.ServicePort{}, own: s.own, sums: s.sums, marks: s.marks}
+func (s *state) change(desired *plan.Plan, change plan.Change) *transition {
+	t := &transition{state: s, node: s.node, services: map[plan.ServicePortName]*plan.ServicePort{}, own: s.own, sums: s.sums, marks: s.marks}
 	var d difference
 	for _, name := range change.Services {
-		old, next := s.services[name], plan.Services[name]
+		old, next := s.services[name], desired.Services[name]
 		if old == next {
 			continue
 		}
@@ -169,7 +170,7 @@ func (s *state) change(plan *proxier.Plan, change proxier.Change) *transition {
 	}
 	if change.Node {
 		before := s.frame[nat]
-		t.setNode(plan.Node)
+		t.setNode(desired.Node)
 		d.compareChains(nat, "", before, s.frame[nat])
 	}
 	before, during, after := t.part(filter, d.before), t.part(nat, d.during), t.part(filter, d.after)
@@ -208,7 +209,7 @@ func (t *transition) part(in table, p part) []edit {
 	return append(t.state.treeEdits(in), p.edits...)
 }
 
-func (s *state) programOf(sp *proxier.ServicePort) program {
+func (s *state) programOf(sp *plan.ServicePort) program {
 	if sp == nil {
 		return program{}
 	}
@@ -225,7 +226,7 @@ func (s *state) treeEdits(in table) []edit {
 	return edits
 }
 
-func (t *transition) setNode(node proxier.Node) {
+func (t *transition) setNode(node plan.Node) {
 	before := map[treeID][]string{}
 	for id, rules := range tails(t.state.compiler.family, &node) {
 		before[id] = t.state.trees[id].tail
@@ -296,7 +297,7 @@ type part struct {
 
 type itemID struct {
 	tree treeID
-	key  proxier.FrontendKey
+	key  plan.FrontendKey
 }
 
 func (d *difference) compare(owner string, old, next program) {
@@ -395,7 +396,7 @@ func (d *difference) compareItem(old, next *item) {
 // Render returns the input of iptables-restore that makes a node do what plan
 // says, on a kernel and with tools that can do all that rules may use. Only
 // the jumps from built-in chains are not in it.
-func Render(opts proxier.Options, plan *proxier.Plan) (string, error) {
+func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	s, err := newState(opts, plan.Node, facts{dropInvalid: true, randomFully: true})
 	if err != nil {
 		return "", fmt.Errorf("render %s rules: %w", Mode, err)

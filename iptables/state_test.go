@@ -11,10 +11,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
-func stateOf(t testing.TB, plan *proxier.Plan) (*state, *model) {
+func stateOf(t testing.TB, plan *plan.Plan) (*state, *model) {
 	t.Helper()
 	s, err := newState(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node, facts{dropInvalid: true, randomFully: true})
 	if err != nil {
@@ -32,7 +34,7 @@ func FuzzChanges(f *testing.F) {
 		f.Add(seed, uint8(1+seed*seed%20))
 	}
 	f.Fuzz(func(t *testing.T, seed uint64, changes uint8) {
-		w := newWorld(proxier.Families[seed%2], seed)
+		w := newWorld(plan.Families[seed%2], seed)
 		plan := w.plan(w.IntN(80))
 		s, kernel := stateOf(t, plan)
 		for range changes {
@@ -58,10 +60,10 @@ func FuzzChanges(f *testing.F) {
 }
 
 // change replaces, removes and adds some Services.
-func (w *world) change(plan *proxier.Plan) proxier.Change {
-	var change proxier.Change
-	touched := map[proxier.ServicePortName]bool{}
-	touch := func(name proxier.ServicePortName) bool {
+func (w *world) change(desired *plan.Plan) plan.Change {
+	var change plan.Change
+	touched := map[plan.ServicePortName]bool{}
+	touch := func(name plan.ServicePortName) bool {
 		if touched[name] {
 			return false
 		}
@@ -69,7 +71,7 @@ func (w *world) change(plan *proxier.Plan) proxier.Change {
 		change.Services = append(change.Services, name)
 		return true
 	}
-	names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
+	names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
 	for range w.IntN(30) {
 		if len(names) > 0 && w.IntN(2) == 0 {
 			name := names[w.IntN(len(names))]
@@ -77,34 +79,34 @@ func (w *world) change(plan *proxier.Plan) proxier.Change {
 				continue
 			}
 			if w.IntN(2) == 0 {
-				delete(plan.Services, name)
+				delete(desired.Services, name)
 				continue
 			}
 			sp := w.service(w.IntN(100))
 			sp.Name = name
-			plan.Services[name] = sp
+			desired.Services[name] = sp
 			continue
 		}
 		sp := w.service(100 + w.IntN(1000))
 		if touch(sp.Name) {
-			plan.Services[sp.Name] = sp
+			desired.Services[sp.Name] = sp
 		}
 	}
 	if w.IntN(5) == 0 {
 		change.Node = true
-		plan.Node = cloneNode(plan.Node)
-		plan.Node.NodePortAddrs.All = !plan.Node.NodePortAddrs.All
-		plan.Node.NodePortAddrs.Addrs = []netip.Addr{w.nodeIP}
-		plan.Node.RouteSources = nil
-		if plan.Node.NodePortAddrs.All {
-			plan.Node.RouteSources = w.routeSources()
+		desired.Node = cloneNode(desired.Node)
+		desired.Node.NodePortAddrs.All = !desired.Node.NodePortAddrs.All
+		desired.Node.NodePortAddrs.Addrs = []netip.Addr{w.nodeIP}
+		desired.Node.RouteSources = nil
+		if desired.Node.NodePortAddrs.All {
+			desired.Node.RouteSources = w.routeSources()
 		}
 	}
 	return change
 }
 
-func (w *world) routeSources() []proxier.RouteSource {
-	return []proxier.RouteSource{
+func (w *world) routeSources() []plan.RouteSource {
+	return []plan.RouteSource{
 		{Link: "eth0", Destination: netip.PrefixFrom(w.nodeIP, 16).Masked()},
 		{Link: "eth0", Destination: netip.PrefixFrom(w.nodeIP, 8).Masked(), Source: w.nodeIP},
 		{Link: "eth1", Destination: netip.PrefixFrom(w.nodeIP, 0).Masked(), Source: w.nodeIP},
@@ -116,24 +118,24 @@ func (w *world) routeSources() []proxier.RouteSource {
 // before or as afterwards, but never let through.
 func TestNoWrongMoment(t *testing.T) {
 	for seed := range uint64(40) {
-		w := newWorld(proxier.IPv4, seed)
-		plan := planOf(w.family)
-		plan.Node = w.node
+		w := newWorld(plan.IPv4, seed)
+		desired := planOf(w.family)
+		desired.Node = w.node
 		for n := range 40 {
 			sp := w.frontService(n)
-			plan.Services[sp.Name] = sp
+			desired.Services[sp.Name] = sp
 		}
-		s, kernel := stateOf(t, plan)
-		var change proxier.Change
-		before := maps.Clone(plan.Services)
+		s, kernel := stateOf(t, desired)
+		var change plan.Change
+		before := maps.Clone(desired.Services)
 		for n := range 40 {
 			sp := w.frontService(n)
-			plan.Services[sp.Name] = sp
+			desired.Services[sp.Name] = sp
 			change.Services = append(change.Services, sp.Name)
 		}
-		tr := s.change(plan, change)
+		tr := s.change(desired, change)
 		err := kernel.apply(tr.script.String(), func() {
-			for name, sp := range plan.Services {
+			for name, sp := range desired.Services {
 				f, old := &sp.Frontends[0], &before[name].Frontends[0]
 				for p, origin := range w.packets(f, name.Protocol) {
 					got, _ := kernel.fate(p)
@@ -151,23 +153,23 @@ func TestNoWrongMoment(t *testing.T) {
 
 // frontService has one frontend that does not depend on chance, with or
 // without endpoints.
-func (w *world) frontService(n int) *proxier.ServicePort {
+func (w *world) frontService(n int) *plan.ServicePort {
 	cluster, local := w.set(2), w.set(1)
-	f := proxier.Frontend{Kind: proxier.FrontendKind(n % 4), Port: uint16(30000 + n), Internal: cluster, External: cluster, Masquerade: proxier.AnySource}
-	if f.Kind != proxier.NodePort {
+	f := plan.Frontend{Kind: plan.FrontendKind(n % 4), Port: uint16(30000 + n), Internal: cluster, External: cluster, Masquerade: plan.AnySource}
+	if f.Kind != plan.NodePort {
 		f.Addr = w.addr(96, n+1)
 	}
-	if f.Kind != proxier.ClusterIP && w.IntN(2) == 0 {
-		f.External, f.WhenEmpty, f.Masquerade = local, proxier.Drop, proxier.FromNode
+	if f.Kind != plan.ClusterIP && w.IntN(2) == 0 {
+		f.External, f.WhenEmpty, f.Masquerade = local, plan.Drop, plan.FromNode
 	}
 	if w.IntN(3) == 0 {
 		for _, a := range w.outside[w.IntN(len(w.outside)+1):] {
 			f.Sources = append(f.Sources, netip.PrefixFrom(a, a.BitLen()))
 		}
 	}
-	return &proxier.ServicePort{
-		Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "ns", Name: fmt.Sprintf("s%d", n)}, Protocol: proxier.TCP},
-		Frontends: []proxier.Frontend{f},
+	return &plan.ServicePort{
+		Name:      plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "ns", Name: fmt.Sprintf("s%d", n)}, Protocol: plan.TCP},
+		Frontends: []plan.Frontend{f},
 		Usable:    cluster,
 	}
 }
@@ -176,25 +178,25 @@ func (w *world) frontService(n int) *proxier.ServicePort {
 // changed Service among ten thousand.
 func TestOneServiceIsWrittenAlone(t *testing.T) {
 	const services, endpoints = 10000, 10
-	plan := proxiertest.Fleet(proxier.IPv4, services, endpoints)
-	s, _ := stateOf(t, plan)
-	script := func(sp *proxier.ServicePort) string {
-		plan.Services[sp.Name] = sp
-		tr := s.change(plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}})
+	desired := conformance.Fleet(plan.IPv4, services, endpoints)
+	s, _ := stateOf(t, desired)
+	script := func(sp *plan.ServicePort) string {
+		desired.Services[sp.Name] = sp
+		tr := s.change(desired, plan.Change{Services: []plan.ServicePortName{sp.Name}})
 		tr.commit()
 		return tr.script.String()
 	}
-	moved := script(proxiertest.FleetService(proxier.IPv4, 7, 500001, endpoints))
+	moved := script(conformance.FleetService(plan.IPv4, 7, 500001, endpoints))
 	if n := len(moved); n > 1600 || strings.Contains(moved, "*filter") {
 		t.Errorf("endpoints that moved make %d bytes:\n%s", n, moved)
 	}
-	added := script(proxiertest.FleetService(proxier.IPv4, services+1, 500001, endpoints))
+	added := script(conformance.FleetService(plan.IPv4, services+1, 500001, endpoints))
 	if n := len(added); n > 5000 || strings.Contains(added, "*filter") {
 		t.Errorf("a new Service makes %d bytes:\n%s", n, added)
 	}
-	empty := *plan.Services[proxiertest.FleetService(proxier.IPv4, 7, 1, 1).Name]
+	empty := *desired.Services[conformance.FleetService(plan.IPv4, 7, 1, 1).Name]
 	empty.Frontends = slices.Clone(empty.Frontends)
-	empty.Frontends[0].Internal, empty.Frontends[0].External = &proxier.EndpointSet{}, nil
+	empty.Frontends[0].Internal, empty.Frontends[0].External = &plan.EndpointSet{}, nil
 	emptied := script(&empty)
 	if n := len(emptied); n > 5000 || strings.Index(emptied, "*filter") > strings.Index(emptied, "*nat") {
 		t.Errorf("a Service without endpoints makes %d bytes, or is not refused before it goes:\n%s", n, emptied)
@@ -207,20 +209,20 @@ func TestOneServiceIsWrittenAlone(t *testing.T) {
 // TestPacketsPassFewRules bounds the rules that a new connection passes. Ten
 // times as many Services add about a dozen.
 func TestPacketsPassFewRules(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		for services, limit := range map[int]int{100: 25, 1000: 38, 10000: 53, 50000: 63} {
-			plan := proxiertest.Fleet(family, services, 1)
-			_, m := stateOf(t, plan)
+			desired := conformance.Fleet(family, services, 1)
+			_, m := stateOf(t, desired)
 			most := 0
 			for i := 0; i < services; i += 1 + services/5000 {
-				f := &proxiertest.FleetService(family, i, 1, 1).Frontends[0]
-				_, steps := m.fate(packet{src: nodeAddr(family), dst: f.Addr, proto: proxier.TCP, dport: f.Port})
+				f := &conformance.FleetService(family, i, 1, 1).Frontends[0]
+				_, steps := m.fate(packet{src: nodeAddr(family), dst: f.Addr, proto: plan.TCP, dport: f.Port})
 				most = max(most, steps)
 			}
 			if most > limit {
 				t.Errorf("%s: a connection to one of %d Services passes %d rules, want %d at most", family, services, most, limit)
 			}
-			_, steps := m.fate(packet{src: nodeAddr(family), dst: nodeAddr(family), proto: proxier.TCP, dport: 22})
+			_, steps := m.fate(packet{src: nodeAddr(family), dst: nodeAddr(family), proto: plan.TCP, dport: 22})
 			if steps > 36 {
 				t.Errorf("%s: a connection to no Service passes %d rules beside %d", family, steps, services)
 			}
@@ -228,8 +230,8 @@ func TestPacketsPassFewRules(t *testing.T) {
 	}
 }
 
-func nodeAddr(family proxier.Family) netip.Addr {
-	if family == proxier.IPv6 {
+func nodeAddr(family plan.Family) netip.Addr {
+	if family == plan.IPv6 {
 		return netip.MustParseAddr("2001:db8::1")
 	}
 	return netip.MustParseAddr("203.0.113.1")
@@ -239,16 +241,16 @@ func nodeAddr(family proxier.Family) netip.Addr {
 // Service among many with those among few.
 func TestSyncDoesNotAllocateForOthers(t *testing.T) {
 	bytesFor := func(services int) float64 {
-		plan := proxiertest.Fleet(proxier.IPv4, services, 10)
-		s, _ := stateOf(t, plan)
-		sps := [2]*proxier.ServicePort{
-			proxiertest.FleetService(proxier.IPv4, 7, 500001, 10), proxiertest.FleetService(proxier.IPv4, 7, 600001, 10),
+		desired := conformance.Fleet(plan.IPv4, services, 10)
+		s, _ := stateOf(t, desired)
+		sps := [2]*plan.ServicePort{
+			conformance.FleetService(plan.IPv4, 7, 500001, 10), conformance.FleetService(plan.IPv4, 7, 600001, 10),
 		}
 		n := 0
 		return testing.AllocsPerRun(50, func() {
 			n++
-			plan.Services[sps[0].Name] = sps[n%2]
-			s.change(plan, proxier.Change{Services: []proxier.ServicePortName{sps[0].Name}}).commit()
+			desired.Services[sps[0].Name] = sps[n%2]
+			s.change(desired, plan.Change{Services: []plan.ServicePortName{sps[0].Name}}).commit()
 		})
 	}
 	few, many := bytesFor(20), bytesFor(5000)

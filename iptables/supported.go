@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // probeChain is made and removed again to learn what the kernel can do.
@@ -35,8 +36,8 @@ var features = []struct {
 // *proxier.UnsupportedError names what is missing. It makes an unused chain
 // for a moment where the kernel has to be asked; where an earlier process has
 // its rules, they are the answer.
-func Supported(f proxier.Family) error {
-	if f == proxier.IPv6 {
+func Supported(f plan.Family) error {
+	if f == plan.IPv6 {
 		if _, err := os.Stat("/proc/net/if_inet6"); err != nil {
 			return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "IPv6 in the kernel", Remedy: "start the kernel without ipv6.disable=1", Err: err}
 		}
@@ -79,7 +80,7 @@ func (t *tools) feature(i int) (table, string) {
 		return features[i].table, features[i].rule
 	}
 	to := "192.0.2.1:1"
-	if t.family == proxier.IPv6 {
+	if t.family == plan.IPv6 {
 		to = "[2001:db8::1]:1"
 	}
 	return features[i].table, " -p tcp -j DNAT --to-destination " + to

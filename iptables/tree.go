@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // The digits of a key are four bits each: of the address from its end, because
@@ -28,7 +28,7 @@ const (
 
 type tree struct {
 	treeShape
-	family proxier.Family
+	family plan.Family
 	top    *treeNode
 	// tail are the rules at the end of the root chain, whatever is in the tree.
 	tail []string
@@ -51,7 +51,7 @@ type treeNode struct {
 	items    []*item // sorted by compareItems
 }
 
-func newTree(id treeID, family proxier.Family) *tree {
+func newTree(id treeID, family plan.Family) *tree {
 	return &tree{
 		treeShape: treeShapes[id], family: family, top: &treeNode{},
 		uses: map[netip.Addr]int{}, changed: map[string]struct{}{}, written: map[string]chainSum{},
@@ -64,7 +64,7 @@ func compareItems(a, b *item) int {
 }
 
 // digits are those of key, of the same number for every key of a tree.
-func (t *tree) digits(key proxier.FrontendKey) []byte {
+func (t *tree) digits(key plan.FrontendKey) []byte {
 	out := make([]byte, 0, maxDigits)
 	if t.keys != ports {
 		addr := key.Addr.AsSlice()
@@ -75,7 +75,7 @@ func (t *tree) digits(key proxier.FrontendKey) []byte {
 	if t.keys == addresses {
 		return out
 	}
-	out = append(out, byte(slices.Index(proxier.Protocols, key.Protocol)))
+	out = append(out, byte(slices.Index(plan.Protocols, key.Protocol)))
 	for shift := 12; shift >= 0; shift -= 4 {
 		out = append(out, byte(key.Port>>shift)&0xf)
 	}

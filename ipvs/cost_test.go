@@ -7,7 +7,9 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // TestCost measures 10,000 Services with 10 endpoints each from nothing, and
@@ -19,7 +21,7 @@ func TestCost(t *testing.T) {
 	}
 	const services = 10_000
 	eachFamily(t, func(t *testing.T, w world) {
-		plan := proxiertest.Fleet(w.family, services, 10)
+		plan := conformance.Fleet(w.family, services, 10)
 		p, sent := start(t, w.family, nil)
 		nft, err := nftables.New(options(w.family))
 		if err != nil {
@@ -44,18 +46,18 @@ const rounds = 50
 
 // figures returns how long it takes to write everything, and on average to
 // replace one endpoint. The plan is as before afterwards.
-func figures(t *testing.T, p proxier.Proxier, plan *proxier.Plan) (cold, one time.Duration) {
+func figures(t *testing.T, p proxier.Proxier, desired *plan.Plan) (cold, one time.Duration) {
 	t.Helper()
 	began := time.Now()
-	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
 	cold = time.Since(began)
 	began = time.Now()
 	for round := range rounds {
-		sp := proxiertest.FleetService(plan.Family, 500, 5000+(round+1)%2, 10)
-		plan.Services[sp.Name] = sp
-		if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}}); err != nil {
+		sp := conformance.FleetService(desired.Family, 500, 5000+(round+1)%2, 10)
+		desired.Services[sp.Name] = sp
+		if err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{sp.Name}}); err != nil {
 			t.Fatal(err)
 		}
 	}

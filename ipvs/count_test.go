@@ -9,8 +9,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 
-	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // TestCounts compares Counts with what is in the kernel, after everything and
@@ -25,10 +25,10 @@ func TestCounts(t *testing.T) {
 		syncAll(t, p, plan)
 		compareCounts(t, p)
 		for n := range 3 {
-			syncOne(t, p, plan, proxiertest.FleetService(w.family, 100+n, 10*n, 10-n))
+			syncOne(t, p, plan, conformance.FleetService(w.family, 100+n, 10*n, 10-n))
 			compareCounts(t, p)
 		}
-		gone := *proxiertest.FleetService(w.family, 101, 0, 1)
+		gone := *conformance.FleetService(w.family, 101, 0, 1)
 		gone.Frontends = nil
 		syncOne(t, p, plan, &gone)
 		compareCounts(t, p)
@@ -71,13 +71,13 @@ func countServers(t *testing.T, p *Proxier, into map[string]int) {
 	}
 }
 
-func heldAddrs(t *testing.T, family proxier.Family) (held []netip.Addr) {
+func heldAddrs(t *testing.T, family plan.Family) (held []netip.Addr) {
 	t.Helper()
 	link, err := netlink.LinkByName(deviceName)
 	if err != nil {
 		t.Fatal(err)
 	}
-	number := map[proxier.Family]int{proxier.IPv4: netlink.FAMILY_V4, proxier.IPv6: netlink.FAMILY_V6}[family]
+	number := map[plan.Family]int{plan.IPv4: netlink.FAMILY_V4, plan.IPv6: netlink.FAMILY_V6}[family]
 	addrs, err := netlink.AddrList(link, number)
 	if err != nil {
 		t.Fatal(err)
@@ -93,7 +93,7 @@ func heldAddrs(t *testing.T, family proxier.Family) (held []netip.Addr) {
 // elements counts those of all sets but the one that packets fill.
 func elements(t *testing.T, p *Proxier) (n int) {
 	t.Helper()
-	word := map[proxier.Family]string{proxier.IPv4: "ip", proxier.IPv6: "ip6"}[p.Family]
+	word := map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[p.Family]
 	out, err := exec.Command("nft", "-j", "list", "table", word, tableName).Output()
 	if err != nil {
 		t.Fatal(err)

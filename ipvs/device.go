@@ -11,7 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // deviceName is the dummy device that holds the virtual addresses: kube-proxy's
@@ -20,13 +20,13 @@ const deviceName = "kube-ipvs0"
 
 // device is the dummy device, and what there is of other addresses.
 type device struct {
-	family proxier.Family
+	family plan.Family
 	nl     *netlink.Handle
 	pipe   *pipe        // for what changes addresses
 	link   netlink.Link // nil until ensure
 }
 
-func openDevice(family proxier.Family) (*device, error) {
+func openDevice(family plan.Family) (*device, error) {
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to the routing tables: %w", err)
@@ -93,7 +93,7 @@ func (d *device) ensure() error {
 // addresses that are not link-local.
 func (d *device) held() (ours, others map[netip.Addr]bool, err error) {
 	af := netlink.FAMILY_V4
-	if d.family == proxier.IPv6 {
+	if d.family == plan.IPv6 {
 		af = netlink.FAMILY_V6
 	}
 	ours, others = make(map[netip.Addr]bool), make(map[netip.Addr]bool)
@@ -165,7 +165,7 @@ func (d *device) change(verb uint16, addrs []netip.Addr, complaint string, done 
 // the address is there. A connection that is quicker would be forwarded, and
 // could not be redirected any more.
 func (d *device) settle(addrs []netip.Addr) error {
-	if d.family != proxier.IPv6 {
+	if d.family != plan.IPv6 {
 		return nil
 	}
 	end := time.Now().Add(10 * time.Second)

@@ -11,6 +11,7 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // played plays IPVS with the model, so that whole Proxiers run where the kernel
@@ -49,7 +50,7 @@ func (k *played) allDests() (map[serverKey][]destination, error) {
 	if k.noListing == nil {
 		return nil, nil
 	}
-	return map[serverKey][]destination{{addr: netip.MustParseAddr("10.96.0.1"), port: 80, protocol: proxier.TCP}: {{}}}, k.noListing
+	return map[serverKey][]destination{{addr: netip.MustParseAddr("10.96.0.1"), port: 80, protocol: plan.TCP}: {{}}}, k.noListing
 }
 
 func (k *played) send(ops []op, done func(op)) error {
@@ -97,13 +98,13 @@ func play(t *testing.T) *played {
 // proxier is a Proxier of IPv4 whose drainOnce the test calls.
 func (k *played) proxier(t *testing.T, now func() time.Time) *Proxier {
 	t.Helper()
-	f := nftables.FamilyOf(proxier.IPv4)
+	f := nftables.FamilyOf(plan.IPv4)
 	table, err := nftables.OpenTable(f, tableName, newSets())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { table.Close() })
-	dev, err := openDevice(proxier.IPv4)
+	dev, err := openDevice(plan.IPv4)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,15 +119,15 @@ func (k *played) proxier(t *testing.T, now func() time.Time) *Proxier {
 // everything nor one after a failure gives a connection that does not end its
 // time again, and that an endpoint that was in use in between has it anew.
 func TestDrainingEndsDespiteFullWrites(t *testing.T) {
-	k, w := play(t), world{proxier.IPv4}
+	k, w := play(t), world{plan.IPv4}
 	now := time.Now()
 	p := k.proxier(t, func() time.Time { return now })
-	key := serverKey{addr: w.vip(1), port: 80, protocol: proxier.TCP}
+	key := serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP}
 	one, two := w.pods(1).Endpoints[0].AddrPort, w.pods(2).Endpoints[0].AddrPort
 	k.connections[one], k.connections[two] = 1, 1
-	web := func(pods ...int) *proxier.Plan {
+	web := func(pods ...int) *plan.Plan {
 		set := w.pods(pods...)
-		return w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set)))
+		return w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set)))
 	}
 	syncAll(t, p, web(1, 2))
 	last := web(3)
@@ -137,7 +138,7 @@ func TestDrainingEndsDespiteFullWrites(t *testing.T) {
 		case 5:
 			k.refuse = errors.New("refused")
 			back := web(2, 3)
-			err := p.Sync(context.Background(), back, proxier.Change{Services: keysOf(back)})
+			err := p.Sync(context.Background(), back, plan.Change{Services: keysOf(back)})
 			if !errors.Is(err, proxier.ErrUnknownState) {
 				t.Fatalf("what IPVS refuses: %v", err)
 			}
@@ -162,21 +163,21 @@ func TestDrainingEndsDespiteFullWrites(t *testing.T) {
 
 // TestAddressIsGivenUpDespiteFullWrites does the same for an address.
 func TestAddressIsGivenUpDespiteFullWrites(t *testing.T) {
-	k, w := play(t), world{proxier.IPv4}
+	k, w := play(t), world{plan.IPv4}
 	now := time.Now()
 	p := k.proxier(t, func() time.Time { return now })
 	set := w.pods(1, 2)
-	plan := func(externals ...int) *proxier.Plan {
-		sp := w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))
+	desired := func(externals ...int) *plan.Plan {
+		sp := w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))
 		for _, n := range externals {
-			sp.Frontends = append(sp.Frontends, local(proxier.LoadBalancerIP, w.external(n), 80, set, set))
+			sp.Frontends = append(sp.Frontends, local(plan.LoadBalancerIP, w.external(n), 80, set, set))
 		}
 		sp.AffinityTimeout = time.Hour
 		return w.plan(sp)
 	}
-	syncAll(t, p, plan(1, 2))
-	change := plan(1)
-	if err := p.Sync(context.Background(), change, proxier.Change{Services: keysOf(change)}); err != nil {
+	syncAll(t, p, desired(1, 2))
+	change := desired(1)
+	if err := p.Sync(context.Background(), change, plan.Change{Services: keysOf(change)}); err != nil {
 		t.Fatal(err)
 	}
 	for minute := 5; minute <= 20; minute += 5 {
@@ -193,7 +194,7 @@ func TestAddressIsGivenUpDespiteFullWrites(t *testing.T) {
 	}
 }
 
-func keysOf(plan *proxier.Plan) (names []proxier.ServicePortName) {
+func keysOf(plan *plan.Plan) (names []plan.ServicePortName) {
 	for name := range plan.Services {
 		names = append(names, name)
 	}
@@ -203,7 +204,7 @@ func keysOf(plan *proxier.Plan) (names []proxier.ServicePortName) {
 // TestReadsWithoutListing checks that a second process finds all as it is to be
 // where the destinations cannot be listed at once.
 func TestReadsWithoutListing(t *testing.T) {
-	k, w := play(t), world{proxier.IPv4}
+	k, w := play(t), world{plan.IPv4}
 	plan := w.example()
 	syncAll(t, k.proxier(t, time.Now), plan)
 	sent := len(k.ops)
@@ -218,9 +219,9 @@ func TestReadsWithoutListing(t *testing.T) {
 // kube-proxy, for a Service that has servers by mark here. Open UDP flows keep
 // their endpoint for as long as it serves.
 func TestFlowsOfAReplacedServerGoOn(t *testing.T) {
-	k, w := play(t), world{proxier.IPv4}
+	k, w := play(t), world{plan.IPv4}
 	p := k.proxier(t, time.Now)
-	key := serverKey{addr: w.vip(1), port: 53, protocol: proxier.UDP}
+	key := serverKey{addr: w.vip(1), port: 53, protocol: plan.UDP}
 	one, two := w.pods(1).Endpoints[0].AddrPort, w.pods(2).Endpoints[0].AddrPort
 	k.connections[one], k.connections[two] = 1, 1
 	k.model.servers[key] = &server{scheduler: "rr", dests: map[netip.AddrPort]int{one: 1, two: 1}}
@@ -230,9 +231,9 @@ func TestFlowsOfAReplacedServerGoOn(t *testing.T) {
 	if err := p.device.add([]netip.Addr{w.vip(1)}, func(netip.Addr) {}); err != nil {
 		t.Fatal(err)
 	}
-	dns := func(pods ...int) *proxier.ServicePort {
+	dns := func(pods ...int) *plan.ServicePort {
 		set := w.pods(pods...)
-		sp := w.service("dns", proxier.UDP, set, clusterIP(w.vip(1), 53, set))
+		sp := w.service("dns", plan.UDP, set, clusterIP(w.vip(1), 53, set))
 		sp.AffinityTimeout = time.Hour
 		return sp
 	}

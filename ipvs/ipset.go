@@ -13,18 +13,18 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // kubeProxySets are the sets of kube-proxy's ipvs mode, by their names for
 // IPv4. The value is the protocol of a set of NodePorts that holds nothing but
 // ports, else 0.
-var kubeProxySets = map[string]proxier.Protocol{
+var kubeProxySets = map[string]plan.Protocol{
 	"KUBE-LOOP-BACK": 0, "KUBE-CLUSTER-IP": 0, "KUBE-EXTERNAL-IP": 0, "KUBE-EXTERNAL-IP-LOCAL": 0,
 	"KUBE-LOAD-BALANCER": 0, "KUBE-LOAD-BALANCER-LOCAL": 0, "KUBE-LOAD-BALANCER-FW": 0,
 	"KUBE-LOAD-BALANCER-SOURCE-IP": 0, "KUBE-LOAD-BALANCER-SOURCE-CIDR": 0,
-	"KUBE-NODE-PORT-TCP": proxier.TCP, "KUBE-NODE-PORT-LOCAL-TCP": proxier.TCP,
-	"KUBE-NODE-PORT-UDP": proxier.UDP, "KUBE-NODE-PORT-LOCAL-UDP": proxier.UDP,
+	"KUBE-NODE-PORT-TCP": plan.TCP, "KUBE-NODE-PORT-LOCAL-TCP": plan.TCP,
+	"KUBE-NODE-PORT-UDP": plan.UDP, "KUBE-NODE-PORT-LOCAL-UDP": plan.UDP,
 	"KUBE-NODE-PORT-SCTP-HASH": 0, "KUBE-NODE-PORT-LOCAL-SCTP-HASH": 0,
 	"KUBE-HEALTH-CHECK-NODE-PORT": 0, "KUBE-IPVS-IPS": 0,
 }
@@ -34,8 +34,8 @@ var kubeProxySets = map[string]proxier.Protocol{
 const longestSetName = 31
 
 // setName is kube-proxy's name for a set of a family.
-func setName(name string, f proxier.Family) string {
-	if f == proxier.IPv6 {
+func setName(name string, f plan.Family) string {
+	if f == plan.IPv6 {
 		name = "KUBE-6-" + strings.TrimPrefix(name, "KUBE-")
 	}
 	return name[:min(len(name), longestSetName)]
@@ -44,7 +44,7 @@ func setName(name string, f proxier.Family) string {
 // kubeProxySet is what one of the sets tells of virtual servers.
 type kubeProxySet struct {
 	name     string
-	protocol proxier.Protocol // of ports
+	protocol plan.Protocol // of ports
 	// ports are NodePorts, and servers those at the addresses it names; one of
 	// the two is nil.
 	ports   map[uint16]bool
@@ -61,7 +61,7 @@ func (s *kubeProxySet) names(key serverKey) bool {
 }
 
 // readSets reads those of kube-proxy's sets that there are.
-func readSets(f proxier.Family) ([]kubeProxySet, error) {
+func readSets(f plan.Family) ([]kubeProxySet, error) {
 	var sets []kubeProxySet
 	for name, protocol := range kubeProxySets {
 		name = setName(name, f)
@@ -95,7 +95,7 @@ func listSet(name string) ([][]byte, error) {
 	return req.Execute(unix.NETLINK_NETFILTER, 0)
 }
 
-func parseSet(name string, protocol proxier.Protocol, messages [][]byte) (kubeProxySet, error) {
+func parseSet(name string, protocol plan.Protocol, messages [][]byte) (kubeProxySet, error) {
 	s := kubeProxySet{name: name, protocol: protocol}
 	if protocol != 0 {
 		s.ports = make(map[uint16]bool)
@@ -127,7 +127,7 @@ func (s *kubeProxySet) add(entry []byte) {
 		return
 	}
 	for _, p := range attributeValues(entry, nl.IPSET_ATTR_PROTO) {
-		key.protocol = proxier.Protocol(p[0])
+		key.protocol = plan.Protocol(p[0])
 	}
 	for _, ip := range attributeValues(entry, nl.IPSET_ATTR_IP) {
 		for _, raw := range slices.Concat(attributeValues(ip, nl.IPSET_ATTR_IPADDR_IPV4), attributeValues(ip, nl.IPSET_ATTR_IPADDR_IPV6)) {

@@ -21,13 +21,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // eachFamily runs a test in a network namespace of its own for each family, or
 // skips it where the kernel has no IPVS; that of a virtual machine has.
 func eachFamily(t *testing.T, test func(t *testing.T, w world)) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
 			inNamespace(t)
 			if err := Supported(family); err != nil {
@@ -85,7 +87,7 @@ func (c *counting) take() []op {
 	return sent
 }
 
-func start(t testing.TB, family proxier.Family, change func(*proxier.Options)) (*Proxier, *counting) {
+func start(t testing.TB, family plan.Family, change func(*proxier.Options)) (*Proxier, *counting) {
 	t.Helper()
 	o := options(family)
 	if change != nil {
@@ -101,20 +103,20 @@ func start(t testing.TB, family proxier.Family, change func(*proxier.Options)) (
 	return p, c
 }
 
-func syncAll(t testing.TB, p *Proxier, plan *proxier.Plan) {
+func syncAll(t testing.TB, p *Proxier, desired *plan.Plan) {
 	t.Helper()
-	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func syncOne(t testing.TB, p *Proxier, plan *proxier.Plan, sp *proxier.ServicePort) {
+func syncOne(t testing.TB, p *Proxier, desired *plan.Plan, sp *plan.ServicePort) {
 	t.Helper()
-	plan.Services[sp.Name] = sp
+	desired.Services[sp.Name] = sp
 	if len(sp.Frontends) == 0 {
-		delete(plan.Services, sp.Name)
+		delete(desired.Services, sp.Name)
 	}
-	if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}}); err != nil {
+	if err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{sp.Name}}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -126,7 +128,7 @@ func TestRestartWritesNothing(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		plan := w.example()
 		for i := range 50 {
-			sp := proxiertest.FleetService(w.family, i+100, 10*i, 10)
+			sp := conformance.FleetService(w.family, i+100, 10*i, 10)
 			plan.Services[sp.Name] = sp
 		}
 		first, sent := start(t, w.family, nil)
@@ -139,7 +141,7 @@ func TestRestartWritesNothing(t *testing.T) {
 		if ops := sent.take(); len(ops) != 0 {
 			t.Errorf("the second process sent %v", ops)
 		}
-		syncOne(t, second, plan, proxiertest.FleetService(w.family, 100, 1, 10))
+		syncOne(t, second, plan, conformance.FleetService(w.family, 100, 1, 10))
 		if ops := sent.take(); len(ops) != 2 {
 			t.Errorf("a moved endpoint took %v", ops)
 		}
@@ -186,8 +188,8 @@ func TestOthersStay(t *testing.T) {
 		}
 		defer k.close()
 		foreign := []serverKey{
-			{mark: 7}, {mark: 0x8000_0001}, {addr: w.addr("192.0.2.200", "2001:db8::200"), port: 30443, protocol: proxier.TCP},
-			{addr: w.external(77), port: 80, protocol: proxier.UDP},
+			{mark: 7}, {mark: 0x8000_0001}, {addr: w.addr("192.0.2.200", "2001:db8::200"), port: 30443, protocol: plan.TCP},
+			{addr: w.external(77), port: 80, protocol: plan.UDP},
 		}
 		dest := w.pods(99).Endpoints[0].AddrPort
 		for _, key := range foreign {
@@ -227,7 +229,7 @@ func TestOthersStay(t *testing.T) {
 		if _, err := netlink.LinkByName(deviceName); err == nil {
 			t.Errorf("%s is left after the cleanup", deviceName)
 		}
-		word := map[proxier.Family]string{proxier.IPv4: "ip", proxier.IPv6: "ip6"}[w.family]
+		word := map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[w.family]
 		if out, err := exec.Command("nft", "list", "tables", word).CombinedOutput(); err != nil || strings.Contains(string(out), tableName) {
 			t.Errorf("tables after the cleanup: %s (%v)", out, err)
 		}
@@ -285,11 +287,11 @@ func TestOnlyServicesAtVirtualAddresses(t *testing.T) {
 		serve(t, netip.AddrPortFrom(w.addr("0.0.0.0", "::"), 22))
 		serve(t, netip.AddrPortFrom(w.addr("0.0.0.0", "::"), 32000))
 		own := w.addr("192.0.2.200", "2001:db8::200")
-		plan := w.example()
-		own80 := w.service("own", proxier.TCP, nil, proxier.Frontend{Kind: proxier.ExternalIP, Addr: own, Port: 80, Internal: w.pods(1), External: w.pods(1)})
-		plan.Services[own80.Name] = own80
+		desired := w.example()
+		own80 := w.service("own", plan.TCP, nil, plan.Frontend{Kind: plan.ExternalIP, Addr: own, Port: 80, Internal: w.pods(1), External: w.pods(1)})
+		desired.Services[own80.Name] = own80
 		p, _ := start(t, w.family, nil)
-		syncAll(t, p, plan)
+		syncAll(t, p, desired)
 		for to, open := range map[netip.AddrPort]bool{
 			netip.AddrPortFrom(w.vip(1), 22):         false,
 			netip.AddrPortFrom(w.vip(2), 32000):      false,
@@ -318,13 +320,13 @@ func TestDrain(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		own := w.addr("192.0.2.200", "2001:db8::200")
 		serve(t, netip.AddrPortFrom(own, 8080))
-		here := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(own, 8080)}}}
-		web := func(set *proxier.EndpointSet) *proxier.ServicePort {
-			return w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))
+		here := &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: netip.AddrPortFrom(own, 8080)}}}
+		web := func(set *plan.EndpointSet) *plan.ServicePort {
+			return w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))
 		}
-		plan := w.plan(web(here))
+		desired := w.plan(web(here))
 		p, _ := start(t, w.family, nil)
-		syncAll(t, p, plan)
+		syncAll(t, p, desired)
 		to := netip.AddrPortFrom(w.vip(1), 80)
 		open := func() *net.TCPConn {
 			t.Helper()
@@ -338,11 +340,11 @@ func TestDrain(t *testing.T) {
 			return c
 		}
 		c := open()
-		syncOne(t, p, plan, web(w.pods(5)))
+		syncOne(t, p, desired, web(w.pods(5)))
 		if err := echoes(c); err != nil {
 			t.Errorf("its endpoint has left the Service: %v", err)
 		}
-		syncOne(t, p, plan, &proxier.ServicePort{Name: web(nil).Name})
+		syncOne(t, p, desired, &plan.ServicePort{Name: web(nil).Name})
 		if err := echoes(c); err != nil {
 			t.Errorf("the Service is gone: %v", err)
 		}
@@ -350,12 +352,12 @@ func TestDrain(t *testing.T) {
 			t.Errorf("a new connection to the Service that is gone: %v", err)
 		}
 		// The Service comes back before the connection has ended.
-		syncOne(t, p, plan, web(here))
+		syncOne(t, p, desired, web(here))
 		second := open()
 		if err := echoes(c); err != nil {
 			t.Errorf("the Service is back: %v", err)
 		}
-		syncOne(t, p, plan, &proxier.ServicePort{Name: web(nil).Name})
+		syncOne(t, p, desired, &plan.ServicePort{Name: web(nil).Name})
 		checkKernel(t, p)
 		// Resets are forgotten sooner than orderly ends.
 		for _, conn := range []*net.TCPConn{c, second} {
@@ -369,9 +371,9 @@ func TestDrain(t *testing.T) {
 		})
 		checkKernel(t, p)
 		// And a bound ends what does not end.
-		syncOne(t, p, plan, web(here))
+		syncOne(t, p, desired, web(here))
 		c = open()
-		syncOne(t, p, plan, &proxier.ServicePort{Name: web(nil).Name})
+		syncOne(t, p, desired, &plan.ServicePort{Name: web(nil).Name})
 		if err := echoes(c); err != nil {
 			t.Errorf("before the bound has passed: %v", err)
 		}
@@ -395,14 +397,14 @@ func TestDrainUDP(t *testing.T) {
 		}
 		t.Cleanup(func() { server.Close() })
 		go echoPackets(server)
-		here := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(own, 8080)}}}
-		dns := func(set, serving *proxier.EndpointSet) *proxier.ServicePort {
-			return w.service("dns", proxier.UDP, serving, clusterIP(w.vip(1), 53, set))
+		here := &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: netip.AddrPortFrom(own, 8080)}}}
+		dns := func(set, serving *plan.EndpointSet) *plan.ServicePort {
+			return w.service("dns", plan.UDP, serving, clusterIP(w.vip(1), 53, set))
 		}
-		plan := w.plan(dns(here, here))
+		desired := w.plan(dns(here, here))
 		p, _ := start(t, w.family, nil)
-		syncAll(t, p, plan)
-		key := serverKey{addr: w.vip(1), port: 53, protocol: proxier.UDP}
+		syncAll(t, p, desired)
+		key := serverKey{addr: w.vip(1), port: 53, protocol: plan.UDP}
 		weight := func() int {
 			t.Helper()
 			dests, err := p.kernel.dests(key)
@@ -429,17 +431,17 @@ func TestDrainUDP(t *testing.T) {
 			return c
 		}
 		c := open()
-		syncOne(t, p, plan, dns(w.pods(5), here))
+		syncOne(t, p, desired, dns(w.pods(5), here))
 		if err := echoes(c); err != nil || weight() != 0 {
 			t.Errorf("its endpoint terminates and still answers: weight %d, %v", weight(), err)
 		}
-		syncOne(t, p, plan, dns(w.pods(5), w.pods(5)))
+		syncOne(t, p, desired, dns(w.pods(5), w.pods(5)))
 		if weight() != -1 {
 			t.Errorf("its endpoint answers no more, and has the weight %d", weight())
 		}
-		syncOne(t, p, plan, dns(here, here))
+		syncOne(t, p, desired, dns(here, here))
 		open()
-		syncOne(t, p, plan, dns(w.pods(5), here))
+		syncOne(t, p, desired, dns(w.pods(5), here))
 		p.drainOnce(time.Now().Add(drainBound + time.Minute))
 		if weight() != -1 {
 			t.Errorf("after the bound its endpoint has the weight %d", weight())

@@ -6,7 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // CleanupKubeProxy removes what kube-proxy's ipvs mode leaves beside its
@@ -23,7 +23,7 @@ import (
 // how many do. IPVS would end connections with their server.
 //
 // removed says whether anything was there that went.
-func CleanupKubeProxy(f proxier.Family, sharesDevice, drain bool) (removed bool, draining int, err error) {
+func CleanupKubeProxy(f plan.Family, sharesDevice, drain bool) (removed bool, draining int, err error) {
 	d, err := openDevice(f)
 	if err != nil {
 		return false, 0, err
@@ -73,7 +73,7 @@ func (c *cleanup) note(err error) {
 	c.fail(err)
 }
 
-func (c *cleanup) kubeProxy(f proxier.Family) (draining int, err error) {
+func (c *cleanup) kubeProxy(f plan.Family) (draining int, err error) {
 	draining = c.removeServers(f, c.theirs)
 	// The sets tell which servers at the node's own addresses are kube-proxy's:
 	// they go with the last.
@@ -87,7 +87,7 @@ func (c *cleanup) kubeProxy(f proxier.Family) (draining int, err error) {
 
 // removeServers removes the virtual servers that are to go, with their
 // addresses, and returns how many have connections yet.
-func (c *cleanup) removeServers(f proxier.Family, goes func(serverKey) bool) (draining int) {
+func (c *cleanup) removeServers(f plan.Family, goes func(serverKey) bool) (draining int) {
 	var gone, busy []serverKey
 	k, err := openKernel(f)
 	if err == nil { // without IPVS there are no virtual servers
@@ -188,7 +188,7 @@ func quiet(k kernel, key serverKey) (busy bool, err error) {
 
 // HasKubeProxy says whether there are sets of kube-proxy's ipvs mode: it makes
 // them whenever it writes anything.
-func HasKubeProxy(f proxier.Family) bool {
+func HasKubeProxy(f plan.Family) bool {
 	_, err := listSet(setName("KUBE-CLUSTER-IP", f))
 	return err == nil
 }

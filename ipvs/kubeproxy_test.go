@@ -14,7 +14,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // hasIPSet fails where sets are missing although the machine must have them.
@@ -28,10 +28,10 @@ func hasIPSet(t *testing.T) {
 	}
 }
 
-func makeSet(t *testing.T, name, kind string, f proxier.Family, entries ...netlink.IPSetEntry) {
+func makeSet(t *testing.T, name, kind string, f plan.Family, entries ...netlink.IPSetEntry) {
 	t.Helper()
 	opts := netlink.IpsetCreateOptions{Family: unix.AF_INET, PortTo: 65535}
-	if f == proxier.IPv6 {
+	if f == plan.IPv6 {
 		opts.Family = unix.AF_INET6
 	}
 	if err := netlink.IpsetCreate(name, kind, opts); err != nil {
@@ -46,7 +46,7 @@ func makeSet(t *testing.T, name, kind string, f proxier.Family, entries ...netli
 
 // makePortSet makes a set of ports: the library would add a protocol, which the
 // kernel refuses there.
-func makePortSet(t *testing.T, name string, f proxier.Family, port uint16) {
+func makePortSet(t *testing.T, name string, f plan.Family, port uint16) {
 	t.Helper()
 	makeSet(t, name, "bitmap:port", f)
 	req := nl.NewNetlinkRequest(nl.IPSET_CMD_ADD|unix.NFNL_SUBSYS_IPSET<<8, nl.GetIpsetFlags(nl.IPSET_CMD_ADD))
@@ -72,7 +72,7 @@ func TestSetNames(t *testing.T) {
 		{"KUBE-CLUSTER-IP", "KUBE-CLUSTER-IP", "KUBE-6-CLUSTER-IP"},
 		{"KUBE-NODE-PORT-LOCAL-SCTP-HASH", "KUBE-NODE-PORT-LOCAL-SCTP-HASH", "KUBE-6-NODE-PORT-LOCAL-SCTP-HAS"},
 	} {
-		if v4, v6 := setName(c.name, proxier.IPv4), setName(c.name, proxier.IPv6); v4 != c.v4 || v6 != c.v6 {
+		if v4, v6 := setName(c.name, plan.IPv4), setName(c.name, plan.IPv6); v4 != c.v4 || v6 != c.v6 {
 			t.Errorf("%s: %q and %q, want %q and %q", c.name, v4, v6, c.v4, c.v6)
 		}
 	}
@@ -90,20 +90,20 @@ func TestKubeProxySets(t *testing.T) {
 		slices.SortFunc(all, func(a, b netlink.IPSetResult) int { return strings.Compare(a.SetName, b.SetName) })
 		return all
 	}
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		w := world{f}
 		makeSet(t, "cali40s-"+f.String(), "hash:ip", f, netlink.IPSetEntry{IP: w.addr("10.1.1.1", "fd00::1").AsSlice()})
 		makeSet(t, "KUBE-SRC-"+f.String(), "hash:ip,port", f, frontendEntry(netip.AddrPortFrom(w.addr("10.1.1.1", "fd00::1"), 80)))
 	}
 	before := save()
-	vip := map[proxier.Family]netip.AddrPort{
-		proxier.IPv4: netip.MustParseAddrPort("10.96.0.1:443"), proxier.IPv6: netip.MustParseAddrPort("[fd00:96::1]:443"),
+	vip := map[plan.Family]netip.AddrPort{
+		plan.IPv4: netip.MustParseAddrPort("10.96.0.1:443"), plan.IPv6: netip.MustParseAddrPort("[fd00:96::1]:443"),
 	}
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		makeSet(t, setName("KUBE-CLUSTER-IP", f), "hash:ip,port", f, frontendEntry(vip[f]))
 		makePortSet(t, setName("KUBE-NODE-PORT-UDP", f), f, 30053)
 	}
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		sets, err := readSets(f)
 		if err != nil || len(sets) != 2 {
 			t.Fatalf("%s: %+v, %v", f, sets, err)
@@ -112,11 +112,11 @@ func TestKubeProxySets(t *testing.T) {
 			return slices.ContainsFunc(sets, func(s kubeProxySet) bool { return s.names(key) })
 		}
 		for key, want := range map[serverKey]bool{
-			{addr: vip[f].Addr(), port: 443, protocol: proxier.TCP}:   true,
-			{addr: vip[f].Addr(), port: 443, protocol: proxier.UDP}:   false,
-			{addr: vip[f].Addr(), port: 80, protocol: proxier.TCP}:    false,
-			{addr: vip[f].Addr(), port: 30053, protocol: proxier.UDP}: true,
-			{addr: vip[f].Addr(), port: 30053, protocol: proxier.TCP}: false,
+			{addr: vip[f].Addr(), port: 443, protocol: plan.TCP}:   true,
+			{addr: vip[f].Addr(), port: 443, protocol: plan.UDP}:   false,
+			{addr: vip[f].Addr(), port: 80, protocol: plan.TCP}:    false,
+			{addr: vip[f].Addr(), port: 30053, protocol: plan.UDP}: true,
+			{addr: vip[f].Addr(), port: 30053, protocol: plan.TCP}: false,
 		} {
 			if named(key) != want {
 				t.Errorf("%s: %s is kube-proxy's: %v, want %v", f, key, !want, want)
@@ -168,13 +168,13 @@ func TestCleanupKubeProxy(t *testing.T) {
 			}
 		}
 		serve(serverKey{mark: 7})
-		serve(serverKey{addr: node, port: 80, protocol: proxier.TCP})
-		serve(serverKey{addr: node, port: 30080, protocol: proxier.UDP})
-		serve(serverKey{addr: alien, port: 30080, protocol: proxier.TCP}) // of a keepalived on another node
+		serve(serverKey{addr: node, port: 80, protocol: plan.TCP})
+		serve(serverKey{addr: node, port: 30080, protocol: plan.UDP})
+		serve(serverKey{addr: alien, port: 30080, protocol: plan.TCP}) // of a keepalived on another node
 		foreign := serversText(t, k)
 
-		serve(serverKey{addr: vip, port: 443, protocol: proxier.TCP})
-		serve(serverKey{addr: node, port: 30080, protocol: proxier.TCP})
+		serve(serverKey{addr: vip, port: 443, protocol: plan.TCP})
+		serve(serverKey{addr: node, port: 30080, protocol: plan.TCP})
 		makeSet(t, setName("KUBE-CLUSTER-IP", w.family), "hash:ip,port", w.family, frontendEntry(netip.AddrPortFrom(vip, 443)))
 		makePortSet(t, setName("KUBE-NODE-PORT-TCP", w.family), w.family, 30080)
 		d, err := openDevice(w.family)
@@ -202,7 +202,7 @@ func TestCleanupKubeProxy(t *testing.T) {
 			t.Fatal(err)
 		}
 		shared := maps.Clone(foreign)
-		shared[serverKey{addr: vip, port: 443, protocol: proxier.TCP}.String()] = foreign[serverKey{mark: 7}.String()]
+		shared[serverKey{addr: vip, port: 443, protocol: plan.TCP}.String()] = foreign[serverKey{mark: 7}.String()]
 		if diff := cmp.Diff(shared, serversText(t, k), cmp.AllowUnexported(destination{}), compareAddrPorts); diff != "" {
 			t.Errorf("with the device shared (-want +got)\n%s", diff)
 		}
@@ -246,9 +246,9 @@ func (k *kernelWith) send(ops []op, _ func(op)) error {
 // end; one that has none can go.
 func TestServersWithConnectionsStay(t *testing.T) {
 	vip, node := netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("192.0.2.200")
-	busy := serverKey{addr: vip, port: 443, protocol: proxier.TCP}
-	idle := serverKey{addr: vip, port: 80, protocol: proxier.TCP}
-	foreign := serverKey{addr: node, port: 80, protocol: proxier.TCP}
+	busy := serverKey{addr: vip, port: 443, protocol: plan.TCP}
+	idle := serverKey{addr: vip, port: 80, protocol: plan.TCP}
+	foreign := serverKey{addr: node, port: 80, protocol: plan.TCP}
 	a, b := netip.MustParseAddrPort("10.244.0.5:8080"), netip.MustParseAddrPort("10.244.0.6:8080")
 	k := &kernelWith{all: map[serverKey][]destination{
 		busy:    {{addr: a, weight: 1, connections: 2}, {addr: b, weight: 0}},

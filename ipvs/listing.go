@@ -9,7 +9,7 @@ import (
 	"strconv"
 	"strings"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // listingFile is the kernel's list of all virtual servers and destinations of
@@ -49,7 +49,7 @@ func openListing() *os.File {
 //	FWM  40000001 rr
 //
 // Of a virtual server by mark only the destinations say which family it is of.
-func parseListing(text io.Reader, family proxier.Family) (map[serverKey][]destination, error) {
+func parseListing(text io.Reader, family plan.Family) (map[serverKey][]destination, error) {
 	found := make(map[serverKey][]destination)
 	var server serverKey
 	known := false // whether server could be read
@@ -65,7 +65,7 @@ func parseListing(text io.Reader, family proxier.Family) (map[serverKey][]destin
 			if err != nil {
 				return nil, fmt.Errorf("%s: line %d: %w", listingFile, n+1, err)
 			}
-			if proxier.FamilyOf(d.addr.Addr()) == family {
+			if plan.FamilyOf(d.addr.Addr()) == family {
 				found[server] = append(found[server], d)
 			}
 		}
@@ -78,7 +78,7 @@ func parseServer(protocol, at string) (serverKey, bool) {
 		mark, err := strconv.ParseUint(at, 16, 32)
 		return serverKey{mark: uint32(mark)}, err == nil
 	}
-	for _, p := range proxier.Protocols {
+	for _, p := range plan.Protocols {
 		if strings.EqualFold(p.String(), protocol) {
 			a, err := parseHexAddrPort(at)
 			return serverKey{addr: a.Addr(), port: a.Port(), protocol: p}, err == nil

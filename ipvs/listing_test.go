@@ -7,7 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 const exampleListing = `IP Virtual Server version 1.2.1 (size=4096)
@@ -29,13 +29,13 @@ TCP  0A600003:0050 rr ` + `
 `
 
 func TestParseListing(t *testing.T) {
-	for family, want := range map[proxier.Family]map[string]string{
-		proxier.IPv4: {
+	for family, want := range map[plan.Family]map[string]string{
+		plan.IPv4: {
 			"-f 1073741825":                 "10.244.1.8:8080 weight 1 connections 0;",
 			"-t 10.96.0.1:80":               "10.244.1.5:8080 weight 3 connections 7;10.244.1.6:8080 weight 0 connections 0;",
 			"--sctp-service 10.96.0.2:2905": "10.244.1.7:8080 weight 1 connections 1;",
 		},
-		proxier.IPv6: {
+		plan.IPv6: {
 			"-f 1073741825":      "[fd00:244::6]:8080 weight 1 connections 0;",
 			"-u [fd00:96::1]:53": "[fd00:244::5]:8081 weight 65535 connections 1;",
 		},
@@ -55,7 +55,7 @@ func TestParseListing(t *testing.T) {
 		}
 	}
 	for _, bad := range []string{"  -> 0AF40105 Masq 1 0 0", "  -> 0AF40105:1F90 Masq", "  -> 0AF40105:1F90 Masq x 0 0", "  -> [x]:1F90 Masq 1 0 0"} {
-		if _, err := parseListing(strings.NewReader("\n\n\nTCP  0A600001:0050 rr\n"+bad+"\n"), proxier.IPv4); err == nil {
+		if _, err := parseListing(strings.NewReader("\n\n\nTCP  0A600001:0050 rr\n"+bad+"\n"), plan.IPv4); err == nil {
 			t.Errorf("%q was read", bad)
 		}
 	}

@@ -9,14 +9,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // TestAddedAddressesAreLocal checks with the kernel that what has settled is the
 // node's own: a connection to a port there at which nobody listens is refused,
 // and not unreachable.
 func TestAddedAddressesAreLocal(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		d := loopback(t, family)
 		addrs := world{family}.addresses(2000)
 		local := func(want bool) {
@@ -54,8 +54,8 @@ func TestAddedAddressesAreLocal(t *testing.T) {
 // TestSettlingIsNotQuadratic compares the processor time that it takes to ask
 // for an address of few and of many.
 func TestSettlingIsNotQuadratic(t *testing.T) {
-	d := loopback(t, proxier.IPv6)
-	addrs := world{proxier.IPv6}.addresses(10_000)
+	d := loopback(t, plan.IPv6)
+	addrs := world{plan.IPv6}.addresses(10_000)
 	cost := func(n int) time.Duration {
 		if err := d.add(addrs[:n], func(netip.Addr) {}); err != nil {
 			t.Fatal(err)

@@ -14,7 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // destination is one of a virtual server's in the kernel.
@@ -53,7 +53,7 @@ var errNoAnswer = errors.New("IPVS did not answer in time")
 // that got lost; so that runs on a goroutine which is left to itself after a
 // while; closing its socket ends it.
 type handle struct {
-	family proxier.Family
+	family plan.Family
 	number uint16 // of IPVS in generic netlink
 	pipe   *pipe
 	lib    *lvs.Handle // nil after an exchange was abandoned
@@ -65,7 +65,7 @@ type handle struct {
 const familyName = "IPVS"
 
 // openKernel connects to the caller's network namespace.
-func openKernel(family proxier.Family) (*handle, error) {
+func openKernel(family plan.Family) (*handle, error) {
 	// The library asks once in a process which number the kernel gave IPVS,
 	// and keeps a failure for good; so it is not asked where there is none.
 	genl, err := netlink.GenlFamilyGet(familyName)
@@ -127,7 +127,7 @@ func (h *handle) exchange(fn func(*lvs.Handle) error) error {
 }
 
 func (h *handle) addressFamily() uint16 {
-	if h.family == proxier.IPv6 {
+	if h.family == plan.IPv6 {
 		return unix.AF_INET6
 	}
 	return unix.AF_INET
@@ -178,7 +178,7 @@ func (h *handle) listServers() (map[serverKey]*server, error) {
 		key := serverKey{mark: s.FWMark}
 		if key.mark == 0 {
 			addr, _ := netip.AddrFromSlice(s.Address)
-			key = serverKey{addr: addr, port: s.Port, protocol: proxier.Protocol(s.Protocol)}
+			key = serverKey{addr: addr, port: s.Port, protocol: plan.Protocol(s.Protocol)}
 		}
 		servers[key] = &server{scheduler: s.SchedName}
 	}

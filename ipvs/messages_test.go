@@ -6,8 +6,8 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // TestChangeCostsTheSameHoweverMuchThereIs counts the messages to IPVS, the
@@ -19,8 +19,8 @@ func TestChangeCostsTheSameHoweverMuchThereIs(t *testing.T) {
 		t.Run(fmt.Sprint(services), func(t *testing.T) {
 			k := play(t)
 			p := k.proxier(t, time.Now)
-			plan := proxiertest.Fleet(proxier.IPv4, services, endpoints)
-			syncAll(t, p, plan)
+			desired := conformance.Fleet(plan.IPv4, services, endpoints)
+			syncAll(t, p, desired)
 			if want := services * (1 + endpoints); len(k.ops) != want {
 				t.Errorf("%d messages made everything, not %d", len(k.ops), want)
 			}
@@ -36,7 +36,7 @@ func TestChangeCostsTheSameHoweverMuchThereIs(t *testing.T) {
 			} {
 				k.ops, k.reads = nil, 0
 				before := elementCount(p)
-				syncOne(t, p, plan, proxiertest.FleetService(proxier.IPv4, change.service, change.firstPod, endpoints))
+				syncOne(t, p, desired, conformance.FleetService(plan.IPv4, change.service, change.firstPod, endpoints))
 				if len(k.ops) != change.messages || k.reads != 0 {
 					t.Errorf("%s: %d messages, not %d, and %d questions", change.name, len(k.ops), change.messages, k.reads)
 				}
@@ -45,7 +45,7 @@ func TestChangeCostsTheSameHoweverMuchThereIs(t *testing.T) {
 				}
 			}
 			k.ops, k.reads = nil, 0
-			if err := p.Sync(context.Background(), plan, proxier.Change{Node: true}); err != nil {
+			if err := p.Sync(context.Background(), desired, plan.Change{Node: true}); err != nil {
 				t.Fatal(err)
 			}
 			if len(k.ops)+k.reads != 0 {

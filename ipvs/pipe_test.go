@@ -11,12 +11,12 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // loopback is the device lo of a network namespace of its own in the place of
 // the mode's, which not every kernel can make.
-func loopback(t *testing.T, family proxier.Family) *device {
+func loopback(t *testing.T, family plan.Family) *device {
 	t.Helper()
 	inNamespace(t)
 	d, err := openDevice(family)
@@ -44,7 +44,7 @@ func (w world) addresses(n int) []netip.Addr {
 // TestManyAddresses adds and removes more addresses than are on their way at a
 // time, some of which are there already, or not.
 func TestManyAddresses(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
 			d := loopback(t, family)
 			addrs := world{family}.addresses(5*window + 7)
@@ -78,7 +78,7 @@ func TestManyAddresses(t *testing.T) {
 // TestRefusalIsItsRequests checks that a refusal is told of the request that it
 // is to, and that after it no more than the rest of the window is sent.
 func TestRefusalIsItsRequests(t *testing.T) {
-	w := world{proxier.IPv4}
+	w := world{plan.IPv4}
 	d := loopback(t, w.family)
 	addrs := w.addresses(4 * window)
 	wrong := []int{window, window + 5, window + 6, 2*window - 1} // a window's first and last, too
@@ -103,7 +103,7 @@ func TestRefusalIsItsRequests(t *testing.T) {
 // TestLostAnswers checks that answers for which there is no room are noticed,
 // and that what comes after is not mistaken for them.
 func TestLostAnswers(t *testing.T) {
-	w := world{proxier.IPv4}
+	w := world{plan.IPv4}
 	d := loopback(t, w.family)
 	addrs := w.addresses(window)
 	add := func() (done int, err error) {
@@ -126,8 +126,8 @@ func TestLostAnswers(t *testing.T) {
 
 // TestEncoding compares requests with what <linux/ip_vs.h> asks for.
 func TestEncoding(t *testing.T) {
-	w := world{proxier.IPv4}
-	key := serverKey{addr: w.vip(1), port: 80, protocol: proxier.SCTP}
+	w := world{plan.IPv4}
+	key := serverKey{addr: w.vip(1), port: 80, protocol: plan.SCTP}
 	dest := w.pods(3).Endpoints[0].AddrPort
 	h := &handle{family: w.family}
 	data := h.encode(&op{verb: setDest, key: key, dest: dest, weight: 65535})
@@ -173,7 +173,7 @@ func TestEncoding(t *testing.T) {
 // TestNoConnection checks that a pipe which cannot be opened again says so, and
 // works when it can.
 func TestNoConnection(t *testing.T) {
-	w := world{proxier.IPv4}
+	w := world{plan.IPv4}
 	d := loopback(t, w.family)
 	d.pipe.conn.Close()
 	possible := d.pipe.protocol

@@ -6,16 +6,16 @@ import (
 	"net/netip"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
 // world makes plans of one family.
-type world struct{ family proxier.Family }
+type world struct{ family plan.Family }
 
 func (w world) addr(v4, v6 string) netip.Addr {
-	if w.family == proxier.IPv6 {
+	if w.family == plan.IPv6 {
 		return netip.MustParseAddr(v6)
 	}
 	return netip.MustParseAddr(v4)
@@ -29,40 +29,40 @@ func (w world) external(n int) netip.Addr {
 	return w.addr(fmt.Sprintf("192.0.2.%d", n), fmt.Sprintf("2001:db8::%x", n))
 }
 
-func (w world) pods(numbers ...int) *proxier.EndpointSet {
-	set := &proxier.EndpointSet{}
+func (w world) pods(numbers ...int) *plan.EndpointSet {
+	set := &plan.EndpointSet{}
 	for _, n := range numbers {
 		a := w.addr(fmt.Sprintf("10.244.1.%d", n), fmt.Sprintf("fd00:244:1::%x", n))
-		set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(a, 8080), MayHairpin: n%2 == 0})
+		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(a, 8080), MayHairpin: n%2 == 0})
 	}
 	return set
 }
 
 // service is a Service port with the given frontends.
-func (w world) service(name string, protocol proxier.Protocol, serving *proxier.EndpointSet, frontends ...proxier.Frontend) *proxier.ServicePort {
-	return &proxier.ServicePort{
-		Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "default", Name: name}, Protocol: protocol},
+func (w world) service(name string, protocol plan.Protocol, serving *plan.EndpointSet, frontends ...plan.Frontend) *plan.ServicePort {
+	return &plan.ServicePort{
+		Name:      plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "default", Name: name}, Protocol: protocol},
 		Frontends: frontends, Usable: serving,
 	}
 }
 
-func clusterIP(a netip.Addr, port uint16, set *proxier.EndpointSet) proxier.Frontend {
-	return proxier.Frontend{Kind: proxier.ClusterIP, Addr: a, Port: port, Internal: set, External: set,
-		Masquerade: proxier.FromNode | proxier.FromOutside}
+func clusterIP(a netip.Addr, port uint16, set *plan.EndpointSet) plan.Frontend {
+	return plan.Frontend{Kind: plan.ClusterIP, Addr: a, Port: port, Internal: set, External: set,
+		Masquerade: plan.FromNode | plan.FromOutside}
 }
 
-func local(kind proxier.FrontendKind, a netip.Addr, port uint16, internal, external *proxier.EndpointSet) proxier.Frontend {
-	return proxier.Frontend{Kind: kind, Addr: a, Port: port, Internal: internal, External: external,
-		Masquerade: proxier.FromNode, WhenEmpty: proxier.Drop}
+func local(kind plan.FrontendKind, a netip.Addr, port uint16, internal, external *plan.EndpointSet) plan.Frontend {
+	return plan.Frontend{Kind: kind, Addr: a, Port: port, Internal: internal, External: external,
+		Masquerade: plan.FromNode, WhenEmpty: plan.Drop}
 }
 
-func (w world) plan(services ...*proxier.ServicePort) *proxier.Plan {
-	plan := &proxier.Plan{
+func (w world) plan(services ...*plan.ServicePort) *plan.Plan {
+	plan := &plan.Plan{
 		Family:   w.family,
-		Services: make(map[proxier.ServicePortName]*proxier.ServicePort),
-		Node: proxier.Node{
-			LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{w.prefix("10.244.0.0/16", "fd00:244::/32")}},
-			NodePortAddrs: proxier.NodePortAddrs{All: true},
+		Services: make(map[plan.ServicePortName]*plan.ServicePort),
+		Node: plan.Node{
+			LocalPods:     plan.LocalPods{Prefixes: []netip.Prefix{w.prefix("10.244.0.0/16", "fd00:244::/32")}},
+			NodePortAddrs: plan.NodePortAddrs{All: true},
 			ServiceCIDRs:  []netip.Prefix{w.prefix("10.96.0.0/16", "fd00:96::/64")},
 		},
 	}
@@ -73,31 +73,31 @@ func (w world) plan(services ...*proxier.ServicePort) *proxier.Plan {
 }
 
 func (w world) prefix(v4, v6 string) netip.Prefix {
-	if w.family == proxier.IPv6 {
+	if w.family == plan.IPv6 {
 		return netip.MustParsePrefix(v6)
 	}
 	return netip.MustParsePrefix(v4)
 }
 
 // example has a Service of every kind.
-func (w world) example() *proxier.Plan {
-	all, here, none := w.pods(1, 2, 3), w.pods(2), &proxier.EndpointSet{}
-	balanced := w.service("balanced", proxier.TCP, all,
+func (w world) example() *plan.Plan {
+	all, here, none := w.pods(1, 2, 3), w.pods(2), &plan.EndpointSet{}
+	balanced := w.service("balanced", plan.TCP, all,
 		clusterIP(w.vip(2), 443, all),
-		local(proxier.LoadBalancerIP, w.external(1), 443, all, here),
-		local(proxier.NodePort, netip.Addr{}, 30443, all, here))
+		local(plan.LoadBalancerIP, w.external(1), 443, all, here),
+		local(plan.NodePort, netip.Addr{}, 30443, all, here))
 	balanced.HealthCheckNodePort = 32000
 	balanced.Frontends[1].Sources = []netip.Prefix{w.prefix("198.51.100.0/24", "2001:db8:100::/48")}
-	sticky := w.service("sticky", proxier.TCP, all,
-		clusterIP(w.vip(4), 80, all), local(proxier.NodePort, netip.Addr{}, 30080, all, here))
+	sticky := w.service("sticky", plan.TCP, all,
+		clusterIP(w.vip(4), 80, all), local(plan.NodePort, netip.Addr{}, 30080, all, here))
 	sticky.AffinityTimeout = 3 * time.Hour
 	return w.plan(
-		w.service("web", proxier.TCP, all, clusterIP(w.vip(1), 80, all)),
-		w.service("dns", proxier.UDP, all, clusterIP(w.vip(1), 53, all)),
-		w.service("signal", proxier.SCTP, here, clusterIP(w.vip(3), 2905, here)),
-		w.service("empty", proxier.TCP, none, clusterIP(w.vip(5), 80, none)),
-		w.service("elsewhere", proxier.TCP, all,
-			local(proxier.ExternalIP, w.external(2), 80, all, none),
-			local(proxier.ExternalIP, w.external(3), 80, none, all)),
+		w.service("web", plan.TCP, all, clusterIP(w.vip(1), 80, all)),
+		w.service("dns", plan.UDP, all, clusterIP(w.vip(1), 53, all)),
+		w.service("signal", plan.SCTP, here, clusterIP(w.vip(3), 2905, here)),
+		w.service("empty", plan.TCP, none, clusterIP(w.vip(5), 80, none)),
+		w.service("elsewhere", plan.TCP, all,
+			local(plan.ExternalIP, w.external(2), 80, all, none),
+			local(plan.ExternalIP, w.external(3), 80, none, all)),
 		balanced, sticky)
 }

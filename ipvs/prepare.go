@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/node"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // setting is a kernel setting of the network namespace, and what does not work
@@ -31,7 +32,7 @@ func (p *Proxier) settings() []setting {
 		// A client that uses its port again would wait a second.
 		list = append(list, setting{"net/ipv4/vs/conn_reuse_mode", "0", "a client that uses its port again waits a second"})
 	}
-	if p.Family == proxier.IPv4 {
+	if p.Family == plan.IPv4 {
 		list = append(list, setting{"net/ipv4/ip_forward", "1", "packets from elsewhere do not reach Pods"})
 		if p.tuning.StrictARP {
 			const without = "every interface answers ARP for virtual addresses, in spite of --ipvs-strict-arp"

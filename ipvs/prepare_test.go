@@ -9,8 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/node"
-	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // lockSysctls makes /proc/sys read-only to the test, as it is in a container
@@ -40,7 +41,7 @@ func TestServesWithoutSettings(t *testing.T) {
 		t.Fatal(p)
 	}
 	unlock := lockSysctls(t)
-	plan := proxiertest.Fleet(proxier.IPv4, 3, 2)
+	plan := conformance.Fleet(plan.IPv4, 3, 2)
 	syncAll(t, p, plan)
 	if len(k.model.servers) != 3 {
 		t.Errorf("%d virtual servers, not 3", len(k.model.servers))

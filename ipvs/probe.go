@@ -10,6 +10,7 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // probeDevice exists for a moment.
@@ -17,11 +18,11 @@ const probeDevice = "signalbox-probe"
 
 // Supported says whether this node's kernel can do all that the mode needs, by
 // asking it to. The error is a *proxier.UnsupportedError.
-func Supported(f proxier.Family) error {
+func Supported(f plan.Family) error {
 	unsupported := func(missing, remedy string, err error) error {
 		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: missing, Remedy: remedy, Err: err}
 	}
-	if _, err := os.Stat("/proc/net/if_inet6"); err != nil && f == proxier.IPv6 {
+	if _, err := os.Stat("/proc/net/if_inet6"); err != nil && f == plan.IPv6 {
 		return unsupported("IPv6 in the kernel", "start the kernel without ipv6.disable=1", err)
 	}
 	if _, err := netlink.GenlFamilyGet(familyName); err != nil {
@@ -63,7 +64,7 @@ func probeDummy() error {
 
 // probeServer makes a virtual server for a moment, by a mark that no packet
 // has.
-func probeServer(f proxier.Family, unsupported func(missing, remedy string, err error) error) error {
+func probeServer(f plan.Family, unsupported func(missing, remedy string, err error) error) error {
 	k, err := openKernel(f)
 	if err != nil {
 		return unsupported("the netlink socket of IPVS", "load the module ip_vs", err)
@@ -84,7 +85,7 @@ func probeServer(f proxier.Family, unsupported func(missing, remedy string, err 
 // software stay, and where kube-proxy's sets say that it serves in its ipvs
 // mode, so do the addresses and what is at them. It is no error if there is
 // nothing, and then removed is false.
-func Cleanup(f proxier.Family) (removed bool, err error) {
+func Cleanup(f plan.Family) (removed bool, err error) {
 	removed, _, err = leave(f, false)
 	return removed, err
 }
@@ -92,9 +93,9 @@ func Cleanup(f proxier.Family) (removed bool, err error) {
 // Drain is Cleanup for when another mode serves already: a virtual server that
 // has connections gets no new ones and stays, with the addresses, and the
 // function is to be called again later. draining is how many do.
-func Drain(f proxier.Family) (removed bool, draining int, err error) { return leave(f, true) }
+func Drain(f plan.Family) (removed bool, draining int, err error) { return leave(f, true) }
 
-func leave(f proxier.Family, drain bool) (removed bool, draining int, err error) {
+func leave(f plan.Family, drain bool) (removed bool, draining int, err error) {
 	d, err := openDevice(f)
 	if err != nil {
 		return false, 0, err

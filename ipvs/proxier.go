@@ -14,6 +14,7 @@ import (
 	"signalbox/nftables"
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Mode is the name of this mode on the command line and in messages.
@@ -36,7 +37,7 @@ type Proxier struct {
 	state      *state
 	schedulers *schedulers
 	// last are the records of the last Sync that is known to have succeeded.
-	last map[proxier.ServicePortName]*record
+	last map[plan.ServicePortName]*record
 	// deadlines are those of state, and of the next.
 	deadlines *deadlines
 	now       func() time.Time
@@ -107,7 +108,7 @@ func (p *Proxier) StandBy() {
 // Sync implements proxier.Proxier. IPVS knows no transactions: what brings new
 // connections to endpoints is written first, then in one transaction the rules
 // that lead packets there, then what ends connections.
-func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
+func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
 	if err := plan.For(ctx, Mode, p.Family); err != nil {
 		return err
 	}
@@ -124,8 +125,8 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 }
 
 // syncAll reads what there is and makes of it what is wanted.
-func (p *Proxier) syncAll(plan *proxier.Plan) error {
-	rules := &ruleset{IPFamily: p.IPFamily, mark: p.mark, node: plan.Node, timeouts: timeoutsOf(plan)}
+func (p *Proxier) syncAll(desired *plan.Plan) error {
+	rules := &ruleset{IPFamily: p.IPFamily, mark: p.mark, node: desired.Node, timeouts: timeoutsOf(desired)}
 	if err := rules.ValidateNode(rules.node); err != nil {
 		return err
 	}
@@ -141,8 +142,8 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 	if err != nil {
 		slog.Warn("ipvs: cannot read the old table: open connections and session affinity of some Services may be lost", "family", p.Family.String(), "error", err)
 	}
-	names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
-	b, err := st.stage(plan, names, p.compiler(st, before))
+	names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
+	b, err := st.stage(desired, names, p.compiler(st, before))
 	if err != nil {
 		return err
 	}
@@ -157,17 +158,17 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 }
 
 // syncChange writes what change names.
-func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
+func (p *Proxier) syncChange(desired *plan.Plan, change plan.Change) error {
 	st := p.state
 	if change.Node {
 		rules := *st.rules
-		rules.node = plan.Node
+		rules.node = desired.Node
 		if err := rules.ValidateNode(rules.node); err != nil {
 			return err
 		}
 	}
 	known := len(st.rules.timeouts)
-	before := func(name proxier.ServicePortName) func(markKey) uint32 {
+	before := func(name plan.ServicePortName) func(markKey) uint32 {
 		return func(k markKey) uint32 {
 			if r := st.records[name]; r != nil {
 				return r.marks[k]
@@ -175,7 +176,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 			return 0
 		}
 	}
-	b, err := st.stage(plan, change.Services, p.compilerBy(st, before))
+	b, err := st.stage(desired, change.Services, p.compilerBy(st, before))
 	if err != nil {
 		st.rules.timeouts = st.rules.timeouts[:known]
 		return err
@@ -183,7 +184,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 	b.knownTimeouts = known
 	if change.Node {
 		b.node, b.nodeBefore = true, st.rules.node
-		st.rules.node = plan.Node
+		st.rules.node = desired.Node
 	}
 	if err := p.write(st, b); err != nil {
 		p.state = nil
@@ -267,12 +268,12 @@ func bySet(list []nftables.Element) []nftables.Element {
 }
 
 // compiler makes records for a state whose marks come from elsewhere.
-func (p *Proxier) compiler(st *state, before func(markKey) uint32) func(proxier.ServicePortName) *compiler {
-	return p.compilerBy(st, func(proxier.ServicePortName) func(markKey) uint32 { return before })
+func (p *Proxier) compiler(st *state, before func(markKey) uint32) func(plan.ServicePortName) *compiler {
+	return p.compilerBy(st, func(plan.ServicePortName) func(markKey) uint32 { return before })
 }
 
-func (p *Proxier) compilerBy(st *state, before func(proxier.ServicePortName) func(markKey) uint32) func(proxier.ServicePortName) *compiler {
-	return func(name proxier.ServicePortName) *compiler {
+func (p *Proxier) compilerBy(st *state, before func(plan.ServicePortName) func(markKey) uint32) func(plan.ServicePortName) *compiler {
+	return func(name plan.ServicePortName) *compiler {
 		return &compiler{
 			IPFamily: p.IPFamily, schedulers: p.schedulers, pool: st.pool,
 			before: before(name), numbered: st.numbered, class: st.class,
@@ -315,7 +316,7 @@ func (p *Proxier) marksBefore() (func(markKey) uint32, error) {
 	return before, nil
 }
 
-func timeoutsOf(plan *proxier.Plan) []time.Duration {
+func timeoutsOf(plan *plan.Plan) []time.Duration {
 	distinct := make(map[time.Duration]bool)
 	for _, sp := range plan.Services {
 		if sp.AffinityTimeout > 0 {

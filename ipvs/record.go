@@ -7,13 +7,14 @@ import (
 	"time"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // record is what stands for one Service port: elements of the table, virtual
 // servers, and addresses to hold.
 type record struct {
-	port *proxier.ServicePort
+	port *plan.ServicePort
 	// noScheduler is the scheduler that the Service port asks for and the kernel
 	// has not got.
 	noScheduler string
@@ -30,7 +31,7 @@ type record struct {
 
 // markKey is a frontend and whether it is about internal traffic.
 type markKey struct {
-	frontend proxier.FrontendKey
+	frontend plan.FrontendKey
 	internal bool
 }
 
@@ -50,15 +51,15 @@ type compiler struct {
 	// class numbers a time-out of affinity.
 	class func(time.Duration) (uint32, error)
 
-	port      *proxier.ServicePort
+	port      *plan.ServicePort
 	scheduler string // of port
 	out       *record
-	sets      []*proxier.EndpointSet
+	sets      []*plan.EndpointSet
 	ids       []uint32 // marks of sets; 0 where none is needed yet
 }
 
 // compile makes the record of a Service port. On error the pool is as it was.
-func (c *compiler) compile(port *proxier.ServicePort) (*record, error) {
+func (c *compiler) compile(port *plan.ServicePort) (*record, error) {
 	c.port, c.sets, c.ids = port, nil, nil
 	c.out = &record{port: port, marks: make(map[markKey]uint32)}
 	c.scheduler, c.out.noScheduler = c.schedulers.of(port)
@@ -123,7 +124,7 @@ func (c *compiler) validate() error {
 				return fmt.Errorf("%s: source range %s is not of %s", c.port.Name, p, c.Family)
 			}
 		}
-		for _, set := range []*proxier.EndpointSet{fe.Internal, fe.External} {
+		for _, set := range []*plan.EndpointSet{fe.Internal, fe.External} {
 			for _, e := range set.Endpoints {
 				if !c.Holds(e.Addr()) || e.Port() == 0 {
 					return fmt.Errorf("%s: endpoint %s is not of %s", c.port.Name, e.AddrPort, c.Family)
@@ -135,7 +136,7 @@ func (c *compiler) validate() error {
 }
 
 // frontend emits what one frontend needs.
-func (c *compiler) frontend(fe *proxier.Frontend) error {
+func (c *compiler) frontend(fe *plan.Frontend) error {
 	sets, name := setsOf(fe), c.port.Name
 	key := nftables.FrontendBytes(fe.Key(name.Protocol))
 	foreign := fe.Addr.IsValid() && c.foreign(fe.Addr)
@@ -152,7 +153,7 @@ func (c *compiler) frontend(fe *proxier.Frontend) error {
 	}
 	if fe.External.Len() == 0 || fe.Internal.Len() == 0 {
 		set := sets.rejected
-		if fe.WhenEmpty == proxier.Drop {
+		if fe.WhenEmpty == plan.Drop {
 			set = sets.dropped
 		}
 		c.emit(set, key, "")
@@ -164,8 +165,8 @@ func (c *compiler) frontend(fe *proxier.Frontend) error {
 				key+addrBytes(p.Addr()), key+addrBytes(nftables.LastAddr(p)), "", ""))
 		}
 	}
-	if fe.Kind == proxier.LoadBalancerIP && c.port.HealthCheckNodePort != 0 {
-		c.emit(healthChecks, nftables.FrontendBytes(proxier.FrontendKey{Addr: fe.Addr, Port: c.port.HealthCheckNodePort, Protocol: proxier.TCP}), "")
+	if fe.Kind == plan.LoadBalancerIP && c.port.HealthCheckNodePort != 0 {
+		c.emit(healthChecks, nftables.FrontendBytes(plan.FrontendKey{Addr: fe.Addr, Port: c.port.HealthCheckNodePort, Protocol: plan.TCP}), "")
 	}
 	return nil
 }
@@ -177,7 +178,7 @@ func (c *compiler) frontend(fe *proxier.Frontend) error {
 // the node, and remembers clients for each virtual server by itself. An address
 // that another device holds gets a mark so that its servers can be told from
 // others' at the next start.
-func (c *compiler) lead(fe *proxier.Frontend, key string, foreign bool) error {
+func (c *compiler) lead(fe *plan.Frontend, key string, foreign bool) error {
 	split := fe.Internal != fe.External
 	fk := fe.Key(c.port.Name.Protocol)
 	if fe.Addr.IsValid() && !foreign && !split && !c.sticky() {
@@ -214,7 +215,7 @@ func (c *compiler) lead(fe *proxier.Frontend, key string, foreign bool) error {
 }
 
 // note remembers a set, and returns its place.
-func (c *compiler) note(set *proxier.EndpointSet) int {
+func (c *compiler) note(set *plan.EndpointSet) int {
 	i := slices.Index(c.sets, set)
 	if i < 0 {
 		i = len(c.sets)
@@ -226,7 +227,7 @@ func (c *compiler) note(set *proxier.EndpointSet) int {
 
 // markOf returns the mark of a set's virtual server, which is the one that it
 // has had if that is possible.
-func (c *compiler) markOf(set *proxier.EndpointSet, k markKey) (uint32, error) {
+func (c *compiler) markOf(set *plan.EndpointSet, k markKey) (uint32, error) {
 	i := c.note(set)
 	if c.ids[i] == 0 {
 		mark, err := c.newMark(i, k)

@@ -9,23 +9,24 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Render prints what New and one Sync would make of plan on a node that holds
 // none of the Services' addresses itself, as what `ip -batch`, `ipvsadm
 // --restore` and `nft -f` read. It touches no kernel. A plan that Sync would
 // refuse renders as a comment that says why.
-func Render(opts proxier.Options, plan *proxier.Plan) string {
+func Render(opts proxier.Options, desired *plan.Plan) string {
 	f := nftables.FamilyOf(opts.Family)
-	rules := &ruleset{IPFamily: f, mark: opts.MasqueradeMark, node: plan.Node, timeouts: timeoutsOf(plan)}
+	rules := &ruleset{IPFamily: f, mark: opts.MasqueradeMark, node: desired.Node, timeouts: timeoutsOf(desired)}
 	st := newState(rules)
 	st.others = map[netip.Addr]bool{}
 	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, schedulers: newSchedulers(opts.IPVS.Scheduler, nil)}
 	err := rules.ValidateNode(rules.node)
 	var b *batch
 	if err == nil {
-		names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
-		b, err = st.stage(plan, names, p.compiler(st, func(markKey) uint32 { return 0 }))
+		names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
+		b, err = st.stage(desired, names, p.compiler(st, func(markKey) uint32 { return 0 }))
 	}
 	if err != nil {
 		return fmt.Sprintf("# cannot be programmed: %v\n", err)
@@ -39,7 +40,7 @@ func Render(opts proxier.Options, plan *proxier.Plan) string {
 	}
 	out.WriteString("\n# ipvsadm --restore\n")
 	text := opsText(b.grow)
-	if opts.Family == proxier.IPv6 {
+	if opts.Family == plan.IPv6 {
 		text = strings.ReplaceAll(text, " -s ", " -6 -s ")
 		text = strings.ReplaceAll(text, " -r ", " -6 -r ")
 	}

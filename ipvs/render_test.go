@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // golden goes into the test binary, which also runs where the files are not.
@@ -18,12 +19,12 @@ import (
 //go:embed testdata
 var golden embed.FS
 
-func options(f proxier.Family) proxier.Options {
+func options(f plan.Family) proxier.Options {
 	return proxier.Options{Family: f, MasqueradeMark: proxier.DefaultMasqueradeMark}
 }
 
 func TestRender(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
 			got := Render(options(family), world{family}.example())
 			file := filepath.Join("testdata", "render-"+family.String()+".txt")
@@ -48,15 +49,15 @@ func TestRender(t *testing.T) {
 
 // TestRefused checks that what cannot be written is refused with its name.
 func TestRefused(t *testing.T) {
-	w := world{proxier.IPv4}
+	w := world{plan.IPv4}
 	set := w.pods(1)
-	foreign := world{proxier.IPv6}
-	for want, plan := range map[string]*proxier.Plan{
-		"cluster IP fd00:96::1 is not of IPv4":           w.plan(w.service("web", proxier.TCP, set, clusterIP(foreign.vip(1), 80, set))),
-		"endpoint [fd00:244:1::1]:8080 is not of IPv4":   w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, foreign.pods(1)))),
-		"default/web: cluster IP has port 0":             w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 0, set))),
-		"default/web: cluster IP lacks an endpoint set":  w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, nil))),
-		"default/web: -t 10.96.0.1:80 is default/double": w.plan(w.service("double", proxier.TCP, set, clusterIP(w.vip(1), 80, set)), w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))),
+	foreign := world{plan.IPv6}
+	for want, plan := range map[string]*plan.Plan{
+		"cluster IP fd00:96::1 is not of IPv4":           w.plan(w.service("web", plan.TCP, set, clusterIP(foreign.vip(1), 80, set))),
+		"endpoint [fd00:244:1::1]:8080 is not of IPv4":   w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, foreign.pods(1)))),
+		"default/web: cluster IP has port 0":             w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 0, set))),
+		"default/web: cluster IP lacks an endpoint set":  w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, nil))),
+		"default/web: -t 10.96.0.1:80 is default/double": w.plan(w.service("double", plan.TCP, set, clusterIP(w.vip(1), 80, set)), w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))),
 	} {
 		if got := Render(options(w.family), plan); !strings.HasPrefix(got, "# cannot be programmed") || !strings.Contains(got, want) {
 			t.Errorf("want %q, got %.200s", want, got)

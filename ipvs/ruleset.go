@@ -8,7 +8,8 @@ import (
 	nft "github.com/google/nftables"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // IPVS looks at packets for local addresses at priorities 98 and 99 of the
@@ -40,17 +41,17 @@ const (
 // origins lists where a connection can come from, with the priority that says
 // so.
 var origins = []struct {
-	origin   proxier.TrafficSources
+	origin   plan.TrafficSources
 	priority uint32
 }{
-	{proxier.FromPods, fromPods}, {proxier.FromNode, fromNode}, {proxier.FromOutside, fromOutside},
+	{plan.FromPods, fromPods}, {plan.FromNode, fromNode}, {plan.FromOutside, fromOutside},
 }
 
 // ruleset makes the chains.
 type ruleset struct {
 	*nftables.IPFamily
 	mark uint32 // asks for the source address to be rewritten
-	node proxier.Node
+	node plan.Node
 	// timeouts are those of session affinity; the index is the class that a
 	// mark holds.
 	timeouts []time.Duration
@@ -159,7 +160,7 @@ func (r *ruleset) external(fe nftables.Value) []nftables.Rule {
 		rule(in(fe, dropped), nftables.GoTo("drop")),
 		rule(in(fe, healthChecks), nftables.ClearPriority(), accept()),
 	}
-	for _, p := range proxier.Protocols {
+	for _, p := range plan.Protocols {
 		rules = append(rules, rule(nftables.ProtocolIs(p), in(r.Daddr(), vips), r.Reject()).Because("no such port"))
 	}
 	for _, match := range r.toNodePortAddrs() {

@@ -5,7 +5,8 @@ import (
 	"fmt"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
 )
 
 // defaultScheduler chooses in turn. Virtual servers with one destination, where
@@ -64,7 +65,7 @@ func (s *schedulers) forgetMissing() {
 // the mode's own, or where endpoints have weights its kin that knows these. The
 // kernel may lack what a Service asks for; then missing is that, and the Service
 // is served like those that ask for nothing.
-func (s *schedulers) of(port *proxier.ServicePort) (name, missing string) {
+func (s *schedulers) of(port *plan.ServicePort) (name, missing string) {
 	switch {
 	case port.Scheduler == "":
 		return s.unasked(port), ""
@@ -74,31 +75,31 @@ func (s *schedulers) of(port *proxier.ServicePort) (name, missing string) {
 	return s.unasked(port), port.Scheduler
 }
 
-func (s *schedulers) unasked(port *proxier.ServicePort) string {
+func (s *schedulers) unasked(port *plan.ServicePort) string {
 	if kin := weightedKin[s.own]; kin != "" && hasWeights(port) && s.has(kin) {
 		return kin
 	}
 	return s.own
 }
 
-func hasWeights(port *proxier.ServicePort) bool {
-	heavy := func(set *proxier.EndpointSet) bool {
-		return set != nil && slices.ContainsFunc(set.Endpoints, func(e proxier.Endpoint) bool { return e.Weight > 1 })
+func hasWeights(port *plan.ServicePort) bool {
+	heavy := func(set *plan.EndpointSet) bool {
+		return set != nil && slices.ContainsFunc(set.Endpoints, func(e plan.Endpoint) bool { return e.Weight > 1 })
 	}
-	return slices.ContainsFunc(port.Frontends, func(f proxier.Frontend) bool {
+	return slices.ContainsFunc(port.Frontends, func(f plan.Frontend) bool {
 		return heavy(f.Internal) || f.External != f.Internal && heavy(f.External)
 	})
 }
 
 // Problem implements proxier.Reporter: a Service may ask for a scheduler that the
 // kernel has not got.
-func (p *Proxier) Problem(name proxier.ServicePortName) (proxier.Problem, bool) {
+func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.state == nil || p.state.records[name] == nil || p.state.records[name].noScheduler == "" {
-		return proxier.Problem{}, false
+		return plan.Problem{}, false
 	}
 	reason := fmt.Sprintf("%v, or name another; the Service has the mode's own, %s, and the kernel is asked again when everything is written anew",
 		errNoScheduler(p.state.records[name].noScheduler), p.schedulers.own)
-	return proxier.AnnotationProblem(name.ServiceName, proxier.AnnotationScheduler, reason), true
+	return service.AnnotationProblem(name.ServiceName, service.AnnotationScheduler, reason), true
 }

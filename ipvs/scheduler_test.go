@@ -8,14 +8,14 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // TestSchedulerOf checks which scheduler Services have with a kernel that lacks
 // some, and how often it is asked.
 func TestSchedulerOf(t *testing.T) {
-	w := world{proxier.IPv4}
+	w := world{plan.IPv4}
 	kernel := []string{"lc", "wrr", "sh"}
 	var asked []string
 	ask := func(name string) (bool, error) {
@@ -25,10 +25,10 @@ func TestSchedulerOf(t *testing.T) {
 		}
 		return slices.Contains(kernel, name), nil
 	}
-	port := func(scheduler string, weight uint16) *proxier.ServicePort {
+	port := func(scheduler string, weight uint16) *plan.ServicePort {
 		set := w.pods(1, 2)
 		set.Endpoints[1].Weight = weight
-		sp := w.service("web", proxier.TCP, set, local(proxier.NodePort, w.vip(1), 80, w.pods(1), set))
+		sp := w.service("web", plan.TCP, set, local(plan.NodePort, w.vip(1), 80, w.pods(1), set))
 		sp.Scheduler = scheduler
 		return sp
 	}
@@ -83,11 +83,11 @@ func TestMissingSchedulerIsAProblem(t *testing.T) {
 	p := k.proxier(t, time.Now)
 	has := map[string]bool{}
 	p.schedulers = newSchedulers("lc", func(name string) (bool, error) { return has[name], nil })
-	plan := proxiertest.Fleet(proxier.IPv4, 3, 2)
-	web := *slices.MinFunc(slices.Collect(maps.Values(plan.Services)), func(a, b *proxier.ServicePort) int { return a.Name.Compare(b.Name) })
+	desired := conformance.Fleet(plan.IPv4, 3, 2)
+	web := *slices.MinFunc(slices.Collect(maps.Values(desired.Services)), func(a, b *plan.ServicePort) int { return a.Name.Compare(b.Name) })
 	problem := func(step, want string) {
 		t.Helper()
-		for name := range plan.Services {
+		for name := range desired.Services {
 			found, is := p.Problem(name)
 			if is != (name == web.Name && want != "") {
 				t.Errorf("%s: %s has the Problem %v", step, name, found)
@@ -101,10 +101,10 @@ func TestMissingSchedulerIsAProblem(t *testing.T) {
 		t.Helper()
 		port := web
 		port.Scheduler = scheduler
-		syncOne(t, p, plan, &port)
+		syncOne(t, p, desired, &port)
 	}
 	problem("before anything is written", "")
-	syncAll(t, p, plan)
+	syncAll(t, p, desired)
 	problem("nobody asks for any", "")
 	ask("mh")
 	problem("one asks for what is missing", "no scheduler mh: load the module ip_vs_mh (modprobe ip_vs_mh), or name another; the Service has the mode's own, lc,")
@@ -115,11 +115,11 @@ func TestMissingSchedulerIsAProblem(t *testing.T) {
 	ask("mh")
 	has["mh"] = true
 	problem("the kernel was not asked again", "no scheduler mh")
-	syncAll(t, p, plan)
+	syncAll(t, p, desired)
 	problem("it has it now", "")
 	has = map[string]bool{}
-	delete(plan.Services, web.Name)
-	if err := p.Sync(t.Context(), plan, proxier.Change{Services: []proxier.ServicePortName{web.Name}}); err != nil {
+	delete(desired.Services, web.Name)
+	if err := p.Sync(t.Context(), desired, plan.Change{Services: []plan.ServicePortName{web.Name}}); err != nil {
 		t.Fatal(err)
 	}
 	if found, is := p.Problem(web.Name); is {

@@ -7,7 +7,7 @@ import (
 	"slices"
 	"strings"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // serverKey is what IPVS tells a virtual server by: a mark, or an address, port
@@ -16,7 +16,7 @@ type serverKey struct {
 	mark     uint32
 	addr     netip.Addr
 	port     uint16
-	protocol proxier.Protocol // of a marked server too, where IPVS has none
+	protocol plan.Protocol // of a marked server too, where IPVS has none
 }
 
 // String is the server as ipvsadm names it.
@@ -24,7 +24,7 @@ func (k serverKey) String() string {
 	if k.mark != 0 {
 		return fmt.Sprintf("-f %d", k.mark)
 	}
-	option := map[proxier.Protocol]string{proxier.TCP: "-t", proxier.UDP: "-u", proxier.SCTP: "--sctp-service"}[k.protocol]
+	option := map[plan.Protocol]string{plan.TCP: "-t", plan.UDP: "-u", plan.SCTP: "--sctp-service"}[k.protocol]
 	return option + " " + netip.AddrPortFrom(k.addr, k.port).String()
 }
 
@@ -48,7 +48,7 @@ type wanted struct {
 	dests []weighted
 	// serving are the endpoints that still answer. A UDP destination that does
 	// not is removed at once: its clients would not notice.
-	serving *proxier.EndpointSet
+	serving *plan.EndpointSet
 	// replaced is that another server leads to these endpoints now, and this one
 	// is to go with its last connection.
 	replaced bool
@@ -123,7 +123,7 @@ func diff(have *server, want *wanted, key serverKey) (grow, shrink []op) {
 		grow = append(grow, op{verb: setServer, key: key, scheduler: want.scheduler})
 	}
 	var dests []weighted
-	var serving *proxier.EndpointSet
+	var serving *plan.EndpointSet
 	if want != nil {
 		dests, serving = want.dests, want.serving
 	}
@@ -141,7 +141,7 @@ func diff(have *server, want *wanted, key serverKey) (grow, shrink []op) {
 			continue
 		}
 		switch {
-		case key.protocol == proxier.UDP && !contains(serving, d):
+		case key.protocol == plan.UDP && !contains(serving, d):
 			shrink = append(shrink, op{verb: removeDest, key: key, dest: d})
 		case have.dests[d] != 0:
 			shrink = append(shrink, op{verb: setDest, key: key, dest: d})
@@ -166,11 +166,11 @@ func sortedDests(dests map[netip.AddrPort]int) []netip.AddrPort {
 }
 
 // contains says whether an endpoint of the set is at a.
-func contains(set *proxier.EndpointSet, a netip.AddrPort) bool {
+func contains(set *plan.EndpointSet, a netip.AddrPort) bool {
 	if set == nil {
 		return false
 	}
-	_, found := slices.BinarySearchFunc(set.Endpoints, a, func(e proxier.Endpoint, a netip.AddrPort) int {
+	_, found := slices.BinarySearchFunc(set.Endpoints, a, func(e plan.Endpoint, a netip.AddrPort) int {
 		return cmp.Or(e.Addr().Compare(a.Addr()), cmp.Compare(e.Port(), a.Port()))
 	})
 	return found
@@ -178,7 +178,7 @@ func contains(set *proxier.EndpointSet, a netip.AddrPort) bool {
 
 func (d weighted) compare(a netip.AddrPort) int { return d.addr.Compare(a) }
 
-func destsOf(set *proxier.EndpointSet) []weighted {
+func destsOf(set *plan.EndpointSet) []weighted {
 	dests := make([]weighted, set.Len())
 	for i, e := range set.Endpoints {
 		dests[i] = weighted{e.AddrPort, int(max(e.Weight, 1))}

@@ -4,7 +4,8 @@ import (
 	"net/netip"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // tableName is the mode's own table, so that nothing of the nftables mode's is
@@ -110,7 +111,7 @@ var (
 	nodePortSets  = frontendSets{nodePortMarks, internalNodePortMarks, nodePortMasquerade, rejectedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
 )
 
-func setsOf(fe *proxier.Frontend) frontendSets {
+func setsOf(fe *plan.Frontend) frontendSets {
 	if fe.Addr.IsValid() {
 		return addressedSets
 	}

@@ -5,34 +5,34 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // TestStandByEndsNothing checks that a process which another one has taken over
 // from removes nothing that the other has in use again, and that it finds the
 // other's marks when it serves again.
 func TestStandByEndsNothing(t *testing.T) {
-	k, w := play(t), world{proxier.IPv4}
+	k, w := play(t), world{plan.IPv4}
 	old, next := k.proxier(t, time.Now), k.proxier(t, time.Now)
-	key := serverKey{addr: w.vip(1), port: 80, protocol: proxier.TCP}
+	key := serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP}
 	dest := w.pods(1).Endpoints[0].AddrPort
 	set := w.pods(2)
-	web := func(pods ...int) *proxier.ServicePort {
+	web := func(pods ...int) *plan.ServicePort {
 		set := w.pods(pods...)
-		return w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))
+		return w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))
 	}
-	node := func(port uint16) *proxier.ServicePort {
-		return w.service("node", proxier.TCP, set, proxier.Frontend{Kind: proxier.NodePort, Port: port, Internal: set, External: set})
+	node := func(port uint16) *plan.ServicePort {
+		return w.service("node", plan.TCP, set, plan.Frontend{Kind: plan.NodePort, Port: port, Internal: set, External: set})
 	}
-	other := w.service("other", proxier.TCP, set, clusterIP(w.vip(2), 80, set))
+	other := w.service("other", plan.TCP, set, clusterIP(w.vip(2), 80, set))
 	k.connections[dest] = 1
 	syncAll(t, old, w.plan(web(1, 2), other, node(30001)))
 	syncAll(t, old, w.plan(web(2), node(30001))) // one endpoint, one address and one server drain
 	old.StandBy()
 	syncAll(t, next, w.plan(web(1, 2), other))
 	delete(k.connections, dest)
-	syncAll(t, next, w.plan(web(1, 2), other, w.service("first", proxier.TCP, w.pods(3),
-		proxier.Frontend{Kind: proxier.NodePort, Port: 30009, Internal: w.pods(3), External: w.pods(3)}), node(30001)))
+	syncAll(t, next, w.plan(web(1, 2), other, w.service("first", plan.TCP, w.pods(3),
+		plan.Frontend{Kind: plan.NodePort, Port: 30009, Internal: w.pods(3), External: w.pods(3)}), node(30001)))
 	sent := len(k.ops)
 	if old.drainOnce(time.Now().Add(2 * drainBound)) {
 		t.Error("the process that stands by waits for something to drain")
@@ -42,7 +42,7 @@ func TestStandByEndsNothing(t *testing.T) {
 		t.Errorf("it has sent %v; the addresses are %v (%v)", k.ops[sent:], held, err)
 	}
 	marks := next.state.records[node(0).Name].marks
-	change := proxier.Change{Services: []proxier.ServicePortName{other.Name}}
+	change := plan.Change{Services: []plan.ServicePortName{other.Name}}
 	plan := w.plan(web(1, 2), other, node(30001))
 	if err := old.Sync(context.Background(), plan, change); err != nil {
 		t.Fatal(err)

@@ -9,14 +9,15 @@ import (
 	"time"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // state is what a Proxier knows of the kernel's state.
 type state struct {
 	rules   *ruleset
 	pool    *markPool
-	records map[proxier.ServicePortName]*record
+	records map[plan.ServicePortName]*record
 	// uses counts how many records want each element of the table.
 	uses map[elementKey]use
 	// servers are the virtual servers in the kernel that are this mode's.
@@ -25,7 +26,7 @@ type state struct {
 	live map[serverKey]bool
 	// replaced are virtual servers by address whose Service port has others by
 	// mark now: a kube-proxy's.
-	replaced map[serverKey]proxier.ServicePortName
+	replaced map[serverKey]plan.ServicePortName
 	// endpoints are, by block, the marks that endpoints have.
 	endpoints map[uint32]map[netip.AddrPort]uint32
 	// held are the addresses on the device, wanted how often each is.
@@ -52,9 +53,9 @@ type use struct {
 // batch is a change of some Service ports on its way to the kernel.
 type batch struct {
 	all, node     bool
-	nodeBefore    proxier.Node // what the rules in the kernel go by
+	nodeBefore    plan.Node // what the rules in the kernel go by
 	knownTimeouts int
-	names         []proxier.ServicePortName
+	names         []plan.ServicePortName
 	old, new      []*record // by names; nil for none
 	grow, shrink  []op
 	add, remove   []nftables.Element
@@ -65,9 +66,9 @@ type batch struct {
 func newState(rules *ruleset) *state {
 	return &state{
 		rules: rules, pool: newMarkPool(),
-		records: make(map[proxier.ServicePortName]*record), uses: make(map[elementKey]use),
+		records: make(map[plan.ServicePortName]*record), uses: make(map[elementKey]use),
 		servers: make(map[serverKey]*server), live: make(map[serverKey]bool),
-		replaced:  make(map[serverKey]proxier.ServicePortName),
+		replaced:  make(map[serverKey]plan.ServicePortName),
 		endpoints: make(map[uint32]map[netip.AddrPort]uint32),
 		held:      make(map[netip.Addr]bool), wanted: make(map[netip.Addr]int),
 		deadlines: newDeadlines(),
@@ -90,7 +91,7 @@ func (st *state) numbered(block uint32) map[netip.AddrPort]uint32 { return st.en
 
 // stage works out what changes when the named Service ports become what plan
 // says. On error the state is as it was, but for new time-outs.
-func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName, compilerOf func(proxier.ServicePortName) *compiler) (*batch, error) {
+func (st *state) stage(desired *plan.Plan, names []plan.ServicePortName, compilerOf func(plan.ServicePortName) *compiler) (*batch, error) {
 	b := &batch{names: names, uses: make(map[elementKey]use, 2*len(names))}
 	fail := func(err error) (*batch, error) {
 		for _, r := range b.new {
@@ -99,13 +100,13 @@ func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName, comp
 		return nil, err
 	}
 	want := make(map[serverKey]*wanted, len(names))
-	owner := make(map[serverKey]proxier.ServicePortName, len(names))
+	owner := make(map[serverKey]plan.ServicePortName, len(names))
 	claimed := make(map[uint32]bool)
 	var keys []serverKey
 	for _, name := range names {
 		old := st.records[name]
 		var r *record
-		if port := plan.Services[name]; port != nil {
+		if port := desired.Services[name]; port != nil {
 			var err error
 			c := compilerOf(name)
 			c.claimed = claimed
@@ -196,8 +197,8 @@ func (st *state) diffUnwanted(b *batch) {
 	}
 }
 
-func (st *state) findReplaced(b *batch, unwanted []serverKey) map[serverKey]*proxier.ServicePort {
-	found := make(map[serverKey]*proxier.ServicePort)
+func (st *state) findReplaced(b *batch, unwanted []serverKey) map[serverKey]*plan.ServicePort {
+	found := make(map[serverKey]*plan.ServicePort)
 	for _, key := range unwanted {
 		if key.mark == 0 {
 			found[key] = nil
@@ -222,7 +223,7 @@ func (st *state) findReplaced(b *batch, unwanted []serverKey) map[serverKey]*pro
 // the end of those it has.
 func (st *state) drains(key serverKey, dest netip.AddrPort) bool {
 	name, is := st.replaced[key]
-	if !is || key.protocol != proxier.UDP {
+	if !is || key.protocol != plan.UDP {
 		return true
 	}
 	r := st.records[name]
@@ -372,7 +373,7 @@ func (st *state) commit(b *batch, now time.Time) {
 	st.leave(b, now)
 }
 
-func (st *state) replace(name proxier.ServicePortName, old, r *record) {
+func (st *state) replace(name plan.ServicePortName, old, r *record) {
 	if old != nil {
 		delete(st.records, name)
 		st.giveBack(old)

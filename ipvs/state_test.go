@@ -13,12 +13,13 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 func TestDiff(t *testing.T) {
-	w := world{proxier.IPv4}
-	key := func(p proxier.Protocol) serverKey { return serverKey{addr: w.vip(1), port: 80, protocol: p} }
+	w := world{plan.IPv4}
+	key := func(p plan.Protocol) serverKey { return serverKey{addr: w.vip(1), port: 80, protocol: p} }
 	at := func(weights map[int]int) map[netip.AddrPort]int {
 		dests := make(map[netip.AddrPort]int)
 		for n, weight := range weights {
@@ -27,7 +28,7 @@ func TestDiff(t *testing.T) {
 		return dests
 	}
 	have := func(weights map[int]int) *server { return &server{scheduler: "rr", dests: at(weights)} }
-	want := func(scheduler string, serving *proxier.EndpointSet, pods ...int) *wanted {
+	want := func(scheduler string, serving *plan.EndpointSet, pods ...int) *wanted {
 		return &wanted{scheduler: scheduler, dests: destsOf(w.pods(pods...)), serving: serving}
 	}
 	heavier := func(pods ...int) *wanted {
@@ -39,32 +40,32 @@ func TestDiff(t *testing.T) {
 	}
 	for _, test := range []struct {
 		name         string
-		protocol     proxier.Protocol
+		protocol     plan.Protocol
 		have         *server
 		want         *wanted
 		grow, shrink string
 	}{
-		{"new", proxier.TCP, nil, want("lc", nil, 1, 2),
+		{"new", plan.TCP, nil, want("lc", nil, 1, 2),
 			"-A -t V -s lc\n-a -t V -r 1 -m -w 1\n-a -t V -r 2 -m -w 1\n", ""},
-		{"as it is", proxier.TCP, have(map[int]int{1: 1}), want("rr", nil, 1), "", ""},
-		{"another scheduler", proxier.TCP, have(map[int]int{1: 1}), want("sh", nil, 1), "-E -t V -s sh\n", ""},
-		{"other weights", proxier.TCP, have(map[int]int{1: 1, 2: 5, 3: 2}), heavier(1, 2, 4),
+		{"as it is", plan.TCP, have(map[int]int{1: 1}), want("rr", nil, 1), "", ""},
+		{"another scheduler", plan.TCP, have(map[int]int{1: 1}), want("sh", nil, 1), "-E -t V -s sh\n", ""},
+		{"other weights", plan.TCP, have(map[int]int{1: 1, 2: 5, 3: 2}), heavier(1, 2, 4),
 			"-e -t V -r 1 -m -w 5\n-a -t V -r 4 -m -w 5\n", "-e -t V -r 3 -m -w 0\n"},
-		{"one replaced", proxier.TCP, have(map[int]int{1: 1, 2: 1}), want("rr", nil, 2, 3),
+		{"one replaced", plan.TCP, have(map[int]int{1: 1, 2: 1}), want("rr", nil, 2, 3),
 			"-a -t V -r 3 -m -w 1\n", "-e -t V -r 1 -m -w 0\n"},
-		{"one comes back", proxier.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 1, 2), "-e -t V -r 1 -m -w 1\n", ""},
-		{"one still drains", proxier.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 2), "", ""},
-		{"goes", proxier.TCP, have(map[int]int{1: 1, 2: 0}), nil, "", "-e -t V -r 1 -m -w 0\n"},
-		{"goes, and nothing is left", proxier.TCP, have(nil), nil, "", "-D -t V\n"},
-		{"was not there", proxier.TCP, nil, nil, "", ""},
-		{"UDP that still answers", proxier.UDP, have(map[int]int{1: 1, 2: 1}), want("rr", w.pods(1), 2), "", "-e -u V -r 1 -m -w 0\n"},
-		{"UDP that answers no more", proxier.UDP, have(map[int]int{1: 0, 2: 1}), want("rr", w.pods(2), 2), "", "-d -u V -r 1\n"},
-		{"UDP goes", proxier.UDP, have(map[int]int{1: 1}), nil, "", "-d -u V -r 1\n-D -u V\n"},
-		{"UDP whose server is replaced", proxier.UDP, have(map[int]int{1: 1, 2: 1}),
+		{"one comes back", plan.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 1, 2), "-e -t V -r 1 -m -w 1\n", ""},
+		{"one still drains", plan.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 2), "", ""},
+		{"goes", plan.TCP, have(map[int]int{1: 1, 2: 0}), nil, "", "-e -t V -r 1 -m -w 0\n"},
+		{"goes, and nothing is left", plan.TCP, have(nil), nil, "", "-D -t V\n"},
+		{"was not there", plan.TCP, nil, nil, "", ""},
+		{"UDP that still answers", plan.UDP, have(map[int]int{1: 1, 2: 1}), want("rr", w.pods(1), 2), "", "-e -u V -r 1 -m -w 0\n"},
+		{"UDP that answers no more", plan.UDP, have(map[int]int{1: 0, 2: 1}), want("rr", w.pods(2), 2), "", "-d -u V -r 1\n"},
+		{"UDP goes", plan.UDP, have(map[int]int{1: 1}), nil, "", "-d -u V -r 1\n-D -u V\n"},
+		{"UDP whose server is replaced", plan.UDP, have(map[int]int{1: 1, 2: 1}),
 			&wanted{scheduler: "rr", serving: w.pods(1), replaced: true}, "", "-e -u V -r 1 -m -w 0\n-d -u V -r 2\n"},
-		{"UDP whose server is replaced, and nothing is left", proxier.UDP, have(map[int]int{2: 1}),
+		{"UDP whose server is replaced, and nothing is left", plan.UDP, have(map[int]int{2: 1}),
 			&wanted{scheduler: "rr", serving: w.pods(1), replaced: true}, "", "-d -u V -r 2\n-D -u V\n"},
-		{"SCTP drains as TCP does", proxier.SCTP, have(map[int]int{1: 1}), nil, "", "-e --sctp-service V -r 1 -m -w 0\n"},
+		{"SCTP drains as TCP does", plan.SCTP, have(map[int]int{1: 1}), nil, "", "-e --sctp-service V -r 1 -m -w 0\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			grow, shrink := diff(test.have, test.want, key(test.protocol))
@@ -174,8 +175,8 @@ func (m *model) inUse() string {
 }
 
 // randomService is one of few shapes, with few endpoints.
-func (w world) randomService(r *rand.Rand, n int) *proxier.ServicePort {
-	some := func() *proxier.EndpointSet {
+func (w world) randomService(r *rand.Rand, n int) *plan.ServicePort {
+	some := func() *plan.EndpointSet {
 		var numbers []int
 		for n := range 5 {
 			if r.IntN(2) == 0 {
@@ -188,13 +189,13 @@ func (w world) randomService(r *rand.Rand, n int) *proxier.ServicePort {
 	for i := range all.Endpoints {
 		all.Endpoints[i].Weight = uint16(r.IntN(4))
 	}
-	protocol := proxier.Protocols[n%3]
+	protocol := plan.Protocols[n%3]
 	sp := w.service(fmt.Sprint("s", n), protocol, all, clusterIP(w.vip(n+1), 80, all))
 	if r.IntN(2) == 0 {
-		sp.Frontends = append(sp.Frontends, local(proxier.LoadBalancerIP, w.external(n%3+1), uint16(80+n), all, here))
+		sp.Frontends = append(sp.Frontends, local(plan.LoadBalancerIP, w.external(n%3+1), uint16(80+n), all, here))
 	}
 	if r.IntN(2) == 0 {
-		sp.Frontends = append(sp.Frontends, local(proxier.NodePort, netip.Addr{}, uint16(30000+n), all, all))
+		sp.Frontends = append(sp.Frontends, local(plan.NodePort, netip.Addr{}, uint16(30000+n), all, all))
 	}
 	sp.Scheduler = []string{"", "", "sh"}[r.IntN(3)]
 	sp.AffinityTimeout = []time.Duration{0, 0, time.Hour, time.Minute}[r.IntN(4)]
@@ -204,30 +205,30 @@ func (w world) randomService(r *rand.Rand, n int) *proxier.ServicePort {
 // TestChangesEndAsAFreshStart makes many random changes, and compares what they
 // lead to with what one sync of the last plan makes.
 func TestChangesEndAsAFreshStart(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		for seed := range uint64(20) {
 			t.Run(fmt.Sprint(family, "/", seed), func(t *testing.T) {
 				w, r := world{family}, rand.New(rand.NewPCG(seed, 1))
-				plan := w.plan()
+				desired := w.plan()
 				p := &Proxier{IPFamily: nftables.FamilyOf(family), schedulers: newSchedulers("", nil)}
 				grown := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
 				st := newState(&ruleset{IPFamily: p.IPFamily})
 				st.others = map[netip.Addr]bool{}
 				for range 60 {
-					names := make(map[proxier.ServicePortName]bool)
+					names := make(map[plan.ServicePortName]bool)
 					for range 1 + r.IntN(3) {
 						sp := w.randomService(r, r.IntN(8))
 						names[sp.Name] = true
-						plan.Services[sp.Name] = sp
+						desired.Services[sp.Name] = sp
 						if r.IntN(4) == 0 {
-							delete(plan.Services, sp.Name)
+							delete(desired.Services, sp.Name)
 						}
 					}
-					step(t, p, st, plan, slices.Collect(maps.Keys(names)), grown)
+					step(t, p, st, desired, slices.Collect(maps.Keys(names)), grown)
 				}
 				fresh := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
 				anew := newState(&ruleset{IPFamily: p.IPFamily})
-				step(t, p, anew, plan, slices.Collect(maps.Keys(plan.Services)), fresh)
+				step(t, p, anew, desired, slices.Collect(maps.Keys(desired.Services)), fresh)
 				if diff := cmp.Diff(fresh.inUse(), grown.inUse()); diff != "" {
 					t.Errorf("-fresh +grown:\n%s", diff)
 				}
@@ -237,11 +238,11 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 	}
 }
 
-func step(t *testing.T, p *Proxier, st *state, plan *proxier.Plan, names []proxier.ServicePortName, m *model) {
+func step(t *testing.T, p *Proxier, st *state, desired *plan.Plan, names []plan.ServicePortName, m *model) {
 	t.Helper()
-	slices.SortFunc(names, proxier.ServicePortName.Compare)
+	slices.SortFunc(names, plan.ServicePortName.Compare)
 	st.others = map[netip.Addr]bool{}
-	before := func(name proxier.ServicePortName) func(markKey) uint32 {
+	before := func(name plan.ServicePortName) func(markKey) uint32 {
 		return func(k markKey) uint32 {
 			if r := st.records[name]; r != nil {
 				return r.marks[k]
@@ -249,7 +250,7 @@ func step(t *testing.T, p *Proxier, st *state, plan *proxier.Plan, names []proxi
 			return 0
 		}
 	}
-	b, err := st.stage(plan, names, p.compilerBy(st, before))
+	b, err := st.stage(desired, names, p.compilerBy(st, before))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -302,19 +303,19 @@ func compareStates(t *testing.T, want, got *state) {
 // TestMarksStay checks that a change of endpoints keeps the marks: open
 // connections are under them.
 func TestMarksStay(t *testing.T) {
-	w := world{proxier.IPv4}
+	w := world{plan.IPv4}
 	p := &Proxier{IPFamily: nftables.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
 	st := newState(&ruleset{IPFamily: p.IPFamily})
 	m := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
-	service := func(all, here *proxier.EndpointSet) *proxier.ServicePort {
-		sp := w.service("web", proxier.TCP, all, clusterIP(w.vip(1), 80, all), local(proxier.NodePort, netip.Addr{}, 30080, all, here))
+	service := func(all, here *plan.EndpointSet) *plan.ServicePort {
+		sp := w.service("web", plan.TCP, all, clusterIP(w.vip(1), 80, all), local(plan.NodePort, netip.Addr{}, 30080, all, here))
 		return sp
 	}
 	for _, timeout := range []time.Duration{0, time.Hour} {
 		marks := func(pods ...int) map[markKey]uint32 {
 			sp := service(w.pods(pods...), w.pods(pods[0]))
 			sp.AffinityTimeout = timeout
-			step(t, p, st, w.plan(sp), []proxier.ServicePortName{sp.Name}, m)
+			step(t, p, st, w.plan(sp), []plan.ServicePortName{sp.Name}, m)
 			return st.records[sp.Name].marks
 		}
 		if before, after := marks(1, 2), marks(2, 3, 4); len(before) == 0 || !maps.Equal(before, after) {
@@ -354,13 +355,13 @@ func TestMarkPool(t *testing.T) {
 // TestMarksPartWays checks that two Service ports which come by frontends of one
 // do not share its mark.
 func TestMarksPartWays(t *testing.T) {
-	w := world{proxier.IPv4}
+	w := world{plan.IPv4}
 	set := w.pods(1)
-	port := func(n uint16) proxier.Frontend {
-		return proxier.Frontend{Kind: proxier.NodePort, Port: n, Internal: set, External: set}
+	port := func(n uint16) plan.Frontend {
+		return plan.Frontend{Kind: plan.NodePort, Port: n, Internal: set, External: set}
 	}
 	for _, timeout := range []time.Duration{0, time.Hour} {
-		one, other := w.service("one", proxier.TCP, set, port(30001)), w.service("other", proxier.TCP, set, port(30002))
+		one, other := w.service("one", plan.TCP, set, port(30001)), w.service("other", plan.TCP, set, port(30002))
 		one.AffinityTimeout, other.AffinityTimeout = timeout, timeout
 		mark := setFirst + 5
 		if timeout > 0 {
@@ -368,7 +369,7 @@ func TestMarksPartWays(t *testing.T) {
 		}
 		p := &Proxier{IPFamily: nftables.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
 		st := newState(&ruleset{IPFamily: p.IPFamily})
-		b, err := st.stage(w.plan(one, other), []proxier.ServicePortName{one.Name, other.Name}, p.compiler(st, func(markKey) uint32 { return mark }))
+		b, err := st.stage(w.plan(one, other), []plan.ServicePortName{one.Name, other.Name}, p.compiler(st, func(markKey) uint32 { return mark }))
 		if err != nil {
 			t.Fatal(err)
 		}

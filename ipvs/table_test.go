@@ -15,6 +15,7 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // inNamespace moves the test to a network namespace of its own until it ends.
@@ -32,7 +33,7 @@ func inNamespace(tb testing.TB) {
 // TestKernelTakesRules writes each chain by itself, so that a rule that the
 // kernel refuses is named.
 func TestKernelTakesRules(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
 			inNamespace(t)
 			f := nftables.FamilyOf(family)
@@ -43,9 +44,9 @@ func TestKernelTakesRules(t *testing.T) {
 			defer table.Close()
 			rules := &ruleset{IPFamily: f, mark: proxier.DefaultMasqueradeMark,
 				timeouts: []time.Duration{time.Second, 3 * time.Hour},
-				node: proxier.Node{
-					LocalPods:     proxier.LocalPods{Interface: "cni0", InterfacePrefix: "veth"},
-					NodePortAddrs: proxier.NodePortAddrs{All: true},
+				node: plan.Node{
+					LocalPods:     plan.LocalPods{Interface: "cni0", InterfacePrefix: "veth"},
+					NodePortAddrs: plan.NodePortAddrs{All: true},
 					RouteSources:  routeSources(family),
 				}}
 			table.ReplaceTable()
@@ -62,9 +63,9 @@ func TestKernelTakesRules(t *testing.T) {
 	}
 }
 
-func routeSources(f proxier.Family) []proxier.RouteSource {
+func routeSources(f plan.Family) []plan.RouteSource {
 	w := world{f}
-	return []proxier.RouteSource{
+	return []plan.RouteSource{
 		{Link: "eth0", Destination: w.prefix("10.1.0.0/16", "fd00:1::/32")},
 		{Link: "eth0", Destination: w.prefix("10.0.0.0/8", "fd00::/8"), Source: w.external(9)},
 	}
@@ -73,10 +74,10 @@ func routeSources(f proxier.Family) []proxier.RouteSource {
 // TestListing compares what the kernel holds, as nft lists it, with what Render
 // prints.
 func TestListing(t *testing.T) {
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
 			inNamespace(t)
-			plan := world{family}.example()
+			desired := world{family}.example()
 			f := nftables.FamilyOf(family)
 			table, err := nftables.OpenTable(f, tableName, newSets())
 			if err != nil {
@@ -84,10 +85,10 @@ func TestListing(t *testing.T) {
 			}
 			defer table.Close()
 			p := &Proxier{IPFamily: f, mark: proxier.DefaultMasqueradeMark, schedulers: newSchedulers("", nil), table: table}
-			st := newState(&ruleset{IPFamily: f, mark: p.mark, node: plan.Node, timeouts: timeoutsOf(plan)})
+			st := newState(&ruleset{IPFamily: f, mark: p.mark, node: desired.Node, timeouts: timeoutsOf(desired)})
 			st.others = map[netip.Addr]bool{}
-			names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
-			b, err := st.stage(plan, names, p.compiler(st, func(markKey) uint32 { return 0 }))
+			names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
+			b, err := st.stage(desired, names, p.compiler(st, func(markKey) uint32 { return 0 }))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -97,7 +98,7 @@ func TestListing(t *testing.T) {
 				if err != nil {
 					t.Fatalf("nft: %v\n%s", err, out)
 				}
-				_, want, _ := strings.Cut(Render(options(family), plan), "# nft -f\n")
+				_, want, _ := strings.Cut(Render(options(family), desired), "# nft -f\n")
 				if diff := cmp.Diff(words(want), words(string(out))); diff != "" {
 					t.Errorf("-rendered +listed:\n%s", diff)
 				}
@@ -109,9 +110,9 @@ func TestListing(t *testing.T) {
 				}
 			}
 			compare(t)
-			for _, sources := range [][]proxier.RouteSource{routeSources(family), routeSources(family)[1:], nil} {
+			for _, sources := range [][]plan.RouteSource{routeSources(family), routeSources(family)[1:], nil} {
 				before := st.rules.node
-				st.rules.node.RouteSources, plan.Node.RouteSources = sources, sources
+				st.rules.node.RouteSources, desired.Node.RouteSources = sources, sources
 				if err := p.writeTable(st, &batch{node: true, nodeBefore: before, knownTimeouts: len(st.rules.timeouts)}); err != nil {
 					t.Fatal(err)
 				}

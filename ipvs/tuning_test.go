@@ -9,17 +9,18 @@ import (
 
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // TestTuning checks what an operator can choose.
 func TestTuning(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
-		plan := w.example()
+		desired := w.example()
 		for _, scheduler := range []string{"lc", "wrr", "sh", "mh", "sed", "nq", "rr"} {
 			p, _ := start(t, w.family, func(o *proxier.Options) {
 				o.IPVS = proxier.IPVSTuning{Scheduler: scheduler, StrictARP: true, TCPTimeout: 5 * time.Minute, UDPTimeout: time.Minute}
 			})
-			syncAll(t, p, plan)
+			syncAll(t, p, desired)
 			all, err := p.kernel.servers()
 			if err != nil || len(all) == 0 {
 				t.Fatal(len(all), err)
@@ -49,7 +50,7 @@ func TestTuning(t *testing.T) {
 			t.Errorf("a scheduler that does not exist: %v, %v", p, err)
 		}
 		want := map[string]string{"net/ipv4/vs/conntrack": "1", "net/ipv4/vs/expire_nodest_conn": "1", "net/ipv4/vs/expire_quiescent_template": "1"}
-		if w.family == proxier.IPv4 {
+		if w.family == plan.IPv4 {
 			maps.Copy(want, map[string]string{"net/ipv4/conf/all/arp_ignore": "1", "net/ipv4/conf/all/arp_announce": "2"})
 		}
 		for name, value := range want {
@@ -65,16 +66,16 @@ func TestTuning(t *testing.T) {
 // not got is served all the same, like all others.
 func TestSchedulersAndWeights(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
-		web := func(scheduler string, weights ...uint16) *proxier.ServicePort {
+		web := func(scheduler string, weights ...uint16) *plan.ServicePort {
 			set := w.pods(1, 2)
 			for i, weight := range weights {
 				set.Endpoints[i].Weight = weight
 			}
-			sp := w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))
+			sp := w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))
 			sp.Scheduler = scheduler
 			return sp
 		}
-		key := serverKey{addr: w.vip(1), port: 80, protocol: proxier.TCP}
+		key := serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP}
 		plan := w.example()
 		p, sent := start(t, w.family, nil)
 		syncAll(t, p, plan)
@@ -123,14 +124,14 @@ func TestSchedulersAndWeights(t *testing.T) {
 func TestShares(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		own := w.addr("192.0.2.200", "2001:db8::200")
-		set := &proxier.EndpointSet{}
+		set := &plan.EndpointSet{}
 		for i, weight := range []uint16{3, 1} {
 			at := netip.AddrPortFrom(own, uint16(8080+i))
 			serve(t, at)
-			set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: at, Weight: weight})
+			set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: at, Weight: weight})
 		}
 		p, _ := start(t, w.family, nil)
-		syncAll(t, p, w.plan(w.service("web", proxier.TCP, set, clusterIP(w.vip(1), 80, set))))
+		syncAll(t, p, w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))))
 		for range 8 {
 			c, err := dial(t, netip.AddrPortFrom(w.vip(1), 80))
 			if err == nil {
@@ -140,7 +141,7 @@ func TestShares(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		dests, err := p.kernel.dests(serverKey{addr: w.vip(1), port: 80, protocol: proxier.TCP})
+		dests, err := p.kernel.dests(serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP})
 		if err != nil || len(dests) != 2 {
 			t.Fatal(dests, err)
 		}

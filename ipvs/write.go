@@ -9,7 +9,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Commands, attributes and flags of <linux/ip_vs.h>.
@@ -135,7 +135,7 @@ func flagsOf(scheduler string) uint32 {
 
 // netmask is that of one client: a prefix length for IPv6.
 func (h *handle) netmask() uint32 {
-	if h.family == proxier.IPv6 {
+	if h.family == plan.IPv6 {
 		return 128
 	}
 	return 0xffffffff

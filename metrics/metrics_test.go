@@ -23,6 +23,9 @@ import (
 	"signalbox/conntrack"
 	"signalbox/internal/localhost"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
+	"signalbox/proxier/syncer"
 	"signalbox/userspace"
 )
 
@@ -33,33 +36,33 @@ var now = time.Unix(1000, 0)
 // exercised are Metrics that were told everything once.
 func exercised(mode string) *Metrics {
 	m := New()
-	m.Serve(mode, []proxier.Family{proxier.IPv4})
+	m.Serve(mode, []plan.Family{plan.IPv4})
 	m.now = func() time.Time { return now }
-	m.ReadProgress(func() proxier.Progress {
-		return proxier.Progress{
-			Objects:  proxier.ObjectCounts{Services: 3, EndpointSlices: 4, Nodes: 1, ServiceCIDRs: 2},
-			Services: proxier.EventCounts{Total: 5, Pending: 1}, EndpointSlices: proxier.EventCounts{Total: 7, Pending: 2},
-			LastQueued: now.Add(-time.Second), Pending: map[proxier.Family]time.Time{proxier.IPv4: now.Add(-2 * time.Second)},
+	m.ReadProgress(func() syncer.Progress {
+		return syncer.Progress{
+			Objects:  service.ObjectCounts{Services: 3, EndpointSlices: 4, Nodes: 1, ServiceCIDRs: 2},
+			Services: syncer.EventCounts{Total: 5, Pending: 1}, EndpointSlices: syncer.EventCounts{Total: 7, Pending: 2},
+			LastQueued: now.Add(-time.Second), Pending: map[plan.Family]time.Time{plan.IPv4: now.Add(-2 * time.Second)},
 		}
 	})
-	m.ReadRelays(func() map[proxier.Family]userspace.Stats {
-		return map[proxier.Family]userspace.Stats{proxier.IPv4: {Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9, Lost: 10, MaxConnections: 11, MaxFlows: 12}}
+	m.ReadRelays(func() map[plan.Family]userspace.Stats {
+		return map[plan.Family]userspace.Stats{plan.IPv4: {Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9, Lost: 10, MaxConnections: 11, MaxFlows: 12}}
 	})
-	m.ReadLocalhost(func() map[proxier.Family]localhost.Stats {
-		return map[proxier.Family]localhost.Stats{proxier.IPv4: {Serving: true, Listeners: 2, Failures: 1, Refused: map[proxier.Protocol]uint64{proxier.UDP: 3, proxier.SCTP: 0}}}
+	m.ReadLocalhost(func() map[plan.Family]localhost.Stats {
+		return map[plan.Family]localhost.Stats{plan.IPv4: {Serving: true, Listeners: 2, Failures: 1, Refused: map[plan.Protocol]uint64{plan.UDP: 3, plan.SCTP: 0}}}
 	})
-	m.Synced(proxier.SyncReport{
-		Family: proxier.IPv4, All: true, Current: true, Repaired: true, Took: 3 * time.Millisecond, Quarantined: 2, Queued: now.Add(-10 * time.Millisecond),
+	m.Synced(syncer.SyncReport{
+		Family: plan.IPv4, All: true, Current: true, Repaired: true, Took: 3 * time.Millisecond, Quarantined: 2, Queued: now.Add(-10 * time.Millisecond),
 		Triggers: []time.Time{now.Add(-2500 * time.Millisecond), now.Add(-100 * time.Second)},
-		Totals:   proxier.Totals{ServicePorts: 6, Endpoints: 12, NoLocalInternal: 1, NoLocalExternal: 3},
+		Totals:   syncer.Totals{ServicePorts: 6, Endpoints: 12, NoLocalInternal: 1, NoLocalExternal: 3},
 		Kernel: []proxier.KernelObjects{
 			{Table: "nat", Kind: "rule", Count: 40, Written: 4}, {Table: "signalbox", Kind: "element", Count: 90}, {Kind: "virtual-server", Count: 9},
 		},
 	})
-	m.Synced(proxier.SyncReport{Family: proxier.IPv4, Took: time.Millisecond, Quarantined: 2, Err: errors.New("no"), Totals: proxier.Totals{ServicePorts: 6, Endpoints: 12, NoLocalInternal: 1, NoLocalExternal: 3}})
-	m.FlowsScanned(conntrack.Scan{Family: proxier.IPv4, Deleted: 11, Took: time.Millisecond})
-	m.FlowsScanned(conntrack.Scan{Family: proxier.IPv4, Took: time.Millisecond, Err: errors.New("no")})
-	m.Problem(proxier.Problem{Kind: "Service"})
+	m.Synced(syncer.SyncReport{Family: plan.IPv4, Took: time.Millisecond, Quarantined: 2, Err: errors.New("no"), Totals: syncer.Totals{ServicePorts: 6, Endpoints: 12, NoLocalInternal: 1, NoLocalExternal: 3}})
+	m.FlowsScanned(conntrack.Scan{Family: plan.IPv4, Deleted: 11, Took: time.Millisecond})
+	m.FlowsScanned(conntrack.Scan{Family: plan.IPv4, Took: time.Millisecond, Err: errors.New("no")})
+	m.Problem(plan.Problem{Kind: "Service"})
 	m.Healthz(200)
 	m.Healthz(503)
 	m.Livez(200)
@@ -68,9 +71,9 @@ func exercised(mode string) *Metrics {
 	m.Source("services", nil)
 	m.Source("nodes", errors.New("no"))
 	m.ConntrackUnavailable()
-	m.Leftovers(proxier.IPv4, true)
-	m.Leftovers(proxier.IPv6, false)
-	m.HealthChecks(proxier.IPv4, 13)
+	m.Leftovers(plan.IPv4, true)
+	m.Leftovers(plan.IPv6, false)
+	m.HealthChecks(plan.IPv4, 13)
 	m.ListenFailed(HealthzServer)
 	m.ListenFailing(HealthzServer, 1)
 	m.Event("sent")
@@ -180,7 +183,7 @@ func TestEverySeriesIsDocumented(t *testing.T) {
 // is one.
 func TestCountersBeginAtZero(t *testing.T) {
 	m := New()
-	m.Serve("nftables", []proxier.Family{proxier.IPv4})
+	m.Serve("nftables", []plan.Family{plan.IPv4})
 	families := gather(t, m)
 	for _, name := range []string{
 		"signalbox_syncs_total", "signalbox_drift_repaired_total", "signalbox_flows_removed_total", "signalbox_listen_failures_total",
@@ -221,19 +224,19 @@ func TestCountersGoOn(t *testing.T) {
 		}
 	}
 	loop := func(services, slices uint64) {
-		m.ReadProgress(func() proxier.Progress {
-			return proxier.Progress{Services: proxier.EventCounts{Total: services}, EndpointSlices: proxier.EventCounts{Total: slices}}
+		m.ReadProgress(func() syncer.Progress {
+			return syncer.Progress{Services: syncer.EventCounts{Total: services}, EndpointSlices: syncer.EventCounts{Total: slices}}
 		})
 	}
 	type values = map[string]float64
 	// The same again: what was so is so.
-	m.Serve("iptables", []proxier.Family{proxier.IPv4})
+	m.Serve("iptables", []plan.Family{plan.IPv4})
 	want("signalbox_service_ports", values{"IPv4": 6})
 	want("kubeproxy_sync_proxy_rules_iptables_total", values{"IPv4,nat": 40})
 	want("signalbox_sysctl_problem", values{})
 	want("signalbox_conntrack_unavailable", values{"": 0})
 
-	m.Serve("nftables", []proxier.Family{proxier.IPv4, proxier.IPv6})
+	m.Serve("nftables", []plan.Family{plan.IPv4, plan.IPv6})
 	loop(2, 1)
 	want("signalbox_mode_info", values{"nftables": 1})
 	want("signalbox_service_ports", values{})
@@ -242,10 +245,10 @@ func TestCountersGoOn(t *testing.T) {
 	want("kubeproxy_sync_proxy_rules_iptables_restore_failures_total", values{})
 	want("kubeproxy_sync_proxy_rules_nftables_sync_failures_total", values{"IPv4": 0, "IPv6": 0})
 	want("kubeproxy_sync_proxy_rules_service_changes_total", values{"": 7})
-	m.Synced(proxier.SyncReport{Family: proxier.IPv6, All: true, Current: true, Err: errors.New("no")})
+	m.Synced(syncer.SyncReport{Family: plan.IPv6, All: true, Current: true, Err: errors.New("no")})
 	want("kubeproxy_sync_full_proxy_rules_duration_seconds", values{"IPv4": 1, "IPv6": 1})
 
-	m.Serve("iptables", []proxier.Family{proxier.IPv4})
+	m.Serve("iptables", []plan.Family{plan.IPv4})
 	loop(3, 4)
 	want("signalbox_family_served", values{"IPv4": 1, "IPv6": 0})
 	want("kubeproxy_sync_proxy_rules_last_timestamp_seconds", values{})

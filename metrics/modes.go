@@ -5,7 +5,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"signalbox/proxier"
+	"signalbox/proxier/syncer"
 )
 
 // The modes whose series differ; the names are those of --mode.
@@ -83,7 +83,7 @@ func (s *modeSeries) begin(mode, family string) {
 	}
 }
 
-func (s *modeSeries) synced(mode, family string, r proxier.SyncReport) {
+func (s *modeSeries) synced(mode, family string, r syncer.SyncReport) {
 	switch mode {
 	case modeIPTables, modeNFTables:
 		kind := s.partialSyncDuration

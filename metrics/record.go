@@ -5,10 +5,12 @@ import (
 
 	"signalbox/conntrack"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 )
 
 // Synced records a sync. It has the form of LoopOptions.Synced.
-func (m *Metrics) Synced(r proxier.SyncReport) {
+func (m *Metrics) Synced(r syncer.SyncReport) {
 	family := r.Family.String()
 	m.countSync(family, r)
 	if r.Current {
@@ -33,7 +35,7 @@ func (m *Metrics) Synced(r proxier.SyncReport) {
 	}
 }
 
-func (m *Metrics) countSync(family string, r proxier.SyncReport) {
+func (m *Metrics) countSync(family string, r syncer.SyncReport) {
 	scope, result := "change", "success"
 	if r.All {
 		scope = "everything"
@@ -70,7 +72,7 @@ func (m *Metrics) FlowsScanned(s conntrack.Scan) {
 func (m *Metrics) ConntrackUnavailable() { m.own.conntrackUnavailable.WithLabelValues().Set(1) }
 
 // Problem counts a part of an object that cannot be served. It has the form of LoopOptions.Report.
-func (m *Metrics) Problem(p proxier.Problem) { m.own.problems.WithLabelValues(p.Kind).Inc() }
+func (m *Metrics) Problem(p plan.Problem) { m.own.problems.WithLabelValues(p.Kind).Inc() }
 
 // Healthz counts answers of /healthz by HTTP status.
 func (m *Metrics) Healthz(status int) {
@@ -115,12 +117,12 @@ func (m *Metrics) RouteSourcesLeftOut(n int) {
 }
 
 // Leftovers records whether rules of another service proxy may be in force.
-func (m *Metrics) Leftovers(family proxier.Family, present bool) {
+func (m *Metrics) Leftovers(family plan.Family, present bool) {
 	m.own.leftovers.WithLabelValues(family.String()).Set(oneIf(present))
 }
 
 // HealthChecks records how many Services have a healthCheckNodePort.
-func (m *Metrics) HealthChecks(family proxier.Family, services int) {
+func (m *Metrics) HealthChecks(family plan.Family, services int) {
 	m.own.healthChecks.WithLabelValues(family.String()).Set(float64(services))
 }
 

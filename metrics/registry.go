@@ -14,7 +14,9 @@ import (
 
 	"signalbox/internal/buildinfo"
 	"signalbox/internal/localhost"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
 	"signalbox/userspace"
 )
 
@@ -30,14 +32,14 @@ type Metrics struct {
 
 	// The arguments of the last Serve.
 	mode     string
-	families []proxier.Family
+	families []plan.Family
 
 	mu       sync.Mutex // guards what follows
-	progress func() proxier.Progress
+	progress func() syncer.Progress
 	// earlier are the changes that earlier Loops received.
 	earlier   struct{ services, slices uint64 }
-	relays    func() map[proxier.Family]userspace.Stats
-	localhost func() map[proxier.Family]localhost.Stats
+	relays    func() map[plan.Family]userspace.Stats
+	localhost func() map[plan.Family]localhost.Stats
 }
 
 // New returns the series of a process that serves nothing yet.
@@ -60,7 +62,7 @@ func New() *Metrics {
 // Serve sets the mode and its families from now on. Their counters begin at 0, so
 // that a dashboard sees the first increase, or continue. Gauges of a family or mode
 // that is no longer served disappear. No sync may run meanwhile.
-func (m *Metrics) Serve(mode string, families []proxier.Family) {
+func (m *Metrics) Serve(mode string, families []plan.Family) {
 	for _, old := range m.families {
 		if mode != m.mode || !slices.Contains(families, old) {
 			m.forget(old)
@@ -75,7 +77,7 @@ func (m *Metrics) Serve(mode string, families []proxier.Family) {
 		g.WithLabelValues().Set(0)
 	}
 	m.own.modeInfo.WithLabelValues(mode).Set(1)
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		m.own.familyServed.WithLabelValues(family.String()).Set(oneIf(slices.Contains(families, family)))
 	}
 	for _, family := range families {
@@ -85,7 +87,7 @@ func (m *Metrics) Serve(mode string, families []proxier.Family) {
 
 // forget deletes the gauges of a family that is no longer served, or was served
 // by another mode.
-func (m *Metrics) forget(family proxier.Family) {
+func (m *Metrics) forget(family plan.Family) {
 	of := prometheus.Labels{ipFamily: family.String()}
 	for _, g := range []*prometheus.GaugeVec{
 		m.compatible.lastTimestamp, m.compatible.noLocalEndpoints, m.modes.iptablesTotal, m.modes.iptablesLast,
@@ -119,7 +121,7 @@ func (m *Metrics) KubernetesVersion(release string) {
 
 // ReadProgress makes each scrape read the progress of a Loop. The Loop before it
 // has ended.
-func (m *Metrics) ReadProgress(progress func() proxier.Progress) {
+func (m *Metrics) ReadProgress(progress func() syncer.Progress) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.progress != nil {
@@ -131,14 +133,14 @@ func (m *Metrics) ReadProgress(progress func() proxier.Progress) {
 }
 
 // ReadRelays makes each scrape read what the relays of this process did, by family.
-func (m *Metrics) ReadRelays(stats func() map[proxier.Family]userspace.Stats) {
+func (m *Metrics) ReadRelays(stats func() map[plan.Family]userspace.Stats) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.relays = stats
 }
 
 // ReadLocalhost makes each scrape read what serves NodePorts on loopback, by family.
-func (m *Metrics) ReadLocalhost(stats func() map[proxier.Family]localhost.Stats) {
+func (m *Metrics) ReadLocalhost(stats func() map[plan.Family]localhost.Stats) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.localhost = stats

@@ -7,7 +7,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"signalbox/internal/localhost"
-	"signalbox/proxier"
+
+	"signalbox/proxier/syncer"
 	"signalbox/userspace"
 )
 
@@ -30,15 +31,15 @@ func (r reading[T]) send(ch chan<- prometheus.Metric, from T, labels ...string) 
 	ch <- prometheus.MustNewConstMetric(r.desc, r.kind, r.value(from), labels...)
 }
 
-var progressReadings = []reading[proxier.Progress]{
+var progressReadings = []reading[syncer.Progress]{
 	counterOf(kubeproxy, "sync_proxy_rules_service_changes_total", "Additions, changes and deletions of Services that came in.",
-		func(p proxier.Progress) float64 { return float64(p.Services.Total) }),
+		func(p syncer.Progress) float64 { return float64(p.Services.Total) }),
 	gaugeOf(kubeproxy, "sync_proxy_rules_service_changes_pending", "Changes of Services that no sync has written yet.",
-		func(p proxier.Progress) float64 { return float64(p.Services.Pending) }),
+		func(p syncer.Progress) float64 { return float64(p.Services.Pending) }),
 	counterOf(kubeproxy, "sync_proxy_rules_endpoint_changes_total", "Additions, changes and deletions of EndpointSlices that came in.",
-		func(p proxier.Progress) float64 { return float64(p.EndpointSlices.Total) }),
+		func(p syncer.Progress) float64 { return float64(p.EndpointSlices.Total) }),
 	gaugeOf(kubeproxy, "sync_proxy_rules_endpoint_changes_pending", "Changes of EndpointSlices that no sync has written yet.",
-		func(p proxier.Progress) float64 { return float64(p.EndpointSlices.Pending) }),
+		func(p syncer.Progress) float64 { return float64(p.EndpointSlices.Pending) }),
 }
 
 var (
@@ -117,7 +118,7 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-func (m *Metrics) collectProgress(ch chan<- prometheus.Metric, p proxier.Progress) {
+func (m *Metrics) collectProgress(ch chan<- prometheus.Metric, p syncer.Progress) {
 	p.Services.Total += m.earlier.services
 	p.EndpointSlices.Total += m.earlier.slices
 	for _, r := range progressReadings {

@@ -12,6 +12,7 @@ import (
 	"signalbox/ipvs"
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 	"signalbox/userspace"
 )
 
@@ -23,7 +24,7 @@ type Mode struct {
 	Automatic bool
 	// Supported says why the mode cannot serve a family on this machine, or
 	// returns nil. The error is a *proxier.UnsupportedError.
-	Supported func(proxier.Family) error
+	Supported func(plan.Family) error
 	// New makes the mode work in the network namespace of the calling thread.
 	New func(proxier.Options) (proxier.Proxier, error)
 	// Init does beforehand what New's Proxier needs more than CAP_NET_ADMIN
@@ -32,10 +33,10 @@ type Mode struct {
 	Init func(o proxier.Options, localhost bool) error
 	// Render writes what New's Proxier would put into the kernel for a plan,
 	// in the words in which the kernel's own tool for it lists rules.
-	Render func(proxier.Options, *proxier.Plan) (string, error)
+	Render func(proxier.Options, *plan.Plan) (string, error)
 	// Cleanup removes everything that the mode ever put into the kernel, and says
 	// whether anything was there that went, also where it fails for the rest.
-	Cleanup func(proxier.Family) (removed bool, err error)
+	Cleanup func(plan.Family) (removed bool, err error)
 	// FullAffinityLists counts the endpoints for which the kernel keeps no more
 	// clients with session affinity; nil where nothing bounds these.
 	FullAffinityLists func() (int, error)
@@ -48,7 +49,7 @@ var All = []Mode{
 		Automatic: true,
 		Supported: nftables.Supported,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
-		Render:    func(o proxier.Options, p *proxier.Plan) (string, error) { return nftables.Render(o, p), nil },
+		Render:    func(o proxier.Options, p *plan.Plan) (string, error) { return nftables.Render(o, p), nil },
 		Cleanup:   nftables.Cleanup,
 	},
 	{
@@ -67,7 +68,7 @@ var All = []Mode{
 		Supported: ipvs.Supported,
 		New:       func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
 		Init:      func(o proxier.Options, _ bool) error { return ipvs.Init(o) },
-		Render:    func(o proxier.Options, p *proxier.Plan) (string, error) { return ipvs.Render(o, p), nil },
+		Render:    func(o proxier.Options, p *plan.Plan) (string, error) { return ipvs.Render(o, p), nil },
 		Cleanup:   ipvs.Cleanup,
 	},
 	{
@@ -95,7 +96,7 @@ func Named(name string) (Mode, error) {
 // Choice is a mode and the families that it can serve on this machine.
 type Choice struct {
 	Mode     Mode
-	Families []proxier.Family
+	Families []plan.Family
 	// Lost says for each wanted family that cannot be served why not.
 	Lost []error
 }
@@ -112,7 +113,7 @@ func candidates(name string) ([]Mode, error) {
 // Choose returns the named mode, or for "auto" the first automatic one that can
 // serve all of the wanted families, else the first that can serve one of them.
 // The error names what every candidate lacks.
-func Choose(name string, wanted []proxier.Family) (Choice, error) {
+func Choose(name string, wanted []plan.Family) (Choice, error) {
 	list, err := candidates(name)
 	if err != nil {
 		return Choice{}, err

@@ -7,7 +7,7 @@ import (
 
 	nft "github.com/google/nftables"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // legacy is a table that an earlier Proxier left, or this one. When it is
@@ -78,18 +78,18 @@ func (w *wire) clear(old *legacy) {
 }
 
 // frontendOf reads a key of a map by frontend or node port.
-func frontendOf(f *family, fields []fieldType, key []byte) proxier.FrontendKey {
-	var k proxier.FrontendKey
+func frontendOf(f *family, fields []fieldType, key []byte) plan.FrontendKey {
+	var k plan.FrontendKey
 	for _, field := range fields {
 		n := field.size(f)
 		if len(key) < n {
-			return proxier.FrontendKey{}
+			return plan.FrontendKey{}
 		}
 		switch field {
 		case addrField:
 			k.Addr, _ = netip.AddrFromSlice(key[:n])
 		case protoField:
-			k.Protocol = proxier.Protocol(key[0])
+			k.Protocol = plan.Protocol(key[0])
 		case portField:
 			k.Port = binary.BigEndian.Uint16(key)
 		}

@@ -8,22 +8,22 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // sticky is a lab with one Service port that has affinity, at a cluster IP and
 // a node port.
 type sticky struct {
 	*lab
-	plan     *proxier.Plan
+	plan     *plan.Plan
 	proxier  *Proxier
-	proto    proxier.Protocol
+	proto    plan.Protocol
 	timeout  time.Duration
 	cluster  netip.AddrPort
 	nodePort netip.AddrPort
 }
 
-func newSticky(l *lab, proto proxier.Protocol, timeout time.Duration, pods ...int) *sticky {
+func newSticky(l *lab, proto plan.Protocol, timeout time.Duration, pods ...int) *sticky {
 	s := &sticky{lab: l, plan: l.plan(), proto: proto, timeout: timeout,
 		cluster: netip.AddrPortFrom(l.vip(1), 80), nodePort: netip.AddrPortFrom(l.client.nodeAddr, 30001)}
 	s.fill(l.set(pods...), nil)
@@ -33,20 +33,20 @@ func newSticky(l *lab, proto proxier.Protocol, timeout time.Duration, pods ...in
 
 // fill puts the Service port into the plan; the node port's external set is
 // another where given.
-func (s *sticky) fill(all, external *proxier.EndpointSet) proxier.ServicePortName {
+func (s *sticky) fill(all, external *plan.EndpointSet) plan.ServicePortName {
 	if external == nil {
 		external = all
 	}
 	return put(s.plan, "web", s.proto, s.timeout,
-		proxier.Frontend{Addr: s.cluster.Addr(), Port: 80, Internal: all, External: all},
-		proxier.Frontend{Kind: proxier.NodePort, Port: 30001, Internal: all, External: external})
+		plan.Frontend{Addr: s.cluster.Addr(), Port: 80, Internal: all, External: all},
+		plan.Frontend{Kind: plan.NodePort, Port: 30001, Internal: all, External: external})
 }
 
 // become syncs the Service port with other endpoints.
-func (s *sticky) become(all, external *proxier.EndpointSet) {
+func (s *sticky) become(all, external *plan.EndpointSet) {
 	s.t.Helper()
 	name := s.fill(all, external)
-	s.must(s.proxier.Sync(context.Background(), s.plan, proxier.Change{Services: []proxier.ServicePortName{name}}))
+	s.must(s.proxier.Sync(context.Background(), s.plan, plan.Change{Services: []plan.ServicePortName{name}}))
 }
 
 // clients lists the client's addresses.
@@ -130,7 +130,7 @@ func followEndpoints(s *sticky) {
 // then on wherever it is allowed.
 func TestAffinityAcrossSets(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
-		s := newSticky(l, proxier.TCP, time.Hour, 1)
+		s := newSticky(l, plan.TCP, time.Hour, 1)
 		s.become(s.set(3, 4), nil)
 		s.homes(s.cluster) // now at pod3 or pod4
 		s.become(s.set(1, 2, 3, 4), s.set(1, 2))
@@ -150,8 +150,8 @@ func TestAffinityAcrossSets(t *testing.T) {
 
 // TestAffinityRace: connections of one client that come at the same time agree.
 func TestAffinityRace(t *testing.T) {
-	l := newLab(t, proxier.IPv4)
-	s := newSticky(l, proxier.TCP, time.Hour, 1, 2, 3, 4)
+	l := newLab(t, plan.IPv4)
+	s := newSticky(l, plan.TCP, time.Hour, 1, 2, 3, 4)
 	for _, c := range s.clients() {
 		var all sync.WaitGroup
 		answers := make([]answer, 16)
@@ -177,7 +177,7 @@ func TestAffinityRace(t *testing.T) {
 // connection, not its first.
 func TestAffinityEnds(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
-		s := newSticky(l, proxier.TCP, 100*time.Second, 1, 2, 3, 4)
+		s := newSticky(l, plan.TCP, 100*time.Second, 1, 2, 3, 4)
 		remembered := func() (left []time.Duration) {
 			elements, err := s.proxier.wire.conn.GetSetElements(s.proxier.wire.sets[affinity])
 			l.must(err)
@@ -213,12 +213,12 @@ func TestAffinityEnds(t *testing.T) {
 // TestLargeAffinity: a Service port that outgrows a small block of numbers, and
 // shrinks again, stays sticky.
 func TestLargeAffinity(t *testing.T) {
-	l := newLab(t, proxier.IPv4)
-	s := newSticky(l, proxier.TCP, time.Hour, 1, 2, 3, 4)
+	l := newLab(t, plan.IPv4)
+	s := newSticky(l, plan.TCP, time.Hour, 1, 2, 3, 4)
 	before := s.homes(s.cluster)
 	crowd := l.set(1, 2, 3, 4)
 	for i := range 2000 {
-		crowd.Endpoints = append(crowd.Endpoints, proxier.Endpoint{
+		crowd.Endpoints = append(crowd.Endpoints, plan.Endpoint{
 			AddrPort: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 9, byte(i >> 8), byte(i)}), podPort)})
 	}
 	s.become(crowd, nil)
@@ -237,19 +237,19 @@ func TestLargeAffinity(t *testing.T) {
 // and would be numbered first.
 func TestAffinityOutlivesTheProcess(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
-		s := newSticky(l, proxier.TCP, time.Hour, 2, 3, 4)
+		s := newSticky(l, plan.TCP, time.Hour, 2, 3, 4)
 		before := s.homes(s.cluster)
 		for round := range 3 {
 			s.proxier.Close()
 			for _, name := range []string{"a", "b"} {
 				set := l.set(1)
-				put(s.plan, fmt.Sprintf("%s-%d", name, round), proxier.TCP, time.Minute, proxier.Frontend{
+				put(s.plan, fmt.Sprintf("%s-%d", name, round), plan.TCP, time.Minute, plan.Frontend{
 					Addr: l.vip(50 + round*2 + int(name[0]-'a')), Port: 80, Internal: set, External: set})
 			}
 			s.fill(l.set(1, 2, 3, 4), nil)
 			s.proxier = l.synced(s.plan)
 			// The same process writes everything anew too.
-			l.must(s.proxier.Sync(context.Background(), s.plan, proxier.Change{All: true}))
+			l.must(s.proxier.Sync(context.Background(), s.plan, plan.Change{All: true}))
 			compareKernel(t, s.proxier, s.plan.Node)
 			for c, home := range s.homes(s.cluster, s.nodePort) {
 				if home != before[c] {
@@ -270,12 +270,12 @@ func TestForeignTable(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inNamespace(t)
 			runNft(t, "-f", "-", table)
-			plan := examplePlan(proxier.IPv4)
-			p := newProxier(t, proxier.IPv4)
-			if err := p.Sync(context.Background(), plan, proxier.Change{}); err != nil {
+			desired := examplePlan(plan.IPv4)
+			p := newProxier(t, plan.IPv4)
+			if err := p.Sync(context.Background(), desired, plan.Change{}); err != nil {
 				t.Fatal(err)
 			}
-			compareKernel(t, p, plan.Node)
+			compareKernel(t, p, desired.Node)
 		})
 	}
 }

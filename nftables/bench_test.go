@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // fleetSizes are the sizes of the fleets that are measured, in Services.
@@ -21,27 +21,27 @@ var fleetSizes = []int{1000, 10_000, 50_000}
 
 // eachFleet runs a benchmark over fleets with 10 endpoints per Service and,
 // at the middle size, with 5 to 10.
-func eachFleet(b *testing.B, run func(b *testing.B, plan *proxier.Plan)) {
+func eachFleet(b *testing.B, run func(b *testing.B, plan *plan.Plan)) {
 	for _, n := range fleetSizes {
-		b.Run(fmt.Sprintf("%dx10", n), func(b *testing.B) { run(b, proxiertest.Fleet(proxier.IPv4, n, 10)) })
+		b.Run(fmt.Sprintf("%dx10", n), func(b *testing.B) { run(b, conformance.Fleet(plan.IPv4, n, 10)) })
 	}
 	b.Run("10000x5-10", func(b *testing.B) { run(b, mixedFleet(10_000)) })
 }
 
 // mixedFleet has 5 to 10 endpoints per Service.
-func mixedFleet(services int) *proxier.Plan {
-	plan := proxiertest.Fleet(proxier.IPv4, services, 10)
-	plan.Services = make(map[proxier.ServicePortName]*proxier.ServicePort, services)
+func mixedFleet(services int) *plan.Plan {
+	desired := conformance.Fleet(plan.IPv4, services, 10)
+	desired.Services = make(map[plan.ServicePortName]*plan.ServicePort, services)
 	for i := range services {
-		sp := proxiertest.FleetService(proxier.IPv4, i, i*10, 5+i%6)
-		plan.Services[sp.Name] = sp
+		sp := conformance.FleetService(plan.IPv4, i, i*10, 5+i%6)
+		desired.Services[sp.Name] = sp
 	}
-	return plan
+	return desired
 }
 
 // BenchmarkCompile makes all elements of a plan, without a kernel.
 func BenchmarkCompile(b *testing.B) {
-	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
+	eachFleet(b, func(b *testing.B, plan *plan.Plan) {
 		b.ReportAllocs()
 		elements := 0
 		for b.Loop() {
@@ -58,17 +58,17 @@ func BenchmarkCompile(b *testing.B) {
 
 // BenchmarkSyncCold writes a whole plan into a kernel that has no table.
 func BenchmarkSyncCold(b *testing.B) {
-	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
+	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
 		inNamespace(b)
 		forgetPeak(b)
 		for b.Loop() {
 			b.StopTimer()
-			if _, err := Cleanup(plan.Family); err != nil {
+			if _, err := Cleanup(desired.Family); err != nil {
 				b.Fatal(err)
 			}
 			b.StartTimer()
-			p := newProxier(b, plan.Family)
-			if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+			p := newProxier(b, desired.Family)
+			if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 				b.Fatal(err)
 			}
 			b.StopTimer()
@@ -83,19 +83,19 @@ func BenchmarkSyncCold(b *testing.B) {
 // restarted process does; every Service has affinity, so all numbers are read
 // back first.
 func BenchmarkSyncAgain(b *testing.B) {
-	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
+	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
 		inNamespace(b)
-		for _, sp := range plan.Services {
+		for _, sp := range desired.Services {
 			sp.AffinityTimeout = 3 * time.Hour
 		}
-		p := newProxier(b, plan.Family)
-		if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+		p := newProxier(b, desired.Family)
+		if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 			b.Fatal(err)
 		}
 		forgetPeak(b)
 		for b.Loop() {
-			again := newProxier(b, plan.Family)
-			err := onAnyThread(func() error { return again.Sync(context.Background(), plan, proxier.Change{All: true}) })
+			again := newProxier(b, desired.Family)
+			err := onAnyThread(func() error { return again.Sync(context.Background(), desired, plan.Change{All: true}) })
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -107,9 +107,9 @@ func BenchmarkSyncAgain(b *testing.B) {
 // BenchmarkSyncOne writes the change of one Service: one of its ten endpoints
 // is replaced by another.
 func BenchmarkSyncOne(b *testing.B) {
-	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
-		benchmarkChange(b, plan, func(round int) *proxier.ServicePort {
-			return proxiertest.FleetService(plan.Family, 500, 5000+round%2, 10)
+	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
+		benchmarkChange(b, desired, func(round int) *plan.ServicePort {
+			return conformance.FleetService(desired.Family, 500, 5000+round%2, 10)
 		})
 	})
 }
@@ -117,22 +117,22 @@ func BenchmarkSyncOne(b *testing.B) {
 // BenchmarkSyncScale writes the change of one Service that gets one endpoint
 // more or less, and so another chain.
 func BenchmarkSyncScale(b *testing.B) {
-	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
-		benchmarkChange(b, plan, func(round int) *proxier.ServicePort {
-			return proxiertest.FleetService(plan.Family, 500, 5000, 10+round%2)
+	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
+		benchmarkChange(b, desired, func(round int) *plan.ServicePort {
+			return conformance.FleetService(desired.Family, 500, 5000, 10+round%2)
 		})
 	})
 }
 
 // BenchmarkSyncNew adds one Service or removes it.
 func BenchmarkSyncNew(b *testing.B) {
-	eachFleet(b, func(b *testing.B, plan *proxier.Plan) {
-		sp := proxiertest.FleetService(plan.Family, 60_000, 600_000, 10)
-		benchmarkChange(b, plan, func(round int) *proxier.ServicePort {
+	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
+		sp := conformance.FleetService(desired.Family, 60_000, 600_000, 10)
+		benchmarkChange(b, desired, func(round int) *plan.ServicePort {
 			if round%2 == 0 {
 				return sp
 			}
-			return &proxier.ServicePort{Name: sp.Name}
+			return &plan.ServicePort{Name: sp.Name}
 		})
 	})
 }
@@ -142,12 +142,12 @@ func BenchmarkSyncNew(b *testing.B) {
 func BenchmarkSyncSources(b *testing.B) {
 	for _, n := range []int{100, 1000, 10_000} {
 		b.Run(fmt.Sprintf("%dx10", n), func(b *testing.B) {
-			plan := proxiertest.Fleet(proxier.IPv4, n, 10)
-			for _, sp := range plan.Services {
+			desired := conformance.Fleet(plan.IPv4, n, 10)
+			for _, sp := range desired.Services {
 				sp.Frontends[0].Sources = fleetSources(0)
 			}
-			benchmarkChange(b, plan, func(round int) *proxier.ServicePort {
-				sp := proxiertest.FleetService(plan.Family, 50, 500+round%2, 10)
+			benchmarkChange(b, desired, func(round int) *plan.ServicePort {
+				sp := conformance.FleetService(desired.Family, 50, 500+round%2, 10)
 				sp.Frontends[0].Sources = fleetSources(round % 2)
 				return sp
 			})
@@ -161,11 +161,11 @@ func fleetSources(n int) []netip.Prefix {
 
 // benchmarkChange measures Syncs of one Service port; one without frontends is
 // removed.
-func benchmarkChange(b *testing.B, plan *proxier.Plan, next func(round int) *proxier.ServicePort) {
+func benchmarkChange(b *testing.B, desired *plan.Plan, next func(round int) *plan.ServicePort) {
 	inNamespace(b)
-	p := newProxier(b, plan.Family)
-	plan = &proxier.Plan{Family: plan.Family, Node: plan.Node, Services: maps.Clone(plan.Services)}
-	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+	p := newProxier(b, desired.Family)
+	desired = &plan.Plan{Family: desired.Family, Node: desired.Node, Services: maps.Clone(desired.Services)}
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		b.Fatal(err)
 	}
 	b.ReportAllocs()
@@ -174,12 +174,12 @@ func benchmarkChange(b *testing.B, plan *proxier.Plan, next func(round int) *pro
 	for b.Loop() {
 		sp := next(round)
 		round++
-		plan.Services[sp.Name] = sp
+		desired.Services[sp.Name] = sp
 		if len(sp.Frontends) == 0 {
-			delete(plan.Services, sp.Name)
+			delete(desired.Services, sp.Name)
 		}
-		change := proxier.Change{Services: []proxier.ServicePortName{sp.Name}}
-		if err := p.Sync(context.Background(), plan, change); err != nil {
+		change := plan.Change{Services: []plan.ServicePortName{sp.Name}}
+		if err := p.Sync(context.Background(), desired, change); err != nil {
 			b.Fatal(err)
 		}
 	}

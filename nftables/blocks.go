@@ -10,7 +10,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // This file names what other modes share that keep a table of their own in
@@ -80,7 +80,7 @@ func NewRule(statements ...Statement) Rule { return newRule(statements...) }
 func (r rule) Because(comment string) Rule { return r.because(comment) }
 
 // FamilyOf returns the differences of a family.
-func FamilyOf(f proxier.Family) *IPFamily { return familyOf(f) }
+func FamilyOf(f plan.Family) *IPFamily { return familyOf(f) }
 
 // Word is nft's name of the family: ip or ip6.
 func (f *family) Word() string { return f.word }
@@ -198,7 +198,7 @@ func TransparentSocket() Statement {
 }
 
 // ProtocolIs matches packets of a transport protocol.
-func ProtocolIs(p proxier.Protocol) Statement {
+func ProtocolIs(p plan.Protocol) Statement {
 	return statement{"meta l4proto " + p.String(), append(l4proto.load(0),
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: []byte{byte(p)}})}
 }
@@ -235,11 +235,11 @@ func (e *element) Bytes() (key, data string) { return e.key, e.data }
 
 // FrontendBytes is the key of a map by address . protocol . port, or, for a
 // node port, by protocol . port.
-func FrontendBytes(k proxier.FrontendKey) string { return frontendBytes(k) }
+func FrontendBytes(k plan.FrontendKey) string { return frontendBytes(k) }
 
 // FrontendOfBytes reads what FrontendBytes writes; byNodePort says that there is
 // no address in it.
-func FrontendOfBytes(f *IPFamily, key []byte, byNodePort bool) proxier.FrontendKey {
+func FrontendOfBytes(f *IPFamily, key []byte, byNodePort bool) plan.FrontendKey {
 	if byNodePort {
 		return frontendOf(f, nodePortKey, key)
 	}

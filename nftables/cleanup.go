@@ -8,7 +8,7 @@ import (
 	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // kubeProxyTable is the table of kube-proxy's nftables mode.
@@ -16,15 +16,15 @@ const kubeProxyTable = "kube-proxy"
 
 // Cleanup removes this mode's table of the family, and nothing else. It is no
 // error if there is none, and then nothing is written and removed is false.
-func Cleanup(f proxier.Family) (removed bool, err error) { return removeTable(f, tableName) }
+func Cleanup(f plan.Family) (removed bool, err error) { return removeTable(f, tableName) }
 
 // CleanupKubeProxy removes the table of kube-proxy's nftables mode likewise.
-func CleanupKubeProxy(f proxier.Family) (removed bool, err error) {
+func CleanupKubeProxy(f plan.Family) (removed bool, err error) {
 	return removeTable(f, kubeProxyTable)
 }
 
 // HasChain says whether a table of other software has a chain.
-func HasChain(f proxier.Family, table, chain string) (bool, error) {
+func HasChain(f plan.Family, table, chain string) (bool, error) {
 	w, err := dial(familyOf(f), table)
 	if err != nil {
 		return false, err
@@ -37,7 +37,7 @@ func HasChain(f proxier.Family, table, chain string) (bool, error) {
 	return slices.ContainsFunc(chains, func(c *nft.Chain) bool { return c.Table.Name == table && c.Name == chain }), nil
 }
 
-func removeTable(f proxier.Family, name string) (removed bool, err error) {
+func removeTable(f plan.Family, name string) (removed bool, err error) {
 	w, err := dial(familyOf(f), name)
 	if err != nil {
 		return false, err
@@ -55,7 +55,7 @@ func removeTable(f proxier.Family, name string) (removed bool, err error) {
 }
 
 // HasKubeProxy says whether there is a table of kube-proxy's nftables mode.
-func HasKubeProxy(f proxier.Family) bool {
+func HasKubeProxy(f plan.Family) bool {
 	w, err := dial(familyOf(f), kubeProxyTable)
 	if err != nil {
 		return false

@@ -5,13 +5,13 @@ import (
 	"strings"
 	"testing"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // generation is the kernel's count of transactions.
 func generation(t *testing.T) uint32 {
 	t.Helper()
-	w, err := dial(familyOf(proxier.IPv4), tableName)
+	w, err := dial(familyOf(plan.IPv4), tableName)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,13 +44,13 @@ table ip filter { chain DOCKER { counter; }; }
 `
 	nftText(t, foreign, "-f", "-")
 	before := nftText(t, "", "list", "ruleset")
-	for _, f := range proxier.Families {
-		if err := newProxier(t, f).Sync(t.Context(), &proxier.Plan{Family: f}, proxier.Change{All: true}); err != nil {
+	for _, f := range plan.Families {
+		if err := newProxier(t, f).Sync(t.Context(), &plan.Plan{Family: f}, plan.Change{All: true}); err != nil {
 			t.Fatal(err)
 		}
 		nftText(t, "table "+familyOf(f).word+" kube-proxy { chain services { }; }", "-f", "-")
 	}
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		if removed, err := Cleanup(f); err != nil || !removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
@@ -58,7 +58,7 @@ table ip filter { chain DOCKER { counter; }; }
 	if text := nftText(t, "", "list", "tables"); strings.Contains(text, "signalbox") || strings.Count(text, "kube-proxy\n") != 3 {
 		t.Errorf("Cleanup leaves\n%s", text)
 	}
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		if _, err := CleanupKubeProxy(f); err != nil {
 			t.Fatal(err)
 		}
@@ -67,7 +67,7 @@ table ip filter { chain DOCKER { counter; }; }
 		t.Errorf("left is\n%s\nwant\n%s", after, before)
 	}
 	gen := generation(t)
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		if removed, err := Cleanup(f); err != nil || removed {
 			t.Errorf("something of ours was removed: %v, %v", removed, err)
 		}

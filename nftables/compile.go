@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"strings"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // compile hands every element that the record stands for to emit. Elements of
@@ -40,7 +40,7 @@ var (
 	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, refusedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
 )
 
-func (f *family) compileFrontend(r *record, fe *proxier.Frontend, comment string, emit func(element)) {
+func (f *family) compileFrontend(r *record, fe *plan.Frontend, comment string, emit func(element)) {
 	sets := addressedSets
 	if !fe.Addr.IsValid() {
 		sets = nodePortSets
@@ -54,7 +54,7 @@ func (f *family) compileFrontend(r *record, fe *proxier.Frontend, comment string
 	emit(element{set: sets.masquerade, key: key, data: idDatumBytes(uint32(fe.Masquerade))})
 	if external == noSet || internal == noSet {
 		emit(element{set: sets.refused, key: key, comment: comment})
-		if fe.WhenEmpty == proxier.Drop {
+		if fe.WhenEmpty == plan.Drop {
 			emit(element{set: sets.dropped, key: key})
 		}
 	}
@@ -65,7 +65,7 @@ func (f *family) compileFrontend(r *record, fe *proxier.Frontend, comment string
 				key: key + string(p.Addr().AsSlice()), end: key + string(lastAddr(p).AsSlice())})
 		}
 	}
-	if fe.Kind == proxier.ClusterIP && fe.Addr.IsValid() {
+	if fe.Kind == plan.ClusterIP && fe.Addr.IsValid() {
 		emit(element{set: clusterIPs, key: string(fe.Addr.AsSlice())})
 	}
 }
@@ -116,7 +116,7 @@ func (r ruleset) nodePortAddrs() []netip.Addr {
 	return addrs
 }
 
-func frontendBytes(k proxier.FrontendKey) string {
+func frontendBytes(k plan.FrontendKey) string {
 	b := make([]byte, 0, 24)
 	if k.Addr.IsValid() {
 		b = appendAddr(b, k.Addr)

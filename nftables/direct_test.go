@@ -10,8 +10,8 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // BenchmarkDirect measures connections that use no Service, on a node that serves
@@ -19,16 +19,16 @@ import (
 // whose table has the same hooks and no rules for packets to meet; connections to the
 // two take turns.
 func BenchmarkDirect(b *testing.B) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		for _, way := range directWays {
 			b.Run(f.String()+"/"+way.name, func(b *testing.B) {
 				empty, serving := newLab(b, f), newLab(b, f)
 				empty.hookOnly()
-				plan := proxiertest.Fleet(f, 10_000, 1)
-				plan.Node.NodePortAddrs = serving.plan().Node.NodePortAddrs
+				desired := conformance.Fleet(f, 10_000, 1)
+				desired.Node.NodePortAddrs = serving.plan().Node.NodePortAddrs
 				serving.must(netns.Set(serving.node))
 				p := newProxier(b, f)
-				serving.must(p.Sync(context.Background(), plan, proxier.Change{All: true}))
+				serving.must(p.Sync(context.Background(), desired, plan.Change{All: true}))
 				var times [2][]time.Duration
 				for b.Loop() {
 					for i, l := range []*lab{empty, serving} {

@@ -9,7 +9,7 @@ import (
 	nft "github.com/google/nftables"
 	"github.com/google/nftables/expr"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // element is one element of a set or map, as the bytes that the kernel keeps.
@@ -130,7 +130,7 @@ func (t fieldType) size(f *family) int {
 func (t fieldType) text(s string) string {
 	switch t {
 	case protoField:
-		return proxier.Protocol(s[0]).String()
+		return plan.Protocol(s[0]).String()
 	case portField:
 		return fmt.Sprint(binary.BigEndian.Uint16([]byte(s)))
 	case idField:

@@ -9,7 +9,7 @@ import (
 	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // tableName is not kube-proxy's, so that a takeover can write this table first
@@ -18,7 +18,7 @@ const tableName = "signalbox"
 
 // family holds what differs between the two IP families in rules.
 type family struct {
-	proxier.Family
+	plan.Family
 	word          string // nft's name of the table family and of the header
 	addrLen       int    // bytes of an address
 	saddrOff      uint32 // offset of the source address in the header
@@ -29,8 +29,8 @@ type family struct {
 	rejectUnreach uint8 // ICMP code of "port unreachable"
 }
 
-func familyOf(f proxier.Family) *family {
-	if f == proxier.IPv6 {
+func familyOf(f plan.Family) *family {
+	if f == plan.IPv6 {
 		return &family{
 			Family: f, word: "ip6", addrLen: 16, saddrOff: 8, daddrOff: 24,
 			table: nft.TableFamilyIPv6, addrType: nft.TypeIP6Addr,
@@ -64,14 +64,14 @@ func appendPort(b []byte, port uint16) []byte {
 	return append(binary.BigEndian.AppendUint16(b, port), 0, 0)
 }
 
-func appendProto(b []byte, p proxier.Protocol) []byte { return append(b, byte(p), 0, 0, 0) }
+func appendProto(b []byte, p plan.Protocol) []byte { return append(b, byte(p), 0, 0, 0) }
 
 // appendID appends a value that the kernel holds in the machine's byte order:
 // an id or a slot.
 func appendID(b []byte, id uint32) []byte { return binary.NativeEndian.AppendUint32(b, id) }
 
 // ValidateNode refuses facts that could not be written as rules.
-func (f *family) ValidateNode(n proxier.Node) error {
+func (f *family) ValidateNode(n plan.Node) error {
 	for _, p := range slices.Concat(n.LocalPods.Prefixes, n.OwnPods, n.ServiceCIDRs) {
 		if !p.IsValid() || !f.holds(p.Addr()) {
 			return fmt.Errorf("node: prefix %s is not of %s", p, f.Family)

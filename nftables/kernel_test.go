@@ -7,6 +7,7 @@ import (
 	"github.com/vishvananda/netns"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // inNamespace moves the test to a network namespace of its own until it ends.
@@ -24,7 +25,7 @@ func inNamespace(tb testing.TB) netns.NsHandle {
 
 var testOptions = proxier.Options{MasqueradeMark: proxier.DefaultMasqueradeMark}
 
-func newProxier(tb testing.TB, f proxier.Family) *Proxier {
+func newProxier(tb testing.TB, f plan.Family) *Proxier {
 	tb.Helper()
 	opts := testOptions
 	opts.Family = f

@@ -19,14 +19,14 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // lab is a node (the test's own namespace) with four Pods, a client outside and
 // a default route, each on a link of its own.
 type lab struct {
 	t      testing.TB
-	family proxier.Family
+	family plan.Family
 	node   netns.NsHandle
 	pods   []*peer
 	client *peer
@@ -46,10 +46,10 @@ const podPort = 8080
 // clientAddrs is how many addresses the client has, from client.addr on.
 const clientAddrs = 8
 
-func newLab(t testing.TB, f proxier.Family) *lab {
+func newLab(t testing.TB, f plan.Family) *lab {
 	l := &lab{t: t, family: f, node: inNamespace(t)}
 	forwarding := "/proc/sys/net/ipv4/ip_forward"
-	if f == proxier.IPv6 {
+	if f == plan.IPv6 {
 		forwarding = "/proc/sys/net/ipv6/conf/all/forwarding"
 	}
 	if err := os.WriteFile(forwarding, []byte("1"), 0o644); err != nil {
@@ -97,7 +97,7 @@ func (l *lab) settle() {
 
 // eachFamily runs a test in a lab of each family.
 func eachFamily(t *testing.T, test func(t *testing.T, l *lab)) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) { test(t, newLab(t, f)) })
 	}
 }
@@ -117,7 +117,7 @@ func (l *lab) link(name string) netlink.Link {
 
 // addr is host number host on link number net.
 func (l *lab) addr(net, host int) netip.Addr {
-	if l.family == proxier.IPv6 {
+	if l.family == plan.IPv6 {
 		return netip.MustParseAddr(fmt.Sprintf("fd00:0:0:%x::%x", net, host))
 	}
 	return netip.MustParseAddr(fmt.Sprintf("10.0.%d.%d", net, host))
@@ -125,7 +125,7 @@ func (l *lab) addr(net, host int) netip.Addr {
 
 // podPrefix holds the Pods' links and not the client's.
 func (l *lab) podPrefix() netip.Prefix {
-	if l.family == proxier.IPv6 {
+	if l.family == plan.IPv6 {
 		return netip.PrefixFrom(l.addr(0, 0), 60)
 	}
 	return netip.PrefixFrom(l.addr(0, 0), 20)
@@ -133,14 +133,14 @@ func (l *lab) podPrefix() netip.Prefix {
 
 // vip is a virtual address outside of all links.
 func (l *lab) vip(n int) netip.Addr {
-	if l.family == proxier.IPv6 {
+	if l.family == plan.IPv6 {
 		return netip.MustParseAddr(fmt.Sprintf("fd00:96::%x", n))
 	}
 	return netip.MustParseAddr(fmt.Sprintf("172.30.0.%d", n))
 }
 
 func (l *lab) vips() netip.Prefix {
-	if l.family == proxier.IPv6 {
+	if l.family == plan.IPv6 {
 		return netip.MustParsePrefix("fd00:96::/112")
 	}
 	return netip.MustParsePrefix("172.30.0.0/16")
@@ -169,7 +169,7 @@ func (l *lab) connect(name string, net, addrs int) *peer {
 
 func (l *lab) up(name string, a netip.Addr) {
 	bits := 24
-	if l.family == proxier.IPv6 {
+	if l.family == plan.IPv6 {
 		bits = 64
 	}
 	link := l.link(name)
@@ -237,7 +237,7 @@ const patience, silence = 20 * time.Second, 400 * time.Millisecond
 
 // probe connects from a peer (nil: from the node) and returns the answer. The
 // zero source is the peer's first address.
-func (l *lab) probe(from *peer, source netip.Addr, proto proxier.Protocol, to netip.AddrPort, wait time.Duration) (answer, error) {
+func (l *lab) probe(from *peer, source netip.Addr, proto plan.Protocol, to netip.AddrPort, wait time.Duration) (answer, error) {
 	ns := l.node
 	if from != nil {
 		ns = from.ns
@@ -267,10 +267,10 @@ func (l *lab) probe(from *peer, source netip.Addr, proto proxier.Protocol, to ne
 	return r.a, r.err
 }
 
-func connect(source netip.Addr, proto proxier.Protocol, to netip.AddrPort, wait time.Duration) (answer, error) {
+func connect(source netip.Addr, proto plan.Protocol, to netip.AddrPort, wait time.Duration) (answer, error) {
 	d := net.Dialer{Timeout: wait}
 	if source.IsValid() {
-		if proto == proxier.UDP {
+		if proto == plan.UDP {
 			d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
 		} else {
 			d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
@@ -282,7 +282,7 @@ func connect(source netip.Addr, proto proxier.Protocol, to netip.AddrPort, wait 
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(wait))
-	if proto == proxier.UDP {
+	if proto == plan.UDP {
 		c.Write([]byte("?"))
 	}
 	line, err := bufio.NewReader(c).ReadString('\n')
@@ -306,12 +306,12 @@ func outcome(err error) error {
 }
 
 // mustAnswer probes and expects an answer.
-func (l *lab) mustAnswer(from *peer, proto proxier.Protocol, to netip.AddrPort) answer {
+func (l *lab) mustAnswer(from *peer, proto plan.Protocol, to netip.AddrPort) answer {
 	l.t.Helper()
 	return l.mustAnswerFrom(from, netip.Addr{}, proto, to)
 }
 
-func (l *lab) mustAnswerFrom(from *peer, source netip.Addr, proto proxier.Protocol, to netip.AddrPort) answer {
+func (l *lab) mustAnswerFrom(from *peer, source netip.Addr, proto plan.Protocol, to netip.AddrPort) answer {
 	l.t.Helper()
 	a, err := l.probe(from, source, proto, to, patience)
 	if err != nil {
@@ -321,7 +321,7 @@ func (l *lab) mustAnswerFrom(from *peer, source netip.Addr, proto proxier.Protoc
 }
 
 // mustFail probes and expects the error.
-func (l *lab) mustFail(from *peer, proto proxier.Protocol, to netip.AddrPort, want error) {
+func (l *lab) mustFail(from *peer, proto plan.Protocol, to netip.AddrPort, want error) {
 	l.t.Helper()
 	wait := patience
 	if want == errSilence {
@@ -333,33 +333,33 @@ func (l *lab) mustFail(from *peer, proto proxier.Protocol, to netip.AddrPort, wa
 }
 
 // set is the endpoint set of the Pods of these numbers (from 1).
-func (l *lab) set(pods ...int) *proxier.EndpointSet {
-	s := &proxier.EndpointSet{}
+func (l *lab) set(pods ...int) *plan.EndpointSet {
+	s := &plan.EndpointSet{}
 	for _, n := range pods {
-		s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(l.pods[n-1].addr, podPort), MayHairpin: true})
+		s.Endpoints = append(s.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(l.pods[n-1].addr, podPort), MayHairpin: true})
 	}
 	return s
 }
 
 // plan is a plan for the lab's node without Services.
-func (l *lab) plan() *proxier.Plan {
-	return &proxier.Plan{
+func (l *lab) plan() *plan.Plan {
+	return &plan.Plan{
 		Family: l.family,
-		Node: proxier.Node{
-			LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{l.podPrefix()}},
-			NodePortAddrs: proxier.NodePortAddrs{Addrs: []netip.Addr{l.client.nodeAddr}},
+		Node: plan.Node{
+			LocalPods:     plan.LocalPods{Prefixes: []netip.Prefix{l.podPrefix()}},
+			NodePortAddrs: plan.NodePortAddrs{Addrs: []netip.Addr{l.client.nodeAddr}},
 			ServiceCIDRs:  []netip.Prefix{l.vips()},
 		},
-		Services: map[proxier.ServicePortName]*proxier.ServicePort{},
+		Services: map[plan.ServicePortName]*plan.ServicePort{},
 	}
 }
 
 // put adds a Service port to the plan, or replaces it.
-func put(plan *proxier.Plan, name string, proto proxier.Protocol, timeout time.Duration, frontends ...proxier.Frontend) proxier.ServicePortName {
-	sp := &proxier.ServicePort{
-		Name:            proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "test", Name: name}, Protocol: proto},
+func put(desired *plan.Plan, name string, proto plan.Protocol, timeout time.Duration, frontends ...plan.Frontend) plan.ServicePortName {
+	sp := &plan.ServicePort{
+		Name:            plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "test", Name: name}, Protocol: proto},
 		AffinityTimeout: timeout, Frontends: frontends,
 	}
-	plan.Services[sp.Name] = sp
+	desired.Services[sp.Name] = sp
 	return sp.Name
 }

@@ -15,8 +15,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 var update = flag.Bool("update", false, "write golden files anew")
@@ -58,7 +58,7 @@ func blocks(t testing.TB, listing string) map[string][]string {
 
 // compareKernel fails unless nft lists exactly what the Proxier believes to be
 // in the kernel.
-func compareKernel(t testing.TB, p *Proxier, node proxier.Node) {
+func compareKernel(t testing.TB, p *Proxier, node plan.Node) {
 	t.Helper()
 	want := blocks(t, ruleset{p.family, p.mark, node}.render(p.state))
 	got := blocks(t, runNft(t, "list", "table", p.word, tableName))
@@ -74,11 +74,11 @@ func compareKernel(t testing.TB, p *Proxier, node proxier.Node) {
 // of a small pool only through their own numbers, as resolved plans do.
 type generator struct {
 	*rand.Rand
-	family proxier.Family
+	family plan.Family
 }
 
 func (g generator) addr(a, b int) netip.Addr {
-	if g.family == proxier.IPv6 {
+	if g.family == plan.IPv6 {
 		return netip.MustParseAddr(fmt.Sprintf("fd00:%x::%x", a+1, b+1))
 	}
 	return netip.AddrFrom4([4]byte{10, byte(a), byte(b >> 8), byte(b)})
@@ -86,18 +86,18 @@ func (g generator) addr(a, b int) netip.Addr {
 
 func (g generator) chance(percent int) bool { return g.IntN(100) < percent }
 
-func (g generator) set() *proxier.EndpointSet {
-	s := &proxier.EndpointSet{}
+func (g generator) set() *plan.EndpointSet {
+	s := &plan.EndpointSet{}
 	n := g.IntN(6)
 	if g.chance(5) {
 		n = 20 + g.IntN(30)
 	}
 	for _, i := range g.Perm(60)[:n] {
-		s.Endpoints = append(s.Endpoints, proxier.Endpoint{
+		s.Endpoints = append(s.Endpoints, plan.Endpoint{
 			AddrPort: netip.AddrPortFrom(g.addr(128, i), 8080+uint16(i%2)), MayHairpin: i%3 == 0,
 		})
 	}
-	slices.SortFunc(s.Endpoints, func(a, b proxier.Endpoint) int { return a.AddrPort.Compare(b.AddrPort) })
+	slices.SortFunc(s.Endpoints, func(a, b plan.Endpoint) int { return a.AddrPort.Compare(b.AddrPort) })
 	return s
 }
 
@@ -114,22 +114,22 @@ func (g generator) prefixes() []netip.Prefix {
 }
 
 // port is a random Service port number n, whose frontends no other number has.
-func (g generator) port(n int) *proxier.ServicePort {
-	sp := &proxier.ServicePort{Name: proxier.ServicePortName{
-		ServiceName: proxier.ServiceName{Namespace: "test", Name: fmt.Sprintf("svc-%d", n)},
-		Port:        "p", Protocol: proxier.Protocols[n%3],
+func (g generator) port(n int) *plan.ServicePort {
+	sp := &plan.ServicePort{Name: plan.ServicePortName{
+		ServiceName: plan.ServiceName{Namespace: "test", Name: fmt.Sprintf("svc-%d", n)},
+		Port:        "p", Protocol: plan.Protocols[n%3],
 	}}
 	if g.chance(40) {
 		sp.AffinityTimeout = []time.Duration{10 * time.Second, 3*time.Hour + 5*time.Second}[g.IntN(2)]
 	}
-	sets := []*proxier.EndpointSet{g.set(), g.set(), g.set()}
+	sets := []*plan.EndpointSet{g.set(), g.set(), g.set()}
 	for i := range g.IntN(5) {
-		f := proxier.Frontend{
-			Kind: proxier.FrontendKind(i), Addr: g.addr(96+i, n), Port: uint16(80 + n),
+		f := plan.Frontend{
+			Kind: plan.FrontendKind(i), Addr: g.addr(96+i, n), Port: uint16(80 + n),
 			Internal: sets[0], External: sets[g.IntN(len(sets))],
-			WhenEmpty: proxier.Verdict(g.IntN(2)), Masquerade: proxier.TrafficSources(g.IntN(8)),
+			WhenEmpty: plan.Verdict(g.IntN(2)), Masquerade: plan.TrafficSources(g.IntN(8)),
 		}
-		if i == int(proxier.NodePort) {
+		if i == int(plan.NodePort) {
 			f.Addr = netip.Addr{}
 		}
 		if g.chance(30) {
@@ -140,8 +140,8 @@ func (g generator) port(n int) *proxier.ServicePort {
 	return sp
 }
 
-func (g generator) node() proxier.Node {
-	n := proxier.Node{ServiceCIDRs: g.prefixes()}
+func (g generator) node() plan.Node {
+	n := plan.Node{ServiceCIDRs: g.prefixes()}
 	switch g.IntN(4) {
 	case 0:
 		n.LocalPods.Prefixes = g.prefixes()
@@ -152,7 +152,7 @@ func (g generator) node() proxier.Node {
 	}
 	n.NodePortAddrs.All, n.LocalhostNodePorts = g.chance(30), g.chance(50)
 	for i := range g.IntN(4) {
-		s := proxier.RouteSource{Link: fmt.Sprintf("eth%d", g.IntN(2)), Destination: g.prefix()}
+		s := plan.RouteSource{Link: fmt.Sprintf("eth%d", g.IntN(2)), Destination: g.prefix()}
 		if g.chance(70) {
 			s.Source = g.addr(192, i)
 		}
@@ -165,23 +165,23 @@ func (g generator) node() proxier.Node {
 }
 
 // step changes the plan at random and says how.
-func (g generator) step(plan *proxier.Plan) proxier.Change {
-	var change proxier.Change
+func (g generator) step(desired *plan.Plan) plan.Change {
+	var change plan.Change
 	for _, n := range g.Perm(12)[:1+g.IntN(3)] {
 		sp := g.port(n)
 		change.Services = append(change.Services, sp.Name)
-		switch old := plan.Services[sp.Name]; {
+		switch old := desired.Services[sp.Name]; {
 		case g.chance(25):
-			delete(plan.Services, sp.Name)
+			delete(desired.Services, sp.Name)
 		case g.chance(20) && old != nil:
 			again := *old // the same in a new value
-			plan.Services[sp.Name] = &again
+			desired.Services[sp.Name] = &again
 		default:
-			plan.Services[sp.Name] = sp
+			desired.Services[sp.Name] = sp
 		}
 	}
 	if g.chance(20) {
-		change.Node, plan.Node = true, g.node()
+		change.Node, desired.Node = true, g.node()
 	}
 	return change
 }
@@ -189,34 +189,34 @@ func (g generator) step(plan *proxier.Plan) proxier.Change {
 // TestKernelFollows: after any changes the kernel holds what the Proxier
 // believes, as nft lists it, and that means the same as a table written anew.
 func TestKernelFollows(t *testing.T) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			inNamespace(t)
 			g := generator{rand.New(rand.NewPCG(1, uint64(f))), f}
-			plan := &proxier.Plan{Family: f, Node: g.node(), Services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+			desired := &plan.Plan{Family: f, Node: g.node(), Services: map[plan.ServicePortName]*plan.ServicePort{}}
 			p := newProxier(t, f)
 			for i := range 150 {
-				change := g.step(plan)
-				if err := p.Sync(context.Background(), plan, change); err != nil {
+				change := g.step(desired)
+				if err := p.Sync(context.Background(), desired, change); err != nil {
 					t.Fatalf("step %d: %v", i, err)
 				}
 				if i%5 == 0 {
-					compareKernel(t, p, plan.Node)
+					compareKernel(t, p, desired.Node)
 				}
-				compareMeaning(t, p.state, plan)
-				compareCounts(t, p, plan.Node)
+				compareMeaning(t, p.state, desired)
+				compareCounts(t, p, desired.Node)
 			}
-			if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+			if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 				t.Fatal(err)
 			}
-			compareKernel(t, p, plan.Node)
-			compareCounts(t, p, plan.Node)
+			compareKernel(t, p, desired.Node)
+			compareCounts(t, p, desired.Node)
 		})
 	}
 }
 
 // compareCounts fails unless Counts are what is believed to be in the kernel.
-func compareCounts(t testing.TB, p *Proxier, node proxier.Node) {
+func compareCounts(t testing.TB, p *Proxier, node plan.Node) {
 	t.Helper()
 	want := map[string]int{}
 	rules := ruleset{p.family, p.mark, node}
@@ -237,7 +237,7 @@ func compareCounts(t testing.TB, p *Proxier, node proxier.Node) {
 
 // compareMeaning fails unless a state of many changes means the same as one
 // made at once.
-func compareMeaning(t testing.TB, st *state, plan *proxier.Plan) {
+func compareMeaning(t testing.TB, st *state, plan *plan.Plan) {
 	t.Helper()
 	fresh, err := newStateOf(st.family, plan, nil, nil)
 	if err != nil {
@@ -317,53 +317,53 @@ func reach(t testing.TB, st *state, byKey map[setID]map[string]element, chains m
 }
 
 // examplePlan has a Service of every sort.
-func examplePlan(f proxier.Family) *proxier.Plan {
+func examplePlan(f plan.Family) *plan.Plan {
 	g := generator{family: f}
 	vip := func(n int) netip.Addr { return g.addr(96, n) }
-	pods := func(numbers ...int) *proxier.EndpointSet {
-		s := &proxier.EndpointSet{}
+	pods := func(numbers ...int) *plan.EndpointSet {
+		s := &plan.EndpointSet{}
 		for _, n := range numbers {
-			s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(g.addr(128, n), 8080), MayHairpin: n < 10})
+			s.Endpoints = append(s.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(g.addr(128, n), 8080), MayHairpin: n < 10})
 		}
 		return s
 	}
-	plan := &proxier.Plan{Family: f, Services: map[proxier.ServicePortName]*proxier.ServicePort{}, Node: proxier.Node{
-		LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{netip.PrefixFrom(g.addr(128, 0), f.HostBits()*3/4).Masked()}},
-		NodePortAddrs: proxier.NodePortAddrs{Addrs: []netip.Addr{g.addr(192, 1)}},
+	desired := &plan.Plan{Family: f, Services: map[plan.ServicePortName]*plan.ServicePort{}, Node: plan.Node{
+		LocalPods:     plan.LocalPods{Prefixes: []netip.Prefix{netip.PrefixFrom(g.addr(128, 0), f.HostBits()*3/4).Masked()}},
+		NodePortAddrs: plan.NodePortAddrs{Addrs: []netip.Addr{g.addr(192, 1)}},
 		ServiceCIDRs:  []netip.Prefix{netip.PrefixFrom(g.addr(96, 0), f.HostBits()/2).Masked()},
 
 		LocalhostNodePorts: true,
 	}}
-	outsiders := proxier.FromNode | proxier.FromOutside
+	outsiders := plan.FromNode | plan.FromOutside
 	all, local, none := pods(1, 20, 30), pods(1), pods()
 	office := netip.PrefixFrom(g.addr(50, 0), f.HostBits()-8)
-	put(plan, "web", proxier.TCP, 0,
-		proxier.Frontend{Addr: vip(1), Port: 80, Internal: all, External: all, Masquerade: outsiders},
-		proxier.Frontend{Kind: proxier.LoadBalancerIP, Addr: g.addr(198, 1), Port: 80, Internal: all, External: local, WhenEmpty: proxier.Drop,
-			Masquerade: proxier.FromNode, Sources: []netip.Prefix{office}},
-		proxier.Frontend{Kind: proxier.NodePort, Port: 30080, Internal: all, External: local, WhenEmpty: proxier.Drop, Masquerade: proxier.FromNode})
+	put(desired, "web", plan.TCP, 0,
+		plan.Frontend{Addr: vip(1), Port: 80, Internal: all, External: all, Masquerade: outsiders},
+		plan.Frontend{Kind: plan.LoadBalancerIP, Addr: g.addr(198, 1), Port: 80, Internal: all, External: local, WhenEmpty: plan.Drop,
+			Masquerade: plan.FromNode, Sources: []netip.Prefix{office}},
+		plan.Frontend{Kind: plan.NodePort, Port: 30080, Internal: all, External: local, WhenEmpty: plan.Drop, Masquerade: plan.FromNode})
 	dns := pods(21, 31)
-	put(plan, "dns", proxier.UDP, 0, proxier.Frontend{Addr: vip(2), Port: 53, Internal: dns, External: dns, Masquerade: outsiders})
+	put(desired, "dns", plan.UDP, 0, plan.Frontend{Addr: vip(2), Port: 53, Internal: dns, External: dns, Masquerade: outsiders})
 	cart := pods(2, 22)
-	put(plan, "cart", proxier.TCP, 3*time.Hour,
-		proxier.Frontend{Addr: vip(3), Port: 443, Internal: cart, External: cart, Masquerade: outsiders},
-		proxier.Frontend{Kind: proxier.NodePort, Port: 30443, Internal: cart, External: cart, Masquerade: proxier.AnySource})
-	put(plan, "empty", proxier.TCP, 0, proxier.Frontend{Addr: vip(4), Port: 80, Internal: none, External: none, Masquerade: outsiders})
+	put(desired, "cart", plan.TCP, 3*time.Hour,
+		plan.Frontend{Addr: vip(3), Port: 443, Internal: cart, External: cart, Masquerade: outsiders},
+		plan.Frontend{Kind: plan.NodePort, Port: 30443, Internal: cart, External: cart, Masquerade: plan.AnySource})
+	put(desired, "empty", plan.TCP, 0, plan.Frontend{Addr: vip(4), Port: 80, Internal: none, External: none, Masquerade: outsiders})
 	remote := pods(32)
-	put(plan, "elsewhere", proxier.TCP, 0,
-		proxier.Frontend{Addr: vip(5), Port: 80, Internal: remote, External: remote, Masquerade: outsiders},
-		proxier.Frontend{Kind: proxier.NodePort, Port: 30081, Internal: remote, External: none, WhenEmpty: proxier.Drop, Masquerade: proxier.FromNode})
-	return plan
+	put(desired, "elsewhere", plan.TCP, 0,
+		plan.Frontend{Addr: vip(5), Port: 80, Internal: remote, External: remote, Masquerade: outsiders},
+		plan.Frontend{Kind: plan.NodePort, Port: 30081, Internal: remote, External: none, WhenEmpty: plan.Drop, Masquerade: plan.FromNode})
+	return desired
 }
 
 // TestRender compares the rendered plan with a golden file and with the
 // kernel's own listing.
 func TestRender(t *testing.T) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
-			plan, opts := examplePlan(f), testOptions
+			desired, opts := examplePlan(f), testOptions
 			opts.Family = f
-			got := Render(opts, plan)
+			got := Render(opts, desired)
 			golden := filepath.Join("testdata", "render-"+f.String()+".nft")
 			if *update {
 				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -379,7 +379,7 @@ func TestRender(t *testing.T) {
 			}
 			inNamespace(t)
 			p := newProxier(t, f)
-			if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+			if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 				t.Fatal(err)
 			}
 			listed := blocks(t, runNft(t, "list", "ruleset"))
@@ -392,10 +392,10 @@ func TestRender(t *testing.T) {
 
 // TestRenderRefused: a plan that cannot be programmed says so.
 func TestRenderRefused(t *testing.T) {
-	plan := examplePlan(proxier.IPv4)
+	desired := examplePlan(plan.IPv4)
 	opts := testOptions
-	opts.Family = proxier.IPv6
-	if got := Render(opts, plan); !strings.HasPrefix(got, "# cannot be programmed: node: prefix 10.") {
+	opts.Family = plan.IPv6
+	if got := Render(opts, desired); !strings.HasPrefix(got, "# cannot be programmed: node: prefix 10.") {
 		t.Errorf("rendered %q", got)
 	}
 }
@@ -403,9 +403,9 @@ func TestRenderRefused(t *testing.T) {
 // TestNothingIsLost counts in the kernel what a large plan makes.
 func TestNothingIsLost(t *testing.T) {
 	inNamespace(t)
-	plan := proxiertest.Fleet(proxier.IPv4, 10_000, 10)
-	p := newProxier(t, proxier.IPv4)
-	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+	desired := conformance.Fleet(plan.IPv4, 10_000, 10)
+	p := newProxier(t, plan.IPv4)
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
 	want := map[setID]int{frontends: 10_000, masquerade: 10_000, clusterIPs: 10_000, endpoints: 100_000, hairpin: 1000}
@@ -422,7 +422,7 @@ func TestNothingIsLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	small := ruleset{p.family, p.mark, plan.Node}.chains(newState(p.family))
+	small := ruleset{p.family, p.mark, desired.Node}.chains(newState(p.family))
 	if len(chains) != len(small) {
 		t.Errorf("%d chains with 10,000 Services, %d with none", len(chains), len(small))
 	}
@@ -432,16 +432,16 @@ func TestNothingIsLost(t *testing.T) {
 // something readable.
 func TestLongNames(t *testing.T) {
 	inNamespace(t)
-	plan := proxiertest.Fleet(proxier.IPv4, 0, 0)
-	set := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.MustParseAddrPort("10.0.0.1:80")}}}
+	desired := conformance.Fleet(plan.IPv4, 0, 0)
+	set := &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: netip.MustParseAddrPort("10.0.0.1:80")}}}
 	for i, name := range []string{"", strings.Repeat("long", 100), "quote\" \\ new\nline \xff ü", "{ }, ; # $x"} {
-		plan.Services[proxier.ServicePortName{ServiceName: proxier.ServiceName{Name: name}}] = &proxier.ServicePort{
-			Name:      proxier.ServicePortName{ServiceName: proxier.ServiceName{Name: name}, Protocol: proxier.TCP},
-			Frontends: []proxier.Frontend{{Addr: netip.AddrFrom4([4]byte{10, 96, 0, byte(i)}), Port: 1, Internal: set, External: set}},
+		desired.Services[plan.ServicePortName{ServiceName: plan.ServiceName{Name: name}}] = &plan.ServicePort{
+			Name:      plan.ServicePortName{ServiceName: plan.ServiceName{Name: name}, Protocol: plan.TCP},
+			Frontends: []plan.Frontend{{Addr: netip.AddrFrom4([4]byte{10, 96, 0, byte(i)}), Port: 1, Internal: set, External: set}},
 		}
 	}
-	p := newProxier(t, proxier.IPv4)
-	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+	p := newProxier(t, plan.IPv4)
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
 	listing := runNft(t, "list", "map", "ip", tableName, "frontends")

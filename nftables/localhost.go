@@ -11,16 +11,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/localhost"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // notRelayed are the protocols whose NodePorts are refused on loopback: the relay
 // there carries TCP alone.
-var notRelayed = []proxier.Protocol{proxier.UDP, proxier.SCTP}
+var notRelayed = []plan.Protocol{plan.UDP, plan.SCTP}
 
 // refusedCounter names the counter of a protocol's packets that are refused. The
 // names are kube-proxy's.
-func refusedCounter(p proxier.Protocol) string { return "localhost-nodeport-rejected-" + p.String() }
+func refusedCounter(p plan.Protocol) string { return "localhost-nodeport-rejected-" + p.String() }
 
 const refuseOnLocalhost = "refuse-on-localhost"
 
@@ -108,10 +109,10 @@ func (r *counterReader) open(f *family) {
 }
 
 // refused leaves out what cannot be read.
-func (r *counterReader) refused() map[proxier.Protocol]uint64 {
+func (r *counterReader) refused() map[plan.Protocol]uint64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	counts := map[proxier.Protocol]uint64{}
+	counts := map[plan.Protocol]uint64{}
 	if r.wire == nil {
 		return counts
 	}

@@ -7,7 +7,7 @@ import (
 	nft "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // TestManyOpenFiles syncs in a process whose low file descriptors are taken.
@@ -29,8 +29,8 @@ func TestManyOpenFiles(t *testing.T) {
 		last = f.Fd()
 	}
 	for range 2 * keptFiles {
-		p := newProxier(t, proxier.IPv4)
-		if err := p.Sync(t.Context(), &proxier.Plan{Family: proxier.IPv4}, proxier.Change{All: true}); err != nil {
+		p := newProxier(t, plan.IPv4)
+		if err := p.Sync(t.Context(), &plan.Plan{Family: plan.IPv4}, plan.Change{All: true}); err != nil {
 			t.Fatal(err)
 		}
 		if err := p.Close(); err != nil {

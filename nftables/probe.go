@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // probeTable is a table that never comes to be: the transaction that adds it
@@ -14,7 +15,7 @@ const probeTable = "signalbox-probe"
 
 // Supported says whether this node's kernel can do all that the mode needs, by
 // asking it to. The error is a *proxier.UnsupportedError.
-func Supported(f proxier.Family) error {
+func Supported(f plan.Family) error {
 	w, err := dial(familyOf(f), probeTable)
 	if err != nil {
 		return unsupported(f, "the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
@@ -51,7 +52,7 @@ func (w *wire) tryFeatures(features ...feature) error {
 
 // diagnose tries all at once, and only if that fails one feature after the
 // other, to name the one that is missing.
-func diagnose(f proxier.Family, try func(...feature) error) error {
+func diagnose(f plan.Family, try func(...feature) error) error {
 	whole := feature{write: func(w *wire) {
 		rules := ruleset{w.family, proxier.DefaultMasqueradeMark, probeNode}
 		st := newState(w.family)
@@ -77,12 +78,12 @@ func diagnose(f proxier.Family, try func(...feature) error) error {
 }
 
 // probeNode makes rules of every shape.
-var probeNode = proxier.Node{
-	LocalPods:     proxier.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
-	NodePortAddrs: proxier.NodePortAddrs{All: true},
+var probeNode = plan.Node{
+	LocalPods:     plan.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
+	NodePortAddrs: plan.NodePortAddrs{All: true},
 }
 
-func unsupported(f proxier.Family, missing, remedy string, err error) error {
+func unsupported(f plan.Family, missing, remedy string, err error) error {
 	return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: missing, Remedy: remedy, Err: err}
 }
 

@@ -8,12 +8,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // TestSupported: this kernel can all, each feature alone can be tried, and
 // nothing of the attempt stays.
 func TestSupported(t *testing.T) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			inNamespace(t)
 			before := generation(t)
@@ -67,7 +68,7 @@ func TestDiagnose(t *testing.T) {
 		}},
 		{"CAP_NET_ADMIN", func(string) error { return unix.EPERM }},
 	} {
-		err := diagnose(proxier.IPv4, func(features ...feature) error { return test.refuses(features[0].missing) })
+		err := diagnose(plan.IPv4, func(features ...feature) error { return test.refuses(features[0].missing) })
 		var unsupported *proxier.UnsupportedError
 		if !errors.As(err, &unsupported) || unsupported.Mode != Mode || !strings.Contains(err.Error(), test.want) || unsupported.Err == nil {
 			t.Errorf("error %v, want an UnsupportedError that names %q", err, test.want)

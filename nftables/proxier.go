@@ -12,6 +12,7 @@ import (
 
 	"signalbox/internal/localhost"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Mode is the name of this mode on the command line and in messages.
@@ -54,7 +55,7 @@ func (p *Proxier) Close() error {
 
 // Sync implements proxier.Proxier. Every call is one transaction. The listeners on
 // loopback follow it: their failure is no failure of the Sync, see Problem.
-func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
+func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
 	if err := plan.For(ctx, Mode, p.Family); err != nil {
 		return err
 	}
@@ -77,7 +78,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 }
 
 // Problem implements proxier.Reporter.
-func (p *Proxier) Problem(name proxier.ServicePortName) (proxier.Problem, bool) {
+func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	return p.localhost.Problem(name)
 }
 
@@ -95,7 +96,7 @@ func (p *Proxier) Drain(ctx context.Context) { p.localhost.Drain(ctx) }
 // Otherwise it replaces the table; the affinity map alone stays, with the clients
 // in it. Where that is not possible, because somebody made something else of the
 // old table, it goes too.
-func (p *Proxier) syncAll(plan *proxier.Plan, _ proxier.Change) error {
+func (p *Proxier) syncAll(plan *plan.Plan, _ plan.Change) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
 	if err := rules.ValidateNode(rules.node); err != nil {
 		return err
@@ -127,8 +128,8 @@ func (p *Proxier) syncAll(plan *proxier.Plan, _ proxier.Change) error {
 
 // stickyOnly leaves out what the affinity map does not speak of: the rest is
 // numbered anew with the table.
-func stickyOnly(records map[proxier.ServicePortName]*record) map[proxier.ServicePortName]*record {
-	sticky := make(map[proxier.ServicePortName]*record)
+func stickyOnly(records map[plan.ServicePortName]*record) map[plan.ServicePortName]*record {
+	sticky := make(map[plan.ServicePortName]*record)
 	for name, r := range records {
 		if r.sticky() {
 			sticky[name] = r
@@ -140,7 +141,7 @@ func stickyOnly(records map[proxier.ServicePortName]*record) map[proxier.Service
 // recall finds out what table there is and which numbers mean what in it. What
 // this Proxier wrote it remembers; only after a restart it has to read, and is
 // done if it can go on with the table.
-func (p *Proxier) recall(rules ruleset, plan *proxier.Plan) (old *legacy, before map[proxier.ServicePortName]*record, done bool, err error) {
+func (p *Proxier) recall(rules ruleset, plan *plan.Plan) (old *legacy, before map[plan.ServicePortName]*record, done bool, err error) {
 	old, err = p.wire.survey()
 	if err != nil || old == nil || !old.keeps {
 		return old, nil, false, err
@@ -197,7 +198,7 @@ func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
 }
 
 // syncChange writes what change names.
-func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
+func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
 	if change.Node {
 		if err := rules.ValidateNode(rules.node); err != nil {
@@ -248,7 +249,7 @@ func (w *wire) writeStage(rules ruleset, s *stage, node bool, digest string) err
 }
 
 // rewriteNode replaces the rules and sets that depend on the node.
-func (w *wire) rewriteNode(rules ruleset, before proxier.Node) {
+func (w *wire) rewriteNode(rules ruleset, before plan.Node) {
 	w.RewriteNodeChains(append(rules.nodeChains(), rules.postrouting()), before, rules.node)
 	var list []element
 	rules.compileNode(func(e element) { list = append(list, e) })
@@ -258,7 +259,7 @@ func (w *wire) rewriteNode(rules ruleset, before proxier.Node) {
 	w.add(list)
 }
 
-func changeText(change proxier.Change) string {
+func changeText(change plan.Change) string {
 	what := fmt.Sprintf("%d changed Service ports", len(change.Services))
 	if len(change.Services) == 1 {
 		what = change.Services[0].String()

@@ -6,7 +6,7 @@ import (
 	"slices"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // record is what is remembered of a Service port: what the kernel was told,
@@ -14,7 +14,7 @@ import (
 // again from the record when a change needs them. A record is never changed
 // once a stage has made it.
 type record struct {
-	port *proxier.ServicePort
+	port *plan.ServicePort
 	sets []numberedSet
 	// block is the first id of the Service port's block and nextEndpoint the
 	// number to give to the next new endpoint in it; only with affinity.
@@ -24,7 +24,7 @@ type record struct {
 
 // numberedSet is a non-empty endpoint set with its numbers.
 type numberedSet struct {
-	*proxier.EndpointSet
+	*plan.EndpointSet
 	base  uint32 // the id without the chain; with affinity the block
 	chain uint32 // number of the chain that picks from the set
 	// order lists the indexes of the endpoints by slot; nil where slot and
@@ -64,7 +64,7 @@ func (r *record) ids() []uint32 {
 }
 
 // idOf returns the id of a set of the Service port.
-func (r *record) idOf(set *proxier.EndpointSet) uint32 {
+func (r *record) idOf(set *plan.EndpointSet) uint32 {
 	if set.Len() == 0 {
 		return noSet
 	}
@@ -88,7 +88,7 @@ func (r *record) chainOf(i int) sizedChain {
 // succeed makes the record of port, which replaces the one in old (which may be
 // nil). Numbers and slots stay what they were wherever they can; new numbers
 // come from pools. The sets' chains are still to be numbered.
-func succeed(old *record, port *proxier.ServicePort, pools *idPools) (*record, error) {
+func succeed(old *record, port *plan.ServicePort, pools *idPools) (*record, error) {
 	r := &record{port: port}
 	for _, set := range distinctSets(port) {
 		r.sets = append(r.sets, numberedSet{EndpointSet: set})
@@ -114,10 +114,10 @@ func succeed(old *record, port *proxier.ServicePort, pools *idPools) (*record, e
 
 // distinctSets lists the Service port's non-empty endpoint sets in the order in
 // which its frontends name them.
-func distinctSets(port *proxier.ServicePort) []*proxier.EndpointSet {
-	var sets []*proxier.EndpointSet
+func distinctSets(port *plan.ServicePort) []*plan.EndpointSet {
+	var sets []*plan.EndpointSet
 	for i := range port.Frontends {
-		for _, set := range []*proxier.EndpointSet{port.Frontends[i].Internal, port.Frontends[i].External} {
+		for _, set := range []*plan.EndpointSet{port.Frontends[i].Internal, port.Frontends[i].External} {
 			if set.Len() > 0 && !slices.Contains(sets, set) {
 				sets = append(sets, set)
 			}
@@ -220,7 +220,7 @@ func (r *record) giveNumbers(numbers map[netip.AddrPort]uint32) {
 // slotOrder assigns the endpoints of a set to slots. Those that were in the set
 // before stay in their slots unless the set has become too small for these;
 // the rest fill the gaps.
-func slotOrder(before *numberedSet, set *proxier.EndpointSet) []uint32 {
+func slotOrder(before *numberedSet, set *plan.EndpointSet) []uint32 {
 	if before == nil || before.EndpointSet == set {
 		if before == nil {
 			return nil
@@ -257,7 +257,7 @@ func slotOrder(before *numberedSet, set *proxier.EndpointSet) []uint32 {
 }
 
 // validate refuses what could not be written, and names it.
-func (f *family) validate(port *proxier.ServicePort) error {
+func (f *family) validate(port *plan.ServicePort) error {
 	if port.AffinityTimeout < 0 || port.AffinityTimeout%time.Second != 0 {
 		return fmt.Errorf("session affinity timeout %v is not in whole seconds", port.AffinityTimeout)
 	}

@@ -5,8 +5,8 @@ import (
 	"slices"
 	"testing"
 
-	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 func TestDisjoint(t *testing.T) {
@@ -97,10 +97,10 @@ func TestIDsDoNotMeet(t *testing.T) {
 
 // TestSlots: endpoints keep their slots.
 func TestSlots(t *testing.T) {
-	set := func(ports ...uint16) *proxier.EndpointSet {
-		s := &proxier.EndpointSet{}
+	set := func(ports ...uint16) *plan.EndpointSet {
+		s := &plan.EndpointSet{}
 		for _, p := range ports {
-			s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: netip.AddrPortFrom(netip.IPv4Unspecified(), p)})
+			s.Endpoints = append(s.Endpoints, plan.Endpoint{AddrPort: netip.AddrPortFrom(netip.IPv4Unspecified(), p)})
 		}
 		return s
 	}
@@ -133,7 +133,7 @@ func TestEndpointNumbers(t *testing.T) {
 	var r *record
 	seen := map[uint32]int{}
 	for i := range 200 {
-		sp := proxiertest.FleetService(proxier.IPv4, 0, i*10, 10)
+		sp := conformance.FleetService(plan.IPv4, 0, i*10, 10)
 		sp.AffinityTimeout = 1e9
 		next, err := succeed(r, sp, pools)
 		if err != nil {

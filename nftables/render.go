@@ -6,12 +6,13 @@ import (
 	"strings"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Render prints the table that New and one Sync would make of plan, in the form
 // of `nft list table`. It touches no kernel. A plan that Sync would refuse
 // renders as a comment that says why.
-func Render(opts proxier.Options, plan *proxier.Plan) string {
+func Render(opts proxier.Options, plan *plan.Plan) string {
 	f := familyOf(opts.Family)
 	rules := ruleset{f, opts.MasqueradeMark, plan.Node}
 	err := rules.ValidateNode(rules.node)

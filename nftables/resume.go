@@ -15,7 +15,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // A Proxier that finds its table there, from an earlier process, goes on with
@@ -81,14 +81,14 @@ type resumption struct {
 // resume reads the table and says what it tells of plan's Service ports. Where
 // it is a table to go on with, st is the state that holds plan, and fix what is
 // to be written to get there; else st is nil.
-func (w *wire) resume(rules ruleset, plan *proxier.Plan, old *legacy) (st *state, fix *repair, before map[proxier.ServicePortName]*record, err error) {
+func (w *wire) resume(rules ruleset, desired *plan.Plan, old *legacy) (st *state, fix *repair, before map[plan.ServicePortName]*record, err error) {
 	r := &resumption{wire: w, rules: rules}
 	if err := r.read(); err != nil {
 		return nil, nil, nil, err
 	}
 	r.readChains()
-	before = make(map[proxier.ServicePortName]*record)
-	for name, port := range plan.Services {
+	before = make(map[plan.ServicePortName]*record)
+	for name, port := range desired.Services {
 		if rec := r.record(port); rec != nil {
 			before[name] = rec
 		}
@@ -96,7 +96,7 @@ func (w *wire) resume(rules ruleset, plan *proxier.Plan, old *legacy) (st *state
 	if intact, err := r.intact(old); err != nil || !intact {
 		return nil, nil, before, err
 	}
-	if st, err = newStateOf(w.family, plan, before, r.chains); err != nil {
+	if st, err = newStateOf(w.family, desired, before, r.chains); err != nil {
 		return nil, nil, before, nil // whoever writes all anew will say so
 	}
 	return st, r.compare(st), before, nil
@@ -200,8 +200,8 @@ func verdictChain(val []byte) string {
 // record is what the table says of a Service port: the numbers of those of its
 // endpoint sets that it knows, up to the first that it does not. nil if it knows
 // none.
-func (r *resumption) record(port *proxier.ServicePort) *record {
-	rec := &record{port: &proxier.ServicePort{Name: port.Name, AffinityTimeout: port.AffinityTimeout}}
+func (r *resumption) record(port *plan.ServicePort) *record {
+	rec := &record{port: &plan.ServicePort{Name: port.Name, AffinityTimeout: port.AffinityTimeout}}
 	for i, set := range distinctSets(port) {
 		id, ok := r.idOf(port, set)
 		if !ok {
@@ -228,7 +228,7 @@ func (r *resumption) record(port *proxier.ServicePort) *record {
 
 // idOf is the id that the table has for a set of the Service port's: that of a
 // frontend that leads to it.
-func (r *resumption) idOf(port *proxier.ServicePort, set *proxier.EndpointSet) (uint32, bool) {
+func (r *resumption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32, bool) {
 	for i := range port.Frontends {
 		fe := &port.Frontends[i]
 		sets, key := addressedSets, frontendBytes(fe.Key(port.Name.Protocol))
@@ -250,7 +250,7 @@ func (r *resumption) idOf(port *proxier.ServicePort, set *proxier.EndpointSet) (
 }
 
 // numberedSet reads the endpoints of the set with an id, by slot.
-func (r *resumption) numberedSet(port *proxier.ServicePort, i int, id uint32) (numberedSet, bool) {
+func (r *resumption) numberedSet(port *plan.ServicePort, i int, id uint32) (numberedSet, bool) {
 	c, known := r.byID[id&chainMask]
 	if !known || c.timeout > 0 != (port.AffinityTimeout > 0) {
 		return numberedSet{}, false
@@ -258,20 +258,20 @@ func (r *resumption) numberedSet(port *proxier.ServicePort, i int, id uint32) (n
 	if port.AffinityTimeout > 0 {
 		return r.stickySet(i, id, c)
 	}
-	set := numberedSet{EndpointSet: &proxier.EndpointSet{}, base: id &^ chainMask}
+	set := numberedSet{EndpointSet: &plan.EndpointSet{}, base: id &^ chainMask}
 	for slot := range c.size {
 		addr, ok := r.addr(endpoints, slotKey(set.base, slot))
 		if !ok {
 			return numberedSet{}, false
 		}
-		set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: addr})
+		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: addr})
 	}
 	return set, true
 }
 
 func (r *resumption) stickySet(i int, id uint32, c sizedChain) (numberedSet, bool) {
 	large := id >= largeFirst
-	set := numberedSet{EndpointSet: &proxier.EndpointSet{}, base: id & blockMask(large)}
+	set := numberedSet{EndpointSet: &plan.EndpointSet{}, base: id & blockMask(large)}
 	if c.variant != i || c.large != large {
 		return set, false
 	}
@@ -284,7 +284,7 @@ func (r *resumption) stickySet(i int, id uint32, c sizedChain) (numberedSet, boo
 		if !ok {
 			return set, false
 		}
-		set.Endpoints = append(set.Endpoints, proxier.Endpoint{AddrPort: addr})
+		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: addr})
 		set.numbers = append(set.numbers, number&(endpointFlag(large)-1))
 	}
 	return set, true

@@ -6,29 +6,29 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // resumed is a Proxier of a new process, after its first Sync.
-func resumed(t *testing.T, plan *proxier.Plan) *Proxier {
+func resumed(t *testing.T, desired *plan.Plan) *Proxier {
 	t.Helper()
-	p := newProxier(t, plan.Family)
-	if err := p.Sync(context.Background(), plan, proxier.Change{}); err != nil {
+	p := newProxier(t, desired.Family)
+	if err := p.Sync(context.Background(), desired, plan.Change{}); err != nil {
 		t.Fatal(err)
 	}
-	compareKernel(t, p, plan.Node)
-	compareMeaning(t, p.state, plan)
+	compareKernel(t, p, desired.Node)
+	compareMeaning(t, p.state, desired)
 	return p
 }
 
 // A new process that finds what it would write writes nothing, whatever the
 // table went through before. What changed in between it corrects.
 func TestResume(t *testing.T) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			inNamespace(t)
 			g := generator{rand.New(rand.NewPCG(1, uint64(f))), f}
-			plan := &proxier.Plan{Family: f, Node: g.node(), Services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+			plan := &plan.Plan{Family: f, Node: g.node(), Services: map[plan.ServicePortName]*plan.ServicePort{}}
 			for range 40 {
 				g.step(plan)
 			}
@@ -74,7 +74,7 @@ func TestResumeDamaged(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			inNamespace(t)
-			plan := examplePlan(proxier.IPv4)
+			plan := examplePlan(plan.IPv4)
 			resumed(t, plan)
 			runNft(t, damage...)
 			resumed(t, plan)
@@ -86,17 +86,17 @@ func TestResumeDamaged(t *testing.T) {
 // on with the table, and when it has other rules to write.
 func TestResumeAfterNodeChange(t *testing.T) {
 	inNamespace(t)
-	plan := examplePlan(proxier.IPv4)
-	resumed(t, plan)
-	plan.Node.LocalPods.Interface = "cni0"
-	p := resumed(t, plan)
-	plan.Node.LocalPods.Interface = "cni1"
-	if err := p.Sync(context.Background(), plan, proxier.Change{Node: true}); err != nil {
+	desired := examplePlan(plan.IPv4)
+	resumed(t, desired)
+	desired.Node.LocalPods.Interface = "cni0"
+	p := resumed(t, desired)
+	desired.Node.LocalPods.Interface = "cni1"
+	if err := p.Sync(context.Background(), desired, plan.Change{Node: true}); err != nil {
 		t.Fatal(err)
 	}
-	compareKernel(t, p, plan.Node)
+	compareKernel(t, p, desired.Node)
 	before := generation(t)
-	resumed(t, plan)
+	resumed(t, desired)
 	if now := generation(t); now != before {
 		t.Errorf("%d transactions after a change of the node's facts, want none", now-before)
 	}

@@ -8,7 +8,7 @@ import (
 
 	nft "github.com/google/nftables"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // chain is one chain with its rules.
@@ -47,7 +47,7 @@ var (
 type ruleset struct {
 	*family
 	mark uint32
-	node proxier.Node
+	node plan.Node
 }
 
 // frontendOf is the key of the maps by frontend.
@@ -100,7 +100,7 @@ func (r ruleset) nodeChains() []chain {
 		{name: "check-local", rules: r.checkLocal()},
 		{name: "check-remote", rules: r.checkRemote()},
 	}...)
-	for origins := proxier.FromPods; origins <= proxier.AnySource; origins++ {
+	for origins := plan.FromPods; origins <= plan.AnySource; origins++ {
 		chains = append(chains, chain{name: markChain(origins), rules: r.markRules(origins)})
 	}
 	services := []rule{newRule(setPriority(idLookedUp(r.frontendOf(), masquerade)), goTo("service"))}
@@ -165,19 +165,19 @@ func (r ruleset) toNodePortAddrs() [][]statement {
 }
 
 // markChain names the chain that marks packets from these origins.
-func markChain(origins proxier.TrafficSources) string {
+func markChain(origins plan.TrafficSources) string {
 	switch origins {
-	case proxier.FromPods:
+	case plan.FromPods:
 		return "mark-from-pods"
-	case proxier.FromNode:
+	case plan.FromNode:
 		return "mark-from-node"
-	case proxier.FromOutside:
+	case plan.FromOutside:
 		return "mark-from-outside"
-	case proxier.FromPods | proxier.FromNode:
+	case plan.FromPods | plan.FromNode:
 		return "mark-unless-outside"
-	case proxier.FromPods | proxier.FromOutside:
+	case plan.FromPods | plan.FromOutside:
 		return "mark-unless-node"
-	case proxier.FromNode | proxier.FromOutside:
+	case plan.FromNode | plan.FromOutside:
 		return "mark-unless-pods"
 	}
 	return "mark-always"
@@ -186,13 +186,13 @@ func markChain(origins proxier.TrafficSources) string {
 // markRules mark packets from the given origins for masquerading. A packet
 // from a Pod's address counts as from a Pod even where the node holds that
 // address too, as a bridge of Pods does.
-func (r ruleset) markRules(origins proxier.TrafficSources) []rule {
+func (r ruleset) markRules(origins plan.TrafficSources) []rule {
 	mark := setMarkBit(r.mark, true)
-	if origins == proxier.AnySource {
+	if origins == plan.AnySource {
 		return []rule{newRule(mark)}
 	}
 	var rules []rule
-	decide := func(match statement, origin proxier.TrafficSources) {
+	decide := func(match statement, origin plan.TrafficSources) {
 		if origins&origin != 0 {
 			rules = append(rules, newRule(match, mark, returns()))
 			return
@@ -200,10 +200,10 @@ func (r ruleset) markRules(origins proxier.TrafficSources) []rule {
 		rules = append(rules, newRule(match, returns()))
 	}
 	for _, match := range r.fromPods() {
-		decide(match, proxier.FromPods)
+		decide(match, plan.FromPods)
 	}
-	decide(fibLocal(true), proxier.FromNode)
-	if origins&proxier.FromOutside != 0 {
+	decide(fibLocal(true), plan.FromNode)
+	if origins&plan.FromOutside != 0 {
 		rules = append(rules, newRule(mark))
 	}
 	return rules

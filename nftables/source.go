@@ -8,7 +8,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // sourceChain rewrites sources to the addresses that the node's routes name. There is
@@ -16,7 +16,7 @@ import (
 const sourceChain = "new-source"
 
 // NewSource rewrites the source to an address of this node, and the port to any.
-func NewSource(n proxier.Node) Statement {
+func NewSource(n plan.Node) Statement {
 	if len(n.RouteSources) == 0 {
 		return masqueradeRandom()
 	}
@@ -24,7 +24,7 @@ func NewSource(n proxier.Node) Statement {
 }
 
 // SourceChains are what NewSource goes to.
-func (f *family) SourceChains(n proxier.Node) []Chain {
+func (f *family) SourceChains(n plan.Node) []Chain {
 	if len(n.RouteSources) == 0 {
 		return nil
 	}
@@ -45,7 +45,7 @@ func (f *family) SourceChains(n proxier.Node) []Chain {
 
 // RewriteNodeChains replaces the rules of chains that depend on the node, and makes or
 // removes the chain of NewSource.
-func (w *wire) RewriteNodeChains(chains []Chain, before, now proxier.Node) {
+func (w *wire) RewriteNodeChains(chains []Chain, before, now plan.Node) {
 	if len(now.RouteSources) > 0 {
 		w.addChain(chain{name: sourceChain}) // one that is there stays
 	}

@@ -5,7 +5,7 @@ import (
 	"maps"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // stage is a change of some Service ports on its way to the kernel. Its state's
@@ -22,13 +22,13 @@ type stage struct {
 // replacement is one Service port's change; old is nil if it is new, and new
 // is nil if it goes.
 type replacement struct {
-	name     proxier.ServicePortName
+	name     plan.ServicePortName
 	old, new *record
 }
 
 // stage works out what changes in the table when the named Service ports become
 // what plan says. On error the state is as it was.
-func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName) (*stage, error) {
+func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, error) {
 	s := &stage{state: st}
 	chainsBefore := maps.Clone(st.chains)
 	err := s.renumber(plan, names)
@@ -54,7 +54,7 @@ func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName) (*st
 }
 
 // renumber makes the new records.
-func (s *stage) renumber(plan *proxier.Plan, names []proxier.ServicePortName) error {
+func (s *stage) renumber(plan *plan.Plan, names []plan.ServicePortName) error {
 	for _, name := range names {
 		c := replacement{name: name, old: s.state.records[name]}
 		if port := plan.Services[name]; port != nil {

@@ -15,7 +15,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/proxier"
-	"signalbox/proxier/proxiertest"
+
+	"signalbox/proxier/conformance"
+	"signalbox/proxier/plan"
 )
 
 // believed is the table's contents by the state, element by element.
@@ -34,11 +36,11 @@ func FuzzStage(f *testing.F) {
 		f.Add(seed, seed*7)
 	}
 	f.Fuzz(func(t *testing.T, a, b uint64) {
-		g := generator{rand.New(rand.NewPCG(a, b)), proxier.Families[a%2]}
+		g := generator{rand.New(rand.NewPCG(a, b)), plan.Families[a%2]}
 		st := newState(familyOf(g.family))
 		kernel := map[elementKey]element{}
 		st.emitAll(func(e element) { kernel[e.id()] = e })
-		plan := &proxier.Plan{Family: g.family, Services: map[proxier.ServicePortName]*proxier.ServicePort{}}
+		plan := &plan.Plan{Family: g.family, Services: map[plan.ServicePortName]*plan.ServicePort{}}
 		for range 30 {
 			before, old := believed(st), maps.Clone(plan.Services)
 			change := g.step(plan)
@@ -68,18 +70,18 @@ func FuzzStage(f *testing.F) {
 
 // stealFrontend gives a changed Service port a frontend that an unchanged one
 // holds, if there are such.
-func stealFrontend(plan *proxier.Plan, changed []proxier.ServicePortName) bool {
-	thief := plan.Services[changed[0]]
+func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
+	thief := desired.Services[changed[0]]
 	if thief == nil {
 		return false
 	}
-	for _, name := range slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare) {
-		sp := plan.Services[name]
+	for _, name := range slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare) {
+		sp := desired.Services[name]
 		if !slices.Contains(changed, name) && len(sp.Frontends) > 0 && name.Protocol == thief.Name.Protocol {
 			robbed := *thief
 			robbed.Frontends = append(slices.Clone(thief.Frontends), sp.Frontends[0])
 			robbed.AffinityTimeout = 0
-			plan.Services[changed[0]] = &robbed
+			desired.Services[changed[0]] = &robbed
 			return true
 		}
 	}
@@ -118,17 +120,17 @@ func compareModel(t *testing.T, kernel map[elementKey]element, st *state) {
 
 // TestChangeIsSmall counts the elements that changes of one Service write.
 func TestChangeIsSmall(t *testing.T) {
-	fleet := func(firstPod, n int) *proxier.ServicePort {
-		return proxiertest.FleetService(proxier.IPv4, 5, firstPod, n)
+	fleet := func(firstPod, n int) *plan.ServicePort {
+		return conformance.FleetService(plan.IPv4, 5, firstPod, n)
 	}
-	sticky := func(sp *proxier.ServicePort) *proxier.ServicePort {
+	sticky := func(sp *plan.ServicePort) *plan.ServicePort {
 		sp.AffinityTimeout = time.Hour
 		return sp
 	}
 	for _, test := range []struct {
 		name        string
-		before      *proxier.ServicePort
-		after       *proxier.ServicePort
+		before      *plan.ServicePort
+		after       *plan.ServicePort
 		remove, add int
 	}{
 		{"nothing", fleet(51, 10), fleet(51, 10), 0, 0},
@@ -141,14 +143,14 @@ func TestChangeIsSmall(t *testing.T) {
 		{"the Service goes", fleet(51, 10), nil, 13, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			plan := proxiertest.Fleet(proxier.IPv4, 20, 10)
-			plan.Services[test.before.Name] = test.before
-			st, err := newStateOf(familyOf(proxier.IPv4), plan, nil, nil)
+			desired := conformance.Fleet(plan.IPv4, 20, 10)
+			desired.Services[test.before.Name] = test.before
+			st, err := newStateOf(familyOf(plan.IPv4), desired, nil, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			plan.Services[test.before.Name] = test.after
-			s, err := st.stage(plan, []proxier.ServicePortName{test.before.Name})
+			desired.Services[test.before.Name] = test.after
+			s, err := st.stage(desired, []plan.ServicePortName{test.before.Name})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -163,17 +165,17 @@ func TestChangeIsSmall(t *testing.T) {
 // of Services that do not change.
 func TestSyncOneAllocations(t *testing.T) {
 	allocations := func(services int) float64 {
-		plan := proxiertest.Fleet(proxier.IPv4, services, 3)
-		st, err := newStateOf(familyOf(proxier.IPv4), plan, nil, nil)
+		desired := conformance.Fleet(plan.IPv4, services, 3)
+		st, err := newStateOf(familyOf(plan.IPv4), desired, nil, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		round := 0
 		return testing.AllocsPerRun(50, func() {
-			sp := proxiertest.FleetService(proxier.IPv4, 5, 15+round%2, 3)
+			sp := conformance.FleetService(plan.IPv4, 5, 15+round%2, 3)
 			round++
-			plan.Services[sp.Name] = sp
-			s, err := st.stage(plan, []proxier.ServicePortName{sp.Name})
+			desired.Services[sp.Name] = sp
+			s, err := st.stage(desired, []plan.ServicePortName{sp.Name})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -191,53 +193,53 @@ func TestRefused(t *testing.T) {
 	v6 := netip.MustParseAddr("fd00::1")
 	for _, test := range []struct {
 		want   string
-		change func(sp *proxier.ServicePort)
+		change func(sp *plan.ServicePort)
 	}{
-		{"default/svc-1:http: cluster IP fd00::1 is not an IPv4 address", func(sp *proxier.ServicePort) { sp.Frontends[0].Addr = v6 }},
-		{"default/svc-1:http: endpoint [fd00::1]:80 is not an IPv4 address", func(sp *proxier.ServicePort) {
-			sp.Frontends[0].Internal = &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(v6, 80)}}}
+		{"default/svc-1:http: cluster IP fd00::1 is not an IPv4 address", func(sp *plan.ServicePort) { sp.Frontends[0].Addr = v6 }},
+		{"default/svc-1:http: endpoint [fd00::1]:80 is not an IPv4 address", func(sp *plan.ServicePort) {
+			sp.Frontends[0].Internal = &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: netip.AddrPortFrom(v6, 80)}}}
 		}},
-		{"source range fd00::/64 is not of IPv4", func(sp *proxier.ServicePort) {
+		{"source range fd00::/64 is not of IPv4", func(sp *plan.ServicePort) {
 			sp.Frontends[0].Sources = []netip.Prefix{netip.MustParsePrefix("fd00::/64")}
 		}},
-		{"default/svc-1:http: cluster IP 10.96.0.1:80/tcp is held by default/svc-0:http", func(sp *proxier.ServicePort) {
+		{"default/svc-1:http: cluster IP 10.96.0.1:80/tcp is held by default/svc-0:http", func(sp *plan.ServicePort) {
 			sp.Frontends[0].Addr = netip.MustParseAddr("10.96.0.1")
 		}},
-		{"timeout 1.5s is not in whole seconds", func(sp *proxier.ServicePort) { sp.AffinityTimeout = 1500 * time.Millisecond }},
-		{"5 different endpoint sets with session affinity", func(sp *proxier.ServicePort) {
+		{"timeout 1.5s is not in whole seconds", func(sp *plan.ServicePort) { sp.AffinityTimeout = 1500 * time.Millisecond }},
+		{"5 different endpoint sets with session affinity", func(sp *plan.ServicePort) {
 			sp.AffinityTimeout = time.Hour
 			for i := range 5 {
-				set := proxiertest.FleetService(proxier.IPv4, 1, i*10, 2).Usable
-				sp.Frontends = append(sp.Frontends, proxier.Frontend{Addr: netip.AddrFrom4([4]byte{1, 1, 1, byte(i)}), Internal: set, External: set})
+				set := conformance.FleetService(plan.IPv4, 1, i*10, 2).Usable
+				sp.Frontends = append(sp.Frontends, plan.Frontend{Addr: netip.AddrFrom4([4]byte{1, 1, 1, byte(i)}), Internal: set, External: set})
 			}
 			sp.Frontends = sp.Frontends[1:]
 		}},
-		{"70000 endpoints with session affinity, at most 65536", func(sp *proxier.ServicePort) {
-			*sp = *proxiertest.FleetService(proxier.IPv4, 1, 0, 70_000)
+		{"70000 endpoints with session affinity, at most 65536", func(sp *plan.ServicePort) {
+			*sp = *conformance.FleetService(plan.IPv4, 1, 0, 70_000)
 			sp.AffinityTimeout = time.Hour
 		}},
 	} {
 		t.Run(test.want, func(t *testing.T) {
-			plan := proxiertest.Fleet(proxier.IPv4, 3, 3)
-			st, err := newStateOf(familyOf(proxier.IPv4), plan, nil, nil)
+			desired := conformance.Fleet(plan.IPv4, 3, 3)
+			st, err := newStateOf(familyOf(plan.IPv4), desired, nil, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
 			before := believed(st)
-			sp := proxiertest.FleetService(proxier.IPv4, 1, 3, 3)
+			sp := conformance.FleetService(plan.IPv4, 1, 3, 3)
 			test.change(sp)
-			plan.Services[sp.Name] = sp
+			desired.Services[sp.Name] = sp
 			// Another that is fine is in the same change.
-			other := proxiertest.FleetService(proxier.IPv4, 2, 100, 40)
-			plan.Services[other.Name] = other
-			_, err = st.stage(plan, []proxier.ServicePortName{other.Name, sp.Name})
+			other := conformance.FleetService(plan.IPv4, 2, 100, 40)
+			desired.Services[other.Name] = other
+			_, err = st.stage(desired, []plan.ServicePortName{other.Name, sp.Name})
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want %q", err, test.want)
 			}
 			if diff := cmp.Diff(before, believed(st)); diff != "" {
 				t.Errorf("the refused change left traces:\n%s", diff)
 			}
-			if _, err := newStateOf(familyOf(proxier.IPv4), plan, nil, nil); err == nil {
+			if _, err := newStateOf(familyOf(plan.IPv4), desired, nil, nil); err == nil {
 				t.Error("the same Service is taken when everything is written anew")
 			}
 		})
@@ -247,97 +249,97 @@ func TestRefused(t *testing.T) {
 // TestSwap: two Services exchange their cluster IPs in one change.
 func TestSwap(t *testing.T) {
 	inNamespace(t)
-	plan := proxiertest.Fleet(proxier.IPv4, 2, 3)
-	p := newProxier(t, proxier.IPv4)
-	sync := func(change proxier.Change) {
+	desired := conformance.Fleet(plan.IPv4, 2, 3)
+	p := newProxier(t, plan.IPv4)
+	sync := func(change plan.Change) {
 		t.Helper()
-		if err := p.Sync(context.Background(), plan, change); err != nil {
+		if err := p.Sync(context.Background(), desired, change); err != nil {
 			t.Fatal(err)
 		}
 	}
-	sync(proxier.Change{All: true})
-	var names []proxier.ServicePortName
+	sync(plan.Change{All: true})
+	var names []plan.ServicePortName
 	for i := range 2 {
-		sp := proxiertest.FleetService(proxier.IPv4, i, i*3, 3)
-		sp.Frontends[0].Addr = proxiertest.FleetService(proxier.IPv4, 1-i, 0, 3).Frontends[0].Addr
-		plan.Services[sp.Name] = sp
+		sp := conformance.FleetService(plan.IPv4, i, i*3, 3)
+		sp.Frontends[0].Addr = conformance.FleetService(plan.IPv4, 1-i, 0, 3).Frontends[0].Addr
+		desired.Services[sp.Name] = sp
 		names = append(names, sp.Name)
 	}
-	sync(proxier.Change{Services: names})
-	compareKernel(t, p, plan.Node)
-	compareMeaning(t, p.state, plan)
+	sync(plan.Change{Services: names})
+	compareKernel(t, p, desired.Node)
+	compareMeaning(t, p.state, desired)
 }
 
 // TestTableLost: when somebody else takes the table away, the next Sync says
 // that the state is unknown, and one with All mends it.
 func TestTableLost(t *testing.T) {
 	inNamespace(t)
-	plan := proxiertest.Fleet(proxier.IPv4, 5, 3)
-	p := newProxier(t, proxier.IPv4)
-	if err := p.Sync(context.Background(), plan, proxier.Change{}); err != nil {
+	desired := conformance.Fleet(plan.IPv4, 5, 3)
+	p := newProxier(t, plan.IPv4)
+	if err := p.Sync(context.Background(), desired, plan.Change{}); err != nil {
 		t.Fatal(err)
 	}
 	runNft(t, "delete", "table", "ip", tableName)
 	before := believed(p.state)
-	sp := proxiertest.FleetService(proxier.IPv4, 2, 100, 30)
-	plan.Services[sp.Name] = sp
-	err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}})
+	sp := conformance.FleetService(plan.IPv4, 2, 100, 30)
+	desired.Services[sp.Name] = sp
+	err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{sp.Name}})
 	if !errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(fmt.Sprint(err), sp.Name.String()) {
 		t.Errorf("error %v, want one that names the Service and wraps ErrUnknownState", err)
 	}
 	if diff := cmp.Diff(before, believed(p.state)); diff != "" {
 		t.Errorf("after the error something else is remembered:\n%s", diff)
 	}
-	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
-	compareKernel(t, p, plan.Node)
+	compareKernel(t, p, desired.Node)
 }
 
 // TestKernelRefuses: the kernel refuses a whole change, and the same without
 // what it refused goes in.
 func TestKernelRefuses(t *testing.T) {
 	inNamespace(t)
-	plan := proxiertest.Fleet(proxier.IPv4, 5, 3)
-	p := newProxier(t, proxier.IPv4)
-	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+	desired := conformance.Fleet(plan.IPv4, 5, 3)
+	p := newProxier(t, plan.IPv4)
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
-	good, bad := proxiertest.FleetService(proxier.IPv4, 1, 100, 40), proxiertest.FleetService(proxier.IPv4, 9, 200, 3)
+	good, bad := conformance.FleetService(plan.IPv4, 1, 100, 40), conformance.FleetService(plan.IPv4, 9, 200, 3)
 	// An element that is not ours stands in the way.
 	runNft(t, "add", "element", "ip", tableName, "frontends", "{ "+bad.Frontends[0].Addr.String()+" . tcp . 80 : 1:1 }")
-	plan.Services[good.Name], plan.Services[bad.Name] = good, bad
-	if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{good.Name, bad.Name}}); err == nil {
+	desired.Services[good.Name], desired.Services[bad.Name] = good, bad
+	if err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{good.Name, bad.Name}}); err == nil {
 		t.Fatal("the change went in")
 	}
 	runNft(t, "delete", "element", "ip", tableName, "frontends", "{ "+bad.Frontends[0].Addr.String()+" . tcp . 80 }")
-	compareKernel(t, p, plan.Node)
-	if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{good.Name}}); err != nil {
+	compareKernel(t, p, desired.Node)
+	if err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{good.Name}}); err != nil {
 		t.Fatal(err)
 	}
-	compareKernel(t, p, plan.Node)
+	compareKernel(t, p, desired.Node)
 }
 
 // TestIdleChains: chains that no set needs any more do not pile up.
 func TestIdleChains(t *testing.T) {
 	inNamespace(t)
-	plan := proxiertest.Fleet(proxier.IPv4, 2, 3)
-	p := newProxier(t, proxier.IPv4)
-	if err := p.Sync(context.Background(), plan, proxier.Change{All: true}); err != nil {
+	desired := conformance.Fleet(plan.IPv4, 2, 3)
+	p := newProxier(t, plan.IPv4)
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
 	for size := readyChains + 1; size < 100; size++ {
-		sp := proxiertest.FleetService(proxier.IPv4, 1, 10, size)
+		sp := conformance.FleetService(plan.IPv4, 1, 10, size)
 		sp.AffinityTimeout = time.Duration(size%2) * time.Minute
-		plan.Services[sp.Name] = sp
-		if err := p.Sync(context.Background(), plan, proxier.Change{Services: []proxier.ServicePortName{sp.Name}}); err != nil {
+		desired.Services[sp.Name] = sp
+		if err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{sp.Name}}); err != nil {
 			t.Fatal(err)
 		}
 		if n := len(p.state.chains); n > readyChains+idleChains+2 {
 			t.Fatalf("%d chains for two Services", n)
 		}
 	}
-	compareKernel(t, p, plan.Node)
+	compareKernel(t, p, desired.Node)
 }
 
 // TestContext: a Sync whose context has ended does nothing.
@@ -345,8 +347,8 @@ func TestContext(t *testing.T) {
 	inNamespace(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	p := newProxier(t, proxier.IPv4)
-	if err := p.Sync(ctx, proxiertest.Fleet(proxier.IPv4, 1, 1), proxier.Change{All: true}); !errors.Is(err, context.Canceled) {
+	p := newProxier(t, plan.IPv4)
+	if err := p.Sync(ctx, conformance.Fleet(plan.IPv4, 1, 1), plan.Change{All: true}); !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v, want context.Canceled", err)
 	}
 	if listing := runNft(t, "list", "ruleset"); listing != "" {

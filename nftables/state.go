@@ -5,16 +5,16 @@ import (
 	"maps"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // state is what a Proxier knows of its table's contents.
 type state struct {
 	*family
 	pools   *idPools
-	records map[proxier.ServicePortName]*record
+	records map[plan.ServicePortName]*record
 	// owners says which Service port holds a frontend.
-	owners map[proxier.FrontendKey]*proxier.ServicePort
+	owners map[plan.FrontendKey]*plan.ServicePort
 	// uses counts how many times an element of a shared set is wanted.
 	uses map[sharedKey]int32
 	// served counts the endpoint sets that each sized chain serves.
@@ -24,7 +24,7 @@ type state struct {
 	// digest is the name of the chain that tells which rules the kernel has.
 	digest string
 	// node are the facts that the rules in the kernel go by.
-	node proxier.Node
+	node plan.Node
 }
 
 // sharedKey is an element of a shared set.
@@ -45,8 +45,8 @@ func newState(f *family) *state {
 	st := &state{
 		family:  f,
 		pools:   newIDPools(),
-		records: make(map[proxier.ServicePortName]*record),
-		owners:  make(map[proxier.FrontendKey]*proxier.ServicePort),
+		records: make(map[plan.ServicePortName]*record),
+		owners:  make(map[plan.FrontendKey]*plan.ServicePort),
 		uses:    make(map[sharedKey]int32),
 		served:  make(map[sizedChain]int32),
 		chains:  make(map[sizedChain]uint32),
@@ -61,17 +61,17 @@ func newState(f *family) *state {
 // the names, so that the same plan makes the same table. Service ports keep the
 // numbers that they have in before, and sized chains those in chains; both may
 // be nil.
-func newStateOf(f *family, plan *proxier.Plan, before map[proxier.ServicePortName]*record, chains map[sizedChain]uint32) (*state, error) {
+func newStateOf(f *family, desired *plan.Plan, before map[plan.ServicePortName]*record, chains map[sizedChain]uint32) (*state, error) {
 	st := newState(f)
 	for c, n := range chains {
 		if c.ownNumber() || st.pools.chains.claim(n) {
 			st.chains[c] = n
 		}
 	}
-	names := slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
-	kept := st.keepNumbers(plan, names, before)
+	names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
+	kept := st.keepNumbers(desired, names, before)
 	for _, name := range names {
-		r, err := st.recordOf(kept[name], plan.Services[name])
+		r, err := st.recordOf(kept[name], desired.Services[name])
 		if err == nil {
 			err = st.claim(r)
 		}
@@ -88,14 +88,14 @@ func newStateOf(f *family, plan *proxier.Plan, before map[proxier.ServicePortNam
 // keepNumbers takes out of the pools the numbers that Service ports had before,
 // and returns the records that they are in. Where two had the same, the first
 // has it.
-func (st *state) keepNumbers(plan *proxier.Plan, names []proxier.ServicePortName, before map[proxier.ServicePortName]*record) map[proxier.ServicePortName]*record {
-	kept := make(map[proxier.ServicePortName]*record)
+func (st *state) keepNumbers(desired *plan.Plan, names []plan.ServicePortName, before map[plan.ServicePortName]*record) map[plan.ServicePortName]*record {
+	kept := make(map[plan.ServicePortName]*record)
 	if len(before) == 0 {
 		return kept
 	}
 	for _, name := range names {
 		r := before[name]
-		if r != nil && plan.Services[name].AffinityTimeout > 0 == r.sticky() && st.claimIDs(r.ids()) {
+		if r != nil && desired.Services[name].AffinityTimeout > 0 == r.sticky() && st.claimIDs(r.ids()) {
 			kept[name] = r
 		}
 	}
@@ -116,7 +116,7 @@ func (st *state) claimIDs(ids []uint32) bool {
 
 // recordOf makes the record of port, which follows on old. The caller gives
 // back what it took from the pools if the record does not come to be.
-func (st *state) recordOf(old *record, port *proxier.ServicePort) (*record, error) {
+func (st *state) recordOf(old *record, port *plan.ServicePort) (*record, error) {
 	if err := st.validate(port); err != nil {
 		return nil, err
 	}
@@ -164,10 +164,10 @@ func (st *state) pickElement(c sizedChain) element {
 
 // emitAll hands out every element that does not depend on the node.
 func (st *state) emitAll(emit func(element)) {
-	for origins := proxier.FromPods; origins <= proxier.AnySource; origins++ {
+	for origins := plan.FromPods; origins <= plan.AnySource; origins++ {
 		emit(element{set: markChains, key: idKey(uint32(origins)), chain: markChain(origins)})
 	}
-	for _, name := range slices.SortedFunc(maps.Keys(st.records), proxier.ServicePortName.Compare) {
+	for _, name := range slices.SortedFunc(maps.Keys(st.records), plan.ServicePortName.Compare) {
 		st.compile(st.records[name], func(e element) {
 			if !schemas[e.set].shared {
 				emit(e)

@@ -6,7 +6,7 @@ import (
 	"os"
 	"strings"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Name returns the name of this node's Node object: override, or the host name if
@@ -29,8 +29,8 @@ func Name(override string) (string, error) {
 
 // FamilyUsable returns the reason why this node can serve no Service of a family,
 // or nil.
-func FamilyUsable(family proxier.Family) error {
-	if family == proxier.IPv4 {
+func FamilyUsable(family plan.Family) error {
+	if family == plan.IPv4 {
 		return nil
 	}
 	disabled, err := Sysctl("net/ipv6/conf/all/disable_ipv6")

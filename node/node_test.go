@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 func TestName(t *testing.T) {
@@ -29,7 +29,7 @@ func TestName(t *testing.T) {
 
 func TestFamilyUsable(t *testing.T) {
 	emptyNode(t)
-	for _, family := range proxier.Families {
+	for _, family := range plan.Families {
 		if err := FamilyUsable(family); err != nil {
 			t.Errorf("%s: %v", family, err)
 		}
@@ -37,10 +37,10 @@ func TestFamilyUsable(t *testing.T) {
 	if err := SetSysctl("net/ipv6/conf/all/disable_ipv6", "1", ""); err != nil {
 		t.Fatal(err)
 	}
-	if err := FamilyUsable(proxier.IPv6); err == nil || !strings.Contains(err.Error(), "disable_ipv6") {
+	if err := FamilyUsable(plan.IPv6); err == nil || !strings.Contains(err.Error(), "disable_ipv6") {
 		t.Errorf("IPv6 switched off: %v, want an error that names the setting", err)
 	}
-	if err := FamilyUsable(proxier.IPv4); err != nil {
+	if err := FamilyUsable(plan.IPv4); err != nil {
 		t.Errorf("IPv4 beside an IPv6 that is off: %v", err)
 	}
 }

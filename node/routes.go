@@ -13,7 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // MaxRouteSources is how many route sources of one family are served. Each is a
@@ -24,11 +24,11 @@ const MaxRouteSources = 256
 type RouteSources struct {
 	// Served are in the order in which rules must have them: the longest prefix
 	// comes first.
-	Served []proxier.RouteSource
+	Served []plan.RouteSource
 	// LeftOut are those beyond MaxRouteSources, and those of interfaces whose
 	// name a rule cannot hold. Together with a route source its whole tree of
 	// longer prefixes is left out, so that masquerade chooses for all of these.
-	LeftOut []proxier.RouteSource
+	LeftOut []plan.RouteSource
 }
 
 func (s *RouteSources) equal(o *RouteSources) bool {
@@ -166,7 +166,7 @@ func linkAddrs(list []netlink.Addr) map[linkFamily][]linkAddr {
 		case !addr.IsValid() || a.Scope != int(netlink.SCOPE_UNIVERSE):
 		case addr.Is4() && a.Flags&unix.IFA_F_SECONDARY != 0, addr.Is6() && a.Flags&unix.IFA_F_DADFAILED != 0:
 		default:
-			k := linkFamily{a.LinkIndex, proxier.FamilyOf(addr)}
+			k := linkFamily{a.LinkIndex, plan.FamilyOf(addr)}
 			out[k] = append(out[k], linkAddr{addr, subnet})
 		}
 	}
@@ -175,7 +175,7 @@ func linkAddrs(list []netlink.Addr) map[linkFamily][]linkAddr {
 
 type linkFamily struct {
 	link   int
-	family proxier.Family
+	family plan.Family
 }
 
 // masquerade is the source that the kernel's masquerade gives to packets that take
@@ -216,7 +216,7 @@ func reduce(hops []hop, addrs map[linkFamily][]linkAddr) (trees [][]hop) {
 	hops = slices.Clone(hops)
 	for i := range hops {
 		h := &hops[i]
-		if h.source == h.masquerade(addrs[linkFamily{h.link, proxier.FamilyOf(h.destination.Addr())}]) {
+		if h.source == h.masquerade(addrs[linkFamily{h.link, plan.FamilyOf(h.destination.Addr())}]) {
 			h.source = netip.Addr{}
 		}
 	}
@@ -257,19 +257,19 @@ func (h hop) contains(o hop) bool {
 // first.
 func bounded(trees [][]hop, names map[int]string, limit int) (s RouteSources) {
 	slices.SortStableFunc(trees, func(a, b []hop) int { return cmp.Compare(a[0].destination.Bits(), b[0].destination.Bits()) })
-	count := map[proxier.Family]int{}
+	count := map[plan.Family]int{}
 	for _, tree := range trees {
-		list, family := &s.LeftOut, proxier.FamilyOf(tree[0].destination.Addr())
+		list, family := &s.LeftOut, plan.FamilyOf(tree[0].destination.Addr())
 		if name := names[tree[0].link]; isPlain(name) && count[family]+len(tree) <= limit {
 			list = &s.Served
 			count[family] += len(tree)
 		}
 		for _, h := range tree {
-			*list = append(*list, proxier.RouteSource{Link: names[h.link], Destination: h.destination, Source: h.source})
+			*list = append(*list, plan.RouteSource{Link: names[h.link], Destination: h.destination, Source: h.source})
 		}
 	}
-	for _, list := range [][]proxier.RouteSource{s.Served, s.LeftOut} {
-		slices.SortFunc(list, func(a, b proxier.RouteSource) int {
+	for _, list := range [][]plan.RouteSource{s.Served, s.LeftOut} {
+		slices.SortFunc(list, func(a, b plan.RouteSource) int {
 			return cmp.Or(cmp.Compare(b.Destination.Bits(), a.Destination.Bits()), a.Destination.Addr().Compare(b.Destination.Addr()), cmp.Compare(a.Link, b.Link))
 		})
 	}

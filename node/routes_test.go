@@ -11,7 +11,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // The interfaces of these tests.
@@ -75,7 +75,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-func texts(sources []proxier.RouteSource) []string {
+func texts(sources []plan.RouteSource) []string {
 	var out []string
 	for _, s := range sources {
 		out = append(out, s.String())

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"signalbox/proxier/plan"
 )
 
 // Proxier is one mode at work in one IP family. It is used by one goroutine at
@@ -18,7 +20,7 @@ type Proxier interface {
 	// again with the same or with a smaller change. A mode that cannot keep
 	// that promise in some case returns an error that wraps ErrUnknownState,
 	// and the caller's next change has All set.
-	Sync(ctx context.Context, plan *Plan, change Change) error
+	Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error
 	// Close lets go of what the Proxier holds (sockets, buffers). The rules
 	// stay in the kernel and go on working.
 	Close() error
@@ -26,7 +28,7 @@ type Proxier interface {
 
 // Options is what every mode needs to know to be made.
 type Options struct {
-	Family Family
+	Family plan.Family
 	// MasqueradeMark is the one bit of the packet mark that asks for the
 	// source address to be rewritten: kube-proxy's 0x4000 by default.
 	MasqueradeMark uint32
@@ -57,7 +59,7 @@ var ErrUnknownState = fmt.Errorf("the kernel may hold part of the change")
 // UnsupportedError says why a mode cannot work on this node.
 type UnsupportedError struct {
 	Mode   string
-	Family Family
+	Family plan.Family
 	// Missing names the kernel feature or the program that is not there.
 	Missing string
 	// Remedy is what an operator can do about it.
@@ -110,5 +112,5 @@ type Reporter interface {
 	// after a Sync that succeeded, for each Service port that Sync has written,
 	// by the same goroutine. Equal Problems of a Service's ports and families are
 	// told once, for as long as there is one.
-	Problem(ServicePortName) (p Problem, found bool)
+	Problem(plan.ServicePortName) (p plan.Problem, found bool)
 }

@@ -7,15 +7,16 @@ import (
 	nft "github.com/google/nftables"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // adopt takes over the numbers that frontends have in the existing table, of this
 // process or an earlier one: the conntrack entries of UDP flows contain them. read
 // lists a set of the table.
-func (p *Proxier) adopt(st *state, plan *proxier.Plan, read func(set int) ([]nft.SetElement, error)) {
-	wanted := map[proxier.FrontendKey]bool{}
-	for name, sp := range plan.Services {
+func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set int) ([]nft.SetElement, error)) {
+	wanted := map[plan.FrontendKey]bool{}
+	for name, sp := range desired.Services {
 		if relayed(name.Protocol) {
 			for _, k := range keysOf(sp) {
 				wanted[k] = true

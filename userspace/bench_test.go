@@ -18,7 +18,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // BenchmarkRelay compares ways to an endpoint: straight to it, through the
@@ -76,7 +76,7 @@ const (
 
 // compare measures a rate on all ways.
 func compare(b *testing.B, handle func(*net.TCPConn), rate func(*world, netip.AddrPort) float64) {
-	w := newWorld(b, proxier.IPv4)
+	w := newWorld(b, plan.IPv4)
 	w.listen(0, handle)
 	w.serve(0, 0, 0)
 	type way struct {

@@ -5,17 +5,18 @@ import (
 	"net/netip"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // relayed says whether the relay serves a protocol. SCTP it does not: a
 // relay would lose the message boundaries, streams and addresses that SCTP is
 // used for.
-func relayed(p proxier.Protocol) bool { return p == proxier.TCP || p == proxier.UDP }
+func relayed(p plan.Protocol) bool { return p == plan.TCP || p == plan.UDP }
 
 // compile lists the elements of one Service port. Elements of cluster-ips may
 // be those of other Service ports too.
-func compile(f *nftables.IPFamily, sp *proxier.ServicePort, ids map[proxier.FrontendKey]frontendID) []nftables.Element {
+func compile(f *nftables.IPFamily, sp *plan.ServicePort, ids map[plan.FrontendKey]frontendID) []nftables.Element {
 	c := compiler{family: f, comment: nftables.CommentText(sp.Name.String())}
 	for i := range sp.Frontends {
 		fe := &sp.Frontends[i]
@@ -34,7 +35,7 @@ func (c *compiler) add(set int, key, end, data, comment string) {
 	c.list = append(c.list, nftables.NewElement(set, key, end, data, comment))
 }
 
-func (c *compiler) frontend(fe *proxier.Frontend, k proxier.FrontendKey, ids map[proxier.FrontendKey]frontendID) {
+func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.FrontendKey]frontendID) {
 	sets := addressedSets
 	if !fe.Addr.IsValid() {
 		sets = nodePortSets
@@ -53,7 +54,7 @@ func (c *compiler) frontend(fe *proxier.Frontend, k proxier.FrontendKey, ids map
 	}
 	if !inside || !outside {
 		set := sets.rejected
-		if fe.WhenEmpty == proxier.Drop && open {
+		if fe.WhenEmpty == plan.Drop && open {
 			set = sets.dropped
 		}
 		c.add(set, key, "", "", c.comment)
@@ -64,13 +65,13 @@ func (c *compiler) frontend(fe *proxier.Frontend, k proxier.FrontendKey, ids map
 			c.add(sets.allowed, key+string(p.Addr().AsSlice()), key+string(nftables.LastAddr(p).AsSlice()), "", "")
 		}
 	}
-	if fe.Kind == proxier.ClusterIP && fe.Addr.IsValid() {
+	if fe.Kind == plan.ClusterIP && fe.Addr.IsValid() {
 		c.add(clusterIPs, string(fe.Addr.AsSlice()), "", "", "")
 	}
 }
 
 // validate refuses what could not be written.
-func validate(f *nftables.IPFamily, sp *proxier.ServicePort) error {
+func validate(f *nftables.IPFamily, sp *plan.ServicePort) error {
 	for i := range sp.Frontends {
 		fe := &sp.Frontends[i]
 		if fe.Addr != (netip.Addr{}) && !f.Holds(fe.Addr) {
@@ -81,7 +82,7 @@ func validate(f *nftables.IPFamily, sp *proxier.ServicePort) error {
 				return fmt.Errorf("%s: source range %s is not of %s", sp.Name, p, f.Family)
 			}
 		}
-		for _, set := range []*proxier.EndpointSet{fe.Internal, fe.External} {
+		for _, set := range []*plan.EndpointSet{fe.Internal, fe.External} {
 			for j := range set.Len() {
 				if !f.Holds(set.Endpoints[j].Addr()) {
 					return fmt.Errorf("%s: endpoint %s is not of %s", sp.Name, set.Endpoints[j], f.Family)

@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // sendNow sends a datagram, to the socket's peer if to is nil. It fails with EAGAIN
@@ -88,7 +89,7 @@ func readArrival(oob []byte) (a arrival) {
 // sourceControl is the control message that sets a datagram's source address.
 func sourceControl(a netip.Addr) []byte {
 	level, kind, data := unix.IPPROTO_IP, unix.IP_PKTINFO, make([]byte, unix.SizeofInet4Pktinfo)
-	if proxier.FamilyOf(a) == proxier.IPv6 {
+	if plan.FamilyOf(a) == plan.IPv6 {
 		level, kind, data = unix.IPPROTO_IPV6, unix.IPV6_PKTINFO, make([]byte, unix.SizeofInet6Pktinfo)
 		copy(data, a.AsSlice())
 	} else {

@@ -6,7 +6,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // frontendID is the number of a frontend. The rules rewrite a packet's destination
@@ -21,18 +21,18 @@ const idBits = 24
 // node, as one local route each: no packet with such an address leaves it. The
 // IPv4 range is a part of the reserved 240.0.0.0/4, the IPv6 range a unique
 // local one.
-var relayPrefixes = map[proxier.Family]netip.Prefix{
-	proxier.IPv4: netip.MustParsePrefix("251.0.0.0/8"),
-	proxier.IPv6: netip.MustParsePrefix("fd73:6967:6e61:6c62::/104"),
+var relayPrefixes = map[plan.Family]netip.Prefix{
+	plan.IPv4: netip.MustParsePrefix("251.0.0.0/8"),
+	plan.IPv6: netip.MustParsePrefix("fd73:6967:6e61:6c62::/104"),
 }
 
 // RelayPrefixes lists the addresses that stand for frontends.
 func RelayPrefixes() []netip.Prefix {
-	return []netip.Prefix{relayPrefixes[proxier.IPv4], relayPrefixes[proxier.IPv6]}
+	return []netip.Prefix{relayPrefixes[plan.IPv4], relayPrefixes[plan.IPv6]}
 }
 
 // addr is the address that stands for the frontend.
-func (id frontendID) addr(f proxier.Family) netip.Addr {
+func (id frontendID) addr(f plan.Family) netip.Addr {
 	b := relayPrefixes[f].Addr().AsSlice()
 	tail := b[len(b)-4:]
 	binary.BigEndian.PutUint32(tail, binary.BigEndian.Uint32(tail)|uint32(id))
@@ -41,7 +41,7 @@ func (id frontendID) addr(f proxier.Family) netip.Addr {
 }
 
 // idOf is the number in an address; false if it stands for no frontend.
-func idOf(f proxier.Family, a netip.Addr) (frontendID, bool) {
+func idOf(f plan.Family, a netip.Addr) (frontendID, bool) {
 	if !relayPrefixes[f].Contains(a) {
 		return 0, false
 	}

@@ -14,6 +14,7 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // TestCleanupLeavesNothing compares the namespace before and after.
@@ -67,7 +68,7 @@ func TestRulesOfOtherMarks(t *testing.T) {
 		old := w.p.routes.mark
 		for _, mark := range []uint32{0x8001, 0x10001} {
 			w.p.routes.mark = mark
-			w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+			w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
 			if now := w.kernel(); now != during {
 				t.Errorf("with the mark %#x there are %+v, there were %+v", mark, now, during)
 			}
@@ -113,7 +114,7 @@ func TestRemovedRoutesComeBack(t *testing.T) {
 		if now := w.kernel(); now.rules != during.rules-1 {
 			t.Errorf("a relay that stands by has put its rule back: %+v", now)
 		}
-		w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+		w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
 		if now := w.kernel(); now != during {
 			t.Errorf("after the next sync there are %+v, there were %+v", now, during)
 		}
@@ -121,7 +122,7 @@ func TestRemovedRoutesComeBack(t *testing.T) {
 }
 
 func TestSourceMarksForbidClientAddresses(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	r := w.p.routes
 	client, endpoint := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
 	w.must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "to-client"}, PeerName: "to-endpoint"}))
@@ -167,24 +168,24 @@ func TestProbeLeavesThePortsAlone(t *testing.T) {
 }
 
 func TestUnsupportedSaysWhatIsMissing(t *testing.T) {
-	w := newWorld(t, proxier.IPv6)
+	w := newWorld(t, plan.IPv6)
 	for _, conf := range []string{"all", "lo"} {
 		w.must(os.WriteFile("/proc/sys/net/ipv6/conf/"+conf+"/disable_ipv6", []byte("1"), 0o644))
 	}
 	var missing *proxier.UnsupportedError
-	if err := Supported(proxier.IPv6); !errors.As(err, &missing) || missing.Family != proxier.IPv6 || missing.Mode != Mode {
+	if err := Supported(plan.IPv6); !errors.As(err, &missing) || missing.Family != plan.IPv6 || missing.Mode != Mode {
 		t.Errorf("without IPv6 Supported answers %v, want an UnsupportedError for it", err)
 	}
 }
 
 // TestSCTPIsRefused looks at what the rules say of a port that is not relayed.
 func TestSCTPIsRefused(t *testing.T) {
-	plan := examplePlan(proxier.IPv4)
-	for name, sp := range plan.Services {
-		if name.Protocol != proxier.SCTP {
+	desired := examplePlan(plan.IPv4)
+	for name, sp := range desired.Services {
+		if name.Protocol != plan.SCTP {
 			continue
 		}
-		f := nftables.FamilyOf(proxier.IPv4)
+		f := nftables.FamilyOf(plan.IPv4)
 		for _, e := range compile(f, sp, nil) {
 			if e.Set() != rejected && e.Set() != clusterIPs {
 				t.Errorf("an SCTP port is in %s", setNames[e.Set()])

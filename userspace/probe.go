@@ -11,6 +11,7 @@ import (
 	"signalbox/internal/tcprelay"
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // probeTable never exists: the transaction that adds it deletes it again.
@@ -18,7 +19,7 @@ const probeTable = "signalbox-userspace-probe"
 
 // Supported has this node's kernel try all that the mode needs. The error is a
 // *proxier.UnsupportedError.
-func Supported(f proxier.Family) error {
+func Supported(f plan.Family) error {
 	missing := func(what, remedy string, err error) error {
 		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: what, Remedy: remedy, Err: err}
 	}
@@ -27,9 +28,9 @@ func Supported(f proxier.Family) error {
 		return missing("the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
 	defer t.Close()
-	rules := ruleset{nftables.FamilyOf(f), answersMark(proxier.DefaultMasqueradeMark), firstPorts, proxier.Node{
-		LocalPods:     proxier.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
-		NodePortAddrs: proxier.NodePortAddrs{All: true},
+	rules := ruleset{nftables.FamilyOf(f), answersMark(proxier.DefaultMasqueradeMark), firstPorts, plan.Node{
+		LocalPods:     plan.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
+		NodePortAddrs: plan.NodePortAddrs{All: true},
 	}}
 	t.ReplaceTable()
 	t.AddChains(rules.chains())
@@ -57,7 +58,7 @@ func Supported(f proxier.Family) error {
 
 // trySockets opens sockets with the relay's options. The kernel chooses their ports:
 // at the relay's own ports they would take connections from a running relay.
-func trySockets(f proxier.Family) error {
+func trySockets(f plan.Family) error {
 	at := netip.AddrPortFrom(unspecified(f), 0)
 	t, err := tcprelay.ListenTCP(at)
 	if err != nil {
@@ -73,7 +74,7 @@ func trySockets(f proxier.Family) error {
 
 // Cleanup removes this mode's table, routes and rule of the family, and nothing
 // else. It is no error if there are none, and then removed is false.
-func Cleanup(f proxier.Family) (removed bool, err error) {
+func Cleanup(f plan.Family) (removed bool, err error) {
 	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, makeSets())
 	if err != nil {
 		return false, err
@@ -98,7 +99,7 @@ func Cleanup(f proxier.Family) (removed bool, err error) {
 // Render prints the table that New and one Sync would make of plan on a node
 // that has none yet, in the form of `nft list table`. Frontends are numbered
 // from 0. It touches no kernel.
-func Render(opts proxier.Options, plan *proxier.Plan) (string, error) {
+func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	f := nftables.FamilyOf(opts.Family)
 	rules := ruleset{f, answersMark(opts.MasqueradeMark), firstPorts, plan.Node}
 	if err := rules.ValidateNode(rules.node); err != nil {

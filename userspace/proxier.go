@@ -9,6 +9,7 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Mode is the name of this mode on the command line and in messages.
@@ -24,7 +25,7 @@ type Proxier struct {
 	relay  *relay
 	state  *state // nil until the first Sync
 	// unrelayed holds the Service ports that the log named as not relayed.
-	unrelayed map[proxier.ServicePortName]bool
+	unrelayed map[plan.ServicePortName]bool
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
@@ -51,7 +52,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 		return fail(err)
 	}
 	return &Proxier{family: f, mark: answersMark(opts.MasqueradeMark), table: t, routes: routes, relay: relay,
-		unrelayed: map[proxier.ServicePortName]bool{}}, nil
+		unrelayed: map[plan.ServicePortName]bool{}}, nil
 }
 
 // Close ends the relay with all its connections. The rules stay: until another
@@ -74,7 +75,7 @@ func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Fam
 func (p *Proxier) Stats() Stats { return p.relay.stats() }
 
 // Sync implements proxier.Proxier. Every call is one transaction.
-func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.Change) error {
+func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
 	if err := plan.For(ctx, Mode, p.family.Family); err != nil {
 		return err
 	}
@@ -87,7 +88,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *proxier.Plan, change proxier.C
 	return p.syncChange(plan, change)
 }
 
-func (p *Proxier) rules(plan *proxier.Plan) ruleset {
+func (p *Proxier) rules(plan *plan.Plan) ruleset {
 	r := ruleset{IPFamily: p.family, mark: p.mark, node: plan.Node}
 	if p.relay.listeners != nil {
 		r.ports = p.relay.listeners.ports
@@ -96,7 +97,7 @@ func (p *Proxier) rules(plan *proxier.Plan) ruleset {
 }
 
 // syncAll replaces the table. Frontends keep their numbers.
-func (p *Proxier) syncAll(plan *proxier.Plan) error {
+func (p *Proxier) syncAll(plan *plan.Plan) error {
 	if err := p.rules(plan).ValidateNode(plan.Node); err != nil {
 		return err
 	}
@@ -138,7 +139,7 @@ func (p *Proxier) syncAll(plan *proxier.Plan) error {
 }
 
 // syncChange writes what change names.
-func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
+func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	rules := p.rules(plan)
 	if change.Node {
 		if err := rules.ValidateNode(rules.node); err != nil {
@@ -172,7 +173,7 @@ func (p *Proxier) syncChange(plan *proxier.Plan, change proxier.Change) error {
 }
 
 // report logs each Service port once that is not relayed.
-func (p *Proxier) report(plan *proxier.Plan, names []proxier.ServicePortName) {
+func (p *Proxier) report(plan *plan.Plan, names []plan.ServicePortName) {
 	for _, name := range names {
 		served := plan.Services[name] == nil || relayed(name.Protocol)
 		switch {

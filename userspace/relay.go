@@ -10,12 +10,13 @@ import (
 
 	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // relay forwards redirected connections and datagrams to endpoints, in one family.
 type relay struct {
-	family       proxier.Family
+	family       plan.Family
 	ns           *tcprelay.Namespace
 	listeners    *listeners
 	dialer       *dialer
@@ -30,7 +31,7 @@ type relay struct {
 	cancel context.CancelFunc
 	done   sync.WaitGroup // all goroutines
 	// node is that of the last plan.
-	node atomic.Pointer[proxier.Node]
+	node atomic.Pointer[plan.Node]
 	// handingOver: old listeners are still open, and the kernel gives new packets
 	// to another relay. endHandover closes these listeners at once.
 	handingOver atomic.Bool
@@ -39,7 +40,7 @@ type relay struct {
 }
 
 // newRelay makes a relay for the network namespace of the calling thread.
-func newRelay(f proxier.Family, r *routes) (*relay, error) {
+func newRelay(f plan.Family, r *routes) (*relay, error) {
 	tcp, err := tcprelay.New(f, Mode)
 	if err != nil {
 		return nil, err
@@ -54,7 +55,7 @@ func newRelay(f proxier.Family, r *routes) (*relay, error) {
 		tcp:     tcp, idle: idleTimes{answerIdle, flowIdle}, handoverTime: handoverTime, endHandover: func() {},
 		flows: flowTable{open: map[flowKey]*flow{}},
 	}
-	re.node.Store(&proxier.Node{})
+	re.node.Store(&plan.Node{})
 	re.ctx, re.cancel = context.WithCancel(context.Background())
 	re.done.Go(re.maintain)
 	return re, nil
@@ -179,7 +180,7 @@ func (r *relay) route(o origin, client *net.TCPConn) (tcprelay.Route, bool) {
 }
 
 // setNode sets the node's facts for later connections.
-func (r *relay) setNode(n proxier.Node) { r.node.Store(&n) }
+func (r *relay) setNode(n plan.Node) { r.node.Store(&n) }
 
 // sourceFor is the source address of a connection to an endpoint: the client's,
 // where the plan keeps it and the answers pass through this node, or the zero one,

@@ -17,7 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // answersTable is the routing table that delivers every packet to this node. The
@@ -41,7 +41,7 @@ const answersPriority = 83
 
 // routes are the relay's routes and its rule in the kernel.
 type routes struct {
-	family proxier.Family
+	family plan.Family
 	mark   uint32
 	handle *netlink.Handle
 
@@ -59,7 +59,7 @@ type routes struct {
 const routeTimeout = time.Second
 
 // newRoutes works in the network namespace of the calling thread.
-func newRoutes(f proxier.Family, mark uint32) (*routes, error) {
+func newRoutes(f plan.Family, mark uint32) (*routes, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to routing: %w", err)
@@ -74,7 +74,7 @@ func newRoutes(f proxier.Family, mark uint32) (*routes, error) {
 func (r *routes) close() { r.handle.Close() }
 
 func (r *routes) number() int {
-	if r.family == proxier.IPv6 {
+	if r.family == plan.IPv6 {
 		return netlink.FAMILY_V6
 	}
 	return netlink.FAMILY_V4
@@ -239,7 +239,7 @@ func (r *routes) link(a netip.Addr) (index int, ok bool) {
 // readSourceMarks reads src_valid_mark of the interfaces in the calling thread's
 // network namespace. wg-quick sets it for all. Only IPv4 has it.
 func (r *routes) readSourceMarks() {
-	if r.family != proxier.IPv4 {
+	if r.family != plan.IPv4 {
 		return
 	}
 	files, _ := filepath.Glob("/proc/sys/net/ipv4/conf/*/src_valid_mark")

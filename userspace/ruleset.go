@@ -7,7 +7,9 @@ import (
 	nft "github.com/google/nftables"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
 )
 
 // ownTraffic is the priority (SO_PRIORITY) of the relay's own connections to
@@ -28,7 +30,7 @@ const (
 )
 
 // bit is the origin as the plan names it.
-func (o origin) bit() proxier.TrafficSources { return proxier.FromPods << o }
+func (o origin) bit() plan.TrafficSources { return plan.FromPods << o }
 
 // inside says whether connections go to Frontend.Internal.
 func (o origin) inside() bool { return o != fromOutside }
@@ -40,7 +42,7 @@ type ruleset struct {
 	*nftables.IPFamily
 	mark  uint32 // sends answers to a transparent connection to the relay
 	ports ports
-	node  proxier.Node
+	node  plan.Node
 }
 
 var (
@@ -159,7 +161,7 @@ func (r ruleset) localhost() []nftables.Rule {
 	if !r.node.LocalhostNodePorts {
 		return nil
 	}
-	return []nftables.Rule{nftables.NewRule(r.DaddrIs(proxier.Localhost(r.Family)), nftables.GoTo("nodeports-from-node"))}
+	return []nftables.Rule{nftables.NewRule(r.DaddrIs(service.Localhost(r.Family)), nftables.GoTo("nodeports-from-node"))}
 }
 
 // nodePortAddrs are the single addresses that serve NodePorts.
@@ -193,7 +195,7 @@ func (r ruleset) checkSources() []nftables.Rule {
 // redirected gets to them.
 func (r ruleset) checkLocal() []nftables.Rule {
 	rules := []nftables.Rule{nftables.NewRule(nftables.IsDNATed(), nftables.Return())}
-	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {
+	for _, p := range []plan.Protocol{plan.TCP, plan.UDP} {
 		rules = append(rules, nftables.NewRule(nftables.ProtocolIs(p),
 			nftables.DPortsBetween(r.ports.of(0), r.ports.of(originCount-1)), r.Reject()))
 	}

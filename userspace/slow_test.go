@@ -12,7 +12,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // host is reached by a link of its own from the node.
@@ -87,7 +87,7 @@ func (h *host) in(fn func()) {
 // TestSlowEndpointHoldsUpNobody floods an endpoint behind a slow link and asks
 // another Service's.
 func TestSlowEndpointHoldsUpNobody(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.host("slow", w.endpoint(9).Addr()).slow().in(func() {
 		silent, err := net.ListenPacket("udp", w.endpoint(9).String())
 		w.must(err)
@@ -112,7 +112,7 @@ func TestSlowEndpointHoldsUpNobody(t *testing.T) {
 // TestSlowClientHoldsUpNobody has a client behind a slow link ask for more than
 // that can carry, and asks from elsewhere.
 func TestSlowClientHoldsUpNobody(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	slow, quick := w.host("slow", netip.MustParseAddr("192.0.2.8")).slow(), w.host("quick", netip.MustParseAddr("192.0.2.9"))
 	endpoint, err := net.ListenPacket("udp", w.endpoint(1).String())
 	w.must(err)

@@ -12,7 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // ports are the relay's ports, one for each origin, from this number on.
@@ -48,7 +49,7 @@ func (l *listeners) close() {
 }
 
 // listen opens the sockets in the network namespace of the calling thread.
-func listen(f proxier.Family) (*listeners, error) {
+func listen(f plan.Family) (*listeners, error) {
 	var err error
 	for n := range portTries {
 		l := &listeners{ports: firstPorts + ports(n)*ports(originCount)}
@@ -63,7 +64,7 @@ func listen(f proxier.Family) (*listeners, error) {
 	return nil, fmt.Errorf("listen for redirected traffic: %w", err)
 }
 
-func (l *listeners) open(f proxier.Family) (err error) {
+func (l *listeners) open(f plan.Family) (err error) {
 	for o := range originCount {
 		at := netip.AddrPortFrom(unspecified(f), l.ports.of(o))
 		if l.tcp[o], err = tcprelay.ListenTCP(at); err != nil {
@@ -77,8 +78,8 @@ func (l *listeners) open(f proxier.Family) (err error) {
 }
 
 // unspecified is 0.0.0.0 or ::.
-func unspecified(f proxier.Family) netip.Addr {
-	if f == proxier.IPv6 {
+func unspecified(f plan.Family) netip.Addr {
+	if f == plan.IPv6 {
 		return netip.IPv6Unspecified()
 	}
 	return netip.IPv4Unspecified()
@@ -127,13 +128,13 @@ func (l *listeners) each(fn func(fd int) error) error {
 }
 
 // udpOptions are those of the sockets that datagrams arrive at.
-func udpOptions(f proxier.Family) []tcprelay.SocketOption {
+func udpOptions(f plan.Family) []tcprelay.SocketOption {
 	options := []tcprelay.SocketOption{
 		tcprelay.IntOption(unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1),
 		bufferOption(unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, arrivalBuffer),
 		bufferOption(unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, answerBuffer),
 	}
-	if f == proxier.IPv6 {
+	if f == plan.IPv6 {
 		// Freebind lets answers leave from addresses that are on no device.
 		return append(options, tcprelay.IntOption(unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1),
 			tcprelay.IntOption(unix.IPPROTO_IPV6, unix.IPV6_FREEBIND, 1))
@@ -151,9 +152,9 @@ type dialer struct {
 }
 
 // newDialer makes a dialer for the network namespace of the calling thread, ns.
-func newDialer(f proxier.Family, ns *tcprelay.Namespace) *dialer {
+func newDialer(f plan.Family, ns *tcprelay.Namespace) *dialer {
 	transparent := tcprelay.IntOption(unix.IPPROTO_IP, unix.IP_TRANSPARENT, 1)
-	if f == proxier.IPv6 {
+	if f == plan.IPv6 {
 		transparent = tcprelay.IntOption(unix.IPPROTO_IPV6, unix.IPV6_TRANSPARENT, 1)
 	}
 	d := &dialer{ns: ns, sources: readSourcePorts(), own: []tcprelay.SocketOption{tcprelay.IntOption(unix.SOL_SOCKET, unix.SO_PRIORITY, ownTraffic)}}

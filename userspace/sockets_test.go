@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // TestLeavingSocketsKeepWhatArrived takes connections and datagrams from the
@@ -86,7 +86,7 @@ func TestQuestionIsAnsweredAfterStandBy(t *testing.T) {
 		w.must(err)
 		_, from, err := slow.ReadFrom(make([]byte, 1))
 		w.must(err)
-		w.must(w.proxier().Sync(t.Context(), w.plan, proxier.Change{All: true}))
+		w.must(w.proxier().Sync(t.Context(), w.plan, plan.Change{All: true}))
 		w.p.StandBy()
 		_, err = slow.WriteTo([]byte("!"), from)
 		w.must(err)

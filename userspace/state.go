@@ -7,16 +7,17 @@ import (
 	"slices"
 
 	"signalbox/nftables"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // state is what a Proxier knows of its table's contents.
 type state struct {
 	family   *nftables.IPFamily
-	services map[proxier.ServicePortName]*proxier.ServicePort
+	services map[plan.ServicePortName]*plan.ServicePort
 	pool     *idPool
-	ids      map[proxier.FrontendKey]frontendID
-	owners   map[proxier.FrontendKey]proxier.ServicePortName
+	ids      map[plan.FrontendKey]frontendID
+	owners   map[plan.FrontendKey]plan.ServicePortName
 	// uses counts how many Service ports want an element of cluster-ips.
 	uses map[nftables.Element]int
 }
@@ -24,10 +25,10 @@ type state struct {
 func newState(f *nftables.IPFamily) *state {
 	return &state{
 		family:   f,
-		services: map[proxier.ServicePortName]*proxier.ServicePort{},
+		services: map[plan.ServicePortName]*plan.ServicePort{},
 		pool:     newIDPool(),
-		ids:      map[proxier.FrontendKey]frontendID{},
-		owners:   map[proxier.FrontendKey]proxier.ServicePortName{},
+		ids:      map[plan.FrontendKey]frontendID{},
+		owners:   map[plan.FrontendKey]plan.ServicePortName{},
 		uses:     map[nftables.Element]int{},
 	}
 }
@@ -35,16 +36,16 @@ func newState(f *nftables.IPFamily) *state {
 // stage is a change on its way to the kernel; commit or undo ends it.
 type stage struct {
 	state       *state
-	names       []proxier.ServicePortName
-	now         []*proxier.ServicePort // by names; nil for what goes
-	taken       []proxier.FrontendKey  // frontends that got a number
+	names       []plan.ServicePortName
+	now         []*plan.ServicePort // by names; nil for what goes
+	taken       []plan.FrontendKey  // frontends that got a number
 	shared      map[nftables.Element]int
 	remove, add []nftables.Element
 }
 
 // stage works out what changes in the table when the named Service ports become
 // what plan says. On error the state is as it was.
-func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName) (*stage, error) {
+func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, error) {
 	s := &stage{state: st, names: names, shared: map[nftables.Element]int{}}
 	delta := map[nftables.Element]int{}
 	var order []nftables.Element
@@ -81,7 +82,7 @@ func (st *state) stage(plan *proxier.Plan, names []proxier.ServicePortName) (*st
 }
 
 // number gives every frontend of a Service port a number that has none.
-func (s *stage) number(sp *proxier.ServicePort) error {
+func (s *stage) number(sp *plan.ServicePort) error {
 	if err := validate(s.state.family, sp); err != nil {
 		return err
 	}
@@ -131,7 +132,7 @@ func (s *stage) undo() {
 // numbers of frontends that are gone.
 func (s *stage) commit() (gone []frontendID) {
 	st := s.state
-	var released []proxier.FrontendKey
+	var released []plan.FrontendKey
 	for i, name := range s.names {
 		for _, k := range keysOf(st.services[name]) {
 			if st.owners[k] == name {
@@ -168,11 +169,11 @@ func (s *stage) commit() (gone []frontendID) {
 	return gone
 }
 
-func keysOf(sp *proxier.ServicePort) []proxier.FrontendKey {
+func keysOf(sp *plan.ServicePort) []plan.FrontendKey {
 	if sp == nil {
 		return nil
 	}
-	keys := make([]proxier.FrontendKey, len(sp.Frontends))
+	keys := make([]plan.FrontendKey, len(sp.Frontends))
 	for i := range sp.Frontends {
 		keys[i] = sp.Frontends[i].Key(sp.Name.Protocol)
 	}
@@ -198,6 +199,6 @@ func (s *stage) targets() []*target {
 }
 
 // sortedNames lists the plan's Service ports in a fixed order.
-func sortedNames(plan *proxier.Plan) []proxier.ServicePortName {
-	return slices.SortedFunc(maps.Keys(plan.Services), proxier.ServicePortName.Compare)
+func sortedNames(desired *plan.Plan) []plan.ServicePortName {
+	return slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
 }

@@ -18,57 +18,58 @@ import (
 
 	"signalbox/nftables"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden files")
 
 // examplePlan has a Service port of every kind.
-func examplePlan(f proxier.Family) *proxier.Plan {
+func examplePlan(f plan.Family) *plan.Plan {
 	addr := func(v4, v6 string) netip.Addr {
-		if f == proxier.IPv6 {
+		if f == plan.IPv6 {
 			return netip.MustParseAddr(v6)
 		}
 		return netip.MustParseAddr(v4)
 	}
 	prefix := func(v4, v6 string, bits4, bits6 int) netip.Prefix {
-		if f == proxier.IPv6 {
+		if f == plan.IPv6 {
 			return netip.PrefixFrom(netip.MustParseAddr(v6), bits6)
 		}
 		return netip.PrefixFrom(netip.MustParseAddr(v4), bits4)
 	}
-	here := &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(addr("10.244.1.1", "fd00:244::1"), 8080)}}}
-	all := &proxier.EndpointSet{Endpoints: append(slices.Clone(here.Endpoints),
-		proxier.Endpoint{AddrPort: netip.AddrPortFrom(addr("10.244.2.1", "fd00:244::2"), 8080)})}
-	none := &proxier.EndpointSet{}
+	here := &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: netip.AddrPortFrom(addr("10.244.1.1", "fd00:244::1"), 8080)}}}
+	all := &plan.EndpointSet{Endpoints: append(slices.Clone(here.Endpoints),
+		plan.Endpoint{AddrPort: netip.AddrPortFrom(addr("10.244.2.1", "fd00:244::2"), 8080)})}
+	none := &plan.EndpointSet{}
 	vip := func(n int) netip.Addr {
 		return addr(fmt.Sprintf("10.96.0.%d", n), fmt.Sprintf("fd00:96::%x", n))
 	}
-	plan := &proxier.Plan{
+	desired := &plan.Plan{
 		Family: f,
-		Node: proxier.Node{
-			LocalPods:     proxier.LocalPods{Prefixes: []netip.Prefix{prefix("10.244.1.0", "fd00:244::", 24, 64)}},
-			NodePortAddrs: proxier.NodePortAddrs{All: true}, LocalhostNodePorts: true,
+		Node: plan.Node{
+			LocalPods:     plan.LocalPods{Prefixes: []netip.Prefix{prefix("10.244.1.0", "fd00:244::", 24, 64)}},
+			NodePortAddrs: plan.NodePortAddrs{All: true}, LocalhostNodePorts: true,
 			ServiceCIDRs: []netip.Prefix{prefix("10.96.0.0", "fd00:96::", 16, 112)},
 		},
-		Services: map[proxier.ServicePortName]*proxier.ServicePort{},
+		Services: map[plan.ServicePortName]*plan.ServicePort{},
 	}
-	add := func(name string, p proxier.Protocol, affinity time.Duration, frontends ...proxier.Frontend) {
-		n := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "shop", Name: name}, Port: "main", Protocol: p}
-		plan.Services[n] = &proxier.ServicePort{Name: n, AffinityTimeout: affinity, Frontends: frontends, Usable: all}
+	add := func(name string, p plan.Protocol, affinity time.Duration, frontends ...plan.Frontend) {
+		n := plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "shop", Name: name}, Port: "main", Protocol: p}
+		desired.Services[n] = &plan.ServicePort{Name: n, AffinityTimeout: affinity, Frontends: frontends, Usable: all}
 	}
-	add("web", proxier.TCP, time.Hour,
-		proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(1), Port: 80, Internal: all, External: all, Masquerade: proxier.FromOutside},
-		proxier.Frontend{Kind: proxier.LoadBalancerIP, Addr: addr("203.0.113.1", "2001:db8::1"), Port: 80, Internal: all, External: here,
+	add("web", plan.TCP, time.Hour,
+		plan.Frontend{Kind: plan.ClusterIP, Addr: vip(1), Port: 80, Internal: all, External: all, Masquerade: plan.FromOutside},
+		plan.Frontend{Kind: plan.LoadBalancerIP, Addr: addr("203.0.113.1", "2001:db8::1"), Port: 80, Internal: all, External: here,
 			Sources: []netip.Prefix{prefix("198.51.100.0", "2001:db8:1::", 24, 48)}},
-		proxier.Frontend{Kind: proxier.NodePort, Port: 30080, Internal: all, External: none, WhenEmpty: proxier.Drop})
-	add("dns", proxier.UDP, 0, proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(1), Port: 53, Internal: all, External: all})
-	add("empty", proxier.TCP, 0, proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(2), Port: 80, Internal: none, External: none})
-	add("calls", proxier.SCTP, 0, proxier.Frontend{Kind: proxier.ClusterIP, Addr: vip(3), Port: 2905, Internal: all, External: all})
-	return plan
+		plan.Frontend{Kind: plan.NodePort, Port: 30080, Internal: all, External: none, WhenEmpty: plan.Drop})
+	add("dns", plan.UDP, 0, plan.Frontend{Kind: plan.ClusterIP, Addr: vip(1), Port: 53, Internal: all, External: all})
+	add("empty", plan.TCP, 0, plan.Frontend{Kind: plan.ClusterIP, Addr: vip(2), Port: 80, Internal: none, External: none})
+	add("calls", plan.SCTP, 0, plan.Frontend{Kind: plan.ClusterIP, Addr: vip(3), Port: 2905, Internal: all, External: all})
+	return desired
 }
 
 func TestRender(t *testing.T) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			got, err := Render(proxier.Options{Family: f, MasqueradeMark: proxier.DefaultMasqueradeMark}, examplePlan(f))
 			if err != nil {
@@ -98,8 +99,8 @@ func TestChangesAddUp(t *testing.T) {
 		random := rand.New(rand.NewPCG(1, 2))
 		full := examplePlan(w.family)
 		w.plan.Node = full.Node
-		w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
-		names := slices.SortedFunc(maps.Keys(full.Services), proxier.ServicePortName.Compare)
+		w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
+		names := slices.SortedFunc(maps.Keys(full.Services), plan.ServicePortName.Compare)
 		for range 300 {
 			name := names[random.IntN(len(names))]
 			if random.IntN(3) == 0 {
@@ -110,12 +111,12 @@ func TestChangesAddUp(t *testing.T) {
 			if random.IntN(10) == 0 {
 				w.fail(name)
 			}
-			w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{Services: []proxier.ServicePortName{name}, Node: random.IntN(20) == 0}))
+			w.must(w.p.Sync(t.Context(), w.plan, plan.Change{Services: []plan.ServicePortName{name}, Node: random.IntN(20) == 0}))
 		}
 		grown := w.contents()
 		_, err := Cleanup(w.family)
 		w.must(err)
-		w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+		w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
 		if fresh := w.contents(); grown != fresh {
 			t.Errorf("after many changes:\n%s\nwritten at once:\n%s", grown, fresh)
 		}
@@ -129,7 +130,7 @@ func TestChangesAddUp(t *testing.T) {
 }
 
 // variantOf is the Service port with some frontends left out and some emptied.
-func variantOf(sp *proxier.ServicePort, random *rand.Rand) *proxier.ServicePort {
+func variantOf(sp *plan.ServicePort, random *rand.Rand) *plan.ServicePort {
 	out := *sp
 	out.Frontends = nil
 	for _, fe := range sp.Frontends {
@@ -137,7 +138,7 @@ func variantOf(sp *proxier.ServicePort, random *rand.Rand) *proxier.ServicePort 
 		case 0:
 			continue
 		case 1:
-			fe.Internal = &proxier.EndpointSet{}
+			fe.Internal = &plan.EndpointSet{}
 		case 2:
 			fe.Sources = nil
 		}
@@ -147,12 +148,12 @@ func variantOf(sp *proxier.ServicePort, random *rand.Rand) *proxier.ServicePort 
 }
 
 // fail syncs a change that cannot be written.
-func (w *world) fail(name proxier.ServicePortName) {
+func (w *world) fail(name plan.ServicePortName) {
 	w.t.Helper()
-	bad := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "shop", Name: "bad"}, Protocol: proxier.TCP}
-	w.plan.Services[bad] = &proxier.ServicePort{Name: bad, Frontends: []proxier.Frontend{{Addr: netip.MustParseAddr("::ffff:1.2.3.4"), Port: 1}}}
+	bad := plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "shop", Name: "bad"}, Protocol: plan.TCP}
+	w.plan.Services[bad] = &plan.ServicePort{Name: bad, Frontends: []plan.Frontend{{Addr: netip.MustParseAddr("::ffff:1.2.3.4"), Port: 1}}}
 	defer delete(w.plan.Services, bad)
-	if err := w.p.Sync(w.t.Context(), w.plan, proxier.Change{Services: []proxier.ServicePortName{name, bad}}); err == nil {
+	if err := w.p.Sync(w.t.Context(), w.plan, plan.Change{Services: []plan.ServicePortName{name, bad}}); err == nil {
 		w.t.Error("an address of no family was written")
 	}
 }
@@ -173,10 +174,10 @@ func (w *world) contents() string {
 }
 
 func TestNumbers(t *testing.T) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		for _, id := range []frontendID{0, 1, 255, 256, 1<<idBits - 1} {
 			a := id.addr(f)
-			if got, ok := idOf(f, a); !ok || got != id || proxier.FamilyOf(a) != f {
+			if got, ok := idOf(f, a); !ok || got != id || plan.FamilyOf(a) != f {
 				t.Errorf("%d became %s and that %d, %v", id, a, got, ok)
 			}
 		}
@@ -200,7 +201,7 @@ func TestNumbers(t *testing.T) {
 
 // TestNumbersOutliveTheTable writes everything where the table cannot be read.
 func TestNumbersOutliveTheTable(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.serve(0, 0, 0)
 	w.serve(1, 0, 0)
 	st := newState(w.p.family)
@@ -212,24 +213,24 @@ func TestNumbersOutliveTheTable(t *testing.T) {
 
 // TestNumbersGoOn gives numbers back before everything is written again.
 func TestNumbersGoOn(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.serve(0, 0, 0)
 	w.serve(1, 0, 0)
 	before := w.p.state.pool.next
 	w.remove(1)
-	w.must(w.p.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+	w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
 	if next := w.p.state.pool.next; next != before {
 		t.Errorf("the next number is %d, was %d: numbers that came free are given again at once", next, before)
 	}
 }
 
 func TestFamiliesOfAddressesAreChecked(t *testing.T) {
-	good := examplePlan(proxier.IPv4)
+	good := examplePlan(plan.IPv4)
 	for name, sp := range good.Services {
-		if err := validate(nftables.FamilyOf(proxier.IPv4), sp); err != nil {
+		if err := validate(nftables.FamilyOf(plan.IPv4), sp); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if err := validate(nftables.FamilyOf(proxier.IPv6), sp); err == nil {
+		if err := validate(nftables.FamilyOf(plan.IPv6), sp); err == nil {
 			t.Errorf("%s: IPv4 addresses pass for IPv6", name)
 		}
 	}

@@ -5,22 +5,23 @@ import (
 	"time"
 
 	"signalbox/internal/tcprelay"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // target is the relay's form of a frontend. It is immutable.
 type target struct {
 	id         frontendID
-	name       proxier.ServicePortName
+	name       plan.ServicePortName
 	timeout    time.Duration // of affinity; 0 without
-	internal   *proxier.EndpointSet
-	external   *proxier.EndpointSet
-	serving    *proxier.EndpointSet
-	masquerade proxier.TrafficSources
+	internal   *plan.EndpointSet
+	external   *plan.EndpointSet
+	serving    *plan.EndpointSet
+	masquerade plan.TrafficSources
 }
 
 // endpoints is the set for connections of an origin.
-func (t *target) endpoints(o origin) *proxier.EndpointSet {
+func (t *target) endpoints(o origin) *plan.EndpointSet {
 	if o.inside() {
 		return t.internal
 	}

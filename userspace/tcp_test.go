@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 func TestEndIsPassedOnInEachDirection(t *testing.T) {
@@ -73,7 +74,7 @@ func TestResetIsPassedOn(t *testing.T) {
 // TestBackPressure stops reading at one end: the other must come to a stand,
 // with the bytes waiting in the kernel, and all of them arrive in the end.
 func TestBackPressure(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	read := make(chan int64)
 	w.listen(0, func(c *net.TCPConn) {
 		<-read
@@ -136,7 +137,7 @@ func TestFailingEndpointIsReplacedAndPassedOver(t *testing.T) {
 }
 
 func TestNobodyAnswers(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.serve(0, 0, 0, 1, 2, 3)
 	w.mustReset(0)
 	if s := w.p.Stats(); s.DialFailures != tcprelay.DialTries || s.NoEndpoint != 1 {
@@ -191,7 +192,7 @@ func TestAffinity(t *testing.T) {
 }
 
 func TestConnectionLimit(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	if shared, err := tcprelay.ProcessLimits(); err != nil || w.p.relay.tcp.Limits != shared {
 		t.Errorf("a relay has limits of its own (%v)", err)
 	}
@@ -211,7 +212,7 @@ func TestConnectionLimit(t *testing.T) {
 
 // TestNoFilesLeft lets accept fail with EMFILE: the connection waits.
 func TestNoFilesLeft(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.echo(0)
 	w.serve(0, 0, 0)
 	var before unix.Rlimit
@@ -290,7 +291,7 @@ func TestStandBy(t *testing.T) {
 		open, flow := w.connect(0), w.dialUDP(0)
 		w.askUDP(flow)
 		for _, turn := range []struct{ at, by *Proxier }{{second, first}, {first, second}} {
-			w.must(turn.at.Sync(t.Context(), w.plan, proxier.Change{All: true}))
+			w.must(turn.at.Sync(t.Context(), w.plan, plan.Change{All: true}))
 			turn.by.StandBy()
 			atWork, byStanding := turn.at.Stats(), turn.by.Stats()
 			for range 30 {

@@ -16,7 +16,8 @@ import (
 
 	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // A UDP flow ends when neither side has sent anything for flowIdle, or for
@@ -325,7 +326,7 @@ func (r *relay) answer(f *flow) {
 		switch {
 		case err == nil:
 			f.use()
-			r.tcp.Chooser.Answered(tcprelay.Peer{Protocol: proxier.UDP, At: f.endpoint})
+			r.tcp.Chooser.Answered(tcprelay.Peer{Protocol: plan.UDP, At: f.endpoint})
 			if err := sendNow(back, (*buffer)[:n], from, to); err != nil {
 				r.counts.lost.Add(1)
 			}
@@ -335,7 +336,7 @@ func (r *relay) answer(f *flow) {
 				return
 			}
 		case errors.Is(err, unix.ECONNREFUSED):
-			r.tcp.Chooser.Failed(tcprelay.Peer{Protocol: proxier.UDP, At: f.endpoint}, time.Now())
+			r.tcp.Chooser.Failed(tcprelay.Peer{Protocol: plan.UDP, At: f.endpoint}, time.Now())
 			f.refused.Store(true)
 			return
 		case errors.Is(err, net.ErrClosed):

@@ -10,7 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 func TestFlowStaysAndMoves(t *testing.T) {
@@ -72,7 +73,7 @@ func TestFlowMovesFromUnreachableEndpoint(t *testing.T) {
 // TestFlowOutlivesTooLargePacket has a router say that a packet of a flow was too
 // large (RFC 1191).
 func TestFlowOutlivesTooLargePacket(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.echoUDP(0)
 	w.serve(0, 0, 0)
 	c := w.dialUDP(0)
@@ -256,7 +257,7 @@ func TestFlowIsUsedOrExpires(t *testing.T) {
 // TestExpiredFlowIsReplaced sends a datagram into a flow between its end and
 // its removal.
 func TestExpiredFlowIsReplaced(t *testing.T) {
-	w := newWorld(t, proxier.IPv4)
+	w := newWorld(t, plan.IPv4)
 	w.echoUDP(0)
 	w.serve(0, 0, 0)
 	c := w.dialUDP(0)

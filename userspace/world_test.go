@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // patience is how long something that must come may take.
@@ -28,14 +29,14 @@ const patience = 30 * time.Second
 // endpoints and clients in it.
 type world struct {
 	t      testing.TB
-	family proxier.Family
-	plan   *proxier.Plan
+	family plan.Family
+	plan   *plan.Plan
 	p      *Proxier
 }
 
 // newWorld makes a world and a Proxier in it. The test's thread is in the
 // namespace, and ends with the test's goroutine.
-func newWorld(t testing.TB, f proxier.Family) *world {
+func newWorld(t testing.TB, f plan.Family) *world {
 	t.Helper()
 	if os.Getenv(inOwnProcess) == "" {
 		runtime.LockOSThread()
@@ -45,9 +46,9 @@ func newWorld(t testing.TB, f proxier.Family) *world {
 		}
 		t.Cleanup(func() { ns.Close() })
 	}
-	w := &world{t: t, family: f, plan: &proxier.Plan{
-		Family: f, Node: proxier.Node{NodePortAddrs: proxier.NodePortAddrs{All: true}},
-		Services: map[proxier.ServicePortName]*proxier.ServicePort{},
+	w := &world{t: t, family: f, plan: &plan.Plan{
+		Family: f, Node: plan.Node{NodePortAddrs: plan.NodePortAddrs{All: true}},
+		Services: map[plan.ServicePortName]*plan.ServicePort{},
 	}}
 	lo, err := netlink.LinkByName("lo")
 	w.must(err)
@@ -84,14 +85,14 @@ func (w *world) proxier() *Proxier {
 }
 
 func eachFamily(t *testing.T, test func(t *testing.T, w *world)) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) { test(t, newWorld(t, f)) })
 	}
 }
 
 // endpoint is the address and port of endpoint number n.
 func (w *world) endpoint(n int) netip.AddrPort {
-	if w.family == proxier.IPv6 {
+	if w.family == plan.IPv6 {
 		return netip.MustParseAddrPort(fmt.Sprintf("[fd00:1::%x]:8080", n+1))
 	}
 	return netip.MustParseAddrPort(fmt.Sprintf("10.1.0.%d:8080", n+1))
@@ -99,16 +100,16 @@ func (w *world) endpoint(n int) netip.AddrPort {
 
 // vip is a virtual address and port.
 func (w *world) vip(n int) netip.AddrPort {
-	if w.family == proxier.IPv6 {
+	if w.family == plan.IPv6 {
 		return netip.MustParseAddrPort(fmt.Sprintf("[fd00:96::%02x]:80", n))
 	}
 	return netip.MustParseAddrPort(fmt.Sprintf("10.96.0.%d:80", n))
 }
 
-func (w *world) set(endpoints ...int) *proxier.EndpointSet {
-	s := &proxier.EndpointSet{}
+func (w *world) set(endpoints ...int) *plan.EndpointSet {
+	s := &plan.EndpointSet{}
 	for _, n := range endpoints {
-		s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: w.endpoint(n)})
+		s.Endpoints = append(s.Endpoints, plan.Endpoint{AddrPort: w.endpoint(n)})
 	}
 	return s
 }
@@ -116,13 +117,13 @@ func (w *world) set(endpoints ...int) *proxier.EndpointSet {
 // serve makes endpoints serve virtual address n, over both protocols.
 func (w *world) serve(n int, affinity time.Duration, endpoints ...int) {
 	w.t.Helper()
-	var changed []proxier.ServicePortName
-	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {
-		name := proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "test", Name: fmt.Sprint("web", n)}, Protocol: p}
+	var changed []plan.ServicePortName
+	for _, p := range []plan.Protocol{plan.TCP, plan.UDP} {
+		name := plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "test", Name: fmt.Sprint("web", n)}, Protocol: p}
 		set := w.set(endpoints...)
-		w.plan.Services[name] = &proxier.ServicePort{
+		w.plan.Services[name] = &plan.ServicePort{
 			Name: name, AffinityTimeout: affinity, Usable: set,
-			Frontends: []proxier.Frontend{{Addr: w.vip(n).Addr(), Port: w.vip(n).Port(), Internal: set, External: set, Masquerade: proxier.AnySource}},
+			Frontends: []plan.Frontend{{Addr: w.vip(n).Addr(), Port: w.vip(n).Port(), Internal: set, External: set, Masquerade: plan.AnySource}},
 		}
 		changed = append(changed, name)
 	}
@@ -132,7 +133,7 @@ func (w *world) serve(n int, affinity time.Duration, endpoints ...int) {
 // remove deletes the Service of virtual address n.
 func (w *world) remove(n int) {
 	w.t.Helper()
-	var changed []proxier.ServicePortName
+	var changed []plan.ServicePortName
 	for name := range w.plan.Services {
 		if name.Name == fmt.Sprint("web", n) {
 			delete(w.plan.Services, name)
@@ -142,9 +143,9 @@ func (w *world) remove(n int) {
 	w.sync(changed...)
 }
 
-func (w *world) sync(changed ...proxier.ServicePortName) {
+func (w *world) sync(changed ...plan.ServicePortName) {
 	w.t.Helper()
-	w.must(w.p.Sync(w.t.Context(), w.plan, proxier.Change{Services: changed}))
+	w.must(w.p.Sync(w.t.Context(), w.plan, plan.Change{Services: changed}))
 }
 
 // listen makes endpoint n hand its connections to handle.

@@ -9,7 +9,8 @@ import (
 
 	"signalbox/cmd/lab/internal/demo"
 	"signalbox/modes"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 func demoCommand() *cobra.Command {
@@ -66,17 +67,17 @@ func demoModes(names []string) ([]demo.Mode, error) {
 	return shown, nil
 }
 
-func demoFamilies(names []string) ([]proxier.Family, error) {
+func demoFamilies(names []string) ([]plan.Family, error) {
 	if len(names) == 0 {
-		return proxier.Families, nil
+		return plan.Families, nil
 	}
-	var chosen []proxier.Family
+	var chosen []plan.Family
 	for _, name := range names {
-		i := slices.IndexFunc(proxier.Families, func(f proxier.Family) bool { return strings.EqualFold(f.String(), name) })
+		i := slices.IndexFunc(plan.Families, func(f plan.Family) bool { return strings.EqualFold(f.String(), name) })
 		if i < 0 {
 			return nil, fmt.Errorf("--family=%s: neither IPv4 nor IPv6", name)
 		}
-		if f := proxier.Families[i]; !slices.Contains(chosen, f) {
+		if f := plan.Families[i]; !slices.Contains(chosen, f) {
 			chosen = append(chosen, f)
 		}
 	}

@@ -6,18 +6,19 @@ import (
 	"testing"
 
 	"signalbox/modes"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 func TestDemoFamilies(t *testing.T) {
 	for _, c := range []struct {
 		words []string
-		want  []proxier.Family
+		want  []plan.Family
 		err   string
 	}{
-		{nil, proxier.Families, ""},
-		{[]string{"ipv6"}, []proxier.Family{proxier.IPv6}, ""},
-		{[]string{"IPv6", "IPv4", "ipv6"}, []proxier.Family{proxier.IPv6, proxier.IPv4}, ""},
+		{nil, plan.Families, ""},
+		{[]string{"ipv6"}, []plan.Family{plan.IPv6}, ""},
+		{[]string{"IPv6", "IPv4", "ipv6"}, []plan.Family{plan.IPv6, plan.IPv4}, ""},
 		{[]string{"IPv4", "ipx"}, nil, "--family=ipx"},
 	} {
 		got, err := demoFamilies(c.words)

@@ -48,7 +48,7 @@ func TestOtherModes(t *testing.T) {
 }
 
 func contract(only string) guestTest {
-	return guestTest{dir: "../..", pkg: "./proxier/proxiertest", tools: append([]string{"nft"}, iptables...), only: only}
+	return guestTest{dir: "../..", pkg: "./proxier/conformance", tools: append([]string{"nft"}, iptables...), only: only}
 }
 
 // TestIPVS runs the tests of the IPVS mode alone, which most machines' kernels

@@ -17,7 +17,9 @@ import (
 
 	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
 )
 
 // RetryAfter is how long to wait before listening again at a NodePort that another
@@ -26,7 +28,7 @@ const RetryAfter = 5 * time.Second
 
 // NodePorts are the listeners of one IP family.
 type NodePorts struct {
-	family   proxier.Family
+	family   plan.Family
 	mode     string
 	failures atomic.Uint64
 
@@ -37,7 +39,7 @@ type NodePorts struct {
 	ended chan struct{} // closed when the goroutine of retries has ended
 	// serving says that NodePorts are wanted here.
 	serving bool
-	ports   map[proxier.ServicePortName]*port
+	ports   map[plan.ServicePortName]*port
 	// loggedProtocol: the log has the line about protocols other than TCP.
 	loggedProtocol bool
 }
@@ -52,14 +54,14 @@ type port struct {
 
 // New returns NodePorts that listen nowhere. Nothing is opened before the first
 // Sync that asks for listeners.
-func New(f proxier.Family, mode string) *NodePorts {
-	return &NodePorts{family: f, mode: mode, ports: map[proxier.ServicePortName]*port{}}
+func New(f plan.Family, mode string) *NodePorts {
+	return &NodePorts{family: f, mode: mode, ports: map[plan.ServicePortName]*port{}}
 }
 
 // Sync opens and closes listeners as the plan wants, and looks only at what change
 // names. It opens them in the network namespace of the calling thread. Where it
 // cannot listen, it tries again, see Problem.
-func (n *NodePorts) Sync(plan *proxier.Plan, change proxier.Change) {
+func (n *NodePorts) Sync(plan *plan.Plan, change plan.Change) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if !plan.Node.LocalhostNodePorts {
@@ -97,26 +99,26 @@ func (n *NodePorts) Sync(plan *proxier.Plan, change proxier.Change) {
 }
 
 // allNames lists the Service ports of the plan and those that have a listener.
-func (n *NodePorts) allNames(plan *proxier.Plan) []proxier.ServicePortName {
-	names := make([]proxier.ServicePortName, 0, len(plan.Services))
-	for name := range plan.Services {
+func (n *NodePorts) allNames(desired *plan.Plan) []plan.ServicePortName {
+	names := make([]plan.ServicePortName, 0, len(desired.Services))
+	for name := range desired.Services {
 		names = append(names, name)
 	}
 	for name := range n.ports {
-		if plan.Services[name] == nil {
+		if desired.Services[name] == nil {
 			names = append(names, name)
 		}
 	}
-	slices.SortFunc(names, proxier.ServicePortName.Compare)
+	slices.SortFunc(names, plan.ServicePortName.Compare)
 	return names
 }
 
 // nodePort is a Service port's NodePort, or nil.
-func nodePort(sp *proxier.ServicePort) *proxier.Frontend {
+func nodePort(sp *plan.ServicePort) *plan.Frontend {
 	if sp == nil {
 		return nil
 	}
-	i := slices.IndexFunc(sp.Frontends, func(f proxier.Frontend) bool { return f.Kind == proxier.NodePort })
+	i := slices.IndexFunc(sp.Frontends, func(f plan.Frontend) bool { return f.Kind == plan.NodePort })
 	if i < 0 {
 		return nil
 	}
@@ -126,25 +128,25 @@ func nodePort(sp *proxier.ServicePort) *proxier.Frontend {
 // numberOf is the NodePort to listen at, or 0 for none. As with kube-proxy,
 // connections on loopback count as external traffic. The kernel refuses them at a
 // port without endpoints, because nothing listens there.
-func numberOf(f proxier.Family, sp *proxier.ServicePort) uint16 {
+func numberOf(f plan.Family, sp *plan.ServicePort) uint16 {
 	fe := nodePort(sp)
-	if fe == nil || sp.Name.Protocol != proxier.TCP || fe.External.Len() == 0 {
+	if fe == nil || sp.Name.Protocol != plan.TCP || fe.External.Len() == 0 {
 		return 0
 	}
-	if fe.Sources != nil && !slices.ContainsFunc(fe.Sources, func(p netip.Prefix) bool { return p.Contains(proxier.Localhost(f)) }) {
+	if fe.Sources != nil && !slices.ContainsFunc(fe.Sources, func(p netip.Prefix) bool { return p.Contains(service.Localhost(f)) }) {
 		return 0
 	}
 	return fe.Port
 }
 
 // logProtocol logs once that only TCP is served.
-func (n *NodePorts) logProtocol(sp *proxier.ServicePort) {
-	if n.loggedProtocol || nodePort(sp) == nil || sp.Name.Protocol == proxier.TCP {
+func (n *NodePorts) logProtocol(sp *plan.ServicePort) {
+	if n.loggedProtocol || nodePort(sp) == nil || sp.Name.Protocol == plan.TCP {
 		return
 	}
 	n.loggedProtocol = true
 	slog.Warn(n.mode+": NodePorts of UDP and SCTP are refused on loopback, because the relay there carries TCP alone; the mode userspace serves UDP there",
-		"address", proxier.Localhost(n.family).String(), "first", sp.Name.String(), "protocol", sp.Name.Protocol.String())
+		"address", service.Localhost(n.family).String(), "first", sp.Name.String(), "protocol", sp.Name.Protocol.String())
 }
 
 // open listens at a port. The lock is held, and the thread is in the namespace.
@@ -212,14 +214,14 @@ func (n *NodePorts) dial(ctx context.Context, at netip.AddrPort) (net.Conn, erro
 
 // Problem is why a Service port is not served on loopback though it should be. It has
 // the form of proxier.Reporter's.
-func (n *NodePorts) Problem(name proxier.ServicePortName) (proxier.Problem, bool) {
+func (n *NodePorts) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	p := n.ports[name]
 	if p == nil || p.err == nil {
-		return proxier.Problem{}, false
+		return plan.Problem{}, false
 	}
-	return proxier.Problem{Kind: "Service", Object: name.ServiceName.String(), Field: "spec.ports",
+	return plan.Problem{Kind: "Service", Object: name.ServiceName.String(), Field: "spec.ports",
 		Reason: fmt.Sprintf("NodePort %d is not served on loopback: %v; it is tried again every %v; end what listens there", p.number, p.err, RetryAfter)}, true
 }
 
@@ -232,7 +234,7 @@ type Stats struct {
 	Failures uint64
 	// Refused counts packets to NodePorts on loopback that the mode's rules
 	// refused, by protocol. The mode fills it in.
-	Refused map[proxier.Protocol]uint64
+	Refused map[plan.Protocol]uint64
 }
 
 // Stats returns all but Refused.
@@ -302,6 +304,6 @@ func (p *port) close() {
 	}
 }
 
-func (p *port) at(f proxier.Family) netip.AddrPort {
-	return netip.AddrPortFrom(proxier.Localhost(f), p.number)
+func (p *port) at(f plan.Family) netip.AddrPort {
+	return netip.AddrPortFrom(service.Localhost(f), p.number)
 }

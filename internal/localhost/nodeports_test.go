@@ -11,7 +11,9 @@ import (
 	"time"
 
 	"signalbox/internal/netlab"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
 )
 
 const patience = 10 * time.Second
@@ -21,22 +23,22 @@ type bench struct {
 	*testing.T
 	*NodePorts
 	node *netlab.Host
-	plan *proxier.Plan
+	plan *plan.Plan
 	pod  netip.Addr
 }
 
 func eachFamily(t *testing.T, test func(b *bench)) {
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			lab, err := netlab.New(netlab.Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { lab.Close() })
-			b := &bench{T: t, NodePorts: New(f, "test"), node: lab.Host("node1"), pod: lab.Host("pod-a").Addr.V4, plan: &proxier.Plan{
-				Family: f, Node: proxier.Node{LocalhostNodePorts: true}, Services: map[proxier.ServicePortName]*proxier.ServicePort{},
+			b := &bench{T: t, NodePorts: New(f, "test"), node: lab.Host("node1"), pod: lab.Host("pod-a").Addr.V4, plan: &plan.Plan{
+				Family: f, Node: plan.Node{LocalhostNodePorts: true}, Services: map[plan.ServicePortName]*plan.ServicePort{},
 			}}
-			if f == proxier.IPv6 {
+			if f == plan.IPv6 {
 				b.pod = lab.Host("pod-a").Addr.V6
 			}
 			t.Cleanup(b.NodePorts.Close)
@@ -45,23 +47,23 @@ func eachFamily(t *testing.T, test func(b *bench)) {
 	}
 }
 
-func named(name string, p proxier.Protocol) proxier.ServicePortName {
-	return proxier.ServicePortName{ServiceName: proxier.ServiceName{Namespace: "default", Name: name}, Protocol: p}
+func named(name string, p plan.Protocol) plan.ServicePortName {
+	return plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "default", Name: name}, Protocol: p}
 }
 
 // put adds a Service port to the plan, or replaces it; number 0 removes it.
-func (b *bench) put(name proxier.ServicePortName, number uint16, sources ...netip.Prefix) {
+func (b *bench) put(name plan.ServicePortName, number uint16, sources ...netip.Prefix) {
 	if number == 0 {
 		delete(b.plan.Services, name)
 		return
 	}
-	b.plan.Services[name] = &proxier.ServicePort{Name: name, Frontends: []proxier.Frontend{{
-		Kind: proxier.NodePort, Port: number, Sources: sources,
-		External: &proxier.EndpointSet{Endpoints: []proxier.Endpoint{{AddrPort: netip.AddrPortFrom(b.pod, 8080)}}},
+	b.plan.Services[name] = &plan.ServicePort{Name: name, Frontends: []plan.Frontend{{
+		Kind: plan.NodePort, Port: number, Sources: sources,
+		External: &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: netip.AddrPortFrom(b.pod, 8080)}}},
 	}}}
 }
 
-func (b *bench) sync(change proxier.Change) {
+func (b *bench) sync(change plan.Change) {
 	b.Helper()
 	if err := b.node.Do(func() error { b.Sync(b.plan, change); return nil }); err != nil {
 		b.Fatal(err)
@@ -71,7 +73,7 @@ func (b *bench) sync(change proxier.Change) {
 func (b *bench) ask(number uint16) error {
 	ctx, cancel := context.WithTimeout(b.Context(), patience)
 	defer cancel()
-	_, err := b.node.Ask(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(proxier.Localhost(b.family), number))
+	_, err := b.node.Ask(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(service.Localhost(b.family), number))
 	return err
 }
 
@@ -91,29 +93,29 @@ func (b *bench) serves(when string, numbers ...uint16) {
 
 func TestListenersFollowThePlan(t *testing.T) {
 	eachFamily(t, func(b *bench) {
-		web, api, dns := named("web", proxier.TCP), named("api", proxier.TCP), named("dns", proxier.UDP)
+		web, api, dns := named("web", plan.TCP), named("api", plan.TCP), named("dns", plan.UDP)
 		b.put(web, 30080)
 		b.put(api, 30081)
 		b.put(dns, 30082)
-		b.sync(proxier.Change{All: true})
+		b.sync(plan.Change{All: true})
 		b.serves("at first", 30080, 30081)
 
 		b.put(web, 30081)
 		b.put(api, 30080)
-		b.sync(proxier.Change{Services: []proxier.ServicePortName{web, api}})
+		b.sync(plan.Change{Services: []plan.ServicePortName{web, api}})
 		b.serves("ports were exchanged", 30080, 30081)
 
 		b.put(web, 30081, netip.MustParsePrefix("192.0.2.0/24"))
-		b.sync(proxier.Change{Services: []proxier.ServicePortName{web}})
+		b.sync(plan.Change{Services: []plan.ServicePortName{web}})
 		b.serves("loopback is not a permitted source", 30080)
 
-		b.put(web, 30081, netip.PrefixFrom(proxier.Localhost(b.family), 8))
+		b.put(web, 30081, netip.PrefixFrom(service.Localhost(b.family), 8))
 		b.plan.Services[api].Frontends[0].External = nil
-		b.sync(proxier.Change{Services: []proxier.ServicePortName{web, api}})
+		b.sync(plan.Change{Services: []plan.ServicePortName{web, api}})
 		b.serves("loopback is a permitted source, api has no endpoints", 30081)
 
 		b.put(web, 0)
-		b.sync(proxier.Change{Services: []proxier.ServicePortName{web}})
+		b.sync(plan.Change{Services: []plan.ServicePortName{web}})
 		b.serves("web is gone")
 	})
 }
@@ -121,16 +123,16 @@ func TestListenersFollowThePlan(t *testing.T) {
 // A child process that was just forked holds the sockets of its parent.
 func TestPortIsClosedThoughAnotherProcessHoldsTheSocket(t *testing.T) {
 	eachFamily(t, func(b *bench) {
-		web := named("web", proxier.TCP)
+		web := named("web", plan.TCP)
 		b.put(web, 30080)
-		b.sync(proxier.Change{All: true})
+		b.sync(plan.Change{All: true})
 		held, err := b.ports[web].listener.File()
 		if err != nil {
 			b.Fatal(err)
 		}
 		defer held.Close()
 		b.put(web, 0)
-		b.sync(proxier.Change{Services: []proxier.ServicePortName{web}})
+		b.sync(plan.Change{Services: []plan.ServicePortName{web}})
 		b.serves("after the Service is gone")
 		if n := b.relay.Counts.AcceptFailures.Load(); n > 0 {
 			b.Errorf("%d failures to accept", n)
@@ -141,14 +143,14 @@ func TestPortIsClosedThoughAnotherProcessHoldsTheSocket(t *testing.T) {
 // A port that another program has is reported and is served once it is free.
 func TestTakenPort(t *testing.T) {
 	eachFamily(t, func(b *bench) {
-		web := named("web", proxier.TCP)
-		other, err := b.node.Listen("tcp", netip.AddrPortFrom(proxier.Localhost(b.family), 30080).String())
+		web := named("web", plan.TCP)
+		other, err := b.node.Listen("tcp", netip.AddrPortFrom(service.Localhost(b.family), 30080).String())
 		if err != nil {
 			b.Fatal(err)
 		}
 		defer other.Close()
 		b.put(web, 30080)
-		b.sync(proxier.Change{All: true})
+		b.sync(plan.Change{All: true})
 		problem, ok := b.Problem(web)
 		if !ok || problem.Object != "default/web" || !strings.Contains(problem.Reason, "NodePort 30080 is not served on loopback: listen") {
 			b.Errorf("problem: %+v, %v", problem, ok)
@@ -168,13 +170,13 @@ func TestTakenPort(t *testing.T) {
 // Open connections outlive what led to them; new ones are refused then.
 func TestOpenConnections(t *testing.T) {
 	eachFamily(t, func(b *bench) {
-		web := named("web", proxier.TCP)
+		web := named("web", plan.TCP)
 		if b.Relays() {
 			b.Error("connections are relayed before the first Sync")
 		}
 		b.put(web, 30080)
-		b.sync(proxier.Change{All: true})
-		open, err := b.node.Open(b.Context(), "tcp", netip.AddrPort{}, netip.AddrPortFrom(proxier.Localhost(b.family), 30080))
+		b.sync(plan.Change{All: true})
+		open, err := b.node.Open(b.Context(), "tcp", netip.AddrPort{}, netip.AddrPortFrom(service.Localhost(b.family), 30080))
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -192,10 +194,10 @@ func TestOpenConnections(t *testing.T) {
 		b.StandBy()
 		b.serves("standing by")
 		goesOn("standing by")
-		b.sync(proxier.Change{All: true})
+		b.sync(plan.Change{All: true})
 		b.serves("serving again", 30080)
 		b.plan.Node.LocalhostNodePorts = false
-		b.sync(proxier.Change{Node: true})
+		b.sync(plan.Change{Node: true})
 		b.serves("switched off")
 		goesOn("switched off")
 		open.Close()

@@ -8,22 +8,22 @@ import (
 	"sync/atomic"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Choice are the endpoints for a client.
 type Choice struct {
-	Name      proxier.ServicePortName
+	Name      plan.ServicePortName
 	Affinity  time.Duration // 0 without
-	Endpoints *proxier.EndpointSet
+	Endpoints *plan.EndpointSet
 }
 
 // Has says whether an endpoint is one of a set.
-func Has(s *proxier.EndpointSet, at netip.AddrPort) bool {
+func Has(s *plan.EndpointSet, at netip.AddrPort) bool {
 	if s == nil {
 		return false
 	}
-	_, found := slices.BinarySearchFunc(s.Endpoints, at, func(e proxier.Endpoint, at netip.AddrPort) int { return e.AddrPort.Compare(at) })
+	_, found := slices.BinarySearchFunc(s.Endpoints, at, func(e plan.Endpoint, at netip.AddrPort) int { return e.AddrPort.Compare(at) })
 	return found
 }
 
@@ -34,7 +34,7 @@ type clients struct {
 }
 
 type clientKey struct {
-	service proxier.ServicePortName
+	service plan.ServicePortName
 	addr    netip.Addr
 }
 
@@ -57,7 +57,7 @@ type health struct {
 // Peer is an endpoint with the protocol. The same port of the other protocol may be
 // healthy.
 type Peer struct {
-	Protocol proxier.Protocol
+	Protocol plan.Protocol
 	At       netip.AddrPort
 }
 
@@ -174,7 +174,7 @@ func (c *Chooser) Choose(from Choice, client netip.Addr, tried []netip.AddrPort,
 }
 
 // draw picks at random, evenly among the healthy endpoints, or among all if none is.
-func (c *Chooser) draw(p proxier.Protocol, set *proxier.EndpointSet, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
+func (c *Chooser) draw(p plan.Protocol, set *plan.EndpointSet, tried []netip.AddrPort, now time.Time) (netip.AddrPort, bool) {
 	if set.Len() == 0 {
 		return netip.AddrPort{}, false
 	}

@@ -6,13 +6,13 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
-func endpointsAt(ports ...uint16) *proxier.EndpointSet {
-	s := &proxier.EndpointSet{}
+func endpointsAt(ports ...uint16) *plan.EndpointSet {
+	s := &plan.EndpointSet{}
 	for _, p := range ports {
-		s.Endpoints = append(s.Endpoints, proxier.Endpoint{AddrPort: at(p)})
+		s.Endpoints = append(s.Endpoints, plan.Endpoint{AddrPort: at(p)})
 	}
 	return s
 }
@@ -79,15 +79,15 @@ func TestPassingOver(t *testing.T) {
 func TestFailuresAreOfOneProtocol(t *testing.T) {
 	c, set, now := NewChooser(), endpointsAt(1, 2), time.Now()
 	for range UnhealthyAfter {
-		c.health.failed(Peer{proxier.UDP, at(1)}, now)
+		c.health.failed(Peer{plan.UDP, at(1)}, now)
 	}
-	for _, p := range []proxier.Protocol{proxier.TCP, proxier.UDP} {
+	for _, p := range []plan.Protocol{plan.TCP, plan.UDP} {
 		used := map[netip.AddrPort]bool{}
 		for range 100 {
-			got, _ := c.Choose(Choice{Name: proxier.ServicePortName{Protocol: p}, Endpoints: set}, someClient, nil, now)
+			got, _ := c.Choose(Choice{Name: plan.ServicePortName{Protocol: p}, Endpoints: set}, someClient, nil, now)
 			used[got] = true
 		}
-		if used[at(1)] != (p == proxier.TCP) {
+		if used[at(1)] != (p == plan.TCP) {
 			t.Errorf("protocol %v: unhealthy is %v", p, !used[at(1)])
 		}
 	}
@@ -112,7 +112,7 @@ func TestAllFailing(t *testing.T) {
 
 func TestAffinityInTime(t *testing.T) {
 	c, now := NewChooser(), time.Now()
-	sticky := Choice{Name: proxier.ServicePortName{Port: "a"}, Affinity: time.Minute, Endpoints: endpointsAt(1, 2, 3, 4, 5, 6, 7, 8)}
+	sticky := Choice{Name: plan.ServicePortName{Port: "a"}, Affinity: time.Minute, Endpoints: endpointsAt(1, 2, 3, 4, 5, 6, 7, 8)}
 	first, _ := c.Choose(sticky, someClient, nil, now)
 	for range 50 { // each comes just in time
 		now = now.Add(time.Minute - 1)

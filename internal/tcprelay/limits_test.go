@@ -6,13 +6,13 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 func TestQuietLog(t *testing.T) {
 	var q Log
 	now := time.Now()
-	of := func(n int) messageKey { return messageKey{"it fails", proxier.ServicePortName{Port: fmt.Sprint(n)}} }
+	of := func(n int) messageKey { return messageKey{"it fails", plan.ServicePortName{Port: fmt.Sprint(n)}} }
 	if !q.allow(of(0), now) || q.allow(of(0), now.Add(messageInterval-1)) || !q.allow(of(1), now) {
 		t.Error("something is not said once of each Service port")
 	}

@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Log writes a message about the same Service port at most once in messageInterval.
@@ -21,7 +21,7 @@ type Log struct {
 // messageKey has the zero service where a message concerns no Service port.
 type messageKey struct {
 	text    string
-	service proxier.ServicePortName
+	service plan.ServicePortName
 }
 
 const (
@@ -38,7 +38,7 @@ func (q *Log) Warn(message string, args ...any) {
 }
 
 // WarnOf is Warn about a Service port.
-func (q *Log) WarnOf(service proxier.ServicePortName, message string, args ...any) {
+func (q *Log) WarnOf(service plan.ServicePortName, message string, args ...any) {
 	if q.allow(messageKey{message, service}, time.Now()) {
 		slog.Warn(q.Mode+": "+message, append([]any{"service", service.String()}, args...)...)
 	}

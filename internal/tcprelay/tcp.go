@@ -15,7 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/wait"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 const (
@@ -32,7 +33,7 @@ const (
 
 // TCP relays connections of one IP family until it is closed.
 type TCP struct {
-	Family  proxier.Family
+	Family  plan.Family
 	Chooser *Chooser
 	// Limits are shared by all relays of the process.
 	Limits *Limits
@@ -76,7 +77,7 @@ type Route struct {
 }
 
 // New makes a relay that puts the mode's name before its log messages.
-func New(f proxier.Family, mode string) (*TCP, error) {
+func New(f plan.Family, mode string) (*TCP, error) {
 	most, err := ProcessLimits()
 	if err != nil {
 		return nil, err
@@ -174,7 +175,7 @@ func (r *TCP) connect(to Route, client netip.Addr) *net.TCPConn {
 		c, err := to.Dial(ctx, at)
 		cancel()
 		if err == nil {
-			r.Chooser.Answered(Peer{proxier.TCP, at})
+			r.Chooser.Answered(Peer{plan.TCP, at})
 			return c.(*net.TCPConn)
 		}
 		if r.ctx.Err() != nil {
@@ -187,7 +188,7 @@ func (r *TCP) connect(to Route, client netip.Addr) *net.TCPConn {
 }
 
 // DialFailed records that an endpoint of a Service port could not be reached.
-func (r *TCP) DialFailed(service proxier.ServicePortName, at netip.AddrPort, err error) {
+func (r *TCP) DialFailed(service plan.ServicePortName, at netip.AddrPort, err error) {
 	r.Counts.DialFailures.Add(1)
 	if isShortage(err) {
 		r.Log.Warn("this node lacks ports, memory or file descriptors to connect to endpoints; trying other endpoints", "family", r.Family.String(), "error", err)

@@ -17,7 +17,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/utils/clock"
 
-	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 type object interface {
@@ -31,7 +31,7 @@ type object interface {
 type resource struct {
 	name      string // plural and lower case, as in RBAC rules
 	example   object // of the kind; never changed
-	sink      proxier.Sink
+	sink      service.Sink
 	reflector *cache.Reflector
 
 	seed maphash.Seed
@@ -43,7 +43,7 @@ type resource struct {
 
 var _ cache.TransformingStore = (*resource)(nil)
 
-func newResource(name string, example object, sink proxier.Sink, lw cache.ListerWatcher) *resource {
+func newResource(name string, example object, sink service.Sink, lw cache.ListerWatcher) *resource {
 	r := &resource{
 		name: name, example: example, sink: sink, seed: maphash.MakeSeed(), sent: map[cache.ObjectName]uint64{},
 		listed: make(chan struct{}), answered: make(chan struct{}),

@@ -121,7 +121,7 @@ func (s *server) write(w http.ResponseWriter, v any) {
 }
 
 func served(name, version, ip string) *corev1.Service {
-	s := service(name, version)
+	s := svc(name, version)
 	s.APIVersion, s.Kind = "v1", "Service"
 	s.Spec.ClusterIP = ip
 	return s

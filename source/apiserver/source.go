@@ -20,13 +20,13 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 
-	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 // The API server applies the selectors. If an object's label changes, the watch
 // reports the object as added or deleted.
 const (
-	servedServices = "!" + proxier.LabelServiceProxyName
+	servedServices = "!" + service.LabelServiceProxyName
 	servedSlices   = "!" + corev1.IsHeadlessService
 )
 
@@ -55,7 +55,7 @@ func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source
 //
 // It does not wait for the reflectors: they may sleep for seconds after the end of
 // ctx. Until they end, they may still call the sink.
-func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
+func (s *Source) Run(ctx context.Context, sink service.Sink) error {
 	services, slices, node, cidrs := s.services(sink), s.endpointSlices(sink), s.node(sink), s.serviceCIDRs(sink)
 	for _, r := range []*resource{services, slices, node, cidrs} {
 		go r.run(ctx)
@@ -82,7 +82,7 @@ func allClosed(ctx context.Context, channels ...<-chan struct{}) bool {
 	return true
 }
 
-func (s *Source) services(sink proxier.Sink) *resource {
+func (s *Source) services(sink service.Sink) *resource {
 	api := s.client.CoreV1().Services(metav1.NamespaceAll)
 	status := s.status("services", false)
 	return s.resource(status, &corev1.Service{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
@@ -91,7 +91,7 @@ func (s *Source) services(sink proxier.Sink) *resource {
 	}, status))
 }
 
-func (s *Source) endpointSlices(sink proxier.Sink) *resource {
+func (s *Source) endpointSlices(sink service.Sink) *resource {
 	api := s.client.DiscoveryV1().EndpointSlices(metav1.NamespaceAll)
 	status := s.status("endpointslices", false)
 	return s.resource(status, &discoveryv1.EndpointSlice{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
@@ -99,7 +99,7 @@ func (s *Source) endpointSlices(sink proxier.Sink) *resource {
 	}, status))
 }
 
-func (s *Source) node(sink proxier.Sink) *resource {
+func (s *Source) node(sink service.Sink) *resource {
 	api := s.client.CoreV1().Nodes()
 	status := s.status("nodes", true)
 	return s.resource(status, &corev1.Node{}, sink, listWatch(api.List, api.Watch, func(o *metav1.ListOptions) {
@@ -107,7 +107,7 @@ func (s *Source) node(sink proxier.Sink) *resource {
 	}, status))
 }
 
-func (s *Source) serviceCIDRs(sink proxier.Sink) *resource {
+func (s *Source) serviceCIDRs(sink service.Sink) *resource {
 	api := s.client.NetworkingV1().ServiceCIDRs()
 	status := s.status("servicecidrs", true)
 	return s.resource(status, &networkingv1.ServiceCIDR{}, sink, listWatch(api.List, api.Watch, func(*metav1.ListOptions) {}, status))
@@ -117,6 +117,6 @@ func (s *Source) status(resource string, optional bool) *requestStatus {
 	return &requestStatus{resource: resource, optional: optional, log: s.log, now: time.Now, onRequest: s.OnRequest}
 }
 
-func (s *Source) resource(status *requestStatus, example object, sink proxier.Sink, lw *cache.ListWatch) *resource {
+func (s *Source) resource(status *requestStatus, example object, sink service.Sink, lw *cache.ListWatch) *resource {
 	return newResource(status.resource, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client))
 }

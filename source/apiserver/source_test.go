@@ -65,21 +65,21 @@ func (r *recorder) take(t *testing.T, n int) []string {
 	return lines
 }
 
-func service(name, version string) *corev1.Service {
+func svc(name, version string) *corev1.Service {
 	return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name, ResourceVersion: version}}
 }
 
 func TestRelistTellsOnlyDifferences(t *testing.T) {
 	sink := newRecorder()
 	r := newResource("services", &corev1.Service{}, sink, nil)
-	if err := r.Replace([]any{service("a", "1"), service("b", "2")}, "2"); err != nil {
+	if err := r.Replace([]any{svc("a", "1"), svc("b", "2")}, "2"); err != nil {
 		t.Fatal(err)
 	}
 	sink.take(t, 2)
-	if err := r.Update(service("a", "5")); err != nil {
+	if err := r.Update(svc("a", "5")); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.Replace([]any{service("a", "5"), service("c", "7")}, "9"); err != nil {
+	if err := r.Replace([]any{svc("a", "5"), svc("c", "7")}, "9"); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{"delete Service default/b", "apply Service default/c"}
@@ -94,7 +94,7 @@ func TestRelistTellsOnlyDifferences(t *testing.T) {
 func TestDeletedAndMadeAgain(t *testing.T) {
 	sink := newRecorder()
 	r := newResource("services", &corev1.Service{}, sink, nil)
-	for _, step := range []error{r.Add(service("a", "1")), r.Delete(service("a", "2")), r.Add(service("a", "1"))} {
+	for _, step := range []error{r.Add(svc("a", "1")), r.Delete(svc("a", "2")), r.Add(svc("a", "1"))} {
 		if step != nil {
 			t.Fatal(step)
 		}
@@ -129,7 +129,7 @@ func start(t *testing.T, client kubernetes.Interface, log *slog.Logger) *recorde
 
 func TestSyncedComesAfterEverything(t *testing.T) {
 	sink := start(t, fake.NewClientset(
-		service("web", "1"),
+		svc("web", "1"),
 		&discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web-1"}},
 		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node-1"}},
 	), slog.Default())
@@ -150,11 +150,11 @@ func TestChangesAreTold(t *testing.T) {
 	client.PrependWatchReactor("services", clienttesting.DefaultWatchReactor(changes, nil))
 	sink := start(t, client, slog.Default())
 	sink.take(t, 1)
-	changes.Add(service("web", "1"))
-	changed := service("web", "2")
+	changes.Add(svc("web", "1"))
+	changed := svc("web", "2")
 	changed.Spec.ClusterIP = "10.96.0.1"
 	changes.Modify(changed)
-	changes.Delete(service("web", "3"))
+	changes.Delete(svc("web", "3"))
 	want := []string{"apply Service default/web", "apply Service default/web", "delete Service default/web"}
 	if got := sink.take(t, 3); !slices.Equal(got, want) {
 		t.Errorf("told %q, want %q", got, want)
@@ -162,7 +162,7 @@ func TestChangesAreTold(t *testing.T) {
 }
 
 func TestRefusedServiceCIDRsHoldNothingUp(t *testing.T) {
-	client := fake.NewClientset(service("web", "1"))
+	client := fake.NewClientset(svc("web", "1"))
 	refused := apierrors.NewForbidden(schema.GroupResource{Resource: "servicecidrs"}, "", errors.New("no rule"))
 	client.PrependReactor("list", "servicecidrs", func(clienttesting.Action) (bool, runtime.Object, error) { return true, nil, refused })
 	sink := start(t, client, slog.Default())

@@ -9,7 +9,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 // The labels and annotations that a proxy reads.
@@ -22,8 +22,8 @@ var (
 	}
 	keptAnnotations = map[string]bool{
 		corev1.EndpointsLastChangeTriggerTime: true,
-		proxier.AnnotationScheduler:           true,
-		proxier.AnnotationWeights:             true,
+		service.AnnotationScheduler:           true,
+		service.AnnotationWeights:             true,
 	}
 )
 

@@ -11,7 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
 
-	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 var (
@@ -20,12 +20,12 @@ var (
 		Namespace: "default", Name: "web", UID: "1-2-3", ResourceVersion: "77", Generation: 3, CreationTimestamp: made, Finalizers: []string{"f"},
 		OwnerReferences: []metav1.OwnerReference{{Name: "o"}}, ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kubectl"}},
 		Labels:      map[string]string{"app": "web", discoveryv1.LabelServiceName: "web", corev1.LabelTopologyZone: "z1"},
-		Annotations: map[string]string{"note": "long", proxier.AnnotationWeights: "*=2", proxier.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
+		Annotations: map[string]string{"note": "long", service.AnnotationWeights: "*=2", service.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
 	}
 	lean = metav1.ObjectMeta{
 		Namespace: "default", Name: "web", CreationTimestamp: made,
 		Labels:      map[string]string{discoveryv1.LabelServiceName: "web", corev1.LabelTopologyZone: "z1"},
-		Annotations: map[string]string{proxier.AnnotationWeights: "*=2", proxier.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
+		Annotations: map[string]string{service.AnnotationWeights: "*=2", service.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
 	}
 )
 

@@ -5,7 +5,7 @@ import (
 	"log/slog"
 	"slices"
 
-	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 // catalog knows which files have which objects, and what the sink has. It keeps
@@ -72,7 +72,7 @@ func (c *catalog) removeHolder(k key, name string) {
 
 // send sends the changed objects to the sink, in a fixed order. load returns an
 // object of a file.
-func (c *catalog) send(changed []key, load func(file string, k key) object, sink proxier.Sink) {
+func (c *catalog) send(changed []key, load func(file string, k key) object, sink service.Sink) {
 	slices.SortFunc(changed, func(a, b key) int {
 		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.name, b.name))
 	})

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 const (
@@ -33,7 +33,7 @@ var (
 	errNotAFile     = errors.New("not a regular file")
 )
 
-func (s *Source) readAll(ctx context.Context, sink proxier.Sink) (unfinished map[string]bool, err error) {
+func (s *Source) readAll(ctx context.Context, sink service.Sink) (unfinished map[string]bool, err error) {
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
 		return nil, fmt.Errorf("reading %s: %w", s.dir, err)
@@ -72,7 +72,7 @@ func (s *Source) inGrace() bool {
 
 // readSome reads the named files. It returns all of the names if one of the files
 // is unfinished: a program writes to it, or it is new and has faults.
-func (s *Source) readSome(ctx context.Context, names map[string]bool, sink proxier.Sink, newFiles bool) (unfinished map[string]bool) {
+func (s *Source) readSome(ctx context.Context, names map[string]bool, sink service.Sink, newFiles bool) (unfinished map[string]bool) {
 	var changed []key
 	objects := map[string]map[key]manifest{}
 	for name := range names {

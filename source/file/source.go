@@ -35,7 +35,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
-	"signalbox/proxier"
+	"signalbox/proxier/service"
 )
 
 const (
@@ -96,7 +96,7 @@ func New(dir string, log *slog.Logger) (*Source, error) {
 // Run sends the objects of the manifests to the sink until ctx ends, and returns
 // nil then. If the directory cannot be read, the source tries again and the sink
 // keeps its objects. An error means that the kernel allows no file watches.
-func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
+func (s *Source) Run(ctx context.Context, sink service.Sink) error {
 	last := ""
 	for ctx.Err() == nil {
 		err := s.watch(ctx, sink)
@@ -125,7 +125,7 @@ func (s *Source) Run(ctx context.Context, sink proxier.Sink) error {
 
 // watch reads all of the directory, and then each change, until the directory
 // is gone.
-func (s *Source) watch(ctx context.Context, sink proxier.Sink) error {
+func (s *Source) watch(ctx context.Context, sink service.Sink) error {
 	identity, err := os.Stat(s.dir) // before the watch begins, so that no replacement is missed
 	if err != nil {
 		return err

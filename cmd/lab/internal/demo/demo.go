@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // Mode is a way to serve Services.
@@ -19,7 +19,7 @@ type Mode struct {
 	Name string
 	// Supported says why the mode cannot serve a family in the network
 	// namespace of the calling thread, or returns nil.
-	Supported func(proxier.Family) error
+	Supported func(plan.Family) error
 }
 
 // Config says what is shown.
@@ -27,7 +27,7 @@ type Config struct {
 	// Binary is the path of the signalbox to run.
 	Binary   string
 	Modes    []Mode
-	Families []proxier.Family
+	Families []plan.Family
 	// Services is the number of Services beside those that are probed.
 	Services int
 	// Changes is how often a manifest is changed to measure how soon packets
@@ -130,7 +130,7 @@ type modeResult struct {
 
 // familyResult is what was found out about one mode in one family.
 type familyResult struct {
-	family proxier.Family
+	family plan.Family
 	// serving is the time from the daemon's start to the first answer through
 	// a ClusterIP, with all manifests there.
 	serving time.Duration

@@ -20,12 +20,13 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // TestUnsupportedModeIsNamed also shows that one family is enough.
 func TestUnsupportedModeIsNamed(t *testing.T) {
 	cfg := fakeConfig(t, "exit 0")
-	cfg.Modes = []Mode{{"ipvs", func(f proxier.Family) error {
+	cfg.Modes = []Mode{{"ipvs", func(f plan.Family) error {
 		return &proxier.UnsupportedError{Mode: "ipvs", Family: f, Missing: "ip_vs", Remedy: "load the module"}
 	}}}
 	ownTemporaryFiles(t)
@@ -35,7 +36,7 @@ func TestUnsupportedModeIsNamed(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "no mode could be shown") {
 		t.Errorf("got error %v, want that no mode could be shown", err)
 	}
-	for _, f := range proxier.Families {
+	for _, f := range plan.Families {
 		if want := fmt.Sprintf("mode ipvs cannot serve %s: ip_vs is missing; load the module", f); strings.Count(b.String(), want) != 2 {
 			t.Errorf("%q is not there where it happened and at the end:\n%s", want, b.String())
 		}
@@ -47,7 +48,7 @@ func TestUnsupportedModeIsNamed(t *testing.T) {
 // another goroutine. Such a mode is not taken for one that is not supported.
 func TestPanicInsideTheNode(t *testing.T) {
 	cfg := fakeConfig(t, untilKilled)
-	cfg.Modes[0].Supported = func(proxier.Family) error { panic("out of range") }
+	cfg.Modes[0].Supported = func(plan.Family) error { panic("out of range") }
 	ownTemporaryFiles(t)
 	before := machine(t)
 	err := Run(t.Context(), cfg, io.Discard)
@@ -66,7 +67,7 @@ func fakeConfig(t *testing.T, script string) Config {
 		t.Fatal(err)
 	}
 	return Config{
-		Binary: path, Modes: []Mode{{"fake", func(proxier.Family) error { return nil }}}, Families: proxier.Families, Changes: 1,
+		Binary: path, Modes: []Mode{{"fake", func(plan.Family) error { return nil }}}, Families: plan.Families, Changes: 1,
 	}
 }
 

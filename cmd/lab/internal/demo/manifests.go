@@ -17,7 +17,8 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"signalbox/internal/netlab"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // service is one Service that is probed. It listens on port 80 over TCP and UDP
@@ -53,18 +54,18 @@ var services = []service{web, webLocal, sticky, single, empty, moving}
 
 // at is where the Service is reached; node is the address of the node, for a
 // NodePort.
-func (s *service) at(kind proxier.FrontendKind, f proxier.Family, node netip.Addr) netip.AddrPort {
+func (s *service) at(kind plan.FrontendKind, f plan.Family, node netip.Addr) netip.AddrPort {
 	switch kind {
-	case proxier.NodePort:
+	case plan.NodePort:
 		return netip.AddrPortFrom(node, uint16(s.nodePort))
-	case proxier.LoadBalancerIP:
+	case plan.LoadBalancerIP:
 		return netip.AddrPortFrom(nth(netlab.ExternalNetwork, f, s.number), servicePort)
 	}
 	return netip.AddrPortFrom(nth(netlab.ServiceNetwork, f, s.number), servicePort)
 }
 
 // nth is the address n after the first of a range.
-func nth(p netlab.PrefixPair, f proxier.Family, n int) netip.Addr {
+func nth(p netlab.PrefixPair, f plan.Family, n int) netip.Addr {
 	b := ofPrefix(p, f).Addr().AsSlice()
 	last := b[len(b)-4:]
 	binary.BigEndian.PutUint32(last, binary.BigEndian.Uint32(last)+uint32(n))
@@ -72,15 +73,15 @@ func nth(p netlab.PrefixPair, f proxier.Family, n int) netip.Addr {
 	return a
 }
 
-func ofPrefix(p netlab.PrefixPair, f proxier.Family) netip.Prefix {
-	if f == proxier.IPv6 {
+func ofPrefix(p netlab.PrefixPair, f plan.Family) netip.Prefix {
+	if f == plan.IPv6 {
 		return p.V6
 	}
 	return p.V4
 }
 
-func ofPair(p netlab.Pair, f proxier.Family) netip.Addr {
-	if f == proxier.IPv6 {
+func ofPair(p netlab.Pair, f plan.Family) netip.Addr {
+	if f == plan.IPv6 {
 		return p.V6
 	}
 	return p.V4
@@ -88,7 +89,7 @@ func ofPair(p netlab.Pair, f proxier.Family) netip.Addr {
 
 // cluster is what the manifests must know about the lab.
 type cluster struct {
-	families []proxier.Family
+	families []plan.Family
 	nodes    map[string]netlab.Pair // by name
 	pods     map[string]pod         // by name
 }
@@ -106,7 +107,7 @@ type manifest struct {
 
 // movingManifest is the file that holds only the EndpointSlice of the moving
 // Service in one family, so that a change of it is a change of nothing else.
-func (c *cluster) movingManifest(f proxier.Family, podName string) manifest {
+func (c *cluster) movingManifest(f plan.Family, podName string) manifest {
 	s := moving
 	s.pods = []string{podName}
 	return manifest{fmt.Sprintf("moving-%s.yaml", f), []runtime.Object{c.slice(&s, f)}}
@@ -213,7 +214,7 @@ func (c *cluster) loadBalance(s *service, o *corev1.Service) {
 	}
 }
 
-func (c *cluster) slice(s *service, f proxier.Family) *discoveryv1.EndpointSlice {
+func (c *cluster) slice(s *service, f plan.Family) *discoveryv1.EndpointSlice {
 	o := &discoveryv1.EndpointSlice{
 		TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
 		ObjectMeta: metav1.ObjectMeta{

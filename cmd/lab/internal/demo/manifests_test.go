@@ -11,20 +11,21 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"signalbox/internal/netlab"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
-func testCluster(families ...proxier.Family) cluster {
+func testCluster(families ...plan.Family) cluster {
 	c := cluster{families: families, nodes: map[string]netlab.Pair{}, pods: map[string]pod{}}
 	for i, name := range []string{"node1", "node2"} {
-		c.nodes[name] = netlab.Pair{V4: nth(netlab.NodeNetwork, proxier.IPv4, 11+i), V6: nth(netlab.NodeNetwork, proxier.IPv6, 11+i)}
+		c.nodes[name] = netlab.Pair{V4: nth(netlab.NodeNetwork, plan.IPv4, 11+i), V6: nth(netlab.NodeNetwork, plan.IPv6, 11+i)}
 	}
 	for i, name := range allPods {
 		node := "node1"
 		if i > 1 {
 			node = "node2"
 		}
-		c.pods[name] = pod{node, netlab.Pair{V4: nth(netlab.PodNetwork, proxier.IPv4, i+1), V6: nth(netlab.PodNetwork, proxier.IPv6, i+1)}}
+		c.pods[name] = pod{node, netlab.Pair{V4: nth(netlab.PodNetwork, plan.IPv4, i+1), V6: nth(netlab.PodNetwork, plan.IPv6, i+1)}}
 	}
 	return c
 }
@@ -32,8 +33,8 @@ func testCluster(families ...proxier.Family) cluster {
 // TestManifestsAsText holds what a reader of --source finds; each family alone
 // must not mention the other.
 func TestManifestsAsText(t *testing.T) {
-	for name, families := range map[string][]proxier.Family{
-		"manifests.yaml": proxier.Families, "manifests-ipv6.yaml": {proxier.IPv6},
+	for name, families := range map[string][]plan.Family{
+		"manifests.yaml": plan.Families, "manifests-ipv6.yaml": {plan.IPv6},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var b strings.Builder
@@ -58,7 +59,7 @@ func TestManifestsAsText(t *testing.T) {
 func TestAddressesAreUnique(t *testing.T) {
 	seen := map[string]string{}
 	count := 0
-	for _, m := range manifests(testCluster(proxier.Families...), MaxServices) {
+	for _, m := range manifests(testCluster(plan.Families...), MaxServices) {
 		for _, o := range m.objects {
 			s, ok := o.(*corev1.Service)
 			if !ok {
@@ -70,7 +71,7 @@ func TestAddressesAreUnique(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				f := proxier.Families[i]
+				f := plan.Families[i]
 				if !ofPrefix(netlab.ServiceNetwork, f).Contains(a) && !ofPrefix(netlab.ServiceNetwork2, f).Contains(a) {
 					t.Fatalf("%s: %s is not routed to the node", s.Name, a)
 				}
@@ -88,9 +89,9 @@ func TestAddressesAreUnique(t *testing.T) {
 
 func TestPublishReplacesWhole(t *testing.T) {
 	staging, dir := t.TempDir(), t.TempDir()
-	c := testCluster(proxier.IPv4)
+	c := testCluster(plan.IPv4)
 	for _, podName := range []string{"pod-a", "pod-c"} {
-		m := c.movingManifest(proxier.IPv4, podName)
+		m := c.movingManifest(plan.IPv4, podName)
 		if err := m.publish(staging, dir); err != nil {
 			t.Fatal(err)
 		}

@@ -9,7 +9,8 @@ import (
 	"strings"
 
 	"signalbox/internal/netlab"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // spread is how a client's connections must be shared out.
@@ -32,7 +33,7 @@ const (
 // place is where connections go and what must come of them.
 type place struct {
 	through string // for the table
-	kind    proxier.FrontendKind
+	kind    plan.FrontendKind
 	service *service
 	from    string
 	pods    []string
@@ -58,27 +59,27 @@ var onNode = []string{"pod-a", "pod-b"}
 // they must see. Clients on the node (its Pods and its own processes) are served
 // by all Pods whatever the external traffic policy says.
 var places = []place{
-	{"ClusterIP", proxier.ClusterIP, &web, clientPod, allPods, overAll, own},
-	{"ClusterIP", proxier.ClusterIP, &web, nodeUnderTest, allPods, overAll, ofNode},
-	{"ClusterIP", proxier.ClusterIP, &web, outsideClient, allPods, overAll, ofNode},
-	{"ClusterIP, one Pod", proxier.ClusterIP, &single, clientPod, single.pods, overAll, own},
-	{"ClusterIP, to itself", proxier.ClusterIP, &single, "pod-b", single.pods, overAll, ofNode},
-	{"ClusterIP, no Pod", proxier.ClusterIP, &empty, clientPod, nil, toNobody, own},
-	{"ClusterIP, affinity", proxier.ClusterIP, &sticky, clientPod, allPods, toOne, own},
-	{"ClusterIP, affinity", proxier.ClusterIP, &sticky, nodeUnderTest, allPods, toOne, ofNode},
-	{"ClusterIP, affinity", proxier.ClusterIP, &sticky, outsideClient, allPods, toOne, ofNode},
-	{"NodePort, Cluster", proxier.NodePort, &web, clientPod, allPods, overAll, ofNode},
-	{"NodePort, Cluster", proxier.NodePort, &web, nodeUnderTest, allPods, overAll, ofNode},
-	{"NodePort, Cluster", proxier.NodePort, &web, outsideClient, allPods, overAll, ofNode},
-	{"NodePort, Local", proxier.NodePort, &webLocal, clientPod, allPods, overAll, own},
-	{"NodePort, Local", proxier.NodePort, &webLocal, nodeUnderTest, allPods, overAll, ofNode},
-	{"NodePort, Local", proxier.NodePort, &webLocal, outsideClient, onNode, overAll, own},
-	{"load balancer, Cluster", proxier.LoadBalancerIP, &web, clientPod, allPods, overAll, ofNode},
-	{"load balancer, Cluster", proxier.LoadBalancerIP, &web, nodeUnderTest, allPods, overAll, ofNode},
-	{"load balancer, Cluster", proxier.LoadBalancerIP, &web, outsideClient, allPods, overAll, ofNode},
-	{"load balancer, Local", proxier.LoadBalancerIP, &webLocal, clientPod, allPods, overAll, own},
-	{"load balancer, Local", proxier.LoadBalancerIP, &webLocal, nodeUnderTest, allPods, overAll, ofNode},
-	{"load balancer, Local", proxier.LoadBalancerIP, &webLocal, outsideClient, onNode, overAll, own},
+	{"ClusterIP", plan.ClusterIP, &web, clientPod, allPods, overAll, own},
+	{"ClusterIP", plan.ClusterIP, &web, nodeUnderTest, allPods, overAll, ofNode},
+	{"ClusterIP", plan.ClusterIP, &web, outsideClient, allPods, overAll, ofNode},
+	{"ClusterIP, one Pod", plan.ClusterIP, &single, clientPod, single.pods, overAll, own},
+	{"ClusterIP, to itself", plan.ClusterIP, &single, "pod-b", single.pods, overAll, ofNode},
+	{"ClusterIP, no Pod", plan.ClusterIP, &empty, clientPod, nil, toNobody, own},
+	{"ClusterIP, affinity", plan.ClusterIP, &sticky, clientPod, allPods, toOne, own},
+	{"ClusterIP, affinity", plan.ClusterIP, &sticky, nodeUnderTest, allPods, toOne, ofNode},
+	{"ClusterIP, affinity", plan.ClusterIP, &sticky, outsideClient, allPods, toOne, ofNode},
+	{"NodePort, Cluster", plan.NodePort, &web, clientPod, allPods, overAll, ofNode},
+	{"NodePort, Cluster", plan.NodePort, &web, nodeUnderTest, allPods, overAll, ofNode},
+	{"NodePort, Cluster", plan.NodePort, &web, outsideClient, allPods, overAll, ofNode},
+	{"NodePort, Local", plan.NodePort, &webLocal, clientPod, allPods, overAll, own},
+	{"NodePort, Local", plan.NodePort, &webLocal, nodeUnderTest, allPods, overAll, ofNode},
+	{"NodePort, Local", plan.NodePort, &webLocal, outsideClient, onNode, overAll, own},
+	{"load balancer, Cluster", plan.LoadBalancerIP, &web, clientPod, allPods, overAll, ofNode},
+	{"load balancer, Cluster", plan.LoadBalancerIP, &web, nodeUnderTest, allPods, overAll, ofNode},
+	{"load balancer, Cluster", plan.LoadBalancerIP, &web, outsideClient, allPods, overAll, ofNode},
+	{"load balancer, Local", plan.LoadBalancerIP, &webLocal, clientPod, allPods, overAll, own},
+	{"load balancer, Local", plan.LoadBalancerIP, &webLocal, nodeUnderTest, allPods, overAll, ofNode},
+	{"load balancer, Local", plan.LoadBalancerIP, &webLocal, outsideClient, onNode, overAll, own},
 }
 
 // networks are the protocols that are probed, as the dialer names them.
@@ -129,7 +130,7 @@ func (t *trial) probe(ctx context.Context, f *familyResult) error {
 	return nil
 }
 
-func (t *trial) visit(ctx context.Context, p *place, f proxier.Family) (row, error) {
+func (t *trial) visit(ctx context.Context, p *place, f plan.Family) (row, error) {
 	node := t.lab.Host(nodeUnderTest)
 	r := row{place: *p, at: p.service.at(p.kind, f, ofPair(node.Addr, f)), tallies: map[string]*tally{}}
 	owner := node

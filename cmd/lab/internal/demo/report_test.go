@@ -13,7 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -36,7 +36,7 @@ func checkGolden(t *testing.T, name, got string) {
 }
 
 // sample is a result with every kind of row in it, two of them wrong.
-func sample(t *testing.T, family proxier.Family) *familyResult {
+func sample(t *testing.T, family plan.Family) *familyResult {
 	uneven := rowOf(t, "NodePort, Cluster", nodeUnderTest, found(nodeAddr, 4, 3, 2, 1), nodeAddr)
 	uneven.tallies["udp"] = failing(found(nodeAddr, 1, 2, 3, 3), 1, syscall.EHOSTUNREACH)
 	return &familyResult{
@@ -56,12 +56,12 @@ func sample(t *testing.T, family proxier.Family) *familyResult {
 func TestLayout(t *testing.T) {
 	var b strings.Builder
 	p := &printer{out: &b}
-	p.opening(&Config{Modes: []Mode{{Name: "nftables"}, {Name: "ipvs"}}, Families: proxier.Families}, 10)
+	p.opening(&Config{Modes: []Mode{{Name: "nftables"}, {Name: "ipvs"}}, Families: plan.Families}, 10)
 	results := []*modeResult{
 		{mode: "nftables", memory: 40 << 20, processor: 120 * time.Millisecond,
-			families: []*familyResult{sample(t, proxier.IPv4), sample(t, proxier.IPv6)}},
+			families: []*familyResult{sample(t, plan.IPv4), sample(t, plan.IPv6)}},
 		{mode: "ipvs", unsupported: []error{errors.New("mode ipvs cannot serve IPv4: ip_vs is missing")},
-			families: []*familyResult{{family: proxier.IPv6}}}, // a step failed before anything was found
+			families: []*familyResult{{family: plan.IPv6}}}, // a step failed before anything was found
 	}
 	for _, m := range results {
 		p.heading(m.mode)

@@ -14,7 +14,8 @@ import (
 
 	"signalbox/ipvs"
 	"signalbox/modes"
-	"signalbox/proxier"
+
+	"signalbox/proxier/plan"
 )
 
 // buildPrograms builds signalbox and lab and returns their directory.
@@ -30,11 +31,11 @@ func buildPrograms(t *testing.T) string {
 // TestEveryModeIsShown runs the demo as its users do, only smaller.
 func TestEveryModeIsShown(t *testing.T) {
 	cfg := Config{
-		Binary: filepath.Join(buildPrograms(t), "signalbox"), Families: proxier.Families,
+		Binary: filepath.Join(buildPrograms(t), "signalbox"), Families: plan.Families,
 		Services: 3, Changes: 4,
 	}
 	for _, m := range modes.All {
-		if m.Name == ipvs.Mode && m.Supported(proxier.IPv4) != nil {
+		if m.Name == ipvs.Mode && m.Supported(plan.IPv4) != nil {
 			continue // many kernels come without IPVS
 		}
 		cfg.Modes = append(cfg.Modes, Mode{m.Name, m.Supported})
@@ -48,13 +49,13 @@ func TestEveryModeIsShown(t *testing.T) {
 	shown := b.String()
 	t.Log(shown)
 	for _, m := range cfg.Modes {
-		for _, f := range proxier.Families {
+		for _, f := range plan.Families {
 			if want := fmt.Sprintf("%s over %s: of %d connections", m.Name, f, connections); !strings.Contains(shown, want) {
 				t.Errorf("no table %q", want)
 			}
 		}
 	}
-	if want := fmt.Sprintf("%d of %d rows", len(places), len(places)); strings.Count(shown, want) != len(cfg.Modes)*len(proxier.Families) {
+	if want := fmt.Sprintf("%d of %d rows", len(places), len(places)); strings.Count(shown, want) != len(cfg.Modes)*len(plan.Families) {
 		t.Errorf("%q is not there once for each mode and family", want)
 	}
 	checkUnchanged(t, before, shown)

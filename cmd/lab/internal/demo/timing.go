@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // change moves the Service "moving" to another Pod, again and again, and
@@ -19,7 +19,7 @@ import (
 // result is too long by at most one connection.
 func (t *trial) change(ctx context.Context, f *familyResult) error {
 	c := t.cluster()
-	at := moving.at(proxier.ClusterIP, f.family, netip.Addr{})
+	at := moving.at(plan.ClusterIP, f.family, netip.Addr{})
 	pods := []string{"pod-c", moving.pods[0]}
 	for n := range t.cfg.Changes {
 		to := pods[n%len(pods)]
@@ -79,7 +79,7 @@ const warmUp = 50
 // of a Service with one Pod and to that Pod itself, taking turns, so that both
 // meet the same machine.
 func (t *trial) timeConnects(ctx context.Context, f *familyResult) error {
-	through := single.at(proxier.ClusterIP, f.family, netip.Addr{})
+	through := single.at(plan.ClusterIP, f.family, netip.Addr{})
 	direct := netip.AddrPortFrom(ofPair(t.lab.Host(single.pods[0]).Addr, f.family), podPort)
 	err := t.lab.Host(clientPod).Do(func() error {
 		return recovered(func() (err error) {

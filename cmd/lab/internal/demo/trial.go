@@ -12,6 +12,7 @@ import (
 
 	"signalbox/internal/netlab"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 )
 
 // The hosts of a lab that take part.
@@ -131,8 +132,8 @@ func (t *trial) findFamilies(context.Context) error {
 	return nil
 }
 
-func (t *trial) families() []proxier.Family {
-	var fs []proxier.Family
+func (t *trial) families() []plan.Family {
+	var fs []plan.Family
 	for _, r := range t.result.families {
 		fs = append(fs, r.family)
 	}
@@ -217,7 +218,7 @@ func (t *trial) awaitServing(ctx context.Context) error {
 	waiting := append([]*familyResult(nil), t.result.families...)
 	for len(waiting) > 0 {
 		f := waiting[0]
-		at := single.at(proxier.ClusterIP, f.family, netip.Addr{})
+		at := single.at(plan.ClusterIP, f.family, netip.Addr{})
 		if _, err := t.ask(ctx, clientPod, "udp", at, 20*time.Millisecond); err != nil {
 			if err := t.alive(ctx); err != nil {
 				return fmt.Errorf("nobody answers at %s/udp yet (%v): %w", at, err, err)

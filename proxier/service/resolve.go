@@ -1,0 +1,228 @@
+package service
+
+import (
+	"net/netip"
+	"slices"
+	"unique"
+
+	"signalbox/proxier/plan"
+)
+
+// Resolver decides what this node must do for a Service in one IP family. All
+// policy is here: nothing downstream knows the Service API.
+type Resolver struct {
+	tracker  *Tracker
+	settings *Settings
+	family   plan.Family
+	locality locality
+	// primary is the node's own address of the family; not valid for none.
+	primary netip.Addr
+	// knowsPods says whether Pods of this node can be told apart.
+	knowsPods bool
+	// remotePodsCount says that Pods of other nodes are taken for this node's.
+	remotePodsCount bool
+}
+
+// NewResolver reads from the tracker what all Services depend on.
+func NewResolver(settings *Settings, t *Tracker, family plan.Family) *Resolver {
+	return &Resolver{
+		tracker:   t,
+		settings:  settings,
+		family:    family,
+		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone), weighs: settings.HasSchedulers},
+		primary:   settings.primary(family, &t.node),
+		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
+
+		remotePodsCount: settings.takesRemotePodsForLocal(family),
+	}
+}
+
+// Resolution is what one Service means on this node in one family.
+type Resolution struct {
+	// Ports are sorted by name. There are none where the Service does not exist,
+	// has no cluster IP of the family or is too large.
+	Ports []*plan.ServicePort
+	// Created is the time of the Service's creation in Unix seconds; 0 where unknown.
+	Created int64
+	// DeclaredPorts is the number of ports that the object declares.
+	DeclaredPorts int
+	// TooLarge says which bound the Service is beyond; "" for none.
+	TooLarge string
+}
+
+// Resolve decides what this node must do for a Service.
+func (r *Resolver) Resolve(name plan.ServiceName) Resolution {
+	s := r.tracker.services[name]
+	ports, tooLarge := r.resolve(s, r.tracker.slices[name])
+	return Resolution{ports, s.since(), s.portCount(), tooLarge}
+}
+
+// resolve returns the Service's ports, sorted by name. A Service without a
+// cluster IP of the family has none there, and neither has one that is too
+// large: tooLarge says why.
+func (r *Resolver) resolve(s *svc, filed []*endpointSlice) (ports []*plan.ServicePort, tooLarge string) {
+	if s == nil || !slices.ContainsFunc(s.clusterIPs, r.serves) {
+		return nil, ""
+	}
+	addrs := r.addresses(s)
+	if tooLarge = r.tooLarge(s, addrs, filed); tooLarge != "" {
+		return nil, tooLarge
+	}
+	ports = make([]*plan.ServicePort, 0, len(s.ports))
+	var local []netip.Addr // of ready endpoints, for any port
+	for _, port := range s.ports {
+		all := candidates(filed, r.family, port.name, port.protocol, s.weights)
+		chosen := r.locality.choose(all, r.remoteHairpins(s))
+		if s.healthCheckNodePort != 0 {
+			local = r.locality.appendReady(local, all)
+		}
+		ports = append(ports, &plan.ServicePort{
+			Name:            plan.ServicePortName{ServiceName: s.name, Port: port.name, Protocol: port.protocol},
+			AffinityTimeout: s.affinity,
+			Frontends:       r.frontends(s, port, addrs, chosen),
+			Usable:          chosen.serving,
+			Scheduler:       r.scheduler(s),
+		})
+	}
+	slices.SortFunc(ports, func(a, b *plan.ServicePort) int { return a.Name.Compare(b.Name) })
+	if len(ports) > 0 {
+		ports[0].HealthCheckNodePort, ports[0].LocalEndpoints = s.healthCheckNodePort, distinct(local)
+	}
+	return ports, ""
+}
+
+func (r *Resolver) scheduler(s *svc) string {
+	if !r.settings.HasSchedulers {
+		return ""
+	}
+	return s.scheduler
+}
+
+func (r *Resolver) serves(a netip.Addr) bool { return plan.FamilyOf(a) == r.family }
+
+// serviceAddr is one address at which all ports of a Service are served.
+type serviceAddr struct {
+	kind    plan.FrontendKind
+	addr    netip.Addr
+	sources []netip.Prefix // see Frontend.Sources
+}
+
+// addresses of a Service. An address that is several things at once counts as a
+// cluster IP first, then as a load-balancer IP, which may have source ranges
+// where an equal external IP has none.
+func (r *Resolver) addresses(s *svc) []serviceAddr {
+	var out []serviceAddr
+	add := func(kind plan.FrontendKind, addrs []netip.Addr, but map[netip.Addr]struct{}) {
+		for _, a := range addrs {
+			if _, counted := but[a]; r.serves(a) && !counted && (kind == plan.ClusterIP || !slices.Contains(s.clusterIPs, a)) {
+				out = append(out, serviceAddr{kind: kind, addr: a})
+			}
+		}
+	}
+	add(plan.ClusterIP, s.clusterIPs, nil)
+	if !r.settings.IgnoreExternalIPs && len(s.externalIPs) > 0 {
+		balanced := make(map[netip.Addr]struct{}, len(s.loadBalancerIPs))
+		for _, a := range s.loadBalancerIPs {
+			balanced[a] = struct{}{}
+		}
+		add(plan.ExternalIP, s.externalIPs, balanced)
+	}
+	first := len(out)
+	add(plan.LoadBalancerIP, s.loadBalancerIPs, nil)
+	r.restrict(s, out[first:])
+	return out
+}
+
+// frontends of one port.
+func (r *Resolver) frontends(s *svc, port servicePort, addrs []serviceAddr, chosen selection) []plan.Frontend {
+	internal, external := r.internal(s, chosen), r.external(s, chosen)
+	out := make([]plan.Frontend, 0, len(addrs)+1)
+	for _, a := range addrs {
+		f := external
+		if a.kind == plan.ClusterIP {
+			f = internal
+		}
+		f.Kind, f.Addr, f.Port, f.Sources = a.kind, a.addr, port.port, a.sources
+		out = append(out, f)
+	}
+	if port.nodePort != 0 {
+		external.Kind, external.Port = plan.NodePort, port.nodePort
+		out = append(out, external)
+	}
+	return out
+}
+
+// internal is what internalTrafficPolicy makes of a cluster IP. Traffic that
+// is not from a Pod of this node is masqueraded, so that the answer comes back
+// this way; where Pods cannot be told apart, nothing is.
+func (r *Resolver) internal(s *svc, chosen selection) plan.Frontend {
+	f := plan.Frontend{Internal: chosen.cluster, External: chosen.cluster}
+	if r.keepsLocal(s.internalLocal, chosen) {
+		f.Internal, f.External = chosen.local, chosen.local
+		f.WhenEmpty = whenNoneLocal(chosen)
+	}
+	switch {
+	case r.settings.MasqueradeAll:
+		f.Masquerade = plan.AnySource
+	case r.knowsPods:
+		f.Masquerade = plan.FromNode | plan.FromOutside
+	}
+	return f
+}
+
+// external is what externalTrafficPolicy makes of the other frontends. With
+// Local, this node's own Pods and processes take the short way to all
+// endpoints: the policy is for traffic that a load balancer sent here. The
+// node's own source is rewritten on that way, as it may be an address that
+// endpoints cannot answer.
+func (r *Resolver) external(s *svc, chosen selection) plan.Frontend {
+	if r.keepsLocal(s.externalLocal, chosen) {
+		f := plan.Frontend{
+			Internal: chosen.cluster, External: chosen.local,
+			WhenEmpty: whenNoneLocal(chosen), Masquerade: plan.FromNode,
+		}
+		if r.settings.KubeProxyIPVSPolicies {
+			f.Internal = chosen.local
+		}
+		return f
+	}
+	return plan.Frontend{Internal: chosen.cluster, External: chosen.cluster, Masquerade: plan.AnySource}
+}
+
+// remoteHairpins says whether an endpoint of another node may be the client of a
+// connection that this node sends back to it with the client's address. With
+// externalTrafficPolicy Local a Pod of another node that is taken for one of this
+// node takes the short way. All other external traffic from other nodes is
+// masqueraded, or its endpoints are on this node.
+func (r *Resolver) remoteHairpins(s *svc) bool { return r.remotePodsCount && s.externalLocal }
+
+// keepsLocal says whether a traffic policy is Local in effect.
+func (r *Resolver) keepsLocal(local bool, chosen selection) bool {
+	return local && (chosen.local.Len() > 0 || !r.settings.KubeProxyIPVSPolicies)
+}
+
+func whenNoneLocal(chosen selection) plan.Verdict {
+	if chosen.exists {
+		return plan.Drop
+	}
+	return plan.Reject
+}
+
+// restrict gives load-balancer IPs their source ranges, sorted. Where they cover
+// the node, the IP itself is a source too: the node may use it as its own when
+// it talks to it.
+func (r *Resolver) restrict(s *svc, balanced []serviceAddr) {
+	if len(balanced) == 0 {
+		return
+	}
+	ranges := s.sourcesOf(r.family)
+	coverNode := r.primary.IsValid() && plan.AnyContains(ranges, r.primary)
+	for i := range balanced {
+		a := &balanced[i]
+		a.sources = ranges
+		if coverNode && !plan.AnyContains(ranges, a.addr) {
+			a.sources = append(slices.Clone(ranges), netip.PrefixFrom(a.addr, a.addr.BitLen()))
+			slices.SortFunc(a.sources, netip.Prefix.Compare)
+		}
+	}
+}

@@ -1,0 +1,151 @@
+package syncer
+
+import (
+	"cmp"
+	"slices"
+
+	"signalbox/proxier/plan"
+)
+
+const (
+	// smallService is up to how many changed entries a Service is written
+	// together with other Services.
+	smallService = 512
+	// sliceEntries is how many entries of a larger Service are written at once.
+	// The slowest mode takes some tenths of a second for them.
+	sliceEntries = 4096
+)
+
+// backlog holds the changes that are due, by how they are written. Changes that
+// a search holds are not among them.
+type backlog struct {
+	// small are the changes of small Services. One sync writes all of them,
+	// before anything else.
+	small []plan.ServicePortName
+	// slices are changes of large Services, and changes of quarantined Services
+	// that the kernel never refused. A slice is of one Service, but for links.
+	slices [][]plan.ServicePortName
+	// altered are quarantined Service ports that have changed since the kernel
+	// refused them.
+	altered [][]plan.ServicePortName
+}
+
+func (b *backlog) empty() bool { return len(b.small)+len(b.slices)+len(b.altered) == 0 }
+
+// lane is how a Service port is written. Linked Service ports go by the highest
+// of their lanes.
+type lane uint8
+
+const (
+	laneSmall lane = iota
+	laneSlices
+	laneSuspects
+	laneQuarantined
+	laneAltered
+)
+
+// backlog sorts what changed.
+func (f *familyLoop) backlog() (b backlog) {
+	names := f.changed()
+	entries := map[plan.ServiceName]int{}
+	for _, name := range names {
+		if _, refused := f.quarantinedPorts[name]; !refused {
+			entries[name.ServiceName] += f.entries(name)
+		}
+	}
+	lanes := f.lanes(names, entries)
+	if !slices.ContainsFunc(lanes, func(l lane) bool { return l != laneSmall }) {
+		return backlog{small: names}
+	}
+	return f.sort(names, lanes, entries)
+}
+
+// lanes returns the lane of each name.
+func (f *familyLoop) lanes(names []plan.ServicePortName, entries map[plan.ServiceName]int) []lane {
+	suspects := map[plan.ServiceName]struct{}{}
+	for _, group := range f.suspects {
+		for _, name := range group {
+			suspects[name.ServiceName] = struct{}{}
+		}
+	}
+	lanes := make([]lane, len(names))
+	for i, name := range names {
+		r, refused := f.quarantinedPorts[name]
+		_, suspected := suspects[name.ServiceName]
+		switch {
+		case refused && r.port != f.planner.plan.Services[name]:
+			lanes[i] = laneAltered
+		case refused:
+			lanes[i] = laneQuarantined
+		case suspected:
+			lanes[i] = laneSuspects
+		case entries[name.ServiceName] > smallService || f.portCounts[name.ServiceName] > 0:
+			lanes[i] = laneSlices
+		}
+	}
+	return lanes
+}
+
+// sort puts linked Service ports into one lane. Those that wait for a refused
+// one make it another change than the one that was refused.
+func (f *familyLoop) sort(names []plan.ServicePortName, lanes []lane, entries map[plan.ServiceName]int) (b backlog) {
+	of := make(map[plan.ServicePortName]lane, len(names))
+	for i, name := range names {
+		of[name] = lanes[i]
+	}
+	byLane := map[lane][][]plan.ServicePortName{}
+	for _, part := range newLinks(f.planner).parts(names) {
+		highest, lowest := of[part[0]], of[part[0]]
+		for _, name := range part[1:] {
+			highest, lowest = max(highest, of[name]), min(lowest, of[name])
+		}
+		if highest == laneQuarantined && lowest != laneQuarantined {
+			highest = laneAltered
+		}
+		byLane[highest] = append(byLane[highest], part)
+	}
+	b.small = slices.Concat(byLane[laneSmall]...)
+	large := byLane[laneSlices]
+	slices.SortStableFunc(large, func(x, y []plan.ServicePortName) int {
+		return cmp.Or(cmp.Compare(entries[x[0].ServiceName], entries[y[0].ServiceName]), x[0].ServiceName.Compare(y[0].ServiceName))
+	})
+	b.slices, b.altered = f.pack(large), f.pack(byLane[laneAltered])
+	return b
+}
+
+// pack joins neighbours of one Service to slices.
+func (f *familyLoop) pack(parts [][]plan.ServicePortName) (packed [][]plan.ServicePortName) {
+	room := 0
+	for _, part := range parts {
+		last, size := len(packed)-1, f.entries(part...)
+		if last >= 0 && packed[last][0].ServiceName == part[0].ServiceName && size <= room {
+			packed[last] = append(packed[last], part...)
+			room -= size
+			continue
+		}
+		packed = append(packed, slices.Clone(part))
+		room = sliceEntries - size
+	}
+	return packed
+}
+
+// entries is how much a mode has to write for changed Service ports.
+func (f *familyLoop) entries(names ...plan.ServicePortName) (n int) {
+	for _, name := range names {
+		n += max(1, entriesOf(f.planner.changed[name]), entriesOf(f.planner.plan.Services[name]))
+	}
+	return n
+}
+
+// entriesOf is how much a mode has to write for a Service port: its frontends,
+// their source ranges and its endpoints.
+func entriesOf(p *plan.ServicePort) int {
+	if p == nil {
+		return 0
+	}
+	n := len(p.Frontends) + p.Usable.Len()
+	for i := range p.Frontends {
+		n += len(p.Frontends[i].Sources)
+	}
+	return n
+}

@@ -1,0 +1,314 @@
+package syncer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+)
+
+// familyLoop brings one family's kernel state to its plan. What fails stays
+// due. A Service that the kernel refuses is quarantined; finding it takes turns,
+// and each turn writes the other changes first.
+type familyLoop struct {
+	family  plan.Family
+	proxier proxier.Proxier
+	planner *planner
+	opts    *LoopOptions
+	log     *slog.Logger
+
+	all bool // the kernel's state is unknown
+	// allFailed counts the tries in a row to write everything that failed.
+	allFailed int
+	// suspects are groups of changes that failed together; the last is next.
+	suspects [][]plan.ServicePortName
+	// proven says that the kernel took something since the search began: its
+	// state is not to blame for a failure.
+	kernelAccepts bool
+	failedAlone   int       // suspects that failed alone since the search began
+	rewrittenAt   time.Time // when everything was last written anew to find out
+	quarantine
+	retryAt time.Time // zero: nothing is due
+	backoff time.Duration
+
+	// said is what the mode last said of Service ports, says what the modes of
+	// all families do. See Reporter.
+	problemOf map[plan.ServicePortName]plan.Problem
+	problems  problemCounts
+
+	written  bool // everything was written at least once
+	asked    bool // all is set because the Loop was asked to, not after a failure
+	repaired bool // in this sync; see SyncReport
+	wroteAll bool // in this sync, or it was tried
+	more     bool // after this sync the next one is due at once
+	current  bool // see SyncReport
+	// since is when the oldest update came in that is not in the kernel;
+	// triggers are what the slices among them tell.
+	since    time.Time
+	triggers []time.Time
+}
+
+const (
+	firstRetry = 100 * time.Millisecond
+	// patience is how often writing everything may fail before Services are
+	// looked at for the reason. The kernel goes on with what it has in the
+	// meantime, and a lock that somebody holds for a moment costs no Service.
+	maxFullSyncFailures = 3
+)
+
+func newFamilyLoop(family plan.Family, p proxier.Proxier, opts *LoopOptions, says problemCounts, quarantined map[plan.ServiceName]int) *familyLoop {
+	return &familyLoop{
+		family: family, proxier: p, planner: newPlanner(family), opts: opts,
+		log: opts.Logger.With("family", family.String()),
+		all: true, quarantine: newQuarantine(quarantined), problemOf: map[plan.ServicePortName]plan.Problem{}, problems: says,
+	}
+}
+
+// sync takes one turn: it writes what changed, what failed before and is due,
+// or everything, and says whether there was anything to write. Unless it is
+// urgent, a family whose kernel state is unknown waits for its next try however
+// much changes in between.
+func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
+	due := urgent || f.retryAt.IsZero() || !time.Now().Before(f.retryAt)
+	if f.all && !due {
+		return false, nil
+	}
+	f.prune()
+	b := f.backlog()
+	retry := due && len(f.quarantinedPorts) > 0
+	if !f.all && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
+		f.schedule(due, false)
+		f.since, f.triggers = time.Time{}, nil // these changed nothing that counts
+		f.lookAtRest()
+		return false, nil
+	}
+	report := SyncReport{Family: f.family, Services: f.count(b)}
+	if f.all {
+		report.Services = len(f.planner.plan.Services)
+	}
+	began := time.Now()
+	err = f.turn(ctx, b, due, retry)
+	report.Took, report.Err = time.Since(began), err
+	f.report(report)
+	return true, err
+}
+
+// count is how many Service ports a turn is about.
+func (f *familyLoop) count(b backlog) int {
+	n := len(b.small)
+	for _, groups := range [][][]plan.ServicePortName{b.slices, b.altered, f.suspects} {
+		for _, group := range groups {
+			n += len(group)
+		}
+	}
+	return n
+}
+
+// turn writes everything where that is due, then the small changes together,
+// then some of the rest. The order matters: nobody waits for a search or for a
+// large Service.
+func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error {
+	f.wroteAll, f.searchesPorts = false, false
+	if len(f.suspects) == 0 {
+		f.kernelAccepts, f.failedAlone = false, 0
+	}
+	if f.all {
+		if err := f.writeAll(ctx); err != nil {
+			f.schedule(due, false)
+			return err
+		}
+		b = f.backlog()
+	}
+	if err := f.writeSmall(ctx, b.small); err != nil {
+		f.schedule(due, false)
+		return err
+	}
+	if retry && len(f.retries) == 0 {
+		f.retries = [][]plan.ServicePortName{slices.SortedFunc(maps.Keys(f.quarantinedPorts), plan.ServicePortName.Compare)}
+	}
+	a, progress := newAllowance(), false
+	f.writeGroups(ctx, a, b.slices[:min(1, len(b.slices))])
+	f.search(ctx, a)
+	f.writeGroups(ctx, a, b.altered)
+	if retry || f.searchesPorts {
+		progress = f.retry(ctx, a)
+	}
+	err := f.takeFailures()
+	if f.all && ctx.Err() == nil { // the other Services need a known state
+		err = errors.Join(err, f.writeAll(ctx))
+	}
+	f.schedule(due, progress)
+	if ctx.Err() != nil {
+		return f.failed(ctx, ctx.Err())
+	}
+	return err
+}
+
+// schedule decides when what is left is tried again. Other Services' successes
+// and failures do not put a retry off.
+func (f *familyLoop) schedule(due, progress bool) {
+	now := time.Now()
+	switch {
+	case !f.all && len(f.quarantinedPorts) == 0:
+		f.retryAt, f.backoff = time.Time{}, 0
+	case progress:
+		f.backoff, f.retryAt = firstRetry, now.Add(firstRetry)
+	case due:
+		f.backoff = min(max(firstRetry, 2*f.backoff), f.opts.RetryPeriod)
+		f.retryAt = now.Add(f.backoff)
+	case (f.all || f.searchesPorts) && f.retryAt.After(now.Add(firstRetry)):
+		f.retryAt = now.Add(firstRetry)
+	}
+}
+
+// rest looks at what a sync has left.
+func (f *familyLoop) lookAtRest() {
+	b := f.backlog()
+	waits := f.planner.node || len(f.suspects)+len(b.small)+len(b.altered) > 0
+	f.current = !f.all && !waits
+	f.more = !f.all && (waits || len(b.slices) > 0)
+}
+
+// writeSmall writes the changes of small Services, and of the node.
+func (f *familyLoop) writeSmall(ctx context.Context, names []plan.ServicePortName) error {
+	p := f.planner
+	if len(names) == 0 && !p.node {
+		return nil
+	}
+	err := f.try(ctx, p.plan, plan.Change{Node: p.node, Services: names})
+	if err == nil {
+		p.node, f.kernelAccepts = false, true
+		f.done(names)
+		return nil
+	}
+	if ctx.Err() != nil {
+		return f.failed(ctx, err)
+	}
+	if p.node && !f.all {
+		if err := f.try(ctx, p.plan, plan.Change{Node: true}); err != nil {
+			f.all = true
+			return f.failed(ctx, err)
+		}
+		p.node, f.kernelAccepts = false, true
+	}
+	if len(names) > 0 {
+		f.failedTogether(names, err)
+	}
+	return nil
+}
+
+// writeAll writes the whole plan but for quarantined and suspect Service ports,
+// which stay what the kernel last took of them. After some failures it writes
+// only what the kernel took before. Where the kernel refuses even that, this is
+// no Service at all: whatever the kernel still had goes, and each Service that
+// can be served comes back at once.
+func (f *familyLoop) writeAll(ctx context.Context) error {
+	p := f.planner
+	names := f.unsuspected()
+	f.wroteAll = true
+	err := f.try(ctx, p.asWritten(names), plan.Change{All: true})
+	if err == nil {
+		f.tookAll()
+		f.done(names)
+		return nil
+	}
+	f.allFailed++
+	if ctx.Err() != nil || f.allFailed < maxFullSyncFailures || len(names) == 0 && f.allFailed < 2*maxFullSyncFailures {
+		return f.failed(ctx, err)
+	}
+	if f.allFailed >= 2*maxFullSyncFailures {
+		p.forgetKernel()
+	}
+	f.log.Warn("writing everything failed again, looking for the Service it fails for", "services", len(p.changed), "error", err)
+	if err := f.try(ctx, p.asWritten(nil), plan.Change{All: true}); err != nil {
+		return f.failed(ctx, err)
+	}
+	f.tookAll()
+	return nil
+}
+
+func (f *familyLoop) tookAll() {
+	f.planner.node, f.allFailed, f.kernelAccepts = false, 0, true
+}
+
+// unsuspected returns the changes that neither failed nor were refused, sorted.
+func (f *familyLoop) unsuspected() []plan.ServicePortName {
+	names := f.changed()
+	if len(f.suspects)+len(f.quarantinedPorts) == 0 {
+		return names
+	}
+	out := map[plan.ServicePortName]struct{}{}
+	for _, group := range f.suspects {
+		for _, name := range f.closed(group) {
+			out[name] = struct{}{}
+		}
+	}
+	for _, name := range f.closed(slices.Collect(maps.Keys(f.quarantinedPorts))) {
+		out[name] = struct{}{}
+	}
+	return slices.DeleteFunc(names, func(name plan.ServicePortName) bool { _, left := out[name]; return left })
+}
+
+// try runs one Sync; a panic in a mode costs that sync, not the daemon.
+func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Change) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			f.opts.Logger.Error("a sync has panicked: this is a defect, please report it", "family", f.family.String(),
+				"panic", r, "stack", string(debug.Stack()))
+			err = fmt.Errorf("panic: %v: %w", r, proxier.ErrUnknownState)
+		}
+		switch {
+		case errors.Is(err, proxier.ErrUnknownState):
+			f.all = true
+		case err == nil && change.All:
+			f.repaired = f.repaired || f.written && !f.asked
+			f.all, f.asked, f.written = false, false, true
+		}
+	}()
+	slow := time.AfterFunc(slowSync, func() {
+		f.opts.Logger.Warn("a sync takes long; changes wait for it, what was served before still is",
+			"family", f.family.String(), "servicePorts", len(change.Services), "everything", change.All, "for", slowSync)
+	})
+	defer slow.Stop()
+	if err := f.proxier.Sync(ctx, plan, change); err != nil {
+		return err
+	}
+	f.collectProblems(plan, change)
+	return nil
+}
+
+// slowSync is after how long a sync is worth a line in the log.
+const slowSync = 10 * time.Second
+
+// done notes what is in the kernel now.
+func (f *familyLoop) done(names []plan.ServicePortName) {
+	owners := f.planner.flowOwners(names)
+	f.planner.markWritten(names)
+	for _, name := range names {
+		f.release(name)
+	}
+	if f.opts.Flows != nil && len(owners) > 0 {
+		f.opts.Flows.Clean(f.family, owners)
+	}
+}
+
+// changed returns every Service port that is not in the kernel as planned,
+// sorted.
+func (f *familyLoop) changed() []plan.ServicePortName {
+	return slices.SortedFunc(maps.Keys(f.planner.changed), plan.ServicePortName.Compare)
+}
+
+func (f *familyLoop) failed(ctx context.Context, err error) error {
+	err = fmt.Errorf("sync of %s: %w", f.family, err)
+	if ctx.Err() == nil { // else it was told to stop
+		f.log.Error("sync failed", "error", err, "everythingIsWrittenAnew", f.all)
+	}
+	return err
+}

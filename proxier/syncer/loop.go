@@ -1,0 +1,329 @@
+package syncer
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"signalbox/internal/wait"
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
+)
+
+// LoopOptions is what a Loop is made of.
+type LoopOptions struct {
+	NodeName string
+	Settings service.Settings
+	// Proxiers is the mode at work in each family that is served.
+	Proxiers map[plan.Family]proxier.Proxier
+	// Flows may be nil: then no flow is removed.
+	Flows FlowCleaner
+	// MinSyncPeriod is the least time from the end of one sync to the begin of
+	// the next; 0 for none (a sync is then followed by a pause as long as it
+	// took, so that a storm of changes is taken in ever larger batches while a
+	// single change never waits).
+	MinSyncPeriod time.Duration
+	// SyncPeriod is how often everything is written anew, whatever is known to
+	// have changed; 0 for never.
+	SyncPeriod time.Duration
+	// RetryPeriod bounds the wait before what failed is tried again; 30 s when
+	// zero.
+	RetryPeriod time.Duration
+	// Logger is slog.Default() when nil.
+	Logger *slog.Logger
+	// Report is told what in an object cannot be served; by default it is
+	// logged as a warning.
+	Report func(plan.Problem)
+	// Synced is told of every Sync; may be nil.
+	Synced func(SyncReport)
+	// NodeMissing is told when, with a source that has synced, a Node object named
+	// NodeName begins or ceases to be missing, and the sorted names of other Node
+	// objects. It may be nil.
+	NodeMissing func(missing bool, others []string)
+	// NodeOptional says that no Node object need exist: it is missing only where
+	// the source has Node objects of other names.
+	NodeOptional bool
+}
+
+// SyncReport says what one sync of one family did.
+type SyncReport struct {
+	Family      plan.Family
+	Took        time.Duration
+	Services    int  // Service ports to write or remove
+	All         bool // everything was written anew
+	Quarantined int  // Service ports in quarantine: the mode refuses them, or their Service is too large
+	// Current says that the kernel now does what the plan asks for, but for
+	// quarantined Services and for slices of large ones that are still to come.
+	Current bool
+	// Repaired says that the kernel's state had become unknown, or was not
+	// what had been written, and that everything was written anew.
+	Repaired bool
+	// Queued is when the oldest update came in that is in the kernel now; zero
+	// where none is, as after a failure or where nothing but a retry was due.
+	Queued time.Time
+	// Triggers are the times of the changes, as the EndpointSlices' annotation
+	// endpoints.kubernetes.io/last-change-trigger-time tells them, that are in
+	// the kernel now.
+	Triggers []time.Time
+	Totals   Totals
+	// HealthChecks are those of the whole plan. Nil: they are what they were.
+	HealthChecks map[plan.ServiceName]plan.HealthCheck
+	// NodePortAddrs are the addresses at which they are asked for.
+	NodePortAddrs plan.NodePortAddrs
+	// Kernel is what the mode keeps in the kernel; nil for a mode that does
+	// not count it.
+	Kernel []proxier.KernelObjects
+	Err    error
+}
+
+// Loop feeds objects through Tracker and resolver into the Proxiers. It is a
+// Sink: Apply, Delete, Synced, SetLocalAddrs, SetRouteSources, LocalAddrs, Resync
+// and Progress may be called from any goroutine; everything else belongs to the
+// one that calls Run or SyncNow.
+type Loop struct {
+	*inbox
+	opts LoopOptions
+
+	tracker        *service.Tracker
+	local          []netip.Addr
+	routes         []plan.RouteSource
+	sourceSynced   bool                          // the source has synced and its objects were taken
+	resolved       int                           // how often a Service was resolved, over all families
+	warnedOfSpread map[plan.ServiceName]struct{} // see warnOfEvenSpread
+	families       []*familyLoop
+
+	nodeMissing bool // as NodeMissing was told
+}
+
+// NewLoop returns a Loop that waits for its source's Synced.
+func NewLoop(opts LoopOptions) *Loop {
+	if opts.Logger == nil {
+		opts.Logger = slog.Default()
+	}
+	if opts.Report == nil {
+		opts.Report = LogProblems(opts.Logger)
+	}
+	if opts.RetryPeriod == 0 {
+		opts.RetryPeriod = 30 * time.Second
+	}
+	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: service.NewTracker(opts.NodeName), warnedOfSpread: map[plan.ServiceName]struct{}{}}
+	l.progress.pending = map[plan.Family]time.Time{}
+	says, quarantined := problemCounts{}, map[plan.ServiceName]int{}
+	for _, family := range plan.Families {
+		if p := opts.Proxiers[family]; p != nil {
+			l.progress.pending[family] = time.Time{}
+			l.families = append(l.families, newFamilyLoop(family, p, &l.opts, says, quarantined))
+		}
+	}
+	return l
+}
+
+// Run syncs until ctx is done and returns nil then. A change that arrives
+// while nothing else happens is synced at once.
+func (l *Loop) Run(ctx context.Context) error {
+	retry := time.NewTimer(0)
+	retry.Stop()
+	defer retry.Stop()
+	resync, stop := every(l.opts.SyncPeriod)
+	defer stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-l.wake:
+		case <-retry.C:
+		case <-resync:
+			l.Resync()
+		}
+		began := time.Now()
+		worked, _ := l.sync(ctx, false) // each failure was reported where it happened
+		retry.Stop()
+		if due, ok := l.nextRetry(); ok {
+			retry.Reset(time.Until(due))
+		}
+		if worked && !wait.For(ctx, max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second))) {
+			return nil
+		}
+	}
+}
+
+// every ticks, or with no period never does.
+func every(period time.Duration) (<-chan time.Time, func()) {
+	if period == 0 {
+		return nil, func() {}
+	}
+	t := time.NewTicker(period)
+	return t.C, t.Stop
+}
+
+// nextRetry is when something that failed is due again, or what did not fit into
+// the last sync.
+func (l *Loop) nextRetry() (due time.Time, ok bool) {
+	for _, f := range l.families {
+		if f.more {
+			return time.Time{}, true
+		}
+		if !f.retryAt.IsZero() && (!ok || f.retryAt.Before(due)) {
+			due, ok = f.retryAt, true
+		}
+	}
+	return due, ok
+}
+
+// more says whether the last sync has left what is due at once.
+func (l *Loop) more() bool {
+	return slices.ContainsFunc(l.families, func(f *familyLoop) bool { return f.more })
+}
+
+// SyncNow takes all that is queued and makes every family's Proxier do it,
+// whatever waiting periods say. It returns what failed, joined; each failure
+// was also reported, and stays due.
+func (l *Loop) SyncNow(ctx context.Context) error {
+	_, err := l.sync(ctx, true)
+	for l.more() && ctx.Err() == nil {
+		_, next := l.sync(ctx, false)
+		err = errors.Join(err, next)
+	}
+	return err
+}
+
+func (l *Loop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
+	var done []plan.Family
+	defer func() { l.finish(l.tracker.Counts(), done) }()
+	for _, f := range l.families {
+		if f.more {
+			l.resume(f.family)
+		}
+	}
+	if !l.update() {
+		return false, nil
+	}
+	var failed []error
+	for _, f := range l.families {
+		wrote, err := f.sync(ctx, urgent)
+		worked = worked || wrote
+		failed = append(failed, err)
+		if f.current {
+			done = append(done, f.family)
+		}
+	}
+	return worked, errors.Join(failed...)
+}
+
+// update brings the plans up to date with what is queued, and says whether
+// they are complete: Services and EndpointSlices were listed.
+func (l *Loop) update() bool {
+	got := l.drain()
+	for _, e := range got.events {
+		if e.delete {
+			l.tracker.Delete(e.obj)
+			continue
+		}
+		for _, p := range l.tracker.Apply(e.obj) {
+			l.opts.Report(p)
+		}
+	}
+	l.local, l.routes = got.addrs, got.routes
+	if !got.synced {
+		return false
+	}
+	first := !l.sourceSynced
+	l.sourceSynced = true
+	l.checkNode()
+	if first {
+		l.tracker.WarnOfUnknowns(l.opts.Logger, &l.opts.Settings, slices.Sorted(maps.Keys(l.opts.Proxiers)))
+	}
+	names, node := l.tracker.TakeChanges()
+	l.warnOfIgnoredWeights(names)
+	for _, f := range l.families {
+		f.queued(got.since, l.tracker.TakeTriggerTimes(f.family))
+		if got.resync && !f.all {
+			f.all, f.asked, f.retryAt = true, true, time.Time{}
+		}
+		todo := names
+		if node || got.moved || first {
+			if f.planner.setNode(l.tracker.Node(&l.opts.Settings, f.family, l.local, l.routes)) {
+				todo = l.tracker.ServiceNames(names)
+			}
+		}
+		if len(todo) > 0 {
+			l.plan(f, todo)
+		}
+	}
+	return true
+}
+
+// checkNode tells whether this node's Node object is missing.
+func (l *Loop) checkNode() {
+	exists, others := l.tracker.NodeExists()
+	missing := !exists && (!l.opts.NodeOptional || len(others) > 0)
+	if l.opts.NodeMissing != nil && missing != l.nodeMissing {
+		l.opts.NodeMissing(missing, others)
+	}
+	l.nodeMissing = missing
+}
+
+// plan resolves the named Services and those that gain or lose a frontend by
+// it.
+func (l *Loop) plan(f *familyLoop, names []plan.ServiceName) {
+	r := service.NewResolver(&l.opts.Settings, l.tracker, f.family)
+	for len(names) > 0 {
+		affected := map[plan.ServiceName]struct{}{}
+		for _, name := range names {
+			delete(affected, name)
+			l.resolved++
+			s := r.Resolve(name)
+			others, found := f.planner.update(name, s.Created, s.Ports)
+			for _, other := range others {
+				affected[other] = struct{}{}
+			}
+			for _, p := range append(found, f.noteSize(name, s.DeclaredPorts, s.TooLarge)...) {
+				l.opts.Report(p)
+			}
+		}
+		names = slices.SortedFunc(maps.Keys(affected), plan.ServiceName.Compare)
+	}
+}
+
+// Plan returns the plan of a family as the last SyncNow left it, or nil for a
+// family that is not served. It is the Loop's own: to be read between calls.
+func (l *Loop) Plan(family plan.Family) *plan.Plan {
+	for _, f := range l.families {
+		if f.family == family {
+			return f.planner.plan
+		}
+	}
+	return nil
+}
+
+// LogProblems returns what logs each Problem as a warning. It has the form of
+// LoopOptions.Report.
+func LogProblems(log *slog.Logger) func(plan.Problem) {
+	return func(p plan.Problem) {
+		log.Warn("cannot serve part of an object", "kind", p.Kind, "object", p.Object, "field", p.Field, "reason", p.Reason)
+	}
+}
+
+// warnOfEvenSpread says once for each Service that its annotations do less here
+// than they ask for.
+func (l *Loop) warnOfIgnoredWeights(names []plan.ServiceName) {
+	if l.opts.Settings.HasSchedulers {
+		return
+	}
+	for _, name := range names {
+		if _, told := l.warnedOfSpread[name]; told == l.tracker.SpreadsUnevenly(name) {
+			continue
+		} else if told {
+			delete(l.warnedOfSpread, name)
+			continue
+		}
+		l.warnedOfSpread[name] = struct{}{}
+		l.opts.Logger.Warn("annotations for a scheduler or weights have no effect in this mode: new connections are spread evenly; only the mode ipvs has schedulers, and the weight 0 counts everywhere",
+			"service", name.String())
+	}
+}

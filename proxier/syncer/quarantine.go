@@ -1,0 +1,182 @@
+package syncer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"signalbox/proxier/plan"
+)
+
+// refusals are the Service ports of one family that the kernel refuses.
+// Syncs of other changes leave them out. They are tried again when they change,
+// and after growing pauses.
+type quarantine struct {
+	quarantinedPorts map[plan.ServicePortName]failure
+	// quarantined counts the refused ports of each Service.
+	portCounts map[plan.ServiceName]int
+	// retries are groups of refused ports that are to be tried; the first is next.
+	retries [][]plan.ServicePortName
+	// searchesPorts says that a Service was refused as a whole just now, and that
+	// its ports have not been tried in smaller groups.
+	searchesPorts bool
+	// told counts for each Service the families of the Loop in which it is in
+	// quarantine. All families share it: one report is enough.
+	familyCounts map[plan.ServiceName]int
+	// oversized are the Services that are too large, with their numbers of ports.
+	oversized map[plan.ServiceName]int
+	// failures are the first errors of Services in the present turn.
+	failures map[plan.ServiceName]error
+}
+
+// refusal is the kernel's answer to one Service port, or to a group with it.
+type failure struct {
+	port *plan.ServicePort // what was refused; nil for its removal
+	err  error
+}
+
+func newQuarantine(told map[plan.ServiceName]int) quarantine {
+	return quarantine{
+		quarantinedPorts: map[plan.ServicePortName]failure{}, portCounts: map[plan.ServiceName]int{}, familyCounts: told, oversized: map[plan.ServiceName]int{},
+		failures: map[plan.ServiceName]error{},
+	}
+}
+
+// quarantine notes that the kernel refuses a group. A Service is reported when
+// its first port is refused.
+func (f *familyLoop) putInQuarantine(group []plan.ServicePortName, err error) {
+	for _, name := range group {
+		service := name.ServiceName
+		if _, failed := f.failures[service]; !failed {
+			f.failures[service] = fmt.Errorf("Service %s: %w", name, err)
+		}
+		_, already := f.quarantinedPorts[name]
+		f.quarantinedPorts[name] = failure{f.planner.plan.Services[name], err}
+		if already {
+			continue
+		}
+		f.portCounts[service]++
+		if f.portCounts[service] == 1 {
+			f.reportQuarantined(service, err)
+		}
+	}
+}
+
+// tell reports a Service that the kernel refuses.
+func (f *familyLoop) reportQuarantined(service plan.ServiceName, err error) {
+	if !f.enter(service) {
+		return
+	}
+	f.opts.Report(plan.Problem{
+		Kind: "Service", Object: service.String(), Field: "spec.ports",
+		Reason: fmt.Sprintf("%s rules could not be written: %v; they are tried again, port by port, and what was served there before still is", f.family, err),
+	})
+}
+
+// enter counts a family in which a Service is in quarantine. It says whether
+// this is the first, of which there is a report.
+func (r *quarantine) enter(service plan.ServiceName) (first bool) {
+	r.familyCounts[service]++
+	return r.familyCounts[service] == 1
+}
+
+// leave undoes enter, and says whether this was the last family.
+func (r *quarantine) leave(service plan.ServiceName) (last bool) {
+	if r.familyCounts[service]--; r.familyCounts[service] > 0 {
+		return false
+	}
+	delete(r.familyCounts, service)
+	return true
+}
+
+// release forgets that the kernel refused a Service port.
+func (f *familyLoop) release(name plan.ServicePortName) {
+	if _, refused := f.quarantinedPorts[name]; !refused {
+		return
+	}
+	delete(f.quarantinedPorts, name)
+	service := name.ServiceName
+	if f.portCounts[service]--; f.portCounts[service] > 0 {
+		return
+	}
+	delete(f.portCounts, service)
+	if f.leave(service) {
+		f.log.Info("the kernel refuses nothing of a Service any more", "service", service.String())
+	}
+}
+
+// prune releases what is no change any more.
+func (f *familyLoop) prune() {
+	for name := range f.quarantinedPorts {
+		if _, changed := f.planner.changed[name]; !changed {
+			f.release(name)
+		}
+	}
+}
+
+// retry tries refused Service ports again: all together, then by halves for as
+// long as the turn allows. The next retry goes on there.
+func (f *familyLoop) retry(ctx context.Context, a *allowance) (progress bool) {
+	f.each(ctx, a, func() bool {
+		if len(f.retries) == 0 {
+			return false
+		}
+		group := f.closed(slices.DeleteFunc(f.retries[0], func(name plan.ServicePortName) bool { _, refused := f.quarantinedPorts[name]; return !refused }))
+		f.retries = f.retries[1:]
+		if len(group) == 0 {
+			return true
+		}
+		halves, _ := f.halves(group)
+		if len(halves) > 0 && f.entries(group...) > sliceEntries {
+			f.retries = append(f.retries, halves...)
+			return true
+		}
+		switch err := f.write(ctx, a, group); {
+		case err == nil:
+			progress = true
+		case ctx.Err() == nil:
+			f.putInQuarantine(group, err)
+			f.retries = append(f.retries, halves...)
+		}
+		return true
+	})
+	return progress
+}
+
+// setAside counts the Service ports in quarantine.
+func (r *quarantine) portCount() int {
+	n := len(r.quarantinedPorts)
+	for _, ports := range r.oversized {
+		n += ports
+	}
+	return n
+}
+
+// takeFailures is the error of a turn that had to leave Services out.
+func (f *familyLoop) takeFailures() error {
+	var failed []error
+	for _, name := range slices.SortedFunc(maps.Keys(f.failures), plan.ServiceName.Compare) {
+		failed = append(failed, f.failures[name])
+	}
+	clear(f.failures)
+	return errors.Join(failed...)
+}
+
+// noteSize remembers which Services of a family are too large, and returns the
+// report about one unless it is too large in another family already.
+func (f *familyLoop) noteSize(s plan.ServiceName, ports int, tooLarge string) (found []plan.Problem) {
+	_, was := f.oversized[s]
+	switch {
+	case tooLarge == "" && was:
+		delete(f.oversized, s)
+		f.leave(s)
+	case tooLarge != "":
+		f.oversized[s] = ports
+		if !was && f.enter(s) {
+			found = append(found, plan.Problem{Kind: "Service", Object: s.String(), Field: "spec", Reason: tooLarge + "; the Service is not served until it is smaller"})
+		}
+	}
+	return found
+}

@@ -1,0 +1,89 @@
+package syncer
+
+import (
+	"slices"
+	"time"
+
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+)
+
+// heed asks a mode that is a Reporter about what it has just written.
+func (f *familyLoop) collectProblems(desired *plan.Plan, change plan.Change) {
+	mode, ok := f.proxier.(proxier.Reporter)
+	if !ok {
+		return
+	}
+	ask := func(name plan.ServicePortName) {
+		p, found := mode.Problem(name)
+		if f.problems.replace(f.problemOf[name], p, found) {
+			f.opts.Report(p)
+		}
+		if found {
+			f.problemOf[name] = p
+		} else {
+			delete(f.problemOf, name)
+		}
+	}
+	if !change.All {
+		for _, name := range change.Services {
+			ask(name)
+		}
+		return
+	}
+	for name := range f.problemOf {
+		if desired.Services[name] == nil {
+			ask(name)
+		}
+	}
+	for name := range desired.Services {
+		ask(name)
+	}
+}
+
+// sayings counts by Problem for how many Service ports modes say it.
+type problemCounts map[plan.Problem]int
+
+// replace counts p, where found, in the place of old, which may be none. It says
+// whether p is new.
+func (s problemCounts) replace(old, p plan.Problem, found bool) (isNew bool) {
+	if found {
+		s[p]++
+		isNew = s[p] == 1
+	}
+	if s[old]--; s[old] <= 0 {
+		delete(s, old)
+	}
+	return isNew
+}
+
+// maxTriggers bounds what is remembered while the kernel takes nothing.
+const maxTriggers = 10000
+
+// queued notes what was taken in: since when the oldest of it has waited, and
+// what its slices say of the time of their change.
+func (f *familyLoop) queued(since time.Time, triggers []time.Time) {
+	f.since = earliest(f.since, since)
+	f.triggers = append(f.triggers, triggers...)
+	if n := len(f.triggers) - maxTriggers; n > 0 {
+		f.triggers = slices.Delete(f.triggers, 0, n)
+	}
+}
+
+// report completes a report and hands it out.
+func (f *familyLoop) report(r SyncReport) {
+	f.lookAtRest()
+	r.All, r.Quarantined, r.Totals, r.NodePortAddrs = f.wroteAll, f.portCount(), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
+	r.Repaired, f.repaired = f.repaired, false
+	if r.Current = f.current; r.Current {
+		r.Queued, r.Triggers = f.since, f.triggers
+		r.HealthChecks = f.planner.totals.changedHealthChecks()
+		f.since, f.triggers = time.Time{}, nil
+	}
+	if c, ok := f.proxier.(proxier.Counter); ok {
+		r.Kernel = c.Counts()
+	}
+	if f.opts.Synced != nil {
+		f.opts.Synced(r)
+	}
+}

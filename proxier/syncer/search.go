@@ -1,0 +1,173 @@
+package syncer
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"signalbox/proxier/plan"
+)
+
+// What a turn may spend beside writing small changes and one group of each
+// kind. The search goes on in the next turn, so that new changes go in first.
+const (
+	maxTries = 16
+	maxTurn  = 100 * time.Millisecond
+)
+
+// maxAccused is how many Services may fail one after the other before the
+// kernel's state is doubted and not they.
+const maxFailedAlone = 8
+
+// allowance is what is left of a turn.
+type allowance struct {
+	tries int
+	until time.Time
+}
+
+func newAllowance() *allowance { return &allowance{maxTries, time.Now().Add(maxTurn)} }
+
+func (a *allowance) left() bool { return a.tries > 0 && time.Now().Before(a.until) }
+
+// each calls step until there is nothing to do, or the turn is over. It calls it
+// once at least, so that no kind of work starves. A kernel state that is unknown
+// ends the turn.
+func (f *familyLoop) each(ctx context.Context, a *allowance, step func() (more bool)) {
+	for first := true; !f.all && ctx.Err() == nil && (first || a.left()); first = false {
+		if !step() {
+			return
+		}
+	}
+}
+
+// write tries a group of changes.
+func (f *familyLoop) write(ctx context.Context, a *allowance, group []plan.ServicePortName) error {
+	a.tries--
+	if err := f.try(ctx, f.planner.plan, plan.Change{Services: group}); err != nil {
+		return err
+	}
+	f.kernelAccepts, f.failedAlone = true, 0
+	f.done(group)
+	return nil
+}
+
+// writeGroups writes groups of one Service each.
+func (f *familyLoop) writeGroups(ctx context.Context, a *allowance, groups [][]plan.ServicePortName) {
+	f.each(ctx, a, func() bool {
+		if len(groups) == 0 {
+			return false
+		}
+		if err := f.write(ctx, a, groups[0]); err != nil && ctx.Err() == nil {
+			f.failedTogether(groups[0], err)
+		}
+		groups = groups[1:]
+		return true
+	})
+}
+
+// search looks among the suspects for the Services that the kernel refuses.
+func (f *familyLoop) search(ctx context.Context, a *allowance) {
+	f.each(ctx, a, func() bool {
+		group := f.nextSuspects()
+		if len(group) == 0 {
+			return false
+		}
+		switch err := f.write(ctx, a, group); {
+		case ctx.Err() != nil:
+			f.suspects = append(f.suspects, group)
+		case err != nil:
+			f.failedTogether(group, err)
+		}
+		return true
+	})
+}
+
+// nextSuspects takes a group that is small enough to be written at once.
+func (f *familyLoop) nextSuspects() []plan.ServicePortName {
+	for len(f.suspects) > 0 {
+		last := len(f.suspects) - 1
+		group := f.closed(f.suspects[last])
+		f.suspects = f.suspects[:last]
+		halves, _ := f.halves(group)
+		if len(halves) == 0 || f.entries(group...) <= sliceEntries {
+			if len(group) > 0 {
+				return group
+			}
+			continue
+		}
+		f.suspect(halves)
+	}
+	return nil
+}
+
+// suspect has groups searched, the first of them first.
+func (f *familyLoop) suspect(groups [][]plan.ServicePortName) {
+	for _, group := range slices.Backward(groups) {
+		f.suspects = append(f.suspects, group)
+	}
+}
+
+// failedTogether draws the consequence of a failure. Among several Services the
+// search goes on. A single one is quarantined; but while nothing else has gone
+// in, the kernel's state may be to blame. Then others are tried first, and where
+// that does not help everything is written anew.
+func (f *familyLoop) failedTogether(group []plan.ServicePortName, err error) {
+	halves, severalServices := f.halves(group)
+	switch {
+	case severalServices:
+		f.log.Debug("a sync of several Services failed, looking for the one to blame", "servicePorts", len(group), "error", err)
+		f.suspect(halves)
+	case f.inDoubt(group[0].ServiceName) && f.failedAlone < min(maxFailedAlone, len(f.suspects)):
+		f.suspects = slices.Insert(f.suspects, 0, group) // the last to be tried
+		f.failedAlone++
+	case f.inDoubt(group[0].ServiceName):
+		f.log.Info("a sync failed, everything is written anew in case the kernel's state is to blame", "service", group[0].ServiceName.String(), "error", err)
+		f.suspects = append(f.suspects, group)
+		f.all, f.rewrittenAt, f.failedAlone = true, time.Now(), 0
+	default:
+		f.putInQuarantine(group, err)
+		if len(halves) > 0 {
+			f.retries = append(f.retries, halves...)
+			f.searchesPorts = true
+		}
+	}
+}
+
+// inDoubt says whether the kernel's state may be the reason of a Service's
+// failure. To write everything anew costs everybody time: once in a while must
+// do.
+func (f *familyLoop) inDoubt(name plan.ServiceName) bool {
+	return !f.kernelAccepts && f.portCounts[name] == 0 && (f.rewrittenAt.IsZero() || time.Since(f.rewrittenAt) >= f.opts.RetryPeriod)
+}
+
+// halves divides a group in two, smaller Services first. While it holds several
+// Services these stay whole. A Service port that cannot be written without
+// another goes with it; what cannot be divided has no halves.
+func (f *familyLoop) halves(group []plan.ServicePortName) (halves [][]plan.ServicePortName, severalServices bool) {
+	linked := f.links()
+	parts := linked.services(group)
+	severalServices = len(parts) > 1
+	if !severalServices {
+		parts = linked.parts(group)
+	}
+	if len(parts) < 2 {
+		return nil, false
+	}
+	slices.SortStableFunc(parts, func(x, y []plan.ServicePortName) int { return f.entries(x...) - f.entries(y...) })
+	half := len(parts) / 2
+	return [][]plan.ServicePortName{slices.Concat(parts[:half]...), slices.Concat(parts[half:]...)}, severalServices
+}
+
+// closed leaves out of a group what is no change any more, and adds what can
+// only be written with it.
+func (f *familyLoop) closed(group []plan.ServicePortName) []plan.ServicePortName {
+	var names []plan.ServicePortName
+	for _, name := range group {
+		if _, changed := f.planner.changed[name]; changed {
+			names = append(names, name)
+		}
+	}
+	return f.links().close(f.planner, names)
+}
+
+func (f *familyLoop) links() links { return newLinks(f.planner) }
