@@ -37,6 +37,10 @@ test: ## everything; the end lists each stage's duration and what failed in it
 check: vet unit ## vet, unit and a part of the contract, in less than three minutes
 	$(GO) test -run 'TestNFTables/./IPv4|TestUserspace/./IPv4|TestIPTables/nft/./IPv4' ./proxier/conformance
 
+.PHONY: architecture
+architecture: ## draw the imports between the packages into docs/architecture.md
+	$(GO) run ./hack/architecture
+
 .PHONY: vet
 vet: ## go vet, in both modules
 	$(GO) vet ./...

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const root = "../.."
+
+// tolerated are the violations that are older than the rules. A line goes when
+// its violation has gone. No line is added.
+var tolerated = []string{
+	"daemon has more than 12 files",
+	"daemon imports the mode iptables",
+	"daemon imports the mode ipvs",
+	"daemon imports the mode nftables",
+	"daemon imports the mode userspace",
+	"iptables depends on Kubernetes through node",
+	"iptables depends on Kubernetes through proxier/service",
+	"iptables has more than 12 files",
+	"iptables imports the mode nftables",
+	"ipvs depends on Kubernetes through node",
+	"ipvs depends on Kubernetes through proxier/service",
+	"ipvs has more than 12 files",
+	"ipvs imports the mode nftables",
+	"metrics imports the mode userspace",
+	"nftables depends on Kubernetes through node",
+	"nftables depends on Kubernetes through proxier/service",
+	"nftables has more than 12 files",
+	"proxier/service has more than 12 files",
+	"proxier/syncer has more than 12 files",
+	"userspace depends on Kubernetes through node",
+	"userspace depends on Kubernetes through proxier/service",
+	"userspace has more than 12 files",
+	"userspace imports the mode nftables",
+}
+
+func TestRules(t *testing.T) {
+	tree, err := readTree(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range append(slices.Clone(modes), modeTable, "proxier/plan") {
+		if tree[p] == nil {
+			t.Errorf("the rules name package %s, which does not exist", p)
+		}
+	}
+	found := violations(tree)
+	for _, v := range found {
+		if !slices.Contains(tolerated, v) {
+			t.Errorf("%s: see the rules in docs/architecture.md", v)
+		}
+	}
+	for _, v := range tolerated {
+		if !slices.Contains(found, v) {
+			t.Errorf("%q is no longer true: remove the line from the list of what is tolerated", v)
+		}
+	}
+}
+
+func TestViolations(t *testing.T) {
+	bad := tree{
+		"daemon":         {imports: []string{"./ipvs", "./modes"}},
+		"modes":          {imports: []string{"./ipvs", "./nftables"}},
+		"ipvs":           {imports: []string{"./nftables", "./proxier"}, files: maxFiles + 1},
+		"nftables":       {imports: []string{"./nft", "./nftables/rules"}, files: maxFiles},
+		"nftables/rules": {imports: []string{"k8s.io/api/core/v1"}},
+		"nft":            {imports: []string{"./internal/text"}},
+		"internal/text":  {imports: []string{"./proxier/plan"}},
+		"proxier":        {imports: []string{"k8s.io/utils/net", "./proxier/plan"}},
+		"proxier/plan":   {imports: []string{"net/netip", "golang.org/x/sys/unix", "./node"}},
+		"node":           {},
+	}
+	want := []string{
+		"daemon imports the mode ipvs",
+		"ipvs imports the mode nftables",
+		"ipvs depends on Kubernetes through proxier",
+		"ipvs has more than 12 files",
+		"nft depends on proxier/plan",
+		"nftables depends on Kubernetes through nftables/rules",
+		"nftables/rules depends on Kubernetes through nftables/rules",
+		"proxier/plan imports golang.org/x/sys/unix",
+		"proxier/plan imports ./node",
+	}
+	if diff := cmp.Diff(want, violations(bad)); diff != "" {
+		t.Errorf("violations (-want +got):\n%s", diff)
+	}
+}
+
+func TestPictureIsUpToDate(t *testing.T) {
+	tree, err := readTree(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old, err := os.ReadFile(root + "/" + page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := withPicture(old, tree)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(old, want) {
+		t.Errorf("the imports have changed: run make architecture, and commit %s\n%s", page, cmp.Diff(string(old), string(want)))
+	}
+}
+
+func TestPicture(t *testing.T) {
+	got, err := picture(tree{
+		"cmd/x":         {imports: []string{"./daemon", "./nft", "fmt"}},
+		"daemon":        {imports: []string{"./internal/text"}},
+		"internal/text": {imports: []string{"./nft"}},
+		"nft":           {},
+		"hack":          {imports: []string{"./daemon"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "```mermaid\n" + `flowchart TD
+    subgraph layer0 [commands]
+        cmd_x[cmd/x]
+    end
+    subgraph layer1 [daemon]
+        daemon[daemon]
+    end
+    subgraph layer5 [nf_tables]
+        nft[nft]
+    end
+    cmd_x --> daemon
+    daemon --> nft
+` + "```\n"
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("the picture (-want +got):\n%s", diff)
+	}
+	if _, err := picture(tree{"elsewhere": {}}); err == nil {
+		t.Error("a package without a layer is drawn")
+	}
+}
