@@ -28,7 +28,7 @@ type dataplanes struct {
 	open     map[planeKey]proxier.Proxier
 	retiring map[planeKey]*retiree
 	// ended is what relays counted that are closed.
-	ended map[plan.Family]userspace.Stats
+	ended map[plan.Family]proxier.RelayStats
 	// endedListeners counts failures to listen on loopback, of closed Proxiers.
 	endedListeners map[plan.Family]uint64
 }
@@ -36,18 +36,6 @@ type dataplanes struct {
 type planeKey struct {
 	mode string
 	opts proxier.Options
-}
-
-// drainer is a Proxier through which connections pass while Relays says so. They
-// end with it.
-type drainer interface {
-	Relays() bool
-	Drain(context.Context)
-}
-
-func drainerOf(p proxier.Proxier) (drainer, bool) {
-	d, ok := p.(drainer)
-	return d, ok && d.Relays()
 }
 
 // retiree is a plane that is not used any more and has connections open.
@@ -60,7 +48,7 @@ type retiree struct {
 func newDataplanes() *dataplanes {
 	return &dataplanes{
 		used: map[planeKey]bool{}, open: map[planeKey]proxier.Proxier{},
-		retiring: map[planeKey]*retiree{}, ended: map[plan.Family]userspace.Stats{}, endedListeners: map[plan.Family]uint64{},
+		retiring: map[planeKey]*retiree{}, ended: map[plan.Family]proxier.RelayStats{}, endedListeners: map[plan.Family]uint64{},
 	}
 }
 
@@ -116,8 +104,8 @@ func (d *dataplanes) serve(log *slog.Logger) {
 			continue
 		}
 		delete(d.open, key)
-		if through, ok := drainerOf(p); ok {
-			d.retire(key, p, through, log)
+		if p.Relays() {
+			d.retire(key, p, log)
 		} else {
 			logClosing(d.end(key, p), log)
 		}
@@ -126,7 +114,7 @@ func (d *dataplanes) serve(log *slog.Logger) {
 		// Listeners at NodePorts get connections without any rule. The userspace
 		// relay gets only those that obeyed its old rules.
 		if key.mode != userspace.Mode || d.replaced(key) {
-			standBy(r.plane)
+			r.plane.StandBy()
 		}
 	}
 }
@@ -134,14 +122,10 @@ func (d *dataplanes) serve(log *slog.Logger) {
 // end closes a plane; what it counted stays. The lock is held.
 func (d *dataplanes) end(key planeKey, p proxier.Proxier) error {
 	err := p.Close()
-	if r, ok := p.(relay); ok {
-		count := r.Stats()
-		count.Connections, count.Flows, count.MaxConnections, count.MaxFlows = 0, 0, 0, 0
-		d.ended[key.opts.Family] = sum(d.ended[key.opts.Family], count)
+	if stats, ok := p.RelayStats(); ok {
+		d.ended[key.opts.Family] = d.ended[key.opts.Family].Add(stats.Closed())
 	}
-	if l, ok := p.(listener); ok {
-		d.endedListeners[key.opts.Family] += l.LocalhostStats().Failures
-	}
+	d.endedListeners[key.opts.Family] += p.LocalhostStats().Failures
 	return err
 }
 
@@ -161,7 +145,7 @@ func (d *dataplanes) replaced(old planeKey) bool {
 const arrivalTime = 5 * time.Second
 
 // retire closes a plane once no connection passes through it. The lock is held.
-func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, log *slog.Logger) {
+func (d *dataplanes) retire(key planeKey, p proxier.Proxier, log *slog.Logger) {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &retiree{plane: p, recall: cancel, gone: make(chan struct{})}
 	d.retiring[key] = r
@@ -171,7 +155,7 @@ func (d *dataplanes) retire(key planeKey, p proxier.Proxier, through drainer, lo
 		case <-time.After(arrivalTime):
 		case <-ctx.Done():
 		}
-		through.Drain(ctx)
+		p.Drain(ctx)
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		if d.retiring[key] == r { // else it is in use again
@@ -201,15 +185,15 @@ func (d *dataplanes) waitRetired(ctx context.Context) bool {
 }
 
 // drainers are the planes, used or not, through which connections pass.
-func (d *dataplanes) drainers() []drainer {
+func (d *dataplanes) drainers() []proxier.Proxier {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var list []drainer
+	var list []proxier.Proxier
 	for _, r := range d.retiring {
-		list = append(list, r.plane.(drainer))
+		list = append(list, r.plane)
 	}
 	for _, p := range d.open {
-		if p, ok := drainerOf(p); ok {
+		if p.Relays() {
 			list = append(list, p)
 		}
 	}
@@ -222,16 +206,9 @@ func (d *dataplanes) standBy() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, r := range d.retiring {
-		standBy(r.plane)
+		r.plane.StandBy()
 	}
 	for _, p := range d.open {
-		standBy(p)
-	}
-}
-
-// standBy is for Proxiers that serve by themselves and not by rules alone.
-func standBy(p proxier.Proxier) {
-	if p, ok := p.(interface{ StandBy() }); ok {
 		p.StandBy()
 	}
 }

@@ -168,8 +168,8 @@ func (g *generation) takePlanes() error {
 func (g *generation) watchFlows() {
 	var relays []netip.Prefix
 	for _, p := range g.proxiers {
-		if r, ok := p.(interface{ RelayPrefix() netip.Prefix }); ok {
-			relays = append(relays, r.RelayPrefix())
+		if prefix := p.RelayPrefix(); prefix.IsValid() {
+			relays = append(relays, prefix)
 		}
 	}
 	flows, err := conntrack.New(conntrack.Options{Logger: g.log, LocalAddrs: node.Addrs, Relays: relays, Scanned: g.observer.metrics.FlowsScanned})
@@ -217,9 +217,7 @@ func (g *generation) loopOptions() syncer.LoopOptions {
 		},
 		Synced: func(r syncer.SyncReport) {
 			g.noteSync(r)
-			if p, ok := g.proxiers[r.Family].(interface{ KernelProblems() []*node.KernelProblem }); ok {
-				g.settings.note(r.Family.String(), p.KernelProblems())
-			}
+			g.settings.note(r.Family.String(), g.proxiers[r.Family].KernelProblems())
 			g.observer.synced(r)
 		},
 		NodeMissing: func(missing bool, others []string) {

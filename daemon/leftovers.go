@@ -64,9 +64,7 @@ type leftoversOptions struct {
 func newLeftovers(opts leftoversOptions) *leftovers {
 	l := &leftovers{leftoversOptions: opts, inUse: map[plan.Family]iptables.Backend{}, failed: map[plan.Family]map[string]removal{}}
 	for family, p := range opts.proxiers {
-		if p, ok := p.(interface{ Backend() iptables.Backend }); ok {
-			l.inUse[family] = p.Backend()
-		}
+		l.inUse[family] = iptables.Backend(p.TakenOver().IPTables)
 	}
 	return l
 }
@@ -242,12 +240,10 @@ func (l *leftovers) look(ctx context.Context, family plan.Family) (found bool) {
 		l.remove(family, []removal{{what: "kube-proxy's IPVS servers", remove: l.drainIPVS}})
 	}
 	l.said[family] = false
-	if b := l.inUse[family]; b != "" {
-		if intact, err := iptables.Intact(ctx, family, b); err == nil && !intact {
-			found = true
-			l.log.Warn("another program has replaced the rules of Services; they are written anew", "family", family.String())
-			l.resync()
-		}
+	if intact, err := l.proxiers[family].Intact(ctx); err == nil && !intact {
+		found = true
+		l.log.Warn("another program has replaced the rules of Services; they are written anew", "family", family.String())
+		l.resync()
 	}
 	return found
 }

@@ -43,7 +43,7 @@ func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []net
 }
 
 // planOnly stands where a mode would be when only the plan is asked for.
-type planOnly struct{}
+type planOnly struct{ proxier.Defaults }
 
 func (planOnly) Sync(context.Context, *plan.Plan, plan.Change) error { return nil }
 func (planOnly) Close() error                                        { return nil }

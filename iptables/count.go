@@ -28,7 +28,7 @@ func (p *program) size() (n counts) {
 	return n
 }
 
-// Counts implements proxier.Counter.
+// Counts implements proxier.Proxier.
 func (p *Proxier) Counts() []proxier.KernelObjects {
 	if p.state == nil {
 		return nil

@@ -86,13 +86,3 @@ func HasKubeProxy(ctx context.Context, f plan.Family, inUse Backend) bool {
 	}
 	return false
 }
-
-// Intact says whether the rules of Services in a variant's tables are this
-// mode's.
-func Intact(ctx context.Context, f plan.Family, b Backend) (bool, error) {
-	t, err := findTools(f, b, defaultWait)
-	if err != nil {
-		return false, err
-	}
-	return t.signed(ctx)
-}

@@ -30,6 +30,7 @@ type Tuning struct {
 // Proxier programs one family. The tools it runs work in the network namespace
 // of the calling thread.
 type Proxier struct {
+	proxier.Defaults
 	opts  proxier.Options
 	tools *tools
 	// state is what the kernel holds; nil while that is not known.
@@ -87,6 +88,20 @@ func versionString(v [3]int) string { return fmt.Sprintf("%d.%d.%d", v[0], v[1],
 
 // Backend is the variant that New chose.
 func (p *Proxier) Backend() Backend { return p.tools.backend }
+
+// TakenOver implements proxier.Proxier.
+func (p *Proxier) TakenOver() proxier.TakenOver {
+	return proxier.TakenOver{IPTables: string(p.tools.backend)}
+}
+
+// Intact implements proxier.Proxier.
+func (p *Proxier) Intact(ctx context.Context) (bool, error) {
+	t, err := findTools(p.opts.Family, p.tools.backend, defaultWait)
+	if err != nil {
+		return false, err
+	}
+	return t.signed(ctx)
+}
 
 // Close implements proxier.Proxier.
 func (p *Proxier) Close() error { return nil }
@@ -210,6 +225,6 @@ func (p *Proxier) prepareNode(wanted *plan.Node) error {
 	return nil
 }
 
-// KernelProblems returns the settings that the last Sync found wrong and could
-// not make. The next one that writes everything tries again.
+// KernelProblems implements proxier.Proxier. The next Sync that writes everything
+// tries again.
 func (p *Proxier) KernelProblems() []*node.KernelProblem { return p.problems }

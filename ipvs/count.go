@@ -2,7 +2,7 @@ package ipvs
 
 import "signalbox/proxier"
 
-// Counts implements proxier.Counter. What drains counts until it is gone.
+// Counts implements proxier.Proxier. What drains counts until it is gone.
 func (p *Proxier) Counts() []proxier.KernelObjects {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -78,8 +78,7 @@ func (p *Proxier) makeSettings() {
 	}
 }
 
-// KernelProblems returns the settings that the last Sync which wrote everything
-// found wrong and could not make.
+// KernelProblems implements proxier.Proxier, for the last Sync that wrote everything.
 func (p *Proxier) KernelProblems() []*node.KernelProblem { return p.problems }
 
 // read makes the state of what is in the kernel and this mode's: virtual

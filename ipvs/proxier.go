@@ -23,6 +23,7 @@ const Mode = "ipvs"
 // Proxier serves Services of one IP family in the network namespace in which it
 // was made.
 type Proxier struct {
+	proxier.Defaults
 	*nftables.IPFamily
 	mark   uint32
 	tuning proxier.IPVSTuning
@@ -96,14 +97,16 @@ func (p *Proxier) Close() error {
 	return p.table.Close()
 }
 
-// StandBy leaves the kernel to another process, until the next Sync: nothing is
-// ended that has drained, and what this process knows is forgotten, because the
-// other may change all of it. It returns once nothing is being written.
+// StandBy implements proxier.Proxier. Destinations that have drained stay, and this
+// process forgets what it knows of the kernel, because the other may change it.
 func (p *Proxier) StandBy() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.state, p.last, p.deadlines = nil, nil, newDeadlines()
 }
+
+// TakenOver implements proxier.Proxier.
+func (p *Proxier) TakenOver() proxier.TakenOver { return proxier.TakenOver{IPVS: true} }
 
 // Sync implements proxier.Proxier. IPVS knows no transactions: what brings new
 // connections to endpoints is written first, then in one transaction the rules

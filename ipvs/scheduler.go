@@ -91,7 +91,7 @@ func hasWeights(port *plan.ServicePort) bool {
 	})
 }
 
-// Problem implements proxier.Reporter: a Service may ask for a scheduler that the
+// Problem implements proxier.Proxier: a Service may ask for a scheduler that the
 // kernel has not got.
 func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	p.mu.Lock()

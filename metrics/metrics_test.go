@@ -21,12 +21,10 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 
 	"signalbox/conntrack"
-	"signalbox/internal/localhost"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
 	"signalbox/proxier/syncer"
-	"signalbox/userspace"
 )
 
 var update = flag.Bool("update", false, "write the golden file anew")
@@ -45,11 +43,11 @@ func exercised(mode string) *Metrics {
 			LastQueued: now.Add(-time.Second), Pending: map[plan.Family]time.Time{plan.IPv4: now.Add(-2 * time.Second)},
 		}
 	})
-	m.ReadRelays(func() map[plan.Family]userspace.Stats {
-		return map[plan.Family]userspace.Stats{plan.IPv4: {Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9, Lost: 10, MaxConnections: 11, MaxFlows: 12}}
+	m.ReadRelays(func() map[plan.Family]proxier.RelayStats {
+		return map[plan.Family]proxier.RelayStats{plan.IPv4: {Connections: 1, Flows: 2, Accepted: 3, FlowsMade: 4, DialFailures: 5, NoEndpoint: 6, Refused: 7, AcceptFailures: 8, Transparent: 9, Lost: 10, MaxConnections: 11, MaxFlows: 12}}
 	})
-	m.ReadLocalhost(func() map[plan.Family]localhost.Stats {
-		return map[plan.Family]localhost.Stats{plan.IPv4: {Serving: true, Listeners: 2, Failures: 1, Refused: map[plan.Protocol]uint64{plan.UDP: 3, plan.SCTP: 0}}}
+	m.ReadLocalhost(func() map[plan.Family]proxier.LocalhostStats {
+		return map[plan.Family]proxier.LocalhostStats{plan.IPv4: {Serving: true, Listeners: 2, Failures: 1, Refused: map[plan.Protocol]uint64{plan.UDP: 3, plan.SCTP: 0}}}
 	})
 	m.Synced(syncer.SyncReport{
 		Family: plan.IPv4, All: true, Current: true, Repaired: true, Took: 3 * time.Millisecond, Quarantined: 2, Queued: now.Add(-10 * time.Millisecond),

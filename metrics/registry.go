@@ -13,11 +13,10 @@ import (
 	_ "k8s.io/component-base/metrics/prometheus/restclient" // rest_client_*
 
 	"signalbox/internal/buildinfo"
-	"signalbox/internal/localhost"
 
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
-	"signalbox/userspace"
 )
 
 // Metrics are the series of a process. Its counters continue when the
@@ -38,8 +37,8 @@ type Metrics struct {
 	progress func() syncer.Progress
 	// earlier are the changes that earlier Loops received.
 	earlier   struct{ services, slices uint64 }
-	relays    func() map[plan.Family]userspace.Stats
-	localhost func() map[plan.Family]localhost.Stats
+	relays    func() map[plan.Family]proxier.RelayStats
+	localhost func() map[plan.Family]proxier.LocalhostStats
 }
 
 // New returns the series of a process that serves nothing yet.
@@ -133,14 +132,14 @@ func (m *Metrics) ReadProgress(progress func() syncer.Progress) {
 }
 
 // ReadRelays makes each scrape read what the relays of this process did, by family.
-func (m *Metrics) ReadRelays(stats func() map[plan.Family]userspace.Stats) {
+func (m *Metrics) ReadRelays(stats func() map[plan.Family]proxier.RelayStats) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.relays = stats
 }
 
 // ReadLocalhost makes each scrape read what serves NodePorts on loopback, by family.
-func (m *Metrics) ReadLocalhost(stats func() map[plan.Family]localhost.Stats) {
+func (m *Metrics) ReadLocalhost(stats func() map[plan.Family]proxier.LocalhostStats) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.localhost = stats

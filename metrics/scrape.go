@@ -6,10 +6,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"signalbox/internal/localhost"
-
+	"signalbox/proxier"
 	"signalbox/proxier/syncer"
-	"signalbox/userspace"
 )
 
 // reading is a series whose value each scrape reads from a T.
@@ -51,38 +49,38 @@ var (
 		seconds, ipFamily)
 )
 
-var relayReadings = []reading[userspace.Stats]{
+var relayReadings = []reading[proxier.RelayStats]{
 	gaugeOf(signalbox, "relay_open_connections", "Mode userspace: open TCP connections.",
-		func(s userspace.Stats) float64 { return float64(s.Connections) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.Connections) }, ipFamily),
 	gaugeOf(signalbox, "relay_open_flows", "Mode userspace: open UDP flows.",
-		func(s userspace.Stats) float64 { return float64(s.Flows) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.Flows) }, ipFamily),
 	gaugeOf(signalbox, "relay_max_connections", "Mode userspace: limit of open TCP connections.",
-		func(s userspace.Stats) float64 { return float64(s.MaxConnections) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.MaxConnections) }, ipFamily),
 	gaugeOf(signalbox, "relay_max_flows", "Mode userspace: limit of open UDP flows.",
-		func(s userspace.Stats) float64 { return float64(s.MaxFlows) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.MaxFlows) }, ipFamily),
 	counterOf(signalbox, "relay_connections_total", "Mode userspace: TCP connections that were accepted.",
-		func(s userspace.Stats) float64 { return float64(s.Accepted) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.Accepted) }, ipFamily),
 	counterOf(signalbox, "relay_flows_total", "Mode userspace: UDP flows that were opened.",
-		func(s userspace.Stats) float64 { return float64(s.FlowsMade) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.FlowsMade) }, ipFamily),
 	counterOf(signalbox, "relay_dial_failures_total", "Mode userspace: attempts to reach an endpoint that failed.",
-		func(s userspace.Stats) float64 { return float64(s.DialFailures) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.DialFailures) }, ipFamily),
 	counterOf(signalbox, "relay_no_endpoint_total", "Mode userspace: connections and datagrams for which no endpoint was found.",
-		func(s userspace.Stats) float64 { return float64(s.NoEndpoint) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.NoEndpoint) }, ipFamily),
 	counterOf(signalbox, "relay_refused_total", "Mode userspace: connections and datagrams beyond the limit of open ones.",
-		func(s userspace.Stats) float64 { return float64(s.Refused) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.Refused) }, ipFamily),
 	counterOf(signalbox, "relay_accept_failures_total", "Mode userspace: connections that could not be accepted, most likely for lack of file descriptors.",
-		func(s userspace.Stats) float64 { return float64(s.AcceptFailures) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.AcceptFailures) }, ipFamily),
 	counterOf(signalbox, "relay_lost_datagrams_total", "Mode userspace: datagrams of clients and answers that this node had no room for, or did not send.",
-		func(s userspace.Stats) float64 { return float64(s.Lost) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.Lost) }, ipFamily),
 	counterOf(signalbox, "relay_transparent_total", "Mode userspace: connections and flows that reached the endpoint with their client's address.",
-		func(s userspace.Stats) float64 { return float64(s.Transparent) }, ipFamily),
+		func(s proxier.RelayStats) float64 { return float64(s.Transparent) }, ipFamily),
 }
 
-var localhostReadings = []reading[localhost.Stats]{
+var localhostReadings = []reading[proxier.LocalhostStats]{
 	gaugeOf(kubeproxy, "nftables_localhost_nodeport_listeners", "TCP NodePorts that have a listener on loopback.",
-		func(s localhost.Stats) float64 { return float64(s.Listeners) }, ipFamily),
+		func(s proxier.LocalhostStats) float64 { return float64(s.Listeners) }, ipFamily),
 	counterOf(kubeproxy, "nftables_localhost_nodeport_listener_creation_failures_total", "Attempts to listen at a NodePort on loopback that failed.",
-		func(s localhost.Stats) float64 { return float64(s.Failures) }, ipFamily),
+		func(s proxier.LocalhostStats) float64 { return float64(s.Failures) }, ipFamily),
 }
 
 var localhostRefused = counterOf(kubeproxy, "nftables_localhost_nodeport_rejected_packets_total", "Packets to NodePorts on loopback that were refused, because the relay there carries only TCP.",

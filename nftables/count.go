@@ -33,7 +33,7 @@ func (n *size) change(rules ruleset, s *stage, node bool) {
 	}
 }
 
-// Counts implements proxier.Counter. The clients that session affinity
+// Counts implements proxier.Proxier. The clients that session affinity
 // remembers are not counted.
 func (p *Proxier) Counts() []proxier.KernelObjects {
 	if p.state == nil {

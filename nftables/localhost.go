@@ -10,8 +10,7 @@ import (
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
-	"signalbox/internal/localhost"
-
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
@@ -141,9 +140,8 @@ func (r *counterReader) close() error {
 	return err
 }
 
-// LocalhostStats counts what is served and refused on the loopback address. Any
-// goroutine may call it at any time.
-func (p *Proxier) LocalhostStats() localhost.Stats {
+// LocalhostStats implements proxier.Proxier.
+func (p *Proxier) LocalhostStats() proxier.LocalhostStats {
 	s := p.localhost.Stats()
 	if s.Serving {
 		s.Refused = p.counters.refused()

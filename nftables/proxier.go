@@ -21,6 +21,7 @@ const Mode = "nftables"
 // Proxier serves Services of one IP family. It keeps a connection to the
 // kernel's nf_tables of the network namespace in which it was made.
 type Proxier struct {
+	proxier.Defaults
 	*family
 	mark  uint32
 	wire  *wire
@@ -31,10 +32,7 @@ type Proxier struct {
 	counters  counterReader
 }
 
-var (
-	_ proxier.Proxier  = (*Proxier)(nil)
-	_ proxier.Reporter = (*Proxier)(nil)
-)
+var _ proxier.Proxier = (*Proxier)(nil)
 
 // New opens the connection to the kernel. Nothing is written before Sync.
 func New(opts proxier.Options) (*Proxier, error) {
@@ -77,19 +75,18 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 	return nil
 }
 
-// Problem implements proxier.Reporter.
+// Problem implements proxier.Proxier.
 func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	return p.localhost.Problem(name)
 }
 
-// StandBy leaves new connections on loopback to another process, until the next
-// Sync, which must be one of everything.
+// StandBy implements proxier.Proxier, for connections on loopback.
 func (p *Proxier) StandBy() { p.localhost.StandBy() }
 
-// Relays says whether connections pass through this process, on loopback.
+// Relays implements proxier.Proxier, for connections on loopback.
 func (p *Proxier) Relays() bool { return p.localhost.Relays() }
 
-// Drain waits until no connection is relayed on loopback any more, or ctx ends.
+// Drain implements proxier.Proxier, for connections on loopback.
 func (p *Proxier) Drain(ctx context.Context) { p.localhost.Drain(ctx) }
 
 // syncAll goes on with the table that an earlier process left, where it can be.

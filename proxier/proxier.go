@@ -2,14 +2,15 @@ package proxier
 
 import (
 	"context"
-	"fmt"
-	"time"
+	"net/netip"
 
+	"signalbox/node"
 	"signalbox/proxier/plan"
 )
 
 // Proxier is one mode at work in one IP family. It is used by one goroutine at
-// a time.
+// a time, except for the methods that say otherwise. Defaults has all methods but
+// Sync and Close.
 type Proxier interface {
 	// Sync makes the kernel do what plan says. It looks only at what change
 	// names, and its cost follows from that, not from the size of plan; the
@@ -21,96 +22,104 @@ type Proxier interface {
 	// that promise in some case returns an error that wraps ErrUnknownState,
 	// and the caller's next change has All set.
 	Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error
-	// Close lets go of what the Proxier holds (sockets, buffers). The rules
-	// stay in the kernel and go on working.
+	// Close closes what the Proxier holds (sockets, buffers). The rules stay in
+	// the kernel and go on working.
 	Close() error
-}
 
-// Options is what every mode needs to know to be made.
-type Options struct {
-	Family plan.Family
-	// MasqueradeMark is the one bit of the packet mark that asks for the
-	// source address to be rewritten: kube-proxy's 0x4000 by default.
-	MasqueradeMark uint32
-	// IPVS is for the mode ipvs alone.
-	IPVS IPVSTuning
-}
-
-// IPVSTuning is what an operator can choose about the mode ipvs.
-type IPVSTuning struct {
-	// Scheduler is the kernel's name of one; "" for rr.
-	Scheduler string
-	// StrictARP makes the node answer ARP only for addresses of the interface
-	// asked.
-	StrictARP bool
-	// How long an idle connection is remembered; 0 leaves the kernel's value.
-	// TCPFinTimeout is for one that one side has closed.
-	TCPTimeout, TCPFinTimeout, UDPTimeout time.Duration
-}
-
-// DefaultMasqueradeMark is bit 14 (--iptables-masquerade-bit), which other
-// software on a node knows as kube-proxy's.
-const DefaultMasqueradeMark uint32 = 1 << 14
-
-// ErrUnknownState says that a failed Sync may have changed part of the kernel's
-// state. See Proxier.
-var ErrUnknownState = fmt.Errorf("the kernel may hold part of the change")
-
-// UnsupportedError says why a mode cannot work on this node.
-type UnsupportedError struct {
-	Mode   string
-	Family plan.Family
-	// Missing names the kernel feature or the program that is not there.
-	Missing string
-	// Remedy is what an operator can do about it.
-	Remedy string
-	// Err is what the attempt to use it answered; may be nil.
-	Err error
-}
-
-// Error names the mode, what is missing, the kernel's own answer and the
-// remedy.
-func (e *UnsupportedError) Error() string {
-	s := fmt.Sprintf("mode %s cannot serve %s: %s is missing", e.Mode, e.Family, e.Missing)
-	if e.Err != nil {
-		s += fmt.Sprintf(" (%v)", e.Err)
-	}
-	if e.Remedy != "" {
-		s += "; " + e.Remedy
-	}
-	return s
-}
-
-// Unwrap returns the answer of the kernel or of the program that was tried.
-func (e *UnsupportedError) Unwrap() error { return e.Err }
-
-// KernelObjects counts what a mode keeps in the kernel, of one kind and in one
-// table.
-type KernelObjects struct {
-	// Table is the name of an nftables or iptables table, and empty for what
-	// is in none.
-	Table string
-	// Kind is "chain", "rule", "element", "virtual-server", "real-server" or
-	// "address".
-	Kind string
-	// Count are there now; Written of them, or in their place, were written by
-	// the last sync. Written is 0 in modes that do not count it.
-	Count, Written int
-}
-
-// Counter is implemented by Proxiers that know what they keep in the kernel.
-type Counter interface {
-	// Counts is called after each Sync by the same goroutine, so that it must
-	// cost next to nothing beside a Sync, at any size.
+	// Counts returns what the mode keeps in the kernel. It is called after each
+	// Sync, so it must cost next to nothing beside a Sync, at any size.
+	// Default: nothing is counted.
 	Counts() []KernelObjects
+	// Problem says how a Service port is served otherwise than it asks for. It is
+	// called after a Sync that succeeded, for each Service port that Sync has
+	// written. Equal Problems of a Service's ports and families are reported once.
+	// Default: none.
+	Problem(plan.ServicePortName) (p plan.Problem, found bool)
+	// KernelProblems returns the kernel settings that the mode needs and that the
+	// last Sync could not make.
+	// Default: none.
+	KernelProblems() []*node.KernelProblem
+
+	// StandBy leaves the kernel and new connections to another process, until the
+	// next Sync, which has change.All. It returns once nothing is being written.
+	// Connections that this process relays go on.
+	// Default: nothing, for a mode that acts only in Sync.
+	StandBy()
+	// Relays says whether connections pass through this process. They end with
+	// Close. Any goroutine may call it.
+	// Default: no.
+	Relays() bool
+	// Drain waits until no connection passes through this process, or ctx ends.
+	// Any goroutine may call it.
+	// Default: returns at once.
+	Drain(ctx context.Context)
+	// RelayPrefix holds the addresses to which the mode translates the destination
+	// of UDP flows that it relays. Their conntrack entries stay, because the relay
+	// chooses the endpoint.
+	// Default: not valid, for a mode that relays no UDP flow.
+	RelayPrefix() netip.Prefix
+	// RelayStats returns the relay's counts, also after Close. Any goroutine may
+	// call it.
+	// Default: not ok, for a mode without a relay.
+	RelayStats() (stats RelayStats, ok bool)
+	// LocalhostStats returns the counts of listeners that serve NodePorts on the
+	// loopback address, also after Close. Any goroutine may call it.
+	// Default: not Serving.
+	LocalhostStats() LocalhostStats
+
+	// TakenOver says which objects of kube-proxy are this Proxier's now. Any
+	// goroutine may call it.
+	// Default: none.
+	TakenOver() TakenOver
+	// Intact says whether the rules in the kernel are still this mode's. Another
+	// program may have replaced them without an error in Sync. Any goroutine may
+	// call it.
+	// Default: yes, for a mode with a table of its own.
+	Intact(ctx context.Context) (bool, error)
 }
 
-// Reporter is implemented by Proxiers that may serve a Service port otherwise
-// than it asks for.
-type Reporter interface {
-	// Problem says how, of a Service port as it is in the kernel. It is called
-	// after a Sync that succeeded, for each Service port that Sync has written,
-	// by the same goroutine. Equal Problems of a Service's ports and families are
-	// told once, for as long as there is one.
-	Problem(plan.ServicePortName) (p plan.Problem, found bool)
+// TakenOver names objects of kube-proxy that a mode uses as its own. The removal of
+// what kube-proxy left leaves them alone.
+type TakenOver struct {
+	// IPTables is the variant of the iptables tools ("nft" or "legacy") in whose
+	// tables the mode fills chains with kube-proxy's names; empty for none.
+	IPTables string
+	// IPVS: the device kube-ipvs0 and the virtual servers at its addresses.
+	IPVS bool
 }
+
+// Defaults are the answers of a mode that only writes rules. A Proxier embeds it.
+type Defaults struct{}
+
+// Counts implements Proxier.
+func (Defaults) Counts() []KernelObjects { return nil }
+
+// Problem implements Proxier.
+func (Defaults) Problem(plan.ServicePortName) (plan.Problem, bool) { return plan.Problem{}, false }
+
+// KernelProblems implements Proxier.
+func (Defaults) KernelProblems() []*node.KernelProblem { return nil }
+
+// StandBy implements Proxier.
+func (Defaults) StandBy() {}
+
+// Relays implements Proxier.
+func (Defaults) Relays() bool { return false }
+
+// Drain implements Proxier.
+func (Defaults) Drain(context.Context) {}
+
+// RelayPrefix implements Proxier.
+func (Defaults) RelayPrefix() netip.Prefix { return netip.Prefix{} }
+
+// RelayStats implements Proxier.
+func (Defaults) RelayStats() (RelayStats, bool) { return RelayStats{}, false }
+
+// LocalhostStats implements Proxier.
+func (Defaults) LocalhostStats() LocalhostStats { return LocalhostStats{} }
+
+// TakenOver implements Proxier.
+func (Defaults) TakenOver() TakenOver { return TakenOver{} }
+
+// Intact implements Proxier.
+func (Defaults) Intact(context.Context) (bool, error) { return true, nil }

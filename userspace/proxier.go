@@ -18,6 +18,7 @@ const Mode = "userspace"
 // Proxier relays the Services of one IP family in the network namespace in
 // which it was made.
 type Proxier struct {
+	proxier.Defaults
 	family *nftables.IPFamily
 	mark   uint32
 	table  *nftables.Transaction
@@ -63,16 +64,14 @@ func (p *Proxier) Close() error {
 	return p.table.Close()
 }
 
-// StandBy leaves new connections and UDP flows to another process, which already
-// relays, until the next Sync. That must have change.All. Open connections go on.
+// StandBy implements proxier.Proxier. The other process already relays.
 func (p *Proxier) StandBy() { p.relay.standBy() }
 
-// RelayPrefix holds the addresses to which this mode translates the destination
-// of UDP flows. Their conntrack entries stay, because the relay chooses the endpoint.
+// RelayPrefix implements proxier.Proxier.
 func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Family] }
 
-// Stats returns the relay's counts. Any goroutine may call it at any time.
-func (p *Proxier) Stats() Stats { return p.relay.stats() }
+// RelayStats implements proxier.Proxier.
+func (p *Proxier) RelayStats() (proxier.RelayStats, bool) { return p.relay.stats(), true }
 
 // Sync implements proxier.Proxier. Every call is one transaction.
 func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {

@@ -107,7 +107,7 @@ func TestDrainWaitsForHandover(t *testing.T) {
 		at := w.p.relay.listeners.ports
 		w.p.StandBy()
 		w.p.Drain(context.Background())
-		w.await("the end of the flow", func() bool { return w.p.Stats().Flows == 0 })
+		w.await("the end of the flow", func() bool { return w.p.relay.stats().Flows == 0 })
 		// Without SO_REUSEPORT only one can have the port.
 		c, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(at.of(fromNode))})
 		w.must(err)

@@ -51,7 +51,7 @@ func TestEndIsPassedOnInEachDirection(t *testing.T) {
 		if got := <-heard; got != "still talking" {
 			t.Errorf("endpoint heard %q", got)
 		}
-		w.await("the end of both connections", func() bool { return w.p.Stats().Connections == 0 })
+		w.await("the end of both connections", func() bool { return w.p.relay.stats().Connections == 0 })
 	})
 }
 
@@ -113,7 +113,7 @@ func TestFailingEndpointIsReplacedAndPassedOver(t *testing.T) {
 		for range 100 {
 			w.connect(0).Close()
 		}
-		s := w.p.Stats()
+		s := w.p.relay.stats()
 		// Each is tried UnhealthyAfter times, and once after each pause.
 		if s.DialFailures < 2 || s.DialFailures > 2*(tcprelay.UnhealthyAfter+10) {
 			t.Errorf("%d dials failed in 100 connections to three endpoints of which two are dead", s.DialFailures)
@@ -140,7 +140,7 @@ func TestNobodyAnswers(t *testing.T) {
 	w := newWorld(t, plan.IPv4)
 	w.serve(0, 0, 0, 1, 2, 3)
 	w.mustReset(0)
-	if s := w.p.Stats(); s.DialFailures != tcprelay.DialTries || s.NoEndpoint != 1 {
+	if s := w.p.relay.stats(); s.DialFailures != tcprelay.DialTries || s.NoEndpoint != 1 {
 		t.Errorf("%d dials for %d connections, want %d for 1", s.DialFailures, s.NoEndpoint, tcprelay.DialTries)
 	}
 }
@@ -201,11 +201,11 @@ func TestConnectionLimit(t *testing.T) {
 	w.serve(0, 0, 0)
 	a, b := w.connect(0), w.connect(0)
 	w.mustReset(0)
-	if n := w.p.Stats().Refused; n != 1 {
+	if n := w.p.relay.stats().Refused; n != 1 {
 		t.Errorf("%d connections were refused, want 1", n)
 	}
 	a.Close()
-	w.await("the end of one connection", func() bool { return w.p.Stats().Connections == 1 })
+	w.await("the end of one connection", func() bool { return w.p.relay.stats().Connections == 1 })
 	w.connect(0).ask("there is room again")
 	b.ask("still here")
 }
@@ -242,7 +242,7 @@ func TestNoFilesLeft(t *testing.T) {
 	w.must(unix.Connect(fd, &unix.SockaddrInet4{Addr: w.vip(0).Addr().As4(), Port: 80}))
 	w.await("a failed accept", func() bool {
 		takeFree()
-		return w.p.Stats().AcceptFailures > 1
+		return w.p.relay.stats().AcceptFailures > 1
 	})
 	w.must(unix.Setrlimit(unix.RLIMIT_NOFILE, &before))
 	w.must(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience / time.Second)}))
@@ -293,17 +293,17 @@ func TestStandBy(t *testing.T) {
 		for _, turn := range []struct{ at, by *Proxier }{{second, first}, {first, second}} {
 			w.must(turn.at.Sync(t.Context(), w.plan, plan.Change{All: true}))
 			turn.by.StandBy()
-			atWork, byStanding := turn.at.Stats(), turn.by.Stats()
+			atWork, byStanding := turn.at.relay.stats(), turn.by.relay.stats()
 			for range 30 {
 				w.connect(0).ask("hello")
 				w.askUDP(w.dialUDP(0))
 			}
 			w.askUDP(flow)
 			open.ask("still here")
-			if n := turn.by.Stats(); n.Accepted != byStanding.Accepted || n.FlowsMade != byStanding.FlowsMade {
+			if n := turn.by.relay.stats(); n.Accepted != byStanding.Accepted || n.FlowsMade != byStanding.FlowsMade {
 				t.Errorf("the relay that stands by has %+v, had %+v", n, byStanding)
 			}
-			if n := turn.at.Stats(); n.Accepted != atWork.Accepted+30 || n.FlowsMade < atWork.FlowsMade+30 {
+			if n := turn.at.relay.stats(); n.Accepted != atWork.Accepted+30 || n.FlowsMade < atWork.FlowsMade+30 {
 				t.Errorf("the relay at work has %+v, had %+v", n, atWork)
 			}
 		}

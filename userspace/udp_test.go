@@ -29,14 +29,14 @@ func TestFlowStaysAndMoves(t *testing.T) {
 				t.Fatalf("%q answered, though the flow's endpoint still serves", got)
 			}
 		}
-		if n := w.p.Stats().FlowsMade; n != 1 {
+		if n := w.p.relay.stats().FlowsMade; n != 1 {
 			t.Errorf("%d flows were made, want 1", n)
 		}
 		w.serve(0, 0, 1)
 		if got := w.askUDP(c); got != "1" {
 			t.Errorf("%q answered, though it does not serve any more", got)
 		}
-		w.await("the end of the old flow", func() bool { return w.p.Stats().Flows == 1 })
+		w.await("the end of the old flow", func() bool { return w.p.relay.stats().Flows == 1 })
 	})
 }
 
@@ -93,10 +93,10 @@ func TestFlowOutlivesTooLargePacket(t *testing.T) {
 		w.await("the error is read", func() bool { return !hasError(f.socket) })
 		w.askUDP(c)
 	}
-	if n := w.p.Stats().FlowsMade; n != 1 {
+	if n := w.p.relay.stats().FlowsMade; n != 1 {
 		t.Errorf("%d flows were made, want the first to go on", n)
 	}
-	if n := w.p.Stats().Lost; n != 0 {
+	if n := w.p.relay.stats().Lost; n != 0 {
 		t.Errorf("%d datagrams were lost", n)
 	}
 }
@@ -154,7 +154,7 @@ func TestIdleFlowsEnd(t *testing.T) {
 		w.askUDP(often)
 		w.askUDP(once)
 		w.askUDP(often)
-		w.await("the end of the flow that was one question", func() bool { return w.p.Stats().Flows <= 1 })
+		w.await("the end of the flow that was one question", func() bool { return w.p.relay.stats().Flows <= 1 })
 		if got := w.askUDP(once); got != "0" {
 			t.Errorf("%q answered after the flow's end", got)
 		}
@@ -170,7 +170,7 @@ func TestFlowLimit(t *testing.T) {
 	w.askUDP(first)
 	second := w.dialUDP(0)
 	second.Write([]byte("?"))
-	w.await("a refused datagram", func() bool { return w.p.Stats().Refused == 1 })
+	w.await("a refused datagram", func() bool { return w.p.relay.stats().Refused == 1 })
 	if got := w.askUDP(first); got != "0" {
 		t.Errorf("%q answered the flow that was there", got)
 	}
@@ -273,7 +273,7 @@ func TestExpiredFlowIsReplaced(t *testing.T) {
 	if got := w.askUDP(c); got != "0" {
 		t.Errorf("%q answered", got)
 	}
-	if n := w.p.Stats().FlowsMade; n != 2 {
+	if n := w.p.relay.stats().FlowsMade; n != 2 {
 		t.Errorf("%d flows were made, want a second one in place of the first", n)
 	}
 }

@@ -17,7 +17,7 @@ import (
 
 	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
-
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
 )
@@ -213,7 +213,7 @@ func (n *NodePorts) dial(ctx context.Context, at netip.AddrPort) (net.Conn, erro
 }
 
 // Problem is why a Service port is not served on loopback though it should be. It has
-// the form of proxier.Reporter's.
+// the form of proxier.Proxier's.
 func (n *NodePorts) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -225,23 +225,11 @@ func (n *NodePorts) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 		Reason: fmt.Sprintf("NodePort %d is not served on loopback: %v; it is tried again every %v; end what listens there", p.number, p.err, RetryAfter)}, true
 }
 
-// Stats are counts of one IP family.
-type Stats struct {
-	// Serving says that NodePorts are wanted on loopback.
-	Serving   bool
-	Listeners int
-	// Failures counts attempts to listen that failed.
-	Failures uint64
-	// Refused counts packets to NodePorts on loopback that the mode's rules
-	// refused, by protocol. The mode fills it in.
-	Refused map[plan.Protocol]uint64
-}
-
 // Stats returns all but Refused.
-func (n *NodePorts) Stats() Stats {
+func (n *NodePorts) Stats() proxier.LocalhostStats {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	s := Stats{Serving: n.serving, Failures: n.failures.Load()}
+	s := proxier.LocalhostStats{Serving: n.serving, Failures: n.failures.Load()}
 	for _, p := range n.ports {
 		if p.listener != nil {
 			s.Listeners++

@@ -19,6 +19,7 @@ import (
 // contract and the resolver can be tested by themselves, and a scenario that
 // fails for another mode can be told to be that mode's fault.
 type reference struct {
+	proxier.Defaults
 	family plan.Family
 	chains []string
 	sets   []string

@@ -16,7 +16,7 @@ import (
 )
 
 // nothing is a mode that writes nothing.
-type nothing struct{}
+type nothing struct{ proxier.Defaults }
 
 func (nothing) Sync(context.Context, *plan.Plan, plan.Change) error { return nil }
 func (nothing) Close() error                                        { return nil }

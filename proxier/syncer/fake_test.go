@@ -15,6 +15,7 @@ import (
 // fakeProxier keeps the promises of Proxier about a kernel that is a map, and
 // checks that the Loop keeps its own. refuse and takes may be set.
 type fakeProxier struct {
+	proxier.Defaults
 	takes time.Duration
 
 	mu     sync.Mutex

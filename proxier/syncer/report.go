@@ -4,18 +4,13 @@ import (
 	"slices"
 	"time"
 
-	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
-// heed asks a mode that is a Reporter about what it has just written.
+// collectProblems asks the mode about the Service ports that it has just written.
 func (f *familyLoop) collectProblems(desired *plan.Plan, change plan.Change) {
-	mode, ok := f.proxier.(proxier.Reporter)
-	if !ok {
-		return
-	}
 	ask := func(name plan.ServicePortName) {
-		p, found := mode.Problem(name)
+		p, found := f.proxier.Problem(name)
 		if f.problems.replace(f.problemOf[name], p, found) {
 			f.opts.Report(p)
 		}
@@ -41,7 +36,7 @@ func (f *familyLoop) collectProblems(desired *plan.Plan, change plan.Change) {
 	}
 }
 
-// sayings counts by Problem for how many Service ports modes say it.
+// problemCounts counts by Problem for how many Service ports modes say it.
 type problemCounts map[plan.Problem]int
 
 // replace counts p, where found, in the place of old, which may be none. It says
@@ -80,9 +75,7 @@ func (f *familyLoop) report(r SyncReport) {
 		r.HealthChecks = f.planner.totals.changedHealthChecks()
 		f.since, f.triggers = time.Time{}, nil
 	}
-	if c, ok := f.proxier.(proxier.Counter); ok {
-		r.Kernel = c.Counts()
-	}
+	r.Kernel = f.proxier.Counts()
 	if f.opts.Synced != nil {
 		f.opts.Synced(r)
 	}

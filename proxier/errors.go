@@ -1,0 +1,39 @@
+package proxier
+
+import (
+	"fmt"
+
+	"signalbox/proxier/plan"
+)
+
+// ErrUnknownState says that a failed Sync may have changed part of the kernel's
+// state. See Proxier.
+var ErrUnknownState = fmt.Errorf("the kernel may hold part of the change")
+
+// UnsupportedError says why a mode cannot work on this node.
+type UnsupportedError struct {
+	Mode   string
+	Family plan.Family
+	// Missing names the kernel feature or the program that is not there.
+	Missing string
+	// Remedy is what an operator can do about it.
+	Remedy string
+	// Err is what the attempt to use it answered; may be nil.
+	Err error
+}
+
+// Error names the mode, what is missing, the kernel's own answer and the
+// remedy.
+func (e *UnsupportedError) Error() string {
+	s := fmt.Sprintf("mode %s cannot serve %s: %s is missing", e.Mode, e.Family, e.Missing)
+	if e.Err != nil {
+		s += fmt.Sprintf(" (%v)", e.Err)
+	}
+	if e.Remedy != "" {
+		s += "; " + e.Remedy
+	}
+	return s
+}
+
+// Unwrap returns the answer of the kernel or of the program that was tried.
+func (e *UnsupportedError) Unwrap() error { return e.Err }
