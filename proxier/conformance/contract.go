@@ -49,6 +49,10 @@ type Mode struct {
 	// Dump returns the mode's kernel state for the message of a failed
 	// scenario; called inside the node. May be nil.
 	Dump func(plan.Family) string
+	// WithoutPackets leaves out the steps that send packets or wait, for a mode
+	// that moves no packet. Instead, Dump must return the same text before and
+	// after a restart at the end of the script.
+	WithoutPackets bool
 }
 
 // Flows removes stale flows until it is closed.
@@ -203,15 +207,23 @@ func (w *world) diagnosis() string {
 	}
 	w.mu.Unlock()
 	if w.mode.Dump != nil {
-		err := w.onNode(func() error {
-			for _, family := range w.families {
-				fmt.Fprintf(&b, "\n--- %s state\n%s", family, w.mode.Dump(family))
-			}
-			return nil
-		})
+		state, err := w.dump()
 		if err != nil {
-			fmt.Fprintf(&b, "\n--- no state: %v\n", err)
+			state = fmt.Sprintf("\n--- no state: %v\n", err)
 		}
+		b.WriteString(state)
 	}
 	return b.String()
+}
+
+// dump is the mode's kernel state in all families.
+func (w *world) dump() (string, error) {
+	var b strings.Builder
+	err := w.onNode(func() error {
+		for _, family := range w.families {
+			fmt.Fprintf(&b, "\n--- %s state\n%s", family, w.mode.Dump(family))
+		}
+		return nil
+	})
+	return b.String(), err
 }

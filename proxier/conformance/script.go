@@ -13,10 +13,15 @@ import (
 
 // step is one line of a script.
 type step struct {
-	line int
-	text string
-	do   func(ctx context.Context, w *world) error
+	line    int
+	text    string
+	packets bool // it sends packets or waits
+	do      func(ctx context.Context, w *world) error
 }
+
+// withoutPackets are the first words of the steps that only change what the mode
+// is told, or check what is reported.
+var withoutPackets = []string{"apply", "delete", "node1", "reports", "stop", "start", "synced"}
 
 // parseScript numbers lines from first, so that messages name the file's own.
 func parseScript(text string, first int) ([]step, error) {
@@ -30,7 +35,10 @@ func parseScript(text string, first int) ([]step, error) {
 		if err != nil {
 			return nil, fmt.Errorf("line %d: %s: %w", first+n, line, err)
 		}
-		steps = append(steps, step{first + n, line, do})
+		steps = append(steps, step{
+			line: first + n, text: line, do: do,
+			packets: !slices.Contains(withoutPackets, strings.Fields(line)[0]),
+		})
 	}
 	return steps, nil
 }

@@ -100,7 +100,7 @@ func newWorld(mode Mode, s *Scenario, v variant) (*world, error) {
 }
 
 func (w *world) dropForwarded() error {
-	if !w.scenario.Setup.DropForwarded {
+	if !w.scenario.Setup.DropForwarded || w.mode.WithoutPackets {
 		return nil
 	}
 	return w.onNode(func() error {
@@ -182,16 +182,48 @@ func (w *world) run(ctx context.Context) error {
 		return fmt.Errorf("at the start: %w", err)
 	}
 	for _, s := range w.scenario.steps {
+		if s.packets && w.mode.WithoutPackets {
+			continue
+		}
 		if err := s.do(ctx, w); err != nil {
 			return fmt.Errorf("line %d: %s:\n%w", s.line, s.text, err)
 		}
 	}
+	if err := w.noMoreProblems(); err != nil || !w.mode.WithoutPackets {
+		return err
+	}
+	return w.sameAfterRestart(ctx)
+}
+
+func (w *world) noMoreProblems() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.problems) > 0 {
 		return fmt.Errorf("problems were reported that the script does not name: %v", w.problems)
 	}
 	return nil
+}
+
+// sameAfterRestart compares what the mode wrote in many small changes with what
+// a new Proxier writes for the same objects.
+func (w *world) sameAfterRestart(ctx context.Context) error {
+	before, err := w.dump()
+	if err != nil {
+		return err
+	}
+	if w.loop != nil {
+		if err := w.stop(); err != nil {
+			return err
+		}
+	}
+	if err := w.start(ctx, true); err != nil {
+		return fmt.Errorf("at the restart: %w", err)
+	}
+	after, err := w.dump()
+	if err == nil && after != before {
+		err = fmt.Errorf("a restart changes the state; before it, there was:%s", before)
+	}
+	return err
 }
 
 // start makes the mode and a Loop, as the daemon does. With synced it tells the
