@@ -27,7 +27,6 @@ var tolerated = []string{
 	"ipvs depends on Kubernetes through proxier/service",
 	"ipvs has more than 12 files",
 	"ipvs imports the mode nftables",
-	"metrics imports the mode userspace",
 	"nftables depends on Kubernetes through node",
 	"nftables depends on Kubernetes through proxier/service",
 	"nftables has more than 12 files",
