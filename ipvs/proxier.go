@@ -130,7 +130,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 // syncAll reads what there is and makes of it what is wanted.
 func (p *Proxier) syncAll(desired *plan.Plan) error {
 	rules := &ruleset{IPFamily: p.IPFamily, mark: p.mark, node: desired.Node, timeouts: timeoutsOf(desired)}
-	if err := rules.ValidateNode(rules.node); err != nil {
+	if err := nftables.ValidateNode(rules.IPFamily, rules.node); err != nil {
 		return err
 	}
 	if err := p.prepare(); err != nil {
@@ -166,7 +166,7 @@ func (p *Proxier) syncChange(desired *plan.Plan, change plan.Change) error {
 	if change.Node {
 		rules := *st.rules
 		rules.node = desired.Node
-		if err := rules.ValidateNode(rules.node); err != nil {
+		if err := nftables.ValidateNode(rules.IPFamily, rules.node); err != nil {
 			return err
 		}
 	}
@@ -244,7 +244,7 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 	}
 	add := b.add
 	if b.node {
-		t.RewriteNodeChains(append(st.rules.nodeChains(), st.rules.postrouting()), b.nodeBefore, st.rules.node)
+		nftables.RewriteNodeChains(t, append(st.rules.nodeChains(), st.rules.postrouting()), b.nodeBefore, st.rules.node)
 		for _, set := range []int{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
 			t.FlushSet(set)
 		}

@@ -22,7 +22,7 @@ func Render(opts proxier.Options, desired *plan.Plan) string {
 	st := newState(rules)
 	st.others = map[netip.Addr]bool{}
 	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, schedulers: newSchedulers(opts.IPVS.Scheduler, nil)}
-	err := rules.ValidateNode(rules.node)
+	err := nftables.ValidateNode(rules.IPFamily, rules.node)
 	var b *batch
 	if err == nil {
 		names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)

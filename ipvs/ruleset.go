@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"time"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 
 	"signalbox/nftables"
 
@@ -18,10 +18,10 @@ import (
 // choice has to be made before these, and what is left of it cleared away
 // after them.
 var (
-	beforeInput  = nftables.NewHook(nft.ChainHookInput, 90, "type filter hook input priority 90")
-	beforeOutput = nftables.NewHook(nft.ChainHookOutput, -110, "type filter hook output priority -110")
-	afterInput   = nftables.NewHook(nft.ChainHookInput, 101, "type filter hook input priority 101")
-	afterOutput  = nftables.NewHook(nft.ChainHookOutput, -97, "type filter hook output priority -97")
+	beforeInput  = nftables.NewHook(nflib.ChainHookInput, 90, "type filter hook input priority 90")
+	beforeOutput = nftables.NewHook(nflib.ChainHookOutput, -110, "type filter hook output priority -110")
+	afterInput   = nftables.NewHook(nflib.ChainHookInput, 101, "type filter hook input priority 101")
+	afterOutput  = nftables.NewHook(nflib.ChainHookOutput, -97, "type filter hook output priority -97")
 )
 
 // While a packet that opens a connection is on its way through IPVS, its
@@ -98,7 +98,7 @@ func (r *ruleset) postrouting() nftables.Chain {
 func (r *ruleset) nodeChains() []nftables.Chain {
 	chain := nftables.NewChain
 	fe := r.frontendKey()
-	return append(r.SourceChains(r.node), []nftables.Chain{
+	return append(nftables.SourceChains(r.IPFamily, r.node), []nftables.Chain{
 		chain("check-cluster-ips", nil,
 			rule(in(r.Daddr(), serviceCIDRs), notIn(r.Daddr(), vips), nftables.FibNotLocal(), nftables.Drop()).Because("no such Service")),
 		chain("reject", nil, r.refuse(r.Reject())...),

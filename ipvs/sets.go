@@ -45,6 +45,10 @@ const (
 	setCount
 )
 
+// affinitySize bounds the kernel memory that clients can take up. A client that finds
+// the map full is served as though there were no affinity.
+const affinitySize = 1 << 18
+
 // maxVariants is how many different endpoint sets one Service port with
 // session affinity may have. The resolver makes at most two.
 const maxVariants = 4
@@ -88,7 +92,7 @@ func newSets() []*nftables.Set {
 		set("allowed-nodeport-sources", fields{proto, port, addr}, "").OfRanges(),
 		set("health-checks", frontend, "answered by a daemon of this node"),
 		set("hairpin", fields{addr, addr}, "endpoints that may be their own clients"),
-		toMark("affinity", fields{addr, mark}, "client . Service port : endpoint").Remembering(),
+		toMark("affinity", fields{addr, mark}, "client . Service port : endpoint").Remembering(affinitySize),
 		toMark("affinity-marks", fields{mark, addr, port}, "Service port . endpoint : mark of the endpoint"),
 	}
 	for v := range maxVariants {

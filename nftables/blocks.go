@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
@@ -50,22 +50,22 @@ const (
 
 // The hooks that Services are handled at. See hook for their priorities.
 var (
-	PreDNATPrerouting = &preDNATPrerouting
-	PreDNATOutput     = &preDNATOutput
-	FilterInput       = &filterInput
-	FilterForward     = &filterForward
-	FilterOutput      = &filterOutput
+	PreDNATPrerouting = preDNATPrerouting
+	PreDNATOutput     = preDNATOutput
+	FilterInput       = filterInput
+	FilterForward     = filterForward
+	FilterOutput      = filterOutput
 )
 
 // NewHook makes a hook at which filter chains are run; text is what nft lists
 // for it.
-func NewHook(num *nft.ChainHook, priority nft.ChainPriority, text string) *Hook {
-	return &hook{nft.ChainTypeFilter, num, priority, text}
+func NewHook(num *nflib.ChainHook, priority nflib.ChainPriority, text string) *Hook {
+	return &hook{nflib.ChainTypeFilter, num, priority, text}
 }
 
 // NewNATHook makes a hook at which destinations are rewritten.
-func NewNATHook(num *nft.ChainHook, priority nft.ChainPriority, text string) *Hook {
-	return &hook{nft.ChainTypeNAT, num, priority, text}
+func NewNATHook(num *nflib.ChainHook, priority nflib.ChainPriority, text string) *Hook {
+	return &hook{nflib.ChainTypeNAT, num, priority, text}
 }
 
 // NewChain makes a chain; hook is nil for one that is only jumped to.
@@ -304,7 +304,7 @@ func (w *wire) Commit() error { return w.flush() }
 func (w *wire) Close() error { return w.close() }
 
 // Read lists a set's elements in the kernel; none if there is no such set.
-func (w *wire) Read(set int) ([]nft.SetElement, error) {
+func (w *wire) Read(set int) ([]nflib.SetElement, error) {
 	elements, err := w.conn.GetSetElements(w.sets[set])
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil

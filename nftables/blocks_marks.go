@@ -7,7 +7,7 @@ import (
 	"slices"
 	"time"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -24,7 +24,7 @@ const (
 )
 
 // NATPostrouting is where source addresses are rewritten.
-var NATPostrouting = &natPostrouting
+var NATPostrouting = natPostrouting
 
 // MarkKey is a mark as a field of a key.
 func MarkKey(mark uint32) string { return string(appendID(make([]byte, 0, 4), mark)) }
@@ -125,9 +125,10 @@ func changeMap(m string, key, mark Value, timeout time.Duration, op uint32) Stat
 	})}
 }
 
-// Remembering makes the map one that packets fill: see Remember.
-func (s *schema) Remembering() *Set {
-	s.dynamic = true
+// Remembering makes the map one that packets fill with up to size elements: see
+// Remember.
+func (s *schema) Remembering(size uint32) *Set {
+	s.dynamic, s.size = true, size
 	return s
 }
 
@@ -139,7 +140,7 @@ func (w *wire) ReplaceTableKeeping(set int) error {
 		return err
 	}
 	want := w.sets[set]
-	if !slices.ContainsFunc(present.sets, func(s *nft.Set) bool {
+	if !slices.ContainsFunc(present.sets, func(s *nflib.Set) bool {
 		return s.Name == want.Name && s.IsMap && s.Dynamic && s.HasTimeout && s.Size == want.Size &&
 			s.KeyType.Bytes == want.KeyType.Bytes && s.DataType.Bytes == want.DataType.Bytes
 	}) {
@@ -149,11 +150,11 @@ func (w *wire) ReplaceTableKeeping(set int) error {
 	w.conn.FlushTable(w.table)
 	for _, s := range present.sets {
 		if s.Name != want.Name {
-			w.conn.DelSet(&nft.Set{Table: w.table, Name: s.Name})
+			w.conn.DelSet(&nflib.Set{Table: w.table, Name: s.Name})
 		}
 	}
 	for _, c := range present.chains {
-		w.conn.DelChain(&nft.Chain{Table: w.table, Name: c})
+		w.conn.DelChain(&nflib.Chain{Table: w.table, Name: c})
 	}
 	w.addSets(setID(set))
 	return nil
@@ -162,7 +163,7 @@ func (w *wire) ReplaceTableKeeping(set int) error {
 // listing is what there is in a table of the kernel's.
 type listing struct {
 	chains []string
-	sets   []*nft.Set
+	sets   []*nflib.Set
 }
 
 func (w *wire) listTable() (l listing, err error) {
@@ -170,7 +171,7 @@ func (w *wire) listTable() (l listing, err error) {
 	if err != nil {
 		return l, fmt.Errorf("list tables: %w", err)
 	}
-	if !slices.ContainsFunc(tables, func(t *nft.Table) bool { return t.Name == w.table.Name }) {
+	if !slices.ContainsFunc(tables, func(t *nflib.Table) bool { return t.Name == w.table.Name }) {
 		return l, nil
 	}
 	chains, err := w.conn.ListChainsOfTableFamily(w.family.table)

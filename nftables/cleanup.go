@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"slices"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier/plan"
@@ -34,7 +34,7 @@ func HasChain(f plan.Family, table, chain string) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("list chains: %w", err)
 	}
-	return slices.ContainsFunc(chains, func(c *nft.Chain) bool { return c.Table.Name == table && c.Name == chain }), nil
+	return slices.ContainsFunc(chains, func(c *nflib.Chain) bool { return c.Table.Name == table && c.Name == chain }), nil
 }
 
 func removeTable(f plan.Family, name string) (removed bool, err error) {

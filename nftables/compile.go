@@ -1,9 +1,7 @@
 package nftables
 
 import (
-	"encoding/binary"
 	"net/netip"
-	"strings"
 
 	"signalbox/proxier/plan"
 )
@@ -114,33 +112,4 @@ func (r ruleset) nodePortAddrs() []netip.Addr {
 		}
 	}
 	return addrs
-}
-
-func frontendBytes(k plan.FrontendKey) string {
-	b := make([]byte, 0, 24)
-	if k.Addr.IsValid() {
-		b = appendAddr(b, k.Addr)
-	}
-	return string(appendPort(appendProto(b, k.Protocol), k.Port))
-}
-
-func idKey(id uint32) string { return string(appendID(make([]byte, 0, 4), id)) }
-
-func idDatumBytes(id uint32) string {
-	return string(binary.BigEndian.AppendUint32(make([]byte, 0, 4), id))
-}
-
-// maxComment is the longest comment that nft itself would write.
-const maxComment = 127
-
-// commentText makes a name fit to be a comment: a file may hold names that the
-// API server would refuse, and a listing must stay readable.
-func commentText(name string) string {
-	clean := strings.Map(func(c rune) rune {
-		if c < ' ' || c > '~' || c == '"' || c == '\\' {
-			return '?'
-		}
-		return c
-	}, name)
-	return clean[:min(len(clean), maxComment)]
 }

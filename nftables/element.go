@@ -6,7 +6,7 @@ import (
 	"net/netip"
 	"strings"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"github.com/google/nftables/expr"
 
 	"signalbox/proxier/plan"
@@ -32,8 +32,8 @@ func (e *element) id() elementKey { return elementKey{e.set, e.key, e.end} }
 
 // wire appends the library's form of an element of the set. An interval over one plain
 // field is two elements in nf_tables, its start and the first value after it.
-func (s *schema) wire(e *element, list []nft.SetElement) []nft.SetElement {
-	out := nft.SetElement{Key: []byte(e.key), Comment: e.comment}
+func (s *schema) wire(e *element, list []nflib.SetElement) []nflib.SetElement {
+	out := nflib.SetElement{Key: []byte(e.key), Comment: e.comment}
 	if e.data != "" {
 		out.Val = []byte(e.data)
 	}
@@ -52,7 +52,7 @@ func (s *schema) wire(e *element, list []nft.SetElement) []nft.SetElement {
 		out.IntervalOpen = true
 		return append(list, out)
 	}
-	return append(list, out, nft.SetElement{Key: after, IntervalEnd: true})
+	return append(list, out, nflib.SetElement{Key: after, IntervalEnd: true})
 }
 
 // successor adds one to a big-endian number.
@@ -67,9 +67,7 @@ func successor(s string) (b []byte, overflow bool) {
 	return b, true
 }
 
-// text is the element as `nft list` writes it.
-func (e *element) text(f *family) string { return schemas[e.set].elementText(e, f) }
-
+// elementText is the element as `nft list` writes it.
 func (s *schema) elementText(e *element, f *family) string {
 	var b strings.Builder
 	b.WriteString(fieldsText(f, s.key, e.key, e.end))
@@ -150,4 +148,25 @@ func idText(id uint32) string {
 		return "none"
 	}
 	return fmt.Sprintf("%x:%x", id>>16, id&0xffff)
+}
+
+func idKey(id uint32) string { return string(appendID(make([]byte, 0, 4), id)) }
+
+func idDatumBytes(id uint32) string {
+	return string(binary.BigEndian.AppendUint32(make([]byte, 0, 4), id))
+}
+
+// maxComment is the longest comment that nft itself would write.
+const maxComment = 127
+
+// commentText makes a name fit to be a comment: a file may hold names that the
+// API server would refuse, and a listing must stay readable.
+func commentText(name string) string {
+	clean := strings.Map(func(c rune) rune {
+		if c < ' ' || c > '~' || c == '"' || c == '\\' {
+			return '?'
+		}
+		return c
+	}, name)
+	return clean[:min(len(clean), maxComment)]
 }

@@ -258,7 +258,7 @@ func meaning(t testing.TB, st *state) []string {
 			byKey[e.set] = map[string]element{}
 		}
 		if twice, seen := byKey[e.set][e.key+e.end]; seen {
-			t.Fatalf("two elements of %s share a key: %s and %s", schemas[e.set].name, twice.text(st.family), e.text(st.family))
+			t.Fatalf("two elements of %s share a key: %s and %s", schemas[e.set].name, schemas[twice.set].elementText(&twice, st.family), schemas[e.set].elementText(&e, st.family))
 		}
 		byKey[e.set][e.key+e.end] = e
 	})
@@ -276,7 +276,7 @@ func meaning(t testing.TB, st *state) []string {
 				lines = append(lines, fmt.Sprintf("%s %s: %s", schemas[set].name, fieldsText(st.family, schemas[set].key, e.key, ""),
 					strings.Join(reach(t, st, byKey, chains, id), " ")))
 			default:
-				lines = append(lines, schemas[set].name+" "+e.text(st.family))
+				lines = append(lines, schemas[set].name+" "+schemas[e.set].elementText(&e, st.family))
 			}
 		}
 	}

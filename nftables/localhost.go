@@ -1,14 +1,12 @@
 package nftables
 
 import (
-	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"golang.org/x/sys/unix"
 
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -46,30 +44,25 @@ func (r ruleset) localhostChains() []chain {
 	return []chain{refuse}
 }
 
-// countedBy counts packets in a counter of the table's.
-func countedBy(name string) statement {
-	return statement{fmt.Sprintf("counter name %q", name), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}}
-}
-
 // setCounters makes the counters that rules refer to, and removes what an old
 // table has of others. One that is there goes on.
-func (w *wire) setCounters(rules ruleset, old *legacy) {
+func setCounters(w *wire, rules ruleset, old *legacy) {
 	wanted := rules.counters()
 	for _, name := range wanted {
-		w.conn.AddObj(w.counter(name))
+		w.conn.AddObj(counterOf(w, name))
 	}
 	if old == nil {
 		return
 	}
 	for _, name := range old.counters {
 		if !slices.Contains(wanted, name) {
-			w.conn.DeleteObject(w.counter(name))
+			w.conn.DeleteObject(counterOf(w, name))
 		}
 	}
 }
 
-func (w *wire) counter(name string) *nft.NamedObj {
-	return &nft.NamedObj{Table: w.table, Name: name, Type: nft.ObjTypeCounter, Obj: &expr.Counter{}}
+func counterOf(w *wire, name string) *nflib.NamedObj {
+	return &nflib.NamedObj{Table: w.table, Name: name, Type: nflib.ObjTypeCounter, Obj: &expr.Counter{}}
 }
 
 // counters are the names of those that rules refer to.
@@ -116,11 +109,11 @@ func (r *counterReader) refused() map[plan.Protocol]uint64 {
 		return counts
 	}
 	for _, p := range notRelayed {
-		obj, err := r.wire.conn.GetObject(r.wire.counter(refusedCounter(p)))
+		obj, err := r.wire.conn.GetObject(counterOf(r.wire, refusedCounter(p)))
 		if err != nil {
 			continue
 		}
-		if named, ok := obj.(*nft.NamedObj); ok {
+		if named, ok := obj.(*nflib.NamedObj); ok {
 			if c, ok := named.Obj.(*expr.Counter); ok {
 				counts[p] = c.Packets
 			}

@@ -4,7 +4,7 @@ import (
 	"os"
 	"testing"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier/plan"
@@ -62,14 +62,14 @@ func TestDescriptorOfConnection(t *testing.T) {
 		socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_NETFILTER),
 		selectLimit - 1, // nobody's
 	}
-	dialed := func() (*nft.Conn, bool) {
+	dialed := func() (*nflib.Conn, bool) {
 		spare.Lock()
 		defer spare.Unlock()
 		next, err := freeLow()
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn, err := nft.New(nft.AsLasting())
+		conn, err := nflib.New(nflib.AsLasting())
 		if err != nil {
 			t.Fatal(err)
 		}

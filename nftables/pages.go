@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -14,8 +14,8 @@ import (
 // from its begin for every page of a listing, and makes pages as large as the
 // largest buffer that it was ever asked to fill, up to 32 KiB. The library asks
 // with 4 KiB; to list 100,000 elements takes six times as long with these.
-func dialForReading() (*nft.Conn, error) {
-	conn, err := dialLow(nft.WithSockOptions(largePages))
+func dialForReading() (*nflib.Conn, error) {
+	conn, err := dialLow(nflib.WithSockOptions(largePages))
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to nf_tables for reading: %w", err)
 	}

@@ -21,7 +21,7 @@ func Supported(f plan.Family) error {
 		return unsupported(f, "the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
 	defer w.close()
-	return diagnose(f, w.tryFeatures)
+	return diagnose(f, func(features ...feature) error { return tryFeatures(w, features...) })
 }
 
 // feature is something of the kernel that rules are made of.
@@ -34,7 +34,7 @@ type feature struct {
 // the kernel looks at and undoes, because at its end it asks for a new table
 // where there is one by then. So a start writes nothing, and other software that
 // watches the rules is not woken.
-func (w *wire) tryFeatures(features ...feature) error {
+func tryFeatures(w *wire, features ...feature) error {
 	w.conn.AddTable(w.table)
 	for _, f := range features {
 		f.write(w)
@@ -99,29 +99,29 @@ func features(f *family) []feature {
 	key := join(f.daddr(), l4proto, dport)
 	return []feature{
 		{"nf_tables for " + f.String(), config("CONFIG_NF_TABLES and CONFIG_NF_TABLES_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.addrLen == 4]), func(*wire) {}},
-		{"the filter hook of nf_tables", config("CONFIG_NF_TABLES"), ruleOf(&filterForward, drop())},
-		{"NAT in nf_tables", config("CONFIG_NFT_NAT"), func(w *wire) { w.addChain(chain{name: "probe", hook: &natPrerouting}) }},
+		{"the filter hook of nf_tables", config("CONFIG_NF_TABLES"), ruleOf(filterForward, drop())},
+		{"NAT in nf_tables", config("CONFIG_NFT_NAT"), func(w *wire) { w.addChain(chain{name: "probe", hook: natPrerouting}) }},
 		{"maps with concatenated keys", config("a release of at least 4.1"), set(frontends)},
 		{"sets of concatenated ranges", config("a release of at least 5.6"), set(allowedSources)},
 		{"sets of ranges", config("CONFIG_NF_TABLES with nft_set_rbtree"), set(serviceCIDRs)},
 		{"maps with time-outs that packets fill", config("CONFIG_NF_TABLES with nft_set_hash"), set(affinity)},
-		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(&filterForward, stateNew(), drop())},
-		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(&filterForward, fibLocal(true), drop())},
-		{"random numbers in rules (numgen)", config("CONFIG_NFT_NUMGEN"), ruleOf(&natPrerouting, setPriority(random(2)))},
-		{"reject", config("CONFIG_NFT_REJECT and CONFIG_NFT_REJECT_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.addrLen == 4]), ruleOf(&filterForward, f.reject())},
-		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(&natPostrouting, masqueradeRandom())},
+		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(filterForward, stateNew(), drop())},
+		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(filterForward, fibLocal(true), drop())},
+		{"random numbers in rules (numgen)", config("CONFIG_NFT_NUMGEN"), ruleOf(natPrerouting, setPriority(random(2)))},
+		{"reject", config("CONFIG_NFT_REJECT and CONFIG_NFT_REJECT_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.addrLen == 4]), ruleOf(filterForward, f.reject())},
+		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(natPostrouting, masqueradeRandom())},
 		{"dnat to an address from a map", config("CONFIG_NFT_NAT"), func(w *wire) {
 			set(endpoints)(w)
-			ruleOf(&natPrerouting, f.dnatTo(lookedUp(join(priorityBits(^chainMask, 0), random(2)), endpoints)))(w)
+			ruleOf(natPrerouting, f.dnatTo(lookedUp(join(priorityBits(^chainMask, 0), random(2)), endpoints)))(w)
 		}},
 		{"setting the priority from a map", config("CONFIG_NF_TABLES"), func(w *wire) {
 			set(frontends)(w)
-			ruleOf(&natPrerouting, setPriority(idLookedUp(key, frontends)))(w)
+			ruleOf(natPrerouting, setPriority(idLookedUp(key, frontends)))(w)
 		}},
 		{"changing a map from a rule (dynset)", config("a release of at least 5.4"), func(w *wire) {
 			set(affinity)(w)
 			client := join(f.saddr(), priorityBits(blockMask(false), 0))
-			ruleOf(&natPrerouting, remember(client, priority, 1e9), forget(client, priority))(w)
+			ruleOf(natPrerouting, remember(client, priority, 1e9), forget(client, priority))(w)
 		}},
 	}
 }

@@ -30,7 +30,7 @@ func TestSupported(t *testing.T) {
 			}
 			defer w.close()
 			for _, feature := range features(w.family) {
-				if err := w.tryFeatures(feature); err != nil {
+				if err := tryFeatures(w, feature); err != nil {
 					t.Errorf("%s: %v", feature.missing, err)
 				}
 			}
@@ -38,7 +38,7 @@ func TestSupported(t *testing.T) {
 				w.addChain(chain{name: "probe"})
 				w.addRules(chain{name: "nowhere", rules: []rule{newRule(drop())}})
 			}}
-			if err := w.tryFeatures(lost); !errors.Is(err, unix.ENOENT) {
+			if err := tryFeatures(w, lost); !errors.Is(err, unix.ENOENT) {
 				t.Errorf("a rule of a chain that does not exist: %v", err)
 			}
 			if listing := runNft(t, "list", "ruleset"); listing != "" {

@@ -8,7 +8,7 @@ import (
 	"log/slog"
 	"slices"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 
 	"signalbox/internal/localhost"
 	"signalbox/proxier"
@@ -95,7 +95,7 @@ func (p *Proxier) Drain(ctx context.Context) { p.localhost.Drain(ctx) }
 // old table, it goes too.
 func (p *Proxier) syncAll(plan *plan.Plan, _ plan.Change) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
-	if err := rules.ValidateNode(rules.node); err != nil {
+	if err := ValidateNode(rules.family, rules.node); err != nil {
 		return err
 	}
 	old, before, done, err := p.recall(rules, plan)
@@ -110,10 +110,10 @@ func (p *Proxier) syncAll(plan *plan.Plan, _ plan.Change) error {
 	if err != nil {
 		return err
 	}
-	err = p.wire.writeAll(rules, st, old)
+	err = writeAll(p.wire, rules, st, old)
 	if err != nil && old != nil && old.keeps {
 		p.warn("cannot keep a part of the old table, clients lose their session affinity", err)
-		err = p.wire.writeAll(rules, st, nil)
+		err = writeAll(p.wire, rules, st, nil)
 	}
 	if err != nil {
 		return fmt.Errorf("write table %s: %w", tableName, err)
@@ -139,18 +139,18 @@ func stickyOnly(records map[plan.ServicePortName]*record) map[plan.ServicePortNa
 // this Proxier wrote it remembers; only after a restart it has to read, and is
 // done if it can go on with the table.
 func (p *Proxier) recall(rules ruleset, plan *plan.Plan) (old *legacy, before map[plan.ServicePortName]*record, done bool, err error) {
-	old, err = p.wire.survey()
+	old, err = survey(p.wire)
 	if err != nil || old == nil || !old.keeps {
 		return old, nil, false, err
 	}
 	if p.state != nil {
 		return old, p.state.records, false, nil
 	}
-	st, fix, before, err := p.wire.resume(rules, plan, old)
+	st, fix, before, err := resume(p.wire, rules, plan, old)
 	if err != nil || st == nil {
 		return old, before, false, err
 	}
-	if err := p.wire.writeRepair(fix); err != nil {
+	if err := writeRepair(p.wire, fix); err != nil {
 		p.warn("cannot go on with the old table and write it anew", err)
 		return old, before, false, nil
 	}
@@ -165,16 +165,16 @@ func (p *Proxier) warn(message string, err error) {
 
 // writeAll writes the whole table in one transaction. Rules go before elements:
 // a rule that is bound to a map makes the kernel walk all its elements.
-func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
+func writeAll(w *wire, rules ruleset, st *state, old *legacy) error {
 	w.added = 0
 	if old != nil && old.keeps {
-		w.clear(old)
+		clearTable(w, old)
 		w.addSets(affinity)
-		w.setCounters(rules, old)
+		setCounters(w, rules, old)
 	} else {
 		w.replaceTable()
 		w.addSets()
-		w.setCounters(rules, nil)
+		setCounters(w, rules, nil)
 	}
 	w.addChains(rules.chains(st))
 	buckets := make([][]element, setCount)
@@ -198,7 +198,7 @@ func (w *wire) writeAll(rules ruleset, st *state, old *legacy) error {
 func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	rules := ruleset{p.family, p.mark, plan.Node}
 	if change.Node {
-		if err := rules.ValidateNode(rules.node); err != nil {
+		if err := ValidateNode(rules.family, rules.node); err != nil {
 			return err
 		}
 	}
@@ -210,7 +210,7 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	if change.Node {
 		digest = rules.digest()
 	}
-	if err := p.wire.writeStage(rules, s, change.Node, digest); err != nil {
+	if err := writeStage(p.wire, rules, s, change.Node, digest); err != nil {
 		s.undo()
 		return fmt.Errorf("write %s to table %s: %w", changeText(change), tableName, err)
 	}
@@ -221,13 +221,13 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 }
 
 // writeStage writes a change in one transaction.
-func (w *wire) writeStage(rules ruleset, s *stage, node bool, digest string) error {
+func writeStage(w *wire, rules ruleset, s *stage, node bool, digest string) error {
 	if node {
-		w.rewriteNode(rules, s.state.node)
+		rewriteNode(w, rules, s.state.node)
 	}
 	if digest != s.state.digest {
 		w.addChain(chain{name: digest})
-		w.conn.DelChain(&nft.Chain{Table: w.table, Name: s.state.digest})
+		w.conn.DelChain(&nflib.Chain{Table: w.table, Name: s.state.digest})
 	}
 	chains := make([]chain, len(s.newChains))
 	for i, c := range s.newChains {
@@ -246,8 +246,8 @@ func (w *wire) writeStage(rules ruleset, s *stage, node bool, digest string) err
 }
 
 // rewriteNode replaces the rules and sets that depend on the node.
-func (w *wire) rewriteNode(rules ruleset, before plan.Node) {
-	w.RewriteNodeChains(append(rules.nodeChains(), rules.postrouting()), before, rules.node)
+func rewriteNode(w *wire, rules ruleset, before plan.Node) {
+	RewriteNodeChains(w, append(rules.nodeChains(), rules.postrouting()), before, rules.node)
 	var list []element
 	rules.compileNode(func(e element) { list = append(list, e) })
 	for _, set := range []setID{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
@@ -276,3 +276,9 @@ func (r ruleset) chains(st *state) []chain {
 	chains = append(append(chains, r.nodeChains()...), r.baseChains()...)
 	return append(chains, chain{name: cmp.Or(st.digest, r.digest())})
 }
+
+// tableName is not kube-proxy's, so that a takeover can write this table first
+// and remove the other afterwards, with no moment without rules.
+const tableName = "signalbox"
+
+func dial(f *family, table string) (*wire, error) { return OpenTable(f, table, schemas) }

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
@@ -54,9 +54,9 @@ type holding struct {
 }
 
 // contents are the elements of a table, but for those that packets make.
-type contents map[holding]nft.SetElement
+type contents map[holding]nflib.SetElement
 
-func holdingOf(set setID, e *nft.SetElement) holding {
+func holdingOf(set setID, e *nflib.SetElement) holding {
 	return holding{set, string(e.Key), string(e.KeyEnd), e.IntervalEnd}
 }
 
@@ -81,7 +81,7 @@ type resumption struct {
 // resume reads the table and says what it tells of plan's Service ports. Where
 // it is a table to go on with, st is the state that holds plan, and fix what is
 // to be written to get there; else st is nil.
-func (w *wire) resume(rules ruleset, desired *plan.Plan, old *legacy) (st *state, fix *repair, before map[plan.ServicePortName]*record, err error) {
+func resume(w *wire, rules ruleset, desired *plan.Plan, old *legacy) (st *state, fix *repair, before map[plan.ServicePortName]*record, err error) {
 	r := &resumption{wire: w, rules: rules}
 	if err := r.read(); err != nil {
 		return nil, nil, nil, err
@@ -133,7 +133,7 @@ func (r *resumption) intact(old *legacy) (bool, error) {
 
 // whole says whether a chain is there with as many rules as it should have.
 func (r *resumption) whole(c chain) (bool, error) {
-	rules, err := r.conn.GetRules(r.table, &nft.Chain{Name: c.name, Table: r.table})
+	rules, err := r.conn.GetRules(r.table, &nflib.Chain{Name: c.name, Table: r.table})
 	if errors.Is(err, unix.ENOENT) {
 		return false, nil
 	}
@@ -303,20 +303,20 @@ func (r *resumption) addr(set setID, key string) (netip.AddrPort, bool) {
 // repair is what makes a table that was found the one that is wanted.
 type repair struct {
 	chains      []sizedChain // to make
-	remove, add map[setID][]nft.SetElement
+	remove, add map[setID][]nflib.SetElement
 	elements    int // that the table holds then, but for clients with affinity
 }
 
 // compare finds what is missing and what is too much. It uses up what was read.
 func (r *resumption) compare(st *state) *repair {
-	p := &repair{remove: map[setID][]nft.SetElement{}, add: map[setID][]nft.SetElement{}}
+	p := &repair{remove: map[setID][]nflib.SetElement{}, add: map[setID][]nflib.SetElement{}}
 	for c := range st.chains {
 		if _, there := r.chains[c]; !there {
 			p.chains = append(p.chains, c)
 		}
 	}
 	slices.SortFunc(p.chains, sizedChain.compare)
-	var wanted []nft.SetElement
+	var wanted []nflib.SetElement
 	emit := func(e element) {
 		p.elements++
 		wanted = r.schemas[e.set].wire(&e, wanted[:0])
@@ -332,13 +332,13 @@ func (r *resumption) compare(st *state) *repair {
 	r.rules.compileNode(emit)
 	st.emitAll(emit)
 	for h, e := range r.held {
-		p.remove[h.set] = append(p.remove[h.set], nft.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
+		p.remove[h.set] = append(p.remove[h.set], nflib.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
 	}
 	return p
 }
 
 // same compares what was read with what would be written.
-func same(have, want *nft.SetElement) bool {
+func same(have, want *nflib.SetElement) bool {
 	if want.VerdictData != nil {
 		return verdictChain(have.Val) == want.VerdictData.Chain
 	}
@@ -346,22 +346,22 @@ func same(have, want *nft.SetElement) bool {
 }
 
 // writeRepair writes a repair in one transaction.
-func (w *wire) writeRepair(p *repair) error {
+func writeRepair(w *wire, p *repair) error {
 	chains := make([]chain, len(p.chains))
 	for i, c := range p.chains {
 		chains[i] = c.chain(w.family)
 	}
 	w.addChains(chains)
 	for set := range setCount {
-		w.inBatches(set, p.remove[set], w.conn.SetDeleteElements)
+		inBatches(w, set, p.remove[set], w.conn.SetDeleteElements)
 	}
 	for set := range setCount {
-		w.inBatches(set, p.add[set], w.conn.SetAddElements)
+		inBatches(w, set, p.add[set], w.conn.SetAddElements)
 	}
 	return w.flush()
 }
 
-func (w *wire) inBatches(set setID, list []nft.SetElement, op func(*nft.Set, []nft.SetElement) error) {
+func inBatches(w *wire, set setID, list []nflib.SetElement, op func(*nflib.Set, []nflib.SetElement) error) {
 	for batch := range slices.Chunk(list, batchElements) {
 		w.check(op(w.sets[set], batch), w.sets[set])
 	}

@@ -6,40 +6,7 @@ import (
 	"slices"
 	"time"
 
-	nft "github.com/google/nftables"
-
 	"signalbox/proxier/plan"
-)
-
-// chain is one chain with its rules.
-type chain struct {
-	name  string
-	hook  *hook // nil for a chain that is only jumped to
-	rules []rule
-}
-
-// hook binds a base chain. The priorities are those that kube-proxy documents,
-// so that other software's chains keep their place before or after. The two that
-// send to endpoints are one later: where rules of a kube-proxy are there too,
-// which is before they are removed and after kube-proxy has taken the node back,
-// its endpoints are taken and not those of a table that nobody keeps up to date.
-// (At one priority the chain that was made last would come first.)
-type hook struct {
-	kind     nft.ChainType
-	num      *nft.ChainHook
-	priority nft.ChainPriority
-	text     string // as nft writes it
-}
-
-var (
-	preDNATPrerouting = hook{nft.ChainTypeFilter, nft.ChainHookPrerouting, -110, "type filter hook prerouting priority dstnat - 10"}
-	preDNATOutput     = hook{nft.ChainTypeFilter, nft.ChainHookOutput, -110, "type filter hook output priority -110"}
-	filterInput       = hook{nft.ChainTypeFilter, nft.ChainHookInput, 0, "type filter hook input priority filter"}
-	filterForward     = hook{nft.ChainTypeFilter, nft.ChainHookForward, 0, "type filter hook forward priority filter"}
-	filterOutput      = hook{nft.ChainTypeFilter, nft.ChainHookOutput, 0, "type filter hook output priority filter"}
-	natPrerouting     = hook{nft.ChainTypeNAT, nft.ChainHookPrerouting, -99, "type nat hook prerouting priority dstnat + 1"}
-	natOutput         = hook{nft.ChainTypeNAT, nft.ChainHookOutput, -99, "type nat hook output priority -99"}
-	natPostrouting    = hook{nft.ChainTypeNAT, nft.ChainHookPostrouting, 100, "type nat hook postrouting priority srcnat"}
 )
 
 // ruleset makes the chains that every node has. Those that node makes a
@@ -70,20 +37,20 @@ func (r ruleset) fixedChains() []chain {
 // baseChains bind the others to the kernel's hooks.
 func (r ruleset) baseChains() []chain {
 	return []chain{
-		{name: "filter-prerouting-pre-dnat", hook: &preDNATPrerouting, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
-		{name: "filter-output-pre-dnat", hook: &preDNATOutput, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
-		{name: "filter-input", hook: &filterInput, rules: []rule{newRule(stateNew(), jump("check-local"))}},
-		{name: "filter-forward", hook: &filterForward, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
-		{name: "filter-output", hook: &filterOutput, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
-		{name: "nat-prerouting", hook: &natPrerouting, rules: []rule{newRule(jump("services"))}},
-		{name: "nat-output", hook: &natOutput, rules: []rule{newRule(jump("services"))}},
+		{name: "filter-prerouting-pre-dnat", hook: preDNATPrerouting, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
+		{name: "filter-output-pre-dnat", hook: preDNATOutput, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
+		{name: "filter-input", hook: filterInput, rules: []rule{newRule(stateNew(), jump("check-local"))}},
+		{name: "filter-forward", hook: filterForward, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
+		{name: "filter-output", hook: filterOutput, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
+		{name: "nat-prerouting", hook: natPrerouting, rules: []rule{newRule(jump("services"))}},
+		{name: "nat-output", hook: natOutput, rules: []rule{newRule(jump("services"))}},
 		r.postrouting(),
 	}
 }
 
 // postrouting is a base chain that depends on the node.
 func (r ruleset) postrouting() chain {
-	return chain{name: "nat-postrouting", hook: &natPostrouting, rules: []rule{
+	return chain{name: "nat-postrouting", hook: natPostrouting, rules: []rule{
 		newRule(markHas(r.mark), setMarkBit(r.mark, false), NewSource(r.node)),
 		newRule(isDNATed(), in(join(r.saddr(), r.daddr()), hairpin), NewSource(r.node)).because("a client that is its own endpoint"),
 		newRule(isDNATed(), jump("between-nodes")),
@@ -92,7 +59,7 @@ func (r ruleset) postrouting() chain {
 
 // nodeChains are written anew when the node's facts change.
 func (r ruleset) nodeChains() []chain {
-	chains := append(append(r.localhostChains(), r.SourceChains(r.node)...), []chain{
+	chains := append(append(r.localhostChains(), SourceChains(r.family, r.node)...), []chain{
 		{name: "refuse", rules: r.refuse(r.frontendOf(), dropped)},
 		{name: "refuse-nodeport", rules: r.refuse(nodePortOf, droppedNodePorts)},
 		{name: "between-nodes", rules: r.betweenNodes()},
@@ -342,3 +309,27 @@ func (c sizedChain) compare(o sizedChain) int {
 		cmp.Compare(large(c.large), large(o.large)),
 	)
 }
+
+// in matches a packet whose value is an element of the set.
+func in(v value, set setID) statement { return In(v, schemas[set].name) }
+
+// notIn matches a packet whose value is no element of the set.
+func notIn(v value, set setID) statement { return NotIn(v, schemas[set].name) }
+
+// lookedUp is the datum that the map holds for v. A packet for which it holds
+// none leaves the rule.
+func lookedUp(v value, m setID) value { return LookedUp(v, schemas[m].name) }
+
+// verdictOf goes where the verdict map says, or on if it says nothing.
+func verdictOf(v value, m setID) statement { return VerdictOf(v, schemas[m].name) }
+
+// idLookedUp is the id that the map holds for v.
+func idLookedUp(v value, m setID) value { return MarkLookedUp(v, schemas[m].name) }
+
+// remember records key -> id in the affinity map for the given time.
+func remember(key, id value, timeout time.Duration) statement {
+	return Remember(schemas[affinity].name, key, id, timeout)
+}
+
+// forget removes the key from the affinity map.
+func forget(key, id value) statement { return Forget(schemas[affinity].name, key, id) }

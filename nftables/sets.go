@@ -1,12 +1,5 @@
 package nftables
 
-import (
-	"strings"
-
-	nft "github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
-)
-
 // setID names one of the table's sets and maps; all are fixed.
 type setID uint8
 
@@ -54,40 +47,10 @@ const (
 // that finds the map full is served as though there were no affinity.
 const affinitySize = 1 << 18
 
-// fieldType is the type of one field of a key or datum.
-type fieldType uint8
-
-const (
-	addrField fieldType = iota
-	protoField
-	portField
-	idField
-	slotField
-	// idDatum is an id as the datum of a map. nft takes such data for
-	// big-endian unless a set says otherwise, which the library cannot make it
-	// say; so they are big-endian, and rules turn them round.
-	idDatum
-)
-
-// schema is the declaration of a set or map.
-type schema struct {
-	id       setID
-	name     string
-	key      []fieldType
-	data     []fieldType // nil for a set and for a verdict map
-	verdicts bool
-	interval bool
-	dynamic  bool   // filled by the packet path: the affinity map
-	shared   bool   // several Service ports may hold the same element
-	comment  string // for whoever reads a listing
-}
-
 var (
-	frontendKey = []fieldType{addrField, protoField, portField}
-	nodePortKey = []fieldType{protoField, portField}
-	idOnly      = []fieldType{idField}
-	idData      = []fieldType{idDatum}
-	addrPort    = []fieldType{addrField, portField}
+	idOnly   = []fieldType{idField}
+	idData   = []fieldType{idDatum}
+	addrPort = []fieldType{addrField, portField}
 )
 
 // schemas holds every set by its id, in the order of creation and listing.
@@ -121,7 +84,7 @@ func makeSchemas() []*schema {
 			comment: "endpoints that may be their own clients"},
 		{id: pickChains, name: "pick-chains", key: idOnly, verdicts: true},
 		{id: endpoints, name: "endpoints", key: []fieldType{idField, slotField}, data: addrPort},
-		{id: affinity, name: "affinity", key: []fieldType{addrField, idField}, data: idData, dynamic: true,
+		{id: affinity, name: "affinity", key: []fieldType{addrField, idField}, data: idData, dynamic: true, size: affinitySize,
 			comment: "client . Service port : endpoint"},
 		{id: affinitySlots, name: "affinity-slots", key: []fieldType{idField, slotField}, data: idData},
 	}
@@ -142,72 +105,4 @@ func makeSchemas() []*schema {
 		}
 	}
 	return list
-}
-
-// declaration is the library's form of the schema.
-func (s *schema) declaration(f *family, table *nft.Table) *nft.Set {
-	set := &nft.Set{
-		Table:         table,
-		Name:          s.name,
-		IsMap:         s.data != nil || s.verdicts,
-		Interval:      s.interval,
-		Concatenation: len(s.key) > 1 && s.interval,
-		Dynamic:       s.dynamic,
-		HasTimeout:    s.dynamic,
-		KeyType:       datatype(f, s.key),
-		KeyByteOrder:  binaryutil.BigEndian,
-		Comment:       s.comment,
-	}
-	if len(s.key) == 1 && (s.key[0] == idField || s.key[0] == slotField) {
-		set.KeyByteOrder = binaryutil.NativeEndian
-	}
-	if s.data != nil {
-		set.DataType = datatype(f, s.data)
-	}
-	if s.verdicts {
-		set.DataType = nft.TypeVerdict
-	}
-	if s.dynamic {
-		set.Size = affinitySize
-	}
-	return set
-}
-
-func datatype(f *family, fields []fieldType) nft.SetDatatype {
-	types := make([]nft.SetDatatype, len(fields))
-	for i, field := range fields {
-		types[i] = field.datatype(f)
-	}
-	if len(types) == 1 {
-		return types[0]
-	}
-	return nft.MustConcatSetType(types...)
-}
-
-// datatype returns the nft type. An id is a "classid" because that is the type
-// of the priority field that carries it; nft prints it as two hexadecimal
-// numbers with a colon between. A slot is a "mark" for want of a plain integer
-// that nft can print within a concatenation.
-func (t fieldType) datatype(f *family) nft.SetDatatype {
-	switch t {
-	case protoField:
-		return nft.TypeInetProto
-	case portField:
-		return nft.TypeInetService
-	case idField, idDatum:
-		return nft.TypeClassID
-	case slotField:
-		return nft.TypeMark
-	}
-	return f.addrType
-}
-
-// typeText is the type as nft writes it, for example
-// "ipv4_addr . inet_service".
-func typeText(f *family, fields []fieldType) string {
-	names := make([]string, len(fields))
-	for i, field := range fields {
-		names[i] = field.datatype(f).Name
-	}
-	return strings.Join(names, " . ")
 }

@@ -23,7 +23,7 @@ import (
 // believed is the table's contents by the state, element by element.
 func believed(st *state) []string {
 	var lines []string
-	st.emitAll(func(e element) { lines = append(lines, schemas[e.set].name+" "+e.text(st.family)) })
+	st.emitAll(func(e element) { lines = append(lines, schemas[e.set].name+" "+schemas[e.set].elementText(&e, st.family)) })
 	slices.Sort(lines)
 	return lines
 }
@@ -94,13 +94,13 @@ func apply(t *testing.T, kernel map[elementKey]element, s *stage) {
 	t.Helper()
 	for _, e := range s.remove {
 		if kernel[e.id()] != e {
-			t.Fatalf("%s %s is removed and not there", schemas[e.set].name, e.text(s.state.family))
+			t.Fatalf("%s %s is removed and not there", schemas[e.set].name, schemas[e.set].elementText(&e, s.state.family))
 		}
 		delete(kernel, e.id())
 	}
 	for _, e := range s.add {
 		if _, exists := kernel[e.id()]; exists {
-			t.Fatalf("%s %s is added and there already", schemas[e.set].name, e.text(s.state.family))
+			t.Fatalf("%s %s is added and there already", schemas[e.set].name, schemas[e.set].elementText(&e, s.state.family))
 		}
 		kernel[e.id()] = e
 	}
@@ -110,7 +110,7 @@ func compareModel(t *testing.T, kernel map[elementKey]element, st *state) {
 	t.Helper()
 	var lines []string
 	for _, e := range kernel {
-		lines = append(lines, schemas[e.set].name+" "+e.text(st.family))
+		lines = append(lines, schemas[e.set].name+" "+schemas[e.set].elementText(&e, st.family))
 	}
 	slices.Sort(lines)
 	if diff := cmp.Diff(believed(st), lines); diff != "" {

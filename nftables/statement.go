@@ -3,6 +3,8 @@ package nftables
 import (
 	"encoding/binary"
 	"fmt"
+	"net"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -135,29 +137,6 @@ func bitwise(reg, mask, xor uint32) expr.Any {
 
 func host32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
 
-// in matches a packet whose value is an element of the set.
-func in(v value, set setID) statement { return In(v, schemas[set].name) }
-
-// notIn matches a packet whose value is no element of the set.
-func notIn(v value, set setID) statement { return NotIn(v, schemas[set].name) }
-
-// lookedUp is the datum that the map holds for v. A packet for which it holds
-// none leaves the rule.
-func lookedUp(v value, m setID) value { return LookedUp(v, schemas[m].name) }
-
-// verdictOf goes where the verdict map says, or on if it says nothing.
-func verdictOf(v value, m setID) statement {
-	name := schemas[m].name
-	return statement{v.text + " vmap @" + name, append(v.load(0), &expr.Lookup{
-		SourceRegister: reg32(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: name,
-	})}
-}
-
-// idLookedUp is the id that the map holds for v, in the machine's byte order.
-func idLookedUp(v value, m setID) value {
-	return turned(lookedUp(v, m), expr.ByteorderNtoh)
-}
-
 // turned changes the byte order of a value of four bytes; nft does not print
 // that.
 func turned(v value, op expr.ByteorderOp) value {
@@ -185,31 +164,6 @@ func priorityIs(mask, id uint32) statement {
 	return statement{
 		fmt.Sprintf("meta priority & %s == %s", idText(mask), idText(id)),
 		append(priorityBits(mask, 0).load(0), &expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(id)}),
-	}
-}
-
-// remember records key -> id in the affinity map for the given time. Where
-// the key is known already the kernel only starts its time again.
-func remember(key, id value, timeout time.Duration) statement {
-	name := schemas[affinity].name
-	data := turned(id, expr.ByteorderHton)
-	return statement{
-		fmt.Sprintf("update @%s { %s timeout %s : %s }", name, key.text, durationText(timeout), data.text),
-		append(append(key.load(0), data.load(key.regs)...), &expr.Dynset{
-			SrcRegKey: reg32(0), SrcRegData: reg32(key.regs), SetName: name, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: timeout,
-		}),
-	}
-}
-
-// forget removes the key from the affinity map. The kernel wants a datum all
-// the same.
-func forget(key, data value) statement {
-	name := schemas[affinity].name
-	return statement{
-		fmt.Sprintf("delete @%s { %s : %s }", name, key.text, data.text),
-		append(append(key.load(0), data.load(key.regs)...), &expr.Dynset{
-			SrcRegKey: reg32(0), SrcRegData: reg32(key.regs), SetName: name, Operation: dynsetDelete,
-		}),
 	}
 }
 
@@ -345,5 +299,49 @@ func setMarkBit(bit uint32, on bool) statement {
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg32(0)},
 		bitwise(0, ^bit, xor),
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg32(0)},
+	}}
+}
+
+// VerdictOf goes where the verdict map says, or on if it says nothing.
+func VerdictOf(v value, m string) statement {
+	return statement{v.text + " vmap @" + m, append(v.load(0), &expr.Lookup{
+		SourceRegister: reg32(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: m,
+	})}
+}
+
+// countedBy counts packets in a counter of the table's.
+func countedBy(name string) statement {
+	return statement{fmt.Sprintf("counter name %q", name), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}}
+}
+
+// daddrIn compares the destination address with a prefix; operator is nft's word for op.
+func (f *family) daddrIn(p netip.Prefix, operator string, op expr.CmpOp) statement {
+	exprs, text := f.daddr().load(0), p.String()
+	if p.IsSingleIP() {
+		text = p.Addr().String()
+	} else {
+		exprs = append(exprs, &expr.Bitwise{
+			SourceRegister: reg32(0), DestRegister: reg32(0), Len: uint32(f.addrLen),
+			Mask: net.CIDRMask(p.Bits(), f.HostBits()), Xor: make([]byte, f.addrLen),
+		})
+	}
+	return statement{f.word + " daddr " + operator + text, append(exprs, &expr.Cmp{Op: op, Register: reg32(0), Data: p.Addr().AsSlice()})}
+}
+
+// oifname compares the interface that a packet leaves by.
+func oifname(name, operator string, op expr.CmpOp) statement {
+	data := make([]byte, unix.IFNAMSIZ)
+	copy(data, name)
+	return statement{fmt.Sprintf("oifname %s%q", operator, name), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg32(0)},
+		&expr.Cmp{Op: op, Register: reg32(0), Data: data},
+	}}
+}
+
+// snatRandom rewrites the source to an address, and the port to any.
+func (f *family) snatRandom(a netip.Addr) statement {
+	return statement{fmt.Sprintf("snat to %s fully-random", a), []expr.Any{
+		&expr.Immediate{Register: reg32(0), Data: a.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.table), RegAddrMin: reg32(0), FullyRandom: true},
 	}}
 }

@@ -6,7 +6,7 @@ import (
 	"os"
 	"slices"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -18,14 +18,14 @@ import (
 // them as one transaction.
 type wire struct {
 	*family
-	conn  *nft.Conn
-	table *nft.Table
+	conn  *nflib.Conn
+	table *nflib.Table
 	// schemas and sets are indexed by setID.
 	schemas []*schema
-	sets    []*nft.Set
+	sets    []*nflib.Set
 
 	// wireElements is reused from one batch to the next.
-	wireElements []nft.SetElement
+	wireElements []nflib.SetElement
 	added        int // elements since somebody set it to 0
 	// failed is the first error of gathering.
 	failed error
@@ -35,15 +35,13 @@ type wire struct {
 // messages of at most 64 KiB of them; a batch of its size fits into one.
 const batchElements = 512
 
-func dial(f *family, table string) (*wire, error) { return dialTable(f, table, schemas) }
-
-// dialTable is dial for a table of other sets.
+// dialTable connects to nf_tables for a table with these sets.
 func dialTable(f *family, table string, schemas []*schema) (*wire, error) {
 	conn, err := dialLow()
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
 	}
-	w := &wire{family: f, conn: conn, schemas: schemas, table: &nft.Table{Name: table, Family: f.table}}
+	w := &wire{family: f, conn: conn, schemas: schemas, table: &nflib.Table{Name: table, Family: f.table}}
 	for _, s := range schemas {
 		w.sets = append(w.sets, s.declaration(f, w.table))
 	}
@@ -115,7 +113,7 @@ func (w *wire) exists() (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("list tables: %w", err)
 	}
-	return slices.ContainsFunc(tables, func(t *nft.Table) bool { return t.Name == w.table.Name }), nil
+	return slices.ContainsFunc(tables, func(t *nflib.Table) bool { return t.Name == w.table.Name }), nil
 }
 
 // addSets adds all sets but those that are there already.
@@ -130,16 +128,16 @@ func (w *wire) addSets(present ...setID) {
 }
 
 // check keeps the first error for flush.
-func (w *wire) check(err error, set *nft.Set) {
+func (w *wire) check(err error, set *nflib.Set) {
 	if err != nil && w.failed == nil {
 		w.failed = fmt.Errorf("set %s: %w", set.Name, err)
 	}
 }
 
 func (w *wire) addChain(c chain) {
-	out := &nft.Chain{Name: c.name, Table: w.table}
+	out := &nflib.Chain{Name: c.name, Table: w.table}
 	if c.hook != nil {
-		policy := nft.ChainPolicyAccept
+		policy := nflib.ChainPolicyAccept
 		out.Type, out.Hooknum, out.Priority, out.Policy = c.hook.kind, c.hook.num, &c.hook.priority, &policy
 	}
 	w.conn.AddChain(out)
@@ -147,7 +145,7 @@ func (w *wire) addChain(c chain) {
 
 func (w *wire) addRules(c chain) {
 	for _, r := range c.rules {
-		out := &nft.Rule{Table: w.table, Chain: &nft.Chain{Name: c.name, Table: w.table}, Exprs: r.exprs()}
+		out := &nflib.Rule{Table: w.table, Chain: &nflib.Chain{Name: c.name, Table: w.table}, Exprs: r.exprs()}
 		if r.comment != "" {
 			out.UserData = userdata.AppendString(nil, userdata.TypeComment, r.comment)
 		}
@@ -168,13 +166,13 @@ func (w *wire) addChains(chains []chain) {
 // rewriteChains replaces the rules of chains that exist.
 func (w *wire) rewriteChains(chains []chain) {
 	for _, c := range chains {
-		w.conn.FlushChain(&nft.Chain{Name: c.name, Table: w.table})
+		w.conn.FlushChain(&nflib.Chain{Name: c.name, Table: w.table})
 		w.addRules(c)
 	}
 }
 
 func (w *wire) deleteChain(name string) {
-	out := &nft.Chain{Name: name, Table: w.table}
+	out := &nflib.Chain{Name: name, Table: w.table}
 	w.conn.FlushChain(out)
 	w.conn.DelChain(out)
 }
@@ -182,7 +180,7 @@ func (w *wire) deleteChain(name string) {
 func (w *wire) flushSet(id setID) { w.conn.FlushSet(w.sets[id]) }
 
 // put hands elements to the library, many of one set at a time.
-func (w *wire) put(list []element, op func(*nft.Set, []nft.SetElement) error) {
+func (w *wire) put(list []element, op func(*nflib.Set, []nflib.SetElement) error) {
 	for len(list) > 0 {
 		set, n := list[0].set, 1
 		for n < len(list) && n < batchElements && list[n].set == set {

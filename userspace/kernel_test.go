@@ -8,7 +8,7 @@ import (
 	"os"
 	"testing"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -47,7 +47,7 @@ type kernelObjects struct{ tables, rules, routes int }
 
 func (w *world) kernel() (k kernelObjects) {
 	w.t.Helper()
-	conn, err := nft.New()
+	conn, err := nflib.New()
 	w.must(err)
 	tables, err := conn.ListTables()
 	w.must(err)

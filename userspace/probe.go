@@ -102,7 +102,7 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	f := nftables.FamilyOf(opts.Family)
 	rules := ruleset{f, answersMark(opts.MasqueradeMark), firstPorts, plan.Node}
-	if err := rules.ValidateNode(rules.node); err != nil {
+	if err := nftables.ValidateNode(rules.IPFamily, rules.node); err != nil {
 		return "", err
 	}
 	st := newState(f)

@@ -97,7 +97,7 @@ func (p *Proxier) rules(plan *plan.Plan) ruleset {
 
 // syncAll replaces the table. Frontends keep their numbers.
 func (p *Proxier) syncAll(plan *plan.Plan) error {
-	if err := p.rules(plan).ValidateNode(plan.Node); err != nil {
+	if err := nftables.ValidateNode(p.rules(plan).IPFamily, plan.Node); err != nil {
 		return err
 	}
 	if err := p.routes.ensure(); err != nil {
@@ -141,7 +141,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	rules := p.rules(plan)
 	if change.Node {
-		if err := rules.ValidateNode(rules.node); err != nil {
+		if err := nftables.ValidateNode(rules.IPFamily, rules.node); err != nil {
 			return err
 		}
 	}

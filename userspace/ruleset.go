@@ -4,7 +4,7 @@ import (
 	"net/netip"
 	"slices"
 
-	nft "github.com/google/nftables"
+	nflib "github.com/google/nftables"
 
 	"signalbox/nftables"
 
@@ -46,12 +46,12 @@ type ruleset struct {
 }
 
 var (
-	divertHook = nftables.NewHook(nft.ChainHookPrerouting, -150, "type filter hook prerouting priority mangle")
+	divertHook = nftables.NewHook(nflib.ChainHookPrerouting, -150, "type filter hook prerouting priority mangle")
 	// Those of every other mode come before: while both are there, as when this
 	// process ends its last connections, new ones go to the others.
-	natPrerouting = nftables.NewNATHook(nft.ChainHookPrerouting, -98, "type nat hook prerouting priority dstnat + 2")
-	natOutput     = nftables.NewNATHook(nft.ChainHookOutput, -98, "type nat hook output priority -98")
-	lastHook      = nftables.NewHook(nft.ChainHookPostrouting, 300, "type filter hook postrouting priority 300")
+	natPrerouting = nftables.NewNATHook(nflib.ChainHookPrerouting, -98, "type nat hook prerouting priority dstnat + 2")
+	natOutput     = nftables.NewNATHook(nflib.ChainHookOutput, -98, "type nat hook output priority -98")
+	lastHook      = nftables.NewHook(nflib.ChainHookPostrouting, 300, "type filter hook postrouting priority 300")
 )
 
 func (r ruleset) frontendOf() nftables.Value {
