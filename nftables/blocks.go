@@ -237,15 +237,6 @@ func (e *element) Bytes() (key, data string) { return e.key, e.data }
 // node port, by protocol . port.
 func FrontendBytes(k plan.FrontendKey) string { return frontendBytes(k) }
 
-// FrontendOfBytes reads what FrontendBytes writes; byNodePort says that there is
-// no address in it.
-func FrontendOfBytes(f *IPFamily, key []byte, byNodePort bool) plan.FrontendKey {
-	if byNodePort {
-		return frontendOf(f, nodePortKey, key)
-	}
-	return frontendOf(f, frontendKey, key)
-}
-
 // CommentText makes a name fit to be a comment.
 func CommentText(name string) string { return commentText(name) }
 

@@ -64,3 +64,12 @@ func frontendOf(f *family, fields []fieldType, key []byte) plan.FrontendKey {
 	}
 	return k
 }
+
+// FrontendOfBytes reads what FrontendBytes writes; byNodePort says that there is
+// no address in it.
+func FrontendOfBytes(f *IPFamily, key []byte, byNodePort bool) plan.FrontendKey {
+	if byNodePort {
+		return frontendOf(f, nodePortKey, key)
+	}
+	return frontendOf(f, frontendKey, key)
+}

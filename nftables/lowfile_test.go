@@ -2,17 +2,19 @@ package nftables
 
 import (
 	"os"
+	"runtime"
 	"testing"
 
 	nflib "github.com/google/nftables"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier/plan"
 )
 
-// TestManyOpenFiles syncs in a process whose low file descriptors are taken.
+// TestManyOpenFiles writes a table in a process whose low file descriptors are taken.
 func TestManyOpenFiles(t *testing.T) {
-	inNamespace(t)
+	ownNamespace(t)
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
@@ -29,11 +31,15 @@ func TestManyOpenFiles(t *testing.T) {
 		last = f.Fd()
 	}
 	for range 2 * keptFiles {
-		p := newProxier(t, plan.IPv4)
-		if err := p.Sync(t.Context(), &plan.Plan{Family: plan.IPv4}, plan.Change{All: true}); err != nil {
+		table, err := OpenTable(FamilyOf(plan.IPv4), "many-open-files", nil)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if err := p.Close(); err != nil {
+		table.ReplaceTable()
+		if err := table.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if err := table.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -42,7 +48,7 @@ func TestManyOpenFiles(t *testing.T) {
 // A connection is told from other sockets of the process, so that one whose low
 // descriptor another goroutine took is not used.
 func TestDescriptorOfConnection(t *testing.T) {
-	inNamespace(t)
+	ownNamespace(t)
 	socket := func(domain, kind, protocol int) int {
 		fd, err := unix.Socket(domain, kind|unix.SOCK_CLOEXEC, protocol)
 		if err != nil {
@@ -88,4 +94,16 @@ func TestDescriptorOfConnection(t *testing.T) {
 			t.Errorf("%d is taken for its descriptor", fd)
 		}
 	}
+}
+
+// ownNamespace moves the test to a network namespace of its own until it ends.
+// The thread is not unlocked: it ends with the test's goroutine.
+func ownNamespace(t *testing.T) {
+	t.Helper()
+	runtime.LockOSThread()
+	ns, err := netns.New()
+	if err != nil {
+		t.Fatalf("new network namespace (this test needs root): %v", err)
+	}
+	t.Cleanup(func() { ns.Close() })
 }

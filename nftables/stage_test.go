@@ -23,7 +23,9 @@ import (
 // believed is the table's contents by the state, element by element.
 func believed(st *state) []string {
 	var lines []string
-	st.emitAll(func(e element) { lines = append(lines, schemas[e.set].name+" "+schemas[e.set].elementText(&e, st.family)) })
+	st.emitAll(func(e element) {
+		lines = append(lines, schemas[e.set].name+" "+schemas[e.set].elementText(&e, st.family))
+	})
 	slices.Sort(lines)
 	return lines
 }
