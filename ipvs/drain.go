@@ -7,7 +7,8 @@ import (
 	"slices"
 	"time"
 
-	"signalbox/nftables"
+	"signalbox/nft"
+	"signalbox/nft/access"
 )
 
 const (
@@ -181,7 +182,7 @@ func (p *Proxier) releaseAddresses(st *state, now time.Time) error {
 		}
 		unused = append(unused, a)
 	}
-	var gone []nftables.Element
+	var gone []nft.Element
 	err := p.device.remove(unused, func(a netip.Addr) {
 		delete(st.leaving, a)
 		delete(st.held, a)
@@ -191,7 +192,7 @@ func (p *Proxier) releaseAddresses(st *state, now time.Time) error {
 		return err
 	}
 	p.table.RemoveElements(gone)
-	if err := p.table.Commit(); err != nil {
+	if err := access.Commit(p.table); err != nil {
 		p.state = nil // the next Sync writes everything
 		return err
 	}

@@ -9,7 +9,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"signalbox/nftables"
+	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -90,7 +90,7 @@ func play(t *testing.T) *played {
 		t.Fatal(err)
 	}
 	return &played{
-		model:       &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}},
+		model:       &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}},
 		connections: map[netip.AddrPort]int{},
 	}
 }
@@ -98,8 +98,8 @@ func play(t *testing.T) *played {
 // proxier is a Proxier of IPv4 whose drainOnce the test calls.
 func (k *played) proxier(t *testing.T, now func() time.Time) *Proxier {
 	t.Helper()
-	f := nftables.FamilyOf(plan.IPv4)
-	table, err := nftables.OpenTable(f, tableName, newSets())
+	f := nft.FamilyOf(plan.IPv4)
+	table, err := nft.Open(f, tableName, newSets())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/nftables"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -115,13 +117,13 @@ func leave(f plan.Family, drain bool) (removed bool, draining int, err error) {
 	draining = c.removeServers(f, func(key serverKey) bool {
 		return isOurs(key.mark) || key.mark == 0 && c.held[key.addr]
 	})
-	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, nil)
+	t, err := nft.Open(nft.FamilyOf(f), tableName, nil)
 	if err != nil {
 		return c.removed, draining, errors.Join(append(c.failed, err)...)
 	}
 	defer t.Close()
 	table := t.DeleteTable()
-	if err := t.Commit(); err != nil {
+	if err := access.Commit(t); err != nil {
 		c.fail(fmt.Errorf("delete table %s of %s: %w", tableName, f, err))
 	} else {
 		c.removed = c.removed || table

@@ -11,7 +11,8 @@ import (
 	"sync"
 	"time"
 
-	"signalbox/nftables"
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -24,13 +25,13 @@ const Mode = "ipvs"
 // was made.
 type Proxier struct {
 	proxier.Defaults
-	*nftables.IPFamily
+	*nft.IPFamily
 	mark   uint32
 	tuning proxier.IPVSTuning
 
 	// mu guards what follows against the goroutine that ends what has drained.
 	mu     sync.Mutex
-	table  *nftables.Transaction
+	table  *nft.Table
 	kernel kernel
 	device *device
 	// state is nil until the first Sync, after one that failed half-way, and
@@ -55,8 +56,8 @@ var _ proxier.Proxier = (*Proxier)(nil)
 // New opens the connections to the kernel. Nothing is written before Sync.
 func New(opts proxier.Options) (*Proxier, error) {
 	fail := func(err error) (*Proxier, error) { return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err) }
-	f := nftables.FamilyOf(opts.Family)
-	table, err := nftables.OpenTable(f, tableName, newSets())
+	f := nft.FamilyOf(opts.Family)
+	table, err := nft.Open(f, tableName, newSets())
 	if err != nil {
 		return fail(err)
 	}
@@ -130,7 +131,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 // syncAll reads what there is and makes of it what is wanted.
 func (p *Proxier) syncAll(desired *plan.Plan) error {
 	rules := &ruleset{IPFamily: p.IPFamily, mark: p.mark, node: desired.Node, timeouts: timeoutsOf(desired)}
-	if err := nftables.ValidateNode(rules.IPFamily, rules.node); err != nil {
+	if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
 		return err
 	}
 	if err := p.prepare(); err != nil {
@@ -166,7 +167,7 @@ func (p *Proxier) syncChange(desired *plan.Plan, change plan.Change) error {
 	if change.Node {
 		rules := *st.rules
 		rules.node = desired.Node
-		if err := nftables.ValidateNode(rules.IPFamily, rules.node); err != nil {
+		if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
 			return err
 		}
 	}
@@ -222,8 +223,14 @@ func (p *Proxier) write(st *state, b *batch) error {
 func (p *Proxier) writeTable(st *state, b *batch) error {
 	t := p.table
 	if b.all {
-		if err := t.ReplaceTableKeeping(affinity); err != nil {
+		old, err := t.Inspect()
+		if err != nil {
 			return err
+		}
+		if t.HasDynamicMap(old, affinity) {
+			t.ReplaceContents(old, affinity)
+		} else {
+			t.ReplaceTable()
 		}
 		t.AddChains(st.rules.chains())
 		list := append(st.rules.nodeElements(), b.add...)
@@ -234,7 +241,7 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 			list = append(list, vipElement(a))
 		}
 		t.AddElements(bySet(list))
-		return t.Commit()
+		return access.Commit(t)
 	}
 	if b.knownTimeouts < len(st.rules.timeouts) {
 		chains := st.rules.affinityChains()
@@ -244,8 +251,8 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 	}
 	add := b.add
 	if b.node {
-		nftables.RewriteNodeChains(t, append(st.rules.nodeChains(), st.rules.postrouting()), b.nodeBefore, st.rules.node)
-		for _, set := range []int{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
+		access.RewriteNodeChains(t, append(st.rules.nodeChains(), st.rules.postrouting()), b.nodeBefore, st.rules.node)
+		for _, set := range []nft.SetID{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
 			t.FlushSet(set)
 		}
 		add = append(add, st.rules.nodeElements()...)
@@ -258,15 +265,15 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 	}
 	t.RemoveElements(bySet(b.remove))
 	t.AddElements(bySet(add))
-	return t.Commit()
+	return access.Commit(t)
 }
 
-func vipElement(a netip.Addr) nftables.Element {
-	return nftables.NewElement(vips, addrBytes(a), "", "", "")
+func vipElement(a netip.Addr) nft.Element {
+	return nft.Element{Set: vips, Key: addrBytes(a)}
 }
 
-func bySet(list []nftables.Element) []nftables.Element {
-	slices.SortStableFunc(list, func(a, b nftables.Element) int { return cmp.Compare(a.Set(), b.Set()) })
+func bySet(list []nft.Element) []nft.Element {
+	slices.SortStableFunc(list, func(a, b nft.Element) int { return cmp.Compare(a.Set, b.Set) })
 	return list
 }
 
@@ -304,15 +311,15 @@ func (p *Proxier) marksBefore() (func(markKey) uint32, error) {
 		}
 		return before, nil
 	}
-	for set, internal := range map[int]bool{marks: false, nodePortMarks: false, internalMarks: true, internalNodePortMarks: true} {
+	for set, internal := range map[nft.SetID]bool{marks: false, nodePortMarks: false, internalMarks: true, internalNodePortMarks: true} {
 		elements, err := p.table.Read(set)
 		if err != nil {
 			return before, err
 		}
 		for _, e := range elements {
 			if len(e.Val) == 4 {
-				fe := nftables.FrontendOfBytes(p.IPFamily, e.Key, set == nodePortMarks || set == internalNodePortMarks)
-				found[markKey{fe, internal}] = nftables.MarkOfData(e.Val)
+				fe := access.FrontendOfBytes(p.IPFamily, e.Key, set == nodePortMarks || set == internalNodePortMarks)
+				found[markKey{fe, internal}] = nft.MarkOfData(e.Val)
 			}
 		}
 	}

@@ -6,8 +6,8 @@ import (
 	"slices"
 	"time"
 
-	"signalbox/nftables"
-
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -18,7 +18,7 @@ type record struct {
 	// noScheduler is the scheduler that the Service port asks for and the kernel
 	// has not got.
 	noScheduler string
-	elements    []nftables.Element
+	elements    []nft.Element
 	servers     []wanted
 	vips        []netip.Addr
 	// bases are the marks that the record holds in the pool.
@@ -37,7 +37,7 @@ type markKey struct {
 
 // compiler turns Service ports into records.
 type compiler struct {
-	*nftables.IPFamily
+	*nft.IPFamily
 	schedulers *schedulers
 	pool       *markPool
 	// before finds the mark that a frontend has had so far, 0 for none.
@@ -104,8 +104,8 @@ func (c *compiler) run() error {
 
 func (c *compiler) sticky() bool { return c.port.AffinityTimeout > 0 }
 
-func (c *compiler) emit(set int, key, data string) {
-	c.out.elements = append(c.out.elements, nftables.NewElement(set, key, "", data, ""))
+func (c *compiler) emit(set nft.SetID, key, data string) {
+	c.out.elements = append(c.out.elements, nft.Element{Set: set, Key: key, Data: data})
 }
 
 func (c *compiler) validate() error {
@@ -138,7 +138,7 @@ func (c *compiler) validate() error {
 // frontend emits what one frontend needs.
 func (c *compiler) frontend(fe *plan.Frontend) error {
 	sets, name := setsOf(fe), c.port.Name
-	key := nftables.FrontendBytes(fe.Key(name.Protocol))
+	key := access.FrontendBytes(fe.Key(name.Protocol))
 	foreign := fe.Addr.IsValid() && c.foreign(fe.Addr)
 	if fe.Addr.IsValid() && !foreign {
 		c.out.vips = append(c.out.vips, fe.Addr)
@@ -148,7 +148,7 @@ func (c *compiler) frontend(fe *plan.Frontend) error {
 	}
 	for _, o := range origins {
 		if fe.Masquerade&o.origin != 0 {
-			c.emit(sets.masquerade, key+nftables.MarkKey(o.priority), "")
+			c.emit(sets.masquerade, key+nft.MarkKey(o.priority), "")
 		}
 	}
 	if fe.External.Len() == 0 || fe.Internal.Len() == 0 {
@@ -160,13 +160,14 @@ func (c *compiler) frontend(fe *plan.Frontend) error {
 	}
 	if fe.Sources != nil {
 		c.emit(sets.restricted, key, "")
-		for _, p := range nftables.Disjoint(fe.Sources) {
-			c.out.elements = append(c.out.elements, nftables.NewElement(sets.allowed,
-				key+addrBytes(p.Addr()), key+addrBytes(nftables.LastAddr(p)), "", ""))
+		for _, p := range nft.Disjoint(fe.Sources) {
+			c.out.elements = append(c.out.elements, nft.Element{
+				Set: sets.allowed, Key: key + addrBytes(p.Addr()), End: key + addrBytes(nft.LastAddr(p)),
+			})
 		}
 	}
 	if fe.Kind == plan.LoadBalancerIP && c.port.HealthCheckNodePort != 0 {
-		c.emit(healthChecks, nftables.FrontendBytes(plan.FrontendKey{Addr: fe.Addr, Port: c.port.HealthCheckNodePort, Protocol: plan.TCP}), "")
+		c.emit(healthChecks, access.FrontendBytes(plan.FrontendKey{Addr: fe.Addr, Port: c.port.HealthCheckNodePort, Protocol: plan.TCP}), "")
 	}
 	return nil
 }
@@ -198,7 +199,7 @@ func (c *compiler) lead(fe *plan.Frontend, key string, foreign bool) error {
 		if err != nil {
 			return err
 		}
-		c.emit(sets.marks, key, nftables.MarkData(mark))
+		c.emit(sets.marks, key, nft.MarkData(mark))
 	}
 	if !split {
 		return nil
@@ -210,7 +211,7 @@ func (c *compiler) lead(fe *plan.Frontend, key string, foreign bool) error {
 			return err
 		}
 	}
-	c.emit(sets.internal, key, nftables.MarkData(mark))
+	c.emit(sets.internal, key, nft.MarkData(mark))
 	return nil
 }
 
@@ -323,13 +324,13 @@ func (c *compiler) compileEndpoints() {
 					continue
 				}
 				c.out.endpoints[e.AddrPort] = mark
-				c.emit(affinityMarks, nftables.MarkKey(block)+addrPortBytes(e.AddrPort), nftables.MarkData(mark))
+				c.emit(affinityMarks, nft.MarkKey(block)+addrPortBytes(e.AddrPort), nft.MarkData(mark))
 				c.out.servers = append(c.out.servers, wanted{
 					key:       serverKey{mark: mark, protocol: c.port.Name.Protocol},
 					scheduler: defaultScheduler, dests: []weighted{{e.AddrPort, 1}}, serving: c.port.Usable,
 				})
 			}
-			c.emit(affinityMembers+v, nftables.MarkKey(mark), "")
+			c.emit(affinityMembers+nft.SetID(v), nft.MarkKey(mark), "")
 		}
 	}
 }

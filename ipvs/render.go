@@ -7,7 +7,8 @@ import (
 	"slices"
 	"strings"
 
-	"signalbox/nftables"
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -17,12 +18,12 @@ import (
 // --restore` and `nft -f` read. It touches no kernel. A plan that Sync would
 // refuse renders as a comment that says why.
 func Render(opts proxier.Options, desired *plan.Plan) string {
-	f := nftables.FamilyOf(opts.Family)
+	f := nft.FamilyOf(opts.Family)
 	rules := &ruleset{IPFamily: f, mark: opts.MasqueradeMark, node: desired.Node, timeouts: timeoutsOf(desired)}
 	st := newState(rules)
 	st.others = map[netip.Addr]bool{}
 	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, schedulers: newSchedulers(opts.IPVS.Scheduler, nil)}
-	err := nftables.ValidateNode(rules.IPFamily, rules.node)
+	err := access.ValidateNode(rules.IPFamily, rules.node)
 	var b *batch
 	if err == nil {
 		names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
@@ -46,6 +47,6 @@ func Render(opts proxier.Options, desired *plan.Plan) string {
 	}
 	out.WriteString(text + "\n# nft -f\n")
 	elements := bySet(append(rules.nodeElements(), b.add...))
-	out.WriteString(nftables.RenderTable(f, tableName, newSets(), elements, rules.chains()))
+	out.WriteString(nft.RenderTable(f, tableName, nil, newSets(), elements, rules.chains()))
 	return out.String()
 }

@@ -7,8 +7,8 @@ import (
 
 	nflib "github.com/google/nftables"
 
-	"signalbox/nftables"
-
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -18,10 +18,10 @@ import (
 // choice has to be made before these, and what is left of it cleared away
 // after them.
 var (
-	beforeInput  = nftables.NewHook(nflib.ChainHookInput, 90, "type filter hook input priority 90")
-	beforeOutput = nftables.NewHook(nflib.ChainHookOutput, -110, "type filter hook output priority -110")
-	afterInput   = nftables.NewHook(nflib.ChainHookInput, 101, "type filter hook input priority 101")
-	afterOutput  = nftables.NewHook(nflib.ChainHookOutput, -97, "type filter hook output priority -97")
+	beforeInput  = nft.NewHook(nflib.ChainHookInput, 90, "type filter hook input priority 90")
+	beforeOutput = nft.NewHook(nflib.ChainHookOutput, -110, "type filter hook output priority -110")
+	afterInput   = nft.NewHook(nflib.ChainHookInput, 101, "type filter hook input priority 101")
+	afterOutput  = nft.NewHook(nflib.ChainHookOutput, -97, "type filter hook output priority -97")
 )
 
 // While a packet that opens a connection is on its way through IPVS, its
@@ -49,7 +49,7 @@ var origins = []struct {
 
 // ruleset makes the chains.
 type ruleset struct {
-	*nftables.IPFamily
+	*nft.IPFamily
 	mark uint32 // asks for the source address to be rewritten
 	node plan.Node
 	// timeouts are those of session affinity; the index is the class that a
@@ -58,61 +58,61 @@ type ruleset struct {
 }
 
 var (
-	rule        = nftables.NewRule
-	nodePortKey = nftables.Join(nftables.L4Proto, nftables.DPort)
-	accept      = nftables.Return
+	rule        = nft.NewRule
+	nodePortKey = nft.Join(nft.L4Proto, nft.DPort)
+	accept      = nft.Return
 )
 
-func (r *ruleset) frontendKey() nftables.Value {
-	return nftables.Join(r.Daddr(), nftables.L4Proto, nftables.DPort)
+func (r *ruleset) frontendKey() nft.Value {
+	return nft.Join(r.Daddr(), nft.L4Proto, nft.DPort)
 }
 
 // chains are all chains of the table, each before those that jump to it.
-func (r *ruleset) chains() []nftables.Chain {
+func (r *ruleset) chains() []nft.Chain {
 	return append(append(r.affinityChains(), r.nodeChains()...), r.baseChains()...)
 }
 
-func (r *ruleset) baseChains() []nftables.Chain {
-	isNew, chain := nftables.StateNew(), nftables.NewChain
-	noService := rule(isNew, nftables.Jump("check-cluster-ips"))
-	return []nftables.Chain{
-		chain("before-ipvs-input", beforeInput, rule(isNew, nftables.Jump("services"))),
-		chain("before-ipvs-output", beforeOutput, rule(isNew, nftables.Jump("services"))),
-		chain("after-ipvs-input", afterInput, rule(isNew, nftables.Jump("decided"))),
-		chain("after-ipvs-output", afterOutput, rule(isNew, nftables.Jump("decided"))),
-		chain("filter-forward", nftables.FilterForward, noService),
-		chain("filter-output", nftables.FilterOutput, noService),
+func (r *ruleset) baseChains() []nft.Chain {
+	isNew, chain := nft.StateNew(), nft.NewChain
+	noService := rule(isNew, nft.Jump("check-cluster-ips"))
+	return []nft.Chain{
+		chain("before-ipvs-input", beforeInput, rule(isNew, nft.Jump("services"))),
+		chain("before-ipvs-output", beforeOutput, rule(isNew, nft.Jump("services"))),
+		chain("after-ipvs-input", afterInput, rule(isNew, nft.Jump("decided"))),
+		chain("after-ipvs-output", afterOutput, rule(isNew, nft.Jump("decided"))),
+		chain("filter-forward", nft.FilterForward, noService),
+		chain("filter-output", nft.FilterOutput, noService),
 		r.postrouting(),
 	}
 }
 
 // postrouting is a base chain that depends on the node.
-func (r *ruleset) postrouting() nftables.Chain {
-	return nftables.NewChain("nat-postrouting", nftables.NATPostrouting,
-		rule(nftables.MarkHas(r.mark), nftables.SetMarkBit(r.mark, false), nftables.NewSource(r.node)),
-		rule(nftables.LeavesNotBy("lo"), in(nftables.Join(r.Saddr(), r.Daddr()), hairpin), nftables.NewSource(r.node)).Because("a client that is its own endpoint"))
+func (r *ruleset) postrouting() nft.Chain {
+	return nft.NewChain("nat-postrouting", nft.NatPostrouting,
+		rule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.node)),
+		rule(nft.LeavesNotBy("lo"), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.node)).Because("a client that is its own endpoint"))
 }
 
 // nodeChains are written anew when the node's facts change. Each comes before
 // those that jump to it.
-func (r *ruleset) nodeChains() []nftables.Chain {
-	chain := nftables.NewChain
+func (r *ruleset) nodeChains() []nft.Chain {
+	chain := nft.NewChain
 	fe := r.frontendKey()
-	return append(nftables.SourceChains(r.IPFamily, r.node), []nftables.Chain{
+	return append(access.SourceChains(r.IPFamily, r.node), []nft.Chain{
 		chain("check-cluster-ips", nil,
-			rule(in(r.Daddr(), serviceCIDRs), notIn(r.Daddr(), vips), nftables.FibNotLocal(), nftables.Drop()).Because("no such Service")),
+			rule(in(r.Daddr(), serviceCIDRs), notIn(r.Daddr(), vips), nft.FibNotLocal(), nft.Drop()).Because("no such Service")),
 		chain("reject", nil, r.refuse(r.Reject())...),
-		chain("drop", nil, r.refuse(nftables.Drop())...),
+		chain("drop", nil, r.refuse(nft.Drop())...),
 		chain("no-endpoints", nil, r.noEndpoints()...),
 		chain("chosen-by-address", nil, r.sourceRules(fe, masquerade, decision)...),
 		chain("chosen", nil, r.chosen(fe, masquerade)...),
 		chain("nodeport-chosen", nil, r.chosen(nodePortKey, nodePortMasquerade)...),
 		chain("nodeports", nil,
-			rule(nftables.SetMark(markOf(nodePortKey, nodePortMarks)), nftables.GoTo("nodeport-chosen")),
-			rule(in(nodePortKey, rejectedNodePorts), nftables.GoTo("reject")),
-			rule(in(nodePortKey, droppedNodePorts), nftables.GoTo("drop"))),
+			rule(nft.SetMark(markOf(nodePortKey, nodePortMarks)), nft.GoTo("nodeport-chosen")),
+			rule(in(nodePortKey, rejectedNodePorts), nft.GoTo("reject")),
+			rule(in(nodePortKey, droppedNodePorts), nft.GoTo("drop"))),
 		chain("internal-nodeports", nil,
-			rule(nftables.SetMark(markOf(nodePortKey, internalNodePortMarks)), nftables.GoTo("nodeport-chosen"))),
+			rule(nft.SetMark(markOf(nodePortKey, internalNodePortMarks)), nft.GoTo("nodeport-chosen"))),
 		chain("external", nil, r.external(fe)...),
 		chain("internal", nil, r.internal(fe)...),
 		chain("services", nil, r.services(fe)...),
@@ -121,72 +121,72 @@ func (r *ruleset) nodeChains() []nftables.Chain {
 }
 
 // services finds out where a packet that opens a connection comes from.
-func (r *ruleset) services(fe nftables.Value) []nftables.Rule {
-	rules := []nftables.Rule{
-		rule(nftables.PriorityBitsAre(decisionMask, decision), nftables.Return()).Because("IPVS has redirected it"),
-		rule(in(fe, restricted), notIn(nftables.Join(fe, r.Saddr()), allowedSources), nftables.Drop()),
+func (r *ruleset) services(fe nft.Value) []nft.Rule {
+	rules := []nft.Rule{
+		rule(nft.PriorityBitsAre(decisionMask, decision), nft.Return()).Because("IPVS has redirected it"),
+		rule(in(fe, restricted), notIn(nft.Join(fe, r.Saddr()), allowedSources), nft.Drop()),
 	}
 	for _, match := range r.toNodePortAddrs() {
 		rules = append(rules, rule(append(match, in(nodePortKey, restrictedNodePorts),
-			notIn(nftables.Join(nodePortKey, r.Saddr()), allowedNodePortSources), nftables.Drop())...))
+			notIn(nft.Join(nodePortKey, r.Saddr()), allowedNodePortSources), nft.Drop())...))
 	}
 	for _, match := range r.fromPods() {
-		rules = append(rules, rule(match, nftables.SetPriority(fromPods), nftables.GoTo("internal")))
+		rules = append(rules, rule(match, nft.SetPriority(fromPods), nft.GoTo("internal")))
 	}
 	return append(rules,
-		rule(nftables.FibLocal(true), nftables.SetPriority(fromNode), nftables.GoTo("internal")),
-		rule(nftables.SetPriority(fromOutside), nftables.GoTo("external")))
+		rule(nft.FibLocal(true), nft.SetPriority(fromNode), nft.GoTo("internal")),
+		rule(nft.SetPriority(fromOutside), nft.GoTo("external")))
 }
 
 // internal chooses for traffic of this node and its Pods, where that goes
 // elsewhere than other traffic. The mark 0 stands for no endpoints.
-func (r *ruleset) internal(fe nftables.Value) []nftables.Rule {
-	rules := []nftables.Rule{rule(nftables.SetMark(markOf(fe, internalMarks)), nftables.GoTo("chosen"))}
+func (r *ruleset) internal(fe nft.Value) []nft.Rule {
+	rules := []nft.Rule{rule(nft.SetMark(markOf(fe, internalMarks)), nft.GoTo("chosen"))}
 	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, rule(append(match, nftables.Jump("internal-nodeports"))...))
+		rules = append(rules, rule(append(match, nft.Jump("internal-nodeports"))...))
 	}
 	return append(rules,
-		rule(nftables.PriorityBitsAre(decisionMask, decision), nftables.Return()),
-		rule(nftables.GoTo("external")))
+		rule(nft.PriorityBitsAre(decisionMask, decision), nft.Return()),
+		rule(nft.GoTo("external")))
 }
 
 // external chooses for all other traffic. Ports of virtual addresses at which
 // no Service is are refused, or they would be those of the node's daemons.
-func (r *ruleset) external(fe nftables.Value) []nftables.Rule {
-	rules := []nftables.Rule{
-		rule(in(fe, plainServers), nftables.GoTo("chosen-by-address")),
-		rule(nftables.SetMark(markOf(fe, marks)), nftables.GoTo("chosen")),
-		rule(in(fe, rejected), nftables.GoTo("reject")),
-		rule(in(fe, dropped), nftables.GoTo("drop")),
-		rule(in(fe, healthChecks), nftables.ClearPriority(), accept()),
+func (r *ruleset) external(fe nft.Value) []nft.Rule {
+	rules := []nft.Rule{
+		rule(in(fe, plainServers), nft.GoTo("chosen-by-address")),
+		rule(nft.SetMark(markOf(fe, marks)), nft.GoTo("chosen")),
+		rule(in(fe, rejected), nft.GoTo("reject")),
+		rule(in(fe, dropped), nft.GoTo("drop")),
+		rule(in(fe, healthChecks), nft.ClearPriority(), accept()),
 	}
 	for _, p := range plan.Protocols {
-		rules = append(rules, rule(nftables.ProtocolIs(p), in(r.Daddr(), vips), r.Reject()).Because("no such port"))
+		rules = append(rules, rule(nft.ProtocolIs(p), in(r.Daddr(), vips), r.Reject()).Because("no such port"))
 	}
 	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, rule(append(match, nftables.Jump("nodeports"))...))
+		rules = append(rules, rule(append(match, nft.Jump("nodeports"))...))
 	}
 	return append(rules,
-		rule(nftables.PriorityBitsAre(decisionMask, decision), nftables.Return()),
-		rule(nftables.ClearPriority()))
+		rule(nft.PriorityBitsAre(decisionMask, decision), nft.Return()),
+		rule(nft.ClearPriority()))
 }
 
 // chosen goes on with a virtual server that is known by its mark.
-func (r *ruleset) chosen(key nftables.Value, masquerade int) []nftables.Rule {
-	return append([]nftables.Rule{
-		rule(nftables.MarkIs(^uint32(0), noEndpoints), nftables.GoTo("no-endpoints")),
-		rule(nftables.MarkIs(stickyMask, stickySpace), nftables.Jump("recall")),
+func (r *ruleset) chosen(key nft.Value, masquerade nft.SetID) []nft.Rule {
+	return append([]nft.Rule{
+		rule(nft.MarkIs(^uint32(0), noEndpoints), nft.GoTo("no-endpoints")),
+		rule(nft.MarkIs(stickyMask, stickySpace), nft.Jump("recall")),
 	}, r.sourceRules(key, masquerade, decision|marked)...)
 }
 
 // sourceRules remember in the priority whether the source is to be rewritten.
 // That of a process of this node, which the kernel gave the virtual address as
 // its own, always is: answers to it would not come back.
-func (r *ruleset) sourceRules(key nftables.Value, masquerade int, decided uint32) []nftables.Rule {
-	return []nftables.Rule{
-		rule(in(nftables.Join(key, nftables.Priority), masquerade), nftables.SetPriority(decided|newSource), nftables.Return()),
-		rule(in(r.Saddr(), vips), nftables.SetPriority(decided|newSource), nftables.Return()),
-		rule(nftables.SetPriority(decided)),
+func (r *ruleset) sourceRules(key nft.Value, masquerade nft.SetID, decided uint32) []nft.Rule {
+	return []nft.Rule{
+		rule(in(nft.Join(key, nft.Priority), masquerade), nft.SetPriority(decided|newSource), nft.Return()),
+		rule(in(r.Saddr(), vips), nft.SetPriority(decided|newSource), nft.Return()),
+		rule(nft.SetPriority(decided)),
 	}
 }
 
@@ -194,39 +194,39 @@ func (r *ruleset) sourceRules(key nftables.Value, masquerade int, decided uint32
 // that it holds besides the virtual ones passes the output hook, and is refused at the
 // input hook: a process whose packet is rejected at the output hook gets EPERM in place
 // of ECONNREFUSED.
-func (r *ruleset) refuse(verdict nftables.Statement) []nftables.Rule {
-	return []nftables.Rule{
+func (r *ruleset) refuse(verdict nft.Statement) []nft.Rule {
+	return []nft.Rule{
 		rule(in(r.Daddr(), vips), verdict),
-		rule(nftables.HasEntered(), verdict),
-		rule(nftables.ClearPriority()),
+		rule(nft.HasEntered(), verdict),
+		rule(nft.ClearPriority()),
 	}
 }
 
 // noEndpoints answers where internal traffic alone has no endpoints.
-func (r *ruleset) noEndpoints() []nftables.Rule {
+func (r *ruleset) noEndpoints() []nft.Rule {
 	fe := r.frontendKey()
-	clear := nftables.SetMark(nftables.ConstantMark(0))
-	return []nftables.Rule{
-		rule(clear, in(fe, rejected), nftables.GoTo("reject")),
-		rule(in(fe, dropped), nftables.GoTo("drop")),
-		rule(in(nodePortKey, rejectedNodePorts), nftables.GoTo("reject")),
-		rule(in(nodePortKey, droppedNodePorts), nftables.GoTo("drop")),
+	clear := nft.SetMark(nft.ConstantMark(0))
+	return []nft.Rule{
+		rule(clear, in(fe, rejected), nft.GoTo("reject")),
+		rule(in(fe, dropped), nft.GoTo("drop")),
+		rule(in(nodePortKey, rejectedNodePorts), nft.GoTo("reject")),
+		rule(in(nodePortKey, droppedNodePorts), nft.GoTo("drop")),
 	}
 }
 
 // decided takes the decision out of the packet once IPVS has followed it.
-func (r *ruleset) decided() []nftables.Rule {
-	isMarked := nftables.PriorityBitsAre(decisionMask|marked, decision|marked)
-	rules := []nftables.Rule{
-		rule(isMarked, nftables.MarkIs(stickyMask|endpointFlag, stickySpace), nftables.Jump("learn")),
-		rule(isMarked, nftables.SetMark(nftables.ConstantMark(0))),
-		rule(nftables.PriorityBitsAre(decisionMask|newSource, decision|newSource), nftables.SetMarkBit(r.mark, true)),
+func (r *ruleset) decided() []nft.Rule {
+	isMarked := nft.PriorityBitsAre(decisionMask|marked, decision|marked)
+	rules := []nft.Rule{
+		rule(isMarked, nft.MarkIs(stickyMask|endpointFlag, stickySpace), nft.Jump("learn")),
+		rule(isMarked, nft.SetMark(nft.ConstantMark(0))),
+		rule(nft.PriorityBitsAre(decisionMask|newSource, decision|newSource), nft.SetMarkBit(r.mark, true)),
 	}
 	if len(r.node.OwnPods) > 0 {
-		rules = append(rules, rule(nftables.PriorityBitsAre(decisionMask, decision), in(r.Saddr(), localPods), notIn(r.Saddr(), ownPods), notIn(r.Daddr(), ownPods),
-			nftables.SetMarkBit(r.mark, true)).Because("from another node to another node"))
+		rules = append(rules, rule(nft.PriorityBitsAre(decisionMask, decision), in(r.Saddr(), localPods), notIn(r.Saddr(), ownPods), notIn(r.Daddr(), ownPods),
+			nft.SetMarkBit(r.mark, true)).Because("from another node to another node"))
 	}
-	return append(rules, rule(nftables.PriorityBitsAre(decisionMask, decision), nftables.ClearPriority()))
+	return append(rules, rule(nft.PriorityBitsAre(decisionMask, decision), nft.ClearPriority()))
 }
 
 // affinityChains recall and learn a client's endpoint. A client is known by
@@ -237,56 +237,56 @@ func (r *ruleset) decided() []nftables.Rule {
 //
 // What the map remembers has to be deleted where it is not in the set: to
 // update a key that exists starts its time again and keeps the old endpoint.
-func (r *ruleset) affinityChains() []nftables.Chain {
-	var chains []nftables.Chain
-	var recall, learn []nftables.Rule
-	block := nftables.MarkBits(blockMask, 0)
-	client := nftables.Join(r.Saddr(), block)
+func (r *ruleset) affinityChains() []nft.Chain {
+	var chains []nft.Chain
+	var recall, learn []nft.Rule
+	block := nft.MarkBits(blockMask, 0)
+	client := nft.Join(r.Saddr(), block)
 	for class, timeout := range r.timeouts {
 		for v := range maxVariants {
 			low := uint32(class)<<variantBits | uint32(v)
 			name := fmt.Sprintf("recall-%ds-%d", int(timeout/time.Second), v)
-			isEndpoint := nftables.MarkIs(endpointFlag, endpointFlag)
-			chains = append(chains, nftables.NewChain(name, nil,
-				rule(nftables.SetMark(markOf(client, affinity))),
-				rule(in(nftables.Mark, affinityMembers+v), nftables.Remember(setNames[affinity], client, nftables.Mark, timeout), nftables.Return()),
-				rule(isEndpoint, nftables.Forget(setNames[affinity], client, nftables.Mark)).Because("its endpoint is gone"),
-				rule(nftables.SetMark(nftables.MarkBits(blockMask|low, low)))))
-			recall = append(recall, rule(nftables.MarkIs(^blockMask, low), nftables.GoTo(name)))
+			isEndpoint := nft.MarkIs(endpointFlag, endpointFlag)
+			chains = append(chains, nft.NewChain(name, nil,
+				rule(nft.SetMark(markOf(client, affinity))),
+				rule(in(nft.Mark, affinityMembers+nft.SetID(v)), nft.Remember(setNames[affinity], client, nft.Mark, timeout), nft.Return()),
+				rule(isEndpoint, nft.Forget(setNames[affinity], client, nft.Mark)).Because("its endpoint is gone"),
+				rule(nft.SetMark(nft.MarkBits(blockMask|low, low)))))
+			recall = append(recall, rule(nft.MarkIs(^blockMask, low), nft.GoTo(name)))
 		}
 		name := fmt.Sprintf("learn-%ds", int(timeout/time.Second))
-		chains = append(chains, nftables.NewChain(name, nil,
-			rule(nftables.SetMark(markOf(nftables.Join(block, r.Daddr(), nftables.DPort), affinityMarks)),
-				nftables.Remember(setNames[affinity], client, nftables.Mark, timeout))))
-		learn = append(learn, rule(nftables.MarkIs(^blockMask&^(maxVariants-1), uint32(class)<<variantBits), nftables.GoTo(name)))
+		chains = append(chains, nft.NewChain(name, nil,
+			rule(nft.SetMark(markOf(nft.Join(block, r.Daddr(), nft.DPort), affinityMarks)),
+				nft.Remember(setNames[affinity], client, nft.Mark, timeout))))
+		learn = append(learn, rule(nft.MarkIs(^blockMask&^(maxVariants-1), uint32(class)<<variantBits), nft.GoTo(name)))
 	}
-	return append(chains, nftables.NewChain("recall", nil, recall...), nftables.NewChain("learn", nil, learn...))
+	return append(chains, nft.NewChain("recall", nil, recall...), nft.NewChain("learn", nil, learn...))
 }
 
 // fromPods are the ways to tell packets of local Pods; any one that matches
 // will do.
-func (r *ruleset) fromPods() []nftables.Statement {
-	var ways []nftables.Statement
+func (r *ruleset) fromPods() []nft.Statement {
+	var ways []nft.Statement
 	if len(r.node.LocalPods.Prefixes) > 0 {
 		ways = append(ways, in(r.Saddr(), localPods))
 	}
 	if name := r.node.LocalPods.Interface; name != "" {
-		ways = append(ways, nftables.EntersBy(name, false))
+		ways = append(ways, nft.EntersBy(name, false))
 	}
 	if prefix := r.node.LocalPods.InterfacePrefix; prefix != "" {
-		ways = append(ways, nftables.EntersBy(prefix, true))
+		ways = append(ways, nft.EntersBy(prefix, true))
 	}
 	return ways
 }
 
 // toNodePortAddrs are the ways to tell packets to addresses that serve
 // NodePorts; there may be none. Virtual addresses, though local, do not.
-func (r *ruleset) toNodePortAddrs() [][]nftables.Statement {
+func (r *ruleset) toNodePortAddrs() [][]nft.Statement {
 	if r.node.NodePortAddrs.All {
-		return [][]nftables.Statement{{nftables.FibLocal(false), r.NotLoopback(), notIn(r.Daddr(), vips)}}
+		return [][]nft.Statement{{nft.FibLocal(false), r.NotLoopback(), notIn(r.Daddr(), vips)}}
 	}
 	if len(r.nodePortAddrs()) > 0 {
-		return [][]nftables.Statement{{in(r.Daddr(), nodePortAddrs)}}
+		return [][]nft.Statement{{in(r.Daddr(), nodePortAddrs)}}
 	}
 	return nil
 }
@@ -304,17 +304,17 @@ func (r *ruleset) nodePortAddrs() []netip.Addr {
 }
 
 // nodeElements are the elements that the node's facts make.
-func (r *ruleset) nodeElements() []nftables.Element {
-	var list []nftables.Element
-	intervals := func(set int, prefixes []netip.Prefix) {
-		for _, p := range nftables.Disjoint(prefixes) {
-			list = append(list, nftables.NewElement(set, addrBytes(p.Addr()), addrBytes(nftables.LastAddr(p)), "", ""))
+func (r *ruleset) nodeElements() []nft.Element {
+	var list []nft.Element
+	intervals := func(set nft.SetID, prefixes []netip.Prefix) {
+		for _, p := range nft.Disjoint(prefixes) {
+			list = append(list, nft.Element{Set: set, Key: addrBytes(p.Addr()), End: addrBytes(nft.LastAddr(p))})
 		}
 	}
 	intervals(localPods, r.node.LocalPods.Prefixes)
 	intervals(ownPods, r.node.OwnPods)
 	for _, a := range r.nodePortAddrs() {
-		list = append(list, nftables.NewElement(nodePortAddrs, addrBytes(a), "", "", ""))
+		list = append(list, nft.Element{Set: nodePortAddrs, Key: addrBytes(a)})
 	}
 	intervals(serviceCIDRs, r.node.ServiceCIDRs)
 	return list

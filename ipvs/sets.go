@@ -3,8 +3,7 @@ package ipvs
 import (
 	"net/netip"
 
-	"signalbox/nftables"
-
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
@@ -14,7 +13,7 @@ const tableName = "signalbox-ipvs"
 
 // The sets and maps of the table, by their place in newSets.
 const (
-	vips = iota
+	vips nft.SetID = iota
 	plainServers
 	marks
 	internalMarks
@@ -38,7 +37,7 @@ const (
 )
 
 const (
-	localPods = affinityMembers + maxVariants + iota
+	localPods = affinityMembers + maxVariants + nft.SetID(iota)
 	ownPods
 	nodePortAddrs
 	serviceCIDRs
@@ -57,23 +56,23 @@ const maxVariants = 4
 var setNames = func() []string {
 	names := make([]string, setCount)
 	for i, s := range newSets() {
-		names[i] = s.Name()
+		names[i] = s.Name
 	}
 	return names
 }()
 
-func newSets() []*nftables.Set {
-	addr, proto, port := nftables.AddrField, nftables.ProtoField, nftables.PortField
-	mark, datum := nftables.MarkField, []nftables.Field{nftables.MarkDatum}
-	type fields = []nftables.Field
+func newSets() []*nft.Set {
+	addr, proto, port := nft.AddrField, nft.ProtoField, nft.PortField
+	mark, datum := nft.MarkField, []nft.Field{nft.MarkDatum}
+	type fields = []nft.Field
 	frontend, nodePort := fields{addr, proto, port}, fields{proto, port}
-	set := func(name string, key fields, comment string) *nftables.Set {
-		return nftables.NewSet(name, key, nil, comment)
+	set := func(name string, key fields, comment string) *nft.Set {
+		return nft.NewSet(name, key, nil, comment)
 	}
-	toMark := func(name string, key fields, comment string) *nftables.Set {
-		return nftables.NewSet(name, key, datum, comment)
+	toMark := func(name string, key fields, comment string) *nft.Set {
+		return nft.NewSet(name, key, datum, comment)
 	}
-	list := []*nftables.Set{
+	list := []*nft.Set{
 		set("vips", fields{addr}, "the addresses on "+deviceName),
 		set("virtual-servers", frontend, "IPVS knows these by their address"),
 		toMark("marks", frontend, "IPVS knows these by a mark"),
@@ -108,7 +107,7 @@ func newSets() []*nftables.Set {
 
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
-type frontendSets struct{ marks, internal, masquerade, rejected, dropped, restricted, allowed int }
+type frontendSets struct{ marks, internal, masquerade, rejected, dropped, restricted, allowed nft.SetID }
 
 var (
 	addressedSets = frontendSets{marks, internalMarks, masquerade, rejected, dropped, restricted, allowedSources}
@@ -124,8 +123,8 @@ func setsOf(fe *plan.Frontend) frontendSets {
 
 func addrBytes(a netip.Addr) string { return string(a.AsSlice()) }
 
-func in(v nftables.Value, set int) nftables.Statement    { return nftables.In(v, setNames[set]) }
-func notIn(v nftables.Value, set int) nftables.Statement { return nftables.NotIn(v, setNames[set]) }
-func markOf(v nftables.Value, set int) nftables.Value {
-	return nftables.MarkLookedUp(v, setNames[set])
+func in(v nft.Value, set nft.SetID) nft.Statement    { return nft.In(v, setNames[set]) }
+func notIn(v nft.Value, set nft.SetID) nft.Statement { return nft.NotIn(v, setNames[set]) }
+func markOf(v nft.Value, set nft.SetID) nft.Value {
+	return nft.MarkLookedUp(v, setNames[set])
 }

@@ -8,8 +8,7 @@ import (
 	"slices"
 	"time"
 
-	"signalbox/nftables"
-
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
@@ -19,7 +18,7 @@ type state struct {
 	pool    *markPool
 	records map[plan.ServicePortName]*record
 	// uses counts how many records want each element of the table.
-	uses map[elementKey]use
+	uses map[nft.ElementID]use
 	// servers are the virtual servers in the kernel that are this mode's.
 	servers map[serverKey]*server
 	// live says which of them a record wants.
@@ -39,14 +38,8 @@ type state struct {
 	*deadlines
 }
 
-// elementKey is what no two elements of the table share.
-type elementKey struct {
-	set      int
-	key, end string
-}
-
 type use struct {
-	element nftables.Element
+	element nft.Element
 	count   int
 }
 
@@ -58,15 +51,15 @@ type batch struct {
 	names         []plan.ServicePortName
 	old, new      []*record // by names; nil for none
 	grow, shrink  []op
-	add, remove   []nftables.Element
+	add, remove   []nft.Element
 	newVIPs       []netip.Addr
-	uses          map[elementKey]use // as they will be
+	uses          map[nft.ElementID]use // as they will be
 }
 
 func newState(rules *ruleset) *state {
 	return &state{
 		rules: rules, pool: newMarkPool(),
-		records: make(map[plan.ServicePortName]*record), uses: make(map[elementKey]use),
+		records: make(map[plan.ServicePortName]*record), uses: make(map[nft.ElementID]use),
 		servers: make(map[serverKey]*server), live: make(map[serverKey]bool),
 		replaced:  make(map[serverKey]plan.ServicePortName),
 		endpoints: make(map[uint32]map[netip.AddrPort]uint32),
@@ -92,7 +85,7 @@ func (st *state) numbered(block uint32) map[netip.AddrPort]uint32 { return st.en
 // stage works out what changes when the named Service ports become what plan
 // says. On error the state is as it was, but for new time-outs.
 func (st *state) stage(desired *plan.Plan, names []plan.ServicePortName, compilerOf func(plan.ServicePortName) *compiler) (*batch, error) {
-	b := &batch{names: names, uses: make(map[elementKey]use, 2*len(names))}
+	b := &batch{names: names, uses: make(map[nft.ElementID]use, 2*len(names))}
 	fail := func(err error) (*batch, error) {
 		for _, r := range b.new {
 			st.giveBack(r)
@@ -232,15 +225,14 @@ func (st *state) drains(key serverKey, dest netip.AddrPort) bool {
 
 // diffElements compares the elements of the batch's records before and after.
 func (st *state) diffElements(b *batch) {
-	var order []elementKey
+	var order []nft.ElementID
 	count := func(r *record, by int) {
 		if r == nil {
 			return
 		}
 		for i := range r.elements {
 			e := &r.elements[i]
-			set, key, end := e.ID()
-			k := elementKey{set, key, end}
+			k := e.ID()
 			u, seen := b.uses[k]
 			if !seen {
 				u = st.uses[k]
@@ -261,12 +253,11 @@ func (st *state) diffElements(b *batch) {
 	}
 	for _, k := range order {
 		before, after := st.uses[k], b.uses[k]
-		_, was := before.element.Bytes()
-		_, is := after.element.Bytes()
-		if before.count > 0 && (after.count == 0 || was != is) {
+		changed := before.element.Data != after.element.Data
+		if before.count > 0 && (after.count == 0 || changed) {
 			b.remove = append(b.remove, before.element)
 		}
-		if after.count > 0 && (before.count == 0 || was != is) {
+		if after.count > 0 && (before.count == 0 || changed) {
 			b.add = append(b.add, after.element)
 		}
 	}

@@ -12,8 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"signalbox/nftables"
-
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
@@ -85,7 +84,7 @@ func TestDiff(t *testing.T) {
 type model struct {
 	t        *testing.T
 	servers  map[serverKey]*server
-	elements map[elementKey]nftables.Element
+	elements map[nft.ElementID]nft.Element
 }
 
 func (m *model) do(o op) {
@@ -120,18 +119,16 @@ func (m *model) apply(st *state, b *batch) {
 		st.note(o)
 	}
 	for _, e := range b.remove {
-		set, key, end := e.ID()
-		k := elementKey{set, key, end}
+		k := e.ID()
 		if _, there := m.elements[k]; !there {
-			m.t.Fatalf("an element of %s is removed that is not there", setNames[set])
+			m.t.Fatalf("an element of %s is removed that is not there", setNames[e.Set])
 		}
 		delete(m.elements, k)
 	}
 	for _, e := range b.add {
-		set, key, end := e.ID()
-		k := elementKey{set, key, end}
+		k := e.ID()
 		if _, there := m.elements[k]; there {
-			m.t.Fatalf("an element of %s is added twice", setNames[set])
+			m.t.Fatalf("an element of %s is added twice", setNames[e.Set])
 		}
 		m.elements[k] = e
 	}
@@ -163,12 +160,12 @@ func (m *model) inUse() string {
 		}
 	}
 	for k, e := range m.elements {
-		_, data := e.Bytes()
-		if data != "" || k.set >= affinityMembers && k.set < localPods {
-			lines = append(lines, fmt.Sprintf("%s %d", setNames[k.set], len(k.key))) // holds a mark
+		data := e.Data
+		if data != "" || k.Set >= affinityMembers && k.Set < localPods {
+			lines = append(lines, fmt.Sprintf("%s %d", setNames[k.Set], len(k.Key))) // holds a mark
 			continue
 		}
-		lines = append(lines, fmt.Sprintf("%s %x-%x", setNames[k.set], k.key, k.end))
+		lines = append(lines, fmt.Sprintf("%s %x-%x", setNames[k.Set], k.Key, k.End))
 	}
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
@@ -210,8 +207,8 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 			t.Run(fmt.Sprint(family, "/", seed), func(t *testing.T) {
 				w, r := world{family}, rand.New(rand.NewPCG(seed, 1))
 				desired := w.plan()
-				p := &Proxier{IPFamily: nftables.FamilyOf(family), schedulers: newSchedulers("", nil)}
-				grown := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
+				p := &Proxier{IPFamily: nft.FamilyOf(family), schedulers: newSchedulers("", nil)}
+				grown := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
 				st := newState(&ruleset{IPFamily: p.IPFamily})
 				st.others = map[netip.Addr]bool{}
 				for range 60 {
@@ -226,7 +223,7 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 					}
 					step(t, p, st, desired, slices.Collect(maps.Keys(names)), grown)
 				}
-				fresh := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
+				fresh := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
 				anew := newState(&ruleset{IPFamily: p.IPFamily})
 				step(t, p, anew, desired, slices.Collect(maps.Keys(desired.Services)), fresh)
 				if diff := cmp.Diff(fresh.inUse(), grown.inUse()); diff != "" {
@@ -304,9 +301,9 @@ func compareStates(t *testing.T, want, got *state) {
 // connections are under them.
 func TestMarksStay(t *testing.T) {
 	w := world{plan.IPv4}
-	p := &Proxier{IPFamily: nftables.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
+	p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
 	st := newState(&ruleset{IPFamily: p.IPFamily})
-	m := &model{t, map[serverKey]*server{}, map[elementKey]nftables.Element{}}
+	m := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
 	service := func(all, here *plan.EndpointSet) *plan.ServicePort {
 		sp := w.service("web", plan.TCP, all, clusterIP(w.vip(1), 80, all), local(plan.NodePort, netip.Addr{}, 30080, all, here))
 		return sp
@@ -367,7 +364,7 @@ func TestMarksPartWays(t *testing.T) {
 		if timeout > 0 {
 			mark = stickySpace + 5<<blockBits
 		}
-		p := &Proxier{IPFamily: nftables.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
+		p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
 		st := newState(&ruleset{IPFamily: p.IPFamily})
 		b, err := st.stage(w.plan(one, other), []plan.ServicePortName{one.Name, other.Name}, p.compiler(st, func(markKey) uint32 { return mark }))
 		if err != nil {

@@ -13,7 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netns"
 
-	"signalbox/nftables"
+	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -36,8 +36,8 @@ func TestKernelTakesRules(t *testing.T) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
 			inNamespace(t)
-			f := nftables.FamilyOf(family)
-			table, err := nftables.OpenTable(f, tableName, newSets())
+			f := nft.FamilyOf(family)
+			table, err := nft.Open(f, tableName, newSets())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -54,7 +54,7 @@ func TestKernelTakesRules(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, c := range rules.chains() {
-				table.AddChains([]nftables.Chain{c})
+				table.AddChains([]nft.Chain{c})
 				if err := table.Commit(); err != nil {
 					t.Errorf("%s: %v", c.Text(), err)
 				}
@@ -78,8 +78,8 @@ func TestListing(t *testing.T) {
 		t.Run(family.String(), func(t *testing.T) {
 			inNamespace(t)
 			desired := world{family}.example()
-			f := nftables.FamilyOf(family)
-			table, err := nftables.OpenTable(f, tableName, newSets())
+			f := nft.FamilyOf(family)
+			table, err := nft.Open(f, tableName, newSets())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -94,7 +94,7 @@ func TestListing(t *testing.T) {
 			}
 			b.all = true
 			compare := func(t *testing.T) {
-				out, err := exec.Command("nft", "list", "table", f.Word(), tableName).CombinedOutput()
+				out, err := exec.Command("nft", "list", "table", f.Word, tableName).CombinedOutput()
 				if err != nil {
 					t.Fatalf("nft: %v\n%s", err, out)
 				}

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/nft"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )
@@ -45,12 +46,12 @@ func BenchmarkCompile(b *testing.B) {
 		b.ReportAllocs()
 		elements := 0
 		for b.Loop() {
-			st, err := newStateOf(familyOf(plan.Family), plan, nil, nil)
+			st, err := newStateOf(nft.FamilyOf(plan.Family), plan, nil, nil)
 			if err != nil {
 				b.Fatal(err)
 			}
 			elements = 0
-			st.emitAll(func(element) { elements++ })
+			st.emitAll(func(nft.Element) { elements++ })
 		}
 		b.ReportMetric(float64(elements), "elements")
 	})

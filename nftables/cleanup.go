@@ -5,9 +5,10 @@ import (
 	"fmt"
 	"slices"
 
-	nflib "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -25,26 +26,23 @@ func CleanupKubeProxy(f plan.Family) (removed bool, err error) {
 
 // HasChain says whether a table of other software has a chain.
 func HasChain(f plan.Family, table, chain string) (bool, error) {
-	w, err := dial(familyOf(f), table)
+	w, err := dial(nft.FamilyOf(f), table)
 	if err != nil {
 		return false, err
 	}
-	defer w.close()
-	chains, err := w.conn.ListChainsOfTableFamily(w.family.table)
-	if err != nil {
-		return false, fmt.Errorf("list chains: %w", err)
-	}
-	return slices.ContainsFunc(chains, func(c *nflib.Chain) bool { return c.Table.Name == table && c.Name == chain }), nil
+	defer w.Close()
+	found, err := w.Inspect()
+	return err == nil && found != nil && slices.Contains(found.Chains, chain), err
 }
 
 func removeTable(f plan.Family, name string) (removed bool, err error) {
-	w, err := dial(familyOf(f), name)
+	w, err := dial(nft.FamilyOf(f), name)
 	if err != nil {
 		return false, err
 	}
-	defer w.close()
+	defer w.Close()
 	removed = w.DeleteTable()
-	err = w.flush()
+	err = access.Commit(w)
 	if errors.Is(err, unix.EINVAL) { // of nfnetlink, which knows no nf_tables
 		return false, unsupported(f, "nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
@@ -56,11 +54,11 @@ func removeTable(f plan.Family, name string) (removed bool, err error) {
 
 // HasKubeProxy says whether there is a table of kube-proxy's nftables mode.
 func HasKubeProxy(f plan.Family) bool {
-	w, err := dial(familyOf(f), kubeProxyTable)
+	w, err := dial(nft.FamilyOf(f), kubeProxyTable)
 	if err != nil {
 		return false
 	}
-	defer w.close()
-	exists, err := w.exists()
+	defer w.Close()
+	exists, err := w.Exists()
 	return err == nil && exists
 }

@@ -5,18 +5,20 @@ import (
 	"strings"
 	"testing"
 
+	nflib "github.com/google/nftables"
+
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
 // generation is the kernel's count of transactions.
 func generation(t *testing.T) uint32 {
 	t.Helper()
-	w, err := dial(familyOf(plan.IPv4), tableName)
+	conn, err := nflib.New()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer w.close()
-	gen, err := w.conn.GetGen()
+	gen, err := conn.GetGen()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +50,7 @@ table ip filter { chain DOCKER { counter; }; }
 		if err := newProxier(t, f).Sync(t.Context(), &plan.Plan{Family: f}, plan.Change{All: true}); err != nil {
 			t.Fatal(err)
 		}
-		nftText(t, "table "+familyOf(f).word+" kube-proxy { chain services { }; }", "-f", "-")
+		nftText(t, "table "+nft.FamilyOf(f).Word+" kube-proxy { chain services { }; }", "-f", "-")
 	}
 	for _, f := range plan.Families {
 		if removed, err := Cleanup(f); err != nil || !removed {

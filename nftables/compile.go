@@ -3,25 +3,27 @@ package nftables
 import (
 	"net/netip"
 
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
 // compile hands every element that the record stands for to emit. Elements of
 // shared sets may come more than once.
-func (f *family) compile(r *record, emit func(element)) {
-	comment := commentText(r.port.Name.String())
+func compile(r *record, emit func(nft.Element)) {
+	comment := nft.CommentText(r.port.Name.String())
 	for i := range r.port.Frontends {
-		f.compileFrontend(r, &r.port.Frontends[i], comment, emit)
+		compileFrontend(r, &r.port.Frontends[i], comment, emit)
 	}
 	for i := range r.sets {
 		set := &r.sets[i]
 		for slot := range set.Len() {
-			f.compileSlot(r, i, slot, emit)
+			compileSlot(r, i, slot, emit)
 		}
 		for _, e := range set.Endpoints {
 			if e.MayHairpin {
 				addr := string(e.Addr().AsSlice())
-				emit(element{set: hairpin, key: addr + addr})
+				emit(nft.Element{Set: hairpin, Key: addr + addr})
 			}
 		}
 	}
@@ -30,7 +32,7 @@ func (f *family) compile(r *record, emit func(element)) {
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
 type frontendSets struct {
-	external, internal, masquerade, refused, dropped, restricted, allowed setID
+	external, internal, masquerade, refused, dropped, restricted, allowed nft.SetID
 }
 
 var (
@@ -38,67 +40,67 @@ var (
 	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, refusedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
 )
 
-func (f *family) compileFrontend(r *record, fe *plan.Frontend, comment string, emit func(element)) {
+func compileFrontend(r *record, fe *plan.Frontend, comment string, emit func(nft.Element)) {
 	sets := addressedSets
 	if !fe.Addr.IsValid() {
 		sets = nodePortSets
 	}
-	key := frontendBytes(fe.Key(r.port.Name.Protocol))
+	key := access.FrontendBytes(fe.Key(r.port.Name.Protocol))
 	external, internal := r.idOf(fe.External), r.idOf(fe.Internal)
-	emit(element{set: sets.external, key: key, data: idDatumBytes(external), comment: comment})
+	emit(nft.Element{Set: sets.external, Key: key, Data: nft.MarkData(external), Comment: comment})
 	if internal != external {
-		emit(element{set: sets.internal, key: key, data: idDatumBytes(internal), comment: comment})
+		emit(nft.Element{Set: sets.internal, Key: key, Data: nft.MarkData(internal), Comment: comment})
 	}
-	emit(element{set: sets.masquerade, key: key, data: idDatumBytes(uint32(fe.Masquerade))})
+	emit(nft.Element{Set: sets.masquerade, Key: key, Data: nft.MarkData(uint32(fe.Masquerade))})
 	if external == noSet || internal == noSet {
-		emit(element{set: sets.refused, key: key, comment: comment})
+		emit(nft.Element{Set: sets.refused, Key: key, Comment: comment})
 		if fe.WhenEmpty == plan.Drop {
-			emit(element{set: sets.dropped, key: key})
+			emit(nft.Element{Set: sets.dropped, Key: key})
 		}
 	}
 	if fe.Sources != nil {
-		emit(element{set: sets.restricted, key: key})
-		for _, p := range disjoint(fe.Sources) {
-			emit(element{set: sets.allowed,
-				key: key + string(p.Addr().AsSlice()), end: key + string(lastAddr(p).AsSlice())})
+		emit(nft.Element{Set: sets.restricted, Key: key})
+		for _, p := range nft.Disjoint(fe.Sources) {
+			emit(nft.Element{Set: sets.allowed,
+				Key: key + string(p.Addr().AsSlice()), End: key + string(nft.LastAddr(p).AsSlice())})
 		}
 	}
 	if fe.Kind == plan.ClusterIP && fe.Addr.IsValid() {
-		emit(element{set: clusterIPs, key: string(fe.Addr.AsSlice())})
+		emit(nft.Element{Set: clusterIPs, Key: string(fe.Addr.AsSlice())})
 	}
 }
 
 // compileSlot emits what stands for one endpoint in one slot of set number i.
-func (f *family) compileSlot(r *record, i, slot int, emit func(element)) {
+func compileSlot(r *record, i, slot int, emit func(nft.Element)) {
 	set := &r.sets[i]
 	index := set.endpoint(slot)
 	e := set.Endpoints[index]
-	addr := string(appendPort(appendAddr(nil, e.Addr()), e.Port()))
+	addr := string(nft.AppendPort(nft.AppendAddr(nil, e.Addr()), e.Port()))
 	if !r.sticky() {
-		emit(element{set: endpoints, key: slotKey(set.base, slot), data: addr})
+		emit(nft.Element{Set: endpoints, Key: slotKey(set.base, slot), Data: addr})
 		return
 	}
 	id := r.block | endpointFlag(r.large()) | set.numbers[index]
-	emit(element{set: affinitySlots, key: slotKey(r.block|uint32(i), slot), data: idDatumBytes(id)})
-	emit(element{set: affinityEndpoints + setID(i), key: idKey(id), data: addr})
+	emit(nft.Element{Set: affinitySlots, Key: slotKey(r.block|uint32(i), slot), Data: nft.MarkData(id)})
+	emit(nft.Element{Set: affinityEndpoints + nft.SetID(i), Key: nft.MarkKey(id), Data: addr})
 }
 
 func slotKey(id uint32, slot int) string {
-	return string(appendID(appendID(make([]byte, 0, 8), id), uint32(slot)))
+	return string(nft.AppendID(nft.AppendID(make([]byte, 0, 8), id), uint32(slot)))
 }
 
 // compileNode hands out the elements that the node's facts make.
-func (r ruleset) compileNode(emit func(element)) {
-	intervals := func(set setID, prefixes []netip.Prefix) {
-		for _, p := range disjoint(prefixes) {
-			emit(element{set: set, key: string(p.Addr().AsSlice()), end: string(lastAddr(p).AsSlice())})
+func (r ruleset) compileNode(emit func(nft.Element)) {
+	intervals := func(set nft.SetID, prefixes []netip.Prefix) {
+		for _, p := range nft.Disjoint(prefixes) {
+			emit(nft.Element{Set: set, Key: string(p.Addr().AsSlice()), End: string(nft.LastAddr(p).AsSlice())})
 		}
 	}
 	intervals(localPods, r.node.LocalPods.Prefixes)
 	intervals(ownPods, r.node.OwnPods)
 	intervals(serviceCIDRs, r.node.ServiceCIDRs)
 	for _, a := range r.nodePortAddrs() {
-		emit(element{set: nodePortAddrs, key: string(a.AsSlice())})
+		emit(nft.Element{Set: nodePortAddrs, Key: string(a.AsSlice())})
 	}
 }
 

@@ -1,6 +1,9 @@
 package nftables
 
-import "signalbox/proxier"
+import (
+	"signalbox/nft"
+	"signalbox/proxier"
+)
 
 // size is how much the table holds.
 type size struct {
@@ -20,9 +23,9 @@ func (n *size) countRules(rules ruleset, st *state) {
 	n.chains, n.rules, n.nodeElements = 0, 0, 0
 	for _, c := range rules.chains(st) {
 		n.chains++
-		n.rules += len(c.rules)
+		n.rules += len(c.Rules)
 	}
-	rules.compileNode(func(element) { n.nodeElements++ })
+	rules.compileNode(func(nft.Element) { n.nodeElements++ })
 }
 
 // change counts what was written.

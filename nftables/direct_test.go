@@ -10,6 +10,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/nft"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )
@@ -60,14 +61,14 @@ var directWays = []struct {
 // that nothing leads to has the kernel track connections.
 func (l *lab) hookOnly() {
 	l.must(netns.Set(l.node))
-	f := familyOf(l.family)
-	table, err := OpenTable(f, tableName, nil)
+	f := nft.FamilyOf(l.family)
+	table, err := nft.Open(f, tableName, nil)
 	l.must(err)
 	defer table.Close()
 	table.ReplaceTable()
-	chains := []Chain{NewChain("tracking", nil, NewRule(StateNew(), Return()))}
-	for _, c := range (ruleset{family: f}).baseChains() {
-		chains = append(chains, NewChain(c.name, c.hook))
+	chains := []nft.Chain{nft.NewChain("tracking", nil, nft.NewRule(nft.StateNew(), nft.Return()))}
+	for _, c := range (ruleset{IPFamily: f}).baseChains() {
+		chains = append(chains, nft.NewChain(c.Name, c.Hook))
 	}
 	table.AddChains(chains)
 	l.must(table.Commit())

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"signalbox/nft"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )
@@ -60,10 +61,10 @@ func blocks(t testing.TB, listing string) map[string][]string {
 // in the kernel.
 func compareKernel(t testing.TB, p *Proxier, node plan.Node) {
 	t.Helper()
-	want := blocks(t, ruleset{p.family, p.mark, node}.render(p.state))
-	got := blocks(t, runNft(t, "list", "table", p.word, tableName))
+	want := blocks(t, ruleset{p.IPFamily, p.mark, node}.render(p.state))
+	got := blocks(t, runNft(t, "list", "table", p.Word, tableName))
 	// Packets fill the affinity map, so only its declaration is compared.
-	head := "map " + schemas[affinity].name + " {"
+	head := "map " + schemas[affinity].Name + " {"
 	got[head] = slices.DeleteFunc(got[head], func(line string) bool { return strings.Contains(line, " expires ") })
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Fatalf("the kernel's table differs (- believed, + listed):\n%s", diff)
@@ -219,13 +220,13 @@ func TestKernelFollows(t *testing.T) {
 func compareCounts(t testing.TB, p *Proxier, node plan.Node) {
 	t.Helper()
 	want := map[string]int{}
-	rules := ruleset{p.family, p.mark, node}
+	rules := ruleset{p.IPFamily, p.mark, node}
 	for _, c := range rules.chains(p.state) {
 		want["chain"]++
-		want["rule"] += len(c.rules)
+		want["rule"] += len(c.Rules)
 	}
-	rules.compileNode(func(element) { want["element"]++ })
-	p.state.emitAll(func(element) { want["element"]++ })
+	rules.compileNode(func(nft.Element) { want["element"]++ })
+	p.state.emitAll(func(nft.Element) { want["element"]++ })
 	got := map[string]int{}
 	for _, k := range p.Counts() {
 		got[k.Kind] = k.Count
@@ -239,7 +240,7 @@ func compareCounts(t testing.TB, p *Proxier, node plan.Node) {
 // made at once.
 func compareMeaning(t testing.TB, st *state, plan *plan.Plan) {
 	t.Helper()
-	fresh, err := newStateOf(st.family, plan, nil, nil)
+	fresh, err := newStateOf(st.IPFamily, plan, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,15 +253,15 @@ func compareMeaning(t testing.TB, st *state, plan *plan.Plan) {
 // packet can be sent to, and all elements that hold no id as they are.
 func meaning(t testing.TB, st *state) []string {
 	t.Helper()
-	byKey := map[setID]map[string]element{}
-	st.emitAll(func(e element) {
-		if byKey[e.set] == nil {
-			byKey[e.set] = map[string]element{}
+	byKey := map[nft.SetID]map[string]nft.Element{}
+	st.emitAll(func(e nft.Element) {
+		if byKey[e.Set] == nil {
+			byKey[e.Set] = map[string]nft.Element{}
 		}
-		if twice, seen := byKey[e.set][e.key+e.end]; seen {
-			t.Fatalf("two elements of %s share a key: %s and %s", schemas[e.set].name, schemas[twice.set].elementText(&twice, st.family), schemas[e.set].elementText(&e, st.family))
+		if twice, seen := byKey[e.Set][e.Key+e.End]; seen {
+			t.Fatalf("two elements of %s share a key: %s and %s", schemas[e.Set].Name, schemas[twice.Set].ElementText(&twice, st.IPFamily), schemas[e.Set].ElementText(&e, st.IPFamily))
 		}
-		byKey[e.set][e.key+e.end] = e
+		byKey[e.Set][e.Key+e.End] = e
 	})
 	chains := map[uint32]sizedChain{}
 	for c, n := range st.chains {
@@ -272,11 +273,11 @@ func meaning(t testing.TB, st *state) []string {
 			switch set {
 			case pickChains, endpoints, affinitySlots, affinityEndpoints, affinityEndpoints + 1, affinityEndpoints + 2, affinityEndpoints + 3:
 			case frontends, internalFrontends, nodePorts, internalNodePorts:
-				id := bigEndian(e.data)
-				lines = append(lines, fmt.Sprintf("%s %s: %s", schemas[set].name, fieldsText(st.family, schemas[set].key, e.key, ""),
+				id := bigEndian(e.Data)
+				lines = append(lines, fmt.Sprintf("%s %s: %s", schemas[set].Name, nft.FieldsText(st.IPFamily, schemas[set].Key, e.Key, ""),
 					strings.Join(reach(t, st, byKey, chains, id), " ")))
 			default:
-				lines = append(lines, schemas[set].name+" "+schemas[e.set].elementText(&e, st.family))
+				lines = append(lines, schemas[set].Name+" "+schemas[e.Set].ElementText(&e, st.IPFamily))
 			}
 		}
 	}
@@ -290,27 +291,27 @@ func bigEndian(s string) uint32 {
 
 // reach does for an id what the rules do for a packet: it lists the endpoints
 // in all slots of the chain.
-func reach(t testing.TB, st *state, byKey map[setID]map[string]element, chains map[uint32]sizedChain, id uint32) []string {
+func reach(t testing.TB, st *state, byKey map[nft.SetID]map[string]nft.Element, chains map[uint32]sizedChain, id uint32) []string {
 	t.Helper()
 	if id == noSet {
 		return nil
 	}
 	c, known := chains[id&chainMask]
 	if !known {
-		t.Fatalf("id %s leads to no chain", idText(id))
+		t.Fatalf("id %s leads to no chain", nft.ClassIDText(id))
 	}
 	list := []string{fmt.Sprintf("affinity %s", c.timeout)}
 	for slot := range c.size {
-		var e element
+		var e nft.Element
 		if c.timeout == 0 {
 			e, known = byKey[endpoints][slotKey(id&^chainMask, slot)]
 		} else if e, known = byKey[affinitySlots][slotKey(id&blockMask(c.large)|uint32(c.variant), slot)]; known {
-			e, known = byKey[affinityEndpoints+setID(c.variant)][idKey(bigEndian(e.data))]
+			e, known = byKey[affinityEndpoints+nft.SetID(c.variant)][nft.MarkKey(bigEndian(e.Data))]
 		}
 		if !known {
-			t.Fatalf("id %s: slot %d of %s leads nowhere", idText(id), slot, c.name())
+			t.Fatalf("id %s: slot %d of %s leads nowhere", nft.ClassIDText(id), slot, c.name())
 		}
-		list = append(list, fieldsText(st.family, addrPort, e.data, ""))
+		list = append(list, nft.FieldsText(st.IPFamily, addrPort, e.Data, ""))
 	}
 	slices.Sort(list)
 	return list
@@ -408,23 +409,23 @@ func TestNothingIsLost(t *testing.T) {
 	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
-	want := map[setID]int{frontends: 10_000, masquerade: 10_000, clusterIPs: 10_000, endpoints: 100_000, hairpin: 1000}
+	want := map[nft.SetID]int{frontends: 10_000, masquerade: 10_000, clusterIPs: 10_000, endpoints: 100_000, hairpin: 1000}
 	for set, n := range want {
-		elements, err := p.wire.conn.GetSetElements(p.wire.sets[set])
+		elements, err := p.wire.Read(set)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(elements) != n {
-			t.Errorf("%d elements in %s, want %d", len(elements), schemas[set].name, n)
+			t.Errorf("%d elements in %s, want %d", len(elements), schemas[set].Name, n)
 		}
 	}
-	chains, err := p.wire.conn.ListChainsOfTableFamily(p.table)
+	table, err := p.wire.Inspect()
 	if err != nil {
 		t.Fatal(err)
 	}
-	small := ruleset{p.family, p.mark, desired.Node}.chains(newState(p.family))
-	if len(chains) != len(small) {
-		t.Errorf("%d chains with 10,000 Services, %d with none", len(chains), len(small))
+	small := ruleset{p.IPFamily, p.mark, desired.Node}.chains(newState(p.IPFamily))
+	if len(table.Chains) != len(small) {
+		t.Errorf("%d chains with 10,000 Services, %d with none", len(table.Chains), len(small))
 	}
 }
 

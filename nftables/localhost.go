@@ -5,9 +5,7 @@ import (
 	"slices"
 	"sync"
 
-	nflib "github.com/google/nftables"
-	"github.com/google/nftables/expr"
-
+	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -24,45 +22,41 @@ const refuseOnLocalhost = "refuse-on-localhost"
 
 // toLocalhost leads packets for NodePorts on loopback to refuseOnLocalhost. A program
 // that listens there is not asked, as with kube-proxy.
-func (r ruleset) toLocalhost() []rule {
+func (r ruleset) toLocalhost() []nft.Rule {
 	if !r.node.LocalhostNodePorts {
 		return nil
 	}
-	return []rule{newRule(r.isLoopback(), setPriority(idLookedUp(nodePortOf, nodePorts)), goTo(refuseOnLocalhost))}
+	return []nft.Rule{nft.NewRule(r.IsLoopback(), nft.SetPriorityFrom(idLookedUp(nodePortOf, nodePorts)), nft.GoTo(refuseOnLocalhost))}
 }
 
 // localhostChains refuse and count what the relay on loopback cannot carry.
-func (r ruleset) localhostChains() []chain {
+func (r ruleset) localhostChains() []nft.Chain {
 	if !r.node.LocalhostNodePorts {
 		return nil
 	}
-	refuse := chain{name: refuseOnLocalhost}
+	refuse := nft.Chain{Name: refuseOnLocalhost}
 	for _, p := range notRelayed {
-		refuse.rules = append(refuse.rules, newRule(ProtocolIs(p), countedBy(refusedCounter(p)), r.reject()))
+		refuse.Rules = append(refuse.Rules, nft.NewRule(nft.ProtocolIs(p), nft.CountedBy(refusedCounter(p)), r.Reject()))
 	}
-	refuse.rules = append(refuse.rules, newRule(clearPriority()))
-	return []chain{refuse}
+	refuse.Rules = append(refuse.Rules, nft.NewRule(nft.ClearPriority()))
+	return []nft.Chain{refuse}
 }
 
 // setCounters makes the counters that rules refer to, and removes what an old
 // table has of others. One that is there goes on.
-func setCounters(w *wire, rules ruleset, old *legacy) {
+func setCounters(w *nft.Table, rules ruleset, old *nft.Contents) {
 	wanted := rules.counters()
 	for _, name := range wanted {
-		w.conn.AddObj(counterOf(w, name))
+		w.AddCounter(name)
 	}
 	if old == nil {
 		return
 	}
-	for _, name := range old.counters {
+	for _, name := range old.Counters {
 		if !slices.Contains(wanted, name) {
-			w.conn.DeleteObject(counterOf(w, name))
+			w.DeleteCounter(name)
 		}
 	}
-}
-
-func counterOf(w *wire, name string) *nflib.NamedObj {
-	return &nflib.NamedObj{Table: w.table, Name: name, Type: nflib.ObjTypeCounter, Obj: &expr.Counter{}}
 }
 
 // counters are the names of those that rules refer to.
@@ -81,12 +75,12 @@ func (r ruleset) counters() []string {
 // sync uses.
 type counterReader struct {
 	mu   sync.Mutex // guards wire
-	wire *wire      // nil while it is not open
+	wire *nft.Table // nil while it is not open
 }
 
 // open connects to the network namespace of the calling thread, unless that has been
 // done. Without a connection the counters are not reported.
-func (r *counterReader) open(f *family) {
+func (r *counterReader) open(f *nft.IPFamily) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.wire != nil {
@@ -109,14 +103,8 @@ func (r *counterReader) refused() map[plan.Protocol]uint64 {
 		return counts
 	}
 	for _, p := range notRelayed {
-		obj, err := r.wire.conn.GetObject(counterOf(r.wire, refusedCounter(p)))
-		if err != nil {
-			continue
-		}
-		if named, ok := obj.(*nflib.NamedObj); ok {
-			if c, ok := named.Obj.(*expr.Counter); ok {
-				counts[p] = c.Packets
-			}
+		if n, err := r.wire.CounterPackets(refusedCounter(p)); err == nil {
+			counts[p] = n
 		}
 	}
 	return counts
@@ -128,7 +116,7 @@ func (r *counterReader) close() error {
 	if r.wire == nil {
 		return nil
 	}
-	err := r.wire.close()
+	err := r.wire.Close()
 	r.wire = nil
 	return err
 }

@@ -5,6 +5,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -16,51 +17,40 @@ const probeTable = "signalbox-probe"
 // Supported says whether this node's kernel can do all that the mode needs, by
 // asking it to. The error is a *proxier.UnsupportedError.
 func Supported(f plan.Family) error {
-	w, err := dial(familyOf(f), probeTable)
+	w, err := dial(nft.FamilyOf(f), probeTable)
 	if err != nil {
 		return unsupported(f, "the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
-	defer w.close()
+	defer w.Close()
 	return diagnose(f, func(features ...feature) error { return tryFeatures(w, features...) })
 }
 
 // feature is something of the kernel that rules are made of.
 type feature struct {
 	missing, remedy string
-	write           func(w *wire)
+	write           func(w *nft.Table)
 }
 
-// tryFeatures writes features into a table of their own, in a transaction that
-// the kernel looks at and undoes, because at its end it asks for a new table
-// where there is one by then. So a start writes nothing, and other software that
-// watches the rules is not woken.
-func tryFeatures(w *wire, features ...feature) error {
-	w.conn.AddTable(w.table)
-	for _, f := range features {
-		f.write(w)
-	}
-	w.conn.CreateTable(w.table)
-	err := w.flush()
-	if errors.Is(err, unix.EEXIST) {
-		return nil
-	}
-	if err == nil {
-		err = errors.New("the kernel made two tables of one name")
-	}
-	return err
+// tryFeatures has the kernel look at features, in a table of their own.
+func tryFeatures(w *nft.Table, features ...feature) error {
+	return w.Try(func() {
+		for _, f := range features {
+			f.write(w)
+		}
+	})
 }
 
 // diagnose tries all at once, and only if that fails one feature after the
 // other, to name the one that is missing.
 func diagnose(f plan.Family, try func(...feature) error) error {
-	whole := feature{write: func(w *wire) {
-		rules := ruleset{w.family, proxier.DefaultMasqueradeMark, probeNode}
-		st := newState(w.family)
+	whole := feature{write: func(w *nft.Table) {
+		rules := ruleset{w.IPFamily, proxier.DefaultMasqueradeMark, probeNode}
+		st := newState(w.IPFamily)
 		for _, large := range []bool{false, true} {
 			st.chains[sizedChain{size: 2, timeout: 1e9, large: large}] = 0
 		}
-		w.addSets()
-		w.addChains(rules.chains(st))
+		w.AddSets()
+		w.AddChains(rules.chains(st))
 	}}
 	err := try(whole)
 	if err == nil {
@@ -69,7 +59,7 @@ func diagnose(f plan.Family, try func(...feature) error) error {
 	if errors.Is(err, unix.EPERM) {
 		return unsupported(f, "the right to change nf_tables", "run as root or with CAP_NET_ADMIN", err)
 	}
-	for _, feature := range features(familyOf(f)) {
+	for _, feature := range features(nft.FamilyOf(f)) {
 		if err := try(feature); err != nil {
 			return unsupported(f, feature.missing, feature.remedy, err)
 		}
@@ -88,40 +78,42 @@ func unsupported(f plan.Family, missing, remedy string, err error) error {
 }
 
 // features lists what is tried, the more fundamental first.
-func features(f *family) []feature {
-	ruleOf := func(h *hook, statements ...statement) func(w *wire) {
-		return func(w *wire) { w.addChains([]chain{{name: "probe", hook: h, rules: []rule{newRule(statements...)}}}) }
+func features(f *nft.IPFamily) []feature {
+	ruleOf := func(h *nft.Hook, statements ...nft.Statement) func(w *nft.Table) {
+		return func(w *nft.Table) {
+			w.AddChains([]nft.Chain{{Name: "probe", Hook: h, Rules: []nft.Rule{nft.NewRule(statements...)}}})
+		}
 	}
-	set := func(id setID) func(w *wire) {
-		return func(w *wire) { w.check(w.conn.AddSet(w.sets[id], nil), w.sets[id]) }
+	set := func(id nft.SetID) func(w *nft.Table) {
+		return func(w *nft.Table) { w.AddSet(id) }
 	}
 	config := func(option string) string { return "the kernel needs " + option + " (as a module or built in)" }
-	key := join(f.daddr(), l4proto, dport)
+	key := nft.Join(f.Daddr(), nft.L4Proto, nft.DPort)
 	return []feature{
-		{"nf_tables for " + f.String(), config("CONFIG_NF_TABLES and CONFIG_NF_TABLES_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.addrLen == 4]), func(*wire) {}},
-		{"the filter hook of nf_tables", config("CONFIG_NF_TABLES"), ruleOf(filterForward, drop())},
-		{"NAT in nf_tables", config("CONFIG_NFT_NAT"), func(w *wire) { w.addChain(chain{name: "probe", hook: natPrerouting}) }},
+		{"nf_tables for " + f.String(), config("CONFIG_NF_TABLES and CONFIG_NF_TABLES_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.AddrLen == 4]), func(*nft.Table) {}},
+		{"the filter hook of nf_tables", config("CONFIG_NF_TABLES"), ruleOf(nft.FilterForward, nft.Drop())},
+		{"NAT in nf_tables", config("CONFIG_NFT_NAT"), func(w *nft.Table) { w.AddChain(nft.Chain{Name: "probe", Hook: nft.NatPrerouting}) }},
 		{"maps with concatenated keys", config("a release of at least 4.1"), set(frontends)},
 		{"sets of concatenated ranges", config("a release of at least 5.6"), set(allowedSources)},
 		{"sets of ranges", config("CONFIG_NF_TABLES with nft_set_rbtree"), set(serviceCIDRs)},
 		{"maps with time-outs that packets fill", config("CONFIG_NF_TABLES with nft_set_hash"), set(affinity)},
-		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(filterForward, stateNew(), drop())},
-		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(filterForward, fibLocal(true), drop())},
-		{"random numbers in rules (numgen)", config("CONFIG_NFT_NUMGEN"), ruleOf(natPrerouting, setPriority(random(2)))},
-		{"reject", config("CONFIG_NFT_REJECT and CONFIG_NFT_REJECT_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.addrLen == 4]), ruleOf(filterForward, f.reject())},
-		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(natPostrouting, masqueradeRandom())},
-		{"dnat to an address from a map", config("CONFIG_NFT_NAT"), func(w *wire) {
+		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(nft.FilterForward, nft.StateNew(), nft.Drop())},
+		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(nft.FilterForward, nft.FibLocal(true), nft.Drop())},
+		{"random numbers in rules (numgen)", config("CONFIG_NFT_NUMGEN"), ruleOf(nft.NatPrerouting, nft.SetPriorityFrom(nft.Random(2)))},
+		{"reject", config("CONFIG_NFT_REJECT and CONFIG_NFT_REJECT_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.AddrLen == 4]), ruleOf(nft.FilterForward, f.Reject())},
+		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(nft.NatPostrouting, nft.MasqueradeRandom())},
+		{"dnat to an address from a map", config("CONFIG_NFT_NAT"), func(w *nft.Table) {
 			set(endpoints)(w)
-			ruleOf(natPrerouting, f.dnatTo(lookedUp(join(priorityBits(^chainMask, 0), random(2)), endpoints)))(w)
+			ruleOf(nft.NatPrerouting, f.DnatTo(lookedUp(nft.Join(nft.PriorityBits(^chainMask, 0), nft.Random(2)), endpoints)))(w)
 		}},
-		{"setting the priority from a map", config("CONFIG_NF_TABLES"), func(w *wire) {
+		{"setting the priority from a map", config("CONFIG_NF_TABLES"), func(w *nft.Table) {
 			set(frontends)(w)
-			ruleOf(natPrerouting, setPriority(idLookedUp(key, frontends)))(w)
+			ruleOf(nft.NatPrerouting, nft.SetPriorityFrom(idLookedUp(key, frontends)))(w)
 		}},
-		{"changing a map from a rule (dynset)", config("a release of at least 5.4"), func(w *wire) {
+		{"changing a map from a rule (dynset)", config("a release of at least 5.4"), func(w *nft.Table) {
 			set(affinity)(w)
-			client := join(f.saddr(), priorityBits(blockMask(false), 0))
-			ruleOf(natPrerouting, remember(client, priority, 1e9), forget(client, priority))(w)
+			client := nft.Join(f.Saddr(), nft.PriorityBits(blockMask(false), 0))
+			ruleOf(nft.NatPrerouting, remember(client, nft.Priority, 1e9), forget(client, nft.Priority))(w)
 		}},
 	}
 }

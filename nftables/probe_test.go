@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -24,19 +25,18 @@ func TestSupported(t *testing.T) {
 			if now := generation(t); now != before {
 				t.Errorf("the kernel counted %d transactions, so somebody was told of rules", now-before)
 			}
-			w, err := dial(familyOf(f), probeTable)
+			w, err := dial(nft.FamilyOf(f), probeTable)
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer w.close()
-			for _, feature := range features(w.family) {
+			defer w.Close()
+			for _, feature := range features(w.IPFamily) {
 				if err := tryFeatures(w, feature); err != nil {
 					t.Errorf("%s: %v", feature.missing, err)
 				}
 			}
-			lost := feature{"a chain", "none", func(w *wire) {
-				w.addChain(chain{name: "probe"})
-				w.addRules(chain{name: "nowhere", rules: []rule{newRule(drop())}})
+			lost := feature{"a chain", "none", func(w *nft.Table) {
+				w.RewriteChains([]nft.Chain{nft.NewChain("nowhere", nil, nft.NewRule(nft.Drop()))})
 			}}
 			if err := tryFeatures(w, lost); !errors.Is(err, unix.ENOENT) {
 				t.Errorf("a rule of a chain that does not exist: %v", err)

@@ -8,9 +8,9 @@ import (
 	"log/slog"
 	"slices"
 
-	nflib "github.com/google/nftables"
-
 	"signalbox/internal/localhost"
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -22,9 +22,9 @@ const Mode = "nftables"
 // kernel's nf_tables of the network namespace in which it was made.
 type Proxier struct {
 	proxier.Defaults
-	*family
+	*nft.IPFamily
 	mark  uint32
-	wire  *wire
+	wire  *nft.Table
 	state *state // nil until the first Sync
 	size  size
 	// localhost serves NodePorts on the loopback address.
@@ -36,19 +36,19 @@ var _ proxier.Proxier = (*Proxier)(nil)
 
 // New opens the connection to the kernel. Nothing is written before Sync.
 func New(opts proxier.Options) (*Proxier, error) {
-	f := familyOf(opts.Family)
+	f := nft.FamilyOf(opts.Family)
 	w, err := dial(f, tableName)
 	if err != nil {
 		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
 	}
-	return &Proxier{family: f, mark: opts.MasqueradeMark, wire: w, localhost: localhost.New(opts.Family, Mode)}, nil
+	return &Proxier{IPFamily: f, mark: opts.MasqueradeMark, wire: w, localhost: localhost.New(opts.Family, Mode)}, nil
 }
 
 // Close closes the connection and ends what is relayed on loopback. The table
 // stays.
 func (p *Proxier) Close() error {
 	p.localhost.Close()
-	return errors.Join(p.wire.close(), p.counters.close())
+	return errors.Join(p.wire.Close(), p.counters.close())
 }
 
 // Sync implements proxier.Proxier. Every call is one transaction. The listeners on
@@ -70,7 +70,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 	}
 	p.localhost.Sync(plan, change)
 	if plan.Node.LocalhostNodePorts {
-		p.counters.open(p.family)
+		p.counters.open(p.IPFamily)
 	}
 	return nil
 }
@@ -94,8 +94,8 @@ func (p *Proxier) Drain(ctx context.Context) { p.localhost.Drain(ctx) }
 // in it. Where that is not possible, because somebody made something else of the
 // old table, it goes too.
 func (p *Proxier) syncAll(plan *plan.Plan, _ plan.Change) error {
-	rules := ruleset{p.family, p.mark, plan.Node}
-	if err := ValidateNode(rules.family, rules.node); err != nil {
+	rules := ruleset{p.IPFamily, p.mark, plan.Node}
+	if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
 		return err
 	}
 	old, before, done, err := p.recall(rules, plan)
@@ -106,12 +106,12 @@ func (p *Proxier) syncAll(plan *plan.Plan, _ plan.Change) error {
 	if done {
 		return nil
 	}
-	st, err := newStateOf(p.family, plan, stickyOnly(before), nil)
+	st, err := newStateOf(p.IPFamily, plan, stickyOnly(before), nil)
 	if err != nil {
 		return err
 	}
 	err = writeAll(p.wire, rules, st, old)
-	if err != nil && old != nil && old.keeps {
+	if err != nil && old != nil {
 		p.warn("cannot keep a part of the old table, clients lose their session affinity", err)
 		err = writeAll(p.wire, rules, st, nil)
 	}
@@ -119,7 +119,7 @@ func (p *Proxier) syncAll(plan *plan.Plan, _ plan.Change) error {
 		return fmt.Errorf("write table %s: %w", tableName, err)
 	}
 	st.node, p.state = plan.Node, st
-	p.size = sizeOf(rules, st, p.wire.added)
+	p.size = sizeOf(rules, st, p.wire.Added)
 	return nil
 }
 
@@ -138,10 +138,10 @@ func stickyOnly(records map[plan.ServicePortName]*record) map[plan.ServicePortNa
 // recall finds out what table there is and which numbers mean what in it. What
 // this Proxier wrote it remembers; only after a restart it has to read, and is
 // done if it can go on with the table.
-func (p *Proxier) recall(rules ruleset, plan *plan.Plan) (old *legacy, before map[plan.ServicePortName]*record, done bool, err error) {
-	old, err = survey(p.wire)
-	if err != nil || old == nil || !old.keeps {
-		return old, nil, false, err
+func (p *Proxier) recall(rules ruleset, plan *plan.Plan) (old *nft.Contents, before map[plan.ServicePortName]*record, done bool, err error) {
+	old, err = p.wire.Inspect()
+	if err != nil || !p.wire.HasDynamicMap(old, affinity) {
+		return nil, nil, false, err
 	}
 	if p.state != nil {
 		return old, p.state.records, false, nil
@@ -165,40 +165,38 @@ func (p *Proxier) warn(message string, err error) {
 
 // writeAll writes the whole table in one transaction. Rules go before elements:
 // a rule that is bound to a map makes the kernel walk all its elements.
-func writeAll(w *wire, rules ruleset, st *state, old *legacy) error {
-	w.added = 0
-	if old != nil && old.keeps {
-		clearTable(w, old)
-		w.addSets(affinity)
+func writeAll(w *nft.Table, rules ruleset, st *state, old *nft.Contents) error {
+	w.Added = 0
+	if old != nil {
+		w.ReplaceContents(old, affinity)
 		setCounters(w, rules, old)
 	} else {
-		w.replaceTable()
-		w.addSets()
+		w.ReplaceTable()
 		setCounters(w, rules, nil)
 	}
-	w.addChains(rules.chains(st))
-	buckets := make([][]element, setCount)
-	emit := func(e element) {
-		buckets[e.set] = append(buckets[e.set], e)
-		if len(buckets[e.set]) == batchElements {
-			w.add(buckets[e.set])
-			buckets[e.set] = buckets[e.set][:0]
+	w.AddChains(rules.chains(st))
+	buckets := make([][]nft.Element, setCount)
+	emit := func(e nft.Element) {
+		buckets[e.Set] = append(buckets[e.Set], e)
+		if len(buckets[e.Set]) == nft.BatchElements {
+			w.AddElements(buckets[e.Set])
+			buckets[e.Set] = buckets[e.Set][:0]
 		}
 	}
 	rules.compileNode(emit)
 	st.emitAll(emit)
 	for _, bucket := range buckets {
-		w.add(bucket)
+		w.AddElements(bucket)
 	}
 	st.digest = rules.digest()
-	return w.flush()
+	return access.Commit(w)
 }
 
 // syncChange writes what change names.
 func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
-	rules := ruleset{p.family, p.mark, plan.Node}
+	rules := ruleset{p.IPFamily, p.mark, plan.Node}
 	if change.Node {
-		if err := ValidateNode(rules.family, rules.node); err != nil {
+		if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
 			return err
 		}
 	}
@@ -221,39 +219,39 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 }
 
 // writeStage writes a change in one transaction.
-func writeStage(w *wire, rules ruleset, s *stage, node bool, digest string) error {
+func writeStage(w *nft.Table, rules ruleset, s *stage, node bool, digest string) error {
 	if node {
 		rewriteNode(w, rules, s.state.node)
 	}
 	if digest != s.state.digest {
-		w.addChain(chain{name: digest})
-		w.conn.DelChain(&nflib.Chain{Table: w.table, Name: s.state.digest})
+		w.AddChain(nft.Chain{Name: digest})
+		w.DeleteChain(s.state.digest)
 	}
-	chains := make([]chain, len(s.newChains))
+	chains := make([]nft.Chain, len(s.newChains))
 	for i, c := range s.newChains {
-		chains[i] = c.chain(w.family)
+		chains[i] = c.chain(w.IPFamily)
 	}
-	w.addChains(chains)
-	bySet := func(a, b element) int { return cmp.Compare(a.set, b.set) }
+	w.AddChains(chains)
+	bySet := func(a, b nft.Element) int { return cmp.Compare(a.Set, b.Set) }
 	slices.SortStableFunc(s.remove, bySet)
 	slices.SortStableFunc(s.add, bySet)
-	w.remove(s.remove)
-	w.add(s.add)
+	w.RemoveElements(s.remove)
+	w.AddElements(s.add)
 	for _, c := range s.oldChains {
-		w.deleteChain(c.name())
+		w.DeleteChain(c.name())
 	}
-	return w.flush()
+	return access.Commit(w)
 }
 
 // rewriteNode replaces the rules and sets that depend on the node.
-func rewriteNode(w *wire, rules ruleset, before plan.Node) {
-	RewriteNodeChains(w, append(rules.nodeChains(), rules.postrouting()), before, rules.node)
-	var list []element
-	rules.compileNode(func(e element) { list = append(list, e) })
-	for _, set := range []setID{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
-		w.flushSet(set)
+func rewriteNode(w *nft.Table, rules ruleset, before plan.Node) {
+	access.RewriteNodeChains(w, append(rules.nodeChains(), rules.postrouting()), before, rules.node)
+	var list []nft.Element
+	rules.compileNode(func(e nft.Element) { list = append(list, e) })
+	for _, set := range []nft.SetID{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
+		w.FlushSet(set)
 	}
-	w.add(list)
+	w.AddElements(list)
 }
 
 func changeText(change plan.Change) string {
@@ -268,17 +266,17 @@ func changeText(change plan.Change) string {
 }
 
 // chains are all chains of the table.
-func (r ruleset) chains(st *state) []chain {
+func (r ruleset) chains(st *state) []nft.Chain {
 	chains := r.fixedChains()
 	for _, c := range st.sizedChains() {
-		chains = append(chains, c.chain(r.family))
+		chains = append(chains, c.chain(r.IPFamily))
 	}
 	chains = append(append(chains, r.nodeChains()...), r.baseChains()...)
-	return append(chains, chain{name: cmp.Or(st.digest, r.digest())})
+	return append(chains, nft.Chain{Name: cmp.Or(st.digest, r.digest())})
 }
 
 // tableName is not kube-proxy's, so that a takeover can write this table first
 // and remove the other afterwards, with no moment without rules.
 const tableName = "signalbox"
 
-func dial(f *family, table string) (*wire, error) { return OpenTable(f, table, schemas) }
+func dial(f *nft.IPFamily, table string) (*nft.Table, error) { return nft.Open(f, table, schemas) }

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
@@ -257,24 +258,24 @@ func slotOrder(before *numberedSet, set *plan.EndpointSet) []uint32 {
 }
 
 // validate refuses what could not be written, and names it.
-func (f *family) validate(port *plan.ServicePort) error {
+func validate(f *nft.IPFamily, port *plan.ServicePort) error {
 	if port.AffinityTimeout < 0 || port.AffinityTimeout%time.Second != 0 {
 		return fmt.Errorf("session affinity timeout %v is not in whole seconds", port.AffinityTimeout)
 	}
 	for i := range port.Frontends {
 		fe := &port.Frontends[i]
-		if fe.Addr.IsValid() && !f.holds(fe.Addr) {
+		if fe.Addr.IsValid() && !f.Holds(fe.Addr) {
 			return fmt.Errorf("%s %s is not an %s address", fe.Kind, fe.Addr, f.Family)
 		}
 		for _, p := range fe.Sources {
-			if !p.IsValid() || !f.holds(p.Addr()) {
+			if !p.IsValid() || !f.Holds(p.Addr()) {
 				return fmt.Errorf("%s %s: source range %s is not of %s", fe.Kind, fe.Key(port.Name.Protocol), p, f.Family)
 			}
 		}
 	}
 	for _, set := range distinctSets(port) {
 		for _, e := range set.Endpoints {
-			if !f.holds(e.Addr()) {
+			if !f.Holds(e.Addr()) {
 				return fmt.Errorf("endpoint %s is not an %s address", e.AddrPort, f.Family)
 			}
 		}

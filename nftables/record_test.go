@@ -5,6 +5,7 @@ import (
 	"slices"
 	"testing"
 
+	"signalbox/nft"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )
@@ -22,7 +23,7 @@ func TestDisjoint(t *testing.T) {
 			in = append(in, netip.MustParsePrefix(p))
 		}
 		var got []string
-		for _, p := range disjoint(in) {
+		for _, p := range nft.Disjoint(in) {
 			got = append(got, p.String())
 		}
 		if !slices.Equal(got, test.want) {
@@ -35,7 +36,7 @@ func TestLastAddr(t *testing.T) {
 	for in, want := range map[string]string{
 		"10.1.2.3/8": "10.255.255.255", "10.1.2.3/32": "10.1.2.3", "0.0.0.0/0": "255.255.255.255", "fd00:0:0:10::/60": "fd00::1f:ffff:ffff:ffff:ffff",
 	} {
-		if got := lastAddr(netip.MustParsePrefix(in)).String(); got != want {
+		if got := nft.LastAddr(netip.MustParsePrefix(in)).String(); got != want {
 			t.Errorf("lastAddr(%s) = %s, want %s", in, got, want)
 		}
 	}

@@ -2,8 +2,9 @@ package nftables
 
 import (
 	"fmt"
-	"slices"
 
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -12,9 +13,9 @@ import (
 // of `nft list table`. It touches no kernel. A plan that Sync would refuse
 // renders as a comment that says why.
 func Render(opts proxier.Options, plan *plan.Plan) string {
-	f := familyOf(opts.Family)
+	f := nft.FamilyOf(opts.Family)
 	rules := ruleset{f, opts.MasqueradeMark, plan.Node}
-	err := ValidateNode(rules.family, rules.node)
+	err := access.ValidateNode(rules.IPFamily, rules.node)
 	var st *state
 	if err == nil {
 		st, err = newStateOf(f, plan, nil, nil)
@@ -27,15 +28,9 @@ func Render(opts proxier.Options, plan *plan.Plan) string {
 
 // render prints the table that holds st.
 func (r ruleset) render(st *state) string {
-	elements := make([][]string, setCount)
-	emit := func(e element) { elements[e.set] = append(elements[e.set], schemas[e.set].elementText(&e, r.family)) }
+	var elements []nft.Element
+	emit := func(e nft.Element) { elements = append(elements, e) }
 	r.compileNode(emit)
 	st.emitAll(emit)
-
-	for i := range schemas {
-		if schemas[i].shared {
-			slices.Sort(elements[i])
-		}
-	}
-	return renderTable(r.family, tableName, r.counters(), schemas, elements, r.chains(st))
+	return nft.RenderTable(r.IPFamily, tableName, r.counters(), schemas, elements, r.chains(st))
 }

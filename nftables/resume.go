@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -15,6 +14,8 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -34,21 +35,21 @@ const digestPrefix = "written-by-"
 func (r ruleset) digest() string {
 	h := sha256.New()
 	for _, s := range schemas {
-		h.Write([]byte(s.text(r.family, nil)))
+		h.Write([]byte(s.Text(r.IPFamily, nil)))
 	}
 	samples := []sizedChain{{size: 2}, {size: 2, timeout: time.Second}, {size: 2, timeout: time.Second, variant: 1, large: true}}
 	for _, c := range samples {
-		h.Write([]byte(c.chain(r.family).text()))
+		h.Write([]byte(c.chain(r.IPFamily).Text()))
 	}
 	for _, c := range slices.Concat(r.fixedChains(), r.nodeChains(), r.baseChains()) {
-		h.Write([]byte(c.text()))
+		h.Write([]byte(c.Text()))
 	}
 	return digestPrefix + hex.EncodeToString(h.Sum(nil)[:8])
 }
 
 // holding is an element of the kernel's.
 type holding struct {
-	set      setID
+	set      nft.SetID
 	key, end string
 	closes   bool // the end of an interval over one field
 }
@@ -56,12 +57,12 @@ type holding struct {
 // contents are the elements of a table, but for those that packets make.
 type contents map[holding]nflib.SetElement
 
-func holdingOf(set setID, e *nflib.SetElement) holding {
+func holdingOf(set nft.SetID, e *nflib.SetElement) holding {
 	return holding{set, string(e.Key), string(e.KeyEnd), e.IntervalEnd}
 }
 
 // datum is what the kernel has for a key.
-func (c contents) datum(set setID, key string) (uint32, bool) {
+func (c contents) datum(set nft.SetID, key string) (uint32, bool) {
 	e, ok := c[holding{set: set, key: key}]
 	if !ok || len(e.Val) != 4 {
 		return 0, false
@@ -71,7 +72,7 @@ func (c contents) datum(set setID, key string) (uint32, bool) {
 
 // resumption is an attempt to go on with a table.
 type resumption struct {
-	*wire
+	*nft.Table
 	rules  ruleset
 	held   contents
 	chains map[sizedChain]uint32 // those in the kernel
@@ -81,8 +82,8 @@ type resumption struct {
 // resume reads the table and says what it tells of plan's Service ports. Where
 // it is a table to go on with, st is the state that holds plan, and fix what is
 // to be written to get there; else st is nil.
-func resume(w *wire, rules ruleset, desired *plan.Plan, old *legacy) (st *state, fix *repair, before map[plan.ServicePortName]*record, err error) {
-	r := &resumption{wire: w, rules: rules}
+func resume(w *nft.Table, rules ruleset, desired *plan.Plan, old *nft.Contents) (st *state, fix *repair, before map[plan.ServicePortName]*record, err error) {
+	r := &resumption{Table: w, rules: rules}
 	if err := r.read(); err != nil {
 		return nil, nil, nil, err
 	}
@@ -96,19 +97,19 @@ func resume(w *wire, rules ruleset, desired *plan.Plan, old *legacy) (st *state,
 	if intact, err := r.intact(old); err != nil || !intact {
 		return nil, nil, before, err
 	}
-	if st, err = newStateOf(w.family, desired, before, r.chains); err != nil {
+	if st, err = newStateOf(w.IPFamily, desired, before, r.chains); err != nil {
 		return nil, nil, before, nil // whoever writes all anew will say so
 	}
 	return st, r.compare(st), before, nil
 }
 
 // intact says whether the table has these very rules, chains and sets.
-func (r *resumption) intact(old *legacy) (bool, error) {
-	if !old.keeps || len(old.sets) != len(schemas) || !slices.Contains(old.chains, r.rules.digest()) {
+func (r *resumption) intact(old *nft.Contents) (bool, error) {
+	if len(old.Sets) != len(schemas) || !slices.Contains(old.Chains, r.rules.digest()) {
 		return false, nil
 	}
 	for _, s := range schemas {
-		if !slices.Contains(old.sets, s.name) {
+		if !slices.ContainsFunc(old.Sets, func(found *nflib.Set) bool { return found.Name == s.Name }) {
 			return false, nil
 		}
 	}
@@ -117,9 +118,9 @@ func (r *resumption) intact(old *legacy) (bool, error) {
 		if c.ownNumber() && id != uint32(c.size) {
 			return false, nil
 		}
-		chains = append(chains, c.chain(r.family))
+		chains = append(chains, c.chain(r.IPFamily))
 	}
-	if len(old.chains) != len(chains)+1 {
+	if len(old.Chains) != len(chains)+1 {
 		return false, nil
 	}
 	// Somebody may have taken rules away, or put some in.
@@ -132,41 +133,18 @@ func (r *resumption) intact(old *legacy) (bool, error) {
 }
 
 // whole says whether a chain is there with as many rules as it should have.
-func (r *resumption) whole(c chain) (bool, error) {
-	rules, err := r.conn.GetRules(r.table, &nflib.Chain{Name: c.name, Table: r.table})
-	if errors.Is(err, unix.ENOENT) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("list the rules of %s: %w", c.name, err)
-	}
-	return len(rules) == len(c.rules), nil
+func (r *resumption) whole(c nft.Chain) (bool, error) {
+	n, err := r.RuleCount(c.Name)
+	return n == len(c.Rules), err
 }
 
 func (r *resumption) read() error {
-	conn, err := dialForReading()
-	if err != nil {
-		return err
-	}
-	defer refill()
-	defer conn.CloseLasting()
 	r.held = make(contents)
-	for i, s := range schemas {
-		if s.dynamic {
-			continue
+	return r.ReadAll(func(set nft.SetID, elements []nflib.SetElement) {
+		for i := range elements {
+			r.held[holdingOf(set, &elements[i])] = elements[i]
 		}
-		elements, err := conn.GetSetElements(r.sets[i])
-		if errors.Is(err, unix.ENOENT) {
-			continue // of an older release
-		}
-		if err != nil {
-			return fmt.Errorf("read %s: %w", s.name, err)
-		}
-		for j := range elements {
-			r.held[holdingOf(setID(i), &elements[j])] = elements[j]
-		}
-	}
-	return nil
+	})
 }
 
 // readChains finds the sized chains and their numbers.
@@ -231,7 +209,7 @@ func (r *resumption) record(port *plan.ServicePort) *record {
 func (r *resumption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32, bool) {
 	for i := range port.Frontends {
 		fe := &port.Frontends[i]
-		sets, key := addressedSets, frontendBytes(fe.Key(port.Name.Protocol))
+		sets, key := addressedSets, access.FrontendBytes(fe.Key(port.Name.Protocol))
 		if !fe.Addr.IsValid() {
 			sets = nodePortSets
 		}
@@ -280,7 +258,7 @@ func (r *resumption) stickySet(i int, id uint32, c sizedChain) (numberedSet, boo
 		if !ok {
 			return set, false
 		}
-		addr, ok := r.addr(affinityEndpoints+setID(i), idKey(number))
+		addr, ok := r.addr(affinityEndpoints+nft.SetID(i), nft.MarkKey(number))
 		if !ok {
 			return set, false
 		}
@@ -291,25 +269,25 @@ func (r *resumption) stickySet(i int, id uint32, c sizedChain) (numberedSet, boo
 }
 
 // addr reads an endpoint.
-func (r *resumption) addr(set setID, key string) (netip.AddrPort, bool) {
+func (r *resumption) addr(set nft.SetID, key string) (netip.AddrPort, bool) {
 	e, ok := r.held[holding{set: set, key: key}]
-	if !ok || len(e.Val) != r.addrLen+4 {
+	if !ok || len(e.Val) != r.AddrLen+4 {
 		return netip.AddrPort{}, false
 	}
-	addr, _ := netip.AddrFromSlice(e.Val[:r.addrLen])
-	return netip.AddrPortFrom(addr, binary.BigEndian.Uint16(e.Val[r.addrLen:])), true
+	addr, _ := netip.AddrFromSlice(e.Val[:r.AddrLen])
+	return netip.AddrPortFrom(addr, binary.BigEndian.Uint16(e.Val[r.AddrLen:])), true
 }
 
 // repair is what makes a table that was found the one that is wanted.
 type repair struct {
 	chains      []sizedChain // to make
-	remove, add map[setID][]nflib.SetElement
+	remove, add map[nft.SetID][]nflib.SetElement
 	elements    int // that the table holds then, but for clients with affinity
 }
 
 // compare finds what is missing and what is too much. It uses up what was read.
 func (r *resumption) compare(st *state) *repair {
-	p := &repair{remove: map[setID][]nflib.SetElement{}, add: map[setID][]nflib.SetElement{}}
+	p := &repair{remove: map[nft.SetID][]nflib.SetElement{}, add: map[nft.SetID][]nflib.SetElement{}}
 	for c := range st.chains {
 		if _, there := r.chains[c]; !there {
 			p.chains = append(p.chains, c)
@@ -317,16 +295,16 @@ func (r *resumption) compare(st *state) *repair {
 	}
 	slices.SortFunc(p.chains, sizedChain.compare)
 	var wanted []nflib.SetElement
-	emit := func(e element) {
+	emit := func(e nft.Element) {
 		p.elements++
-		wanted = r.schemas[e.set].wire(&e, wanted[:0])
+		wanted = schemas[e.Set].LibraryElements(&e, wanted[:0])
 		for i := range wanted {
-			h := holdingOf(e.set, &wanted[i])
+			h := holdingOf(e.Set, &wanted[i])
 			if have, there := r.held[h]; there && same(&have, &wanted[i]) {
 				delete(r.held, h)
 				continue
 			}
-			p.add[e.set] = append(p.add[e.set], wanted[i])
+			p.add[e.Set] = append(p.add[e.Set], wanted[i])
 		}
 	}
 	r.rules.compileNode(emit)
@@ -346,25 +324,19 @@ func same(have, want *nflib.SetElement) bool {
 }
 
 // writeRepair writes a repair in one transaction.
-func writeRepair(w *wire, p *repair) error {
-	chains := make([]chain, len(p.chains))
+func writeRepair(w *nft.Table, p *repair) error {
+	chains := make([]nft.Chain, len(p.chains))
 	for i, c := range p.chains {
-		chains[i] = c.chain(w.family)
+		chains[i] = c.chain(w.IPFamily)
 	}
-	w.addChains(chains)
+	w.AddChains(chains)
 	for set := range setCount {
-		inBatches(w, set, p.remove[set], w.conn.SetDeleteElements)
+		w.RemoveRead(set, p.remove[set])
 	}
 	for set := range setCount {
-		inBatches(w, set, p.add[set], w.conn.SetAddElements)
+		w.AddRead(set, p.add[set])
 	}
-	return w.flush()
-}
-
-func inBatches(w *wire, set setID, list []nflib.SetElement, op func(*nflib.Set, []nflib.SetElement) error) {
-	for batch := range slices.Chunk(list, batchElements) {
-		w.check(op(w.sets[set], batch), w.sets[set])
-	}
+	return access.Commit(w)
 }
 
 // parseChainName reads what sizedChain.name writes.

@@ -6,127 +6,129 @@ import (
 	"slices"
 	"time"
 
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
 // ruleset makes the chains that every node has. Those that node makes a
 // difference to are in nodeChains.
 type ruleset struct {
-	*family
+	*nft.IPFamily
 	mark uint32
 	node plan.Node
 }
 
 // frontendOf is the key of the maps by frontend.
-func (r ruleset) frontendOf() value { return join(r.daddr(), l4proto, dport) }
+func (r ruleset) frontendOf() nft.Value { return nft.Join(r.Daddr(), nft.L4Proto, nft.DPort) }
 
 // nodePortOf is the key of the maps by node port.
-var nodePortOf = join(l4proto, dport)
+var nodePortOf = nft.Join(nft.L4Proto, nft.DPort)
 
 // fixedChains do not depend on the node. Chains come before those that jump to
 // them.
-func (r ruleset) fixedChains() []chain {
-	return []chain{
-		{name: "pick-endpoint", rules: []rule{
-			newRule(verdictOf(priorityBits(chainMask, 0), pickChains)),
-			newRule(goTo(sizedChain{size: 1}.name())).because("the set shrank just now: its first endpoint"),
+func (r ruleset) fixedChains() []nft.Chain {
+	return []nft.Chain{
+		{Name: "pick-endpoint", Rules: []nft.Rule{
+			nft.NewRule(verdictOf(nft.PriorityBits(chainMask, 0), pickChains)),
+			nft.NewRule(nft.GoTo(sizedChain{size: 1}.name())).Because("the set shrank just now: its first endpoint"),
 		}},
 	}
 }
 
 // baseChains bind the others to the kernel's hooks.
-func (r ruleset) baseChains() []chain {
-	return []chain{
-		{name: "filter-prerouting-pre-dnat", hook: preDNATPrerouting, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
-		{name: "filter-output-pre-dnat", hook: preDNATOutput, rules: []rule{newRule(stateNew(), jump("check-sources"))}},
-		{name: "filter-input", hook: filterInput, rules: []rule{newRule(stateNew(), jump("check-local"))}},
-		{name: "filter-forward", hook: filterForward, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
-		{name: "filter-output", hook: filterOutput, rules: []rule{newRule(stateNew(), jump("check-remote"))}},
-		{name: "nat-prerouting", hook: natPrerouting, rules: []rule{newRule(jump("services"))}},
-		{name: "nat-output", hook: natOutput, rules: []rule{newRule(jump("services"))}},
+func (r ruleset) baseChains() []nft.Chain {
+	return []nft.Chain{
+		{Name: "filter-prerouting-pre-dnat", Hook: nft.PreDNATPrerouting, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-sources"))}},
+		{Name: "filter-output-pre-dnat", Hook: nft.PreDNATOutput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-sources"))}},
+		{Name: "filter-input", Hook: nft.FilterInput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-local"))}},
+		{Name: "filter-forward", Hook: nft.FilterForward, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-remote"))}},
+		{Name: "filter-output", Hook: nft.FilterOutput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-remote"))}},
+		{Name: "nat-prerouting", Hook: nft.NatPrerouting, Rules: []nft.Rule{nft.NewRule(nft.Jump("services"))}},
+		{Name: "nat-output", Hook: nft.NatOutput, Rules: []nft.Rule{nft.NewRule(nft.Jump("services"))}},
 		r.postrouting(),
 	}
 }
 
 // postrouting is a base chain that depends on the node.
-func (r ruleset) postrouting() chain {
-	return chain{name: "nat-postrouting", hook: natPostrouting, rules: []rule{
-		newRule(markHas(r.mark), setMarkBit(r.mark, false), NewSource(r.node)),
-		newRule(isDNATed(), in(join(r.saddr(), r.daddr()), hairpin), NewSource(r.node)).because("a client that is its own endpoint"),
-		newRule(isDNATed(), jump("between-nodes")),
+func (r ruleset) postrouting() nft.Chain {
+	return nft.Chain{Name: "nat-postrouting", Hook: nft.NatPostrouting, Rules: []nft.Rule{
+		nft.NewRule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.node)),
+		nft.NewRule(nft.IsDNATed(), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.node)).Because("a client that is its own endpoint"),
+		nft.NewRule(nft.IsDNATed(), nft.Jump("between-nodes")),
 	}}
 }
 
 // nodeChains are written anew when the node's facts change.
-func (r ruleset) nodeChains() []chain {
-	chains := append(append(r.localhostChains(), SourceChains(r.family, r.node)...), []chain{
-		{name: "refuse", rules: r.refuse(r.frontendOf(), dropped)},
-		{name: "refuse-nodeport", rules: r.refuse(nodePortOf, droppedNodePorts)},
-		{name: "between-nodes", rules: r.betweenNodes()},
-		{name: "check-sources", rules: r.checkSources()},
-		{name: "check-local", rules: r.checkLocal()},
-		{name: "check-remote", rules: r.checkRemote()},
+func (r ruleset) nodeChains() []nft.Chain {
+	chains := append(append(r.localhostChains(), access.SourceChains(r.IPFamily, r.node)...), []nft.Chain{
+		{Name: "refuse", Rules: r.refuse(r.frontendOf(), dropped)},
+		{Name: "refuse-nodeport", Rules: r.refuse(nodePortOf, droppedNodePorts)},
+		{Name: "between-nodes", Rules: r.betweenNodes()},
+		{Name: "check-sources", Rules: r.checkSources()},
+		{Name: "check-local", Rules: r.checkLocal()},
+		{Name: "check-remote", Rules: r.checkRemote()},
 	}...)
 	for origins := plan.FromPods; origins <= plan.AnySource; origins++ {
-		chains = append(chains, chain{name: markChain(origins), rules: r.markRules(origins)})
+		chains = append(chains, nft.Chain{Name: markChain(origins), Rules: r.markRules(origins)})
 	}
-	services := []rule{newRule(setPriority(idLookedUp(r.frontendOf(), masquerade)), goTo("service"))}
+	services := []nft.Rule{nft.NewRule(nft.SetPriorityFrom(idLookedUp(r.frontendOf(), masquerade)), nft.GoTo("service"))}
 	for _, match := range r.toNodePortAddrs() {
 		services = append(services,
-			newRule(append(match, setPriority(idLookedUp(nodePortOf, nodePortMasquerade)), goTo("nodeport"))...))
+			nft.NewRule(append(match, nft.SetPriorityFrom(idLookedUp(nodePortOf, nodePortMasquerade)), nft.GoTo("nodeport"))...))
 	}
 	return append(chains,
-		chain{name: "nodeport", rules: r.setRules(nodePortOf, internalNodePorts, nodePorts)},
-		chain{name: "service", rules: r.setRules(r.frontendOf(), internalFrontends, frontends)},
-		chain{name: "services", rules: services})
+		nft.Chain{Name: "nodeport", Rules: r.setRules(nodePortOf, internalNodePorts, nodePorts)},
+		nft.Chain{Name: "service", Rules: r.setRules(r.frontendOf(), internalFrontends, frontends)},
+		nft.Chain{Name: "services", Rules: services})
 }
 
 // setRules mark what is to be masqueraded, by the origins that the priority holds,
 // and look the endpoint set up, first among those for internal traffic.
-func (r ruleset) setRules(key value, internal, external setID) []rule {
-	choose := setPriority(idLookedUp(key, internal))
-	rules := []rule{newRule(verdictOf(priority, markChains))}
+func (r ruleset) setRules(key nft.Value, internal, external nft.SetID) []nft.Rule {
+	choose := nft.SetPriorityFrom(idLookedUp(key, internal))
+	rules := []nft.Rule{nft.NewRule(verdictOf(nft.Priority, markChains))}
 	for _, match := range r.fromPods() {
-		rules = append(rules, newRule(match, choose, goTo("pick-endpoint")))
+		rules = append(rules, nft.NewRule(match, choose, nft.GoTo("pick-endpoint")))
 	}
 	return append(rules,
-		newRule(fibLocal(true), choose, goTo("pick-endpoint")),
-		newRule(setPriority(idLookedUp(key, external)), goTo("pick-endpoint")))
+		nft.NewRule(nft.FibLocal(true), choose, nft.GoTo("pick-endpoint")),
+		nft.NewRule(nft.SetPriorityFrom(idLookedUp(key, external)), nft.GoTo("pick-endpoint")))
 }
 
 // fromPods are the ways to tell packets of local Pods; any one that matches
 // will do.
-func (r ruleset) fromPods() []statement {
-	var ways []statement
+func (r ruleset) fromPods() []nft.Statement {
+	var ways []nft.Statement
 	if len(r.node.LocalPods.Prefixes) > 0 {
-		ways = append(ways, in(r.saddr(), localPods))
+		ways = append(ways, in(r.Saddr(), localPods))
 	}
 	if name := r.node.LocalPods.Interface; name != "" {
-		ways = append(ways, entersBy(name, false))
+		ways = append(ways, nft.EntersBy(name, false))
 	}
 	if prefix := r.node.LocalPods.InterfacePrefix; prefix != "" {
-		ways = append(ways, entersBy(prefix, true))
+		ways = append(ways, nft.EntersBy(prefix, true))
 	}
 	return ways
 }
 
 // betweenNodes masquerades what a Pod of another node sends to an endpoint of
 // another node.
-func (r ruleset) betweenNodes() []rule {
+func (r ruleset) betweenNodes() []nft.Rule {
 	if len(r.node.OwnPods) == 0 {
 		return nil
 	}
-	return []rule{newRule(in(r.saddr(), localPods), notIn(r.saddr(), ownPods), notIn(r.daddr(), ownPods), NewSource(r.node))}
+	return []nft.Rule{nft.NewRule(in(r.Saddr(), localPods), notIn(r.Saddr(), ownPods), notIn(r.Daddr(), ownPods), access.NewSource(r.node))}
 }
 
 // toNodePortAddrs are the ways to tell packets to addresses that serve
 // NodePorts; there may be none.
-func (r ruleset) toNodePortAddrs() [][]statement {
+func (r ruleset) toNodePortAddrs() [][]nft.Statement {
 	if r.node.NodePortAddrs.All {
-		return [][]statement{{fibLocal(false), r.notLoopback()}}
+		return [][]nft.Statement{{nft.FibLocal(false), r.NotLoopback()}}
 	}
 	if len(r.nodePortAddrs()) > 0 {
-		return [][]statement{{in(r.daddr(), nodePortAddrs)}}
+		return [][]nft.Statement{{in(r.Daddr(), nodePortAddrs)}}
 	}
 	return nil
 }
@@ -153,63 +155,63 @@ func markChain(origins plan.TrafficSources) string {
 // markRules mark packets from the given origins for masquerading. A packet
 // from a Pod's address counts as from a Pod even where the node holds that
 // address too, as a bridge of Pods does.
-func (r ruleset) markRules(origins plan.TrafficSources) []rule {
-	mark := setMarkBit(r.mark, true)
+func (r ruleset) markRules(origins plan.TrafficSources) []nft.Rule {
+	mark := nft.SetMarkBit(r.mark, true)
 	if origins == plan.AnySource {
-		return []rule{newRule(mark)}
+		return []nft.Rule{nft.NewRule(mark)}
 	}
-	var rules []rule
-	decide := func(match statement, origin plan.TrafficSources) {
+	var rules []nft.Rule
+	decide := func(match nft.Statement, origin plan.TrafficSources) {
 		if origins&origin != 0 {
-			rules = append(rules, newRule(match, mark, returns()))
+			rules = append(rules, nft.NewRule(match, mark, nft.Return()))
 			return
 		}
-		rules = append(rules, newRule(match, returns()))
+		rules = append(rules, nft.NewRule(match, nft.Return()))
 	}
 	for _, match := range r.fromPods() {
 		decide(match, plan.FromPods)
 	}
-	decide(fibLocal(true), plan.FromNode)
+	decide(nft.FibLocal(true), plan.FromNode)
 	if origins&plan.FromOutside != 0 {
-		rules = append(rules, newRule(mark))
+		rules = append(rules, nft.NewRule(mark))
 	}
 	return rules
 }
 
 // checkSources drops what may not use a frontend.
-func (r ruleset) checkSources() []rule {
-	allowed := join(r.frontendOf(), r.saddr())
-	rules := []rule{
-		newRule(in(r.frontendOf(), restricted), notIn(allowed, allowedSources), drop()),
+func (r ruleset) checkSources() []nft.Rule {
+	allowed := nft.Join(r.frontendOf(), r.Saddr())
+	rules := []nft.Rule{
+		nft.NewRule(in(r.frontendOf(), restricted), notIn(allowed, allowedSources), nft.Drop()),
 	}
 	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, newRule(slices.Concat([]statement{in(nodePortOf, restrictedNodePorts)}, match,
-			[]statement{notIn(join(nodePortOf, r.saddr()), allowedNodePortSources), drop()})...))
+		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{in(nodePortOf, restrictedNodePorts)}, match,
+			[]nft.Statement{notIn(nft.Join(nodePortOf, r.Saddr()), allowedNodePortSources), nft.Drop()})...))
 	}
 	return rules
 }
 
 // withoutDNAT are the rules that begin both checks for frontends without
 // endpoints. A connection that was given an endpoint needs no check.
-func withoutDNAT() []rule {
-	return []rule{
-		newRule(priorityIs(idSpaceMask, idSpace), clearPriority()).because("the id has served"),
-		newRule(isDNATed(), returns()),
+func withoutDNAT() []nft.Rule {
+	return []nft.Rule{
+		nft.NewRule(nft.PriorityBitsAre(idSpaceMask, idSpace), nft.ClearPriority()).Because("the id has served"),
+		nft.NewRule(nft.IsDNATed(), nft.Return()),
 	}
 }
 
 // refuse drops or rejects a connection to a frontend without endpoints.
-func (r ruleset) refuse(key value, dropped setID) []rule {
-	return []rule{newRule(in(key, dropped), drop()), newRule(r.reject())}
+func (r ruleset) refuse(key nft.Value, dropped nft.SetID) []nft.Rule {
+	return []nft.Rule{nft.NewRule(in(key, dropped), nft.Drop()), nft.NewRule(r.Reject())}
 }
 
 // checkLocal rejects or drops what has come to this node for a frontend without
 // endpoints.
-func (r ruleset) checkLocal() []rule {
+func (r ruleset) checkLocal() []nft.Rule {
 	rules := append(withoutDNAT(),
-		newRule(in(r.frontendOf(), refused), goTo("refuse")))
+		nft.NewRule(in(r.frontendOf(), refused), nft.GoTo("refuse")))
 	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, newRule(slices.Concat([]statement{in(nodePortOf, refusedNodePorts)}, match, []statement{goTo("refuse-nodeport")})...))
+		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{in(nodePortOf, refusedNodePorts)}, match, []nft.Statement{nft.GoTo("refuse-nodeport")})...))
 	}
 	return append(rules, r.toLocalhost()...)
 }
@@ -219,11 +221,11 @@ func (r ruleset) checkLocal() []rule {
 // sees it next, and a process whose packet is rejected at the output hook gets EPERM
 // in place of ECONNREFUSED. So an address that the node itself holds, as a local DNS
 // server's, is left to what listens there.
-func (r ruleset) checkRemote() []rule {
+func (r ruleset) checkRemote() []nft.Rule {
 	return append(withoutDNAT(),
-		newRule(in(r.frontendOf(), refused), fibNotLocal(), goTo("refuse")),
-		newRule(in(r.daddr(), clusterIPs), fibNotLocal(), r.reject()).because("no such port"),
-		newRule(in(r.daddr(), serviceCIDRs), fibNotLocal(), drop()).because("no such Service"))
+		nft.NewRule(in(r.frontendOf(), refused), nft.FibNotLocal(), nft.GoTo("refuse")),
+		nft.NewRule(in(r.Daddr(), clusterIPs), nft.FibNotLocal(), r.Reject()).Because("no such port"),
+		nft.NewRule(in(r.Daddr(), serviceCIDRs), nft.FibNotLocal(), nft.Drop()).Because("no such Service"))
 }
 
 // sizedChain is a chain that picks one of size endpoints. There is one for each
@@ -249,13 +251,13 @@ func (c sizedChain) name() string {
 	return name
 }
 
-func (c sizedChain) chain(f *family) chain {
+func (c sizedChain) chain(f *nft.IPFamily) nft.Chain {
 	if c.timeout == 0 {
-		return chain{name: c.name(), rules: []rule{
-			newRule(f.dnatTo(lookedUp(join(priorityBits(^chainMask, 0), random(c.size)), endpoints))),
+		return nft.Chain{Name: c.name(), Rules: []nft.Rule{
+			nft.NewRule(f.DnatTo(lookedUp(nft.Join(nft.PriorityBits(^chainMask, 0), nft.Random(c.size)), endpoints))),
 		}}
 	}
-	return chain{name: c.name(), rules: c.stickyRules(f)}
+	return nft.Chain{Name: c.name(), Rules: c.stickyRules(f)}
 }
 
 // stickyRules choose with session affinity. On entry the priority holds the
@@ -270,22 +272,22 @@ func (c sizedChain) chain(f *family) chain {
 // two connections of one client race on two processors, the first to write has
 // decided for both. If the map is full nothing is read back and the drawn
 // endpoint serves.
-func (c sizedChain) stickyRules(f *family) []rule {
+func (c sizedChain) stickyRules(f *nft.IPFamily) []nft.Rule {
 	mask, flag := blockMask(c.large), endpointFlag(c.large)
-	known := affinityEndpoints + setID(c.variant)
-	client := join(f.saddr(), priorityBits(mask, 0))
-	recall := setPriority(idLookedUp(client, affinity))
-	toKnown := f.dnatTo(lookedUp(priority, known))
-	draw := func(n int) statement {
-		return setPriority(idLookedUp(join(priorityBits(mask, uint32(c.variant)), random(n)), affinitySlots))
+	known := affinityEndpoints + nft.SetID(c.variant)
+	client := nft.Join(f.Saddr(), nft.PriorityBits(mask, 0))
+	recall := nft.SetPriorityFrom(idLookedUp(client, affinity))
+	toKnown := f.DnatTo(lookedUp(nft.Priority, known))
+	draw := func(n int) nft.Statement {
+		return nft.SetPriorityFrom(idLookedUp(nft.Join(nft.PriorityBits(mask, uint32(c.variant)), nft.Random(n)), affinitySlots))
 	}
-	return []rule{
-		newRule(recall, remember(client, priority, c.timeout), toKnown),
-		newRule(priorityIs(flag, flag), forget(client, priority)).because("its endpoint is gone"),
-		newRule(draw(c.size), remember(client, priority, c.timeout)),
-		newRule(recall),
-		newRule(toKnown),
-		newRule(draw(1), toKnown).because("the set changed just now: its first endpoint"),
+	return []nft.Rule{
+		nft.NewRule(recall, remember(client, nft.Priority, c.timeout), toKnown),
+		nft.NewRule(nft.PriorityBitsAre(flag, flag), forget(client, nft.Priority)).Because("its endpoint is gone"),
+		nft.NewRule(draw(c.size), remember(client, nft.Priority, c.timeout)),
+		nft.NewRule(recall),
+		nft.NewRule(toKnown),
+		nft.NewRule(draw(1), toKnown).Because("the set changed just now: its first endpoint"),
 	}
 }
 
@@ -311,25 +313,25 @@ func (c sizedChain) compare(o sizedChain) int {
 }
 
 // in matches a packet whose value is an element of the set.
-func in(v value, set setID) statement { return In(v, schemas[set].name) }
+func in(v nft.Value, set nft.SetID) nft.Statement { return nft.In(v, schemas[set].Name) }
 
 // notIn matches a packet whose value is no element of the set.
-func notIn(v value, set setID) statement { return NotIn(v, schemas[set].name) }
+func notIn(v nft.Value, set nft.SetID) nft.Statement { return nft.NotIn(v, schemas[set].Name) }
 
 // lookedUp is the datum that the map holds for v. A packet for which it holds
 // none leaves the rule.
-func lookedUp(v value, m setID) value { return LookedUp(v, schemas[m].name) }
+func lookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.LookedUp(v, schemas[m].Name) }
 
 // verdictOf goes where the verdict map says, or on if it says nothing.
-func verdictOf(v value, m setID) statement { return VerdictOf(v, schemas[m].name) }
+func verdictOf(v nft.Value, m nft.SetID) nft.Statement { return nft.VerdictOf(v, schemas[m].Name) }
 
 // idLookedUp is the id that the map holds for v.
-func idLookedUp(v value, m setID) value { return MarkLookedUp(v, schemas[m].name) }
+func idLookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.MarkLookedUp(v, schemas[m].Name) }
 
 // remember records key -> id in the affinity map for the given time.
-func remember(key, id value, timeout time.Duration) statement {
-	return Remember(schemas[affinity].name, key, id, timeout)
+func remember(key, id nft.Value, timeout time.Duration) nft.Statement {
+	return nft.Remember(schemas[affinity].Name, key, id, timeout)
 }
 
 // forget removes the key from the affinity map.
-func forget(key, id value) statement { return Forget(schemas[affinity].name, key, id) }
+func forget(key, id nft.Value) nft.Statement { return nft.Forget(schemas[affinity].Name, key, id) }

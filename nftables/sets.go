@@ -1,10 +1,12 @@
 package nftables
 
-// setID names one of the table's sets and maps; all are fixed.
-type setID uint8
+import (
+	"signalbox/nft"
+	"signalbox/nft/access"
+)
 
 const (
-	frontends setID = iota
+	frontends nft.SetID = iota
 	internalFrontends
 	nodePorts
 	internalNodePorts
@@ -48,60 +50,60 @@ const (
 const affinitySize = 1 << 18
 
 var (
-	idOnly   = []fieldType{idField}
-	idData   = []fieldType{idDatum}
-	addrPort = []fieldType{addrField, portField}
+	idOnly   = []nft.Field{nft.ClassIDField}
+	idData   = []nft.Field{nft.MarkDatum}
+	addrPort = []nft.Field{nft.AddrField, nft.PortField}
 )
 
 // schemas holds every set by its id, in the order of creation and listing.
 var schemas = makeSchemas()
 
-func makeSchemas() []*schema {
-	list := []*schema{
-		{id: frontends, name: "frontends", key: frontendKey, data: idData,
-			comment: "endpoint set of each frontend; none: it has no endpoints"},
-		{id: internalFrontends, name: "internal-frontends", key: frontendKey, data: idData,
-			comment: "the same, where traffic of this node and its Pods goes elsewhere"},
-		{id: nodePorts, name: "nodeports", key: nodePortKey, data: idData},
-		{id: internalNodePorts, name: "internal-nodeports", key: nodePortKey, data: idData},
-		{id: masquerade, name: "masquerade-origins", key: frontendKey, data: idData,
-			comment: "all frontends, and whose source is rewritten: 1 Pods here, 2 this node, 4 others"},
-		{id: nodePortMasquerade, name: "nodeport-masquerade-origins", key: nodePortKey, data: idData},
-		{id: markChains, name: "mark-chains", key: idOnly, verdicts: true},
-		{id: refused, name: "refused", key: frontendKey,
-			comment: "frontends without endpoints"},
-		{id: dropped, name: "dropped", key: frontendKey,
-			comment: "those of them that have endpoints elsewhere"},
-		{id: refusedNodePorts, name: "refused-nodeports", key: nodePortKey},
-		{id: droppedNodePorts, name: "dropped-nodeports", key: nodePortKey},
-		{id: restricted, name: "restricted", key: frontendKey,
-			comment: "frontends that only allowed sources may use"},
-		{id: allowedSources, name: "allowed-sources", key: append(frontendKey[:3:3], addrField), interval: true},
-		{id: restrictedNodePorts, name: "restricted-nodeports", key: nodePortKey},
-		{id: allowedNodePortSources, name: "allowed-nodeport-sources", key: append(nodePortKey[:2:2], addrField), interval: true},
-		{id: clusterIPs, name: "cluster-ips", key: []fieldType{addrField}, shared: true},
-		{id: hairpin, name: "hairpin", key: []fieldType{addrField, addrField}, shared: true,
-			comment: "endpoints that may be their own clients"},
-		{id: pickChains, name: "pick-chains", key: idOnly, verdicts: true},
-		{id: endpoints, name: "endpoints", key: []fieldType{idField, slotField}, data: addrPort},
-		{id: affinity, name: "affinity", key: []fieldType{addrField, idField}, data: idData, dynamic: true, size: affinitySize,
-			comment: "client . Service port : endpoint"},
-		{id: affinitySlots, name: "affinity-slots", key: []fieldType{idField, slotField}, data: idData},
+func makeSchemas() []*nft.Set {
+	list := []*nft.Set{
+		{ID: frontends, Name: "frontends", Key: access.FrontendKey, Data: idData,
+			Comment: "endpoint set of each frontend; none: it has no endpoints"},
+		{ID: internalFrontends, Name: "internal-frontends", Key: access.FrontendKey, Data: idData,
+			Comment: "the same, where traffic of this node and its Pods goes elsewhere"},
+		{ID: nodePorts, Name: "nodeports", Key: access.NodePortKey, Data: idData},
+		{ID: internalNodePorts, Name: "internal-nodeports", Key: access.NodePortKey, Data: idData},
+		{ID: masquerade, Name: "masquerade-origins", Key: access.FrontendKey, Data: idData,
+			Comment: "all frontends, and whose source is rewritten: 1 Pods here, 2 this node, 4 others"},
+		{ID: nodePortMasquerade, Name: "nodeport-masquerade-origins", Key: access.NodePortKey, Data: idData},
+		{ID: markChains, Name: "mark-chains", Key: idOnly, Verdicts: true},
+		{ID: refused, Name: "refused", Key: access.FrontendKey,
+			Comment: "frontends without endpoints"},
+		{ID: dropped, Name: "dropped", Key: access.FrontendKey,
+			Comment: "those of them that have endpoints elsewhere"},
+		{ID: refusedNodePorts, Name: "refused-nodeports", Key: access.NodePortKey},
+		{ID: droppedNodePorts, Name: "dropped-nodeports", Key: access.NodePortKey},
+		{ID: restricted, Name: "restricted", Key: access.FrontendKey,
+			Comment: "frontends that only allowed sources may use"},
+		{ID: allowedSources, Name: "allowed-sources", Key: append(access.FrontendKey[:3:3], nft.AddrField), Interval: true},
+		{ID: restrictedNodePorts, Name: "restricted-nodeports", Key: access.NodePortKey},
+		{ID: allowedNodePortSources, Name: "allowed-nodeport-sources", Key: append(access.NodePortKey[:2:2], nft.AddrField), Interval: true},
+		{ID: clusterIPs, Name: "cluster-ips", Key: []nft.Field{nft.AddrField}, Shared: true},
+		{ID: hairpin, Name: "hairpin", Key: []nft.Field{nft.AddrField, nft.AddrField}, Shared: true,
+			Comment: "endpoints that may be their own clients"},
+		{ID: pickChains, Name: "pick-chains", Key: idOnly, Verdicts: true},
+		{ID: endpoints, Name: "endpoints", Key: []nft.Field{nft.ClassIDField, nft.MarkField}, Data: addrPort},
+		{ID: affinity, Name: "affinity", Key: []nft.Field{nft.AddrField, nft.ClassIDField}, Data: idData, Dynamic: true, Size: affinitySize,
+			Comment: "client . Service port : endpoint"},
+		{ID: affinitySlots, Name: "affinity-slots", Key: []nft.Field{nft.ClassIDField, nft.MarkField}, Data: idData},
 	}
 	for v := range maxVariants {
-		list = append(list, &schema{
-			id: affinityEndpoints + setID(v), name: "affinity-endpoints-" + string(rune('0'+v)), key: idOnly, data: addrPort,
+		list = append(list, &nft.Set{
+			ID: affinityEndpoints + nft.SetID(v), Name: "affinity-endpoints-" + string(rune('0'+v)), Key: idOnly, Data: addrPort,
 		})
 	}
 	list = append(list,
-		&schema{id: localPods, name: "local-pods", key: []fieldType{addrField}, interval: true},
-		&schema{id: ownPods, name: "own-pods", key: []fieldType{addrField}, interval: true, comment: "of these, the ones on this node"},
-		&schema{id: nodePortAddrs, name: "nodeport-addrs", key: []fieldType{addrField}},
-		&schema{id: serviceCIDRs, name: "service-cidrs", key: []fieldType{addrField}, interval: true},
+		&nft.Set{ID: localPods, Name: "local-pods", Key: []nft.Field{nft.AddrField}, Interval: true},
+		&nft.Set{ID: ownPods, Name: "own-pods", Key: []nft.Field{nft.AddrField}, Interval: true, Comment: "of these, the ones on this node"},
+		&nft.Set{ID: nodePortAddrs, Name: "nodeport-addrs", Key: []nft.Field{nft.AddrField}},
+		&nft.Set{ID: serviceCIDRs, Name: "service-cidrs", Key: []nft.Field{nft.AddrField}, Interval: true},
 	)
 	for i, s := range list {
-		if s.id != setID(i) {
-			panic("nftables: set " + s.name + " is out of order")
+		if s.ID != nft.SetID(i) {
+			panic("nftables: set " + s.Name + " is out of order")
 		}
 	}
 	return list

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"slices"
 
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
@@ -15,7 +16,7 @@ type stage struct {
 	changes []replacement
 	taken   []uint32 // ids that the change took from the pools
 
-	remove, add          []element
+	remove, add          []nft.Element
 	newChains, oldChains []sizedChain
 }
 
@@ -82,16 +83,16 @@ func (s *stage) forget() {
 // wanted now.
 func (s *stage) countUses() map[sharedKey]int32 {
 	before := make(map[sharedKey]int32)
-	note := func(e element) {
-		if schemas[e.set].shared {
-			k := sharedKey{e.set, e.key}
+	note := func(e nft.Element) {
+		if schemas[e.Set].Shared {
+			k := sharedKey{e.Set, e.Key}
 			before[k] = s.state.uses[k]
 		}
 	}
 	for _, c := range s.changes {
 		for _, r := range []*record{c.old, c.new} {
 			if r != nil {
-				s.state.compile(r, note)
+				compile(r, note)
 			}
 		}
 	}
@@ -152,23 +153,23 @@ func idsOnlyIn(a, b *record) []uint32 {
 
 // diff compares the elements of one Service port before and after.
 func (s *stage) diff(c *replacement) {
-	before := make(map[elementKey]element)
-	var order []elementKey
+	before := make(map[nft.ElementID]nft.Element)
+	var order []nft.ElementID
 	if c.old != nil {
-		s.state.compile(c.old, func(e element) {
-			if _, twice := before[e.id()]; !twice && !schemas[e.set].shared {
-				before[e.id()] = e
-				order = append(order, e.id())
+		compile(c.old, func(e nft.Element) {
+			if _, twice := before[e.ID()]; !twice && !schemas[e.Set].Shared {
+				before[e.ID()] = e
+				order = append(order, e.ID())
 			}
 		})
 	}
 	if c.new != nil {
-		s.state.compile(c.new, func(e element) {
-			if schemas[e.set].shared {
+		compile(c.new, func(e nft.Element) {
+			if schemas[e.Set].Shared {
 				return
 			}
-			if b, had := before[e.id()]; had && b == e {
-				delete(before, e.id())
+			if b, had := before[e.ID()]; had && b == e {
+				delete(before, e.ID())
 				return
 			}
 			s.add = append(s.add, e)
@@ -183,7 +184,7 @@ func (s *stage) diff(c *replacement) {
 
 func (s *stage) diffShared(before map[sharedKey]int32) {
 	for k, n := range before {
-		e := element{set: k.set, key: k.key}
+		e := nft.Element{Set: k.set, Key: k.key}
 		switch wanted := s.state.uses[k] > 0; {
 		case wanted && n == 0:
 			s.add = append(s.add, e)

@@ -16,6 +16,7 @@ import (
 
 	"signalbox/proxier"
 
+	"signalbox/nft"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )
@@ -23,8 +24,8 @@ import (
 // believed is the table's contents by the state, element by element.
 func believed(st *state) []string {
 	var lines []string
-	st.emitAll(func(e element) {
-		lines = append(lines, schemas[e.set].name+" "+schemas[e.set].elementText(&e, st.family))
+	st.emitAll(func(e nft.Element) {
+		lines = append(lines, schemas[e.Set].Name+" "+schemas[e.Set].ElementText(&e, st.IPFamily))
 	})
 	slices.Sort(lines)
 	return lines
@@ -39,9 +40,9 @@ func FuzzStage(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, a, b uint64) {
 		g := generator{rand.New(rand.NewPCG(a, b)), plan.Families[a%2]}
-		st := newState(familyOf(g.family))
-		kernel := map[elementKey]element{}
-		st.emitAll(func(e element) { kernel[e.id()] = e })
+		st := newState(nft.FamilyOf(g.family))
+		kernel := map[nft.ElementID]nft.Element{}
+		st.emitAll(func(e nft.Element) { kernel[e.ID()] = e })
 		plan := &plan.Plan{Family: g.family, Services: map[plan.ServicePortName]*plan.ServicePort{}}
 		for range 30 {
 			before, old := believed(st), maps.Clone(plan.Services)
@@ -92,27 +93,27 @@ func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
 
 // apply does to a model of the kernel what a stage asks for, and fails where
 // the kernel would.
-func apply(t *testing.T, kernel map[elementKey]element, s *stage) {
+func apply(t *testing.T, kernel map[nft.ElementID]nft.Element, s *stage) {
 	t.Helper()
 	for _, e := range s.remove {
-		if kernel[e.id()] != e {
-			t.Fatalf("%s %s is removed and not there", schemas[e.set].name, schemas[e.set].elementText(&e, s.state.family))
+		if kernel[e.ID()] != e {
+			t.Fatalf("%s %s is removed and not there", schemas[e.Set].Name, schemas[e.Set].ElementText(&e, s.state.IPFamily))
 		}
-		delete(kernel, e.id())
+		delete(kernel, e.ID())
 	}
 	for _, e := range s.add {
-		if _, exists := kernel[e.id()]; exists {
-			t.Fatalf("%s %s is added and there already", schemas[e.set].name, schemas[e.set].elementText(&e, s.state.family))
+		if _, exists := kernel[e.ID()]; exists {
+			t.Fatalf("%s %s is added and there already", schemas[e.Set].Name, schemas[e.Set].ElementText(&e, s.state.IPFamily))
 		}
-		kernel[e.id()] = e
+		kernel[e.ID()] = e
 	}
 }
 
-func compareModel(t *testing.T, kernel map[elementKey]element, st *state) {
+func compareModel(t *testing.T, kernel map[nft.ElementID]nft.Element, st *state) {
 	t.Helper()
 	var lines []string
 	for _, e := range kernel {
-		lines = append(lines, schemas[e.set].name+" "+schemas[e.set].elementText(&e, st.family))
+		lines = append(lines, schemas[e.Set].Name+" "+schemas[e.Set].ElementText(&e, st.IPFamily))
 	}
 	slices.Sort(lines)
 	if diff := cmp.Diff(believed(st), lines); diff != "" {
@@ -147,7 +148,7 @@ func TestChangeIsSmall(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			desired := conformance.Fleet(plan.IPv4, 20, 10)
 			desired.Services[test.before.Name] = test.before
-			st, err := newStateOf(familyOf(plan.IPv4), desired, nil, nil)
+			st, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -168,7 +169,7 @@ func TestChangeIsSmall(t *testing.T) {
 func TestSyncOneAllocations(t *testing.T) {
 	allocations := func(services int) float64 {
 		desired := conformance.Fleet(plan.IPv4, services, 3)
-		st, err := newStateOf(familyOf(plan.IPv4), desired, nil, nil)
+		st, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -223,7 +224,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(test.want, func(t *testing.T) {
 			desired := conformance.Fleet(plan.IPv4, 3, 3)
-			st, err := newStateOf(familyOf(plan.IPv4), desired, nil, nil)
+			st, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -241,7 +242,7 @@ func TestRefused(t *testing.T) {
 			if diff := cmp.Diff(before, believed(st)); diff != "" {
 				t.Errorf("the refused change left traces:\n%s", diff)
 			}
-			if _, err := newStateOf(familyOf(plan.IPv4), desired, nil, nil); err == nil {
+			if _, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil); err == nil {
 				t.Error("the same Service is taken when everything is written anew")
 			}
 		})

@@ -5,12 +5,13 @@ import (
 	"maps"
 	"slices"
 
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
 // state is what a Proxier knows of its table's contents.
 type state struct {
-	*family
+	*nft.IPFamily
 	pools   *idPools
 	records map[plan.ServicePortName]*record
 	// owners says which Service port holds a frontend.
@@ -29,7 +30,7 @@ type state struct {
 
 // sharedKey is an element of a shared set.
 type sharedKey struct {
-	set setID
+	set nft.SetID
 	key string
 }
 
@@ -41,15 +42,15 @@ const readyChains = 16
 // that is deleted is idle since an earlier Sync, so no packet is in it.
 const idleChains = 16
 
-func newState(f *family) *state {
+func newState(f *nft.IPFamily) *state {
 	st := &state{
-		family:  f,
-		pools:   newIDPools(),
-		records: make(map[plan.ServicePortName]*record),
-		owners:  make(map[plan.FrontendKey]*plan.ServicePort),
-		uses:    make(map[sharedKey]int32),
-		served:  make(map[sizedChain]int32),
-		chains:  make(map[sizedChain]uint32),
+		IPFamily: f,
+		pools:    newIDPools(),
+		records:  make(map[plan.ServicePortName]*record),
+		owners:   make(map[plan.FrontendKey]*plan.ServicePort),
+		uses:     make(map[sharedKey]int32),
+		served:   make(map[sizedChain]int32),
+		chains:   make(map[sizedChain]uint32),
 	}
 	for n := range readyChains {
 		st.chains[sizedChain{size: n + 1}] = uint32(n + 1)
@@ -61,7 +62,7 @@ func newState(f *family) *state {
 // the names, so that the same plan makes the same table. Service ports keep the
 // numbers that they have in before, and sized chains those in chains; both may
 // be nil.
-func newStateOf(f *family, desired *plan.Plan, before map[plan.ServicePortName]*record, chains map[sizedChain]uint32) (*state, error) {
+func newStateOf(f *nft.IPFamily, desired *plan.Plan, before map[plan.ServicePortName]*record, chains map[sizedChain]uint32) (*state, error) {
 	st := newState(f)
 	for c, n := range chains {
 		if c.ownNumber() || st.pools.chains.claim(n) {
@@ -117,7 +118,7 @@ func (st *state) claimIDs(ids []uint32) bool {
 // recordOf makes the record of port, which follows on old. The caller gives
 // back what it took from the pools if the record does not come to be.
 func (st *state) recordOf(old *record, port *plan.ServicePort) (*record, error) {
-	if err := st.validate(port); err != nil {
+	if err := validate(st.IPFamily, port); err != nil {
 		return nil, err
 	}
 	r, err := succeed(old, port, st.pools)
@@ -158,18 +159,18 @@ func (st *state) dropChain(c sizedChain) {
 }
 
 // pickElement is what leads to a sized chain.
-func (st *state) pickElement(c sizedChain) element {
-	return element{set: pickChains, key: idKey(st.chains[c]), chain: c.name()}
+func (st *state) pickElement(c sizedChain) nft.Element {
+	return nft.Element{Set: pickChains, Key: nft.MarkKey(st.chains[c]), Chain: c.name()}
 }
 
 // emitAll hands out every element that does not depend on the node.
-func (st *state) emitAll(emit func(element)) {
+func (st *state) emitAll(emit func(nft.Element)) {
 	for origins := plan.FromPods; origins <= plan.AnySource; origins++ {
-		emit(element{set: markChains, key: idKey(uint32(origins)), chain: markChain(origins)})
+		emit(nft.Element{Set: markChains, Key: nft.MarkKey(uint32(origins)), Chain: markChain(origins)})
 	}
 	for _, name := range slices.SortedFunc(maps.Keys(st.records), plan.ServicePortName.Compare) {
-		st.compile(st.records[name], func(e element) {
-			if !schemas[e.set].shared {
+		compile(st.records[name], func(e nft.Element) {
+			if !schemas[e.Set].Shared {
 				emit(e)
 			}
 		})
@@ -178,7 +179,7 @@ func (st *state) emitAll(emit func(element)) {
 		emit(st.pickElement(c))
 	}
 	for k := range st.uses {
-		emit(element{set: k.set, key: k.key})
+		emit(nft.Element{Set: k.set, Key: k.key})
 	}
 }
 
@@ -217,9 +218,9 @@ func (st *state) count(r *record, by int32) {
 	for i := range r.sets {
 		add(st.served, r.chainOf(i), by)
 	}
-	st.compile(r, func(e element) {
-		if schemas[e.set].shared {
-			add(st.uses, sharedKey{e.set, e.key}, by)
+	compile(r, func(e nft.Element) {
+		if schemas[e.Set].Shared {
+			add(st.uses, sharedKey{e.Set, e.Key}, by)
 		}
 	})
 }

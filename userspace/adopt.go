@@ -6,15 +6,15 @@ import (
 
 	nflib "github.com/google/nftables"
 
-	"signalbox/nftables"
-
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
 // adopt takes over the numbers that frontends have in the existing table, of this
 // process or an earlier one: the conntrack entries of UDP flows contain them. read
 // lists a set of the table.
-func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set int) ([]nflib.SetElement, error)) {
+func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set nft.SetID) ([]nflib.SetElement, error)) {
 	wanted := map[plan.FrontendKey]bool{}
 	for name, sp := range desired.Services {
 		if relayed(name.Protocol) {
@@ -24,7 +24,7 @@ func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set int) ([]nfl
 		}
 	}
 	// The table comes first: another process may have written it since.
-	for _, set := range []int{frontends, nodePorts} {
+	for _, set := range []nft.SetID{frontends, nodePorts} {
 		elements, err := read(set)
 		if err != nil && p.state != nil {
 			break
@@ -35,7 +35,7 @@ func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set int) ([]nfl
 			return
 		}
 		for _, e := range elements {
-			k := nftables.FrontendOfBytes(p.family, e.Key, set == nodePorts)
+			k := access.FrontendOfBytes(p.family, e.Key, set == nodePorts)
 			a, _ := netip.AddrFromSlice(e.Val)
 			if id, ok := idOf(p.family.Family, a); ok && wanted[k] && st.pool.claim(id) {
 				st.ids[k] = id

@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 
-	"signalbox/nftables"
-
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -16,8 +16,8 @@ func relayed(p plan.Protocol) bool { return p == plan.TCP || p == plan.UDP }
 
 // compile lists the elements of one Service port. Elements of cluster-ips may
 // be those of other Service ports too.
-func compile(f *nftables.IPFamily, sp *plan.ServicePort, ids map[plan.FrontendKey]frontendID) []nftables.Element {
-	c := compiler{family: f, comment: nftables.CommentText(sp.Name.String())}
+func compile(f *nft.IPFamily, sp *plan.ServicePort, ids map[plan.FrontendKey]frontendID) []nft.Element {
+	c := compiler{family: f, comment: nft.CommentText(sp.Name.String())}
 	for i := range sp.Frontends {
 		fe := &sp.Frontends[i]
 		c.frontend(fe, fe.Key(sp.Name.Protocol), ids)
@@ -26,13 +26,13 @@ func compile(f *nftables.IPFamily, sp *plan.ServicePort, ids map[plan.FrontendKe
 }
 
 type compiler struct {
-	family  *nftables.IPFamily
+	family  *nft.IPFamily
 	comment string
-	list    []nftables.Element
+	list    []nft.Element
 }
 
-func (c *compiler) add(set int, key, end, data, comment string) {
-	c.list = append(c.list, nftables.NewElement(set, key, end, data, comment))
+func (c *compiler) add(set nft.SetID, key, end, data, comment string) {
+	c.list = append(c.list, nft.Element{Set: set, Key: key, End: end, Data: data, Comment: comment})
 }
 
 func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.FrontendKey]frontendID) {
@@ -40,7 +40,7 @@ func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.
 	if !fe.Addr.IsValid() {
 		sets = nodePortSets
 	}
-	key := nftables.FrontendBytes(k)
+	key := access.FrontendBytes(k)
 	open := relayed(k.Protocol)
 	inside, outside := open && fe.Internal.Len() > 0, open && fe.External.Len() > 0
 	if inside || outside {
@@ -61,8 +61,8 @@ func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.
 	}
 	if fe.Sources != nil {
 		c.add(sets.restricted, key, "", "", "")
-		for _, p := range nftables.Disjoint(fe.Sources) {
-			c.add(sets.allowed, key+string(p.Addr().AsSlice()), key+string(nftables.LastAddr(p).AsSlice()), "", "")
+		for _, p := range nft.Disjoint(fe.Sources) {
+			c.add(sets.allowed, key+string(p.Addr().AsSlice()), key+string(nft.LastAddr(p).AsSlice()), "", "")
 		}
 	}
 	if fe.Kind == plan.ClusterIP && fe.Addr.IsValid() {
@@ -71,7 +71,7 @@ func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.
 }
 
 // validate refuses what could not be written.
-func validate(f *nftables.IPFamily, sp *plan.ServicePort) error {
+func validate(f *nft.IPFamily, sp *plan.ServicePort) error {
 	for i := range sp.Frontends {
 		fe := &sp.Frontends[i]
 		if fe.Addr != (netip.Addr{}) && !f.Holds(fe.Addr) {

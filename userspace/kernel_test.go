@@ -12,7 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"signalbox/nftables"
+	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -185,10 +185,10 @@ func TestSCTPIsRefused(t *testing.T) {
 		if name.Protocol != plan.SCTP {
 			continue
 		}
-		f := nftables.FamilyOf(plan.IPv4)
+		f := nft.FamilyOf(plan.IPv4)
 		for _, e := range compile(f, sp, nil) {
-			if e.Set() != rejected && e.Set() != clusterIPs {
-				t.Errorf("an SCTP port is in %s", setNames[e.Set()])
+			if e.Set != rejected && e.Set != clusterIPs {
+				t.Errorf("an SCTP port is in %s", setNames[e.Set])
 			}
 		}
 		return

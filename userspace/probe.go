@@ -9,7 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
-	"signalbox/nftables"
+
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -23,19 +25,20 @@ func Supported(f plan.Family) error {
 	missing := func(what, remedy string, err error) error {
 		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: what, Remedy: remedy, Err: err}
 	}
-	t, err := nftables.OpenTable(nftables.FamilyOf(f), probeTable, makeSets())
+	t, err := nft.Open(nft.FamilyOf(f), probeTable, makeSets())
 	if err != nil {
 		return missing("the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
 	defer t.Close()
-	rules := ruleset{nftables.FamilyOf(f), answersMark(proxier.DefaultMasqueradeMark), firstPorts, plan.Node{
+	rules := ruleset{nft.FamilyOf(f), answersMark(proxier.DefaultMasqueradeMark), firstPorts, plan.Node{
 		LocalPods:     plan.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
 		NodePortAddrs: plan.NodePortAddrs{All: true},
 	}}
-	t.ReplaceTable()
-	t.AddChains(rules.chains())
-	t.DropTable()
-	switch err := t.Commit(); {
+	err = t.Try(func() {
+		t.AddSets()
+		t.AddChains(rules.chains())
+	})
+	switch {
 	case errors.Is(err, unix.EPERM):
 		return missing("the right to change nf_tables", "run as root or with CAP_NET_ADMIN", err)
 	case err != nil:
@@ -75,13 +78,13 @@ func trySockets(f plan.Family) error {
 // Cleanup removes this mode's table, routes and rule of the family, and nothing
 // else. It is no error if there are none, and then removed is false.
 func Cleanup(f plan.Family) (removed bool, err error) {
-	t, err := nftables.OpenTable(nftables.FamilyOf(f), tableName, makeSets())
+	t, err := nft.Open(nft.FamilyOf(f), tableName, makeSets())
 	if err != nil {
 		return false, err
 	}
 	defer t.Close()
 	table := t.DeleteTable()
-	if err := t.Commit(); err != nil {
+	if err := access.Commit(t); err != nil {
 		return false, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
 	}
 	r, err := newRoutes(f, 0)
@@ -100,9 +103,9 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 // that has none yet, in the form of `nft list table`. Frontends are numbered
 // from 0. It touches no kernel.
 func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
-	f := nftables.FamilyOf(opts.Family)
+	f := nft.FamilyOf(opts.Family)
 	rules := ruleset{f, answersMark(opts.MasqueradeMark), firstPorts, plan.Node}
-	if err := nftables.ValidateNode(rules.IPFamily, rules.node); err != nil {
+	if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
 		return "", err
 	}
 	st := newState(f)
@@ -111,5 +114,5 @@ func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return nftables.RenderTable(f, tableName, makeSets(), slices.Concat(s.add, rules.nodeElements()), rules.chains()), nil
+	return nft.RenderTable(f, tableName, nil, makeSets(), slices.Concat(s.add, rules.nodeElements()), rules.chains()), nil
 }

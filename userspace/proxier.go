@@ -7,7 +7,8 @@ import (
 	"net/netip"
 	"time"
 
-	"signalbox/nftables"
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -19,9 +20,9 @@ const Mode = "userspace"
 // which it was made.
 type Proxier struct {
 	proxier.Defaults
-	family *nftables.IPFamily
+	family *nft.IPFamily
 	mark   uint32
-	table  *nftables.Transaction
+	table  *nft.Table
 	routes *routes
 	relay  *relay
 	state  *state // nil until the first Sync
@@ -33,11 +34,11 @@ var _ proxier.Proxier = (*Proxier)(nil)
 
 // New opens the connections to the kernel. The relay begins with the first Sync.
 func New(opts proxier.Options) (*Proxier, error) {
-	f := nftables.FamilyOf(opts.Family)
+	f := nft.FamilyOf(opts.Family)
 	fail := func(err error) (*Proxier, error) {
 		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
 	}
-	t, err := nftables.OpenTable(f, tableName, makeSets())
+	t, err := nft.Open(f, tableName, makeSets())
 	if err != nil {
 		return fail(err)
 	}
@@ -97,7 +98,7 @@ func (p *Proxier) rules(plan *plan.Plan) ruleset {
 
 // syncAll replaces the table. Frontends keep their numbers.
 func (p *Proxier) syncAll(plan *plan.Plan) error {
-	if err := nftables.ValidateNode(p.rules(plan).IPFamily, plan.Node); err != nil {
+	if err := access.ValidateNode(p.rules(plan).IPFamily, plan.Node); err != nil {
 		return err
 	}
 	if err := p.routes.ensure(); err != nil {
@@ -122,7 +123,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 	p.table.ReplaceTable()
 	p.table.AddChains(rules.chains())
 	p.table.AddElements(append(s.add, rules.nodeElements()...))
-	if err := p.table.Commit(); err != nil {
+	if err := access.Commit(p.table); err != nil {
 		p.relay.targets.withdraw(added)
 		return fmt.Errorf("write table %s: %w", tableName, err)
 	}
@@ -141,7 +142,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	rules := p.rules(plan)
 	if change.Node {
-		if err := nftables.ValidateNode(rules.IPFamily, rules.node); err != nil {
+		if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
 			return err
 		}
 	}
@@ -153,14 +154,14 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	added := p.relay.targets.announce(list)
 	if change.Node {
 		p.table.RewriteChains(rules.nodeChains())
-		for _, set := range []int{localPods, nodePortAddrs, serviceCIDRs} {
+		for _, set := range []nft.SetID{localPods, nodePortAddrs, serviceCIDRs} {
 			p.table.FlushSet(set)
 		}
 		p.table.AddElements(rules.nodeElements())
 	}
 	p.table.RemoveElements(s.remove)
 	p.table.AddElements(s.add)
-	if err := p.table.Commit(); err != nil {
+	if err := access.Commit(p.table); err != nil {
 		p.relay.targets.withdraw(added)
 		s.undo()
 		return fmt.Errorf("write %d changed Service ports to table %s: %w", len(change.Services), tableName, err)

@@ -1,7 +1,7 @@
 package userspace
 
 import (
-	"signalbox/nftables"
+	"signalbox/nft"
 )
 
 // tableName is a table of this mode's own, so that a change of mode can write
@@ -10,7 +10,7 @@ const tableName = "signalbox-userspace"
 
 // The sets of the table, in the order of creation and listing.
 const (
-	frontends = iota
+	frontends nft.SetID = iota
 	nodePorts
 	noInternalEndpoints
 	noExternalEndpoints
@@ -34,7 +34,7 @@ const (
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
 type frontendSets struct {
-	redirected, noInternalEndpoints, noExternalEndpoints, rejected, dropped, restricted, allowed int
+	redirected, noInternalEndpoints, noExternalEndpoints, rejected, dropped, restricted, allowed nft.SetID
 }
 
 var (
@@ -50,13 +50,13 @@ var setNames = [setCount]string{
 	"cluster-ips", "local-pods", "nodeport-addrs", "service-cidrs",
 }
 
-func makeSets() []*nftables.Set {
-	addr := []nftables.Field{nftables.AddrField}
-	byFrontend := []nftables.Field{nftables.AddrField, nftables.ProtoField, nftables.PortField}
+func makeSets() []*nft.Set {
+	addr := []nft.Field{nft.AddrField}
+	byFrontend := []nft.Field{nft.AddrField, nft.ProtoField, nft.PortField}
 	byNodePort := byFrontend[1:]
-	sets := make([]*nftables.Set, setCount)
-	declare := func(n int, key, data []nftables.Field, comment string) {
-		sets[n] = nftables.NewSet(setNames[n], key, data, comment)
+	sets := make([]*nft.Set, setCount)
+	declare := func(n nft.SetID, key, data []nft.Field, comment string) {
+		sets[n] = nft.NewSet(setNames[n], key, data, comment)
 	}
 	declare(frontends, byFrontend, addr, "number of each frontend, as an address of the relay's")
 	declare(nodePorts, byNodePort, addr, "the same by node port")
@@ -69,14 +69,14 @@ func makeSets() []*nftables.Set {
 	declare(rejectedNodePorts, byNodePort, nil, "")
 	declare(droppedNodePorts, byNodePort, nil, "")
 	declare(restricted, byFrontend, nil, "frontends that only allowed sources may use")
-	declare(allowedSources, append(byFrontend[:3:3], nftables.AddrField), nil, "")
+	declare(allowedSources, append(byFrontend[:3:3], nft.AddrField), nil, "")
 	declare(restrictedNodePorts, byNodePort, nil, "")
-	declare(allowedNodePortSources, append(byNodePort[:2:2], nftables.AddrField), nil, "")
+	declare(allowedNodePortSources, append(byNodePort[:2:2], nft.AddrField), nil, "")
 	declare(clusterIPs, addr, nil, "")
 	declare(localPods, addr, nil, "")
 	declare(nodePortAddrs, addr, nil, "")
 	declare(serviceCIDRs, addr, nil, "")
-	for _, n := range []int{allowedSources, allowedNodePortSources, localPods, serviceCIDRs} {
+	for _, n := range []nft.SetID{allowedSources, allowedNodePortSources, localPods, serviceCIDRs} {
 		sets[n].OfRanges()
 	}
 	return sets

@@ -6,30 +6,29 @@ import (
 	"maps"
 	"slices"
 
-	"signalbox/nftables"
-
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
 // state is what a Proxier knows of its table's contents.
 type state struct {
-	family   *nftables.IPFamily
+	family   *nft.IPFamily
 	services map[plan.ServicePortName]*plan.ServicePort
 	pool     *idPool
 	ids      map[plan.FrontendKey]frontendID
 	owners   map[plan.FrontendKey]plan.ServicePortName
 	// uses counts how many Service ports want an element of cluster-ips.
-	uses map[nftables.Element]int
+	uses map[nft.Element]int
 }
 
-func newState(f *nftables.IPFamily) *state {
+func newState(f *nft.IPFamily) *state {
 	return &state{
 		family:   f,
 		services: map[plan.ServicePortName]*plan.ServicePort{},
 		pool:     newIDPool(),
 		ids:      map[plan.FrontendKey]frontendID{},
 		owners:   map[plan.FrontendKey]plan.ServicePortName{},
-		uses:     map[nftables.Element]int{},
+		uses:     map[nft.Element]int{},
 	}
 }
 
@@ -39,17 +38,17 @@ type stage struct {
 	names       []plan.ServicePortName
 	now         []*plan.ServicePort // by names; nil for what goes
 	taken       []plan.FrontendKey  // frontends that got a number
-	shared      map[nftables.Element]int
-	remove, add []nftables.Element
+	shared      map[nft.Element]int
+	remove, add []nft.Element
 }
 
 // stage works out what changes in the table when the named Service ports become
 // what plan says. On error the state is as it was.
 func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, error) {
-	s := &stage{state: st, names: names, shared: map[nftables.Element]int{}}
-	delta := map[nftables.Element]int{}
-	var order []nftables.Element
-	count := func(list []nftables.Element, by int) {
+	s := &stage{state: st, names: names, shared: map[nft.Element]int{}}
+	delta := map[nft.Element]int{}
+	var order []nft.Element
+	count := func(list []nft.Element, by int) {
 		for _, e := range list {
 			if _, known := delta[e]; !known {
 				order = append(order, e)
@@ -75,7 +74,7 @@ func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, e
 	for _, e := range order {
 		s.decide(e, delta[e])
 	}
-	bySet := func(a, b nftables.Element) int { return cmp.Compare(a.Set(), b.Set()) }
+	bySet := func(a, b nft.Element) int { return cmp.Compare(a.Set, b.Set) }
 	slices.SortStableFunc(s.remove, bySet)
 	slices.SortStableFunc(s.add, bySet)
 	return s, nil
@@ -103,12 +102,12 @@ func (s *stage) number(sp *plan.ServicePort) error {
 
 // decide finds out what an element that so many more Service ports want than
 // before means for the table.
-func (s *stage) decide(e nftables.Element, by int) {
+func (s *stage) decide(e nft.Element, by int) {
 	before := 0
 	if by < 0 {
 		before = -by
 	}
-	if e.Set() == clusterIPs {
+	if e.Set == clusterIPs {
 		before = s.state.uses[e]
 		s.shared[e] = before + by
 	}

@@ -16,7 +16,7 @@ import (
 	nflib "github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
-	"signalbox/nftables"
+	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -205,7 +205,7 @@ func TestNumbersOutliveTheTable(t *testing.T) {
 	w.serve(0, 0, 0)
 	w.serve(1, 0, 0)
 	st := newState(w.p.family)
-	w.p.adopt(st, w.plan, func(int) ([]nflib.SetElement, error) { return nil, unix.EINTR })
+	w.p.adopt(st, w.plan, func(nft.SetID) ([]nflib.SetElement, error) { return nil, unix.EINTR })
 	if !maps.Equal(st.ids, w.p.state.ids) {
 		t.Errorf("frontends have the numbers %v, had %v", st.ids, w.p.state.ids)
 	}
@@ -227,10 +227,10 @@ func TestNumbersGoOn(t *testing.T) {
 func TestFamiliesOfAddressesAreChecked(t *testing.T) {
 	good := examplePlan(plan.IPv4)
 	for name, sp := range good.Services {
-		if err := validate(nftables.FamilyOf(plan.IPv4), sp); err != nil {
+		if err := validate(nft.FamilyOf(plan.IPv4), sp); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if err := validate(nftables.FamilyOf(plan.IPv6), sp); err == nil {
+		if err := validate(nft.FamilyOf(plan.IPv6), sp); err == nil {
 			t.Errorf("%s: IPv4 addresses pass for IPv6", name)
 		}
 	}

@@ -1,8 +1,9 @@
-package nftables
+package access
 
 import (
 	"github.com/google/nftables/expr"
 
+	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
@@ -11,41 +12,41 @@ import (
 const sourceChain = "new-source"
 
 // NewSource rewrites the source to an address of this node, and the port to any.
-func NewSource(n plan.Node) Statement {
+func NewSource(n plan.Node) nft.Statement {
 	if len(n.RouteSources) == 0 {
-		return masqueradeRandom()
+		return nft.MasqueradeRandom()
 	}
-	return goTo(sourceChain)
+	return nft.GoTo(sourceChain)
 }
 
 // SourceChains are what NewSource goes to.
-func SourceChains(f *family, n plan.Node) []Chain {
+func SourceChains(f *nft.IPFamily, n plan.Node) []nft.Chain {
 	if len(n.RouteSources) == 0 {
 		return nil
 	}
-	var rules []rule
+	var rules []nft.Rule
 	for _, s := range n.RouteSources {
-		match := []statement{oifname(s.Link, "", expr.CmpOpEq)}
+		match := []nft.Statement{nft.Oifname(s.Link, "", expr.CmpOpEq)}
 		if s.Destination.Bits() > 0 {
-			match = append(match, f.daddrIn(s.Destination, "", expr.CmpOpEq))
+			match = append(match, f.DaddrIn(s.Destination, "", expr.CmpOpEq))
 		}
-		source := masqueradeRandom()
+		source := nft.MasqueradeRandom()
 		if s.Source.IsValid() {
-			source = f.snatRandom(s.Source)
+			source = f.SnatRandom(s.Source)
 		}
-		rules = append(rules, newRule(append(match, source)...))
+		rules = append(rules, nft.NewRule(append(match, source)...))
 	}
-	return []chain{{name: sourceChain, rules: append(rules, newRule(masqueradeRandom()))}}
+	return []nft.Chain{{Name: sourceChain, Rules: append(rules, nft.NewRule(nft.MasqueradeRandom()))}}
 }
 
 // RewriteNodeChains replaces the rules of chains that depend on the node, and makes or
 // removes the chain of NewSource.
-func RewriteNodeChains(w *wire, chains []Chain, before, now plan.Node) {
+func RewriteNodeChains(w *nft.Table, chains []nft.Chain, before, now plan.Node) {
 	if len(now.RouteSources) > 0 {
-		w.addChain(chain{name: sourceChain}) // one that is there stays
+		w.AddChain(nft.Chain{Name: sourceChain}) // one that is there stays
 	}
-	w.rewriteChains(chains)
+	w.RewriteChains(chains)
 	if len(before.RouteSources) > 0 && len(now.RouteSources) == 0 {
-		w.deleteChain(sourceChain)
+		w.DeleteChain(sourceChain)
 	}
 }

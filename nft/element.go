@@ -1,4 +1,4 @@
-package nftables
+package nft
 
 import (
 	"encoding/binary"
@@ -14,40 +14,40 @@ import (
 
 // element is one element of a set or map, as the bytes that the kernel keeps.
 // The zero end means that the element is not an interval.
-type element struct {
-	set      setID
-	key, end string
-	data     string
-	chain    string // of a verdict map: to jump to
-	comment  string
+type Element struct {
+	Set      SetID
+	Key, End string
+	Data     string
+	Chain    string // of a verdict map: to jump to
+	Comment  string
 }
 
 // elementKey is what no two elements of the table share.
-type elementKey struct {
-	set      setID
-	key, end string
+type ElementID struct {
+	Set      SetID
+	Key, End string
 }
 
-func (e *element) id() elementKey { return elementKey{e.set, e.key, e.end} }
+func (e *Element) ID() ElementID { return ElementID{e.Set, e.Key, e.End} }
 
-// wire appends the library's form of an element of the set. An interval over one plain
+// LibraryElements appends the library's form of an element of the set. An interval over one plain
 // field is two elements in nf_tables, its start and the first value after it.
-func (s *schema) wire(e *element, list []nflib.SetElement) []nflib.SetElement {
-	out := nflib.SetElement{Key: []byte(e.key), Comment: e.comment}
-	if e.data != "" {
-		out.Val = []byte(e.data)
+func (s *Set) LibraryElements(e *Element, list []nflib.SetElement) []nflib.SetElement {
+	out := nflib.SetElement{Key: []byte(e.Key), Comment: e.Comment}
+	if e.Data != "" {
+		out.Val = []byte(e.Data)
 	}
-	if s.verdicts {
-		out.VerdictData = &expr.Verdict{Kind: expr.VerdictJump, Chain: e.chain}
+	if s.Verdicts {
+		out.VerdictData = &expr.Verdict{Kind: expr.VerdictJump, Chain: e.Chain}
 	}
-	if !s.interval {
+	if !s.Interval {
 		return append(list, out)
 	}
-	if len(s.key) > 1 {
-		out.KeyEnd = []byte(e.end)
+	if len(s.Key) > 1 {
+		out.KeyEnd = []byte(e.End)
 		return append(list, out)
 	}
-	after, overflow := successor(e.end)
+	after, overflow := successor(e.End)
 	if overflow {
 		out.IntervalOpen = true
 		return append(list, out)
@@ -68,29 +68,29 @@ func successor(s string) (b []byte, overflow bool) {
 }
 
 // elementText is the element as `nft list` writes it.
-func (s *schema) elementText(e *element, f *family) string {
+func (s *Set) ElementText(e *Element, f *IPFamily) string {
 	var b strings.Builder
-	b.WriteString(fieldsText(f, s.key, e.key, e.end))
-	if e.comment != "" {
-		fmt.Fprintf(&b, " comment %q", e.comment)
+	b.WriteString(FieldsText(f, s.Key, e.Key, e.End))
+	if e.Comment != "" {
+		fmt.Fprintf(&b, " comment %q", e.Comment)
 	}
 	switch {
-	case s.verdicts:
-		b.WriteString(" : jump " + e.chain)
-	case s.data != nil:
-		b.WriteString(" : " + fieldsText(f, s.data, e.data, ""))
+	case s.Verdicts:
+		b.WriteString(" : jump " + e.Chain)
+	case s.Data != nil:
+		b.WriteString(" : " + FieldsText(f, s.Data, e.Data, ""))
 	}
 	return b.String()
 }
 
 // fieldsText prints concatenated fields. Where end is not empty, addresses
 // that differ from those in end are printed as the prefix they bound.
-func fieldsText(f *family, fields []fieldType, value, end string) string {
+func FieldsText(f *IPFamily, fields []Field, value, end string) string {
 	parts := make([]string, len(fields))
 	for i, field := range fields {
-		n := field.size(f)
+		n := field.Size(f)
 		parts[i] = field.text(value[:n])
-		if field == addrField && end != "" && value[:n] != end[:n] {
+		if field == AddrField && end != "" && value[:n] != end[:n] {
 			parts[i] = prefixText(value[:n], end[:n])
 		}
 		value = value[n:]
@@ -118,24 +118,24 @@ func prefixText(start, end string) string {
 }
 
 // size is the field's length in a key, padding included.
-func (t fieldType) size(f *family) int {
-	if t == addrField {
-		return f.addrLen
+func (t Field) Size(f *IPFamily) int {
+	if t == AddrField {
+		return f.AddrLen
 	}
 	return 4
 }
 
-func (t fieldType) text(s string) string {
+func (t Field) text(s string) string {
 	switch t {
-	case protoField:
+	case ProtoField:
 		return plan.Protocol(s[0]).String()
-	case portField:
+	case PortField:
 		return fmt.Sprint(binary.BigEndian.Uint16([]byte(s)))
-	case idField:
-		return idText(binary.NativeEndian.Uint32([]byte(s)))
-	case idDatum:
-		return idText(binary.BigEndian.Uint32([]byte(s)))
-	case slotField:
+	case ClassIDField:
+		return ClassIDText(binary.NativeEndian.Uint32([]byte(s)))
+	case MarkDatum:
+		return ClassIDText(binary.BigEndian.Uint32([]byte(s)))
+	case MarkField:
 		return fmt.Sprintf("%#08x", binary.NativeEndian.Uint32([]byte(s)))
 	}
 	addr, _ := netip.AddrFromSlice([]byte(s))
@@ -143,16 +143,16 @@ func (t fieldType) text(s string) string {
 }
 
 // idText prints an id as nft prints a priority.
-func idText(id uint32) string {
+func ClassIDText(id uint32) string {
 	if id == 0 {
 		return "none"
 	}
 	return fmt.Sprintf("%x:%x", id>>16, id&0xffff)
 }
 
-func idKey(id uint32) string { return string(appendID(make([]byte, 0, 4), id)) }
+func MarkKey(id uint32) string { return string(AppendID(make([]byte, 0, 4), id)) }
 
-func idDatumBytes(id uint32) string {
+func MarkData(id uint32) string {
 	return string(binary.BigEndian.AppendUint32(make([]byte, 0, 4), id))
 }
 
@@ -161,7 +161,7 @@ const maxComment = 127
 
 // commentText makes a name fit to be a comment: a file may hold names that the
 // API server would refuse, and a listing must stay readable.
-func commentText(name string) string {
+func CommentText(name string) string {
 	clean := strings.Map(func(c rune) rune {
 		if c < ' ' || c > '~' || c == '"' || c == '\\' {
 			return '?'

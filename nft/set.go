@@ -1,4 +1,4 @@
-package nftables
+package nft
 
 import (
 	"strings"
@@ -8,65 +8,68 @@ import (
 	"github.com/google/nftables/binaryutil"
 )
 
+// SetID is the number of a set: its place in the list of its table's sets.
+type SetID uint8
+
 // fieldType is the type of one field of a key or datum.
-type fieldType uint8
+type Field uint8
 
 const (
-	addrField fieldType = iota
-	protoField
-	portField
-	idField
-	slotField
+	AddrField Field = iota
+	ProtoField
+	PortField
+	ClassIDField
+	MarkField
 	// idDatum is an id as the datum of a map. nft takes such data for
 	// big-endian unless a set says otherwise, which the library cannot make it
 	// say; so they are big-endian, and rules turn them round.
-	idDatum
+	MarkDatum
 )
 
 // schema is the declaration of a set or map.
-type schema struct {
-	id       setID
-	name     string
-	key      []fieldType
-	data     []fieldType // nil for a set and for a verdict map
-	verdicts bool
-	interval bool
-	dynamic  bool   // filled by the packet path: the affinity map
-	shared   bool   // several Service ports may hold the same element
-	size     uint32 // the most elements that packets may add; 0 for a set that they do not fill
-	comment  string // for whoever reads a listing
+type Set struct {
+	ID       SetID
+	Name     string
+	Key      []Field
+	Data     []Field // nil for a set and for a verdict map
+	Verdicts bool
+	Interval bool
+	Dynamic  bool   // filled by the packet path: the affinity map
+	Shared   bool   // several Service ports may hold the same element
+	Size     uint32 // the most elements that packets may add; 0 for a set that they do not fill
+	Comment  string // for whoever reads a listing
 }
 
 // declaration is the library's form of the schema.
-func (s *schema) declaration(f *family, table *nflib.Table) *nflib.Set {
+func (s *Set) declaration(f *IPFamily, table *nflib.Table) *nflib.Set {
 	set := &nflib.Set{
 		Table:         table,
-		Name:          s.name,
-		IsMap:         s.data != nil || s.verdicts,
-		Interval:      s.interval,
-		Concatenation: len(s.key) > 1 && s.interval,
-		Dynamic:       s.dynamic,
-		HasTimeout:    s.dynamic,
-		KeyType:       datatype(f, s.key),
+		Name:          s.Name,
+		IsMap:         s.Data != nil || s.Verdicts,
+		Interval:      s.Interval,
+		Concatenation: len(s.Key) > 1 && s.Interval,
+		Dynamic:       s.Dynamic,
+		HasTimeout:    s.Dynamic,
+		KeyType:       datatype(f, s.Key),
 		KeyByteOrder:  binaryutil.BigEndian,
-		Comment:       s.comment,
+		Comment:       s.Comment,
 	}
-	if len(s.key) == 1 && (s.key[0] == idField || s.key[0] == slotField) {
+	if len(s.Key) == 1 && (s.Key[0] == ClassIDField || s.Key[0] == MarkField) {
 		set.KeyByteOrder = binaryutil.NativeEndian
 	}
-	if s.data != nil {
-		set.DataType = datatype(f, s.data)
+	if s.Data != nil {
+		set.DataType = datatype(f, s.Data)
 	}
-	if s.verdicts {
+	if s.Verdicts {
 		set.DataType = nflib.TypeVerdict
 	}
-	if s.dynamic {
-		set.Size = s.size
+	if s.Dynamic {
+		set.Size = s.Size
 	}
 	return set
 }
 
-func datatype(f *family, fields []fieldType) nflib.SetDatatype {
+func datatype(f *IPFamily, fields []Field) nflib.SetDatatype {
 	types := make([]nflib.SetDatatype, len(fields))
 	for i, field := range fields {
 		types[i] = field.datatype(f)
@@ -81,15 +84,15 @@ func datatype(f *family, fields []fieldType) nflib.SetDatatype {
 // of the priority field that carries it; nft prints it as two hexadecimal
 // numbers with a colon between. A slot is a "mark" for want of a plain integer
 // that nft can print within a concatenation.
-func (t fieldType) datatype(f *family) nflib.SetDatatype {
+func (t Field) datatype(f *IPFamily) nflib.SetDatatype {
 	switch t {
-	case protoField:
+	case ProtoField:
 		return nflib.TypeInetProto
-	case portField:
+	case PortField:
 		return nflib.TypeInetService
-	case idField, idDatum:
+	case ClassIDField, MarkDatum:
 		return nflib.TypeClassID
-	case slotField:
+	case MarkField:
 		return nflib.TypeMark
 	}
 	return f.addrType
@@ -97,7 +100,7 @@ func (t fieldType) datatype(f *family) nflib.SetDatatype {
 
 // typeText is the type as nft writes it, for example
 // "ipv4_addr . inet_service".
-func typeText(f *family, fields []fieldType) string {
+func typeText(f *IPFamily, fields []Field) string {
 	names := make([]string, len(fields))
 	for i, field := range fields {
 		names[i] = field.datatype(f).Name

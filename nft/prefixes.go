@@ -1,4 +1,4 @@
-package nftables
+package nft
 
 import (
 	"net/netip"
@@ -7,7 +7,7 @@ import (
 
 // disjoint drops the prefixes that lie in others of the list: nf_tables refuses
 // intervals that overlap. The result is sorted.
-func disjoint(prefixes []netip.Prefix) []netip.Prefix {
+func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
 	sorted := make([]netip.Prefix, 0, len(prefixes))
 	for _, p := range prefixes {
 		sorted = append(sorted, p.Masked())
@@ -25,7 +25,7 @@ func disjoint(prefixes []netip.Prefix) []netip.Prefix {
 }
 
 // lastAddr is the highest address of a prefix.
-func lastAddr(p netip.Prefix) netip.Addr {
+func LastAddr(p netip.Prefix) netip.Addr {
 	b := p.Masked().Addr().AsSlice()
 	for i := p.Bits(); i < len(b)*8; i++ {
 		b[i/8] |= 0x80 >> (i % 8)

@@ -1,4 +1,4 @@
-package nftables
+package nft
 
 import (
 	"os"
@@ -31,7 +31,7 @@ func TestManyOpenFiles(t *testing.T) {
 		last = f.Fd()
 	}
 	for range 2 * keptFiles {
-		table, err := OpenTable(FamilyOf(plan.IPv4), "many-open-files", nil)
+		table, err := Open(FamilyOf(plan.IPv4), "many-open-files", nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,4 +1,4 @@
-package nftables
+package nft
 
 import (
 	"encoding/binary"
@@ -11,30 +11,30 @@ import (
 )
 
 // family holds what differs between the two IP families in rules.
-type family struct {
+type IPFamily struct {
 	plan.Family
-	word          string // nft's name of the table family and of the header
-	addrLen       int    // bytes of an address
+	Word          string // nft's name of the table family and of the header
+	AddrLen       int    // bytes of an address
 	saddrOff      uint32 // offset of the source address in the header
 	daddrOff      uint32
-	table         nflib.TableFamily
+	Table         nflib.TableFamily
 	addrType      nflib.SetDatatype
 	loopback      netip.Prefix
 	rejectUnreach uint8 // ICMP code of "port unreachable"
 }
 
-func familyOf(f plan.Family) *family {
+func FamilyOf(f plan.Family) *IPFamily {
 	if f == plan.IPv6 {
-		return &family{
-			Family: f, word: "ip6", addrLen: 16, saddrOff: 8, daddrOff: 24,
-			table: nflib.TableFamilyIPv6, addrType: nflib.TypeIP6Addr,
+		return &IPFamily{
+			Family: f, Word: "ip6", AddrLen: 16, saddrOff: 8, daddrOff: 24,
+			Table: nflib.TableFamilyIPv6, addrType: nflib.TypeIP6Addr,
 			loopback:      netip.MustParsePrefix("::1/128"),
 			rejectUnreach: 4,
 		}
 	}
-	return &family{
-		Family: f, word: "ip", addrLen: 4, saddrOff: 12, daddrOff: 16,
-		table: nflib.TableFamilyIPv4, addrType: nflib.TypeIPAddr,
+	return &IPFamily{
+		Family: f, Word: "ip", AddrLen: 4, saddrOff: 12, daddrOff: 16,
+		Table: nflib.TableFamilyIPv4, addrType: nflib.TypeIPAddr,
 		loopback:      netip.MustParsePrefix("127.0.0.0/8"),
 		rejectUnreach: 3,
 	}
@@ -45,21 +45,21 @@ const rejectType = unix.NFT_REJECT_ICMP_UNREACH
 
 // holds says whether an address is one of this family: a valid address of its
 // length. An IPv4-mapped IPv6 address belongs to neither.
-func (f *family) holds(a netip.Addr) bool {
+func (f *IPFamily) Holds(a netip.Addr) bool {
 	return a.IsValid() && a.BitLen() == f.HostBits() && !a.Is4In6() && a.Zone() == ""
 }
 
 // Keys and data are concatenations of fields, each padded to a multiple of
 // four bytes as in the kernel's registers.
 
-func appendAddr(b []byte, a netip.Addr) []byte { return append(b, a.AsSlice()...) }
+func AppendAddr(b []byte, a netip.Addr) []byte { return append(b, a.AsSlice()...) }
 
-func appendPort(b []byte, port uint16) []byte {
+func AppendPort(b []byte, port uint16) []byte {
 	return append(binary.BigEndian.AppendUint16(b, port), 0, 0)
 }
 
-func appendProto(b []byte, p plan.Protocol) []byte { return append(b, byte(p), 0, 0, 0) }
+func AppendProto(b []byte, p plan.Protocol) []byte { return append(b, byte(p), 0, 0, 0) }
 
 // appendID appends a value that the kernel holds in the machine's byte order:
 // an id or a slot.
-func appendID(b []byte, id uint32) []byte { return binary.NativeEndian.AppendUint32(b, id) }
+func AppendID(b []byte, id uint32) []byte { return binary.NativeEndian.AppendUint32(b, id) }

@@ -1,4 +1,4 @@
-package nftables
+package nft
 
 import (
 	"errors"
@@ -45,7 +45,7 @@ func keepSpare() {
 
 // dialLow opens a lasting connection with a descriptor that the library can
 // wait for.
-func dialLow(opts ...nflib.ConnOption) (*nflib.Conn, error) {
+func dial(opts ...nflib.ConnOption) (*nflib.Conn, error) {
 	opts = append(opts, nflib.AsLasting())
 	spare.Lock()
 	defer spare.Unlock()

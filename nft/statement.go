@@ -1,4 +1,4 @@
-package nftables
+package nft
 
 import (
 	"encoding/binary"
@@ -15,26 +15,26 @@ import (
 // statement is one part of a rule, as the kernel's expressions and as the text
 // in which nft lists them. The two are made side by side, and a test compares
 // the text with what nft makes of the expressions.
-type statement struct {
+type Statement struct {
 	text  string
 	exprs []expr.Any
 }
 
 // rule is a list of statements; a packet that fails one leaves the rule.
-type rule struct {
-	statements []statement
+type Rule struct {
+	statements []Statement
 	comment    string
 }
 
-func newRule(s ...statement) rule { return rule{statements: s} }
+func NewRule(s ...Statement) Rule { return Rule{statements: s} }
 
-func (r rule) because(comment string) rule {
+func (r Rule) Because(comment string) Rule {
 	r.comment = comment
 	return r
 }
 
 // text is the rule as `nft list` writes it.
-func (r rule) text() string {
+func (r Rule) text() string {
 	parts := make([]string, 0, len(r.statements)+1)
 	for _, s := range r.statements {
 		parts = append(parts, s.text)
@@ -45,7 +45,7 @@ func (r rule) text() string {
 	return strings.Join(parts, " ")
 }
 
-func (r rule) exprs() []expr.Any {
+func (r Rule) exprs() []expr.Any {
 	var list []expr.Any
 	for _, s := range r.statements {
 		list = append(list, s.exprs...)
@@ -55,7 +55,7 @@ func (r rule) exprs() []expr.Any {
 
 // value is something of a packet that can be loaded into registers. Registers
 // are the 32-bit ones, counted from 0.
-type value struct {
+type Value struct {
 	text string
 	regs uint32
 	load func(reg uint32) []expr.Any
@@ -65,14 +65,14 @@ type value struct {
 func reg32(n uint32) uint32 { return unix.NFT_REG32_00 + n }
 
 // join concatenates values.
-func join(values ...value) value {
+func Join(values ...Value) Value {
 	texts := make([]string, len(values))
 	var regs uint32
 	for i, v := range values {
 		texts[i] = v.text
 		regs += v.regs
 	}
-	return value{
+	return Value{
 		text: strings.Join(texts, " . "),
 		regs: regs,
 		load: func(reg uint32) []expr.Any {
@@ -86,48 +86,48 @@ func join(values ...value) value {
 	}
 }
 
-func (f *family) saddr() value { return f.address("saddr", f.saddrOff) }
-func (f *family) daddr() value { return f.address("daddr", f.daddrOff) }
+func (f *IPFamily) Saddr() Value { return f.address("saddr", f.saddrOff) }
+func (f *IPFamily) Daddr() Value { return f.address("daddr", f.daddrOff) }
 
-func (f *family) address(name string, offset uint32) value {
-	n := uint32(f.addrLen)
-	return value{text: f.word + " " + name, regs: n / 4, load: func(reg uint32) []expr.Any {
+func (f *IPFamily) address(name string, offset uint32) Value {
+	n := uint32(f.AddrLen)
+	return Value{text: f.Word + " " + name, regs: n / 4, load: func(reg uint32) []expr.Any {
 		return []expr.Any{&expr.Payload{DestRegister: reg32(reg), Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: n}}
 	}}
 }
 
-var l4proto = metaValue("meta l4proto", expr.MetaKeyL4PROTO)
+var L4Proto = metaValue("meta l4proto", expr.MetaKeyL4PROTO)
 
 // dport is the destination port of TCP, UDP and SCTP alike.
-var dport = value{text: "th dport", regs: 1, load: func(reg uint32) []expr.Any {
+var DPort = Value{text: "th dport", regs: 1, load: func(reg uint32) []expr.Any {
 	return []expr.Any{&expr.Payload{DestRegister: reg32(reg), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
 }}
 
 // priority is skb->priority, the scratch field for ids.
-var priority = metaValue("meta priority", expr.MetaKeyPRIORITY)
+var Priority = metaValue("meta priority", expr.MetaKeyPRIORITY)
 
-func metaValue(text string, key expr.MetaKey) value {
-	return value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
+func metaValue(text string, key expr.MetaKey) Value {
+	return Value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
 		return []expr.Any{&expr.Meta{Key: key, Register: reg32(reg)}}
 	}}
 }
 
 // random draws a number from 0 to n-1.
-func random(n int) value {
-	return value{text: fmt.Sprintf("numgen random mod %d", n), regs: 1, load: func(reg uint32) []expr.Any {
+func Random(n int) Value {
+	return Value{text: fmt.Sprintf("numgen random mod %d", n), regs: 1, load: func(reg uint32) []expr.Any {
 		return []expr.Any{&expr.Numgen{Register: reg32(reg), Modulus: uint32(n), Type: unix.NFT_NG_RANDOM}}
 	}}
 }
 
 // priorityBits is the priority with only the bits in mask kept, and then those
 // in set set.
-func priorityBits(mask, set uint32) value {
-	text := "meta priority & " + idText(mask|set)
+func PriorityBits(mask, set uint32) Value {
+	text := "meta priority & " + ClassIDText(mask|set)
 	if set != 0 {
-		text += " | " + idText(set)
+		text += " | " + ClassIDText(set)
 	}
-	return value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
-		return append(priority.load(reg), bitwise(reg, mask&^set, set))
+	return Value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
+		return append(Priority.load(reg), bitwise(reg, mask&^set, set))
 	}}
 }
 
@@ -139,20 +139,20 @@ func host32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
 
 // turned changes the byte order of a value of four bytes; nft does not print
 // that.
-func turned(v value, op expr.ByteorderOp) value {
-	return value{text: v.text, regs: 1, load: func(reg uint32) []expr.Any {
+func turned(v Value, op expr.ByteorderOp) Value {
+	return Value{text: v.text, regs: 1, load: func(reg uint32) []expr.Any {
 		return append(v.load(reg), &expr.Byteorder{SourceRegister: reg32(reg), DestRegister: reg32(reg), Op: op, Len: 4, Size: 4})
 	}}
 }
 
-func setPriority(v value) statement {
-	return statement{"meta priority set " + v.text, append(v.load(0),
+func SetPriorityFrom(v Value) Statement {
+	return Statement{"meta priority set " + v.text, append(v.load(0),
 		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)})}
 }
 
 // clearPriority sets the priority to 0.
-func clearPriority() statement {
-	return statement{"meta priority set none", []expr.Any{
+func ClearPriority() Statement {
+	return Statement{"meta priority set none", []expr.Any{
 		&expr.Immediate{Register: reg32(0), Data: host32(0)},
 		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)},
 	}}
@@ -160,10 +160,10 @@ func clearPriority() statement {
 
 // priorityIs matches packets whose priority has exactly those of the bits in
 // mask set that id has.
-func priorityIs(mask, id uint32) statement {
-	return statement{
-		fmt.Sprintf("meta priority & %s == %s", idText(mask), idText(id)),
-		append(priorityBits(mask, 0).load(0), &expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(id)}),
+func PriorityBitsAre(mask, id uint32) Statement {
+	return Statement{
+		fmt.Sprintf("meta priority & %s == %s", ClassIDText(mask), ClassIDText(id)),
+		append(PriorityBits(mask, 0).load(0), &expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(id)}),
 	}
 }
 
@@ -186,50 +186,50 @@ func durationText(d time.Duration) string {
 }
 
 // dnatTo sends the connection to an address and port, which v gives.
-func (f *family) dnatTo(v value) statement {
-	return statement{"dnat " + f.word + " to " + v.text, append(v.load(0), &expr.NAT{
-		Type: expr.NATTypeDestNAT, Family: uint32(f.table),
-		RegAddrMin: reg32(0), RegProtoMin: reg32(uint32(f.addrLen / 4)),
+func (f *IPFamily) DnatTo(v Value) Statement {
+	return Statement{"dnat " + f.Word + " to " + v.text, append(v.load(0), &expr.NAT{
+		Type: expr.NATTypeDestNAT, Family: uint32(f.Table),
+		RegAddrMin: reg32(0), RegProtoMin: reg32(uint32(f.AddrLen / 4)),
 	})}
 }
 
-func masqueradeRandom() statement {
-	return statement{"masquerade fully-random", []expr.Any{&expr.Masq{FullyRandom: true}}}
+func MasqueradeRandom() Statement {
+	return Statement{"masquerade fully-random", []expr.Any{&expr.Masq{FullyRandom: true}}}
 }
 
-func (f *family) reject() statement {
-	return statement{"reject", []expr.Any{&expr.Reject{Type: rejectType, Code: f.rejectUnreach}}}
+func (f *IPFamily) Reject() Statement {
+	return Statement{"reject", []expr.Any{&expr.Reject{Type: rejectType, Code: f.rejectUnreach}}}
 }
 
-func drop() statement {
-	return statement{"drop", []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
+func Drop() Statement {
+	return Statement{"drop", []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
 }
 
-func returns() statement {
-	return statement{"return", []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}}
+func Return() Statement {
+	return Statement{"return", []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}}
 }
 
-func jump(chain string) statement {
-	return statement{"jump " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}}
+func Jump(chain string) Statement {
+	return Statement{"jump " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}}
 }
 
-func goTo(chain string) statement {
-	return statement{"goto " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}}
+func GoTo(chain string) Statement {
+	return Statement{"goto " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}}
 }
 
 // stateNew matches packets that open a connection.
-func stateNew() statement {
+func StateNew() Statement {
 	return ctBit("ct state new", expr.CtKeySTATE, expr.CtStateBitNEW)
 }
 
 // isDNATed matches connections whose destination was rewritten, by whomever.
-func isDNATed() statement {
+func IsDNATed() Statement {
 	const ipsDstNAT = 1 << 5 // enum ip_conntrack_status
 	return ctBit("ct status dnat", expr.CtKeySTATUS, ipsDstNAT)
 }
 
-func ctBit(text string, key expr.CtKey, bit uint32) statement {
-	return statement{text, []expr.Any{
+func ctBit(text string, key expr.CtKey, bit uint32) Statement {
+	return Statement{text, []expr.Any{
 		&expr.Ct{Key: key, Register: reg32(0)},
 		bitwise(0, bit, 0),
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: host32(0)},
@@ -238,34 +238,34 @@ func ctBit(text string, key expr.CtKey, bit uint32) statement {
 
 // fibLocal matches packets whose source or destination is an address of this
 // node.
-func fibLocal(source bool) statement {
+func FibLocal(source bool) Statement {
 	text := "fib daddr type local"
 	if source {
 		text = "fib saddr type local"
 	}
-	return statement{text, []expr.Any{
+	return Statement{text, []expr.Any{
 		&expr.Fib{Register: reg32(0), ResultADDRTYPE: true, FlagSADDR: source, FlagDADDR: !source},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(unix.RTN_LOCAL)},
 	}}
 }
 
 // fibNotLocal matches packets to other than this node's addresses.
-func fibNotLocal() statement {
-	return statement{"fib daddr type != local", []expr.Any{
+func FibNotLocal() Statement {
+	return Statement{"fib daddr type != local", []expr.Any{
 		&expr.Fib{Register: reg32(0), ResultADDRTYPE: true, FlagDADDR: true},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: host32(unix.RTN_LOCAL)},
 	}}
 }
 
 // notLoopback matches packets to other than loopback addresses.
-func (f *family) notLoopback() statement { return f.daddrIn(f.loopback, "!= ", expr.CmpOpNeq) }
+func (f *IPFamily) NotLoopback() Statement { return f.DaddrIn(f.loopback, "!= ", expr.CmpOpNeq) }
 
 // isLoopback matches packets to loopback addresses.
-func (f *family) isLoopback() statement { return f.daddrIn(f.loopback, "", expr.CmpOpEq) }
+func (f *IPFamily) IsLoopback() Statement { return f.DaddrIn(f.loopback, "", expr.CmpOpEq) }
 
 // entersBy matches packets that came in by the interface, or by any whose name
 // begins so.
-func entersBy(name string, isPrefix bool) statement {
+func EntersBy(name string, isPrefix bool) Statement {
 	data := make([]byte, unix.IFNAMSIZ)
 	copy(data, name)
 	text := fmt.Sprintf("iifname %q", name)
@@ -273,15 +273,15 @@ func entersBy(name string, isPrefix bool) statement {
 		data = data[:min(len(name), len(data))]
 		text = fmt.Sprintf("iifname %q", name+"*")
 	}
-	return statement{text, []expr.Any{
+	return Statement{text, []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg32(0)},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: data},
 	}}
 }
 
 // markHas matches packets that bear the mark's bit.
-func markHas(bit uint32) statement {
-	return statement{fmt.Sprintf("meta mark & 0x%08x == 0x%08x", bit, bit), []expr.Any{
+func MarkHas(bit uint32) Statement {
+	return Statement{fmt.Sprintf("meta mark & 0x%08x == 0x%08x", bit, bit), []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg32(0)},
 		bitwise(0, bit, 0),
 		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(bit)},
@@ -290,12 +290,12 @@ func markHas(bit uint32) statement {
 
 // setMarkBit sets or clears the mark's bit and leaves the others, which are
 // other software's.
-func setMarkBit(bit uint32, on bool) statement {
+func SetMarkBit(bit uint32, on bool) Statement {
 	text, xor := fmt.Sprintf("meta mark set meta mark & 0x%08x", ^bit), uint32(0)
 	if on {
 		text, xor = fmt.Sprintf("meta mark set meta mark | 0x%08x", bit), bit
 	}
-	return statement{text, []expr.Any{
+	return Statement{text, []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg32(0)},
 		bitwise(0, ^bit, xor),
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg32(0)},
@@ -303,45 +303,45 @@ func setMarkBit(bit uint32, on bool) statement {
 }
 
 // VerdictOf goes where the verdict map says, or on if it says nothing.
-func VerdictOf(v value, m string) statement {
-	return statement{v.text + " vmap @" + m, append(v.load(0), &expr.Lookup{
+func VerdictOf(v Value, m string) Statement {
+	return Statement{v.text + " vmap @" + m, append(v.load(0), &expr.Lookup{
 		SourceRegister: reg32(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: m,
 	})}
 }
 
 // countedBy counts packets in a counter of the table's.
-func countedBy(name string) statement {
-	return statement{fmt.Sprintf("counter name %q", name), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}}
+func CountedBy(name string) Statement {
+	return Statement{fmt.Sprintf("counter name %q", name), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}}
 }
 
 // daddrIn compares the destination address with a prefix; operator is nft's word for op.
-func (f *family) daddrIn(p netip.Prefix, operator string, op expr.CmpOp) statement {
-	exprs, text := f.daddr().load(0), p.String()
+func (f *IPFamily) DaddrIn(p netip.Prefix, operator string, op expr.CmpOp) Statement {
+	exprs, text := f.Daddr().load(0), p.String()
 	if p.IsSingleIP() {
 		text = p.Addr().String()
 	} else {
 		exprs = append(exprs, &expr.Bitwise{
-			SourceRegister: reg32(0), DestRegister: reg32(0), Len: uint32(f.addrLen),
-			Mask: net.CIDRMask(p.Bits(), f.HostBits()), Xor: make([]byte, f.addrLen),
+			SourceRegister: reg32(0), DestRegister: reg32(0), Len: uint32(f.AddrLen),
+			Mask: net.CIDRMask(p.Bits(), f.HostBits()), Xor: make([]byte, f.AddrLen),
 		})
 	}
-	return statement{f.word + " daddr " + operator + text, append(exprs, &expr.Cmp{Op: op, Register: reg32(0), Data: p.Addr().AsSlice()})}
+	return Statement{f.Word + " daddr " + operator + text, append(exprs, &expr.Cmp{Op: op, Register: reg32(0), Data: p.Addr().AsSlice()})}
 }
 
 // oifname compares the interface that a packet leaves by.
-func oifname(name, operator string, op expr.CmpOp) statement {
+func Oifname(name, operator string, op expr.CmpOp) Statement {
 	data := make([]byte, unix.IFNAMSIZ)
 	copy(data, name)
-	return statement{fmt.Sprintf("oifname %s%q", operator, name), []expr.Any{
+	return Statement{fmt.Sprintf("oifname %s%q", operator, name), []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg32(0)},
 		&expr.Cmp{Op: op, Register: reg32(0), Data: data},
 	}}
 }
 
 // snatRandom rewrites the source to an address, and the port to any.
-func (f *family) snatRandom(a netip.Addr) statement {
-	return statement{fmt.Sprintf("snat to %s fully-random", a), []expr.Any{
+func (f *IPFamily) SnatRandom(a netip.Addr) Statement {
+	return Statement{fmt.Sprintf("snat to %s fully-random", a), []expr.Any{
 		&expr.Immediate{Register: reg32(0), Data: a.AsSlice()},
-		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.table), RegAddrMin: reg32(0), FullyRandom: true},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.Table), RegAddrMin: reg32(0), FullyRandom: true},
 	}}
 }

@@ -1,0 +1,276 @@
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	nflib "github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Table is a connection to the kernel for one table. Changes gather in it until
+// Commit sends them as one transaction.
+type Table struct {
+	*IPFamily
+	Added int // elements since somebody set it to 0
+
+	conn  *nflib.Conn
+	table *nflib.Table
+	// sets and declared are indexed by SetID.
+	sets     []*Set
+	declared []*nflib.Set
+	batch    []nflib.SetElement // reused from one batch to the next
+	failed   error              // the first error of gathering
+}
+
+// BatchElements is how many elements go to the library at once. It makes
+// messages of at most 64 KiB of them; a batch of its size fits into one.
+const BatchElements = 512
+
+var (
+	// ErrUnknownState says that the kernel's answer to a transaction is missing.
+	ErrUnknownState = errors.New("the outcome of the transaction is not known")
+	// ErrTableChanged says that the kernel's table is not as this process left it.
+	ErrTableChanged = errors.New("others changed the table")
+)
+
+// Open connects to nf_tables for a table with these sets. It writes nothing.
+func Open(f *IPFamily, table string, sets []*Set) (*Table, error) {
+	conn, err := dial()
+	if err != nil {
+		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
+	}
+	t := &Table{IPFamily: f, conn: conn, sets: sets, table: &nflib.Table{Name: table, Family: f.Table}}
+	for i, s := range sets {
+		s.ID = SetID(i)
+		t.declared = append(t.declared, s.declaration(f, t.table))
+	}
+	return t, nil
+}
+
+// Close closes the connection. The table stays.
+func (t *Table) Close() error {
+	defer refill()
+	return t.conn.CloseLasting()
+}
+
+// Commit sends what has gathered, as one transaction. Whether it succeeds or not,
+// nothing stays behind. The error wraps ErrUnknownState or ErrTableChanged unless the
+// kernel is sure to hold what it held before and that is what was expected.
+func (t *Table) Commit() error {
+	failed := t.failed
+	t.failed = nil
+	// After a failure the library holds its own error too and sends nothing,
+	// but forgets what has gathered.
+	err := t.conn.Flush()
+	switch {
+	case failed != nil:
+		return failed
+	case err == nil:
+		return nil
+	case isForeignChange(err):
+		return fmt.Errorf("%w: %w", ErrTableChanged, err)
+	case !isRefusal(err):
+		return fmt.Errorf("%w: %w", ErrUnknownState, err)
+	}
+	return err
+}
+
+// isRefusal says whether the transaction was not sent, or was answered with an
+// error number and so undone by the kernel. What is left is that the answer
+// could not be read.
+func isRefusal(err error) bool {
+	var op *netlink.OpError
+	if !errors.As(err, &op) {
+		return false
+	}
+	var call *os.SyscallError
+	return op.Op != "receive" || !errors.As(err, &call)
+}
+
+// isForeignChange recognises answers that can only mean that the table is not
+// as it was left: what is to go is not there, or what is to come is there
+// already. To send less of the same would not help; to write all anew does.
+func isForeignChange(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY)
+}
+
+// deleteTable deletes the table if it exists: to add one that exists is no
+// error, and kernels before 6.3 cannot be asked to delete one that may not.
+func (t *Table) deleteTable() {
+	t.conn.AddTable(t.table)
+	t.conn.DelTable(t.table)
+}
+
+// ReplaceTable deletes the table if it exists and makes it anew, with its sets.
+func (t *Table) ReplaceTable() {
+	t.deleteTable()
+	t.conn.AddTable(t.table)
+	t.AddSets()
+}
+
+// DeleteTable deletes the table if it exists, which it says. If not, there is
+// nothing to Commit.
+func (t *Table) DeleteTable() (exists bool) {
+	exists, err := t.Exists()
+	switch {
+	case err != nil && t.failed == nil:
+		t.failed = err
+	case exists:
+		t.deleteTable()
+	}
+	return exists
+}
+
+// Try has the kernel look at what write gathers, in a table that does not exist, and
+// undo it: the transaction ends with a request that must fail. So nothing is written,
+// and other software that watches the rules is not woken.
+func (t *Table) Try(write func()) error {
+	t.conn.AddTable(t.table)
+	write()
+	t.conn.CreateTable(t.table)
+	err := t.Commit()
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	if err == nil {
+		err = errors.New("the kernel made two tables of one name")
+	}
+	return err
+}
+
+// Exists says whether the kernel has the table.
+func (t *Table) Exists() (bool, error) {
+	tables, err := t.conn.ListTablesOfFamily(t.IPFamily.Table)
+	if err != nil {
+		return false, fmt.Errorf("list tables: %w", err)
+	}
+	return slices.ContainsFunc(tables, func(found *nflib.Table) bool { return found.Name == t.table.Name }), nil
+}
+
+// AddSets adds all sets but those that are there already.
+func (t *Table) AddSets(present ...SetID) {
+	for i := range t.declared {
+		if !slices.Contains(present, SetID(i)) {
+			t.AddSet(SetID(i))
+		}
+	}
+}
+
+// AddSet adds one set.
+func (t *Table) AddSet(id SetID) {
+	set := t.declared[id]
+	set.ID = 0 // numbers count within one transaction
+	t.check(t.conn.AddSet(set, nil), set)
+}
+
+// check keeps the first error for Commit.
+func (t *Table) check(err error, set *nflib.Set) {
+	if err != nil && t.failed == nil {
+		t.failed = fmt.Errorf("set %s: %w", set.Name, err)
+	}
+}
+
+// AddChain adds a chain without its rules. One that is there already stays.
+func (t *Table) AddChain(c Chain) {
+	out := &nflib.Chain{Name: c.Name, Table: t.table}
+	if c.Hook != nil {
+		policy := nflib.ChainPolicyAccept
+		out.Type, out.Hooknum, out.Priority, out.Policy = c.Hook.kind, c.Hook.num, &c.Hook.priority, &policy
+	}
+	t.conn.AddChain(out)
+}
+
+func (t *Table) addRules(c Chain) {
+	for _, r := range c.Rules {
+		out := &nflib.Rule{Table: t.table, Chain: &nflib.Chain{Name: c.Name, Table: t.table}, Exprs: r.exprs()}
+		if r.comment != "" {
+			out.UserData = userdata.AppendString(nil, userdata.TypeComment, r.comment)
+		}
+		t.conn.AddRule(out)
+	}
+}
+
+// AddChains adds chains and then their rules, which may jump to any of them.
+func (t *Table) AddChains(chains []Chain) {
+	for _, c := range chains {
+		t.AddChain(c)
+	}
+	for _, c := range chains {
+		t.addRules(c)
+	}
+}
+
+// RewriteChains replaces the rules of chains that exist.
+func (t *Table) RewriteChains(chains []Chain) {
+	for _, c := range chains {
+		t.conn.FlushChain(&nflib.Chain{Name: c.Name, Table: t.table})
+		t.addRules(c)
+	}
+}
+
+// DeleteChain deletes a chain with its rules.
+func (t *Table) DeleteChain(name string) {
+	out := &nflib.Chain{Name: name, Table: t.table}
+	t.conn.FlushChain(out)
+	t.conn.DelChain(out)
+}
+
+// FlushSet deletes the elements of a set.
+func (t *Table) FlushSet(id SetID) { t.conn.FlushSet(t.declared[id]) }
+
+// put hands elements to the library, many of one set at a time.
+func (t *Table) put(list []Element, op func(*nflib.Set, []nflib.SetElement) error) {
+	for len(list) > 0 {
+		set, n := list[0].Set, 1
+		for n < len(list) && n < BatchElements && list[n].Set == set {
+			n++
+		}
+		t.batch = t.batch[:0]
+		for i := range list[:n] {
+			t.batch = t.sets[set].LibraryElements(&list[i], t.batch)
+		}
+		t.check(op(t.declared[set], t.batch), t.declared[set])
+		list = list[n:]
+	}
+}
+
+// AddElements adds elements; those of one set should stand together.
+func (t *Table) AddElements(list []Element) {
+	t.Added += len(list)
+	t.put(list, t.conn.SetAddElements)
+}
+
+// RemoveElements removes elements; those of one set should stand together.
+func (t *Table) RemoveElements(list []Element) { t.put(list, t.conn.SetDeleteElements) }
+
+// AddCounter adds a named counter. One that is there goes on counting.
+func (t *Table) AddCounter(name string) { t.conn.AddObj(t.counter(name)) }
+
+// DeleteCounter deletes a named counter, to which no rule may refer.
+func (t *Table) DeleteCounter(name string) { t.conn.DeleteObject(t.counter(name)) }
+
+func (t *Table) counter(name string) *nflib.NamedObj {
+	return &nflib.NamedObj{Table: t.table, Name: name, Type: nflib.ObjTypeCounter, Obj: &expr.Counter{}}
+}
+
+// AddRead adds elements in the library's form, in which they are read.
+func (t *Table) AddRead(id SetID, list []nflib.SetElement) {
+	t.inBatches(id, list, t.conn.SetAddElements)
+}
+
+// RemoveRead removes elements in the library's form.
+func (t *Table) RemoveRead(id SetID, list []nflib.SetElement) {
+	t.inBatches(id, list, t.conn.SetDeleteElements)
+}
+
+func (t *Table) inBatches(id SetID, list []nflib.SetElement, op func(*nflib.Set, []nflib.SetElement) error) {
+	for batch := range slices.Chunk(list, BatchElements) {
+		t.check(op(t.declared[id], batch), t.declared[id])
+	}
+}

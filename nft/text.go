@@ -1,0 +1,71 @@
+package nft
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// RenderTable prints a table as `nft list table` does. Elements that several Services
+// share are sorted: their order has no meaning.
+func RenderTable(f *IPFamily, name string, counters []string, sets []*Set, elements []Element, chains []Chain) string {
+	texts := make([][]string, len(sets))
+	for i := range elements {
+		e := &elements[i]
+		texts[e.Set] = append(texts[e.Set], sets[e.Set].ElementText(e, f))
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "table %s %s {\n", f.Word, name)
+	for _, c := range counters {
+		fmt.Fprintf(&b, "\tcounter %s {\n\t\tpackets 0 bytes 0\n\t}\n\n", c)
+	}
+	for i, s := range sets {
+		if s.Shared {
+			slices.Sort(texts[i])
+		}
+		b.WriteString(s.Text(f, texts[i]))
+	}
+	for _, c := range chains {
+		b.WriteString(c.Text())
+	}
+	b.WriteString("}\n")
+	return b.String()
+}
+
+func (s *Set) Text(f *IPFamily, elements []string) string {
+	var b strings.Builder
+	kind, types := "set", typeText(f, s.Key)
+	if s.Verdicts {
+		kind, types = "map", types+" : verdict"
+	} else if s.Data != nil {
+		kind, types = "map", types+" : "+typeText(f, s.Data)
+	}
+	fmt.Fprintf(&b, "\t%s %s {\n\t\ttype %s\n", kind, s.Name, types)
+	if s.Dynamic {
+		fmt.Fprintf(&b, "\t\tsize %d\n\t\tflags dynamic,timeout\n", s.Size)
+	}
+	if s.Interval {
+		b.WriteString("\t\tflags interval\n")
+	}
+	if s.Comment != "" {
+		fmt.Fprintf(&b, "\t\tcomment %q\n", s.Comment)
+	}
+	if len(elements) > 0 {
+		fmt.Fprintf(&b, "\t\telements = { %s }\n", strings.Join(elements, ",\n\t\t\t     "))
+	}
+	b.WriteString("\t}\n\n")
+	return b.String()
+}
+
+func (c Chain) Text() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "\tchain %s {\n", c.Name)
+	if c.Hook != nil {
+		fmt.Fprintf(&b, "\t\t%s; policy accept;\n", c.Hook.text)
+	}
+	for _, r := range c.Rules {
+		fmt.Fprintf(&b, "\t\t%s\n", r.text())
+	}
+	b.WriteString("\t}\n\n")
+	return b.String()
+}
