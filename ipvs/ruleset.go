@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"time"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 
 	"signalbox/nft"
 	"signalbox/nft/access"
@@ -18,10 +18,10 @@ import (
 // choice has to be made before these, and what is left of it cleared away
 // after them.
 var (
-	beforeInput  = nft.NewHook(nflib.ChainHookInput, 90, "type filter hook input priority 90")
-	beforeOutput = nft.NewHook(nflib.ChainHookOutput, -110, "type filter hook output priority -110")
-	afterInput   = nft.NewHook(nflib.ChainHookInput, 101, "type filter hook input priority 101")
-	afterOutput  = nft.NewHook(nflib.ChainHookOutput, -97, "type filter hook output priority -97")
+	beforeInput  = nft.NewHook(nftables.ChainHookInput, 90, "type filter hook input priority 90")
+	beforeOutput = nft.NewHook(nftables.ChainHookOutput, -110, "type filter hook output priority -110")
+	afterInput   = nft.NewHook(nftables.ChainHookInput, 101, "type filter hook input priority 101")
+	afterOutput  = nft.NewHook(nftables.ChainHookOutput, -97, "type filter hook output priority -97")
 )
 
 // While a packet that opens a connection is on its way through IPVS, its
@@ -80,15 +80,15 @@ func (r *ruleset) baseChains() []nft.Chain {
 		chain("before-ipvs-output", beforeOutput, rule(isNew, nft.Jump("services"))),
 		chain("after-ipvs-input", afterInput, rule(isNew, nft.Jump("decided"))),
 		chain("after-ipvs-output", afterOutput, rule(isNew, nft.Jump("decided"))),
-		chain("filter-forward", nft.FilterForward, noService),
-		chain("filter-output", nft.FilterOutput, noService),
+		chain("filter-forward", access.FilterForward, noService),
+		chain("filter-output", access.FilterOutput, noService),
 		r.postrouting(),
 	}
 }
 
 // postrouting is a base chain that depends on the node.
 func (r *ruleset) postrouting() nft.Chain {
-	return nft.NewChain("nat-postrouting", nft.NatPostrouting,
+	return nft.NewChain("nat-postrouting", access.NATPostrouting,
 		rule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.node)),
 		rule(nft.LeavesNotBy("lo"), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.node)).Because("a client that is its own endpoint"))
 }

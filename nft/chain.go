@@ -1,36 +1,81 @@
 package nft
 
 import (
-	nflib "github.com/google/nftables"
+	"fmt"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 )
 
-// chain is one chain with its rules.
+// Chain is one chain with its rules.
 type Chain struct {
 	Name  string
 	Hook  *Hook // nil for a chain that is only jumped to
 	Rules []Rule
 }
 
-// hook binds a base chain. The priorities are those that kube-proxy documents,
-// so that other software's chains keep their place before or after. The two that
-// send to endpoints are one later: where rules of a kube-proxy are there too,
-// which is before they are removed and after kube-proxy has taken the node back,
-// its endpoints are taken and not those of a table that nobody keeps up to date.
-// (At one priority the chain that was made last would come first.)
+// Hook binds a base chain to a hook of the kernel.
 type Hook struct {
-	kind     nflib.ChainType
-	num      *nflib.ChainHook
-	priority nflib.ChainPriority
+	kind     nftables.ChainType
+	num      *nftables.ChainHook
+	priority nftables.ChainPriority
 	text     string // as nft writes it
 }
 
-var (
-	PreDNATPrerouting = &Hook{nflib.ChainTypeFilter, nflib.ChainHookPrerouting, -110, "type filter hook prerouting priority dstnat - 10"}
-	PreDNATOutput     = &Hook{nflib.ChainTypeFilter, nflib.ChainHookOutput, -110, "type filter hook output priority -110"}
-	FilterInput       = &Hook{nflib.ChainTypeFilter, nflib.ChainHookInput, 0, "type filter hook input priority filter"}
-	FilterForward     = &Hook{nflib.ChainTypeFilter, nflib.ChainHookForward, 0, "type filter hook forward priority filter"}
-	FilterOutput      = &Hook{nflib.ChainTypeFilter, nflib.ChainHookOutput, 0, "type filter hook output priority filter"}
-	NatPrerouting     = &Hook{nflib.ChainTypeNAT, nflib.ChainHookPrerouting, -99, "type nat hook prerouting priority dstnat + 1"}
-	NatOutput         = &Hook{nflib.ChainTypeNAT, nflib.ChainHookOutput, -99, "type nat hook output priority -99"}
-	NatPostrouting    = &Hook{nflib.ChainTypeNAT, nflib.ChainHookPostrouting, 100, "type nat hook postrouting priority srcnat"}
-)
+// Statement is one part of a rule, as the kernel's expressions and as the text
+// in which nft lists them. The two are made side by side, and a test compares
+// the text with what nft makes of the expressions.
+type Statement struct {
+	text  string
+	exprs []expr.Any
+}
+
+// Rule is a list of statements; a packet that fails one leaves the rule.
+type Rule struct {
+	statements []Statement
+	comment    string
+}
+
+func NewRule(s ...Statement) Rule { return Rule{statements: s} }
+
+func (r Rule) Because(comment string) Rule {
+	r.comment = comment
+	return r
+}
+
+// text is the rule as `nft list` writes it.
+func (r Rule) text() string {
+	parts := make([]string, 0, len(r.statements)+1)
+	for _, s := range r.statements {
+		parts = append(parts, s.text)
+	}
+	if r.comment != "" {
+		parts = append(parts, fmt.Sprintf("comment %q", r.comment))
+	}
+	return strings.Join(parts, " ")
+}
+
+func (r Rule) exprs() []expr.Any {
+	var list []expr.Any
+	for _, s := range r.statements {
+		list = append(list, s.exprs...)
+	}
+	return list
+}
+
+// NewHook makes a hook at which filter chains are run; text is what nft lists
+// for it.
+func NewHook(num *nftables.ChainHook, priority nftables.ChainPriority, text string) *Hook {
+	return &Hook{nftables.ChainTypeFilter, num, priority, text}
+}
+
+// NewNATHook makes a hook at which destinations are rewritten.
+func NewNATHook(num *nftables.ChainHook, priority nftables.ChainPriority, text string) *Hook {
+	return &Hook{nftables.ChainTypeNAT, num, priority, text}
+}
+
+// NewChain makes a chain; hook is nil for one that is only jumped to.
+func NewChain(name string, hook *Hook, rules ...Rule) Chain {
+	return Chain{Name: name, Hook: hook, Rules: rules}
+}

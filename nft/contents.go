@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"slices"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -15,7 +15,7 @@ import (
 // Contents is what the kernel has in a table.
 type Contents struct {
 	Chains   []string
-	Sets     []*nflib.Set
+	Sets     []*nftables.Set
 	Counters []string
 }
 
@@ -43,7 +43,7 @@ func (t *Table) Inspect() (*Contents, error) {
 		return nil, fmt.Errorf("list counters: %w", err)
 	}
 	for _, o := range objects {
-		if n, ok := o.(*nflib.NamedObj); ok && n.Type == nflib.ObjTypeCounter {
+		if n, ok := o.(*nftables.NamedObj); ok && n.Type == nftables.ObjTypeCounter {
 			c.Counters = append(c.Counters, n.Name)
 		}
 	}
@@ -54,7 +54,7 @@ func (t *Table) Inspect() (*Contents, error) {
 // which it would be made today.
 func (t *Table) HasDynamicMap(c *Contents, id SetID) bool {
 	want := t.declared[id]
-	return c != nil && slices.ContainsFunc(c.Sets, func(s *nflib.Set) bool {
+	return c != nil && slices.ContainsFunc(c.Sets, func(s *nftables.Set) bool {
 		return s.Name == want.Name && s.IsMap && s.Dynamic && s.HasTimeout && s.Size == want.Size &&
 			s.KeyType.Bytes == want.KeyType.Bytes && s.DataType.Bytes == want.DataType.Bytes
 	})
@@ -66,18 +66,18 @@ func (t *Table) ReplaceContents(c *Contents, kept SetID) {
 	t.conn.FlushTable(t.table)
 	for _, s := range c.Sets {
 		if s.Name != t.declared[kept].Name {
-			t.conn.DelSet(&nflib.Set{Table: t.table, Name: s.Name})
+			t.conn.DelSet(&nftables.Set{Table: t.table, Name: s.Name})
 		}
 	}
 	for _, name := range c.Chains {
-		t.conn.DelChain(&nflib.Chain{Table: t.table, Name: name})
+		t.conn.DelChain(&nftables.Chain{Table: t.table, Name: name})
 	}
 	t.AddSets(kept)
 }
 
 // RuleCount is the number of rules of a chain; -1 if the kernel does not have it.
 func (t *Table) RuleCount(chain string) (int, error) {
-	rules, err := t.conn.GetRules(t.table, &nflib.Chain{Name: chain, Table: t.table})
+	rules, err := t.conn.GetRules(t.table, &nftables.Chain{Name: chain, Table: t.table})
 	if errors.Is(err, unix.ENOENT) {
 		return -1, nil
 	}
@@ -88,10 +88,10 @@ func (t *Table) RuleCount(chain string) (int, error) {
 }
 
 // Read lists a set's elements in the kernel; none if there is no such set.
-func (t *Table) Read(id SetID) ([]nflib.SetElement, error) { return t.read(t.conn, id) }
+func (t *Table) Read(id SetID) ([]nftables.SetElement, error) { return t.read(t.conn, id) }
 
 // ReadAll hands out the elements of each set that packets do not fill, set by set.
-func (t *Table) ReadAll(emit func(SetID, []nflib.SetElement)) error {
+func (t *Table) ReadAll(emit func(SetID, []nftables.SetElement)) error {
 	conn, err := dialForReading()
 	if err != nil {
 		return err
@@ -111,7 +111,7 @@ func (t *Table) ReadAll(emit func(SetID, []nflib.SetElement)) error {
 	return nil
 }
 
-func (t *Table) read(conn *nflib.Conn, id SetID) ([]nflib.SetElement, error) {
+func (t *Table) read(conn *nftables.Conn, id SetID) ([]nftables.SetElement, error) {
 	elements, err := conn.GetSetElements(t.declared[id])
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil
@@ -128,7 +128,7 @@ func (t *Table) CounterPackets(name string) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read counter %s: %w", name, err)
 	}
-	if named, ok := obj.(*nflib.NamedObj); ok {
+	if named, ok := obj.(*nftables.NamedObj); ok {
 		if c, ok := named.Obj.(*expr.Counter); ok {
 			return c.Packets, nil
 		}
@@ -140,8 +140,8 @@ func (t *Table) CounterPackets(name string) (uint64, error) {
 // from its begin for every page of a listing, and makes pages as large as the
 // largest buffer that it was ever asked to fill, up to 32 KiB. The library asks
 // with 4 KiB; to list 100,000 elements takes six times as long with these.
-func dialForReading() (*nflib.Conn, error) {
-	conn, err := dial(nflib.WithSockOptions(largePages))
+func dialForReading() (*nftables.Conn, error) {
+	conn, err := dial(nftables.WithSockOptions(largePages))
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to nf_tables for reading: %w", err)
 	}

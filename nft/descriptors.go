@@ -6,7 +6,7 @@ import (
 	"os"
 	"sync"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 )
 
@@ -45,8 +45,8 @@ func keepSpare() {
 
 // dialLow opens a lasting connection with a descriptor that the library can
 // wait for.
-func dial(opts ...nflib.ConnOption) (*nflib.Conn, error) {
-	opts = append(opts, nflib.AsLasting())
+func dial(opts ...nftables.ConnOption) (*nftables.Conn, error) {
+	opts = append(opts, nftables.AsLasting())
 	spare.Lock()
 	defer spare.Unlock()
 	for {
@@ -54,7 +54,7 @@ func dial(opts ...nflib.ConnOption) (*nflib.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		conn, err := nflib.New(opts...)
+		conn, err := nftables.New(opts...)
 		if err != nil || isOf(conn, next) {
 			return conn, err
 		}
@@ -89,7 +89,7 @@ func freeLow() (int, error) {
 
 // isOf says whether a descriptor is that of a connection, which the library does
 // not tell. The kernel's number of the socket in its network namespace does.
-func isOf(conn *nflib.Conn, fd int) bool {
+func isOf(conn *nftables.Conn, fd int) bool {
 	port, err := conn.GetPortID()
 	if err != nil {
 		return false

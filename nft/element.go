@@ -6,13 +6,13 @@ import (
 	"net/netip"
 	"strings"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 
 	"signalbox/proxier/plan"
 )
 
-// element is one element of a set or map, as the bytes that the kernel keeps.
+// Element is one element of a set or map, as the bytes that the kernel keeps.
 // The zero end means that the element is not an interval.
 type Element struct {
 	Set      SetID
@@ -22,7 +22,7 @@ type Element struct {
 	Comment  string
 }
 
-// elementKey is what no two elements of the table share.
+// ElementID is what no two elements of the table share.
 type ElementID struct {
 	Set      SetID
 	Key, End string
@@ -32,8 +32,8 @@ func (e *Element) ID() ElementID { return ElementID{e.Set, e.Key, e.End} }
 
 // LibraryElements appends the library's form of an element of the set. An interval over one plain
 // field is two elements in nf_tables, its start and the first value after it.
-func (s *Set) LibraryElements(e *Element, list []nflib.SetElement) []nflib.SetElement {
-	out := nflib.SetElement{Key: []byte(e.Key), Comment: e.Comment}
+func (s *Set) LibraryElements(e *Element, list []nftables.SetElement) []nftables.SetElement {
+	out := nftables.SetElement{Key: []byte(e.Key), Comment: e.Comment}
 	if e.Data != "" {
 		out.Val = []byte(e.Data)
 	}
@@ -52,7 +52,7 @@ func (s *Set) LibraryElements(e *Element, list []nflib.SetElement) []nflib.SetEl
 		out.IntervalOpen = true
 		return append(list, out)
 	}
-	return append(list, out, nflib.SetElement{Key: after, IntervalEnd: true})
+	return append(list, out, nftables.SetElement{Key: after, IntervalEnd: true})
 }
 
 // successor adds one to a big-endian number.
@@ -67,7 +67,7 @@ func successor(s string) (b []byte, overflow bool) {
 	return b, true
 }
 
-// elementText is the element as `nft list` writes it.
+// ElementText is the element as `nft list` writes it.
 func (s *Set) ElementText(e *Element, f *IPFamily) string {
 	var b strings.Builder
 	b.WriteString(FieldsText(f, s.Key, e.Key, e.End))
@@ -83,7 +83,7 @@ func (s *Set) ElementText(e *Element, f *IPFamily) string {
 	return b.String()
 }
 
-// fieldsText prints concatenated fields. Where end is not empty, addresses
+// FieldsText prints concatenated fields. Where end is not empty, addresses
 // that differ from those in end are printed as the prefix they bound.
 func FieldsText(f *IPFamily, fields []Field, value, end string) string {
 	parts := make([]string, len(fields))
@@ -117,7 +117,7 @@ func prefixText(start, end string) string {
 	return netip.PrefixFrom(addr, bits).String()
 }
 
-// size is the field's length in a key, padding included.
+// Size is the field's length in a key, padding included.
 func (t Field) Size(f *IPFamily) int {
 	if t == AddrField {
 		return f.AddrLen
@@ -142,7 +142,7 @@ func (t Field) text(s string) string {
 	return addr.String()
 }
 
-// idText prints an id as nft prints a priority.
+// ClassIDText prints an id as nft prints a priority.
 func ClassIDText(id uint32) string {
 	if id == 0 {
 		return "none"
@@ -159,7 +159,7 @@ func MarkData(id uint32) string {
 // maxComment is the longest comment that nft itself would write.
 const maxComment = 127
 
-// commentText makes a name fit to be a comment: a file may hold names that the
+// CommentText makes a name fit to be a comment: a file may hold names that the
 // API server would refuse, and a listing must stay readable.
 func CommentText(name string) string {
 	clean := strings.Map(func(c rune) rune {

@@ -4,21 +4,21 @@ import (
 	"encoding/binary"
 	"net/netip"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"signalbox/proxier/plan"
 )
 
-// family holds what differs between the two IP families in rules.
+// IPFamily holds what differs between the two IP families in rules.
 type IPFamily struct {
 	plan.Family
 	Word          string // nft's name of the table family and of the header
 	AddrLen       int    // bytes of an address
 	saddrOff      uint32 // offset of the source address in the header
 	daddrOff      uint32
-	Table         nflib.TableFamily
-	addrType      nflib.SetDatatype
+	Table         nftables.TableFamily
+	addrType      nftables.SetDatatype
 	loopback      netip.Prefix
 	rejectUnreach uint8 // ICMP code of "port unreachable"
 }
@@ -27,14 +27,14 @@ func FamilyOf(f plan.Family) *IPFamily {
 	if f == plan.IPv6 {
 		return &IPFamily{
 			Family: f, Word: "ip6", AddrLen: 16, saddrOff: 8, daddrOff: 24,
-			Table: nflib.TableFamilyIPv6, addrType: nflib.TypeIP6Addr,
+			Table: nftables.TableFamilyIPv6, addrType: nftables.TypeIP6Addr,
 			loopback:      netip.MustParsePrefix("::1/128"),
 			rejectUnreach: 4,
 		}
 	}
 	return &IPFamily{
 		Family: f, Word: "ip", AddrLen: 4, saddrOff: 12, daddrOff: 16,
-		Table: nflib.TableFamilyIPv4, addrType: nflib.TypeIPAddr,
+		Table: nftables.TableFamilyIPv4, addrType: nftables.TypeIPAddr,
 		loopback:      netip.MustParsePrefix("127.0.0.0/8"),
 		rejectUnreach: 3,
 	}
@@ -43,7 +43,7 @@ func FamilyOf(f plan.Family) *IPFamily {
 // rejectType is ICMP destination unreachable with the family's own code.
 const rejectType = unix.NFT_REJECT_ICMP_UNREACH
 
-// holds says whether an address is one of this family: a valid address of its
+// Holds says whether an address is one of this family: a valid address of its
 // length. An IPv4-mapped IPv6 address belongs to neither.
 func (f *IPFamily) Holds(a netip.Addr) bool {
 	return a.IsValid() && a.BitLen() == f.HostBits() && !a.Is4In6() && a.Zone() == ""
@@ -60,6 +60,6 @@ func AppendPort(b []byte, port uint16) []byte {
 
 func AppendProto(b []byte, p plan.Protocol) []byte { return append(b, byte(p), 0, 0, 0) }
 
-// appendID appends a value that the kernel holds in the machine's byte order:
+// AppendID appends a value that the kernel holds in the machine's byte order:
 // an id or a slot.
 func AppendID(b []byte, id uint32) []byte { return binary.NativeEndian.AppendUint32(b, id) }

@@ -5,7 +5,7 @@ import (
 	"slices"
 )
 
-// disjoint drops the prefixes that lie in others of the list: nf_tables refuses
+// Disjoint drops the prefixes that lie in others of the list: nf_tables refuses
 // intervals that overlap. The result is sorted.
 func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
 	sorted := make([]netip.Prefix, 0, len(prefixes))
@@ -24,7 +24,7 @@ func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
 	return kept
 }
 
-// lastAddr is the highest address of a prefix.
+// LastAddr is the highest address of a prefix.
 func LastAddr(p netip.Prefix) netip.Addr {
 	b := p.Masked().Addr().AsSlice()
 	for i := p.Bits(); i < len(b)*8; i++ {

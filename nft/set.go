@@ -3,7 +3,7 @@ package nft
 import (
 	"strings"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 
 	"github.com/google/nftables/binaryutil"
 )
@@ -11,7 +11,7 @@ import (
 // SetID is the number of a set: its place in the list of its table's sets.
 type SetID uint8
 
-// fieldType is the type of one field of a key or datum.
+// Field is the type of one field of a key or datum.
 type Field uint8
 
 const (
@@ -26,7 +26,7 @@ const (
 	MarkDatum
 )
 
-// schema is the declaration of a set or map.
+// Set is the declaration of a set or map.
 type Set struct {
 	ID       SetID
 	Name     string
@@ -41,8 +41,8 @@ type Set struct {
 }
 
 // declaration is the library's form of the schema.
-func (s *Set) declaration(f *IPFamily, table *nflib.Table) *nflib.Set {
-	set := &nflib.Set{
+func (s *Set) declaration(f *IPFamily, table *nftables.Table) *nftables.Set {
+	set := &nftables.Set{
 		Table:         table,
 		Name:          s.Name,
 		IsMap:         s.Data != nil || s.Verdicts,
@@ -61,7 +61,7 @@ func (s *Set) declaration(f *IPFamily, table *nflib.Table) *nflib.Set {
 		set.DataType = datatype(f, s.Data)
 	}
 	if s.Verdicts {
-		set.DataType = nflib.TypeVerdict
+		set.DataType = nftables.TypeVerdict
 	}
 	if s.Dynamic {
 		set.Size = s.Size
@@ -69,31 +69,31 @@ func (s *Set) declaration(f *IPFamily, table *nflib.Table) *nflib.Set {
 	return set
 }
 
-func datatype(f *IPFamily, fields []Field) nflib.SetDatatype {
-	types := make([]nflib.SetDatatype, len(fields))
+func datatype(f *IPFamily, fields []Field) nftables.SetDatatype {
+	types := make([]nftables.SetDatatype, len(fields))
 	for i, field := range fields {
 		types[i] = field.datatype(f)
 	}
 	if len(types) == 1 {
 		return types[0]
 	}
-	return nflib.MustConcatSetType(types...)
+	return nftables.MustConcatSetType(types...)
 }
 
 // datatype returns the nft type. An id is a "classid" because that is the type
 // of the priority field that carries it; nft prints it as two hexadecimal
 // numbers with a colon between. A slot is a "mark" for want of a plain integer
 // that nft can print within a concatenation.
-func (t Field) datatype(f *IPFamily) nflib.SetDatatype {
+func (t Field) datatype(f *IPFamily) nftables.SetDatatype {
 	switch t {
 	case ProtoField:
-		return nflib.TypeInetProto
+		return nftables.TypeInetProto
 	case PortField:
-		return nflib.TypeInetService
+		return nftables.TypeInetService
 	case ClassIDField, MarkDatum:
-		return nflib.TypeClassID
+		return nftables.TypeClassID
 	case MarkField:
-		return nflib.TypeMark
+		return nftables.TypeMark
 	}
 	return f.addrType
 }
@@ -106,4 +106,22 @@ func typeText(f *IPFamily, fields []Field) string {
 		names[i] = field.datatype(f).Name
 	}
 	return strings.Join(names, " . ")
+}
+
+// NewSet declares a set, or with data a map.
+func NewSet(name string, key, data []Field, comment string) *Set {
+	return &Set{Name: name, Key: key, Data: data, Comment: comment}
+}
+
+// OfRanges makes the set one of ranges.
+func (s *Set) OfRanges() *Set {
+	s.Interval = true
+	return s
+}
+
+// Remembering makes the map one that packets fill with up to size elements: see
+// Remember.
+func (s *Set) Remembering(size uint32) *Set {
+	s.Dynamic, s.Size = true, size
+	return s
 }

@@ -6,7 +6,7 @@ import (
 	"os"
 	"slices"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
@@ -19,13 +19,13 @@ type Table struct {
 	*IPFamily
 	Added int // elements since somebody set it to 0
 
-	conn  *nflib.Conn
-	table *nflib.Table
+	conn  *nftables.Conn
+	table *nftables.Table
 	// sets and declared are indexed by SetID.
 	sets     []*Set
-	declared []*nflib.Set
-	batch    []nflib.SetElement // reused from one batch to the next
-	failed   error              // the first error of gathering
+	declared []*nftables.Set
+	batch    []nftables.SetElement // reused from one batch to the next
+	failed   error                 // the first error of gathering
 }
 
 // BatchElements is how many elements go to the library at once. It makes
@@ -45,7 +45,7 @@ func Open(f *IPFamily, table string, sets []*Set) (*Table, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
 	}
-	t := &Table{IPFamily: f, conn: conn, sets: sets, table: &nflib.Table{Name: table, Family: f.Table}}
+	t := &Table{IPFamily: f, conn: conn, sets: sets, table: &nftables.Table{Name: table, Family: f.Table}}
 	for i, s := range sets {
 		s.ID = SetID(i)
 		t.declared = append(t.declared, s.declaration(f, t.table))
@@ -150,7 +150,7 @@ func (t *Table) Exists() (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("list tables: %w", err)
 	}
-	return slices.ContainsFunc(tables, func(found *nflib.Table) bool { return found.Name == t.table.Name }), nil
+	return slices.ContainsFunc(tables, func(found *nftables.Table) bool { return found.Name == t.table.Name }), nil
 }
 
 // AddSets adds all sets but those that are there already.
@@ -170,7 +170,7 @@ func (t *Table) AddSet(id SetID) {
 }
 
 // check keeps the first error for Commit.
-func (t *Table) check(err error, set *nflib.Set) {
+func (t *Table) check(err error, set *nftables.Set) {
 	if err != nil && t.failed == nil {
 		t.failed = fmt.Errorf("set %s: %w", set.Name, err)
 	}
@@ -178,9 +178,9 @@ func (t *Table) check(err error, set *nflib.Set) {
 
 // AddChain adds a chain without its rules. One that is there already stays.
 func (t *Table) AddChain(c Chain) {
-	out := &nflib.Chain{Name: c.Name, Table: t.table}
+	out := &nftables.Chain{Name: c.Name, Table: t.table}
 	if c.Hook != nil {
-		policy := nflib.ChainPolicyAccept
+		policy := nftables.ChainPolicyAccept
 		out.Type, out.Hooknum, out.Priority, out.Policy = c.Hook.kind, c.Hook.num, &c.Hook.priority, &policy
 	}
 	t.conn.AddChain(out)
@@ -188,7 +188,7 @@ func (t *Table) AddChain(c Chain) {
 
 func (t *Table) addRules(c Chain) {
 	for _, r := range c.Rules {
-		out := &nflib.Rule{Table: t.table, Chain: &nflib.Chain{Name: c.Name, Table: t.table}, Exprs: r.exprs()}
+		out := &nftables.Rule{Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: r.exprs()}
 		if r.comment != "" {
 			out.UserData = userdata.AppendString(nil, userdata.TypeComment, r.comment)
 		}
@@ -209,14 +209,14 @@ func (t *Table) AddChains(chains []Chain) {
 // RewriteChains replaces the rules of chains that exist.
 func (t *Table) RewriteChains(chains []Chain) {
 	for _, c := range chains {
-		t.conn.FlushChain(&nflib.Chain{Name: c.Name, Table: t.table})
+		t.conn.FlushChain(&nftables.Chain{Name: c.Name, Table: t.table})
 		t.addRules(c)
 	}
 }
 
 // DeleteChain deletes a chain with its rules.
 func (t *Table) DeleteChain(name string) {
-	out := &nflib.Chain{Name: name, Table: t.table}
+	out := &nftables.Chain{Name: name, Table: t.table}
 	t.conn.FlushChain(out)
 	t.conn.DelChain(out)
 }
@@ -225,7 +225,7 @@ func (t *Table) DeleteChain(name string) {
 func (t *Table) FlushSet(id SetID) { t.conn.FlushSet(t.declared[id]) }
 
 // put hands elements to the library, many of one set at a time.
-func (t *Table) put(list []Element, op func(*nflib.Set, []nflib.SetElement) error) {
+func (t *Table) put(list []Element, op func(*nftables.Set, []nftables.SetElement) error) {
 	for len(list) > 0 {
 		set, n := list[0].Set, 1
 		for n < len(list) && n < BatchElements && list[n].Set == set {
@@ -255,21 +255,21 @@ func (t *Table) AddCounter(name string) { t.conn.AddObj(t.counter(name)) }
 // DeleteCounter deletes a named counter, to which no rule may refer.
 func (t *Table) DeleteCounter(name string) { t.conn.DeleteObject(t.counter(name)) }
 
-func (t *Table) counter(name string) *nflib.NamedObj {
-	return &nflib.NamedObj{Table: t.table, Name: name, Type: nflib.ObjTypeCounter, Obj: &expr.Counter{}}
+func (t *Table) counter(name string) *nftables.NamedObj {
+	return &nftables.NamedObj{Table: t.table, Name: name, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}}
 }
 
 // AddRead adds elements in the library's form, in which they are read.
-func (t *Table) AddRead(id SetID, list []nflib.SetElement) {
+func (t *Table) AddRead(id SetID, list []nftables.SetElement) {
 	t.inBatches(id, list, t.conn.SetAddElements)
 }
 
 // RemoveRead removes elements in the library's form.
-func (t *Table) RemoveRead(id SetID, list []nflib.SetElement) {
+func (t *Table) RemoveRead(id SetID, list []nftables.SetElement) {
 	t.inBatches(id, list, t.conn.SetDeleteElements)
 }
 
-func (t *Table) inBatches(id SetID, list []nflib.SetElement, op func(*nflib.Set, []nflib.SetElement) error) {
+func (t *Table) inBatches(id SetID, list []nftables.SetElement, op func(*nftables.Set, []nftables.SetElement) error) {
 	for batch := range slices.Chunk(list, BatchElements) {
 		t.check(op(t.declared[id], batch), t.declared[id])
 	}

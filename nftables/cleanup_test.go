@@ -5,7 +5,7 @@ import (
 	"strings"
 	"testing"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 
 	"signalbox/nft"
 	"signalbox/proxier/plan"
@@ -14,7 +14,7 @@ import (
 // generation is the kernel's count of transactions.
 func generation(t *testing.T) uint32 {
 	t.Helper()
-	conn, err := nflib.New()
+	conn, err := nftables.New()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -91,29 +92,29 @@ func features(f *nft.IPFamily) []feature {
 	key := nft.Join(f.Daddr(), nft.L4Proto, nft.DPort)
 	return []feature{
 		{"nf_tables for " + f.String(), config("CONFIG_NF_TABLES and CONFIG_NF_TABLES_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.AddrLen == 4]), func(*nft.Table) {}},
-		{"the filter hook of nf_tables", config("CONFIG_NF_TABLES"), ruleOf(nft.FilterForward, nft.Drop())},
-		{"NAT in nf_tables", config("CONFIG_NFT_NAT"), func(w *nft.Table) { w.AddChain(nft.Chain{Name: "probe", Hook: nft.NatPrerouting}) }},
+		{"the filter hook of nf_tables", config("CONFIG_NF_TABLES"), ruleOf(access.FilterForward, nft.Drop())},
+		{"NAT in nf_tables", config("CONFIG_NFT_NAT"), func(w *nft.Table) { w.AddChain(nft.Chain{Name: "probe", Hook: access.NATPrerouting}) }},
 		{"maps with concatenated keys", config("a release of at least 4.1"), set(frontends)},
 		{"sets of concatenated ranges", config("a release of at least 5.6"), set(allowedSources)},
 		{"sets of ranges", config("CONFIG_NF_TABLES with nft_set_rbtree"), set(serviceCIDRs)},
 		{"maps with time-outs that packets fill", config("CONFIG_NF_TABLES with nft_set_hash"), set(affinity)},
-		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(nft.FilterForward, nft.StateNew(), nft.Drop())},
-		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(nft.FilterForward, nft.FibLocal(true), nft.Drop())},
-		{"random numbers in rules (numgen)", config("CONFIG_NFT_NUMGEN"), ruleOf(nft.NatPrerouting, nft.SetPriorityFrom(nft.Random(2)))},
-		{"reject", config("CONFIG_NFT_REJECT and CONFIG_NFT_REJECT_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.AddrLen == 4]), ruleOf(nft.FilterForward, f.Reject())},
-		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(nft.NatPostrouting, nft.MasqueradeRandom())},
+		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(access.FilterForward, nft.StateNew(), nft.Drop())},
+		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(access.FilterForward, nft.FibLocal(true), nft.Drop())},
+		{"random numbers in rules (numgen)", config("CONFIG_NFT_NUMGEN"), ruleOf(access.NATPrerouting, nft.SetPriorityFrom(nft.Random(2)))},
+		{"reject", config("CONFIG_NFT_REJECT and CONFIG_NFT_REJECT_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.AddrLen == 4]), ruleOf(access.FilterForward, f.Reject())},
+		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(access.NATPostrouting, nft.MasqueradeRandom())},
 		{"dnat to an address from a map", config("CONFIG_NFT_NAT"), func(w *nft.Table) {
 			set(endpoints)(w)
-			ruleOf(nft.NatPrerouting, f.DnatTo(lookedUp(nft.Join(nft.PriorityBits(^chainMask, 0), nft.Random(2)), endpoints)))(w)
+			ruleOf(access.NATPrerouting, f.DNATTo(lookedUp(nft.Join(nft.PriorityBits(^chainMask, 0), nft.Random(2)), endpoints)))(w)
 		}},
 		{"setting the priority from a map", config("CONFIG_NF_TABLES"), func(w *nft.Table) {
 			set(frontends)(w)
-			ruleOf(nft.NatPrerouting, nft.SetPriorityFrom(idLookedUp(key, frontends)))(w)
+			ruleOf(access.NATPrerouting, nft.SetPriorityFrom(idLookedUp(key, frontends)))(w)
 		}},
 		{"changing a map from a rule (dynset)", config("a release of at least 5.4"), func(w *nft.Table) {
 			set(affinity)(w)
 			client := nft.Join(f.Saddr(), nft.PriorityBits(blockMask(false), 0))
-			ruleOf(nft.NatPrerouting, remember(client, nft.Priority, 1e9), forget(client, nft.Priority))(w)
+			ruleOf(access.NATPrerouting, remember(client, nft.Priority, 1e9), forget(client, nft.Priority))(w)
 		}},
 	}
 }

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
@@ -55,9 +55,9 @@ type holding struct {
 }
 
 // contents are the elements of a table, but for those that packets make.
-type contents map[holding]nflib.SetElement
+type contents map[holding]nftables.SetElement
 
-func holdingOf(set nft.SetID, e *nflib.SetElement) holding {
+func holdingOf(set nft.SetID, e *nftables.SetElement) holding {
 	return holding{set, string(e.Key), string(e.KeyEnd), e.IntervalEnd}
 }
 
@@ -109,7 +109,7 @@ func (r *resumption) intact(old *nft.Contents) (bool, error) {
 		return false, nil
 	}
 	for _, s := range schemas {
-		if !slices.ContainsFunc(old.Sets, func(found *nflib.Set) bool { return found.Name == s.Name }) {
+		if !slices.ContainsFunc(old.Sets, func(found *nftables.Set) bool { return found.Name == s.Name }) {
 			return false, nil
 		}
 	}
@@ -140,7 +140,7 @@ func (r *resumption) whole(c nft.Chain) (bool, error) {
 
 func (r *resumption) read() error {
 	r.held = make(contents)
-	return r.ReadAll(func(set nft.SetID, elements []nflib.SetElement) {
+	return r.ReadAll(func(set nft.SetID, elements []nftables.SetElement) {
 		for i := range elements {
 			r.held[holdingOf(set, &elements[i])] = elements[i]
 		}
@@ -281,20 +281,20 @@ func (r *resumption) addr(set nft.SetID, key string) (netip.AddrPort, bool) {
 // repair is what makes a table that was found the one that is wanted.
 type repair struct {
 	chains      []sizedChain // to make
-	remove, add map[nft.SetID][]nflib.SetElement
+	remove, add map[nft.SetID][]nftables.SetElement
 	elements    int // that the table holds then, but for clients with affinity
 }
 
 // compare finds what is missing and what is too much. It uses up what was read.
 func (r *resumption) compare(st *state) *repair {
-	p := &repair{remove: map[nft.SetID][]nflib.SetElement{}, add: map[nft.SetID][]nflib.SetElement{}}
+	p := &repair{remove: map[nft.SetID][]nftables.SetElement{}, add: map[nft.SetID][]nftables.SetElement{}}
 	for c := range st.chains {
 		if _, there := r.chains[c]; !there {
 			p.chains = append(p.chains, c)
 		}
 	}
 	slices.SortFunc(p.chains, sizedChain.compare)
-	var wanted []nflib.SetElement
+	var wanted []nftables.SetElement
 	emit := func(e nft.Element) {
 		p.elements++
 		wanted = schemas[e.Set].LibraryElements(&e, wanted[:0])
@@ -310,13 +310,13 @@ func (r *resumption) compare(st *state) *repair {
 	r.rules.compileNode(emit)
 	st.emitAll(emit)
 	for h, e := range r.held {
-		p.remove[h.set] = append(p.remove[h.set], nflib.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
+		p.remove[h.set] = append(p.remove[h.set], nftables.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
 	}
 	return p
 }
 
 // same compares what was read with what would be written.
-func same(have, want *nflib.SetElement) bool {
+func same(have, want *nftables.SetElement) bool {
 	if want.VerdictData != nil {
 		return verdictChain(have.Val) == want.VerdictData.Chain
 	}

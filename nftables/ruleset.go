@@ -39,20 +39,20 @@ func (r ruleset) fixedChains() []nft.Chain {
 // baseChains bind the others to the kernel's hooks.
 func (r ruleset) baseChains() []nft.Chain {
 	return []nft.Chain{
-		{Name: "filter-prerouting-pre-dnat", Hook: nft.PreDNATPrerouting, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-sources"))}},
-		{Name: "filter-output-pre-dnat", Hook: nft.PreDNATOutput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-sources"))}},
-		{Name: "filter-input", Hook: nft.FilterInput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-local"))}},
-		{Name: "filter-forward", Hook: nft.FilterForward, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-remote"))}},
-		{Name: "filter-output", Hook: nft.FilterOutput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-remote"))}},
-		{Name: "nat-prerouting", Hook: nft.NatPrerouting, Rules: []nft.Rule{nft.NewRule(nft.Jump("services"))}},
-		{Name: "nat-output", Hook: nft.NatOutput, Rules: []nft.Rule{nft.NewRule(nft.Jump("services"))}},
+		{Name: "filter-prerouting-pre-dnat", Hook: access.PreDNATPrerouting, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-sources"))}},
+		{Name: "filter-output-pre-dnat", Hook: access.PreDNATOutput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-sources"))}},
+		{Name: "filter-input", Hook: access.FilterInput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-local"))}},
+		{Name: "filter-forward", Hook: access.FilterForward, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-remote"))}},
+		{Name: "filter-output", Hook: access.FilterOutput, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-remote"))}},
+		{Name: "nat-prerouting", Hook: access.NATPrerouting, Rules: []nft.Rule{nft.NewRule(nft.Jump("services"))}},
+		{Name: "nat-output", Hook: access.NATOutput, Rules: []nft.Rule{nft.NewRule(nft.Jump("services"))}},
 		r.postrouting(),
 	}
 }
 
 // postrouting is a base chain that depends on the node.
 func (r ruleset) postrouting() nft.Chain {
-	return nft.Chain{Name: "nat-postrouting", Hook: nft.NatPostrouting, Rules: []nft.Rule{
+	return nft.Chain{Name: "nat-postrouting", Hook: access.NATPostrouting, Rules: []nft.Rule{
 		nft.NewRule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.node)),
 		nft.NewRule(nft.IsDNATed(), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.node)).Because("a client that is its own endpoint"),
 		nft.NewRule(nft.IsDNATed(), nft.Jump("between-nodes")),
@@ -254,7 +254,7 @@ func (c sizedChain) name() string {
 func (c sizedChain) chain(f *nft.IPFamily) nft.Chain {
 	if c.timeout == 0 {
 		return nft.Chain{Name: c.name(), Rules: []nft.Rule{
-			nft.NewRule(f.DnatTo(lookedUp(nft.Join(nft.PriorityBits(^chainMask, 0), nft.Random(c.size)), endpoints))),
+			nft.NewRule(f.DNATTo(lookedUp(nft.Join(nft.PriorityBits(^chainMask, 0), nft.Random(c.size)), endpoints))),
 		}}
 	}
 	return nft.Chain{Name: c.name(), Rules: c.stickyRules(f)}
@@ -277,7 +277,7 @@ func (c sizedChain) stickyRules(f *nft.IPFamily) []nft.Rule {
 	known := affinityEndpoints + nft.SetID(c.variant)
 	client := nft.Join(f.Saddr(), nft.PriorityBits(mask, 0))
 	recall := nft.SetPriorityFrom(idLookedUp(client, affinity))
-	toKnown := f.DnatTo(lookedUp(nft.Priority, known))
+	toKnown := f.DNATTo(lookedUp(nft.Priority, known))
 	draw := func(n int) nft.Statement {
 		return nft.SetPriorityFrom(idLookedUp(nft.Join(nft.PriorityBits(mask, uint32(c.variant)), nft.Random(n)), affinitySlots))
 	}

@@ -4,7 +4,7 @@ import (
 	"log/slog"
 	"net/netip"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 
 	"signalbox/nft"
 	"signalbox/nft/access"
@@ -14,7 +14,7 @@ import (
 // adopt takes over the numbers that frontends have in the existing table, of this
 // process or an earlier one: the conntrack entries of UDP flows contain them. read
 // lists a set of the table.
-func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set nft.SetID) ([]nflib.SetElement, error)) {
+func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set nft.SetID) ([]nftables.SetElement, error)) {
 	wanted := map[plan.FrontendKey]bool{}
 	for name, sp := range desired.Services {
 		if relayed(name.Protocol) {

@@ -8,7 +8,7 @@ import (
 	"os"
 	"testing"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -47,7 +47,7 @@ type kernelObjects struct{ tables, rules, routes int }
 
 func (w *world) kernel() (k kernelObjects) {
 	w.t.Helper()
-	conn, err := nflib.New()
+	conn, err := nftables.New()
 	w.must(err)
 	tables, err := conn.ListTables()
 	w.must(err)

@@ -4,9 +4,10 @@ import (
 	"net/netip"
 	"slices"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
 )
@@ -45,12 +46,12 @@ type ruleset struct {
 }
 
 var (
-	divertHook = nft.NewHook(nflib.ChainHookPrerouting, -150, "type filter hook prerouting priority mangle")
+	divertHook = nft.NewHook(nftables.ChainHookPrerouting, -150, "type filter hook prerouting priority mangle")
 	// Those of every other mode come before: while both are there, as when this
 	// process ends its last connections, new ones go to the others.
-	natPrerouting = nft.NewNATHook(nflib.ChainHookPrerouting, -98, "type nat hook prerouting priority dstnat + 2")
-	natOutput     = nft.NewNATHook(nflib.ChainHookOutput, -98, "type nat hook output priority -98")
-	lastHook      = nft.NewHook(nflib.ChainHookPostrouting, 300, "type filter hook postrouting priority 300")
+	natPrerouting = nft.NewNATHook(nftables.ChainHookPrerouting, -98, "type nat hook prerouting priority dstnat + 2")
+	natOutput     = nft.NewNATHook(nftables.ChainHookOutput, -98, "type nat hook output priority -98")
+	lastHook      = nft.NewHook(nftables.ChainHookPostrouting, 300, "type filter hook postrouting priority 300")
 )
 
 func (r ruleset) frontendOf() nft.Value {
@@ -68,11 +69,11 @@ func (r ruleset) chains() []nft.Chain {
 		nft.NewChain("divert-answers", divertHook,
 			nft.NewRule(nft.TransparentSocket(), nft.SetMarkBit(r.mark, true)).
 				Because("answers to a connection that bears its client's address")),
-		nft.NewChain("filter-prerouting-pre-dnat", nft.PreDNATPrerouting, jump("check-sources")),
-		nft.NewChain("filter-output-pre-dnat", nft.PreDNATOutput, jump("check-sources")),
-		nft.NewChain("filter-input", nft.FilterInput, jump("check-local")),
-		nft.NewChain("filter-forward", nft.FilterForward, jump("check-remote")),
-		nft.NewChain("filter-output", nft.FilterOutput, jump("check-remote")),
+		nft.NewChain("filter-prerouting-pre-dnat", access.PreDNATPrerouting, jump("check-sources")),
+		nft.NewChain("filter-output-pre-dnat", access.PreDNATOutput, jump("check-sources")),
+		nft.NewChain("filter-input", access.FilterInput, jump("check-local")),
+		nft.NewChain("filter-forward", access.FilterForward, jump("check-remote")),
+		nft.NewChain("filter-output", access.FilterOutput, jump("check-remote")),
 		nft.NewChain("nat-prerouting", natPrerouting, services),
 		nft.NewChain("nat-output", natOutput,
 			nft.NewRule(nft.PriorityIs(ownTraffic), nft.Return()).Because("from the relay to an endpoint"),

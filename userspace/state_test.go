@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 
 	"signalbox/nft"
@@ -205,7 +205,7 @@ func TestNumbersOutliveTheTable(t *testing.T) {
 	w.serve(0, 0, 0)
 	w.serve(1, 0, 0)
 	st := newState(w.p.family)
-	w.p.adopt(st, w.plan, func(nft.SetID) ([]nflib.SetElement, error) { return nil, unix.EINTR })
+	w.p.adopt(st, w.plan, func(nft.SetID) ([]nftables.SetElement, error) { return nil, unix.EINTR })
 	if !maps.Equal(st.ids, w.p.state.ids) {
 		t.Errorf("frontends have the numbers %v, had %v", st.ids, w.p.state.ids)
 	}

@@ -35,7 +35,7 @@ func ValidateNode(f *nft.IPFamily, n plan.Node) error {
 	return nil
 }
 
-// frontendBytes is the key of a map by frontend, or, for a node port, of one by node
+// FrontendBytes is the key of a map by frontend, or, for a node port, of one by node
 // port.
 func FrontendBytes(k plan.FrontendKey) string {
 	b := make([]byte, 0, 24)

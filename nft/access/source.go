@@ -26,13 +26,13 @@ func SourceChains(f *nft.IPFamily, n plan.Node) []nft.Chain {
 	}
 	var rules []nft.Rule
 	for _, s := range n.RouteSources {
-		match := []nft.Statement{nft.Oifname(s.Link, "", expr.CmpOpEq)}
+		match := []nft.Statement{nft.LeavesBy(s.Link, "", expr.CmpOpEq)}
 		if s.Destination.Bits() > 0 {
 			match = append(match, f.DaddrIn(s.Destination, "", expr.CmpOpEq))
 		}
 		source := nft.MasqueradeRandom()
 		if s.Source.IsValid() {
-			source = f.SnatRandom(s.Source)
+			source = f.SNATRandom(s.Source)
 		}
 		rules = append(rules, nft.NewRule(append(match, source)...))
 	}

@@ -30,7 +30,7 @@ func (p *ServicePort) Equal(o *ServicePort) bool {
 		slices.EqualFunc(p.Frontends, o.Frontends, func(a, b Frontend) bool { return a.Equal(&b) })
 }
 
-// keepSets makes p use the sets of its predecessor where they are equal, so
+// KeepSets makes p use the sets of its predecessor where they are equal, so
 // that a pointer comparison tells what changed.
 func (p *ServicePort) KeepSets(old *ServicePort) {
 	if p == nil || old == nil {

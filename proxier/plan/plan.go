@@ -410,7 +410,7 @@ type HealthCheck struct {
 // noEndpoints is every empty set, so that emptiness never tells two apart.
 var NoEndpoints = &EndpointSet{}
 
-// contains says whether one of the prefixes holds an address.
+// AnyContains says whether one of the prefixes holds an address.
 func AnyContains(prefixes []netip.Prefix, a netip.Addr) bool {
 	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(a) })
 }

@@ -23,7 +23,7 @@ func (p Problem) String() string {
 // EndpointSlice may hold thousands of bad addresses.
 const maxProblems = 10
 
-// problems collects what is wrong with one object.
+// Problems collects what is wrong with one object.
 type Problems struct {
 	Kind, Object string
 	found        []Problem
@@ -38,7 +38,7 @@ func (p *Problems) Add(field, reason string, args ...any) {
 	p.found = append(p.found, Problem{p.Kind, p.Object, field, fmt.Sprintf(reason, args...)})
 }
 
-// all returns what was found, with a word on what is not listed.
+// All returns what was found, with a word on what is not listed.
 func (p *Problems) All() []Problem {
 	if p.more == 0 {
 		return p.found

@@ -65,7 +65,7 @@ func readServiceCIDR(obj *networkingv1.ServiceCIDR) ([]netip.Prefix, []plan.Prob
 	return out, p.All()
 }
 
-// nodeValue is what rules need to know about this node in one family, given
+// Node is what rules need to know about this node in one family, given
 // the addresses that its interfaces have and the sources that its routes name.
 func (t *Tracker) Node(settings *Settings, family plan.Family, local []netip.Addr, routes []plan.RouteSource) plan.Node {
 	addrs := settings.NodePortAddresses.pick(family, settings.primary(family, &t.node), local)

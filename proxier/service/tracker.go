@@ -193,7 +193,7 @@ func (t *Tracker) setServiceCIDR(name string, prefixes []netip.Prefix) {
 	t.dirtyNode = true
 }
 
-// takeDirty returns the Services that changed since the last call, sorted, and
+// TakeChanges returns the Services that changed since the last call, sorted, and
 // whether what Node values are made from changed.
 func (t *Tracker) TakeChanges() (names []plan.ServiceName, node bool) {
 	names, node = slices.SortedFunc(maps.Keys(t.dirty), plan.ServiceName.Compare), t.dirtyNode
@@ -215,7 +215,7 @@ func (t *Tracker) noteTrigger(old, s *endpointSlice) {
 	t.triggers[s.family] = append(t.triggers[s.family], s.trigger)
 }
 
-// takeTriggers returns what noteTrigger remembers for a family, and forgets it.
+// TakeTriggerTimes returns what noteTrigger remembers for a family, and forgets it.
 func (t *Tracker) TakeTriggerTimes(family plan.Family) []time.Time {
 	triggers := t.triggers[family]
 	t.triggers[family] = nil
@@ -251,7 +251,7 @@ func (t *Tracker) cidrsOf(family plan.Family) []netip.Prefix {
 	return slices.Compact(out)
 }
 
-// serviceNames returns every Service there is, and those given, sorted.
+// ServiceNames returns every Service there is, and those given, sorted.
 func (t *Tracker) ServiceNames(and []plan.ServiceName) []plan.ServiceName {
 	names := slices.AppendSeq(slices.Clone(and), maps.Keys(t.services))
 	slices.SortFunc(names, plan.ServiceName.Compare)

@@ -172,7 +172,7 @@ func ValidScheduler(name string) bool {
 	})
 }
 
-// spreadsUnevenly says whether annotations ask for what takes a mode with
+// SpreadsUnevenly says whether annotations ask for what takes a mode with
 // schedulers.
 func (t *Tracker) SpreadsUnevenly(name plan.ServiceName) bool {
 	s := t.services[name]

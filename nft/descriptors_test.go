@@ -5,7 +5,7 @@ import (
 	"runtime"
 	"testing"
 
-	nflib "github.com/google/nftables"
+	"github.com/google/nftables"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
@@ -68,14 +68,14 @@ func TestDescriptorOfConnection(t *testing.T) {
 		socket(unix.AF_NETLINK, unix.SOCK_RAW, unix.NETLINK_NETFILTER),
 		selectLimit - 1, // nobody's
 	}
-	dialed := func() (*nflib.Conn, bool) {
+	dialed := func() (*nftables.Conn, bool) {
 		spare.Lock()
 		defer spare.Unlock()
 		next, err := freeLow()
 		if err != nil {
 			t.Fatal(err)
 		}
-		conn, err := nflib.New(nflib.AsLasting())
+		conn, err := nftables.New(nftables.AsLasting())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,0 +1,156 @@
+package nft
+
+import (
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+func SetPriorityFrom(v Value) Statement {
+	return Statement{"meta priority set " + v.text, append(v.load(0),
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)})}
+}
+
+// ClearPriority sets the priority to 0.
+func ClearPriority() Statement {
+	return Statement{"meta priority set none", []expr.Any{
+		&expr.Immediate{Register: reg32(0), Data: host32(0)},
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)},
+	}}
+}
+
+// dynsetDelete is NFT_DYNSET_OP_DELETE (Linux 5.4), which x/sys lacks.
+const dynsetDelete = 2
+
+// durationText prints whole seconds as nft does: 1d2h3m4s.
+func durationText(d time.Duration) string {
+	var b strings.Builder
+	for _, unit := range []struct {
+		length time.Duration
+		letter string
+	}{{24 * time.Hour, "d"}, {time.Hour, "h"}, {time.Minute, "m"}, {time.Second, "s"}} {
+		if n := d / unit.length; n > 0 {
+			fmt.Fprintf(&b, "%d%s", n, unit.letter)
+			d -= n * unit.length
+		}
+	}
+	return b.String()
+}
+
+// DNATTo sends the connection to an address and port, which v gives.
+func (f *IPFamily) DNATTo(v Value) Statement {
+	return Statement{"dnat " + f.Word + " to " + v.text, append(v.load(0), &expr.NAT{
+		Type: expr.NATTypeDestNAT, Family: uint32(f.Table),
+		RegAddrMin: reg32(0), RegProtoMin: reg32(uint32(f.AddrLen / 4)),
+	})}
+}
+
+func MasqueradeRandom() Statement {
+	return Statement{"masquerade fully-random", []expr.Any{&expr.Masq{FullyRandom: true}}}
+}
+
+func (f *IPFamily) Reject() Statement {
+	return Statement{"reject", []expr.Any{&expr.Reject{Type: rejectType, Code: f.rejectUnreach}}}
+}
+
+func Drop() Statement {
+	return Statement{"drop", []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
+}
+
+func Return() Statement {
+	return Statement{"return", []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}}
+}
+
+func Jump(chain string) Statement {
+	return Statement{"jump " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}}
+}
+
+func GoTo(chain string) Statement {
+	return Statement{"goto " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}}
+}
+
+// SetMarkBit sets or clears the mark's bit and leaves the others, which are
+// other software's.
+func SetMarkBit(bit uint32, on bool) Statement {
+	text, xor := fmt.Sprintf("meta mark set meta mark & 0x%08x", ^bit), uint32(0)
+	if on {
+		text, xor = fmt.Sprintf("meta mark set meta mark | 0x%08x", bit), bit
+	}
+	return Statement{text, []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg32(0)},
+		bitwise(0, ^bit, xor),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg32(0)},
+	}}
+}
+
+// VerdictOf goes where the verdict map says, or on if it says nothing.
+func VerdictOf(v Value, m string) Statement {
+	return Statement{v.text + " vmap @" + m, append(v.load(0), &expr.Lookup{
+		SourceRegister: reg32(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: m,
+	})}
+}
+
+// CountedBy counts packets in a counter of the table's.
+func CountedBy(name string) Statement {
+	return Statement{fmt.Sprintf("counter name %q", name), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}}
+}
+
+// SNATRandom rewrites the source to an address, and the port to any.
+func (f *IPFamily) SNATRandom(a netip.Addr) Statement {
+	return Statement{fmt.Sprintf("snat to %s fully-random", a), []expr.Any{
+		&expr.Immediate{Register: reg32(0), Data: a.AsSlice()},
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.Table), RegAddrMin: reg32(0), FullyRandom: true},
+	}}
+}
+
+// DNATToPort sends the connection to the address that v gives, and to a port.
+func (f *IPFamily) DNATToPort(v Value, port uint16) Statement {
+	to := reg32(v.regs)
+	if n := uint32(f.AddrLen / 4); n > v.regs {
+		to = reg32(n)
+	}
+	return Statement{fmt.Sprintf("dnat %s to %s:%d", f.Word, v.text, port), append(v.load(0),
+		&expr.Immediate{Register: to, Data: binary.BigEndian.AppendUint16(nil, port)},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.Table), RegAddrMin: reg32(0), RegProtoMin: to},
+	)}
+}
+
+// SetMark sets the whole mark.
+func SetMark(v Value) Statement {
+	return Statement{"meta mark set " + v.text, append(v.load(0),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg32(0)})}
+}
+
+// SetPriority sets the priority.
+func SetPriority(id uint32) Statement {
+	return Statement{"meta priority set " + ClassIDText(id), []expr.Any{
+		&expr.Immediate{Register: reg32(0), Data: host32(id)},
+		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)},
+	}}
+}
+
+// Remember records key -> mark in a map made by Remembering, for the given
+// time. Where the key is known already the kernel only starts its time again.
+func Remember(m string, key, mark Value, timeout time.Duration) Statement {
+	return changeMap(m, key, mark, timeout, unix.NFT_DYNSET_OP_UPDATE)
+}
+
+// Forget removes the key from a map made by Remembering. The kernel wants a
+// datum all the same.
+func Forget(m string, key, mark Value) Statement { return changeMap(m, key, mark, 0, dynsetDelete) }
+
+func changeMap(m string, key, mark Value, timeout time.Duration, op uint32) Statement {
+	data := turned(mark, expr.ByteorderHton)
+	text := fmt.Sprintf("delete @%s { %s : %s }", m, key.text, data.text)
+	if op != dynsetDelete {
+		text = fmt.Sprintf("update @%s { %s timeout %s : %s }", m, key.text, durationText(timeout), data.text)
+	}
+	return Statement{text, append(append(key.load(0), data.load(key.regs)...), &expr.Dynset{
+		SrcRegKey: reg32(0), SrcRegData: reg32(key.regs), SetName: m, Operation: op, Timeout: timeout,
+	})}
+}

@@ -1,0 +1,140 @@
+package nft
+
+import (
+	"encoding/binary"
+	"fmt"
+	"strings"
+
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// Value is something of a packet that can be loaded into registers. Registers
+// are the 32-bit ones, counted from 0.
+type Value struct {
+	text string
+	regs uint32
+	load func(reg uint32) []expr.Any
+}
+
+// reg32 is the kernel's number of a 32-bit register.
+func reg32(n uint32) uint32 { return unix.NFT_REG32_00 + n }
+
+// Join concatenates values.
+func Join(values ...Value) Value {
+	texts := make([]string, len(values))
+	var regs uint32
+	for i, v := range values {
+		texts[i] = v.text
+		regs += v.regs
+	}
+	return Value{
+		text: strings.Join(texts, " . "),
+		regs: regs,
+		load: func(reg uint32) []expr.Any {
+			var list []expr.Any
+			for _, v := range values {
+				list = append(list, v.load(reg)...)
+				reg += v.regs
+			}
+			return list
+		},
+	}
+}
+
+func (f *IPFamily) Saddr() Value { return f.address("saddr", f.saddrOff) }
+func (f *IPFamily) Daddr() Value { return f.address("daddr", f.daddrOff) }
+
+func (f *IPFamily) address(name string, offset uint32) Value {
+	n := uint32(f.AddrLen)
+	return Value{text: f.Word + " " + name, regs: n / 4, load: func(reg uint32) []expr.Any {
+		return []expr.Any{&expr.Payload{DestRegister: reg32(reg), Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: n}}
+	}}
+}
+
+var L4Proto = metaValue("meta l4proto", expr.MetaKeyL4PROTO)
+
+// dport is the destination port of TCP, UDP and SCTP alike.
+var DPort = Value{text: "th dport", regs: 1, load: func(reg uint32) []expr.Any {
+	return []expr.Any{&expr.Payload{DestRegister: reg32(reg), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
+}}
+
+// priority is skb->priority, the scratch field for ids.
+var Priority = metaValue("meta priority", expr.MetaKeyPRIORITY)
+
+func metaValue(text string, key expr.MetaKey) Value {
+	return Value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
+		return []expr.Any{&expr.Meta{Key: key, Register: reg32(reg)}}
+	}}
+}
+
+// Random draws a number from 0 to n-1.
+func Random(n int) Value {
+	return Value{text: fmt.Sprintf("numgen random mod %d", n), regs: 1, load: func(reg uint32) []expr.Any {
+		return []expr.Any{&expr.Numgen{Register: reg32(reg), Modulus: uint32(n), Type: unix.NFT_NG_RANDOM}}
+	}}
+}
+
+// PriorityBits is the priority with only the bits in mask kept, and then those
+// in set set.
+func PriorityBits(mask, set uint32) Value {
+	text := "meta priority & " + ClassIDText(mask|set)
+	if set != 0 {
+		text += " | " + ClassIDText(set)
+	}
+	return Value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
+		return append(Priority.load(reg), bitwise(reg, mask&^set, set))
+	}}
+}
+
+func bitwise(reg, mask, xor uint32) expr.Any {
+	return &expr.Bitwise{SourceRegister: reg32(reg), DestRegister: reg32(reg), Len: 4, Mask: host32(mask), Xor: host32(xor)}
+}
+
+func host32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+
+// turned changes the byte order of a value of four bytes; nft does not print
+// that.
+func turned(v Value, op expr.ByteorderOp) Value {
+	return Value{text: v.text, regs: 1, load: func(reg uint32) []expr.Any {
+		return append(v.load(reg), &expr.Byteorder{SourceRegister: reg32(reg), DestRegister: reg32(reg), Op: op, Len: 4, Size: 4})
+	}}
+}
+
+// LookedUp is the datum that the map holds for v. A packet for which it holds
+// none leaves the rule.
+func LookedUp(v Value, m string) Value {
+	return Value{text: v.text + " map @" + m, regs: 1, load: func(reg uint32) []expr.Any {
+		return append(v.load(reg), &expr.Lookup{
+			SourceRegister: reg32(reg), DestRegister: reg32(reg), IsDestRegSet: true, SetName: m,
+		})
+	}}
+}
+
+// Mark is the packet mark.
+var Mark = metaValue("meta mark", expr.MetaKeyMARK)
+
+// MarkBits is the mark with only the bits in mask kept, and then those in set
+// set.
+func MarkBits(mask, set uint32) Value {
+	text := fmt.Sprintf("meta mark & 0x%08x", mask|set)
+	if set != 0 {
+		text += fmt.Sprintf(" | 0x%08x", set)
+	}
+	return Value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
+		return append(Mark.load(reg), bitwise(reg, mask&^set, set))
+	}}
+}
+
+// MarkLookedUp is the mark that the map holds for v, whose data are MarkDatum.
+func MarkLookedUp(v Value, m string) Value { return turned(LookedUp(v, m), expr.ByteorderNtoh) }
+
+// ConstantMark is a mark to set.
+func ConstantMark(mark uint32) Value {
+	return Value{text: fmt.Sprintf("0x%08x", mark), regs: 1, load: func(reg uint32) []expr.Any {
+		return []expr.Any{&expr.Immediate{Register: reg32(reg), Data: host32(mark)}}
+	}}
+}
+
+// MarkOfData reads what MarkData writes.
+func MarkOfData(data []byte) uint32 { return binary.BigEndian.Uint32(data) }
