@@ -3,6 +3,7 @@ package nft
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -63,3 +64,32 @@ func AppendProto(b []byte, p plan.Protocol) []byte { return append(b, byte(p), 0
 // AppendID appends a value that the kernel holds in the machine's byte order:
 // an id or a slot.
 func AppendID(b []byte, id uint32) []byte { return binary.NativeEndian.AppendUint32(b, id) }
+
+// Disjoint drops the prefixes that lie in others of the list: nf_tables refuses
+// intervals that overlap. The result is sorted.
+func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
+	sorted := make([]netip.Prefix, 0, len(prefixes))
+	for _, p := range prefixes {
+		sorted = append(sorted, p.Masked())
+	}
+	slices.SortFunc(sorted, netip.Prefix.Compare)
+	kept := sorted[:0]
+	for _, p := range sorted {
+		// A prefix sorts before all that it holds.
+		if n := len(kept); n > 0 && kept[n-1].Overlaps(p) {
+			continue
+		}
+		kept = append(kept, p)
+	}
+	return kept
+}
+
+// LastAddr is the highest address of a prefix.
+func LastAddr(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}

@@ -79,10 +79,12 @@ func (t tree) importsModule(path string) []string {
 	return out
 }
 
+// reachesServices names what knows Services. proxier/plan may be used: it has the IP
+// families and protocols.
 func (t tree) reachesServices(path string) []string {
 	var out []string
 	for _, p := range t.reach(path) {
-		if p == "proxier" || strings.HasPrefix(p, "proxier/") {
+		if p != "proxier/plan" && (p == "proxier" || strings.HasPrefix(p, "proxier/")) {
 			out = append(out, fmt.Sprintf("%s depends on %s", path, p))
 		}
 	}
