@@ -12,6 +12,7 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 	"k8s.io/utils/ptr"
 
+	"signalbox/modes"
 	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/proxier/service"
@@ -33,7 +34,7 @@ func (f *Flags) Config() (*Config, error) {
 
 func (o *signalboxFlags) validate(k *v1alpha1.KubeProxyConfiguration, master string) error {
 	var wrong []error
-	if mode := oneOf(o.mode, Modes); mode != "" {
+	if mode := oneOf(o.mode, modes.Names()); mode != "" {
 		wrong = append(wrong, fmt.Errorf("--mode=%s", mode))
 	}
 	if o.source == "" {
@@ -49,7 +50,7 @@ func (o *signalboxFlags) validate(k *v1alpha1.KubeProxyConfiguration, master str
 
 // build turns a valid configuration into a Config.
 func (f *Flags) build(r *rawConfig) (*Config, error) {
-	k, timing := r.KubeProxyConfiguration, timingOf(r.KubeProxyConfiguration)
+	k, section := r.KubeProxyConfiguration, sectionOf(r.KubeProxyConfiguration)
 	setting := "--hostname-override"
 	if r.file != "" {
 		setting = fmt.Sprintf("--config=%s: hostnameOverride", r.file)
@@ -59,15 +60,14 @@ func (f *Flags) build(r *rawConfig) (*Config, error) {
 		return nil, err
 	}
 	client := &k.ClientConnection
-	bit, _ := masquerade(k)
 	return &Config{
 		Mode: string(k.Mode), ModeReason: r.modeReason, ModeUnset: r.modeUnset, NodeName: name,
 		SourceDir: f.signalbox.source, Kubeconfig: client.Kubeconfig, Master: f.master,
 		ContentType: client.ContentType, AcceptContentTypes: client.AcceptContentTypes, QPS: client.QPS, Burst: int(client.Burst),
-		MasqueradeMark: 1 << bit, IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),
+		MasqueradeMark: 1 << *section.masqueradeBit, IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),
 		BindAddress: bindAddress(k), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
 		BindAddressHardFail: k.BindAddressHardFail, EnableProfiling: k.EnableProfiling,
-		SyncPeriod: timing.sync, MinSyncPeriod: r.minSyncPeriod,
+		SyncPeriod: section.syncPeriod.Duration, MinSyncPeriod: r.minSyncPeriod,
 		Conntrack: conntrack(k), OOMScoreAdj: k.OOMScoreAdj,
 		Cleanup: f.cleanup, InitOnly: f.initOnly, WriteTo: f.writeTo,
 		Logging:   Logging{Format: k.Logging.Format, Verbosity: int(k.Logging.Verbosity)},
@@ -76,18 +76,9 @@ func (f *Flags) build(r *rawConfig) (*Config, error) {
 	}, nil
 }
 
-// masquerade is from the section that the mode reads.
-func masquerade(k *v1alpha1.KubeProxyConfiguration) (bit int32, all bool) {
-	if k.Mode == ModeNFTables {
-		return *k.NFTables.MasqueradeBit, k.NFTables.MasqueradeAll
-	}
-	return *k.IPTables.MasqueradeBit, k.IPTables.MasqueradeAll
-}
-
 func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) service.Settings {
-	_, masqueradeAll := masquerade(k)
 	s := service.Settings{
-		MasqueradeAll:      masqueradeAll,
+		MasqueradeAll:      *sectionOf(k).masqueradeAll,
 		DetectLocal:        service.DetectLocal(k.DetectLocalMode),
 		PodBridgeInterface: k.DetectLocal.BridgeInterface, PodInterfaceNamePrefix: k.DetectLocal.InterfaceNamePrefix,
 		IgnoreExternalIPs:     !gateOn(k, gateAllowServiceExternalIPs),
@@ -167,7 +158,7 @@ func withoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 
 func (f *Flags) flagsWithoutEffect(k *v1alpha1.KubeProxyConfiguration) []string {
 	var out []string
-	if k.Mode != ModeIPVS && (f.signalbox.kubeProxyIPVSPolicies || ipvsTuning(k) != (proxier.IPVSTuning{})) {
+	if !modes.TraitsOf(string(k.Mode)).Schedulers && (f.signalbox.kubeProxyIPVSPolicies || ipvsTuning(k) != (proxier.IPVSTuning{})) {
 		out = append(out, "the --ipvs flags have no effect without --mode=ipvs")
 	}
 	for _, name := range []string{"boot-id-file", "machine-id-file"} {

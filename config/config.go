@@ -15,24 +15,13 @@ import (
 
 	"signalbox/node"
 	"signalbox/proxier"
+	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
 )
 
-// The values of --mode.
-const (
-	ModeAuto      = "auto"
-	ModeNFTables  = "nftables"
-	ModeIPTables  = "iptables"
-	ModeUserspace = "userspace"
-	ModeIPVS      = "ipvs"
-)
-
-// Modes lists what --mode takes.
-var Modes = []string{ModeAuto, ModeNFTables, ModeIPTables, ModeIPVS, ModeUserspace}
-
 // Config is the validated configuration.
 type Config struct {
-	// Mode is one of Modes; ModeAuto takes the first mode that works here.
+	// Mode is one of modes.Names.
 	Mode string
 	// ModeReason says where Mode comes from.
 	ModeReason string
@@ -56,11 +45,11 @@ type Config struct {
 
 	// MasqueradeMark is the packet mark's bit for source rewriting.
 	MasqueradeMark uint32
-	// IPVS is for ModeIPVS alone.
+	// IPVS is for modes with schedulers alone; see Options.
 	IPVS     proxier.IPVSTuning
 	Settings service.Settings
-	// LocalhostRelay lets nftables and userspace mode serve NodePorts on loopback
-	// (feature gate KubeProxyNFTablesLocalhostNodePorts).
+	// LocalhostRelay lets modes with proxier.LocalhostByRelay serve NodePorts on
+	// loopback (feature gate KubeProxyNFTablesLocalhostNodePorts).
 	LocalhostRelay bool
 
 	// BindAddress, unless it is unspecified (0.0.0.0 or ::), is this node's own
@@ -110,23 +99,26 @@ type Config struct {
 	Warnings []string
 }
 
-// ForMode returns the settings as the mode, once it is known, reads them: ipvs
-// mode alone has schedulers and kube-proxy's deviations, and nftables mode serves
-// NodePorts at the Node's own address alone unless told otherwise, as kube-proxy
-// does since 1.31. On loopback, iptables mode serves them unless told otherwise,
-// and nftables and userspace mode where they are told to.
-func (c *Config) ForMode(mode string) service.Settings {
-	s := c.Settings
-	s.HasSchedulers = mode == ModeIPVS
-	s.KubeProxyIPVSPolicies = s.KubeProxyIPVSPolicies && mode == ModeIPVS
-	if mode == ModeNFTables {
-		if len(s.NodePortAddresses.CIDRs) == 0 {
-			s.NodePortAddresses.Primary = true
-		}
+// Options returns what a mode is made with in one family.
+func (c *Config) Options(mode proxier.Mode, family plan.Family) proxier.Options {
+	o := proxier.Options{Family: family, MasqueradeMark: c.MasqueradeMark}
+	if mode.Traits().Schedulers {
+		o.IPVS = c.IPVS
+	}
+	return o
+}
+
+// ForMode returns the settings as a mode reads them, by its traits.
+func (c *Config) ForMode(mode proxier.Mode) service.Settings {
+	s, traits := c.Settings, mode.Traits()
+	s.HasSchedulers = traits.Schedulers
+	s.KubeProxyIPVSPolicies = s.KubeProxyIPVSPolicies && traits.Schedulers
+	if traits.PrimaryNodePorts && len(s.NodePortAddresses.CIDRs) == 0 {
+		s.NodePortAddresses.Primary = true
 	}
 	switch {
-	case mode == ModeIPTables:
-	case c.LocalhostRelay && (mode == ModeUserspace || mode == ModeNFTables):
+	case traits.Localhost == proxier.LocalhostByRoute:
+	case traits.Localhost == proxier.LocalhostByRelay && c.LocalhostRelay:
 		s.LocalhostNodePorts = service.LocalhostNamed
 	default:
 		s.LocalhostNodePorts = service.NoLocalhost

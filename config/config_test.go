@@ -11,6 +11,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"signalbox/modes"
 	"signalbox/proxier"
 	"signalbox/proxier/service"
 )
@@ -26,12 +27,21 @@ func parse(t *testing.T, args ...string) (*Config, error) {
 	return f.Config()
 }
 
+func modeNamed(t *testing.T, name string) proxier.Mode {
+	t.Helper()
+	m, err := modes.Named(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
 func TestDefaults(t *testing.T) {
 	c, err := parse(t, "--hostname-override", "  Node-1 ")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.NodeName != "node-1" || c.Mode != ModeAuto || c.MasqueradeMark != 0x4000 || c.MinSyncPeriod != 0 ||
+	if c.NodeName != "node-1" || c.Mode != "auto" || c.MasqueradeMark != 0x4000 || c.MinSyncPeriod != 0 ||
 		c.QPS != 5 || c.Burst != 10 || c.Settings.DetectLocal != service.DetectLocalClusterCIDR || c.Settings.LocalhostNodePorts != service.LocalhostCovered {
 		t.Errorf("defaults are %+v", c)
 	}
@@ -48,7 +58,7 @@ func TestIPVSFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := proxier.IPVSTuning{Scheduler: "lc", StrictARP: true, TCPTimeout: 15 * time.Minute, TCPFinTimeout: 30 * time.Second, UDPTimeout: time.Minute}
-	if c.Mode != ModeIPVS || c.IPVS != want || len(c.Warnings) != 0 || !c.ForMode(ModeIPVS).KubeProxyIPVSPolicies || c.ForMode(ModeIPTables).KubeProxyIPVSPolicies {
+	if c.Mode != "ipvs" || c.IPVS != want || len(c.Warnings) != 0 || !c.ForMode(modeNamed(t, "ipvs")).KubeProxyIPVSPolicies || c.ForMode(modeNamed(t, "iptables")).KubeProxyIPVSPolicies {
 		t.Errorf("got %s, %+v, warnings %q", c.Mode, c.IPVS, c.Warnings)
 	}
 	if c, err = parse(t, append(flags, "--mode=nftables")...); err != nil || len(c.Warnings) != 1 {
@@ -75,7 +85,7 @@ func TestWhatFlagsSet(t *testing.T) {
 	if want := prefixes("192.168.0.0/16", "fd00::/8"); !slices.Equal(c.Settings.NodePortAddresses.CIDRs, want) {
 		t.Errorf("NodePort addresses are %v, want %v", c.Settings.NodePortAddresses.CIDRs, want)
 	}
-	if c.Mode != ModeIPTables || !c.Settings.MasqueradeAll || c.MasqueradeMark != 1<<31 || c.Settings.LocalhostNodePorts != service.NoLocalhost ||
+	if c.Mode != "iptables" || !c.Settings.MasqueradeAll || c.MasqueradeMark != 1<<31 || c.Settings.LocalhostNodePorts != service.NoLocalhost ||
 		c.Kubeconfig != "/k" || c.Master != "https://m" || c.Settings.PodInterfaceNamePrefix != "cali" {
 		t.Errorf("got %+v", c)
 	}
@@ -143,14 +153,14 @@ func TestNodePortAddressesByMode(t *testing.T) {
 		mode, flag string
 		primary    bool
 	}{
-		{ModeNFTables, "", true},
-		{ModeIPTables, "", false},
-		{ModeIPVS, "", false},
-		{ModeIPTables, "--nodeport-addresses=primary", true},
-		{ModeNFTables, "--nodeport-addresses=0.0.0.0/0", false},
-		{ModeNFTables, "--nodeport-addresses=all", false},
-		{ModeNFTables, "--nodeport-addresses=localhost", false},
-		{ModeNFTables, "--nodeport-addresses=localhost,primary,10.0.0.0/8", true},
+		{"nftables", "", true},
+		{"iptables", "", false},
+		{"ipvs", "", false},
+		{"iptables", "--nodeport-addresses=primary", true},
+		{"nftables", "--nodeport-addresses=0.0.0.0/0", false},
+		{"nftables", "--nodeport-addresses=all", false},
+		{"nftables", "--nodeport-addresses=localhost", false},
+		{"nftables", "--nodeport-addresses=localhost,primary,10.0.0.0/8", true},
 	} {
 		args := []string{"--cluster-cidr=10.0.0.0/8"}
 		if test.flag != "" {
@@ -160,8 +170,8 @@ func TestNodePortAddressesByMode(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := c.ForMode(test.mode)
-		if s.NodePortAddresses.Primary != test.primary || s.HasSchedulers != (test.mode == ModeIPVS) {
+		s := c.ForMode(modeNamed(t, test.mode))
+		if s.NodePortAddresses.Primary != test.primary || s.HasSchedulers != (test.mode == "ipvs") {
 			t.Errorf("mode %s with %q: primary is %v, schedulers %v", test.mode, test.flag, s.NodePortAddresses.Primary, s.HasSchedulers)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
 )
@@ -12,7 +13,7 @@ import (
 // CheckFamilies compares the addresses in the configuration with the IP families
 // that the node serves. As with kube-proxy, it is an error if no Pod range is of a
 // served family. Other mismatches are warnings.
-func (c *Config) CheckFamilies(served []plan.Family, mode string) (warnings []string, err error) {
+func (c *Config) CheckFamilies(served []plan.Family, mode proxier.Mode) (warnings []string, err error) {
 	has := func(prefixes []netip.Prefix, family plan.Family) bool {
 		return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return plan.FamilyOf(p.Addr()) == family })
 	}
@@ -43,19 +44,19 @@ func (c *Config) CheckFamilies(served []plan.Family, mode string) (warnings []st
 
 // localhostWarnings names the configured loopback addresses on which the mode does
 // not serve NodePorts.
-func (c *Config) localhostWarnings(s *service.Settings, served []plan.Family, mode string) (warnings []string) {
+func (c *Config) localhostWarnings(s *service.Settings, served []plan.Family, mode proxier.Mode) (warnings []string) {
 	for _, family := range served {
 		if !s.NodePortAddresses.NamesLocalhost(family) || s.ServesLocalhost(family) {
 			continue
 		}
-		why := fmt.Sprintf("mode %s cannot; use the mode nftables", mode)
-		switch {
-		case mode == ModeUserspace || mode == ModeNFTables:
+		why := fmt.Sprintf("mode %s cannot; use the mode nftables", mode.Name())
+		switch by := mode.Traits().Localhost; {
+		case by == proxier.LocalhostByRelay:
 			why = fmt.Sprintf("the feature gate %s is off; remove it", gateLocalhostNodePorts)
-		case mode == ModeIPTables && family == plan.IPv4:
+		case by == proxier.LocalhostByRoute && family == plan.IPv4:
 			why = "--iptables-localhost-nodeports, or iptables.localhostNodePorts in a file, is false; remove it"
-		case mode == ModeIPTables:
-			why = "mode iptables can in IPv4 only; use the mode nftables"
+		case by == proxier.LocalhostByRoute:
+			why = fmt.Sprintf("mode %s can in IPv4 only; use the mode nftables", mode.Name())
 		}
 		warnings = append(warnings, fmt.Sprintf("NodePorts are to be served on loopback, and are not on %s: %s", service.Localhost(family), why))
 	}

@@ -26,7 +26,7 @@ func TestCheckFamilies(t *testing.T) {
 		{served: both, args: []string{"--nodeport-addresses=fd00::/8"}, warnings: []string{"[fd00::/8]: in IPv4 they are served at all addresses"}},
 		{served: v6, warnings: []string{"health, 0.0.0.0:10256,", "metrics, 127.0.0.1:10249,"}},
 	} {
-		warnings, err := mustParse(t, append(test.args, "--mode=iptables")...).CheckFamilies(test.served, ModeIPTables)
+		warnings, err := mustParse(t, append(test.args, "--mode=iptables")...).CheckFamilies(test.served, modeNamed(t, "iptables"))
 		if test.err != "" {
 			if err == nil || !strings.Contains(err.Error(), test.err) {
 				t.Errorf("%v %q: error %v, want %q", test.served, test.args, err, test.err)
@@ -53,33 +53,33 @@ func TestLocalhostNodePorts(t *testing.T) {
 		v4, v6   bool
 		warnings []string
 	}{
-		{mode: ModeNFTables},
-		{mode: ModeNFTables, args: []string{"--nodeport-addresses=all"}},
-		{mode: ModeNFTables, args: []string{"--nodeport-addresses=primary,localhost"}, v4: true, v6: true},
-		{mode: ModeNFTables, args: []string{"--nodeport-addresses=localhost"}, gateOff: true,
+		{mode: "nftables"},
+		{mode: "nftables", args: []string{"--nodeport-addresses=all"}},
+		{mode: "nftables", args: []string{"--nodeport-addresses=primary,localhost"}, v4: true, v6: true},
+		{mode: "nftables", args: []string{"--nodeport-addresses=localhost"}, gateOff: true,
 			warnings: []string{"127.0.0.1: the feature gate KubeProxyNFTablesLocalhostNodePorts is off", "::1: the feature gate"}},
-		{mode: ModeUserspace, args: []string{"--nodeport-addresses=all,127.0.0.0/8,fd00::/8"}, v4: true},
-		{mode: ModeUserspace, args: []string{"--nodeport-addresses=::1/128,127.0.0.2/32"}, v6: true},
-		{mode: ModeUserspace, args: []string{"--nodeport-addresses=localhost"}, gateOff: true,
+		{mode: "userspace", args: []string{"--nodeport-addresses=all,127.0.0.0/8,fd00::/8"}, v4: true},
+		{mode: "userspace", args: []string{"--nodeport-addresses=::1/128,127.0.0.2/32"}, v6: true},
+		{mode: "userspace", args: []string{"--nodeport-addresses=localhost"}, gateOff: true,
 			warnings: []string{"127.0.0.1: the feature gate KubeProxyNFTablesLocalhostNodePorts is off", "::1: the feature gate"}},
-		{mode: ModeUserspace, args: []string{"--nodeport-addresses=localhost", "--iptables-localhost-nodeports=false"}, v4: true, v6: true},
-		{mode: ModeUserspace},
-		{mode: ModeIPTables, v4: true},
-		{mode: ModeIPTables, args: []string{"--nodeport-addresses=primary"}},
-		{mode: ModeIPTables, args: []string{"--nodeport-addresses=primary,all"}, v4: true},
-		{mode: ModeIPTables, args: []string{"--nodeport-addresses=localhost"}, v4: true, warnings: []string{"::1: mode iptables can in IPv4 only"}},
-		{mode: ModeIPTables, args: []string{"--nodeport-addresses=127.0.0.0/8,fd00::/8", "--iptables-localhost-nodeports=false"},
+		{mode: "userspace", args: []string{"--nodeport-addresses=localhost", "--iptables-localhost-nodeports=false"}, v4: true, v6: true},
+		{mode: "userspace"},
+		{mode: "iptables", v4: true},
+		{mode: "iptables", args: []string{"--nodeport-addresses=primary"}},
+		{mode: "iptables", args: []string{"--nodeport-addresses=primary,all"}, v4: true},
+		{mode: "iptables", args: []string{"--nodeport-addresses=localhost"}, v4: true, warnings: []string{"::1: mode iptables can in IPv4 only"}},
+		{mode: "iptables", args: []string{"--nodeport-addresses=127.0.0.0/8,fd00::/8", "--iptables-localhost-nodeports=false"},
 			warnings: []string{"127.0.0.1: --iptables-localhost-nodeports, or iptables.localhostNodePorts in a file, is false"}},
-		{mode: ModeIPVS},
-		{mode: ModeIPVS, args: []string{"--nodeport-addresses=localhost"}, warnings: []string{"127.0.0.1: mode ipvs cannot", "::1: mode ipvs cannot"}},
+		{mode: "ipvs"},
+		{mode: "ipvs", args: []string{"--nodeport-addresses=localhost"}, warnings: []string{"127.0.0.1: mode ipvs cannot", "::1: mode ipvs cannot"}},
 	} {
 		c := mustParse(t, append(test.args, "--cluster-cidr=10.0.0.0/8,fd00::/8")...)
 		c.LocalhostRelay = !test.gateOff
-		s := c.ForMode(test.mode)
+		s := c.ForMode(modeNamed(t, test.mode))
 		if v4, v6 := s.ServesLocalhost(plan.IPv4), s.ServesLocalhost(plan.IPv6); v4 != test.v4 || v6 != test.v6 {
 			t.Errorf("%s %q: IPv4 %v, IPv6 %v; want %v, %v", test.mode, test.args, v4, v6, test.v4, test.v6)
 		}
-		warnings, err := c.CheckFamilies(plan.Families, test.mode)
+		warnings, err := c.CheckFamilies(plan.Families, modeNamed(t, test.mode))
 		text := strings.Join(warnings, "\n")
 		if err != nil || strings.Count(text, "loopback") != len(test.warnings) {
 			t.Errorf("%s %q: warnings %q, %v", test.mode, test.args, warnings, err)

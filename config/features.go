@@ -12,19 +12,21 @@ import (
 	"github.com/go-logr/logr"
 	"k8s.io/component-base/featuregate"
 	"k8s.io/kube-proxy/config/v1alpha1"
+
+	"signalbox/modes"
+	"signalbox/proxier"
 )
 
-// The gates with an effect here.
+// The gates with an effect here, apart from those of proxier.Traits.
 const (
 	gateAllowServiceExternalIPs = "AllowServiceExternalIPs"
-	gateKubeProxyIPVS           = "KubeProxyIPVS"
 	gateLocalhostNodePorts      = "KubeProxyNFTablesLocalhostNodePorts"
 )
 
 // gateMatters says whether a gate has an effect here.
 func gateMatters(name string) bool {
-	switch name {
-	case gateAllowServiceExternalIPs, gateKubeProxyIPVS, gateLocalhostNodePorts:
+	if name == gateAllowServiceExternalIPs || name == gateLocalhostNodePorts ||
+		slices.ContainsFunc(modes.All, func(m proxier.Mode) bool { return m.Traits().FeatureGate == name }) {
 		return true
 	}
 	return gates()[featuregate.Feature(name)].LockToDefault

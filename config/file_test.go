@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"signalbox/modes"
 	"signalbox/node"
 
 	"signalbox/proxier/service"
@@ -68,7 +69,7 @@ func TestKubeadmFile(t *testing.T) {
 	}
 	c.OOMScoreAdj, c.KubeProxy = nil, nil
 	want := &Config{
-		Mode: ModeIPTables, ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", ModeUnset: true, NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
+		Mode: "iptables", ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", ModeUnset: true, NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
 		ContentType: "application/vnd.kubernetes.protobuf", QPS: 5, Burst: 10, MasqueradeMark: 0x4000, LocalhostRelay: true,
 		Settings: service.Settings{
 			DetectLocal: service.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: service.LocalhostCovered,
@@ -95,8 +96,8 @@ func TestWhatFilesSet(t *testing.T) {
 		{file: "mode: ipvs\nnftables: {masqueradeBit: 3}\niptables: {masqueradeBit: 4}\nipvs: {udpTimeout: 1500ms, minSyncPeriod: 5s}", ok: func(c *Config) bool {
 			return c.MasqueradeMark == 16 && c.IPVS.UDPTimeout == 2*time.Second && c.MinSyncPeriod == 5*time.Second
 		}},
-		{file: "mode: ipvs", args: []string{"--mode=nftables"}, ok: func(c *Config) bool { return c.Mode == ModeNFTables && c.KubeProxy.Mode == ModeNFTables }},
-		{file: "mode: ipvs", args: []string{"--mode=auto"}, ok: func(c *Config) bool { return c.Mode == ModeAuto }},
+		{file: "mode: ipvs", args: []string{"--mode=nftables"}, ok: func(c *Config) bool { return c.Mode == "nftables" && c.KubeProxy.Mode == "nftables" }},
+		{file: "mode: ipvs", args: []string{"--mode=auto"}, ok: func(c *Config) bool { return c.Mode == "auto" }},
 		{file: "metricsBindAddress: \"0\"\nhealthzBindAddress: \"0\"", ok: func(c *Config) bool {
 			return !c.MetricsBindAddress.IsValid() && !c.HealthzBindAddress.IsValid()
 		}},
@@ -109,11 +110,11 @@ func TestWhatFilesSet(t *testing.T) {
 		}},
 		{file: "iptables: {minSyncPeriod: 1s}", ok: func(c *Config) bool { return c.MinSyncPeriod == time.Second }},
 		{file: "mode: ipvs\nfeatureGates: {KubeProxyIPVS: true}", ok: func(c *Config) bool {
-			return c.Mode == ModeIPVS && !slices.ContainsFunc(c.Warnings, about("KubeProxyIPVS"))
+			return c.Mode == "ipvs" && !slices.ContainsFunc(c.Warnings, about("KubeProxyIPVS"))
 		}},
-		{file: "featureGates: {KubeProxyIPVS: false}", args: []string{"--mode=ipvs"}, ok: func(c *Config) bool { return c.Mode == ModeIPVS }},
+		{file: "featureGates: {KubeProxyIPVS: false}", args: []string{"--mode=ipvs"}, ok: func(c *Config) bool { return c.Mode == "ipvs" }},
 		{file: "featureGates: {AllBeta: false, Magic: true}", ok: func(c *Config) bool {
-			return !gateOn(c.KubeProxy, "NFTablesNetlink") && gateOn(c.KubeProxy, gateKubeProxyIPVS) && c.KubeProxy.FeatureGates["Magic"]
+			return !gateOn(c.KubeProxy, "NFTablesNetlink") && gateOn(c.KubeProxy, "KubeProxyIPVS") && c.KubeProxy.FeatureGates["Magic"]
 		}},
 		{file: "featureGates: {AllowServiceExternalIPs: false}", ok: func(c *Config) bool { return c.Settings.IgnoreExternalIPs }},
 		{file: "clientConnection: {contentType: application/json, acceptContentTypes: application/json}", ok: func(c *Config) bool {
@@ -272,13 +273,13 @@ func TestWhichModeAndWhy(t *testing.T) {
 		args         []string
 		want, reason string
 	}{
-		{nil, ModeAuto, "nothing names a mode, which means auto; kube-proxy would take iptables, and --proxy-mode=iptables does so"},
-		{[]string{"--proxy-mode="}, ModeIPTables, "--proxy-mode is given and empty, which means iptables as with kube-proxy"},
-		{[]string{"--proxy-mode=ipvs"}, ModeIPVS, "--proxy-mode: ipvs"},
-		{[]string{"--proxy-mode=ipvs", "--mode=ipvs"}, ModeIPVS, "--mode=ipvs"},
-		{[]string{"--config=" + writeFile(t, "")}, ModeIPTables, "the file of --config names no mode, which means iptables as with kube-proxy"},
-		{[]string{"--config=" + writeFile(t, "mode: nftables")}, ModeNFTables, "the file's mode: nftables"},
-		{[]string{"--config=" + writeFile(t, ""), "--mode=auto"}, ModeAuto, "--mode=auto"},
+		{nil, "auto", "nothing names a mode, which means auto; kube-proxy would take iptables, and --proxy-mode=iptables does so"},
+		{[]string{"--proxy-mode="}, "iptables", "--proxy-mode is given and empty, which means iptables as with kube-proxy"},
+		{[]string{"--proxy-mode=ipvs"}, "ipvs", "--proxy-mode: ipvs"},
+		{[]string{"--proxy-mode=ipvs", "--mode=ipvs"}, "ipvs", "--mode=ipvs"},
+		{[]string{"--config=" + writeFile(t, "")}, "iptables", "the file of --config names no mode, which means iptables as with kube-proxy"},
+		{[]string{"--config=" + writeFile(t, "mode: nftables")}, "nftables", "the file's mode: nftables"},
+		{[]string{"--config=" + writeFile(t, ""), "--mode=auto"}, "auto", "--mode=auto"},
 	} {
 		unset := strings.Contains(test.reason, "which means")
 		if c := mustParse(t, test.args...); c.Mode != test.want || c.ModeReason != test.reason || c.ModeUnset != unset {
@@ -313,7 +314,7 @@ func FuzzFile(f *testing.F) {
 		if err != nil {
 			return // the host name that a file may give
 		}
-		if !slices.Contains(Modes, c.Mode) || c.MasqueradeMark == 0 || c.SyncPeriod <= 0 {
+		if !slices.Contains(modes.Names(), c.Mode) || c.MasqueradeMark == 0 || c.SyncPeriod <= 0 {
 			t.Errorf("%+v follows from a configuration that breaks no rule", c)
 		}
 	})

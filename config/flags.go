@@ -6,6 +6,8 @@ import (
 	"github.com/spf13/pflag"
 	cliflag "k8s.io/component-base/cli/flag"
 	"k8s.io/kube-proxy/config/v1alpha1"
+
+	"signalbox/modes"
 )
 
 // Flags is the command line before validation. Names, defaults and meaning are
@@ -61,7 +63,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 }
 
 func (o *signalboxFlags) add(fs *pflag.FlagSet) {
-	fs.StringVar(&o.mode, "mode", "", "how Services are served: "+strings.Join(Modes, ", ")+"; wins over --proxy-mode and over the mode in --config. auto, the default where none of them says anything, takes the first of nftables and iptables that works on this node")
+	fs.StringVar(&o.mode, "mode", "", "how Services are served: "+strings.Join(modes.Names(), ", ")+"; wins over --proxy-mode and over the mode in --config. auto, the default where none of them says anything, takes the first of "+modes.AutomaticNames()+" that works on this node")
 	fs.StringVar(&o.source, "source", "", "serve the Services, EndpointSlices, Nodes and ServiceCIDRs in the YAML and JSON files of this directory, which is watched, instead of asking an API server")
 	fs.Var(&o.version, "version", "print the version and end; raw for all of it. A release such as v1.36.3 is told of in kubernetes_build_info instead of the API server's")
 	fs.Lookup("version").NoOptDefVal = "true"

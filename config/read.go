@@ -8,11 +8,10 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
 
+	"signalbox/modes"
 	"signalbox/node"
-
 	"signalbox/proxier/service"
 )
 
@@ -60,8 +59,8 @@ func (f *Flags) mergeFile(k *v1alpha1.KubeProxyConfiguration, ignored, err error
 	}
 	r.modeUnset = f.signalbox.mode == "" && k.Mode == ""
 	r.modeReason = f.modeReason(k.Mode, "the file's mode", "the file of --config names no mode, which means iptables as with kube-proxy")
-	k.Mode = cmp.Or(v1alpha1.ProxyMode(f.signalbox.mode), k.Mode, ModeIPTables)
-	r.minSyncPeriod = timingOf(k).minSync
+	k.Mode = cmp.Or(v1alpha1.ProxyMode(f.signalbox.mode), k.Mode, modes.OfKubeProxy)
+	r.minSyncPeriod = sectionOf(k).minSyncPeriod.Duration
 	setDefaults(k)
 	if f.kubeProxy.HostnameOverride != "" {
 		k.HostnameOverride, err = nodeName("--hostname-override", f.kubeProxy.HostnameOverride)
@@ -91,18 +90,19 @@ func (f *Flags) readCommandLine() (*rawConfig, error) {
 	if mode != "" && proxyMode != "" && mode != proxyMode {
 		return nil, fmt.Errorf("--mode=%s and --proxy-mode=%s contradict each other: give one of them", mode, proxyMode)
 	}
-	fallback, reason := v1alpha1.ProxyMode(ModeAuto), "nothing names a mode, which means auto; kube-proxy would take iptables, and --proxy-mode=iptables does so"
+	fallback, reason := v1alpha1.ProxyMode(modes.Auto), "nothing names a mode, which means auto; kube-proxy would take iptables, and --proxy-mode=iptables does so"
 	if f.given("proxy-mode") {
-		fallback, reason = ModeIPTables, "--proxy-mode is given and empty, which means iptables as with kube-proxy"
+		fallback, reason = modes.OfKubeProxy, "--proxy-mode is given and empty, which means iptables as with kube-proxy"
 	}
 	r.modeUnset = mode == "" && proxyMode == ""
 	r.modeReason = f.modeReason(proxyMode, "--proxy-mode", reason)
 	k.Mode = cmp.Or(mode, proxyMode, fallback)
-	if k.Mode == ModeNFTables {
-		f.copyToNFTables(k)
+	s := sectionOf(k)
+	if s.flags != s.field {
+		f.copyFlags(s, k)
 	}
-	if t := timingOf(k); f.given(t.flag + "-min-sync-period") {
-		r.minSyncPeriod = t.minSync
+	if f.given(s.flags + "-min-sync-period") {
+		r.minSyncPeriod = s.minSyncPeriod.Duration
 	}
 	r.warnings = append(r.warnings, f.applyPortFlags(k)...)
 	var err error
@@ -133,13 +133,13 @@ func nodeName(setting, override string) (string, error) {
 	return name, nil
 }
 
-// copyToNFTables applies the iptables flags to nftables mode, which has no flags of
-// its own. kube-proxy does the same, except for the bit of the packet mark.
-func (f *Flags) copyToNFTables(k *v1alpha1.KubeProxyConfiguration) {
-	from, to := &k.IPTables, &k.NFTables
-	to.MasqueradeAll, to.SyncPeriod, to.MinSyncPeriod = from.MasqueradeAll, from.SyncPeriod, from.MinSyncPeriod
+// copyFlags applies the iptables flags to a section without flags of its own.
+// kube-proxy does the same, except for the bit of the packet mark.
+func (f *Flags) copyFlags(to section, k *v1alpha1.KubeProxyConfiguration) {
+	from := &k.IPTables
+	*to.masqueradeAll, *to.syncPeriod, *to.minSyncPeriod = from.MasqueradeAll, from.SyncPeriod, from.MinSyncPeriod
 	if f.given("iptables-masquerade-bit") {
-		*to.MasqueradeBit = *from.MasqueradeBit
+		*to.masqueradeBit = *from.MasqueradeBit
 	}
 }
 
@@ -163,40 +163,13 @@ func (f *Flags) applyPortFlags(k *v1alpha1.KubeProxyConfiguration) (warnings []s
 	return warnings
 }
 
-// complete sets what depends on the mode, and clears what the mode does not read
-// in the sections of the other modes.
+// complete sets what depends on the mode.
 func complete(k *v1alpha1.KubeProxyConfiguration) {
 	k.DetectLocalMode = cmp.Or(k.DetectLocalMode, v1alpha1.LocalMode(service.DetectLocalClusterCIDR))
-	if k.Mode == ModeNFTables && len(k.NodePortAddresses) == 0 {
+	if modes.TraitsOf(string(k.Mode)).PrimaryNodePorts && len(k.NodePortAddresses) == 0 {
 		k.NodePortAddresses = []string{service.NodePortsPrimary}
 	}
-	k.IPTables.MasqueradeAll = k.IPTables.MasqueradeAll && k.Mode != ModeNFTables
-	k.NFTables.MasqueradeAll = k.NFTables.MasqueradeAll && k.Mode == ModeNFTables
-	for section, periods := range map[string][2]*metav1.Duration{
-		"iptables": {&k.IPTables.SyncPeriod, &k.IPTables.MinSyncPeriod},
-		"ipvs":     {&k.IPVS.SyncPeriod, &k.IPVS.MinSyncPeriod},
-		"nftables": {&k.NFTables.SyncPeriod, &k.NFTables.MinSyncPeriod},
-	} {
-		if section != timingOf(k).field {
-			*periods[0], *periods[1] = metav1.Duration{}, metav1.Duration{}
-		}
-	}
+	clearUnread(k)
 	k.PortRange = ""
 	k.APIVersion, k.Kind = v1alpha1.SchemeGroupVersion.String(), kind
-}
-
-// timing are the sync periods in the section that a mode reads.
-type timing struct {
-	field, flag   string
-	sync, minSync time.Duration
-}
-
-func timingOf(k *v1alpha1.KubeProxyConfiguration) timing {
-	switch k.Mode {
-	case ModeIPVS:
-		return timing{"ipvs", "ipvs", k.IPVS.SyncPeriod.Duration, k.IPVS.MinSyncPeriod.Duration}
-	case ModeNFTables:
-		return timing{"nftables", "iptables", k.NFTables.SyncPeriod.Duration, k.NFTables.MinSyncPeriod.Duration}
-	}
-	return timing{"iptables", "iptables", k.IPTables.SyncPeriod.Duration, k.IPTables.MinSyncPeriod.Duration}
 }

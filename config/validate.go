@@ -11,9 +11,11 @@ import (
 	"time"
 
 	"k8s.io/apimachinery/pkg/util/validation/field"
+	"k8s.io/component-base/featuregate"
 	logsapi "k8s.io/component-base/logs/api/v1"
 	"k8s.io/kube-proxy/config/v1alpha1"
 
+	"signalbox/modes"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
 )
@@ -41,11 +43,11 @@ func (r *rawConfig) validate() error {
 func (r *rawConfig) rules() []rule {
 	k := r.KubeProxyConfiguration
 	c, local := &k.Conntrack, &k.DetectLocal
-	timing := timingOf(k)
+	section, traits := sectionOf(k), modes.TraitsOf(string(k.Mode))
 	list := []rule{
 		{"iptables.masqueradeBit", "iptables-masquerade-bit", between(*k.IPTables.MasqueradeBit, 0, 31, "the packet mark has the bits 0 to 31")},
-		{timing.field + ".syncPeriod", timing.flag + "-sync-period", positive(timing.sync)},
-		{timing.field + ".minSyncPeriod", timing.flag + "-min-sync-period", minSyncPeriod(timing)},
+		{section.field + ".syncPeriod", section.flags + "-sync-period", positive(section.syncPeriod.Duration)},
+		{section.field + ".minSyncPeriod", section.flags + "-min-sync-period", minSyncPeriod(section)},
 		{"clientConnection.burst", "kube-api-burst", notNegative(k.ClientConnection.Burst)},
 		{"configSyncPeriod", "config-sync-period", positive(k.ConfigSyncPeriod.Duration)},
 		{"bindAddress", "bind-address", address(k.BindAddress)},
@@ -67,10 +69,10 @@ func (r *rawConfig) rules() []rule {
 	if !r.modeFlag {
 		list = append(list, rule{"mode", "proxy-mode", proxyMode(k)})
 	}
-	if k.Mode == ModeNFTables {
-		list = append(list, rule{"nftables.masqueradeBit", "iptables-masquerade-bit", between(*k.NFTables.MasqueradeBit, 0, 31, "the packet mark has the bits 0 to 31")})
+	if section.masqueradeField != "iptables" {
+		list = append(list, rule{section.masqueradeField + ".masqueradeBit", "iptables-masquerade-bit", between(*section.masqueradeBit, 0, 31, "the packet mark has the bits 0 to 31")})
 	}
-	if k.Mode == ModeIPVS {
+	if traits.Schedulers {
 		list = append(list,
 			rule{"ipvs.scheduler", "ipvs-scheduler", scheduler(k.IPVS.Scheduler)},
 			rule{"ipvs.tcpTimeout", "ipvs-tcp-timeout", notNegative(k.IPVS.TCPTimeout.Duration)},
@@ -103,10 +105,10 @@ func loggingRules(k *v1alpha1.KubeProxyConfiguration) []rule {
 }
 
 func proxyMode(k *v1alpha1.KubeProxyConfiguration) string {
-	if k.Mode == ModeIPVS && !gateOn(k, gateKubeProxyIPVS) {
-		return fmt.Sprintf("%s: the feature gate %s is set to false: set it to true, leave it out, or take another mode", k.Mode, gateKubeProxyIPVS)
+	if gate := modes.TraitsOf(string(k.Mode)).FeatureGate; gate != "" && !gateOn(k, featuregate.Feature(gate)) {
+		return fmt.Sprintf("%s: the feature gate %s is set to false: set it to true, leave it out, or take another mode", k.Mode, gate)
 	}
-	return oneOf(string(k.Mode), Modes)
+	return oneOf(string(k.Mode), modes.Names())
 }
 
 func oneOf(value string, known []string) string {
@@ -137,12 +139,13 @@ func positive(value time.Duration) string {
 	return fmt.Sprintf("%v: must be more than 0", value)
 }
 
-func minSyncPeriod(t timing) string {
-	if wrong := notNegative(t.minSync); wrong != "" {
+func minSyncPeriod(s section) string {
+	least, period := s.minSyncPeriod.Duration, s.syncPeriod.Duration
+	if wrong := notNegative(least); wrong != "" {
 		return wrong
 	}
-	if t.minSync > t.sync && t.sync > 0 {
-		return fmt.Sprintf("%v: must not be longer than the sync period, which is %v", t.minSync, t.sync)
+	if least > period && period > 0 {
+		return fmt.Sprintf("%v: must not be longer than the sync period, which is %v", least, period)
 	}
 	return ""
 }

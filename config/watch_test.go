@@ -37,7 +37,7 @@ func TestWatch(t *testing.T) {
 	if err := fs.Parse([]string{"--config=" + path, "--hostname-override=n"}); err != nil {
 		t.Fatal(err)
 	}
-	if c, err := flags.Config(); err != nil || c.Mode != ModeIPTables {
+	if c, err := flags.Config(); err != nil || c.Mode != "iptables" {
 		t.Fatalf("%+v, %v", c, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -49,7 +49,7 @@ func TestWatch(t *testing.T) {
 	defer func() { cancel(); <-ended }()
 
 	replace("mode: ipvs")
-	if s := <-changes; s.err != nil || s.config.Mode != ModeIPVS {
+	if s := <-changes; s.err != nil || s.config.Mode != "ipvs" {
 		t.Errorf("renamed into place: %+v", s)
 	}
 	replace("mode: nftables")
@@ -62,7 +62,7 @@ func TestWatch(t *testing.T) {
 	if _, err := file.WriteString(fileHead + "mode: iptables"); err != nil { // as long as what was there
 		t.Fatal(err)
 	}
-	if s := <-changes; s.err != nil || s.config.Mode != ModeIPTables {
+	if s := <-changes; s.err != nil || s.config.Mode != "iptables" {
 		t.Errorf("written in place: %+v", s)
 	}
 	replace("mode: none")
@@ -91,7 +91,7 @@ func TestWatch(t *testing.T) {
 	if err := errors.Join(os.WriteFile(elsewhere+".new", []byte(fileHead+"mode: iptables"), 0o600), os.Rename(elsewhere+".new", elsewhere)); err != nil {
 		t.Fatal(err)
 	}
-	if s := <-changes; s.err != nil || s.config.Mode != ModeIPTables {
+	if s := <-changes; s.err != nil || s.config.Mode != "iptables" {
 		t.Errorf("a file behind a link: %+v", s)
 	}
 	if len(changes) > 0 {

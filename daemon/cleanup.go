@@ -4,10 +4,8 @@ import (
 	"errors"
 	"fmt"
 
-	"signalbox/iptables"
-	"signalbox/ipvs"
+	"signalbox/kubeproxy"
 	"signalbox/modes"
-	"signalbox/nftables"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -21,14 +19,14 @@ import (
 // It returns what was there and went, one text each. Whatever fails, the rest is
 // removed all the same; the error names what is left and why.
 func Cleanup(kubeProxy bool) (removed []string, err error) {
-	todo := signalboxRemovals(modes.All)
+	todo := signalboxRemovals(modes.All, false)
 	if kubeProxy {
-		todo = append(kubeProxyRemovals("", endIPVS), todo...)
+		todo = append(kubeProxyRemovals(proxier.TakenOver{}, false), todo...)
 	}
 	var left []error
 	for _, r := range todo {
 		for _, family := range plan.Families {
-			some, err := r.do(family)
+			some, _, err := r.do(family)
 			if some {
 				removed = append(removed, fmt.Sprintf("%s, for %s", r.what, family))
 			}
@@ -41,50 +39,49 @@ func Cleanup(kubeProxy bool) (removed []string, err error) {
 // removal takes one thing out of the kernel.
 type removal struct {
 	what string
-	// remove says whether anything was there that went.
-	remove func(plan.Family) (bool, error)
+	// owner is whose it is.
+	owner string
+	// remove has the results of proxier.Mode's Cleanup.
+	remove func(plan.Family) (removed bool, draining int, err error)
 	// kubeProxy is that it was kube-proxy's.
 	kubeProxy bool
 }
 
-// do returns whether anything went, and an error that names what is left. What
-// this machine cannot have is not left.
-func (r removal) do(family plan.Family) (removed bool, err error) {
-	removed, err = r.remove(family)
+// do returns whether anything went, how much waits for the end of its connections,
+// and an error that names what is left. What this machine cannot have is not left.
+func (r removal) do(family plan.Family) (removed bool, draining int, err error) {
+	removed, draining, err = r.remove(family)
 	var unsupported *proxier.UnsupportedError
-	var unknown *iptables.UnknownOwnerError
 	switch {
 	case err == nil, errors.As(err, &unsupported):
-		return removed, nil
-	case errors.As(err, &unknown):
-		return removed, unknown // of r.what or not, as it says
+		return removed, draining, nil
+	case errors.Is(err, proxier.ErrUnknownOwner):
+		return removed, draining, err // of r.what or not, as it says
 	}
-	return removed, fmt.Errorf("%s may be left for %s: %w", r.what, family, err)
+	return removed, draining, fmt.Errorf("%s may be left for %s: %w", r.what, family, err)
 }
 
 // signalboxRemovals are those of modes.
-func signalboxRemovals(list []modes.Mode) []removal {
+func signalboxRemovals(list []proxier.Mode, drain bool) []removal {
 	var all []removal
 	for _, m := range list {
-		all = append(all, removal{what: "what signalbox's mode " + m.Name + " wrote", remove: m.Cleanup})
+		all = append(all, removal{
+			what: "what signalbox's mode " + m.Name() + " wrote", owner: "the " + m.Name() + " mode",
+			remove: func(f plan.Family) (bool, int, error) { return m.Cleanup(f, drain) },
+		})
 	}
 	return all
 }
 
-// kubeProxyRemovals remove what kube-proxy has written and a mode at work has
-// not taken over: inUse is its variant of the iptables tools, "" in other modes.
-// servers removes what is in IPVS, and comes after the iptables rules, which use
-// kube-proxy's sets.
-func kubeProxyRemovals(inUse iptables.Backend, servers func(plan.Family) (bool, error)) []removal {
-	return []removal{
-		{"kube-proxy's iptables rules", func(f plan.Family) (bool, error) { return iptables.CleanupKubeProxy(f, inUse) }, true},
-		{"kube-proxy's nftables table", nftables.CleanupKubeProxy, true},
-		{"kube-proxy's IPVS servers, addresses and ipsets", servers, true},
+// kubeProxyRemovals remove what kube-proxy has written and a mode at work has not
+// taken over.
+func kubeProxyRemovals(taken proxier.TakenOver, drain bool) []removal {
+	var all []removal
+	for _, r := range kubeproxy.Remnants {
+		all = append(all, removal{
+			what: r.What, owner: "kube-proxy", kubeProxy: true,
+			remove: func(f plan.Family) (bool, int, error) { return r.Remove(f, taken, drain) },
+		})
 	}
-}
-
-// endIPVS removes kube-proxy's virtual servers, with their connections.
-func endIPVS(f plan.Family) (removed bool, err error) {
-	removed, _, err = ipvs.CleanupKubeProxy(f, false, false)
-	return removed, err
+	return all
 }

@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"signalbox/config"
+	"signalbox/modes"
 	"signalbox/node"
-
 	"signalbox/proxier/plan"
 )
 
@@ -54,7 +54,7 @@ func (p *process) run(ctx context.Context, cfg *config.Config, log *slog.Logger)
 		return err
 	}
 	defer g.close()
-	log.Info("starting", "mode", g.choice.Mode.Name, "because", g.modeReason(), "families", familyNames(g.choice.Families), "node", cfg.NodeName)
+	log.Info("starting", "mode", g.choice.Mode.Name(), "because", g.modeReason(), "families", familyNames(g.choice.Families), "node", cfg.NodeName)
 	return g.run(ctx)
 }
 
@@ -111,10 +111,10 @@ func (g *generation) noteRouteSources(s node.RouteSources) {
 
 // modeReason says why this mode serves and no other.
 func (g *generation) modeReason() string {
-	if g.cfg.Mode != config.ModeAuto {
+	if g.cfg.Mode != modes.Auto {
 		return g.cfg.ModeReason
 	}
-	return g.cfg.ModeReason + "; auto takes the first of nftables and iptables that serves this node"
+	return g.cfg.ModeReason + "; auto takes the first of " + modes.AutomaticNames() + " that serves this node"
 }
 
 func familyNames(families []plan.Family) string {

@@ -8,11 +8,9 @@ import (
 	"sync/atomic"
 	"time"
 
-	"signalbox/ipvs"
 	"signalbox/modes"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
-	"signalbox/userspace"
 )
 
 // dataplanes are the Proxiers at work. They outlive a change of the
@@ -59,11 +57,8 @@ func (d *dataplanes) begin() {
 }
 
 // get returns the Proxier of a mode, which may have been at work before.
-func (d *dataplanes) get(mode modes.Mode, opts proxier.Options) (proxier.Proxier, error) {
-	if mode.Name != ipvs.Mode {
-		opts.IPVS = proxier.IPVSTuning{} // no other mode has a use for it
-	}
-	key := planeKey{mode.Name, opts}
+func (d *dataplanes) get(mode proxier.Mode, opts proxier.Options) (proxier.Proxier, error) {
+	key := planeKey{mode.Name(), opts}
 	p := d.atHand(key)
 	if p == nil {
 		var err error
@@ -111,9 +106,8 @@ func (d *dataplanes) serve(log *slog.Logger) {
 		}
 	}
 	for key, r := range d.retiring {
-		// Listeners at NodePorts get connections without any rule. The userspace
-		// relay gets only those that obeyed its old rules.
-		if key.mode != userspace.Mode || d.replaced(key) {
+		// Listeners at NodePorts get connections without any rule.
+		if !modes.TraitsOf(key.mode).RelaysByRules || d.replaced(key) {
 			r.plane.StandBy()
 		}
 	}

@@ -68,7 +68,7 @@ func newGeneration(ctx context.Context, p *process, cfg *config.Config, log *slo
 	cfg.ShowFeatureGates()
 	g.choice = choice
 	g.planes.begin()
-	g.observer.metrics.Serve(choice.Mode.Name, choice.Families)
+	g.observer.metrics.Serve(choice.Mode, choice.Families)
 	if err := g.takePlanes(); err != nil {
 		return nil, err
 	}
@@ -99,7 +99,7 @@ func choose(cfg *config.Config, log *slog.Logger) (modes.Choice, error) {
 	for _, lost := range choice.Lost {
 		log.Warn("an IP family is not served", "reason", lost)
 	}
-	warnings, err := cfg.CheckFamilies(choice.Families, choice.Mode.Name)
+	warnings, err := cfg.CheckFamilies(choice.Families, choice.Mode)
 	for _, w := range warnings {
 		log.Warn(w)
 	}
@@ -153,11 +153,9 @@ func clientOptions(cfg *config.Config) apiserver.ClientOptions {
 func (g *generation) takePlanes() error {
 	g.proxiers = map[plan.Family]proxier.Proxier{}
 	for _, family := range g.choice.Families {
-		p, err := g.planes.get(g.choice.Mode, proxier.Options{
-			Family: family, MasqueradeMark: g.cfg.MasqueradeMark, IPVS: g.cfg.IPVS,
-		})
+		p, err := g.planes.get(g.choice.Mode, g.cfg.Options(g.choice.Mode, family))
 		if err != nil {
-			return fmt.Errorf("mode %s, %s: %w", g.choice.Mode.Name, family, err)
+			return fmt.Errorf("mode %s, %s: %w", g.choice.Mode.Name(), family, err)
 		}
 		g.proxiers[family] = p
 	}
@@ -184,15 +182,10 @@ func (g *generation) watchFlows() {
 // affinityPeriod is how often the clients with session affinity are counted.
 const affinityPeriod = time.Minute
 
-// watchAffinity counts, until ctx ends, the lists of clients that are full in a
-// mode that has such lists.
+// watchAffinity counts, until ctx ends, the lists of clients that are full.
 func (g *generation) watchAffinity(ctx context.Context) {
-	count := g.choice.Mode.FullAffinityLists
-	if count == nil {
-		return
-	}
 	for more := true; more; more = wait.For(ctx, affinityPeriod) {
-		full, err := count()
+		full, err := g.choice.Mode.FullAffinityLists()
 		if err != nil {
 			g.log.Warn("the clients with session affinity cannot be counted; signalbox_affinity_lists_full keeps its value", "error", err)
 			continue
@@ -208,7 +201,7 @@ const fullSyncPeriod = time.Hour
 func (g *generation) loopOptions() syncer.LoopOptions {
 	logProblem := syncer.LogProblems(g.log)
 	opts := syncer.LoopOptions{
-		NodeName: g.cfg.NodeName, Settings: g.cfg.ForMode(g.choice.Mode.Name), MinSyncPeriod: g.cfg.MinSyncPeriod,
+		NodeName: g.cfg.NodeName, Settings: g.cfg.ForMode(g.choice.Mode), MinSyncPeriod: g.cfg.MinSyncPeriod,
 		Proxiers: g.proxiers, Logger: g.log, SyncPeriod: fullSyncPeriod, RetryPeriod: g.cfg.SyncPeriod,
 		Report: func(p plan.Problem) {
 			logProblem(p)

@@ -8,13 +8,10 @@ import (
 	"sync"
 	"time"
 
-	"signalbox/iptables"
-	"signalbox/ipvs"
+	"signalbox/kubeproxy"
 	"signalbox/modes"
-	"signalbox/nftables"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
-	"signalbox/userspace"
 )
 
 // leftovers removes what others have written to serve Services on this node:
@@ -28,21 +25,21 @@ import (
 // before this mode's.
 type leftovers struct {
 	leftoversOptions
-	// inUse is the variant of the iptables tools that this mode uses.
-	inUse map[plan.Family]iptables.Backend
+	// taken are the objects of kube-proxy that this mode has taken over.
+	taken map[plan.Family]proxier.TakenOver
 
-	mu sync.Mutex // guards failed
+	mu sync.Mutex // guards failed and draining
 	// failed are removals that are to be done again, by what they remove.
 	failed map[plan.Family]map[string]removal
+	// draining are removals that wait for the end of connections, by what they
+	// remove.
+	draining map[plan.Family]map[string]removal
 
 	// The goroutine's own: of which families kube-proxy had rules, until when
 	// they are removed again, and of which it was said that they are there.
 	had   map[plan.Family]bool
 	until time.Time
 	said  map[plan.Family]bool
-	// draining counts kube-proxy's virtual servers that have connections yet, and
-	// ownDraining those of the ipvs mode.
-	draining, ownDraining draining
 }
 
 // leftoversOptions is what leftovers work with.
@@ -62,9 +59,9 @@ type leftoversOptions struct {
 }
 
 func newLeftovers(opts leftoversOptions) *leftovers {
-	l := &leftovers{leftoversOptions: opts, inUse: map[plan.Family]iptables.Backend{}, failed: map[plan.Family]map[string]removal{}}
+	l := &leftovers{leftoversOptions: opts, taken: map[plan.Family]proxier.TakenOver{}, draining: map[plan.Family]map[string]removal{}, failed: map[plan.Family]map[string]removal{}}
 	for family, p := range opts.proxiers {
-		l.inUse[family] = iptables.Backend(p.TakenOver().IPTables)
+		l.taken[family] = p.TakenOver()
 	}
 	return l
 }
@@ -108,18 +105,11 @@ func (l *leftovers) run(ctx context.Context, s *seat) {
 }
 
 func (l *leftovers) removeAll(ctx context.Context) {
-	others := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool {
-		return m.Name == l.choice.Mode.Name || m.Name == userspace.Mode || m.Name == ipvs.Mode
-	})
-	todo := signalboxRemovals(others)
-	if l.choice.Mode.Name != ipvs.Mode {
-		todo = append(todo, l.ownIPVS())
-	}
+	todo := signalboxRemovals(l.others(false), true)
 	l.had, l.said = map[plan.Family]bool{}, map[plan.Family]bool{}
-	l.draining, l.ownDraining = draining{}, draining{}
 	l.until = time.Now().Add(swapTime)
 	l.mu.Lock()
-	l.failed = map[plan.Family]map[string]removal{}
+	l.failed, l.draining = map[plan.Family]map[string]removal{}, map[plan.Family]map[string]removal{}
 	l.mu.Unlock()
 	for _, family := range l.choice.Families {
 		l.remove(family, todo)
@@ -132,51 +122,56 @@ func (l *leftovers) removeAll(ctx context.Context) {
 // it has open need its rules and routes until it ends. New ones do not come to
 // it, as other modes' rules are looked at first.
 func (l *leftovers) removeRelay() {
-	if l.choice.Mode.Name == userspace.Mode {
-		return
-	}
-	relay := slices.DeleteFunc(slices.Clone(modes.All), func(m modes.Mode) bool { return m.Name != userspace.Mode })
 	for _, family := range l.choice.Families {
-		l.remove(family, signalboxRemovals(relay))
+		l.remove(family, signalboxRemovals(l.others(true), true))
 	}
+}
+
+// others are the modes that do not serve: those whose rules lead to a relay, or the
+// rest.
+func (l *leftovers) others(relaying bool) []proxier.Mode {
+	return slices.DeleteFunc(slices.Clone(modes.All), func(m proxier.Mode) bool {
+		return m.Name() == l.choice.Mode.Name() || m.Traits().RelaysByRules != relaying
+	})
 }
 
 // kubeProxy is what kube-proxy's rules are removed by while this mode serves.
 func (l *leftovers) kubeProxy(family plan.Family) []removal {
-	return kubeProxyRemovals(l.inUse[family], l.drainIPVS)
+	return kubeProxyRemovals(l.taken[family], true)
 }
 
-// ownIPVS is what the ipvs mode's rules and servers are removed by while another
-// mode serves, without ending connections.
-func (l *leftovers) ownIPVS() removal {
-	return removal{what: "what signalbox's mode ipvs wrote", remove: func(family plan.Family) (removed bool, err error) {
-		removed, n, err := ipvs.Drain(family)
-		l.ownDraining.note(family, n, "the ipvs mode", l.log)
-		return removed, err
-	}}
-}
-
-// drainIPVS removes kube-proxy's virtual servers without ending connections.
-func (l *leftovers) drainIPVS(family plan.Family) (removed bool, err error) {
-	removed, n, err := ipvs.CleanupKubeProxy(family, l.choice.Mode.Name == ipvs.Mode, true)
-	l.draining.note(family, n, "kube-proxy", l.log)
-	return removed, err
-}
-
-// draining counts virtual servers that have connections yet.
-type draining map[plan.Family]int
-
-// note says when the first have.
-func (d draining) note(family plan.Family, n int, owner string, log *slog.Logger) {
-	if n > 0 && d[family] == 0 {
-		log.Info("virtual servers of "+owner+" have connections; they are removed when the last has ended", "family", family.String(), "servers", n)
+// noteDraining keeps a removal that waits for the end of connections, and logs the
+// first time that it does.
+func (l *leftovers) noteDraining(family plan.Family, r removal, servers int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, known := l.draining[family][r.what]
+	switch {
+	case servers == 0:
+		delete(l.draining[family], r.what)
+		return
+	case !known:
+		l.log.Info("virtual servers of "+r.owner+" have connections; they are removed when the last has ended", "family", family.String(), "servers", servers)
 	}
-	d[family] = n
+	if l.draining[family] == nil {
+		l.draining[family] = map[string]removal{}
+	}
+	l.draining[family][r.what] = r
+}
+
+// removeDrained does again the removals that wait for the end of connections, of
+// kube-proxy's objects or of signalbox's.
+func (l *leftovers) removeDrained(family plan.Family, kubeProxy bool) {
+	l.mu.Lock()
+	todo := slices.Collect(maps.Values(l.draining[family]))
+	l.mu.Unlock()
+	l.remove(family, slices.DeleteFunc(todo, func(r removal) bool { return r.kubeProxy != kubeProxy }))
 }
 
 func (l *leftovers) remove(family plan.Family, todo []removal) {
 	for _, r := range todo {
-		removed, err := r.do(family)
+		removed, draining, err := r.do(family)
+		l.noteDraining(family, r, draining)
 		if removed {
 			l.log.Info("removed what others had written", "what", r.what, "family", family.String())
 		} else if err == nil {
@@ -230,15 +225,11 @@ func (l *leftovers) tellPresent() {
 // look removes kube-proxy's rules if they are back, and has this mode's own
 // written again if somebody else replaced them.
 func (l *leftovers) look(ctx context.Context, family plan.Family) (found bool) {
-	if l.ownDraining[family] > 0 {
-		l.remove(family, []removal{l.ownIPVS()})
-	}
+	l.removeDrained(family, false)
 	if l.kubeProxyWrote(ctx, family) {
 		return l.dealWithKubeProxy(family)
 	}
-	if l.draining[family] > 0 {
-		l.remove(family, []removal{{what: "kube-proxy's IPVS servers", remove: l.drainIPVS}})
-	}
+	l.removeDrained(family, true)
 	l.said[family] = false
 	if intact, err := l.proxiers[family].Intact(ctx); err == nil && !intact {
 		found = true
@@ -253,12 +244,14 @@ func (l *leftovers) dealWithKubeProxy(family plan.Family) (removed bool) {
 	if l.had[family] && time.Now().Before(l.until) {
 		l.log.Warn("kube-proxy has written its rules again, and they are removed again; does it still run on this node?", "family", family.String())
 		l.remove(family, l.kubeProxy(family))
-		if l.inUse[family] != "" {
+		if l.taken[family].IPTables != "" {
 			l.resync()
 		}
 		return true
 	}
-	l.draining[family] = 0 // what is left of its virtual servers serves it again
+	l.mu.Lock() // what is left of its virtual servers serves it again
+	maps.DeleteFunc(l.draining[family], func(_ string, r removal) bool { return r.kubeProxy })
+	l.mu.Unlock()
 	if !l.said[family] {
 		l.said[family] = true
 		l.log.Warn("kube-proxy has written rules on this node, and they come before those of signalbox; end one of the two, and remove what it leaves with `signalbox cleanup` or `signalbox cleanup --kube-proxy`",
@@ -267,8 +260,14 @@ func (l *leftovers) dealWithKubeProxy(family plan.Family) (removed bool) {
 	return false
 }
 
-// kubeProxyWrote looks for what kube-proxy has in each of its modes, at the
-// least cost.
+// kubeProxyWrote looks for what kube-proxy has in each of its modes. What is there
+// because it drains was not written since.
 func (l *leftovers) kubeProxyWrote(ctx context.Context, family plan.Family) bool {
-	return nftables.HasKubeProxy(family) || l.draining[family] == 0 && ipvs.HasKubeProxy(family) || iptables.HasKubeProxy(ctx, family, l.inUse[family])
+	l.mu.Lock()
+	draining := maps.Clone(l.draining[family])
+	l.mu.Unlock()
+	return slices.ContainsFunc(kubeproxy.Remnants, func(r kubeproxy.Remnant) bool {
+		_, drains := draining[r.What]
+		return !drains && r.Found(ctx, family, l.taken[family])
+	})
 }

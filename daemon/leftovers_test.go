@@ -25,12 +25,12 @@ func TestFailedRemovalIsRepeated(t *testing.T) {
 	l.until = time.Now().Add(time.Hour)
 	tries := map[string]int{}
 	failing := func(what string, times int, kubeProxy bool) removal {
-		return removal{what, func(plan.Family) (bool, error) {
+		return removal{what: what, kubeProxy: kubeProxy, remove: func(plan.Family) (bool, int, error) {
 			if tries[what]++; tries[what] <= times {
-				return false, errors.New("busy")
+				return false, 0, errors.New("busy")
 			}
-			return true, nil
-		}, kubeProxy}
+			return true, 0, nil
+		}}
 	}
 	l.remove(plan.IPv4, []removal{failing("ours", 2, false), failing("theirs", 1, true), failing("nothing", 0, false)})
 	l.tellPresent()

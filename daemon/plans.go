@@ -8,7 +8,6 @@ import (
 	"os"
 
 	"signalbox/config"
-	"signalbox/modes"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
@@ -18,7 +17,7 @@ import (
 // Plans reads the manifests of cfg.SourceDir once and returns what the node
 // must do for them in each family, without looking at this machine. local are
 // the addresses that the node's interfaces are taken to have.
-func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []netip.Addr) ([]*plan.Plan, error) {
+func Plans(ctx context.Context, cfg *config.Config, mode proxier.Mode, local []netip.Addr) ([]*plan.Plan, error) {
 	if _, err := os.Stat(cfg.SourceDir); err != nil {
 		return nil, fmt.Errorf("reading manifests: %w", err) // the source would wait for the directory
 	}
@@ -27,7 +26,7 @@ func Plans(ctx context.Context, cfg *config.Config, mode modes.Mode, local []net
 		return nil, err
 	}
 	loop := syncer.NewLoop(syncer.LoopOptions{
-		NodeName: cfg.NodeName, Settings: cfg.ForMode(mode.Name),
+		NodeName: cfg.NodeName, Settings: cfg.ForMode(mode),
 		Proxiers: map[plan.Family]proxier.Proxier{plan.IPv4: planOnly{}, plan.IPv6: planOnly{}},
 	})
 	loop.SetLocalAddrs(local)

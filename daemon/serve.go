@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"signalbox/internal/wait"
-	"signalbox/ipvs"
 )
 
 // serve runs the loop until ctx ends, but for the times when a signalbox that
@@ -72,13 +71,11 @@ func (g *generation) takeSeat(ctx context.Context, work *sync.WaitGroup) *succes
 	return g.seat.waits(ctx)
 }
 
-// rewrite has the ipvs mode read back and mend what another signalbox, in another
-// mode, may have changed before it let go: that one ends virtual servers which
-// have drained, and has none of the nf_tables transactions by which the two would
-// notice each other. It returns before anything is removed that serves meanwhile;
-// false if ctx ends first.
+// rewrite has a mode with RewriteAfterTakeover read back and mend what another
+// signalbox, in another mode, may have changed before it let go. It returns before
+// anything is removed that serves meanwhile; false if ctx ends first.
 func (g *generation) rewrite(ctx context.Context) bool {
-	if g.choice.Mode.Name != ipvs.Mode || !g.seat.inherited() {
+	if !g.choice.Mode.Traits().RewriteAfterTakeover || !g.seat.inherited() {
 		return true
 	}
 	g.served.forget()

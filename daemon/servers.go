@@ -77,7 +77,7 @@ func (s *servers) open(g *generation, alone bool) error {
 
 func (g *generation) metricsPages() http.Handler {
 	return g.observer.metrics.Mux(metrics.Pages{
-		Mode: g.choice.Mode.Name, Config: g.cfg.KubeProxy, Flags: g.cfg.Flags, Profiling: g.cfg.EnableProfiling,
+		Mode: g.choice.Mode.Name(), Config: g.cfg.KubeProxy, Flags: g.cfg.Flags, Profiling: g.cfg.EnableProfiling,
 		SetVerbosity: g.cfg.Logging.SetVerbosity, Started: started,
 	})
 }

@@ -8,7 +8,6 @@ import (
 	"signalbox/config"
 	"signalbox/modes"
 	"signalbox/node"
-	"signalbox/proxier"
 )
 
 // tune makes this process and the kernel what the configuration asks for. Kernel
@@ -31,13 +30,9 @@ func Init(cfg *config.Config, log *slog.Logger) error {
 	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
 	failed = append(failed, err)
 	for _, family := range choice.Families {
-		if choice.Mode.Init == nil {
-			break
-		}
-		opts := proxier.Options{Family: family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS}
-		settings := cfg.ForMode(choice.Mode.Name)
-		if err := choice.Mode.Init(opts, settings.ServesLocalhost(family)); err != nil {
-			failed = append(failed, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name, family, err))
+		settings := cfg.ForMode(choice.Mode)
+		if err := choice.Mode.Init(cfg.Options(choice.Mode, family), settings.ServesLocalhost(family)); err != nil {
+			failed = append(failed, fmt.Errorf("mode %s, %s: %w", choice.Mode.Name(), family, err))
 		}
 	}
 	return errors.Join(failed...)

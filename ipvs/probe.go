@@ -92,11 +92,9 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 	return removed, err
 }
 
-// Drain is Cleanup for when another mode serves already: a virtual server that
-// has connections gets no new ones and stays, with the addresses, and the
-// function is to be called again later. draining is how many do.
-func Drain(f plan.Family) (removed bool, draining int, err error) { return leave(f, true) }
-
+// leave is Cleanup. With drain, a virtual server that has connections gets no new
+// ones and stays, with the addresses, and the function is to be called again later.
+// draining is how many do.
 func leave(f plan.Family, drain bool) (removed bool, draining int, err error) {
 	d, err := openDevice(f)
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 	"k8s.io/kube-proxy/config/v1alpha1"
 
 	"signalbox/conntrack"
+	"signalbox/modes"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
@@ -31,10 +32,18 @@ var update = flag.Bool("update", false, "write the golden file anew")
 
 var now = time.Unix(1000, 0)
 
+func modeNamed(name string) proxier.Mode {
+	m, err := modes.Named(name)
+	if err != nil {
+		panic(err)
+	}
+	return m
+}
+
 // exercised are Metrics that were told everything once.
 func exercised(mode string) *Metrics {
 	m := New()
-	m.Serve(mode, []plan.Family{plan.IPv4})
+	m.Serve(modeNamed(mode), []plan.Family{plan.IPv4})
 	m.now = func() time.Time { return now }
 	m.ReadProgress(func() syncer.Progress {
 		return syncer.Progress{
@@ -181,7 +190,7 @@ func TestEverySeriesIsDocumented(t *testing.T) {
 // is one.
 func TestCountersBeginAtZero(t *testing.T) {
 	m := New()
-	m.Serve("nftables", []plan.Family{plan.IPv4})
+	m.Serve(modeNamed("nftables"), []plan.Family{plan.IPv4})
 	families := gather(t, m)
 	for _, name := range []string{
 		"signalbox_syncs_total", "signalbox_drift_repaired_total", "signalbox_flows_removed_total", "signalbox_listen_failures_total",
@@ -228,13 +237,13 @@ func TestCountersGoOn(t *testing.T) {
 	}
 	type values = map[string]float64
 	// The same again: what was so is so.
-	m.Serve("iptables", []plan.Family{plan.IPv4})
+	m.Serve(modeNamed("iptables"), []plan.Family{plan.IPv4})
 	want("signalbox_service_ports", values{"IPv4": 6})
 	want("kubeproxy_sync_proxy_rules_iptables_total", values{"IPv4,nat": 40})
 	want("signalbox_sysctl_problem", values{})
 	want("signalbox_conntrack_unavailable", values{"": 0})
 
-	m.Serve("nftables", []plan.Family{plan.IPv4, plan.IPv6})
+	m.Serve(modeNamed("nftables"), []plan.Family{plan.IPv4, plan.IPv6})
 	loop(2, 1)
 	want("signalbox_mode_info", values{"nftables": 1})
 	want("signalbox_service_ports", values{})
@@ -246,7 +255,7 @@ func TestCountersGoOn(t *testing.T) {
 	m.Synced(syncer.SyncReport{Family: plan.IPv6, All: true, Current: true, Err: errors.New("no")})
 	want("kubeproxy_sync_full_proxy_rules_duration_seconds", values{"IPv4": 1, "IPv6": 1})
 
-	m.Serve("iptables", []plan.Family{plan.IPv4})
+	m.Serve(modeNamed("iptables"), []plan.Family{plan.IPv4})
 	loop(3, 4)
 	want("signalbox_family_served", values{"IPv4": 1, "IPv6": 0})
 	want("kubeproxy_sync_proxy_rules_last_timestamp_seconds", values{})

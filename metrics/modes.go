@@ -1,109 +1,112 @@
 package metrics
 
 import (
+	"fmt"
 	"slices"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"signalbox/proxier"
 	"signalbox/proxier/syncer"
 )
 
-// The modes whose series differ; the names are those of --mode.
-const (
-	modeIPTables = "iptables"
-	modeNFTables = "nftables"
-	modeIPVS     = "ipvs"
-)
-
-// modeSeries are the series that kube-proxy has only in some modes. They are
-// exposed while such a mode runs, and continue when it runs again.
+// modeSeries is a series that kube-proxy has only in some modes.
 type modeSeries struct {
-	fullSyncDuration, partialSyncDuration *prometheus.HistogramVec
-
-	iptablesTotal, iptablesLast *prometheus.GaugeVec
-	restoreFailures             *prometheus.CounterVec
-	partialRestoreFailures      *prometheus.CounterVec
-	nftablesFailures            *prometheus.CounterVec
-	nftablesCleanupFailures     *prometheus.CounterVec
+	prometheus.Collector
+	synced func(family string, r syncer.SyncReport)
 }
 
-func newModeSeries() modeSeries {
+// seriesOfModes are the series that kube-proxy has only in some modes. They are
+// exposed while such a mode runs, and continue when it runs again.
+type seriesOfModes struct {
+	byName  map[string]modeSeries // without the prefix
+	exposed []string
+}
+
+func newSeriesOfModes() seriesOfModes {
+	s := seriesOfModes{byName: map[string]modeSeries{}}
 	r := factory{prometheus.NewRegistry()} // not exposed itself: expose registers the series
-	return modeSeries{
-		fullSyncDuration: r.histogram(kubeproxy, "sync_full_proxy_rules_duration_seconds", "Time that a sync of everything took.",
-			syncBuckets, ipFamily),
-		partialSyncDuration: r.histogram(kubeproxy, "sync_partial_proxy_rules_duration_seconds", "Time that a sync of changes took.",
-			syncBuckets, ipFamily),
-		iptablesTotal:           r.gauge(kubeproxy, "sync_proxy_rules_iptables_total", "Rules of this mode in a table of iptables.", "table", ipFamily),
-		iptablesLast:            r.gauge(kubeproxy, "sync_proxy_rules_iptables_last", "Rules that the last sync wrote into a table of iptables.", "table", ipFamily),
-		restoreFailures:         r.counter(kubeproxy, "sync_proxy_rules_iptables_restore_failures_total", "Syncs that failed.", ipFamily),
-		partialRestoreFailures:  r.counter(kubeproxy, "sync_proxy_rules_iptables_partial_restore_failures_total", "Syncs of changes that failed.", ipFamily),
-		nftablesFailures:        r.counter(kubeproxy, "sync_proxy_rules_nftables_sync_failures_total", "Syncs that failed.", ipFamily),
-		nftablesCleanupFailures: r.counter(kubeproxy, "sync_proxy_rules_nftables_cleanup_failures_total", "Failed removals of unused objects. Always 0: each sync removes what it makes unused.", ipFamily),
+	duration := func(name, help string, all bool) {
+		v := r.histogram(kubeproxy, name, help, syncBuckets, ipFamily)
+		s.byName[name] = modeSeries{v, func(family string, r syncer.SyncReport) {
+			if r.All == all {
+				v.WithLabelValues(family).Observe(r.Took.Seconds())
+			}
+		}}
 	}
-}
-
-// of returns the series of a mode.
-func (s *modeSeries) of(mode string) []prometheus.Collector {
-	switch mode {
-	case modeIPTables:
-		return []prometheus.Collector{
-			s.fullSyncDuration, s.partialSyncDuration, s.restoreFailures, s.partialRestoreFailures, s.iptablesTotal, s.iptablesLast,
-		}
-	case modeNFTables:
-		return []prometheus.Collector{s.fullSyncDuration, s.partialSyncDuration, s.nftablesFailures, s.nftablesCleanupFailures}
-	case modeIPVS:
-		return []prometheus.Collector{s.restoreFailures}
+	duration("sync_full_proxy_rules_duration_seconds", "Time that a sync of everything took.", true)
+	duration("sync_partial_proxy_rules_duration_seconds", "Time that a sync of changes took.", false)
+	count := func(name, help string, counts func(r syncer.SyncReport) bool) {
+		v := r.counter(kubeproxy, name, help, ipFamily)
+		s.byName[name] = modeSeries{v, func(family string, r syncer.SyncReport) {
+			if counts(r) {
+				v.WithLabelValues(family).Inc()
+			}
+		}}
 	}
-	return nil
+	failed := func(r syncer.SyncReport) bool { return r.Err != nil }
+	count("sync_proxy_rules_iptables_restore_failures_total", "Syncs that failed.", failed)
+	count("sync_proxy_rules_iptables_partial_restore_failures_total", "Syncs of changes that failed.",
+		func(r syncer.SyncReport) bool { return r.Err != nil && !r.All })
+	count("sync_proxy_rules_nftables_sync_failures_total", "Syncs that failed.", failed)
+	count("sync_proxy_rules_nftables_cleanup_failures_total", "Failed removals of unused objects. Always 0: each sync removes what it makes unused.",
+		func(syncer.SyncReport) bool { return false })
+	rules := func(name, help string, value func(proxier.KernelObjects) int) {
+		v := r.gauge(kubeproxy, name, help, "table", ipFamily)
+		s.byName[name] = modeSeries{v, func(family string, r syncer.SyncReport) {
+			for _, k := range r.Kernel {
+				if k.Kind == "rule" {
+					v.WithLabelValues(k.Table, family).Set(float64(value(k)))
+				}
+			}
+		}}
+	}
+	rules("sync_proxy_rules_iptables_total", "Rules of this mode in a table of iptables.", func(k proxier.KernelObjects) int { return k.Count })
+	rules("sync_proxy_rules_iptables_last", "Rules that the last sync wrote into a table of iptables.", func(k proxier.KernelObjects) int { return k.Written })
+	return s
 }
 
 // expose replaces the series of one mode by another's. Series of both modes are
 // exposed all the time.
-func (s *modeSeries) expose(r prometheus.Registerer, before, mode string) {
-	old, next := s.of(before), s.of(mode)
-	for _, c := range old {
-		if !slices.Contains(next, c) {
-			r.Unregister(c)
+func (s *seriesOfModes) expose(r prometheus.Registerer, mode proxier.Mode) {
+	next := mode.Traits().Series
+	for _, name := range s.exposed {
+		if !slices.Contains(next, name) {
+			r.Unregister(s.byName[name].Collector)
 		}
 	}
-	for _, c := range next {
-		if !slices.Contains(old, c) {
-			r.MustRegister(c)
+	for _, name := range next {
+		series, ok := s.byName[name]
+		if !ok {
+			panic(fmt.Sprintf("mode %s has the series %s, which package metrics does not know", mode.Name(), name))
+		}
+		if !slices.Contains(s.exposed, name) {
+			r.MustRegister(series.Collector)
 		}
 	}
+	s.exposed = next
 }
 
-// begin creates the counters of a mode and a family, with 0 if they are new.
-func (s *modeSeries) begin(mode, family string) {
-	for _, c := range s.of(mode) {
-		if counter, ok := c.(*prometheus.CounterVec); ok {
+// begin creates the counters of a family, with 0 if they are new.
+func (s *seriesOfModes) begin(family string) {
+	for _, name := range s.exposed {
+		if counter, ok := s.byName[name].Collector.(*prometheus.CounterVec); ok {
 			counter.WithLabelValues(family).Add(0)
 		}
 	}
 }
 
-func (s *modeSeries) synced(mode, family string, r syncer.SyncReport) {
-	switch mode {
-	case modeIPTables, modeNFTables:
-		kind := s.partialSyncDuration
-		if r.All {
-			kind = s.fullSyncDuration
+// forget deletes the gauges of a family that is no longer served.
+func (s *seriesOfModes) forget(family string) {
+	for _, series := range s.byName {
+		if gauge, ok := series.Collector.(*prometheus.GaugeVec); ok {
+			gauge.DeletePartialMatch(prometheus.Labels{ipFamily: family})
 		}
-		kind.WithLabelValues(family).Observe(r.Took.Seconds())
 	}
-	if r.Err == nil {
-		return
-	}
-	switch mode {
-	case modeIPTables:
-		s.restoreFailures.WithLabelValues(family).Inc()
-		if !r.All {
-			s.partialRestoreFailures.WithLabelValues(family).Inc()
-		}
-	case modeIPVS:
-		s.restoreFailures.WithLabelValues(family).Inc()
-	case modeNFTables:
-		s.nftablesFailures.WithLabelValues(family).Inc()
+}
+
+func (s *seriesOfModes) synced(family string, r syncer.SyncReport) {
+	for _, name := range s.exposed {
+		s.byName[name].synced(family, r)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"strconv"
 
 	"signalbox/conntrack"
-	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
 )
@@ -31,7 +30,7 @@ func (m *Metrics) Synced(r syncer.SyncReport) {
 	m.compatible.noLocalEndpoints.WithLabelValues("internal", family).Set(float64(r.Totals.NoLocalInternal))
 	m.compatible.noLocalEndpoints.WithLabelValues("external", family).Set(float64(r.Totals.NoLocalExternal))
 	for _, k := range r.Kernel {
-		m.kernelObjects(family, k)
+		m.own.kernelObjects.WithLabelValues(k.Table, k.Kind, family).Set(float64(k.Count))
 	}
 }
 
@@ -45,15 +44,7 @@ func (m *Metrics) countSync(family string, r syncer.SyncReport) {
 	}
 	m.own.syncs.WithLabelValues(scope, result, family).Inc()
 	m.compatible.syncDuration.WithLabelValues(family).Observe(r.Took.Seconds())
-	m.modes.synced(m.mode, family, r)
-}
-
-func (m *Metrics) kernelObjects(family string, k proxier.KernelObjects) {
-	m.own.kernelObjects.WithLabelValues(k.Table, k.Kind, family).Set(float64(k.Count))
-	if m.mode == modeIPTables && k.Kind == "rule" {
-		m.modes.iptablesTotal.WithLabelValues(k.Table, family).Set(float64(k.Count))
-		m.modes.iptablesLast.WithLabelValues(k.Table, family).Set(float64(k.Written))
-	}
+	m.modes.synced(family, r)
 }
 
 // FlowsScanned counts a scan of the connection-tracking table. It has the form

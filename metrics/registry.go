@@ -25,7 +25,7 @@ import (
 type Metrics struct {
 	registry   *prometheus.Registry
 	compatible compatible
-	modes      modeSeries
+	modes      seriesOfModes
 	own        own
 	now        func() time.Time
 
@@ -46,7 +46,7 @@ func New() *Metrics {
 	registry := prometheus.NewRegistry()
 	r := factory{registry}
 	m := &Metrics{
-		registry: registry, compatible: newCompatible(r), modes: newModeSeries(), own: newOwn(r), now: time.Now,
+		registry: registry, compatible: newCompatible(r), modes: newSeriesOfModes(), own: newOwn(r), now: time.Now,
 	}
 	registry.MustRegister(m)
 	m.KubernetesVersion(buildinfo.Release())
@@ -61,21 +61,21 @@ func New() *Metrics {
 // Serve sets the mode and its families from now on. Their counters begin at 0, so
 // that a dashboard sees the first increase, or continue. Gauges of a family or mode
 // that is no longer served disappear. No sync may run meanwhile.
-func (m *Metrics) Serve(mode string, families []plan.Family) {
+func (m *Metrics) Serve(mode proxier.Mode, families []plan.Family) {
 	for _, old := range m.families {
-		if mode != m.mode || !slices.Contains(families, old) {
+		if mode.Name() != m.mode || !slices.Contains(families, old) {
 			m.forget(old)
 		}
 	}
-	m.modes.expose(m.registry, m.mode, mode)
-	m.mode, m.families = mode, families
+	m.modes.expose(m.registry, mode)
+	m.mode, m.families = mode.Name(), families
 	for _, g := range []*prometheus.GaugeVec{m.own.modeInfo, m.own.sysctlProblem, m.own.sourceFailing, m.own.leftovers} {
 		g.Reset()
 	}
 	for _, g := range m.own.conditions() {
 		g.WithLabelValues().Set(0)
 	}
-	m.own.modeInfo.WithLabelValues(mode).Set(1)
+	m.own.modeInfo.WithLabelValues(m.mode).Set(1)
 	for _, family := range plan.Families {
 		m.own.familyServed.WithLabelValues(family.String()).Set(oneIf(slices.Contains(families, family)))
 	}
@@ -89,16 +89,17 @@ func (m *Metrics) Serve(mode string, families []plan.Family) {
 func (m *Metrics) forget(family plan.Family) {
 	of := prometheus.Labels{ipFamily: family.String()}
 	for _, g := range []*prometheus.GaugeVec{
-		m.compatible.lastTimestamp, m.compatible.noLocalEndpoints, m.modes.iptablesTotal, m.modes.iptablesLast,
+		m.compatible.lastTimestamp, m.compatible.noLocalEndpoints,
 		m.own.setAside, m.own.servicePorts, m.own.endpoints, m.own.kernelObjects, m.own.healthChecks,
 	} {
 		g.DeletePartialMatch(of)
 	}
+	m.modes.forget(family.String())
 }
 
 // begin creates the counters of a family, with 0 if they are new.
 func (m *Metrics) begin(family string) {
-	m.modes.begin(m.mode, family)
+	m.modes.begin(family)
 	for _, counter := range []*prometheus.CounterVec{m.compatible.reconcilerDeleted, m.own.repaired, m.own.flowsRemoved, m.own.flowScanErrors} {
 		counter.WithLabelValues(family).Add(0)
 	}

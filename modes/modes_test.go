@@ -17,7 +17,7 @@ func TestCandidates(t *testing.T) {
 		}
 		var got []string
 		for _, m := range list {
-			got = append(got, m.Name)
+			got = append(got, m.Name())
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("%s stands for %v, want %v", name, got, want)

@@ -10,6 +10,10 @@ import (
 // state. See Proxier.
 var ErrUnknownState = fmt.Errorf("the kernel may hold part of the change")
 
+// ErrUnknownOwner says that the kernel has objects whose names signalbox and
+// kube-proxy share, and that nothing on this node can tell who wrote them.
+var ErrUnknownOwner = fmt.Errorf("signalbox or kube-proxy may have written it")
+
 // UnsupportedError says why a mode cannot work on this node.
 type UnsupportedError struct {
 	Mode   string

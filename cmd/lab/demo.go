@@ -62,7 +62,7 @@ func demoModes(names []string) ([]demo.Mode, error) {
 	}
 	shown := make([]demo.Mode, len(chosen))
 	for i, m := range chosen {
-		shown[i] = demo.Mode{Name: m.Name, Supported: m.Supported}
+		shown[i] = demo.Mode{Name: m.Name(), Supported: m.Supported}
 	}
 	return shown, nil
 }

@@ -33,7 +33,7 @@ func TestDemoModes(t *testing.T) {
 	if err != nil || len(all) != len(modes.All) {
 		t.Errorf("got %d modes and error %v, want all %d", len(all), err, len(modes.All))
 	}
-	last := modes.All[len(modes.All)-1].Name
+	last := modes.All[len(modes.All)-1].Name()
 	if one, err := demoModes([]string{last}); err != nil || len(one) != 1 || one[0].Name != last {
 		t.Errorf("got %v and error %v, want %s alone", one, err, last)
 	}

@@ -11,7 +11,6 @@ import (
 	"signalbox/config"
 	"signalbox/daemon"
 	"signalbox/modes"
-	"signalbox/proxier"
 )
 
 func renderCommand() *cobra.Command {
@@ -36,7 +35,7 @@ kernel directly, and nft cannot load all that the kernel can hold.`,
 			if err != nil {
 				return err
 			}
-			if cfg.SourceDir == "" || cfg.Mode == config.ModeAuto {
+			if cfg.SourceDir == "" || cfg.Mode == modes.Auto {
 				return errors.New("render needs --source and a --mode other than auto: it does not look at this machine")
 			}
 			mode, err := modes.Named(cfg.Mode)
@@ -48,9 +47,9 @@ kernel directly, and nft cannot load all that the kernel can hold.`,
 				return err
 			}
 			for _, plan := range plans {
-				text, err := mode.Render(proxier.Options{Family: plan.Family, MasqueradeMark: cfg.MasqueradeMark, IPVS: cfg.IPVS}, plan)
+				text, err := mode.Render(cfg.Options(mode, plan.Family), plan)
 				if err != nil {
-					return fmt.Errorf("rendering %s for %s: %w", mode.Name, plan.Family, err)
+					return fmt.Errorf("rendering %s for %s: %w", mode.Name(), plan.Family, err)
 				}
 				fmt.Fprintf(cmd.OutOrStdout(), "# %s\n%s\n", plan.Family, text)
 			}

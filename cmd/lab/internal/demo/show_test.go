@@ -35,10 +35,10 @@ func TestEveryModeIsShown(t *testing.T) {
 		Services: 3, Changes: 4,
 	}
 	for _, m := range modes.All {
-		if m.Name == ipvs.Mode && m.Supported(plan.IPv4) != nil {
+		if m.Name() == ipvs.Mode && m.Supported(plan.IPv4) != nil {
 			continue // many kernels come without IPVS
 		}
-		cfg.Modes = append(cfg.Modes, Mode{m.Name, m.Supported})
+		cfg.Modes = append(cfg.Modes, Mode{m.Name(), m.Supported})
 	}
 	ownTemporaryFiles(t)
 	before := machine(t)

@@ -1,0 +1,102 @@
+package proxier
+
+import "signalbox/proxier/plan"
+
+// Mode is one way to serve Services, before it is at work. Its methods work in the
+// network namespace of the calling thread. ModeDefaults has those that a mode may
+// leave out.
+type Mode interface {
+	// Name is the value of --mode, and the mode's name in metrics and messages.
+	Name() string
+	// Supported says why the mode cannot serve a family on this node, or returns
+	// nil. The error is an *UnsupportedError.
+	Supported(plan.Family) error
+	// New makes the mode work in one family. It writes nothing: the first Sync does.
+	New(Options) (Proxier, error)
+	// Render writes what New's Proxier would put into the kernel for a plan, in the
+	// words in which the kernel's own tool for it lists rules. It touches no kernel.
+	Render(Options, *plan.Plan) (string, error)
+	// Cleanup removes everything that the mode ever put into the kernel for a
+	// family, and nothing else. removed says whether anything went, also where the
+	// rest cannot be removed. The error names what is left; an *UnsupportedError
+	// says that this node cannot hold anything of the mode. An error that wraps
+	// ErrUnknownOwner is about objects that may be kube-proxy's.
+	//
+	// With drain, what carries open connections stays and takes no new ones:
+	// draining counts that, and Cleanup is to be called again later. A mode whose
+	// rules can go without ending connections ignores drain.
+	Cleanup(f plan.Family, drain bool) (removed bool, draining int, err error)
+
+	// Traits says how the mode differs from others in what is decided outside it.
+	// Default: the zero value.
+	Traits() Traits
+	// Init does beforehand what New's Proxier needs more than CAP_NET_ADMIN for.
+	// localhost says whether NodePorts are served on the loopback address.
+	// Default: nothing.
+	Init(o Options, localhost bool) error
+	// FullAffinityLists counts the endpoints for which the kernel's list of clients
+	// with session affinity is full.
+	// Default: 0, for a mode without a bound on these lists.
+	FullAffinityLists() (int, error)
+}
+
+// Traits are how a mode differs from others in what is decided outside it. The zero
+// value is right for most modes.
+type Traits struct {
+	// Automatic says that "auto" may take the mode; others only serve those who ask
+	// for them by name.
+	Automatic bool
+	// FileSection is the section of kube-proxy's configuration file that the mode
+	// reads: "iptables", "nftables" or "ipvs". Empty means iptables.
+	FileSection string
+	// FeatureGate is the feature gate of kube-proxy without which kube-proxy's
+	// settings cannot name the mode; empty for none.
+	FeatureGate string
+	// Series names the metrics of kube-proxy that exist in this mode and not in
+	// every mode. Package metrics has the list.
+	Series []string
+	// Schedulers says that the mode chooses endpoints by the kernel's schedulers and
+	// by weights. Options.IPVS, the ipvs flags and a Service's annotations count then.
+	Schedulers bool
+	// PrimaryNodePorts serves NodePorts at the Node's own addresses alone, unless
+	// --nodeport-addresses says otherwise.
+	PrimaryNodePorts bool
+	// Localhost is how the mode serves NodePorts on the loopback address.
+	Localhost LocalhostNodePorts
+	// RelaysByRules says that the mode's rules lead connections to a relay in the
+	// process that wrote them. While such a Proxier drains, it accepts what obeyed
+	// its rules. The rules of an earlier process stay until that process has ended.
+	RelaysByRules bool
+	// RewriteAfterTakeover says that nothing tells the mode when another process
+	// changes its part of the kernel. A Proxier reads it back and mends it after an
+	// earlier process has let go of the node.
+	RewriteAfterTakeover bool
+}
+
+// LocalhostNodePorts is how a mode serves NodePorts on the loopback address.
+type LocalhostNodePorts int
+
+// The ways to serve NodePorts on the loopback address.
+const (
+	// NoLocalhost: not at all.
+	NoLocalhost LocalhostNodePorts = iota
+	// LocalhostByRoute: in IPv4, by rules and the setting route_localnet, unless
+	// --iptables-localhost-nodeports=false.
+	LocalhostByRoute
+	// LocalhostByRelay: in both families, where --nodeport-addresses names the
+	// address and the feature gate of KEP-6032 is on.
+	LocalhostByRelay
+)
+
+// ModeDefaults are the answers of a mode that needs nothing special. A Mode embeds
+// it.
+type ModeDefaults struct{}
+
+// Traits implements Mode.
+func (ModeDefaults) Traits() Traits { return Traits{} }
+
+// Init implements Mode.
+func (ModeDefaults) Init(Options, bool) error { return nil }
+
+// FullAffinityLists implements Mode.
+func (ModeDefaults) FullAffinityLists() (int, error) { return 0, nil }
