@@ -62,9 +62,10 @@ func TestRules(t *testing.T) {
 
 func TestViolations(t *testing.T) {
 	bad := tree{
-		"daemon":         {imports: []string{"./ipvs", "./modes"}},
+		"config":         {imports: []string{"./modes"}, assertions: []string{"shaper"}},
+		"daemon":         {imports: []string{"./ipvs", "./modes", "./proxier"}, assertions: []string{"drainer"}},
 		"modes":          {imports: []string{"./ipvs", "./nftables"}},
-		"ipvs":           {imports: []string{"./nftables", "./proxier"}, files: maxFiles + 1},
+		"ipvs":           {imports: []string{"./nftables", "./proxier"}, files: maxFiles + 1, assertions: []string{"shaper"}},
 		"nftables":       {imports: []string{"./nft", "./nftables/rules"}, files: maxFiles},
 		"nftables/rules": {imports: []string{"k8s.io/api/core/v1"}},
 		"nft":            {imports: []string{"./internal/text"}},
@@ -75,6 +76,7 @@ func TestViolations(t *testing.T) {
 	}
 	want := []string{
 		"daemon imports the mode ipvs",
+		"daemon asserts the type drainer",
 		"ipvs imports the mode nftables",
 		"ipvs depends on Kubernetes through proxier",
 		"ipvs has more than 12 files",
@@ -87,6 +89,38 @@ func TestViolations(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, violations(bad)); diff != "" {
 		t.Errorf("violations (-want +got):\n%s", diff)
+	}
+}
+
+func TestCapabilityAssertions(t *testing.T) {
+	dir := t.TempDir()
+	const text = `package p
+
+type drainer interface{ Drain() }
+
+type queue struct{}
+
+func f(v any) {
+	_ = v.(drainer)
+	_ = v.(queue)
+	_ = v.(*proxier.Defaults)
+	_ = v.(*net.UnixConn)
+	switch v.(type) {
+	case interface{ Count() int }, *queue:
+	case ipvs.Proxier:
+	}
+}
+`
+	if err := os.WriteFile(dir+"/p.go", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := capabilityAssertions(dir, []string{"p.go"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"drainer", "*proxier.Defaults", "interface{Count() int}", "ipvs.Proxier"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("assertions (-want +got):\n%s", diff)
 	}
 }
 

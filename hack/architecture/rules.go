@@ -11,6 +11,7 @@ var modes = []string{"nftables", "iptables", "ipvs", "userspace"}
 
 const (
 	modeTable = "modes"
+	contract  = "proxier" // of the daemon and the modes
 	maxFiles  = 12
 )
 
@@ -19,6 +20,7 @@ func violations(t tree) []string {
 	var out []string
 	for _, path := range t.paths() {
 		out = append(out, t.importsMode(path)...)
+		out = append(out, t.discoversCapability(path)...)
 		switch mode := modeOf(path); {
 		case mode != "":
 			out = append(out, t.reachesKubernetes(path)...)
@@ -48,6 +50,18 @@ func (t tree) importsMode(path string) []string {
 	for _, to := range t.ours(path) {
 		if mode := modeOf(to); mode != "" && mode != modeOf(path) && path != modeTable {
 			out = append(out, fmt.Sprintf("%s imports the mode %s", path, mode))
+		}
+	}
+	return out
+}
+
+// discoversCapability names the type assertions of a package that uses the contract
+// and is no mode.
+func (t tree) discoversCapability(path string) []string {
+	var out []string
+	if modeOf(path) == "" && slices.Contains(t.ours(path), contract) {
+		for _, a := range t[path].assertions {
+			out = append(out, fmt.Sprintf("%s asserts the type %s", path, a))
 		}
 	}
 	return out

@@ -17,8 +17,9 @@ const module = "signalbox"
 type tree map[string]*pkg
 
 type pkg struct {
-	files   int      // without tests
-	imports []string // of the files that are not tests; ours without the module's name and marked by ourPrefix
+	files      int      // without tests
+	imports    []string // of the files that are not tests; ours without the module's name and marked by ourPrefix
+	assertions []string // see capabilityAssertions
 }
 
 // ourPrefix marks an import of this module.
@@ -60,7 +61,10 @@ func (t tree) read(root, dir string) error {
 	if err != nil {
 		return err
 	}
-	p := &pkg{files: len(found.GoFiles) + len(found.CgoFiles)}
+	p := &pkg{files: len(found.GoFiles)}
+	if p.assertions, err = capabilityAssertions(dir, found.GoFiles); err != nil {
+		return err
+	}
 	for _, i := range found.Imports {
 		if ours, ok := strings.CutPrefix(i, module+"/"); ok {
 			i = ourPrefix + ours
