@@ -33,11 +33,7 @@ func BenchmarkCompileOne(b *testing.B) {
 	for _, services := range []int{1000, 10000, 50000} {
 		b.Run(fmt.Sprintf("%d", services), func(b *testing.B) {
 			desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
-			s, err := newState(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired.Node, facts{})
-			if err != nil {
-				b.Fatal(err)
-			}
-			s.full(desired, [tableCount][]string{}, nil)
+			s, _ := stateOf(b, desired)
 			b.ReportAllocs()
 			b.ResetTimer()
 			for n := 0; b.Loop(); n++ {
@@ -99,11 +95,7 @@ func BenchmarkCounts(b *testing.B) {
 	for _, services := range []int{1000, 10000, 50000} {
 		b.Run(fmt.Sprintf("%d", services), func(b *testing.B) {
 			desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
-			s, err := newState(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired.Node, facts{})
-			if err != nil {
-				b.Fatal(err)
-			}
-			s.full(desired, [tableCount][]string{}, nil)
+			s, _ := stateOf(b, desired)
 			p := &Proxier{state: s}
 			b.ReportAllocs()
 			b.ResetTimer()

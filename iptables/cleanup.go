@@ -7,68 +7,127 @@ import (
 	"slices"
 	"strings"
 
+	"signalbox/internal/xtables"
 	"signalbox/nftables"
-	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
-// belongings are what a proxy has in the tables: chains, and rules in built-in
-// chains that lead to them.
-type belongings struct {
-	owns  func(table, chain string) bool
+// This file removes what this mode and kube-proxy wrote, and tells one from
+// the other.
+
+// ownedChains are what a proxy has in the tables: chains, and rules in built-in
+// chains that jump to them.
+type ownedChains struct {
+	has   func(table, chain string) bool
 	jumps []jump
-	// leaveUsed leaves alone what others use; else it is emptied.
-	leaveUsed bool
+	// keepUsed keeps the rules of chains that other software uses; otherwise
+	// such a chain is emptied.
+	keepUsed bool
 }
 
 // ours is what this mode writes.
-var ours = belongings{
-	owns: func(table, chain string) bool {
+var ours = ownedChains{
+	has: func(table, chain string) bool {
 		i := slices.Index(tableNames[:], table)
 		return i >= 0 && (isServiceChain(chain) || slices.Contains(fixedChains[i], chain))
 	},
 	jumps: jumps,
 }
 
-// oursAlone is what no kube-proxy would name like that, and none removes from
-// the filter table.
-var oursAlone = belongings{
-	owns: func(table, chain string) bool {
-		if table != nat.String() && table != filter.String() {
+// uniquelyOurs are the chains with names that kube-proxy never gives.
+var uniquelyOurs = ownedChains{
+	has: func(table, chain string) bool {
+		if !slices.Contains(tableNames[:], table) {
 			return false
 		}
-		own := func(shape treeShape) bool { return strings.HasPrefix(chain, shape.prefix) }
-		return chain == externalPortsChain || chain == hairpinChain || chain == routeSourcesChain || strings.HasPrefix(chain, markPrefix) || slices.ContainsFunc(treeShapes[:], own)
+		return chain == externalPortsChain || chain == hairpinChain || chain == routeSourcesChain || strings.HasPrefix(chain, digestPrefix) ||
+			slices.ContainsFunc(treeShapes[:], func(shape treeShape) bool { return strings.HasPrefix(chain, shape.prefix) })
 	},
-	leaveUsed: true,
+	keepUsed: true,
 }
 
-// signatures are rules of which this mode has always one in the filter table and
-// kube-proxy never: by them one tells whose the chains are that both name alike.
-var signatures = []string{
+// canaryChain is in three tables while kube-proxy runs in iptables mode:
+// kube-proxy notices by its absence that somebody flushed its rules.
+const canaryChain = "KUBE-PROXY-CANARY"
+
+// otherModes is what kube-proxy has in the tables in any mode, and this mode
+// never has.
+var otherModes = ownedChains{
+	has: func(_, chain string) bool {
+		return slices.Contains([]string{
+			canaryChain,
+			// ipvs mode
+			"KUBE-LOAD-BALANCER", "KUBE-NODE-PORT", "KUBE-SOURCE-RANGES-FIREWALL", "KUBE-IPVS-FILTER", "KUBE-IPVS-OUT-FILTER",
+			// userspace mode, up to Kubernetes 1.25
+			"KUBE-PORTALS-CONTAINER", "KUBE-PORTALS-HOST", "KUBE-NODEPORT-CONTAINER", "KUBE-NODEPORT-HOST", "KUBE-NODEPORT-NON-LOCAL",
+		}, chain)
+	},
+	jumps: []jump{
+		{filter, "INPUT", proxyFirewallChain, false, "kube-proxy firewall rules"},
+		{filter, "FORWARD", proxyFirewallChain, false, "kube-proxy firewall rules"},
+		{filter, "INPUT", "KUBE-NODE-PORT", false, "kubernetes health check rules"},
+		{filter, "INPUT", "KUBE-IPVS-FILTER", false, "kubernetes ipvs access filter"},
+		{filter, "OUTPUT", "KUBE-IPVS-OUT-FILTER", false, "kubernetes ipvs access filter"},
+		{nat, "PREROUTING", "KUBE-PORTALS-CONTAINER", false, "handle ClusterIPs; NOTE: this must be before the NodePort rules"},
+		{nat, "OUTPUT", "KUBE-PORTALS-HOST", false, "handle ClusterIPs; NOTE: this must be before the NodePort rules"},
+		{nat, "PREROUTING", "KUBE-NODEPORT-CONTAINER", false, "handle service NodePorts; NOTE: this must be the last rule in the chain"},
+		{nat, "OUTPUT", "KUBE-NODEPORT-HOST", false, "handle service NodePorts; NOTE: this must be the last rule in the chain"},
+		{filter, "INPUT", "KUBE-NODEPORT-NON-LOCAL", false, "Ensure that non-local NodePort traffic can flow"},
+	},
+}
+
+// kubeProxys is all that kube-proxy has in the tables, in any of its modes.
+var kubeProxys = ownedChains{
+	has:   func(table, chain string) bool { return ours.has(table, chain) || otherModes.has(table, chain) },
+	jumps: slices.Concat(jumps, otherModes.jumps),
+}
+
+// markerRules are rules of which this mode always has one in the filter table
+// and kube-proxy never: they tell who filled the chains that both name alike.
+var markerRules = []string{
 	"-A " + servicesChain + toExternalServices,
 	"-A " + servicesChain + " -j " + externalServicesChain, // of earlier versions
 }
 
+// wrote says whether the rules of Services are this mode's.
+func wrote(ctx context.Context, t *xtables.Tools) (bool, error) {
+	if !slices.Contains(t.Tables(), filter.String()) {
+		return false, nil
+	}
+	l, err := t.List(ctx, filter.String(), isOurs, markerRules...)
+	return err == nil && l.Marked, err
+}
+
+// HasKubeProxy says whether kube-proxy has written rules since they were last
+// removed. A running kube-proxy writes changes at once, and its canaries half a
+// minute later. In the active backend the names of the other chains do not tell.
+func HasKubeProxy(ctx context.Context, f plan.Family, active Backend) bool {
+	return slices.ContainsFunc(xtables.Backends, func(b Backend) bool {
+		t, err := xtables.Find(f, b, xtables.DefaultWait)
+		return err == nil && (t.HasChain(ctx, "mangle", canaryChain) || b != active && t.HasChain(ctx, nat.String(), servicesChain))
+	})
+}
+
 // Cleanup removes from both variants what this mode wrote: the jumps and the
-// chains they lead to. Where kube-proxy has filled these chains since, or was
-// started and is about to, they are its own, and stay. A chain that rules of other software use keeps its name;
-// KUBE-MARK-MASQ and KUBE-POSTROUTING then keep their rules too, without which
-// those rules would change their meaning. KUBE-FIREWALL, which the kubelet
-// shares, stays as it is, and so does the sysctl route_localnet.
+// chains they lead to. The chains that kube-proxy fills too are its own, and
+// stay, if it has filled them since or has started and is about to. A chain
+// that rules of other software use keeps its name; KUBE-MARK-MASQ and
+// KUBE-POSTROUTING then keep their rules too, because without these the other
+// rules would change their meaning. KUBE-FIREWALL, which the kubelet shares,
+// and the sysctl route_localnet stay as they are.
 //
-// Without the tools there is nothing to remove where there are no such chains,
-// and the error is a *proxier.UnsupportedError; else it is an *UnknownOwnerError.
+// Without the tools the error is an *UnknownOwnerError if the kernel has such
+// chains, and a *proxier.UnsupportedError if there is nothing to remove.
 func Cleanup(f plan.Family) (removed bool, err error) {
-	removed, err = cleanup(f, func(ctx context.Context, t *tools) (bool, error) {
-		signed, err := t.signed(ctx)
-		if err != nil || signed && t.hasChain(ctx, "mangle", canaryChain) {
+	removed, err = cleanup(f, func(ctx context.Context, t *xtables.Tools) (bool, error) {
+		written, err := wrote(ctx, t)
+		switch {
+		case err != nil || written && t.HasChain(ctx, "mangle", canaryChain):
 			return false, err
+		case written:
+			return remove(ctx, t, ours)
 		}
-		if !signed {
-			return t.remove(ctx, oursAlone)
-		}
-		return t.remove(ctx, ours)
+		return remove(ctx, t, uniquelyOurs)
 	})
 	if errors.Is(err, errNoTools) {
 		return false, withoutTools(f)
@@ -76,15 +135,32 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 	return removed, err
 }
 
-// errNoTools is that no variant of the programs is here.
+// CleanupKubeProxy removes from both variants what kube-proxy wrote, in any of
+// its modes, and leaves what Cleanup leaves. In the active backend ("" for
+// none), this mode has filled kube-proxy's chains with its own rules, and only
+// the others go. Without the tools the error is a *proxier.UnsupportedError:
+// the kernel may have rules of signalbox, which Cleanup reports.
+func CleanupKubeProxy(f plan.Family, active Backend) (removed bool, err error) {
+	removed, err = cleanup(f, func(ctx context.Context, t *xtables.Tools) (bool, error) {
+		if t.Backend == active {
+			return remove(ctx, t, otherModes)
+		}
+		return remove(ctx, t, kubeProxys)
+	})
+	if errors.Is(err, errNoTools) {
+		return false, xtables.Missing(f)
+	}
+	return removed, err
+}
+
 var errNoTools = errors.New("no variant of iptables is installed")
 
 // cleanup runs fn for both variants, which says whether it removed anything.
-func cleanup(f plan.Family, fn func(context.Context, *tools) (bool, error)) (removed bool, err error) {
+func cleanup(f plan.Family, fn func(context.Context, *xtables.Tools) (bool, error)) (removed bool, err error) {
 	var failed []error
 	found := false
-	for _, b := range []Backend{NFT, Legacy} {
-		t, err := findTools(f, b, defaultWait)
+	for _, b := range xtables.Backends {
+		t, err := xtables.Find(f, b, xtables.DefaultWait)
 		if err != nil {
 			continue
 		}
@@ -101,107 +177,97 @@ func cleanup(f plan.Family, fn func(context.Context, *tools) (bool, error)) (rem
 	return removed, errors.Join(failed...)
 }
 
-// missingTools is the error where the programs are needed.
-func missingTools(f plan.Family, err error) *proxier.UnsupportedError {
-	return &proxier.UnsupportedError{
-		Mode: Mode, Family: f, Missing: "program " + commandName(f),
-		Remedy: "install the package iptables, or use the image signalbox-iptables", Err: err,
-	}
-}
-
-// UnknownOwnerError is that the kernel has chains of a name that both this mode
-// and kube-proxy use, and that the programs are missing by which it could be
-// told whose they are, and they could be removed.
+// UnknownOwnerError: the kernel has chains whose names this mode and kube-proxy
+// share. Without the iptables tools nobody can tell who wrote them, or remove
+// them.
 type UnknownOwnerError struct {
 	Family plan.Family
-	// Found is what there is.
+	// Found says which chains.
 	Found string
 }
 
 // Error says it in one sentence.
 func (e *UnknownOwnerError) Error() string {
 	return fmt.Sprintf("%s, and without the program %s nobody can tell whether signalbox or kube-proxy wrote them, nor remove them: use the image signalbox-iptables, or install the package iptables; until then they may come before other rules, and nobody keeps them up to date",
-		e.Found, commandName(e.Family))
+		e.Found, xtables.CommandName(e.Family))
 }
 
-// withoutTools tells a node that has no iptables from one that has rules
-// nobody can remove.
+// withoutTools is the error of Cleanup on a node without iptables.
 func withoutTools(f plan.Family) error {
-	legacy := tools{backend: Legacy, family: f}
-	if names := legacy.tables(); len(names) > 0 {
+	if names := xtables.LegacyTables(f); len(names) > 0 {
 		return &UnknownOwnerError{f, fmt.Sprintf("the kernel may have iptables rules for Services of %s (legacy, tables %s)", f, strings.Join(names, ", "))}
 	}
-	if held, err := nftables.HasChain(f, nat.String(), servicesChain); err == nil && held {
+	if exists, err := nftables.HasChain(f, nat.String(), servicesChain); err == nil && exists {
 		return &UnknownOwnerError{f, fmt.Sprintf("the kernel has iptables rules for Services of %s (nft, chain %s)", f, servicesChain)}
 	}
-	return missingTools(f, nil)
+	return xtables.Missing(f)
 }
 
-// signed says whether the rules of Services are this mode's.
-func (t *tools) signed(ctx context.Context) (bool, error) {
-	if !slices.Contains(t.tables(), filter.String()) {
-		return false, nil
-	}
-	l, err := t.list(ctx, filter.String())
-	return err == nil && l.signed, err
-}
-
-// remove takes belongings out of every table that exists. Nothing is written
-// where there are none, and removed is false. The filter table goes last: it holds the signature, by
-// which a removal that was cut short is found and finished.
-func (t *tools) remove(ctx context.Context, b belongings) (removed bool, err error) {
-	w := &script{}
+// remove removes owned chains from every table that exists. It writes nothing
+// if there are none, and removed is false. The filter table goes last: its
+// marker rule lets the next cleanup finish a removal that was cut short.
+func remove(ctx context.Context, t *xtables.Tools, o ownedChains) (removed bool, err error) {
+	var script xtables.Script
 	for _, table := range []string{"mangle", nat.String(), filter.String()} {
-		if !slices.Contains(t.tables(), table) {
+		if !slices.Contains(t.Tables(), table) {
 			continue
 		}
-		l, err := t.listFor(ctx, table, func(chain string) bool { return b.owns(table, chain) })
+		l, err := t.List(ctx, table, func(chain string) bool { return o.has(table, chain) })
 		if err != nil {
 			return false, err
 		}
-		edits, builtin, gone := l.removal(table, b)
-		removed = removed || gone
-		if len(edits)+len(builtin) > 0 {
-			w.section(table, edits, builtin)
-		}
+		chains, builtin, removes := removal(l, table, o)
+		removed = removed || removes
+		script.Add(table, chains, builtin...)
 	}
-	return removed, t.apply(ctx, w)
+	return removed, t.Apply(ctx, script)
 }
 
-// removal is what leaves nothing of b in the table, except for chains that
-// others use. gone says whether anything goes: a chain that stays may have been
-// empty before.
-func (l *listing) removal(table string, b belongings) (edits []edit, builtin []string, gone bool) {
-	used := make(map[string]bool)
-	for _, line := range l.builtin {
-		if b.leads(table, line) {
-			builtin = append(builtin, "-D "+strings.TrimPrefix(line, "-A "))
-		} else {
-			used[jumpTarget(line)] = true
+// removal removes the owned chains from a table, or empties those that other
+// software uses. removes is false if it only empties chains, which may have
+// been empty before.
+func removal(l *xtables.Listing, table string, o ownedChains) (chains []chain, builtin []string, removes bool) {
+	owned := func(rule string) bool { return o.hasJump(table, rule) }
+	for _, rule := range l.Builtin {
+		if owned(rule) {
+			builtin = append(builtin, "-D "+strings.TrimPrefix(rule, "-A "))
 		}
 	}
-	if !b.leaveUsed && (used[postroutingChain] || l.referenced[postroutingChain]) {
-		used[hairpinChain], used[routeSourcesChain] = true, true // by rules that stay
+	used := l.Used(owned)
+	if !o.keepUsed && used[postroutingChain] {
+		used[hairpinChain], used[routeSourcesChain] = true, true // its rules stay, and use these
 	}
-	for _, name := range l.chains {
+	for _, name := range l.Chains {
 		switch {
-		case !b.owns(table, name):
-		case !used[name] && !l.referenced[name]:
-			edits = append(edits, removal(name))
-			gone = true
-		case !b.leaveUsed && name != markMasqChain && name != postroutingChain:
-			edits = append(edits, edit{name: name})
+		case !o.has(table, name):
+		case !used[name]:
+			chains = append(chains, xtables.Removal(name))
+			removes = true
+		case !o.keepUsed && name != markMasqChain && name != postroutingChain:
+			chains = append(chains, chain{Name: name})
 		}
 	}
-	return edits, builtin, gone || len(builtin) > 0
+	return chains, builtin, removes || len(builtin) > 0
 }
 
-// leads says whether a rule of a built-in chain, as iptables-save writes it, is
-// one of the belongings' jumps. The comment and the target tell: how the tools
-// write the rest depends on their version.
-func (b *belongings) leads(table, line string) bool {
-	return slices.ContainsFunc(b.jumps, func(j jump) bool {
-		return j.table.String() == table && strings.HasPrefix(line, "-A "+j.from+" ") &&
-			jumpTarget(line) == j.target && strings.Contains(line, comment(j.comment)+" ")
+// hasJump says whether a rule of a built-in chain, as iptables-save writes it,
+// is one of the jumps. The comment and the target tell: how the tools write the
+// rest depends on their version.
+func (o *ownedChains) hasJump(table, rule string) bool {
+	return slices.ContainsFunc(o.jumps, func(j jump) bool {
+		return j.table.String() == table && strings.HasPrefix(rule, "-A "+j.from+" ") &&
+			xtables.JumpTarget(rule) == j.target && strings.Contains(rule, comment(j.comment)+" ")
 	})
+}
+
+// staleChains are the chains of Services that earlier proxies may have left and
+// that no rule of other software uses.
+func staleChains(l *xtables.Listing) (names []string) {
+	used := l.Used(nil)
+	for _, name := range l.Chains {
+		if isServiceChain(name) && !used[name] {
+			names = append(names, name)
+		}
+	}
+	return names
 }

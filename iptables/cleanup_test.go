@@ -65,7 +65,7 @@ COMMIT
 // and counters.
 func wholeSave(t *testing.T, p *Proxier) string {
 	t.Helper()
-	return counters.ReplaceAllString(run(t, "", p.tools.save), "")
+	return counters.ReplaceAllString(run(t, "", p.tools.Save), "")
 }
 
 // What is kube-proxy's goes, whatever its mode was, and nothing else changes by
@@ -77,9 +77,9 @@ func TestCleanupKubeProxy(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachVariant(t, func(t *testing.T, p *Proxier) {
-				run(t, foreignRules+"*mangle\n:KUBE-IPTABLES-HINT - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n", p.tools.restore, "--noflush")
+				run(t, foreignRules+"*mangle\n:KUBE-IPTABLES-HINT - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n", p.tools.Restore, "--noflush")
 				before := wholeSave(t, p)
-				run(t, rules(p.opts.Family), p.tools.restore, "--noflush")
+				run(t, rules(p.opts.Family), p.tools.Restore, "--noflush")
 				if removed, err := CleanupKubeProxy(p.opts.Family, ""); err != nil || !removed {
 					t.Fatalf("something was removed: %v, %v", removed, err)
 				}
@@ -97,7 +97,7 @@ func TestCleanupKubeProxy(t *testing.T) {
 // Chains that bear names of ours too are kube-proxy's while it fills them.
 func TestCleanupLeavesKubeProxysRules(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		run(t, kubeProxyRules(p.opts.Family)+otherModesRules, p.tools.restore, "--noflush")
+		run(t, kubeProxyRules(p.opts.Family)+otherModesRules, p.tools.Restore, "--noflush")
 		before := wholeSave(t, p)
 		if removed, err := Cleanup(p.opts.Family); err != nil || removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)
@@ -113,7 +113,7 @@ func TestCleanupLeavesKubeProxysRules(t *testing.T) {
 func TestCleanupBesideStartingKubeProxy(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), plan.Change{All: true})
-		run(t, "*mangle\n:KUBE-PROXY-CANARY - [0:0]\nCOMMIT\n", p.tools.restore, "--noflush")
+		run(t, "*mangle\n:KUBE-PROXY-CANARY - [0:0]\nCOMMIT\n", p.tools.Restore, "--noflush")
 		before := wholeSave(t, p)
 		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
@@ -134,7 +134,7 @@ func TestCleanupKubeProxyInUse(t *testing.T) {
 		if _, err := Cleanup(p.opts.Family); err != nil {
 			t.Fatal(err)
 		}
-		run(t, otherModesRules, p.tools.restore, "--noflush")
+		run(t, otherModesRules, p.tools.Restore, "--noflush")
 		mustSync(t, newProxier(t, p.opts.Family, p.Backend()), desired, plan.Change{All: true})
 		if _, err := CleanupKubeProxy(p.opts.Family, p.Backend()); err != nil {
 			t.Fatal(err)
@@ -170,7 +170,7 @@ func TestCleanupWithoutTools(t *testing.T) {
 func TestCleanupAfterEarlierVersions(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), plan.Change{All: true})
-		run(t, "*filter\n"+strings.Replace(signatures[0], "-A", "-D", 1)+"\n"+signatures[1]+"\nCOMMIT\n", p.tools.restore, "--noflush")
+		run(t, "*filter\n"+strings.Replace(markerRules[0], "-A", "-D", 1)+"\n"+markerRules[1]+"\nCOMMIT\n", p.tools.Restore, "--noflush")
 		if removed, err := Cleanup(p.opts.Family); err != nil || !removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)
 		}

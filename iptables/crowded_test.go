@@ -108,7 +108,7 @@ func TestKernelTakesCrowds(t *testing.T) {
 				t.Fatal(err)
 			}
 			desired.Services = c.services(server)
-			mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), desired, plan.Change{All: true})
+			mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), desired, plan.Change{All: true})
 			c.check(t, server)
 		}
 	})

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/xtables"
 	"signalbox/proxier/plan"
 )
 
@@ -33,7 +34,7 @@ func (m *model) depth() int {
 			}
 			n := 0
 			for _, rule := range m[t][chain] {
-				if target := jumpTarget(rule); !isBuiltinTarget(target) {
+				if target := xtables.JumpTarget(rule); !isBuiltinTarget(target) {
 					n = max(n, 1+below(target))
 				}
 			}
@@ -155,14 +156,11 @@ func testTree(t *testing.T, id treeID, family plan.Family, keys []plan.FrontendK
 		if tree.keys != addresses {
 			match += " -p " + key.Protocol.String() + " --dport " + strconv.Itoa(int(key.Port))
 		}
-		tree.put(&item{id, key, plan.ServicePortName{}, []string{match + " -j ACCEPT"}})
+		tree.put(&entry{entryID{id, key}, plan.ServicePortName{}, []string{match + " -j ACCEPT"}})
 	}
 	m := newModel()
-	for _, e := range tree.all() {
-		m[tree.table][e.name] = nil
-		for _, r := range e.rules {
-			m[tree.table][e.name] = append(m[tree.table][e.name], r.text)
-		}
+	for _, c := range allChains(tree) {
+		m[tree.table][c.Name] = c.Rules
 	}
 	m[tree.table]["OUTPUT"] = []string{" -j " + tree.root}
 	if n := m.depth(); n > treeChains {
@@ -286,7 +284,7 @@ func TestKernelTakesTheLongestWay(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		mustSync(t, p, longestWay(p.opts.Family), plan.Change{All: true})
 		for table := range tableCount {
-			run(t, foreignChains(table), p.tools.restore, "--noflush")
+			run(t, foreignChains(table), p.tools.Restore, "--noflush")
 		}
 	})
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/xtables"
 	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -94,7 +95,7 @@ func saved(t testing.TB, p *Proxier) string {
 	t.Helper()
 	var s string
 	for table := range tableCount {
-		s += run(t, "", p.tools.save, "-t", table.String())
+		s += run(t, "", p.tools.Save, "-t", table.String())
 	}
 	return counters.ReplaceAllString(s, "")
 }
@@ -138,7 +139,7 @@ func TestChangesEqualFullSync(t *testing.T) {
 		if left := saved(t, p); strings.Contains(left, "KUBE-") {
 			t.Fatalf("Cleanup left\n%s", left)
 		}
-		mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), desired, plan.Change{All: true})
+		mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), desired, plan.Change{All: true})
 		if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(changed)); diff != "" {
 			t.Errorf("-full sync +changes\n%s", diff)
 		}
@@ -151,7 +152,7 @@ func compareCounts(t *testing.T, p *Proxier) {
 	t.Helper()
 	want, got := map[string]int{}, map[string]int{}
 	for table := range tableCount {
-		saved := run(t, "", p.tools.save, "-t", table.String())
+		saved := run(t, "", p.tools.Save, "-t", table.String())
 		for line := range strings.Lines(saved) {
 			// The rule that protects 127.0.0.0/8 is the kubelet's as well.
 			if strings.HasPrefix(line, "-A ") && !strings.Contains(line, "KUBE-FIREWALL") {
@@ -236,7 +237,7 @@ COMMIT
 
 func TestTakesOverFromKubeProxyAndGivesBack(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		restore := func(rules string) { t.Helper(); run(t, rules, p.tools.restore, "--noflush") }
+		restore := func(rules string) { t.Helper(); run(t, rules, p.tools.Restore, "--noflush") }
 		restore(kubeProxyRules(p.opts.Family))
 		// Somebody's rule that is in the way of removing a chain.
 		restore("*nat\n:KUBE-SVC-USED - [0:0]\n-A INPUT -j KUBE-SVC-USED\nCOMMIT\n")
@@ -256,22 +257,25 @@ func TestTakesOverFromKubeProxyAndGivesBack(t *testing.T) {
 				t.Errorf("%s has %d times %s", j.table, n, line)
 			}
 		}
-		mustSync(t, newProxier(t, p.opts.Family, p.tools.backend), desired, plan.Change{All: true})
+		mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), desired, plan.Change{All: true})
 		if diff := cmp.Diff(after, saved(t, p)); diff != "" {
 			t.Errorf("a restart changes the rules:\n%s", diff)
 		}
 
 		// kube-proxy rewrites its chains of the nat table and removes all that
 		// have its prefixes.
-		l, err := p.tools.list(context.Background(), "nat")
+		l, err := p.tools.List(context.Background(), "nat", isOurs)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var back script
-		edits := []edit{{name: servicesChain}, {name: nodePortsChain}, {name: postroutingChain}}
-		back.table(nat, withoutStale(edits, l.stale()))
+		var back xtables.Script
+		chains := []chain{{Name: servicesChain}, {Name: nodePortsChain}, {Name: postroutingChain}}
+		for _, name := range staleChains(l) {
+			chains = append(chains, xtables.Removal(name))
+		}
+		back.Add("nat", chains)
 		restore(back.String())
-		for _, chain := range regexp.MustCompile(`(?m)^:KUBE-\S+`).FindAllString(run(t, "", p.tools.save, "-t", "nat"), -1) {
+		for _, chain := range regexp.MustCompile(`(?m)^:KUBE-\S+`).FindAllString(run(t, "", p.tools.Save, "-t", "nat"), -1) {
 			if isServiceChain(chain[1:]) && chain != ":KUBE-SVC-USED" {
 				t.Errorf("kube-proxy would leave %s behind", chain)
 			}
@@ -281,7 +285,7 @@ func TestTakesOverFromKubeProxyAndGivesBack(t *testing.T) {
 
 func TestForeignRulesStay(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
-		run(t, foreignRules, p.tools.restore, "--noflush")
+		run(t, foreignRules, p.tools.Restore, "--noflush")
 		before := saved(t, p)
 		w := newWorld(p.opts.Family, 8)
 		desired := w.plan(50)
@@ -313,7 +317,7 @@ func TestCleanupLeavesWhatOthersUse(t *testing.T) {
 		desired := w.plan(5)
 		desired.Node.RouteSources = w.routeSources()
 		mustSync(t, p, desired, plan.Change{All: true})
-		run(t, "*nat\n:CNI-X - [0:0]\n:CNI-Y - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\n-A CNI-Y -j KUBE-POSTROUTING\n-A POSTROUTING -j CNI-Y\nCOMMIT\n", p.tools.restore, "--noflush")
+		run(t, "*nat\n:CNI-X - [0:0]\n:CNI-Y - [0:0]\n-A CNI-X -p tcp -j KUBE-MARK-MASQ\n-A PREROUTING -j CNI-X\n-A CNI-Y -j KUBE-POSTROUTING\n-A POSTROUTING -j CNI-Y\nCOMMIT\n", p.tools.Restore, "--noflush")
 		for range 2 {
 			if _, err := Cleanup(p.opts.Family); err != nil {
 				t.Fatal(err)
@@ -378,7 +382,7 @@ func TestFailureNamesTheServiceAndIsUndone(t *testing.T) {
 		desired.Services[sp.Name] = sp
 		mustSync(t, p, desired, plan.Change{All: true})
 		repaired := saved(t, p)
-		fresh := newProxier(t, p.opts.Family, p.tools.backend)
+		fresh := newProxier(t, p.opts.Family, p.tools.Backend)
 		mustSync(t, fresh, desired, plan.Change{All: true})
 		if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(repaired)); diff != "" {
 			t.Errorf("after the failures (-fresh +repaired)\n%s", diff)
@@ -392,7 +396,7 @@ func TestLockHeldByAnother(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "xtables.lock")
 	t.Setenv("XTABLES_LOCKFILE", path)
 	p := newProxier(t, plan.IPv4, Legacy)
-	p.tools.wait = time.Second
+	p.tools.Wait = time.Second
 	w := newWorld(plan.IPv4, 1)
 	desired := w.plan(3)
 	mustSync(t, p, desired, plan.Change{All: true})
@@ -444,7 +448,7 @@ func TestBackendFollowsTheNode(t *testing.T) {
 			t.Run(f.String()+" "+c.name, func(t *testing.T) {
 				ownNamespace(t)
 				for tool, rules := range c.setup {
-					run(t, rules, commandName(f)+"-"+tool+"-restore", "--noflush")
+					run(t, rules, xtables.CommandName(f)+"-"+tool+"-restore", "--noflush")
 				}
 				var log bytes.Buffer
 				p, err := New(proxier.Options{Family: f}, Tuning{Logger: slog.New(slog.NewTextHandler(&log, nil))})
@@ -467,7 +471,7 @@ func TestSupported(t *testing.T) {
 		}
 		for _, b := range []Backend{Legacy, NFT} {
 			p := newProxier(t, f, b)
-			if err := p.tools.probe(); err != nil {
+			if err := probe(p.tools, features(f)); err != nil {
 				t.Errorf("%s %s: %v", b, f, err)
 			}
 			if left := saved(t, p); strings.Contains(left, probeChain) {
@@ -476,7 +480,7 @@ func TestSupported(t *testing.T) {
 		}
 		_, err := New(proxier.Options{Family: f}, Tuning{Backend: "other"})
 		var unsupported *proxier.UnsupportedError
-		if !errors.As(err, &unsupported) || !strings.Contains(err.Error(), commandName(f)+"-other") {
+		if !errors.As(err, &unsupported) || !strings.Contains(err.Error(), xtables.CommandName(f)+"-other") {
 			t.Errorf("without the tools New says %v", err)
 		}
 	}
@@ -485,12 +489,8 @@ func TestSupported(t *testing.T) {
 // TestMissingFeatureIsNamed lets the probe ask for what no kernel has.
 func TestMissingFeatureIsNamed(t *testing.T) {
 	ownNamespace(t)
-	old := features
-	defer func() { features = old }()
-	features = append(slices.Clone(old), old[0])
-	features[len(old)].name, features[len(old)].rule = "the target NOSUCH", " -j NOSUCH"
 	for _, b := range []Backend{Legacy, NFT} {
-		err := newProxier(t, plan.IPv4, b).tools.probe()
+		err := probe(newProxier(t, plan.IPv4, b).tools, append(features(plan.IPv4), feature{"the target NOSUCH", nat, " -j NOSUCH"}))
 		var unsupported *proxier.UnsupportedError
 		if !errors.As(err, &unsupported) || unsupported.Missing != "the target NOSUCH" {
 			t.Errorf("%s: %v", b, err)
@@ -505,7 +505,7 @@ func TestLocalhostNodePorts(t *testing.T) {
 			p := newProxier(t, plan.IPv4, b)
 			// As the kubelet writes it.
 			run(t, "*filter\n:KUBE-FIREWALL - [0:0]\n-A INPUT -j KUBE-FIREWALL\n-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\""+
-				" --dst 127.0.0.0/8 ! --src 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP\nCOMMIT\n", p.tools.restore, "--noflush")
+				" --dst 127.0.0.0/8 ! --src 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP\nCOMMIT\n", p.tools.Restore, "--noflush")
 			desired := planOf(plan.IPv4)
 			desired.Node.NodePortAddrs.All = true
 			mustSync(t, p, desired, plan.Change{All: true})

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"signalbox/internal/xtables"
 )
 
 // model does what iptables-restore --noflush and the kernel do with a script,
@@ -46,7 +48,7 @@ func (m *model) apply(input string, seen func()) error {
 			if !ok {
 				return fail("no such chain")
 			}
-			if target := jumpTarget(rule); !isBuiltinTarget(target) {
+			if target := xtables.JumpTarget(rule); !isBuiltinTarget(target) {
 				if _, ok := chains[target]; !ok {
 					return fail("no such target")
 				}
@@ -61,7 +63,7 @@ func (m *model) apply(input string, seen func()) error {
 				return fail("missing or not empty")
 			}
 			for name, rules := range chains {
-				if slices.ContainsFunc(rules, func(r string) bool { return jumpTarget(r) == rest }) {
+				if slices.ContainsFunc(rules, func(r string) bool { return xtables.JumpTarget(r) == rest }) {
 					return fail("in use by " + name)
 				}
 			}

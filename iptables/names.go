@@ -23,7 +23,7 @@ var tableNames = [tableCount]string{nat: "nat", filter: "filter"}
 
 func (t table) String() string { return tableNames[t] }
 
-// The chains that built-in chains jump to and those that other software calls.
+// The chains that built-in chains jump to, and those that other software uses.
 const (
 	servicesChain         = "KUBE-SERVICES"
 	externalServicesChain = "KUBE-EXTERNAL-SERVICES"
@@ -48,9 +48,19 @@ var fixedChains = [tableCount][]string{
 const (
 	clusterPrefix  = "KUBE-SVC-" // an endpoint set
 	localPrefix    = "KUBE-SVL-" // an endpoint set for outside traffic only
-	externalPrefix = "KUBE-EXT-" // tells origins apart, marks for masquerade
-	sourcesPrefix  = "KUBE-FW-"  // admits source ranges
+	externalPrefix = "KUBE-EXT-" // chooses a set by traffic source, masquerades
+	sourcesPrefix  = "KUBE-FW-"  // allows source ranges
 	endpointPrefix = "KUBE-SEP-" // one endpoint
+)
+
+// Chains of this mode alone. kube-proxy removes them, because they have
+// prefixes of its own. The 0 after these is in no hash, and sorts before all of
+// them: see script.table.
+const (
+	externalPortsChain = externalPrefix + "0NP"
+	hairpinChain       = clusterPrefix + "0HP"
+	routeSourcesChain  = clusterPrefix + "0SRC"
+	digestPrefix       = clusterPrefix + "0D-"
 )
 
 // servicePrefixes are all prefixes under which chains come and go, with those
@@ -61,15 +71,20 @@ func isServiceChain(name string) bool {
 	return slices.ContainsFunc(servicePrefixes, func(p string) bool { return strings.HasPrefix(name, p) })
 }
 
+// isOurs says whether this mode writes and removes the chain, in some table.
+func isOurs(name string) bool {
+	return isServiceChain(name) || slices.Contains(fixedChains[nat], name) || slices.Contains(fixedChains[filter], name)
+}
+
 // hash is the part of a chain name after its prefix: 80 bits of SHA-256.
 func hash(s string) string {
 	sum := sha256.Sum256([]byte(s))
 	return base32.StdEncoding.EncodeToString(sum[:10])
 }
 
-// portHash tells the chains of one ServicePort from those of others. The first
+// portHash is the hash in the names of one ServicePort's chains. The first
 // chain with a prefix has kube-proxy's name for it, so that a takeover replaces
-// its contents in place; the others are numbered.
+// its contents in place. The others are numbered.
 func portHash(n plan.ServicePortName, ordinal int) string {
 	s := n.String() + n.Protocol.String()
 	if ordinal > 0 {
@@ -78,20 +93,20 @@ func portHash(n plan.ServicePortName, ordinal int) string {
 	return hash(s)
 }
 
-// endpointChain is also the name of the endpoint's list of clients. It is
-// kube-proxy's, so that affinity survives a takeover in both directions.
+// endpointChain is also the name of the endpoint's list of clients. It is the
+// name that kube-proxy gives, so that affinity survives a takeover in both directions.
 func endpointChain(n plan.ServicePortName, e plan.Endpoint) string {
 	return endpointPrefix + hash(n.String()+n.Protocol.String()+e.AddrPort.String())
 }
 
-// bucketChain is one part of the endpoint set that is too large for one chain.
+// bucketChain is one part of an endpoint set that is too large for one chain.
 func bucketChain(set string, bucket int) string {
 	return clusterPrefix + hash(set+"/"+strconv.Itoa(bucket))
 }
 
-// comment is the match that carries text for people. Names come from
-// manifests too, where nothing has checked them, and must not be able to end
-// the quotation or the line.
+// comment is the match that carries text for people. Names may come from
+// manifests that nobody has validated: they must not end the quotation or the
+// line.
 func comment(text string) string {
 	const limit = 240 // the kernel keeps 255 bytes
 	if len(text) > limit {

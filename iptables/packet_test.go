@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"signalbox/internal/xtables"
 	"signalbox/proxier/plan"
 )
 
@@ -68,7 +69,7 @@ func (w *walker) walk(stack []position, mark string, probability float64, out ou
 			w.walk(slices.Clone(stack), mark, probability*(1-chance), out)
 			probability *= chance
 		}
-		switch target := jumpTarget(rule); target {
+		switch target := xtables.JumpTarget(rule); target {
 		case "RETURN":
 			stack = stack[:len(stack)-1]
 		case "MARK":

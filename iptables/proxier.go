@@ -8,6 +8,9 @@ import (
 	"slices"
 	"time"
 
+	"github.com/coreos/go-iptables/iptables"
+
+	"signalbox/internal/xtables"
 	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -16,9 +19,18 @@ import (
 // Mode is the name of this mode.
 const Mode = "iptables"
 
-// Tuning is what New may be told beyond what every mode needs.
+// Backend is the variant of the iptables tools.
+type Backend = xtables.Backend
+
+// The two variants.
+const (
+	Legacy = xtables.Legacy
+	NFT    = xtables.NFT
+)
+
+// Tuning holds options of New that other modes do not have.
 type Tuning struct {
-	// Backend is chosen as the node's other software has chosen when empty.
+	// Backend is the one that the node's other software uses if empty.
 	Backend Backend
 	// LockWait bounds the wait for other programs that change rules; 5 s when
 	// zero, and never less than one second.
@@ -32,11 +44,11 @@ type Tuning struct {
 type Proxier struct {
 	proxier.Defaults
 	opts  proxier.Options
-	tools *tools
+	tools *xtables.Tools
 	// state is what the kernel holds; nil while that is not known.
 	state *state
-	// written is what the last Sync wrote.
-	written counts
+	// written is the number of rules that the last Sync wrote.
+	written [tableCount]int
 	// problems are the kernel settings that could not be made; see
 	// KernelProblems.
 	problems []*node.KernelProblem
@@ -51,64 +63,46 @@ func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
 		tune = tuning[0]
 	}
 	if tune.LockWait == 0 {
-		tune.LockWait = defaultWait
+		tune.LockWait = xtables.DefaultWait
 	}
 	if tune.Logger == nil {
 		tune.Logger = slog.Default()
 	}
-	t, why, err := pickTools(opts.Family, tune)
+	t, why, err := xtables.Choose(context.Background(), opts.Family, tune.Backend, tune.LockWait)
 	if err != nil {
 		return nil, err
 	}
-	tune.Logger.Info("iptables backend", "family", opts.Family.String(), "backend", string(t.backend), "reason", why, "program", t.restore)
+	tune.Logger.Info("iptables backend", "family", opts.Family.String(), "backend", string(t.Backend), "reason", why, "program", t.Restore)
 	return &Proxier{opts: opts, tools: t}, nil
 }
 
-func pickTools(f plan.Family, tune Tuning) (t *tools, why string, err error) {
-	if tune.Backend != "" {
-		why = "asked for"
-		if t, err = findTools(f, tune.Backend, tune.LockWait); err != nil {
-			missing := missingTools(f, noteworthy(err))
-			missing.Missing += "-" + string(tune.Backend)
-			return nil, "", missing
-		}
-	} else if t, why, err = chooseTools(context.Background(), f, tune.LockWait); err != nil {
-		return nil, "", err
+// Init makes the kernel setting that NodePorts on 127.0.0.1 need, if these are
+// wanted. A Proxier then finds it made and does not need the right to make it.
+func Init(opts proxier.Options, localhost bool) error {
+	p, err := New(opts)
+	if err != nil {
+		return err
 	}
-	if slices.Compare(t.version[:], oldestVersion[:]) < 0 {
-		return nil, "", &proxier.UnsupportedError{
-			Mode: Mode, Family: f, Missing: fmt.Sprintf("%s %s or newer", commandName(f), versionString(oldestVersion)),
-			Remedy: "update the package iptables", Err: fmt.Errorf("%s is version %s", t.command, versionString(t.version)),
-		}
-	}
-	return t, why, nil
+	err = p.prepareNode(&plan.Node{LocalhostNodePorts: localhost})
+	return errors.Join(err, node.JoinProblems(p.problems), p.Close())
 }
 
-func versionString(v [3]int) string { return fmt.Sprintf("%d.%d.%d", v[0], v[1], v[2]) }
-
 // Backend is the variant that New chose.
-func (p *Proxier) Backend() Backend { return p.tools.backend }
+func (p *Proxier) Backend() Backend { return p.tools.Backend }
 
 // TakenOver implements proxier.Proxier.
 func (p *Proxier) TakenOver() proxier.TakenOver {
-	return proxier.TakenOver{IPTables: string(p.tools.backend)}
+	return proxier.TakenOver{IPTables: string(p.tools.Backend)}
 }
 
 // Intact implements proxier.Proxier.
-func (p *Proxier) Intact(ctx context.Context) (bool, error) {
-	t, err := findTools(p.opts.Family, p.tools.backend, defaultWait)
-	if err != nil {
-		return false, err
-	}
-	return t.signed(ctx)
-}
+func (p *Proxier) Intact(ctx context.Context) (bool, error) { return wrote(ctx, p.tools) }
 
 // Close implements proxier.Proxier.
 func (p *Proxier) Close() error { return nil }
 
-// Sync implements proxier.Proxier. A change of what tells local Pods from
-// others is in the rules of nearly every Service and writes everything anew,
-// as change.All does.
+// Sync implements proxier.Proxier. The rules of nearly every Service tell local
+// Pods from others: a change of these writes everything anew, as change.All does.
 func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
 	if err := plan.For(ctx, Mode, p.opts.Family); err != nil {
 		return err
@@ -122,7 +116,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 		}
 	}
 	t := p.state.change(plan, change)
-	if err := p.apply(ctx, &t.script); err != nil {
+	if err := p.apply(ctx, t.script()); err != nil {
 		t.rollback()
 		return err
 	}
@@ -130,87 +124,117 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 	return nil
 }
 
-// needsFull says whether rules of Services, or the frame, depend on what changed.
-func (s *state) needsFull(node *plan.Node) bool {
-	a, b := &s.node.LocalPods, &node.LocalPods
-	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix ||
-		!slices.Equal(s.node.OwnPods, node.OwnPods)
-}
-
-// full writes everything, removes what is left of earlier proxies, and puts in
-// the jumps that are missing: those that are there stay where they are. What an
-// earlier process wrote, and is as it should be, is not written again.
+// full writes everything, removes what earlier proxies left, and inserts the
+// missing jumps: existing ones keep their place. If an earlier process left the
+// tables as they should be, it writes no chain.
 func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
-	client, err := p.tools.client()
+	client, err := p.tools.Client()
 	if err != nil {
 		return err
 	}
-	var held [tableCount]*listing
-	var stale [tableCount][]string
+	var kernel [tableCount]*xtables.Listing
 	for t := range tableCount {
-		l, err := p.tools.list(ctx, t.String())
-		if err != nil {
+		if kernel[t], err = p.tools.List(ctx, t.String(), isOurs); err != nil {
 			return err
 		}
-		held[t], stale[t] = l, l.stale()
 	}
-	missing, err := missingJumps(client, held)
+	missing, err := missingJumps(client, kernel)
 	if err != nil {
 		return err
 	}
-	next, err := newState(p.opts, plan.Node, p.tools.facts())
+	next, err := newState(p.opts, plan.Node.LocalPods, dropInvalid())
 	if err != nil {
 		return err
 	}
 	if err := p.prepareNode(&plan.Node); err != nil {
 		return err
 	}
-	script := next.full(plan, stale, missing)
-	if !p.started && next.holds(nat, held[nat]) && next.holds(filter, held[filter]) {
-		script = onlyJumps(missing)
+	t := next.change(plan, everything(plan))
+	var script *xtables.Script
+	if !p.started && t.match(nat, kernel[nat]) && t.match(filter, kernel[filter]) {
+		script = &xtables.Script{}
+		for table := range tableCount {
+			script.Add(table.String(), nil, jumpLines(table, missing)...)
+		}
+	} else {
+		script = t.fullScript(kernel, missing)
 	}
 	if err := p.apply(ctx, script); err != nil {
 		return err
 	}
+	t.commit()
 	p.state, p.started = next, true
 	return nil
 }
 
-// onlyJumps puts in jumps that somebody removed; nothing where there are none.
-func onlyJumps(missing []jump) *script {
-	w := &script{}
-	for t := range tableCount {
-		if lines := jumpLines(t, missing); len(lines) > 0 {
-			w.section(t.String(), nil, lines)
+// missingJumps are those of jumps that the kernel does not have. If the listing
+// has no rule with the text of a jump, the tools are asked, because not all of
+// their versions write the same text.
+func missingJumps(client *iptables.IPTables, kernel [tableCount]*xtables.Listing) ([]jump, error) {
+	var missing []jump
+	for _, j := range jumps {
+		l := kernel[j.table]
+		exists := slices.Contains(l.Builtin, "-A "+j.from+j.rule())
+		if !exists && slices.Contains(l.Chains, j.target) {
+			args := []string{"-m", "comment", "--comment", j.comment, "-j", j.target}
+			if j.newOnly {
+				args = append([]string{"-m", "conntrack", "--ctstate", "NEW"}, args...)
+			}
+			var err error
+			if exists, err = client.Exists(j.table.String(), j.from, args...); err != nil {
+				return nil, fmt.Errorf("jump from %s %s to %s: %w", j.table, j.from, j.target, err)
+			}
+		}
+		if !exists {
+			missing = append(missing, j)
 		}
 	}
-	return w
+	return missing, nil
 }
 
-// apply forgets the state where it may have become another one.
-func (p *Proxier) apply(ctx context.Context, s *script) error {
-	err := p.tools.apply(ctx, s)
-	if err == nil {
-		p.written = s.rules
+// apply forgets the state if the kernel may hold another one.
+func (p *Proxier) apply(ctx context.Context, s *xtables.Script) error {
+	if err := p.tools.Apply(ctx, *s); err != nil {
+		if errors.Is(err, proxier.ErrUnknownState) {
+			p.state = nil
+		}
+		return fmt.Errorf("%s: %w", p.tools.Restore, err)
+	}
+	for t := range tableCount {
+		p.written[t] = s.Rules(t.String())
+	}
+	return nil
+}
+
+// Counts implements proxier.Proxier.
+func (p *Proxier) Counts() []proxier.KernelObjects {
+	if p.state == nil {
 		return nil
 	}
-	if errors.Is(err, proxier.ErrUnknownState) {
-		p.state = nil
+	var out []proxier.KernelObjects
+	for t := range tableCount {
+		count := p.state.sizes[t].Rules
+		for _, j := range jumps {
+			if j.table == t {
+				count++
+			}
+		}
+		out = append(out, proxier.KernelObjects{Table: t.String(), Kind: "rule", Count: count, Written: p.written[t]})
 	}
-	return fmt.Errorf("%s: %w", p.tools.restore, err)
+	return out
 }
 
 const routeLocalnet = "net/ipv4/conf/all/route_localnet"
 
 // prepareNode makes the kernel route packets between NodePorts on 127.0.0.1
-// and Pods, where these are wanted. It is never undone: other software may
-// need it by then. Where the setting cannot be made, everything else is served.
+// and Pods, if these are wanted. It is never undone: other software may need
+// it by then. If the setting cannot be made, everything else is served.
 func (p *Proxier) prepareNode(wanted *plan.Node) error {
 	if !wanted.LocalhostNodePorts || p.opts.Family != plan.IPv4 {
 		p.problems = nil
 		return nil
 	}
-	client, err := p.tools.client()
+	client, err := p.tools.Client()
 	if err != nil {
 		return err
 	}
@@ -221,6 +245,36 @@ func (p *Proxier) prepareNode(wanted *plan.Node) error {
 	p.problems = nil
 	if problem := node.SetSysctl(routeLocalnet, "1", "NodePorts are not served on 127.0.0.1"); problem != nil {
 		p.problems = []*node.KernelProblem{problem}
+	}
+	return nil
+}
+
+// firewallRule keeps other hosts from talking to 127.0.0.1, which the kernel
+// allows once route_localnet is set. It is the kubelet's rule, byte by byte,
+// so that each finds the other's.
+var firewallRule = []string{
+	"-m", "comment", "--comment", "block incoming localnet connections",
+	"--dst", "127.0.0.0/8", "!", "--src", "127.0.0.0/8",
+	"-m", "conntrack", "!", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "DROP",
+}
+
+// addLocalnetFirewall adds firewallRule to the chain shared with the kubelet.
+func addLocalnetFirewall(client *iptables.IPTables) error {
+	table := filter.String()
+	exists, err := client.ChainExists(table, firewallChain)
+	if err == nil && !exists {
+		err = client.NewChain(table, firewallChain)
+	}
+	if err == nil {
+		err = client.AppendUnique(table, firewallChain, firewallRule...)
+	}
+	for _, from := range []string{"OUTPUT", "INPUT"} {
+		if err == nil {
+			err = client.InsertUnique(table, from, 1, "-j", firewallChain)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("chain %s: %w", firewallChain, err)
 	}
 	return nil
 }

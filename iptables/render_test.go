@@ -133,7 +133,7 @@ func TestKernelTakesTheExamples(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			run(t, string(input), p.tools.restore, "--noflush")
+			run(t, string(input), p.tools.Restore, "--noflush")
 			held := saved(t, p)
 			if want, got := strings.Count(string(input), "\n-A "), strings.Count(held, "\n-A "); want != got {
 				t.Errorf("%s has %d rules, the kernel holds %d:\n%s", path, want, got, held)

@@ -20,11 +20,11 @@ func recorded(t *testing.T, p *Proxier) (note string) {
 	dir := t.TempDir()
 	note = filepath.Join(dir, "note")
 	path := filepath.Join(dir, "restore")
-	script := "#!/bin/sh\necho restore >> " + note + "\nexec " + p.tools.restore + " \"$@\"\n"
+	script := "#!/bin/sh\necho restore >> " + note + "\nexec " + p.tools.Restore + " \"$@\"\n"
 	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	p.tools.restore = path
+	p.tools.Restore = path
 	return note
 }
 
@@ -97,7 +97,7 @@ func TestResumeDamaged(t *testing.T) {
 				desired := newWorld(p.opts.Family, 4).plan(20)
 				mustSync(t, p, desired, plan.Change{All: true})
 				before := sortedLines(saved(t, p))
-				if out, err := exec.CommandContext(context.Background(), p.tools.command, damage...).CombinedOutput(); err != nil {
+				if out, err := exec.CommandContext(context.Background(), p.tools.Command, damage...).CombinedOutput(); err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
 				mustSync(t, newProxier(t, p.opts.Family, p.Backend()), desired, plan.Change{})

@@ -12,18 +12,21 @@ import (
 
 	"signalbox/proxier"
 
+	"signalbox/internal/xtables"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )
 
 func stateOf(t testing.TB, plan *plan.Plan) (*state, *model) {
 	t.Helper()
-	s, err := newState(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node, facts{dropInvalid: true, randomFully: true})
+	s, err := newState(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node.LocalPods, true)
 	if err != nil {
 		t.Fatal(err)
 	}
 	m := newModel()
-	m.mustApply(t, s.full(plan, [tableCount][]string{}, jumps).String())
+	tr := s.change(plan, everything(plan))
+	m.mustApply(t, tr.fullScript([tableCount]*xtables.Listing{{}, {}}, jumps).String())
+	tr.commit()
 	return s, m
 }
 
@@ -46,15 +49,23 @@ func FuzzChanges(f *testing.F) {
 				plan.Services, plan.Node = before, s.node
 				continue
 			}
-			kernel.mustApply(t, tr.script.String())
+			kernel.mustApply(t, tr.script().String())
 			tr.commit()
 		}
-		_, want := stateOf(t, plan)
+		fresh, want := stateOf(t, plan)
 		if diff := cmp.Diff(want.dump(), kernel.dump()); diff != "" {
 			t.Errorf("a full sync writes something else than %d changes (-full +changes):\n%s", changes, diff)
 		}
-		if !maps.Equal(s.services, plan.Services) {
-			t.Error("the state does not know the Services of the plan")
+		known := func(s *state) []string {
+			return slices.Sorted(func(yield func(string) bool) {
+				for name := range s.services {
+					yield(name.String())
+				}
+			})
+		}
+		if s.totals != fresh.totals || !maps.Equal(s.written[nat], fresh.written[nat]) || !maps.Equal(s.written[filter], fresh.written[filter]) ||
+			!slices.Equal(known(s), known(fresh)) {
+			t.Errorf("the state after %d changes is not that of a full sync: %+v, want %+v", changes, s.totals, fresh.totals)
 		}
 	})
 }
@@ -134,13 +145,13 @@ func TestNoWrongMoment(t *testing.T) {
 			change.Services = append(change.Services, sp.Name)
 		}
 		tr := s.change(desired, change)
-		err := kernel.apply(tr.script.String(), func() {
+		err := kernel.apply(tr.script().String(), func() {
 			for name, sp := range desired.Services {
 				f, old := &sp.Frontends[0], &before[name].Frontends[0]
 				for p, origin := range w.packets(f, name.Protocol) {
 					got, _ := kernel.fate(p)
 					if !got.near(expected(f, origin, p.src)) && !got.near(expected(old, origin, p.src)) {
-						t.Fatalf("seed %d: %s at %s: a packet of origin %d meets %v\n%s", seed, name, f.Key(name.Protocol), origin, got, tr.script.String())
+						t.Fatalf("seed %d: %s at %s: a packet of origin %d meets %v\n%s", seed, name, f.Key(name.Protocol), origin, got, tr.script().String())
 					}
 				}
 			}
@@ -184,7 +195,7 @@ func TestOneServiceIsWrittenAlone(t *testing.T) {
 		desired.Services[sp.Name] = sp
 		tr := s.change(desired, plan.Change{Services: []plan.ServicePortName{sp.Name}})
 		tr.commit()
-		return tr.script.String()
+		return tr.script().String()
 	}
 	moved := script(conformance.FleetService(plan.IPv4, 7, 500001, endpoints))
 	if n := len(moved); n > 1600 || strings.Contains(moved, "*filter") {

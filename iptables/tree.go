@@ -8,15 +8,16 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// The digits of a key are four bits each: of the address from its end, because
-// the last bits of addresses that are handed out in sequence or at random
-// differ most; then the protocol; then the port from its begin, because a match
-// on ports takes a range. Keys of node ports begin with the protocol.
+// A dispatch tree leads a packet to the rules for its destination. The digits
+// of a key are four bits each: of the address from its end, because the last
+// bits of addresses that are assigned in sequence or at random differ most;
+// then the protocol; then the port from its start, because a match on ports
+// takes a range. Keys of node ports begin with the protocol.
 //
-// A node with more than leafSize items has children by the first digit in which
-// its keys differ; other nodes are leaves and hold the items. Nothing else
-// decides about a tree's shape, so that trees with the same items are equal,
-// whatever the order in which those came and whatever went before them.
+// A node with more than leafSize entries has children by the first digit in
+// which its keys differ; other nodes are leaves and hold the entries. Nothing
+// else decides about a tree's shape. So trees with the same entries are equal,
+// in whatever order those came and whatever was there before.
 
 const (
 	fanOut    = 16
@@ -30,35 +31,34 @@ type tree struct {
 	treeShape
 	family plan.Family
 	top    *treeNode
-	// tail are the rules at the end of the root chain, whatever is in the tree.
-	tail []string
+	// rootRules are at the end of the root chain, whatever is in the tree.
+	rootRules []string
 	// uses counts how often an address was put, in a tree of addresses.
 	uses map[netip.Addr]int
-	// changed holds the paths whose chains may have changed: see id.
-	changed map[string]struct{}
-	// written are the chains as takeChanges or all returned them, by path.
-	written map[string]chainSum
-	rules   int // in written
+	// dirty holds the paths whose chains may have changed: see id.
+	dirty map[string]struct{}
 }
 
-// treeNode is a leaf where children is nil.
+// treeNode is a leaf if children is nil.
 type treeNode struct {
 	// path is what the digits of all keys below begin with. A leaf's path ends
-	// with the digit by which its parent knows it.
+	// with the digit that leads its parent to it.
 	path     []byte
-	count    int // items in and below it
+	count    int // entries in and below it
 	children *[fanOut]*treeNode
-	items    []*item // sorted by compareItems
+	entries  []*entry // sorted by compareEntries
 }
 
 func newTree(id treeID, family plan.Family) *tree {
-	return &tree{
+	t := &tree{
 		treeShape: treeShapes[id], family: family, top: &treeNode{},
-		uses: map[netip.Addr]int{}, changed: map[string]struct{}{}, written: map[string]chainSum{},
+		uses: map[netip.Addr]int{}, dirty: map[string]struct{}{},
 	}
+	t.markDirty(t.top)
+	return t
 }
 
-func compareItems(a, b *item) int {
+func compareEntries(a, b *entry) int {
 	return cmp.Or(a.key.Addr.Compare(b.key.Addr), cmp.Compare(a.key.Port, b.key.Port),
 		cmp.Compare(a.key.Protocol, b.key.Protocol), a.owner.Compare(b.owner))
 }
@@ -97,14 +97,14 @@ func commonDigits(a, b []byte) int {
 	return n
 }
 
-// sizeClass is 0 for leaves, 1 for up to 256 items below, 2 for up to 4,096, and
-// 3 for more. It never rises on the way down.
+// sizeClass is 0 for leaves, 1 for up to 256 entries below, 2 for up to 4,096,
+// and 3 for more. It never rises on the way down.
 //
 // Nodes of the same class that hang together are a group. The chain of its top
 // node leads to each of the others, which leads to children of lower classes
 // only. So a packet passes at most two chains for each class and a leaf, however
 // many nodes are on its way. In a class but the last a node has at least a
-// sixteenth of the items that the top node has, which bounds the rules.
+// sixteenth of the entries that the top node has, which bounds the rules.
 func (n *treeNode) sizeClass() int {
 	if n.children == nil {
 		return 0
@@ -140,8 +140,8 @@ func (n *treeNode) eachOfGroup(visit func(*treeNode)) {
 	}
 }
 
-// hasChain says whether there is anything to be written in the node's chain. All
-// that is below some nodes in the middle of a group is below others of it.
+// hasChain says whether the node's chain has rules. Nodes in the middle of a
+// group may have none: all that is below them is below others of the group.
 func (n *treeNode) hasChain(leads bool) bool {
 	if leads || n.children == nil {
 		return true
@@ -154,32 +154,25 @@ func (n *treeNode) hasChain(leads bool) bool {
 	return false
 }
 
-// id is the path by which a node's chain is known: the root chain is always the
+// id is the path in the name of a node's chain: the root chain is always the
 // top node's.
-func (t *tree) id(n *treeNode) string {
+func (t *tree) id(n *treeNode) []byte {
 	if n == t.top {
-		return ""
+		return nil
 	}
-	return string(n.path)
+	return n.path
 }
 
-func (t *tree) mark(path []byte) {
-	if _, ok := t.changed[string(path)]; !ok {
-		t.changed[string(path)] = struct{}{}
-	}
-}
-
-// markNode says that the node's chain may have changed.
-func (t *tree) markNode(n *treeNode) {
-	if n == t.top {
-		t.mark(nil)
-	} else {
-		t.mark(n.path)
+// markDirty says that the node's chain may have changed.
+func (t *tree) markDirty(n *treeNode) {
+	path := t.id(n)
+	if _, ok := t.dirty[string(path)]; !ok {
+		t.dirty[string(path)] = struct{}{}
 	}
 }
 
-// find returns the node whose chain is known by path, and whether it is the top
-// of its group; nil where there is no such chain.
+// find returns the node whose chain has the path, and whether it leads its
+// group; nil if there is no such chain.
 func (t *tree) find(path string) (n *treeNode, leads bool) {
 	if path == "" {
 		return t.top, true
@@ -196,32 +189,32 @@ func (t *tree) find(path string) (n *treeNode, leads bool) {
 	return n, leads
 }
 
-// recount follows the number of items below a node on the way to a change. The
-// chains of its children depend on whether they are of its group.
+// recount changes the number of entries below a node. The chains of its
+// children depend on whether they are of its group.
 func (t *tree) recount(n *treeNode, by int) {
 	before := n.sizeClass()
 	n.count += by
-	t.markNode(n)
+	t.markDirty(n)
 	if n.sizeClass() != before {
 		for child := range n.eachChild {
-			t.markNode(child)
+			t.markDirty(child)
 		}
 	}
 }
 
-// put adds it to the tree, and returns what it replaces, if anything.
-func (t *tree) put(it *item) (old *item) {
+// put adds an entry to the tree, or replaces the one with its key and owner.
+func (t *tree) put(e *entry) {
 	if t.keys == addresses {
-		if t.uses[it.key.Addr]++; t.uses[it.key.Addr] > 1 {
-			return nil
+		if t.uses[e.key.Addr]++; t.uses[e.key.Addr] > 1 {
+			return
 		}
 	}
-	digits := t.digits(it.key)
+	digits := t.digits(e.key)
 	if leaf := t.leaf(digits); leaf != nil {
-		if i, ok := leaf.search(it); ok {
-			old, leaf.items[i] = leaf.items[i], it
-			t.markNode(leaf)
-			return old
+		if i, exists := leaf.search(e); exists {
+			leaf.entries[i] = e
+			t.markDirty(leaf)
+			return
 		}
 	}
 	at := &t.top
@@ -238,13 +231,12 @@ func (t *tree) put(it *item) (old *item) {
 		at, depth = &n.children[digits[len(n.path)]], len(n.path)+1
 	}
 	leaf := *at
-	i, _ := leaf.search(it)
-	leaf.items = slices.Insert(leaf.items, i, it)
+	i, _ := leaf.search(e)
+	leaf.entries = slices.Insert(leaf.entries, i, e)
 	t.recount(leaf, 1)
 	if leaf.count > leafSize {
 		t.split(leaf)
 	}
-	return nil
 }
 
 // leaf returns the leaf in which a key with these digits would be, or nil.
@@ -256,70 +248,68 @@ func (t *tree) leaf(digits []byte) *treeNode {
 	return n
 }
 
-func (n *treeNode) search(it *item) (int, bool) {
-	return slices.BinarySearchFunc(n.items, it, compareItems)
+func (n *treeNode) search(e *entry) (int, bool) {
+	return slices.BinarySearchFunc(n.entries, e, compareEntries)
 }
 
 // fork puts a node with this path above another one.
 func (t *tree) fork(at **treeNode, path []byte) {
 	below := *at
-	t.markNode(below)
+	t.markDirty(below)
 	*at = &treeNode{path: path, count: below.count, children: &[fanOut]*treeNode{}}
 	(*at).children[below.path[len(path)]] = below
-	t.markNode(below)
+	t.markDirty(below)
 }
 
 // split gives a leaf children, unless its keys are all the same.
 func (t *tree) split(n *treeNode) {
-	first := t.digits(n.items[0].key)
+	first := t.digits(n.entries[0].key)
 	common := len(first)
-	for _, it := range n.items[1:] {
-		common = min(common, commonDigits(first, t.digits(it.key)))
+	for _, e := range n.entries[1:] {
+		common = min(common, commonDigits(first, t.digits(e.key)))
 	}
 	if common == len(first) {
 		return
 	}
 	n.path, n.children = first[:common], &[fanOut]*treeNode{}
-	t.markNode(n)
-	for _, it := range n.items {
-		digits := t.digits(it.key)
+	t.markDirty(n)
+	for _, e := range n.entries {
+		digits := t.digits(e.key)
 		child := n.children[digits[common]]
 		if child == nil {
 			child = &treeNode{path: digits[:common+1]}
 			n.children[digits[common]] = child
 		}
-		child.items = append(child.items, it)
+		child.entries = append(child.entries, e)
 		t.recount(child, 1)
 	}
-	n.items = nil
+	n.entries = nil
 }
 
-// drop removes the item with the same key and owner and returns it; nil if
-// there is none. One that was put more than once stays.
-func (t *tree) drop(it *item) (old *item) {
-	digits := t.digits(it.key)
+// drop removes the entry with the same key and owner, if there is one. One
+// that was put more than once stays.
+func (t *tree) drop(e *entry) {
+	digits := t.digits(e.key)
 	leaf := t.leaf(digits)
 	if leaf == nil {
-		return nil
+		return
 	}
-	i, ok := leaf.search(it)
-	if !ok {
-		return nil
+	i, exists := leaf.search(e)
+	if !exists {
+		return
 	}
-	old = leaf.items[i]
 	if t.keys == addresses {
-		if t.uses[it.key.Addr]--; t.uses[it.key.Addr] > 0 {
-			return old
+		if t.uses[e.key.Addr]--; t.uses[e.key.Addr] > 0 {
+			return
 		}
-		delete(t.uses, it.key.Addr)
+		delete(t.uses, e.key.Addr)
 	}
-	leaf.items = slices.Delete(leaf.items, i, i+1)
+	leaf.entries = slices.Delete(leaf.entries, i, i+1)
 	t.shrink(&t.top, digits, 0)
-	return old
 }
 
-// shrink counts one item less on the way down, and makes what is left what it
-// would be had the item never been there.
+// shrink counts one entry less on the way down. It gives the tree the shape
+// that it would have if the entry had never been there.
 func (t *tree) shrink(at **treeNode, digits []byte, depth int) {
 	n := *at
 	t.recount(n, -1)
@@ -341,20 +331,20 @@ func (t *tree) shrink(at **treeNode, digits []byte, depth int) {
 		}
 		only = child
 	}
-	t.markNode(only)
+	t.markDirty(only)
 	*at = only
 	if only.children == nil {
 		only.path = digits[:depth]
 	}
-	t.markNode(only)
+	t.markDirty(only)
 }
 
 // merge makes a node a leaf.
 func (t *tree) merge(n *treeNode, path []byte) {
 	var collect func(*treeNode)
 	collect = func(below *treeNode) {
-		t.markNode(below)
-		n.items = append(n.items, below.items...)
+		t.markDirty(below)
+		n.entries = append(n.entries, below.entries...)
 		for child := range below.eachChild {
 			collect(child)
 		}
@@ -363,6 +353,6 @@ func (t *tree) merge(n *treeNode, path []byte) {
 		collect(child)
 	}
 	n.path, n.children = path, nil
-	t.markNode(n)
-	slices.SortFunc(n.items, compareItems)
+	t.markDirty(n)
+	slices.SortFunc(n.entries, compareEntries)
 }

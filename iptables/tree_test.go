@@ -3,6 +3,7 @@ package iptables
 import (
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -10,19 +11,32 @@ import (
 	"signalbox/proxier/plan"
 )
 
+// allChains returns every chain of the tree.
+func allChains(t *tree) []chain {
+	var markAll func(n *treeNode)
+	markAll = func(n *treeNode) {
+		t.markDirty(n)
+		for child := range n.eachChild {
+			markAll(child)
+		}
+	}
+	markAll(t.top)
+	return slices.DeleteFunc(t.takeChanges(), func(c chain) bool { return c.Gone })
+}
+
 func render(t *tree) string {
 	s := ""
-	for _, e := range t.all() {
-		s += e.name + "\n"
-		for _, r := range e.rules {
-			s += "\t" + r.text + "\n"
+	for _, c := range allChains(t) {
+		s += c.Name + "\n"
+		for _, rule := range c.Rules {
+			s += "\t" + rule + "\n"
 		}
 	}
 	return s
 }
 
-func treeItem(id treeID, key plan.FrontendKey) *item {
-	return &item{id, key, plan.ServicePortName{}, []string{" -j " + key.String()}}
+func treeEntry(id treeID, key plan.FrontendKey) *entry {
+	return &entry{entryID{id, key}, plan.ServicePortName{}, []string{" -j " + key.String()}}
 }
 
 // randomKey makes keys that crowd: few addresses, some of them with very many
@@ -42,49 +56,47 @@ func randomKey(r *rand.Rand, family plan.Family, ports bool) plan.FrontendKey {
 	return key
 }
 
-// TestTreesWithTheSameItemsAreEqual: the shape of a tree follows from its items
+// TestTreesWithTheSameEntriesAreEqual: the shape of a tree follows from its entries
 // and not from its history, and edits lead from one shape to the next.
-func TestTreesWithTheSameItemsAreEqual(t *testing.T) {
+func TestTreesWithTheSameEntriesAreEqual(t *testing.T) {
 	for seed := range uint64(30) {
 		r := rand.New(rand.NewPCG(seed, 1))
 		family, id := plan.Families[seed%2], []treeID{servicesTree, nodePortsTree}[seed/2%2]
 		grown := newTree(id, family)
-		kernel := map[string][]ownedRule{grown.root: nil}
-		items := map[plan.FrontendKey]*item{}
+		kernel := map[string][]string{}
+		entries := map[plan.FrontendKey]*entry{}
 		for round := range 40 {
 			for range r.IntN(60) {
-				it := treeItem(id, randomKey(r, family, grown.keys == ports))
+				e := treeEntry(id, randomKey(r, family, grown.keys == ports))
 				if (round/10)%2 == 1 && r.IntN(3) > 0 {
-					for _, it = range items {
+					for _, e = range entries {
 						break
 					}
-					grown.drop(it)
-					delete(items, it.key)
+					grown.drop(e)
+					delete(entries, e.key)
 					continue
 				}
-				if old := grown.put(it); (old != nil) != (items[it.key] != nil) {
-					t.Fatalf("put of %s says it replaced %v", it.key, old)
-				}
-				items[it.key] = it
+				grown.put(e)
+				entries[e.key] = e
 			}
-			for _, e := range grown.takeChanges() {
-				if delete(kernel, e.name); !e.gone {
-					kernel[e.name] = e.rules
+			for _, c := range grown.takeChanges() {
+				if delete(kernel, c.Name); !c.Gone {
+					kernel[c.Name] = c.Rules
 				}
 			}
 		}
 		fresh := newTree(id, family)
-		for _, it := range items {
-			fresh.put(it)
+		for _, e := range entries {
+			fresh.put(e)
 		}
 		if diff := cmp.Diff(render(fresh), render(grown)); diff != "" {
 			t.Fatalf("seed %d: (-fresh +grown)\n%s", seed, diff)
 		}
-		want := map[string][]ownedRule{}
-		for _, e := range fresh.all() {
-			want[e.name] = e.rules
+		want := map[string][]string{}
+		for _, c := range allChains(fresh) {
+			want[c.Name] = c.Rules
 		}
-		if diff := cmp.Diff(want, kernel, cmp.AllowUnexported(ownedRule{})); diff != "" {
+		if diff := cmp.Diff(want, kernel); diff != "" {
 			t.Fatalf("seed %d: edits lead elsewhere (-fresh +edited)\n%s", seed, diff)
 		}
 	}
@@ -95,23 +107,21 @@ func TestTreesWithTheSameItemsAreEqual(t *testing.T) {
 func TestAddressesAreThereOnce(t *testing.T) {
 	for _, family := range plan.Families {
 		tree, r := newTree(hairpinTree, family), rand.New(rand.NewPCG(1, 1))
-		var list []*item
+		var list []*entry
 		for range 100 {
-			it := treeItem(hairpinTree, plan.FrontendKey{Addr: randomKey(r, family, false).Addr})
-			list = append(list, it, it)
-			tree.put(it)
+			e := treeEntry(hairpinTree, plan.FrontendKey{Addr: randomKey(r, family, false).Addr})
+			list = append(list, e, e)
+			tree.put(e)
 		}
 		once := render(tree)
-		for _, it := range list[:100] {
-			tree.put(it)
+		for _, e := range list[:100] {
+			tree.put(e)
 		}
 		if diff := cmp.Diff(once, render(tree)); diff != "" {
 			t.Errorf("put again: (-before +after)\n%s", diff)
 		}
-		for _, it := range list[:100] {
-			if tree.drop(it) == nil {
-				t.Errorf("%s is not there", it.key)
-			}
+		for _, e := range list[:100] {
+			tree.drop(e)
 		}
 		if diff := cmp.Diff(once, render(tree)); diff != "" {
 			t.Errorf("dropped once: (-before +after)\n%s", diff)
@@ -134,7 +144,7 @@ func TestChainNames(t *testing.T) {
 				if n > len(tree.digits(plan.FrontendKey{Addr: nodeAddr(family), Protocol: plan.TCP})) {
 					break
 				}
-				name := tree.chain(string(path))
+				name := tree.chain(path)
 				if len(name) > 28 {
 					t.Errorf("%s is too long for a chain", name)
 				}

@@ -1,18 +1,15 @@
 package iptables
 
 import (
-	"hash/maphash"
 	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
 
+	"signalbox/internal/xtables"
 	"signalbox/proxier/plan"
 )
 
-// A tree leads a packet to the rules for its destination. See tree.go for how
-// keys are divided, and docs/iptables.md for why.
-//
 // nf_tables refuses rules by which a packet can come through more than
 // maxChains chains after the one on the hook. It counts goto like jump. A tree
 // takes at most treeChains of them, whatever its keys: see sizeClass.
@@ -20,6 +17,23 @@ import (
 const (
 	maxChains  = 15
 	treeChains = 2*maxSizeClass + 1
+)
+
+// chain is one chain to write or to remove.
+type chain = xtables.Chain
+
+// Levels of chains: rules jump only to chains of lower levels.
+const (
+	staticLevel uint8 = iota // every other may jump to these
+	endpointLevel
+	bucketLevel
+	setLevel
+	dispatcherLevel
+	sourcesLevel
+	treeLevel // the deepest leaf; see tree.level
+
+	masqueradeLevel  = staticLevel + 1
+	postroutingLevel = 254 // leads to a tree
 )
 
 // treeID names a tree.
@@ -44,7 +58,7 @@ type treeShape struct {
 	prefix string
 	keys   keyKind
 	// above is the number of trees that one can come to from this root.
-	above int
+	above uint8
 }
 
 // keyKind says what trees look at in keys.
@@ -53,19 +67,12 @@ type keyKind uint8
 const (
 	frontends keyKind = iota // address, protocol and port
 	ports                    // protocol and port
-	// addresses alone. Any number of ServicePorts may put an item there, which
-	// is the same for all of them and belongs to nobody.
+	// addresses alone. Any number of ServicePorts may put the same entry there,
+	// which belongs to nobody.
 	addresses
 )
 
-const (
-	externalPortsChain = externalPrefix + "0NP"
-	hairpinChain       = clusterPrefix + "0HP"
-	routeSourcesChain  = clusterPrefix + "0SRC"
-)
-
-// treeShapes keep within prefixes that kube-proxy knows. The 0 after these is
-// in no hash, and sorts before all of them: see script.table.
+// treeShapes keep within prefixes that kube-proxy knows.
 var treeShapes = [treeCount]treeShape{
 	servicesTree:      {nat, servicesChain, clusterPrefix + "0IP-", frontends, 1},
 	nodePortsTree:     {nat, nodePortsChain, clusterPrefix + "0NP-", ports, 0},
@@ -77,116 +84,45 @@ var treeShapes = [treeCount]treeShape{
 	hairpinTree:       {nat, hairpinChain, hairpinChain + "-", addresses, 0},
 }
 
-// level is higher for chains nearer to the root. There are few of them, because
-// the order of names counts within a level: see script.table.
-func (t *tree) level(n *treeNode, leads bool) level {
+// level is higher for chains nearer to the root. There are few levels, because
+// the order of names counts within a level: see xtables.Script.Add.
+func (t *tree) level(n *treeNode, leads bool) uint8 {
 	of := 2 * n.sizeClass()
 	if n == t.top {
 		of = treeChains
 	} else if !leads && of > 0 {
 		of--
 	}
-	return treeLevel + level(t.above*(treeChains+1)+of)
+	return treeLevel + t.above*(treeChains+1) + uint8(of)
 }
 
-// chainSum tells whether a chain is as it was written.
-type chainSum struct {
-	digest uint64
-	rules  int
-}
-
-var digestSeed = maphash.MakeSeed()
-
-func (e *edit) sum() chainSum {
-	var h maphash.Hash
-	h.SetSeed(digestSeed)
-	for _, r := range e.rules {
-		h.WriteString(r.text)
-		h.WriteByte('\n')
-	}
-	return chainSum{h.Sum64(), len(e.rules)}
-}
-
-// setTail replaces the rules at the end of the root chain.
-func (t *tree) setTail(rules []string) {
-	if !slices.Equal(t.tail, rules) {
-		t.tail = rules
-		t.mark(nil)
-	}
-}
-
-// edit is what must be done to a chain: it is written, or removed where gone.
-type edit struct {
-	name  string
-	level level
-	gone  bool
-	// rules with their owners; empty owners for rules of nobody in particular.
-	rules []ownedRule
-}
-
-func removal(name string) edit { return edit{name: name, level: goneLevel, gone: true} }
-
-type ownedRule struct {
-	text  string
-	owner string
-}
-
-// takeChanges returns the edits since it was last called, sorted by path. A
-// chain whose rules are the same as before is not among them.
-func (t *tree) takeChanges() []edit {
-	edits := make([]edit, 0, len(t.changed))
-	for _, path := range slices.Sorted(maps.Keys(t.changed)) {
-		n, leads := t.find(path)
-		before, existed := t.written[path]
-		if n == nil {
-			if existed {
-				delete(t.written, path)
-				t.rules -= before.rules
-				edits = append(edits, removal(t.chain(path)))
-			}
-			continue
-		}
-		if e, sum := t.render(n, leads); !existed || sum != before {
-			t.written[path] = sum
-			t.rules += sum.rules - before.rules
-			edits = append(edits, e)
+// takeChanges returns the chains that may have changed since it was last
+// called, sorted by path.
+func (t *tree) takeChanges() []chain {
+	chains := make([]chain, 0, len(t.dirty))
+	for _, path := range slices.Sorted(maps.Keys(t.dirty)) {
+		if n, leads := t.find(path); n != nil {
+			chains = append(chains, t.render(n, leads))
+		} else {
+			chains = append(chains, xtables.Removal(t.chain([]byte(path))))
 		}
 	}
-	clear(t.changed)
-	return edits
-}
-
-// all returns every chain of the tree.
-func (t *tree) all() []edit {
-	clear(t.changed)
-	clear(t.written)
-	t.rules = 0
-	var edits []edit
-	var walk func(n *treeNode, leads bool)
-	walk = func(n *treeNode, leads bool) {
-		if n.hasChain(leads) {
-			e, sum := t.render(n, leads)
-			t.written[t.id(n)] = sum
-			t.rules += sum.rules
-			edits = append(edits, e)
-		}
-		for child := range n.eachChild {
-			walk(child, child.sizeClass() < n.sizeClass())
-		}
-	}
-	walk(t.top, true)
-	return edits
+	clear(t.dirty)
+	return chains
 }
 
 // render returns the chain of a node. The chain of a group's top node first
 // looks for the other nodes of the group, those farther down before those above
 // them: what is under both belongs to the former.
-func (t *tree) render(n *treeNode, leads bool) (edit, chainSum) {
+func (t *tree) render(n *treeNode, leads bool) chain {
 	path := t.id(n)
-	e := edit{name: t.chain(path), level: t.level(n, leads)}
-	for _, it := range n.items {
-		for _, rule := range it.rules {
-			e.rules = append(e.rules, ownedRule{rule, it.owner.String()})
+	c := chain{Name: t.chain(path), Level: t.level(n, leads)}
+	for _, e := range n.entries {
+		for _, rule := range e.rules {
+			c.Rules = append(c.Rules, rule)
+			if t.keys != addresses {
+				c.Owners = append(c.Owners, e.owner.String())
+			}
 		}
 	}
 	// After goto a packet that no rule below takes comes back to the root chain
@@ -196,7 +132,7 @@ func (t *tree) render(n *treeNode, leads bool) (edit, chainSum) {
 		jump = " -j "
 	}
 	link := func(to *treeNode) {
-		e.rules = append(e.rules, ownedRule{text: t.match(to.path, len(path)) + jump + t.chain(string(to.path))})
+		c.Rules = append(c.Rules, t.match(to.path, len(path))+jump+t.chain(to.path))
 	}
 	if leads {
 		n.eachOfGroup(link)
@@ -207,23 +143,21 @@ func (t *tree) render(n *treeNode, leads bool) (edit, chainSum) {
 		}
 	}
 	if n == t.top {
-		for _, rule := range t.tail {
-			e.rules = append(e.rules, ownedRule{text: rule})
-		}
+		c.Rules = append(c.Rules, t.rootRules...)
 	}
-	return e, e.sum()
+	return c
 }
 
 // chain is the name of the chain at path. Chain names have at most 28 bytes,
-// which digits fill in IPv6 only.
-func (t *tree) chain(path string) string {
-	if path == "" {
+// which digits exceed in IPv6 only.
+func (t *tree) chain(path []byte) string {
+	if len(path) == 0 {
 		return t.root
 	}
 	const hexDigits = "0123456789abcdef"
 	s := make([]byte, len(path))
-	for i := range path {
-		s[i] = hexDigits[path[i]]
+	for i, digit := range path {
+		s[i] = hexDigits[digit]
 	}
 	if len(path) > 15 {
 		return t.prefix + hash(t.prefix + string(s))[:15]
@@ -260,8 +194,8 @@ func (t *tree) match(path []byte, first int) string {
 	return s
 }
 
-// address is the one with these digits from its end, and zeros in the place of
-// those before first.
+// address is the one with these digits from its end. The digits before first
+// count as zeros.
 func (t *tree) address(digits []byte, first int) string {
 	bytes := make([]byte, t.family.HostBits()/8)
 	for i := first; i < len(digits); i++ {

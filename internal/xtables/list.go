@@ -1,0 +1,113 @@
+package xtables
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Size is a number of chains and of the rules in them.
+type Size struct{ Chains, Rules int }
+
+// Listing is what iptables-save says of one table.
+type Listing struct {
+	Chains []string // without the built-in ones
+	// Builtin are the rules of built-in chains, as iptables-save writes them.
+	Builtin []string
+	Rules   int // of all chains
+	// used are the chains that rules in chains of other software jump to.
+	used map[string]bool
+	// Own is the size of the caller's own chains.
+	Own Size
+	// Marked says that the table has a marker rule.
+	Marked bool
+}
+
+// List reads one table. own names the caller's chains, and markers are rules
+// to look for. A table that does not exist is empty; the legacy tool then
+// creates it.
+func (t *Tools) List(ctx context.Context, table string, own func(chain string) bool, markers ...string) (*Listing, error) {
+	cmd := exec.CommandContext(ctx, t.Save, "-t", table)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	cmd.WaitDelay = time.Second
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read table %s: %w", table, err)
+	}
+	l, scanErr := parse(bufio.NewScanner(out), own, markers)
+	if err := errors.Join(cmd.Wait(), scanErr); err != nil {
+		return nil, fmt.Errorf("read table %s: %s: %w", table, strings.TrimSpace(stderr.String()), err)
+	}
+	return l, nil
+}
+
+func parse(lines *bufio.Scanner, own func(chain string) bool, markers []string) (*Listing, error) {
+	l := &Listing{used: map[string]bool{}}
+	builtin, owned := map[string]bool{}, map[string]bool{}
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		line := lines.Text()
+		if rest, ok := strings.CutPrefix(line, ":"); ok {
+			name, policy, _ := strings.Cut(rest, " ")
+			if !strings.HasPrefix(policy, "-") {
+				builtin[name] = true
+				continue
+			}
+			l.Chains = append(l.Chains, name)
+			if own != nil && own(name) {
+				owned[name] = true
+				l.Own.Chains++
+			}
+		}
+		rest, ok := strings.CutPrefix(line, "-A ")
+		if !ok {
+			continue
+		}
+		l.Rules++
+		l.Marked = l.Marked || slices.Contains(markers, line)
+		name, rule, _ := strings.Cut(rest, " ")
+		switch {
+		case builtin[name]:
+			l.Builtin = append(l.Builtin, line)
+		case owned[name]:
+			l.Own.Rules++
+		default:
+			l.used[JumpTarget(rule)] = true
+		}
+	}
+	return l, lines.Err()
+}
+
+// Used are the chains that cannot be removed: rules in other software's chains
+// jump to them, or rules in built-in chains that are not removed too.
+func (l *Listing) Used(removed func(rule string) bool) map[string]bool {
+	used := maps.Clone(l.used)
+	for _, rule := range l.Builtin {
+		if removed == nil || !removed(rule) {
+			used[JumpTarget(rule)] = true
+		}
+	}
+	return used
+}
+
+// JumpTarget is the target of a rule as iptables-save writes it, or "".
+func JumpTarget(rule string) string {
+	words := strings.Fields(rule)
+	for i := len(words) - 2; i >= 0; i-- {
+		if words[i] == "-j" || words[i] == "-g" {
+			return words[i+1]
+		}
+	}
+	return ""
+}

@@ -1,0 +1,264 @@
+// Package xtables runs the iptables tools: it finds their variant (tools.go),
+// lists a table (list.go) and restores chains (restore.go). It knows no Service.
+package xtables
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-iptables/iptables"
+
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+)
+
+// mode is the mode that needs the tools.
+const mode = "iptables"
+
+// Backend is the variant of the iptables tools.
+type Backend string
+
+// The two variants. They do not see each other's rules, and a packet passes
+// both.
+const (
+	Legacy Backend = "legacy"
+	NFT    Backend = "nft"
+)
+
+// Backends are both.
+var Backends = []Backend{NFT, Legacy}
+
+// DefaultWait bounds the wait for the lock.
+const DefaultWait = 5 * time.Second
+
+// Tools are the programs of one variant for one family. They work in the
+// network namespace of the calling thread.
+type Tools struct {
+	Backend                Backend
+	Family                 plan.Family
+	Command, Restore, Save string // paths
+	// Wait bounds the wait for the lock; it is never less than one second.
+	Wait    time.Duration
+	version [3]int
+}
+
+func (t *Tools) waitSeconds() int {
+	return max(1, int((t.Wait+time.Second-1)/time.Second))
+}
+
+// oldestVersion is the first whose iptables-restore waits for the lock, and
+// which knows --random-fully.
+var oldestVersion = [3]int{1, 6, 2}
+
+// CommandName is the name of the family's program.
+func CommandName(f plan.Family) string {
+	if f == plan.IPv6 {
+		return "ip6tables"
+	}
+	return "iptables"
+}
+
+// Missing is the error for a node without the family's tools. The reasons say
+// why those that are there do not work.
+func Missing(f plan.Family, reasons ...string) *proxier.UnsupportedError {
+	missing := &proxier.UnsupportedError{
+		Mode: mode, Family: f, Missing: "program " + CommandName(f),
+		Remedy: "install the package iptables, or use the image signalbox-iptables",
+	}
+	if len(reasons) > 0 {
+		missing.Err = errors.New(strings.Join(slices.Compact(reasons), "; "))
+	}
+	return missing
+}
+
+// Find returns the programs of a variant.
+func Find(f plan.Family, b Backend, wait time.Duration) (*Tools, error) {
+	t, reasons := find(f, b, wait)
+	if t == nil {
+		missing := Missing(f, reasons...)
+		missing.Missing += "-" + string(b)
+		return nil, missing
+	}
+	return t, nil
+}
+
+// find looks for the programs that are named after the variant or, if a system
+// has only one variant, for programs with the plain names. Programs that do not
+// exist are no reason.
+func find(f plan.Family, b Backend, wait time.Duration) (found *Tools, reasons []string) {
+	base := CommandName(f)
+	for _, name := range []string{base + "-" + string(b), base} {
+		t := &Tools{Family: f, Wait: wait}
+		err := t.locate(name)
+		switch {
+		case err == nil && t.Backend == b:
+			return t, nil
+		case err == nil:
+			reasons = append(reasons, fmt.Sprintf("%s is the %s variant", t.Command, t.Backend))
+		case !errors.Is(err, exec.ErrNotFound):
+			reasons = append(reasons, err.Error())
+		}
+	}
+	return nil, reasons
+}
+
+var versionOutput = regexp.MustCompile(`v(\d+)\.(\d+)\.(\d+)`)
+
+// locate finds the three programs, and asks the first for its variant and version.
+func (t *Tools) locate(name string) (err error) {
+	for path, program := range map[*string]string{&t.Command: name, &t.Restore: name + "-restore", &t.Save: name + "-save"} {
+		if *path, err = lookPath(program); err != nil {
+			return err
+		}
+	}
+	out, err := exec.Command(t.Command, "--version").Output()
+	if err != nil {
+		return fmt.Errorf("%s --version: %w", t.Command, err)
+	}
+	m := versionOutput.FindSubmatch(out)
+	if m == nil {
+		return fmt.Errorf("%s --version says %q, which holds no version", t.Command, out)
+	}
+	for i := range t.version {
+		t.version[i], _ = strconv.Atoi(string(m[1+i]))
+	}
+	t.Backend = Legacy
+	if strings.Contains(string(out), "nf_tables") {
+		t.Backend = NFT
+	}
+	return nil
+}
+
+// lookPath also looks where a PATH for ordinary users does not.
+func lookPath(program string) (string, error) {
+	path, err := exec.LookPath(program)
+	if err == nil {
+		return path, nil
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if path, lookErr := exec.LookPath(filepath.Join(dir, program)); lookErr == nil {
+			return path, nil
+		}
+	}
+	return "", err
+}
+
+// Choose returns the variant that is asked for or, without one, the variant
+// that the node uses; why is the reason for the log.
+func Choose(ctx context.Context, f plan.Family, asked Backend, wait time.Duration) (t *Tools, why string, err error) {
+	if asked != "" {
+		t, err = Find(f, asked, wait)
+		why = "asked for"
+	} else {
+		t, why, err = choose(ctx, f, wait)
+	}
+	if err == nil && slices.Compare(t.version[:], oldestVersion[:]) < 0 {
+		err = &proxier.UnsupportedError{
+			Mode: mode, Family: f, Missing: CommandName(f) + " " + versionString(oldestVersion) + " or newer",
+			Remedy: "update the package iptables", Err: fmt.Errorf("%s is version %s", t.Command, versionString(t.version)),
+		}
+	}
+	return t, why, err
+}
+
+func versionString(v [3]int) string { return fmt.Sprintf("%d.%d.%d", v[0], v[1], v[2]) }
+
+// choose takes the variant that the kubelet of this node uses. Without the
+// kubelet's hint it takes the one with more rules, because the rules of other
+// software must be seen; without any rules, the system's default.
+func choose(ctx context.Context, f plan.Family, wait time.Duration) (t *Tools, why string, err error) {
+	nft, nftReasons := find(f, NFT, wait)
+	legacy, legacyReasons := find(f, Legacy, wait)
+	switch {
+	case nft == nil && legacy == nil:
+		return nil, "", Missing(f, append(nftReasons, legacyReasons...)...)
+	case nft == nil:
+		return legacy, "the only variant installed", nil
+	case legacy == nil:
+		return nft, "the only variant installed", nil
+	}
+	both := []*Tools{nft, legacy}
+	for _, hint := range []string{"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"} {
+		for _, t := range both {
+			if t.HasChain(ctx, "mangle", hint) {
+				return t, "the kubelet's chain " + hint, nil
+			}
+		}
+	}
+	switch n, l := nft.countRules(ctx), legacy.countRules(ctx); {
+	case n > l:
+		return nft, fmt.Sprintf("%d rules there, %d in the other", n, l), nil
+	case l > n:
+		return legacy, fmt.Sprintf("%d rules there, %d in the other", l, n), nil
+	}
+	system := Tools{Family: f}
+	if err := system.locate(CommandName(f)); err == nil {
+		i := slices.IndexFunc(both, func(t *Tools) bool { return t.Backend == system.Backend })
+		return both[i], "the system's default", nil
+	}
+	return nft, "nothing speaks for the other", nil
+}
+
+// Client handles single rules and chains.
+func (t *Tools) Client() (*iptables.IPTables, error) {
+	protocol := iptables.ProtocolIPv4
+	if t.Family == plan.IPv6 {
+		protocol = iptables.ProtocolIPv6
+	}
+	client, err := iptables.New(iptables.IPFamily(protocol), iptables.Path(t.Command), iptables.Timeout(t.waitSeconds()))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", t.Command, err)
+	}
+	return client, nil
+}
+
+// Tables are the tables that exist. To ask the legacy tools for another would
+// create it, and load its module.
+func (t *Tools) Tables() []string {
+	if t.Backend == NFT {
+		return []string{"mangle", "nat", "filter"}
+	}
+	return LegacyTables(t.Family)
+}
+
+// LegacyTables are the tables of the legacy variant that exist.
+func LegacyTables(f plan.Family) (names []string) {
+	file, err := os.Open("/proc/thread-self/net/" + map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[f] + "_tables_names")
+	if err != nil {
+		return nil // the module is not loaded
+	}
+	defer file.Close()
+	for lines := bufio.NewScanner(file); lines.Scan(); {
+		names = append(names, lines.Text())
+	}
+	return names
+}
+
+// HasChain says whether an existing table has the chain.
+func (t *Tools) HasChain(ctx context.Context, table, name string) bool {
+	if !slices.Contains(t.Tables(), table) {
+		return false
+	}
+	l, err := t.List(ctx, table, nil)
+	return err == nil && slices.Contains(l.Chains, name)
+}
+
+func (t *Tools) countRules(ctx context.Context) int {
+	n := 0
+	for _, name := range t.Tables() {
+		if l, err := t.List(ctx, name, nil); err == nil {
+			n += l.Rules
+		}
+	}
+	return n
+}

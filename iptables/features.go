@@ -1,0 +1,156 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"signalbox/internal/xtables"
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+)
+
+// This file asks the kernel what it can do, and how full its lists are.
+
+// probeChain is added and removed again to learn what the kernel can do.
+const probeChain = clusterPrefix + "PROBE"
+
+// feature is something that rules use.
+type feature struct {
+	name  string
+	table table
+	rule  string
+}
+
+// features are what rules always use. A protocol may be missing without harm
+// to others.
+func features(f plan.Family) []feature {
+	endpoint := map[plan.Family]string{plan.IPv4: "192.0.2.1:1", plan.IPv6: "[2001:db8::1]:1"}[f]
+	return []feature{
+		{"the match addrtype (xt_addrtype)", nat, fromNode + " -j RETURN"},
+		{"the match comment (xt_comment)", nat, comment("probe") + " -j RETURN"},
+		{"the match mark (xt_mark)", nat, " -m mark --mark 0x4000/0x4000 -j RETURN"},
+		{"the match statistic (xt_statistic)", nat, " -m statistic --mode random --probability 0.5 -j RETURN"},
+		{"the match recent (xt_recent)", nat, " -m recent --name " + probeChain + " --rcheck --seconds 1 --reap --rsource -j RETURN"},
+		{"the target MARK (xt_mark)", nat, " -j MARK --or-mark 0x4000"},
+		{"the target DNAT (xt_nat)", nat, " -p tcp -j DNAT --to-destination " + endpoint},
+		{"the target MASQUERADE (xt_MASQUERADE)", nat, " -j MASQUERADE"},
+		{"the match conntrack (xt_conntrack)", filter, " -m conntrack --ctstate NEW -j RETURN"},
+		{"the target REJECT (ipt_REJECT, ip6t_REJECT)", filter, " -j REJECT"},
+	}
+}
+
+// Supported says whether this node can run the mode in one family: a
+// *proxier.UnsupportedError names what is missing. If the kernel holds the
+// rules of an earlier process, they are the answer. Otherwise the probe adds
+// an unused chain for a moment.
+func Supported(f plan.Family) error {
+	if f == plan.IPv6 {
+		if _, err := os.Stat("/proc/net/if_inet6"); err != nil {
+			return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "IPv6 in the kernel", Remedy: "start the kernel without ipv6.disable=1", Err: err}
+		}
+	}
+	ctx := context.Background()
+	t, _, err := xtables.Choose(ctx, f, "", xtables.DefaultWait)
+	if err != nil {
+		return err
+	}
+	if written, err := wrote(ctx, t); err == nil && written {
+		return nil
+	}
+	return probe(t, features(f))
+}
+
+// probe tries all features at once, and each of them if the kernel refuses.
+func probe(t *xtables.Tools, all []feature) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*t.Wait+30*time.Second)
+	defer cancel()
+	refused := tryRules(ctx, t, all...)
+	if refused == nil {
+		return nil
+	}
+	unsupported := &proxier.UnsupportedError{Mode: Mode, Family: t.Family, Missing: "a working " + t.Restore, Err: refused}
+	for _, f := range all {
+		err := tryRules(ctx, t, f)
+		if err == nil {
+			continue
+		}
+		unsupported.Missing, unsupported.Remedy, unsupported.Err = f.name, "load the module or choose another mode", err
+		if errors.Is(err, xtables.ErrNotPermitted) {
+			unsupported.Missing, unsupported.Remedy = "the capability CAP_NET_ADMIN", "run as root or give it to the container"
+		} else if err := tryRules(ctx, t, feature{table: f.table, rule: " -j RETURN"}); err != nil {
+			unsupported.Missing, unsupported.Err = fmt.Sprintf("the table %s of the %s variant", f.table, t.Backend), err
+		}
+		break
+	}
+	return unsupported
+}
+
+// tryRules lets the kernel check rules in a chain that nothing jumps to.
+func tryRules(ctx context.Context, t *xtables.Tools, tried ...feature) error {
+	var rules [tableCount][]string
+	for _, f := range tried {
+		rules[f.table] = append(rules[f.table], f.rule)
+	}
+	var try, remove xtables.Script
+	for table := range tableCount {
+		if len(rules[table]) > 0 {
+			try.Add(table.String(), []chain{{Name: probeChain, Rules: rules[table]}})
+			remove.Add(table.String(), []chain{xtables.Removal(probeChain)})
+		}
+	}
+	err := t.Apply(ctx, try)
+	if removeErr := t.Apply(ctx, remove); err == nil {
+		err = removeErr
+	}
+	return err
+}
+
+// dropInvalid: see staticChains.
+func dropInvalid() bool {
+	liberal, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
+	return err != nil || strings.TrimSpace(string(liberal)) == "0"
+}
+
+// The lists of the match recent in the network namespace of this thread, and how
+// many clients the kernel keeps on each.
+const (
+	recentLists = "/proc/thread-self/net/xt_recent"
+	recentLimit = "/sys/module/xt_recent/parameters/ip_list_tot"
+)
+
+// FullAffinityLists counts the endpoints whose list of clients is full. If one
+// more client with session affinity connects, the client that was quiet for
+// longest may get another endpoint. It reads every list, a few kilobytes each.
+func FullAffinityLists() (full int, err error) {
+	text, err := os.ReadFile(recentLimit)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil // without the module there is no list
+	}
+	limit, parseErr := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err = errors.Join(err, parseErr); err != nil {
+		return 0, fmt.Errorf("reading how many clients of session affinity the kernel keeps: %w", err)
+	}
+	lists, err := filepath.Glob(filepath.Join(recentLists, endpointPrefix+"*"))
+	if err != nil {
+		return 0, err
+	}
+	for _, list := range lists {
+		clients, err := os.ReadFile(list)
+		switch {
+		case errors.Is(err, fs.ErrNotExist): // its endpoint has gone meanwhile
+		case err != nil:
+			return 0, fmt.Errorf("counting the clients of session affinity: %w", err)
+		case bytes.Count(clients, []byte("\n")) >= limit:
+			full++
+		}
+	}
+	return full, nil
+}
