@@ -1,12 +1,23 @@
 // Package iptables is the mode that programs Services as iptables rules, with
 // the legacy or the nft variant of the tools, whichever the node uses.
 //
-// A ServicePort compiles to chains of its own (compile.go) and to rules in
-// dispatch trees (dispatch.go), which lead a new connection to those chains in
-// a number of steps that grows with the logarithm of the number of Services.
-// Both are values. A sync compares those of what was last applied with those
-// of what is wanted and hands the difference to one iptables-restore
-// (diff.go, restore.go).
+// A changed ServicePort is compiled once. Read the files in this order, which
+// is also the way of the data:
+//
+//   - proxier.go: the Proxier, its Sync, and the kernel settings of the node
+//   - compile.go: a ServicePort becomes chains of its own and entries of trees
+//   - access.go: traffic sources, source ranges, reject and drop
+//   - tree.go, treechains.go: the dispatch trees lead a new connection to those
+//     chains in a number of steps that grows with the logarithm of the number
+//     of Services; the shape of a tree, and the chains that it has
+//   - static.go: what depends on no Service: jumps, masquerade, root rules
+//   - change.go: the difference to the state becomes a script for iptables-restore
+//   - state.go: what the kernel holds, and how a new process recognises it
+//   - names.go: tables and chain names
+//   - features.go: what the kernel can do, and how full its lists are
+//   - cleanup.go: the removal of what this mode and kube-proxy wrote
+//
+// Package internal/xtables runs the tools.
 //
 // The chains that hang on the kernel's hooks, and the rules that jump to them,
 // are kube-proxy's, name by name and comment by comment. All other chains have
@@ -16,7 +27,7 @@
 //
 // Session affinity is kept in lists of the match recent, one for each endpoint.
 // The kernel keeps at most ip_list_tot clients on each, 100 unless the module
-// xt_recent was loaded with another number: beyond it the clients that were
-// quiet for the longest time are forgotten first. A new connection to a Service
-// with affinity asks every endpoint's list, one after the other.
+// xt_recent was loaded with another number. Beyond it the kernel forgets the
+// clients that were quiet for the longest time. A new connection to a Service
+// with affinity checks every endpoint's list, one after the other.
 package iptables
