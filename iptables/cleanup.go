@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"signalbox/internal/xtables"
-	"signalbox/nftables"
 	"signalbox/proxier/plan"
 )
 
@@ -197,7 +196,7 @@ func withoutTools(f plan.Family) error {
 	if names := xtables.LegacyTables(f); len(names) > 0 {
 		return &UnknownOwnerError{f, fmt.Sprintf("the kernel may have iptables rules for Services of %s (legacy, tables %s)", f, strings.Join(names, ", "))}
 	}
-	if exists, err := nftables.HasChain(f, nat.String(), servicesChain); err == nil && exists {
+	if xtables.HasNFTChain(f, nat.String(), servicesChain) {
 		return &UnknownOwnerError{f, fmt.Sprintf("the kernel has iptables rules for Services of %s (nft, chain %s)", f, servicesChain)}
 	}
 	return xtables.Missing(f)

@@ -135,8 +135,8 @@ func TestCleanupKubeProxyInUse(t *testing.T) {
 			t.Fatal(err)
 		}
 		run(t, otherModesRules, p.tools.Restore, "--noflush")
-		mustSync(t, newProxier(t, p.opts.Family, p.Backend()), desired, plan.Change{All: true})
-		if _, err := CleanupKubeProxy(p.opts.Family, p.Backend()); err != nil {
+		mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), desired, plan.Change{All: true})
+		if _, err := CleanupKubeProxy(p.opts.Family, p.tools.Backend); err != nil {
 			t.Fatal(err)
 		}
 		// Jumps that were there stay where they are.

@@ -455,8 +455,8 @@ func TestBackendFollowsTheNode(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if p.Backend() != c.want || !strings.Contains(log.String(), "backend="+string(c.want)) {
-					t.Errorf("chose %s, logged %s", p.Backend(), log.String())
+				if p.tools.Backend != c.want || !strings.Contains(log.String(), "backend="+string(c.want)) {
+					t.Errorf("chose %s, logged %s", p.tools.Backend, log.String())
 				}
 			})
 		}

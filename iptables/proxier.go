@@ -87,9 +87,6 @@ func Init(opts proxier.Options, localhost bool) error {
 	return errors.Join(err, node.JoinProblems(p.problems), p.Close())
 }
 
-// Backend is the variant that New chose.
-func (p *Proxier) Backend() Backend { return p.tools.Backend }
-
 // TakenOver implements proxier.Proxier.
 func (p *Proxier) TakenOver() proxier.TakenOver {
 	return proxier.TakenOver{IPTables: string(p.tools.Backend)}

@@ -50,7 +50,7 @@ func TestResume(t *testing.T) {
 				mustSync(t, p, desired, w.change(desired))
 			}
 			rules := wholeSave(t, p)
-			p = newProxier(t, p.opts.Family, p.Backend())
+			p = newProxier(t, p.opts.Family, p.tools.Backend)
 			note := recorded(t, p)
 			mustSync(t, p, desired, plan.Change{})
 			if n := restores(t, note); n != 0 {
@@ -63,7 +63,7 @@ func TestResume(t *testing.T) {
 			mustSync(t, p, desired, w.change(desired))
 
 			w.change(desired)
-			p = newProxier(t, p.opts.Family, p.Backend())
+			p = newProxier(t, p.opts.Family, p.tools.Backend)
 			mustSync(t, p, desired, plan.Change{})
 			compareWithFresh(t, p, desired)
 		}
@@ -75,8 +75,8 @@ func TestResume(t *testing.T) {
 func compareWithFresh(t *testing.T, p *Proxier, desired *plan.Plan) {
 	t.Helper()
 	got := saved(t, p)
-	mustSync(t, newProxier(t, p.opts.Family, p.Backend()), planOf(p.opts.Family), plan.Change{All: true})
-	mustSync(t, newProxier(t, p.opts.Family, p.Backend()), desired, plan.Change{All: true})
+	mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), planOf(p.opts.Family), plan.Change{All: true})
+	mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), desired, plan.Change{All: true})
 	if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(got)); diff != "" {
 		t.Errorf("(-anew +found)\n%s", diff)
 	}
@@ -100,7 +100,7 @@ func TestResumeDamaged(t *testing.T) {
 				if out, err := exec.CommandContext(context.Background(), p.tools.Command, damage...).CombinedOutput(); err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
-				mustSync(t, newProxier(t, p.opts.Family, p.Backend()), desired, plan.Change{})
+				mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), desired, plan.Change{})
 				if diff := cmp.Diff(before, sortedLines(saved(t, p))); diff != "" {
 					t.Errorf("(-before +after)\n%s", diff)
 				}

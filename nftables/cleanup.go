@@ -3,7 +3,6 @@ package nftables
 import (
 	"errors"
 	"fmt"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -22,17 +21,6 @@ func Cleanup(f plan.Family) (removed bool, err error) { return removeTable(f, ta
 // CleanupKubeProxy removes the table of kube-proxy's nftables mode likewise.
 func CleanupKubeProxy(f plan.Family) (removed bool, err error) {
 	return removeTable(f, kubeProxyTable)
-}
-
-// HasChain says whether a table of other software has a chain.
-func HasChain(f plan.Family, table, chain string) (bool, error) {
-	w, err := dial(nft.FamilyOf(f), table)
-	if err != nil {
-		return false, err
-	}
-	defer w.Close()
-	found, err := w.Inspect()
-	return err == nil && found != nil && slices.Contains(found.Chains, chain), err
 }
 
 func removeTable(f plan.Family, name string) (removed bool, err error) {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-iptables/iptables"
+	"github.com/google/nftables"
 
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -242,6 +243,21 @@ func LegacyTables(f plan.Family) (names []string) {
 		names = append(names, lines.Text())
 	}
 	return names
+}
+
+// HasNFTChain asks nf_tables itself whether a table of the nft variant has the
+// chain. It needs no tools.
+func HasNFTChain(f plan.Family, table, chain string) bool {
+	family := nftables.TableFamilyIPv4
+	if f == plan.IPv6 {
+		family = nftables.TableFamilyIPv6
+	}
+	conn, err := nftables.New()
+	if err != nil {
+		return false
+	}
+	chains, err := conn.ListChainsOfTableFamily(family)
+	return err == nil && slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == table && c.Name == chain })
 }
 
 // HasChain says whether an existing table has the chain.
