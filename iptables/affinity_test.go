@@ -13,7 +13,7 @@ func TestFullAffinityLists(t *testing.T) {
 	ownNamespace(t)
 	want := func(want int) {
 		t.Helper()
-		if full, err := FullAffinityLists(); err != nil || full != want {
+		if full, err := new(Dataplane).FullAffinityLists(); err != nil || full != want {
 			t.Errorf("%d lists are full, %v; want %d", full, err, want)
 		}
 	}

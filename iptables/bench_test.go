@@ -19,7 +19,7 @@ func BenchmarkCompile(b *testing.B) {
 			desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := Render(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired); err != nil {
+				if _, err := new(Dataplane).Render(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -291,9 +291,9 @@ func (d *difference) replaceChains(t table, old, next []chain) {
 	}
 }
 
-// Render returns the input of iptables-restore that makes a node do what plan
-// says. Only the jumps from built-in chains are not in it.
-func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
+// Render implements proxier.Mode. It returns the input of iptables-restore,
+// without the jumps from built-in chains.
+func (Dataplane) Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	s, err := newState(opts, plan.Node.LocalPods, true)
 	if err != nil {
 		return "", fmt.Errorf("render %s rules: %w", Mode, err)

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"signalbox/internal/xtables"
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
@@ -190,6 +191,9 @@ func (e *UnknownOwnerError) Error() string {
 	return fmt.Sprintf("%s, and without the program %s nobody can tell whether signalbox or kube-proxy wrote them, nor remove them: use the image signalbox-iptables, or install the package iptables; until then they may come before other rules, and nobody keeps them up to date",
 		e.Found, xtables.CommandName(e.Family))
 }
+
+// Is lets errors.Is find proxier.ErrUnknownOwner.
+func (*UnknownOwnerError) Is(target error) bool { return target == proxier.ErrUnknownOwner }
 
 // withoutTools is the error of Cleanup on a node without iptables.
 func withoutTools(f plan.Family) error {

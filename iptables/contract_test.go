@@ -202,7 +202,7 @@ func TestEveryFrontendDoesWhatItSays(t *testing.T) {
 		opts.Family = plan.Families[seed%2]
 		w := newWorld(opts.Family, seed)
 		plan := w.plan(1 + w.IntN(60))
-		input, err := Render(opts, plan)
+		input, err := new(Dataplane).Render(opts, plan)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -301,7 +301,7 @@ func planOf(family plan.Family, services ...*plan.ServicePort) *plan.Plan {
 
 func rendered(t testing.TB, plan *plan.Plan) string {
 	t.Helper()
-	input, err := Render(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan)
+	input, err := new(Dataplane).Render(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan)
 	if err != nil {
 		t.Fatal(err)
 	}

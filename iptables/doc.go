@@ -4,7 +4,7 @@
 // A changed ServicePort is compiled once. Read the files in this order, which
 // is also the way of the data:
 //
-//   - proxier.go: the Proxier, its Sync, and the kernel settings of the node
+//   - proxier.go: the mode and its Proxier, with Sync
 //   - compile.go: a ServicePort becomes chains of its own and entries of trees
 //   - access.go: traffic sources, source ranges, reject and drop
 //   - tree.go, treechains.go: the dispatch trees lead a new connection to those
@@ -14,7 +14,7 @@
 //   - change.go: the difference to the state becomes a script for iptables-restore
 //   - state.go: what the kernel holds, and how a new process recognises it
 //   - names.go: tables and chain names
-//   - features.go: what the kernel can do, and how full its lists are
+//   - kernel.go: what the kernel can do, and the settings that it needs
 //   - cleanup.go: the removal of what this mode and kube-proxy wrote
 //
 // Package internal/xtables runs the tools.

@@ -466,7 +466,7 @@ func TestBackendFollowsTheNode(t *testing.T) {
 func TestSupported(t *testing.T) {
 	ownNamespace(t)
 	for _, f := range plan.Families {
-		if err := Supported(f); err != nil {
+		if err := new(Dataplane).Supported(f); err != nil {
 			t.Errorf("%s: %v", f, err)
 		}
 		for _, b := range []Backend{Legacy, NFT} {

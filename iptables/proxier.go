@@ -19,6 +19,37 @@ import (
 // Mode is the name of this mode.
 const Mode = "iptables"
 
+// Dataplane is the iptables mode.
+type Dataplane struct{ proxier.ModeDefaults }
+
+var _ proxier.Mode = Dataplane{}
+
+// Name implements proxier.Mode.
+func (Dataplane) Name() string { return Mode }
+
+// New implements proxier.Mode.
+func (Dataplane) New(o proxier.Options) (proxier.Proxier, error) { return New(o) }
+
+// Cleanup implements proxier.Mode. The rules can go: conntrack keeps connections.
+func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err error) {
+	removed, err = Cleanup(f)
+	return removed, 0, err
+}
+
+// Traits implements proxier.Mode.
+func (Dataplane) Traits() proxier.Traits {
+	return proxier.Traits{
+		Automatic:   true,
+		FileSection: "iptables",
+		Series: []string{
+			"sync_full_proxy_rules_duration_seconds", "sync_partial_proxy_rules_duration_seconds",
+			"sync_proxy_rules_iptables_restore_failures_total", "sync_proxy_rules_iptables_partial_restore_failures_total",
+			"sync_proxy_rules_iptables_total", "sync_proxy_rules_iptables_last",
+		},
+		Localhost: proxier.LocalhostByRoute,
+	}
+}
+
 // Backend is the variant of the iptables tools.
 type Backend = xtables.Backend
 
@@ -74,17 +105,6 @@ func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
 	}
 	tune.Logger.Info("iptables backend", "family", opts.Family.String(), "backend", string(t.Backend), "reason", why, "program", t.Restore)
 	return &Proxier{opts: opts, tools: t}, nil
-}
-
-// Init makes the kernel setting that NodePorts on 127.0.0.1 need, if these are
-// wanted. A Proxier then finds it made and does not need the right to make it.
-func Init(opts proxier.Options, localhost bool) error {
-	p, err := New(opts)
-	if err != nil {
-		return err
-	}
-	err = p.prepareNode(&plan.Node{LocalhostNodePorts: localhost})
-	return errors.Join(err, node.JoinProblems(p.problems), p.Close())
 }
 
 // TakenOver implements proxier.Proxier.
@@ -220,62 +240,3 @@ func (p *Proxier) Counts() []proxier.KernelObjects {
 	}
 	return out
 }
-
-const routeLocalnet = "net/ipv4/conf/all/route_localnet"
-
-// prepareNode makes the kernel route packets between NodePorts on 127.0.0.1
-// and Pods, if these are wanted. It is never undone: other software may need
-// it by then. If the setting cannot be made, everything else is served.
-func (p *Proxier) prepareNode(wanted *plan.Node) error {
-	if !wanted.LocalhostNodePorts || p.opts.Family != plan.IPv4 {
-		p.problems = nil
-		return nil
-	}
-	client, err := p.tools.Client()
-	if err != nil {
-		return err
-	}
-	// Before the kernel is opened.
-	if err := addLocalnetFirewall(client); err != nil {
-		return err
-	}
-	p.problems = nil
-	if problem := node.SetSysctl(routeLocalnet, "1", "NodePorts are not served on 127.0.0.1"); problem != nil {
-		p.problems = []*node.KernelProblem{problem}
-	}
-	return nil
-}
-
-// firewallRule keeps other hosts from talking to 127.0.0.1, which the kernel
-// allows once route_localnet is set. It is the kubelet's rule, byte by byte,
-// so that each finds the other's.
-var firewallRule = []string{
-	"-m", "comment", "--comment", "block incoming localnet connections",
-	"--dst", "127.0.0.0/8", "!", "--src", "127.0.0.0/8",
-	"-m", "conntrack", "!", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "DROP",
-}
-
-// addLocalnetFirewall adds firewallRule to the chain shared with the kubelet.
-func addLocalnetFirewall(client *iptables.IPTables) error {
-	table := filter.String()
-	exists, err := client.ChainExists(table, firewallChain)
-	if err == nil && !exists {
-		err = client.NewChain(table, firewallChain)
-	}
-	if err == nil {
-		err = client.AppendUnique(table, firewallChain, firewallRule...)
-	}
-	for _, from := range []string{"OUTPUT", "INPUT"} {
-		if err == nil {
-			err = client.InsertUnique(table, from, 1, "-j", firewallChain)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("chain %s: %w", firewallChain, err)
-	}
-	return nil
-}
-
-// KernelProblems implements proxier.Proxier. The next Sync that writes everything
-// tries again.
-func (p *Proxier) KernelProblems() []*node.KernelProblem { return p.problems }

@@ -115,7 +115,7 @@ func TestRenderRefusesInterfaceNames(t *testing.T) {
 	for _, name := range []string{"a b", "x\n-j ACCEPT", `"`} {
 		desired := example(plan.IPv4)
 		desired.Node.LocalPods = plan.LocalPods{Interface: name}
-		if _, err := Render(proxier.Options{Family: plan.IPv4}, desired); err == nil || !strings.Contains(err.Error(), "interface") {
+		if _, err := new(Dataplane).Render(proxier.Options{Family: plan.IPv4}, desired); err == nil || !strings.Contains(err.Error(), "interface") {
 			t.Errorf("interface %q: %v", name, err)
 		}
 	}
@@ -157,7 +157,7 @@ func TestEndpointsOfUnknownNodes(t *testing.T) {
 				sp.Usable.Endpoints[i].MayHairpin = mayHairpin
 			}
 		}
-		text, err := Render(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired)
+		text, err := new(Dataplane).Render(proxier.Options{Family: plan.IPv4, MasqueradeMark: proxier.DefaultMasqueradeMark}, desired)
 		if err != nil {
 			t.Fatal(err)
 		}

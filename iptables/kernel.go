@@ -12,12 +12,16 @@ import (
 	"strings"
 	"time"
 
+	"github.com/coreos/go-iptables/iptables"
+
 	"signalbox/internal/xtables"
+	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
-// This file asks the kernel what it can do, and how full its lists are.
+// This file asks the kernel what it can do and how full its lists are, and makes
+// its settings.
 
 // probeChain is added and removed again to learn what the kernel can do.
 const probeChain = clusterPrefix + "PROBE"
@@ -47,11 +51,10 @@ func features(f plan.Family) []feature {
 	}
 }
 
-// Supported says whether this node can run the mode in one family: a
-// *proxier.UnsupportedError names what is missing. If the kernel holds the
-// rules of an earlier process, they are the answer. Otherwise the probe adds
-// an unused chain for a moment.
-func Supported(f plan.Family) error {
+// Supported implements proxier.Mode. If the kernel holds the rules of an earlier
+// process, they are the answer. Otherwise the probe adds an unused chain for a
+// moment.
+func (Dataplane) Supported(f plan.Family) error {
 	if f == plan.IPv6 {
 		if _, err := os.Stat("/proc/net/if_inet6"); err != nil {
 			return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "IPv6 in the kernel", Remedy: "start the kernel without ipv6.disable=1", Err: err}
@@ -126,10 +129,10 @@ const (
 	recentLimit = "/sys/module/xt_recent/parameters/ip_list_tot"
 )
 
-// FullAffinityLists counts the endpoints whose list of clients is full. If one
-// more client with session affinity connects, the client that was quiet for
-// longest may get another endpoint. It reads every list, a few kilobytes each.
-func FullAffinityLists() (full int, err error) {
+// FullAffinityLists implements proxier.Mode. If a list is full and one more client
+// with session affinity connects, the client that was quiet for longest may get
+// another endpoint. It reads every list, a few kilobytes each.
+func (Dataplane) FullAffinityLists() (full int, err error) {
 	text, err := os.ReadFile(recentLimit)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil // without the module there is no list
@@ -154,3 +157,74 @@ func FullAffinityLists() (full int, err error) {
 	}
 	return full, nil
 }
+
+// Init implements proxier.Mode. It makes the kernel setting that NodePorts on
+// 127.0.0.1 need, if these are wanted. A Proxier then finds it made and does not
+// need the right to make it.
+func (Dataplane) Init(opts proxier.Options, localhost bool) error {
+	p, err := New(opts)
+	if err != nil {
+		return err
+	}
+	err = p.prepareNode(&plan.Node{LocalhostNodePorts: localhost})
+	return errors.Join(err, node.JoinProblems(p.problems), p.Close())
+}
+
+const routeLocalnet = "net/ipv4/conf/all/route_localnet"
+
+// prepareNode makes the kernel route packets between NodePorts on 127.0.0.1
+// and Pods, if these are wanted. It is never undone: other software may need
+// it by then. If the setting cannot be made, everything else is served.
+func (p *Proxier) prepareNode(wanted *plan.Node) error {
+	if !wanted.LocalhostNodePorts || p.opts.Family != plan.IPv4 {
+		p.problems = nil
+		return nil
+	}
+	client, err := p.tools.Client()
+	if err != nil {
+		return err
+	}
+	// Before the kernel is opened.
+	if err := addLocalnetFirewall(client); err != nil {
+		return err
+	}
+	p.problems = nil
+	if problem := node.SetSysctl(routeLocalnet, "1", "NodePorts are not served on 127.0.0.1"); problem != nil {
+		p.problems = []*node.KernelProblem{problem}
+	}
+	return nil
+}
+
+// firewallRule keeps other hosts from talking to 127.0.0.1, which the kernel
+// allows once route_localnet is set. It is the kubelet's rule, byte by byte,
+// so that each finds the other's.
+var firewallRule = []string{
+	"-m", "comment", "--comment", "block incoming localnet connections",
+	"--dst", "127.0.0.0/8", "!", "--src", "127.0.0.0/8",
+	"-m", "conntrack", "!", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "DROP",
+}
+
+// addLocalnetFirewall adds firewallRule to the chain shared with the kubelet.
+func addLocalnetFirewall(client *iptables.IPTables) error {
+	table := filter.String()
+	exists, err := client.ChainExists(table, firewallChain)
+	if err == nil && !exists {
+		err = client.NewChain(table, firewallChain)
+	}
+	if err == nil {
+		err = client.AppendUnique(table, firewallChain, firewallRule...)
+	}
+	for _, from := range []string{"OUTPUT", "INPUT"} {
+		if err == nil {
+			err = client.InsertUnique(table, from, 1, "-j", firewallChain)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("chain %s: %w", firewallChain, err)
+	}
+	return nil
+}
+
+// KernelProblems implements proxier.Proxier. The next Sync that writes everything
+// tries again.
+func (p *Proxier) KernelProblems() []*node.KernelProblem { return p.problems }
