@@ -158,21 +158,6 @@ func TestIPVS(t *testing.T) {
 	})
 }
 
-// TestLogMode runs what the contract has for a mode that moves no packet.
-func TestLogMode(t *testing.T) {
-	conformance.Run(t, logContract(t.TempDir()))
-}
-
-func logContract(dir string) conformance.Mode {
-	return conformance.Mode{
-		Name:           logMode,
-		New:            func(o proxier.Options) (proxier.Proxier, error) { return newLog(dir, o) },
-		Supported:      func(plan.Family) error { return nil },
-		Dump:           func(f plan.Family) string { return dumpLog(dir, f) },
-		WithoutPackets: true,
-	}
-}
-
 func cleanFlows(localAddrs func() ([]netip.Addr, error)) (conformance.Flows, error) {
 	return conntrack.New(conntrack.Options{LocalAddrs: localAddrs})
 }

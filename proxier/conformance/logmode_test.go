@@ -3,6 +3,7 @@ package conformance_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -15,41 +16,79 @@ import (
 )
 
 // logMode is the mode that docs/adding-a-mode.md explains. It moves no packet: in
-// place of a kernel it has a log of lines that come ("+") and go ("-"). Each
-// node and family has its own log.
-const logMode = "log"
+// place of a kernel it has a log of lines that come ("+") and go ("-"). Each node
+// and family has its own log in dir.
+type logMode struct {
+	proxier.ModeDefaults
+	dir string
+}
 
-// logProxier is the log mode in one IP family.
+var _ proxier.Mode = logMode{}
+
+func (logMode) Name() string { return "log" }
+
+func (m logMode) Supported(f plan.Family) error {
+	if _, err := os.Stat(m.dir); err != nil {
+		return &proxier.UnsupportedError{Mode: m.Name(), Family: f, Missing: "the directory of logs", Remedy: "create " + m.dir, Err: err}
+	}
+	return nil
+}
+
+func (m logMode) New(o proxier.Options) (proxier.Proxier, error) {
+	path, err := m.path(o.Family)
+	if err != nil {
+		return nil, err
+	}
+	log, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("mode %s cannot serve %s: %w", m.Name(), o.Family, err)
+	}
+	return &logProxier{mode: m.Name(), family: o.Family, log: log}, nil
+}
+
+// Render returns the lines that stand in the log once the plan is written.
+func (logMode) Render(_ proxier.Options, p *plan.Plan) (string, error) {
+	var lines []string
+	for _, part := range compileLog(p, plan.Change{All: true}) {
+		lines = append(lines, part...)
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n") + "\n", nil
+}
+
+// Cleanup removes the log. Nothing drains, because no connection depends on it.
+func (m logMode) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err error) {
+	path, err := m.path(f)
+	if err != nil {
+		return false, 0, err
+	}
+	err = os.Remove(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, 0, nil
+	}
+	return err == nil, 0, err
+}
+
+// path is the log of the node in whose network namespace it is called.
+func (m logMode) path(f plan.Family) (string, error) {
+	namespace, err := os.Readlink("/proc/thread-self/ns/net")
+	return filepath.Join(m.dir, namespace+"-"+f.String()), err
+}
+
+// logProxier is the log mode at work in one IP family.
 type logProxier struct {
 	proxier.Defaults
+	mode   string
 	family plan.Family
 	log    *os.File
 	// Service port -> its lines in the log; the empty name has the node's.
 	written map[plan.ServicePortName][]string
 }
 
-// newLog opens the log of the node in whose network namespace it is called.
-func newLog(dir string, o proxier.Options) (*logProxier, error) {
-	path, err := logPath(dir, o.Family)
-	if err != nil {
-		return nil, err
-	}
-	log, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("mode %s cannot serve %s: %w", logMode, o.Family, err)
-	}
-	return &logProxier{family: o.Family, log: log}, nil
-}
-
-func logPath(dir string, f plan.Family) (string, error) {
-	namespace, err := os.Readlink("/proc/thread-self/ns/net")
-	return filepath.Join(dir, namespace+"-"+f.String()), err
-}
-
 // Sync compiles what has changed, compares it with what it wrote before, and
 // writes the difference. It remembers the new lines only once they are written.
 func (l *logProxier) Sync(ctx context.Context, desired *plan.Plan, change plan.Change) error {
-	if err := desired.For(ctx, logMode, l.family); err != nil {
+	if err := desired.For(ctx, l.mode, l.family); err != nil {
 		return err
 	}
 	var text bytes.Buffer
@@ -63,7 +102,7 @@ func (l *logProxier) Sync(ctx context.Context, desired *plan.Plan, change plan.C
 		diffLog(&text, before[name], wanted[name])
 	}
 	if n, err := l.log.Write(text.Bytes()); err != nil {
-		err = fmt.Errorf("mode %s: writing %d changed Service ports of %s: %w", logMode, len(wanted), l.family, err)
+		err = fmt.Errorf("mode %s: writing %d changed Service ports of %s: %w", l.mode, len(wanted), l.family, err)
 		if n > 0 {
 			err = fmt.Errorf("%w: %w", proxier.ErrUnknownState, err)
 		}
@@ -157,37 +196,4 @@ func diffLog(text *bytes.Buffer, before, wanted []string) {
 			fmt.Fprintf(text, "+ %s\n", line)
 		}
 	}
-}
-
-// replayLog returns the lines that a log leaves, sorted. A line that comes twice or
-// goes without having come is among them as a fault.
-func replayLog(text string) string {
-	lines := map[string]bool{}
-	for entry := range strings.Lines(text) {
-		sign, line, _ := strings.Cut(entry, " ")
-		switch {
-		case entry == "flush\n":
-			clear(lines)
-		case sign == "+" && !lines[line]:
-			lines[line] = true
-		case sign == "-" && lines[line]:
-			delete(lines, line)
-		default:
-			lines["fault: "+entry] = true
-		}
-	}
-	return strings.Join(slices.Sorted(maps.Keys(lines)), "")
-}
-
-// dumpLog is the log mode's Dump.
-func dumpLog(dir string, f plan.Family) string {
-	path, err := logPath(dir, f)
-	if err != nil {
-		return err.Error()
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return err.Error()
-	}
-	return replayLog(string(text))
 }

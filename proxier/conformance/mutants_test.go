@@ -127,51 +127,6 @@ func TestFaultsAreFound(t *testing.T) {
 	}
 }
 
-// faultyLog is the log mode with one fault in what it makes of a change.
-type faultyLog struct {
-	*logProxier
-	spoil func(*logProxier, *plan.Change)
-}
-
-func (f faultyLog) Sync(ctx context.Context, desired *plan.Plan, change plan.Change) error {
-	f.spoil(f.logProxier, &change)
-	return f.logProxier.Sync(ctx, desired, change)
-}
-
-// TestFaultsAreFoundWithoutPackets does the same for what the contract has for a mode
-// that moves no packet.
-func TestFaultsAreFoundWithoutPackets(t *testing.T) {
-	for _, c := range []struct {
-		fault, scenario string
-		spoil           func(*logProxier, *plan.Change)
-	}{
-		{"misses changes of Services", "change-endpoints", func(_ *logProxier, c *plan.Change) { c.Services = nil }},
-		{"misses changes of the node", "route-source", func(_ *logProxier, c *plan.Change) { c.Node = false }},
-		{"forgets what it wrote", "change-endpoints", func(l *logProxier, _ *plan.Change) { clear(l.written) }},
-		{"cannot write", "clusterip-basic", func(l *logProxier, _ *plan.Change) { l.log.Close() }},
-	} {
-		t.Run(c.fault, func(t *testing.T) {
-			mode := logContract(t.TempDir())
-			right := mode.New
-			if err := scenario(t, c.scenario).Try(t.Context(), mode); err != nil {
-				t.Fatalf("without a fault: %v", err)
-			}
-			mode.New = func(o proxier.Options) (proxier.Proxier, error) {
-				p, err := right(o)
-				if err != nil {
-					return nil, err
-				}
-				return faultyLog{p.(*logProxier), c.spoil}, nil
-			}
-			if err := scenario(t, c.scenario).Try(t.Context(), mode); err == nil {
-				t.Errorf("a mode that %s passes %s", c.fault, c.scenario)
-			} else {
-				t.Log(err)
-			}
-		})
-	}
-}
-
 func scenario(t *testing.T, name string) *conformance.Scenario {
 	t.Helper()
 	all, err := conformance.Scenarios()
