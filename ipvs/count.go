@@ -21,6 +21,6 @@ func (p *Proxier) counts() []proxier.KernelObjects {
 		{Kind: "virtual-server", Count: len(p.state.servers)},
 		{Kind: "real-server", Count: dests},
 		{Kind: "address", Count: len(p.state.held)},
-		{Table: tableName, Kind: "element", Count: len(p.state.uses) + len(p.state.held) + len(p.state.rules.nodeElements())},
+		{Table: tableName, Kind: "element", Count: len(p.state.uses) + len(p.state.held) + len(p.state.rules.NodeElements())},
 	}
 }

@@ -1,7 +1,8 @@
 package ipvs
 
 import (
-	"errors"
+	"fmt"
+	"signalbox/nft/access"
 )
 
 // A virtual server that cannot be told by one address and port is told by the
@@ -47,48 +48,34 @@ func baseOf(mark uint32) uint32 {
 	return mark
 }
 
-// markPool gives out marks in turn, so that one given back is not soon given
-// out again: a connection may still be open under it.
-type markPool struct {
-	// uses counts by base what needs a mark: Service ports, and virtual
-	// servers that are in the kernel, still or already.
-	uses             map[uint32]int
-	nextSet, nextUse uint32
-}
+// markPool gives out marks. What needs one are Service ports, and virtual servers that
+// are in the kernel, still or already.
+type markPool struct{ sets, blocks *access.Pool }
 
 func newMarkPool() *markPool {
-	return &markPool{uses: make(map[uint32]int), nextSet: setFirst, nextUse: stickySpace}
+	return &markPool{access.NewPool(setFirst, setLast, 1), access.NewPool(stickySpace, stickyLast, 1<<blockBits)}
 }
-
-var errNoMark = errors.New("no packet mark is left for another virtual server")
 
 // takeSet returns a mark for an endpoint set, which is in use from now on.
-func (p *markPool) takeSet() (uint32, error) { return p.take(&p.nextSet, setFirst, setLast, 1) }
+func (p *markPool) takeSet() (uint32, error) { return numbered(p.sets.Take()) }
 
 // takeBlock returns the first mark of a Service port with affinity.
-func (p *markPool) takeBlock() (uint32, error) {
-	return p.take(&p.nextUse, stickySpace, stickyLast, 1<<blockBits)
-}
+func (p *markPool) takeBlock() (uint32, error) { return numbered(p.blocks.Take()) }
 
-func (p *markPool) take(next *uint32, first, last, step uint32) (uint32, error) {
-	for range (last-first)/step + 1 {
-		mark := *next
-		if *next += step; *next > last || *next < first {
-			*next = first
-		}
-		if p.uses[mark] == 0 {
-			p.uses[mark]++
-			return mark, nil
-		}
+func numbered(mark uint32, err error) (uint32, error) {
+	if err != nil {
+		return 0, fmt.Errorf("packet marks for virtual servers: %w", err)
 	}
-	return 0, errNoMark
+	return mark, nil
 }
 
-func (p *markPool) hold(mark uint32) { p.uses[baseOf(mark)]++ }
-
-func (p *markPool) release(mark uint32) {
-	base := baseOf(mark)
-	if p.uses[base]--; p.uses[base] <= 0 {
-		delete(p.uses, base)
+func (p *markPool) of(mark uint32) *access.Pool {
+	if isSticky(mark) {
+		return p.blocks
 	}
+	return p.sets
 }
+
+func (p *markPool) hold(mark uint32) { p.of(mark).Hold(baseOf(mark)) }
+
+func (p *markPool) release(mark uint32) { p.of(mark).Release(baseOf(mark)) }

@@ -130,8 +130,8 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 
 // syncAll reads what there is and makes of it what is wanted.
 func (p *Proxier) syncAll(desired *plan.Plan) error {
-	rules := &ruleset{IPFamily: p.IPFamily, mark: p.mark, node: desired.Node, timeouts: timeoutsOf(desired)}
-	if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
+	rules := rulesetOf(p.IPFamily, p.mark, desired.Node, timeoutsOf(desired))
+	if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {
 		return err
 	}
 	if err := p.prepare(); err != nil {
@@ -166,8 +166,8 @@ func (p *Proxier) syncChange(desired *plan.Plan, change plan.Change) error {
 	st := p.state
 	if change.Node {
 		rules := *st.rules
-		rules.node = desired.Node
-		if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
+		rules.Node = desired.Node
+		if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {
 			return err
 		}
 	}
@@ -187,8 +187,8 @@ func (p *Proxier) syncChange(desired *plan.Plan, change plan.Change) error {
 	}
 	b.knownTimeouts = known
 	if change.Node {
-		b.node, b.nodeBefore = true, st.rules.node
-		st.rules.node = desired.Node
+		b.node, b.nodeBefore = true, st.rules.Node
+		st.rules.Node = desired.Node
 	}
 	if err := p.write(st, b); err != nil {
 		p.state = nil
@@ -233,7 +233,7 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 			t.ReplaceTable()
 		}
 		t.AddChains(st.rules.chains())
-		list := append(st.rules.nodeElements(), b.add...)
+		list := append(st.rules.NodeElements(), b.add...)
 		for a := range st.held {
 			list = append(list, vipElement(a))
 		}
@@ -251,11 +251,8 @@ func (p *Proxier) writeTable(st *state, b *batch) error {
 	}
 	add := b.add
 	if b.node {
-		access.RewriteNodeChains(t, append(st.rules.nodeChains(), st.rules.postrouting()), b.nodeBefore, st.rules.node)
-		for _, set := range []nft.SetID{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
-			t.FlushSet(set)
-		}
-		add = append(add, st.rules.nodeElements()...)
+		access.RewriteNodeChains(t, append(st.rules.nodeChains(), st.rules.postrouting()), b.nodeBefore, st.rules.Node)
+		st.rules.RewriteNodeElements(t)
 	}
 	for _, a := range b.newVIPs {
 		add = append(add, vipElement(a))

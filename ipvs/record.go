@@ -63,8 +63,10 @@ func (c *compiler) compile(port *plan.ServicePort) (*record, error) {
 	c.port, c.sets, c.ids = port, nil, nil
 	c.out = &record{port: port, marks: make(map[markKey]uint32)}
 	c.scheduler, c.out.noScheduler = c.schedulers.of(port)
-	err := c.validate()
-	if err == nil {
+	err := access.ValidatePort(c.IPFamily, c.port)
+	if err != nil {
+		err = fmt.Errorf("%s: %w", c.port.Name, err)
+	} else {
 		err = c.run()
 	}
 	if err != nil {
@@ -108,33 +110,6 @@ func (c *compiler) emit(set nft.SetID, key, data string) {
 	c.out.elements = append(c.out.elements, nft.Element{Set: set, Key: key, Data: data})
 }
 
-func (c *compiler) validate() error {
-	for i := range c.port.Frontends {
-		fe := &c.port.Frontends[i]
-		switch {
-		case fe.Addr.IsValid() && !c.Holds(fe.Addr):
-			return fmt.Errorf("%s: %s %s is not of %s", c.port.Name, fe.Kind, fe.Addr, c.Family)
-		case fe.Port == 0:
-			return fmt.Errorf("%s: %s has port 0", c.port.Name, fe.Kind)
-		case fe.Internal == nil || fe.External == nil:
-			return fmt.Errorf("%s: %s lacks an endpoint set", c.port.Name, fe.Kind)
-		}
-		for _, p := range fe.Sources {
-			if !p.IsValid() || !c.Holds(p.Addr()) {
-				return fmt.Errorf("%s: source range %s is not of %s", c.port.Name, p, c.Family)
-			}
-		}
-		for _, set := range []*plan.EndpointSet{fe.Internal, fe.External} {
-			for _, e := range set.Endpoints {
-				if !c.Holds(e.Addr()) || e.Port() == 0 {
-					return fmt.Errorf("%s: endpoint %s is not of %s", c.port.Name, e.AddrPort, c.Family)
-				}
-			}
-		}
-	}
-	return nil
-}
-
 // frontend emits what one frontend needs.
 func (c *compiler) frontend(fe *plan.Frontend) error {
 	sets, name := setsOf(fe), c.port.Name
@@ -158,14 +133,7 @@ func (c *compiler) frontend(fe *plan.Frontend) error {
 		}
 		c.emit(set, key, "")
 	}
-	if fe.Sources != nil {
-		c.emit(sets.restricted, key, "")
-		for _, p := range nft.Disjoint(fe.Sources) {
-			c.out.elements = append(c.out.elements, nft.Element{
-				Set: sets.allowed, Key: key + addrBytes(p.Addr()), End: key + addrBytes(nft.LastAddr(p)),
-			})
-		}
-	}
+	access.SourceElements(fe, name.Protocol, func(e nft.Element) { c.out.elements = append(c.out.elements, e) })
 	if fe.Kind == plan.LoadBalancerIP && c.port.HealthCheckNodePort != 0 {
 		c.emit(healthChecks, access.FrontendBytes(plan.FrontendKey{Addr: fe.Addr, Port: c.port.HealthCheckNodePort, Protocol: plan.TCP}), "")
 	}

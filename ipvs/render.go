@@ -19,11 +19,11 @@ import (
 // refuse renders as a comment that says why.
 func Render(opts proxier.Options, desired *plan.Plan) string {
 	f := nft.FamilyOf(opts.Family)
-	rules := &ruleset{IPFamily: f, mark: opts.MasqueradeMark, node: desired.Node, timeouts: timeoutsOf(desired)}
+	rules := rulesetOf(f, opts.MasqueradeMark, desired.Node, timeoutsOf(desired))
 	st := newState(rules)
 	st.others = map[netip.Addr]bool{}
 	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, schedulers: newSchedulers(opts.IPVS.Scheduler, nil)}
-	err := access.ValidateNode(rules.IPFamily, rules.node)
+	err := access.ValidateNode(rules.IPFamily, rules.Node)
 	var b *batch
 	if err == nil {
 		names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
@@ -46,7 +46,7 @@ func Render(opts proxier.Options, desired *plan.Plan) string {
 		text = strings.ReplaceAll(text, " -r ", " -6 -r ")
 	}
 	out.WriteString(text + "\n# nft -f\n")
-	elements := bySet(append(rules.nodeElements(), b.add...))
+	elements := bySet(append(rules.NodeElements(), b.add...))
 	out.WriteString(nft.RenderTable(f, tableName, nil, newSets(), elements, rules.chains()))
 	return out.String()
 }

@@ -2,7 +2,7 @@ package ipvs
 
 import (
 	"fmt"
-	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
@@ -49,23 +49,17 @@ var origins = []struct {
 
 // ruleset makes the chains.
 type ruleset struct {
-	*nft.IPFamily
+	access.Rules
 	mark uint32 // asks for the source address to be rewritten
-	node plan.Node
 	// timeouts are those of session affinity; the index is the class that a
 	// mark holds.
 	timeouts []time.Duration
 }
 
 var (
-	rule        = nft.NewRule
-	nodePortKey = nft.Join(nft.L4Proto, nft.DPort)
-	accept      = nft.Return
+	rule   = nft.NewRule
+	accept = nft.Return
 )
-
-func (r *ruleset) frontendKey() nft.Value {
-	return nft.Join(r.Daddr(), nft.L4Proto, nft.DPort)
-}
 
 // chains are all chains of the table, each before those that jump to it.
 func (r *ruleset) chains() []nft.Chain {
@@ -89,30 +83,30 @@ func (r *ruleset) baseChains() []nft.Chain {
 // postrouting is a base chain that depends on the node.
 func (r *ruleset) postrouting() nft.Chain {
 	return nft.NewChain("nat-postrouting", access.NATPostrouting,
-		rule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.node)),
-		rule(nft.LeavesNotBy("lo"), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.node)).Because("a client that is its own endpoint"))
+		rule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.Node)),
+		rule(nft.LeavesNotBy("lo"), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.Node)).Because("a client that is its own endpoint"))
 }
 
 // nodeChains are written anew when the node's facts change. Each comes before
 // those that jump to it.
 func (r *ruleset) nodeChains() []nft.Chain {
 	chain := nft.NewChain
-	fe := r.frontendKey()
-	return append(access.SourceChains(r.IPFamily, r.node), []nft.Chain{
+	fe := r.Frontend()
+	return append(access.SourceChains(r.IPFamily, r.Node), []nft.Chain{
 		chain("check-cluster-ips", nil,
-			rule(in(r.Daddr(), serviceCIDRs), notIn(r.Daddr(), vips), nft.FibNotLocal(), nft.Drop()).Because("no such Service")),
+			r.Unallocated(notIn(r.Daddr(), vips))),
 		chain("reject", nil, r.refuse(r.Reject())...),
 		chain("drop", nil, r.refuse(nft.Drop())...),
 		chain("no-endpoints", nil, r.noEndpoints()...),
 		chain("chosen-by-address", nil, r.sourceRules(fe, masquerade, decision)...),
 		chain("chosen", nil, r.chosen(fe, masquerade)...),
-		chain("nodeport-chosen", nil, r.chosen(nodePortKey, nodePortMasquerade)...),
+		chain("nodeport-chosen", nil, r.chosen(access.NodePort, nodePortMasquerade)...),
 		chain("nodeports", nil,
-			rule(nft.SetMark(markOf(nodePortKey, nodePortMarks)), nft.GoTo("nodeport-chosen")),
-			rule(in(nodePortKey, rejectedNodePorts), nft.GoTo("reject")),
-			rule(in(nodePortKey, droppedNodePorts), nft.GoTo("drop"))),
+			rule(nft.SetMark(markOf(access.NodePort, nodePortMarks)), nft.GoTo("nodeport-chosen")),
+			rule(in(access.NodePort, rejectedNodePorts), nft.GoTo("reject")),
+			rule(in(access.NodePort, droppedNodePorts), nft.GoTo("drop"))),
 		chain("internal-nodeports", nil,
-			rule(nft.SetMark(markOf(nodePortKey, internalNodePortMarks)), nft.GoTo("nodeport-chosen"))),
+			rule(nft.SetMark(markOf(access.NodePort, internalNodePortMarks)), nft.GoTo("nodeport-chosen"))),
 		chain("external", nil, r.external(fe)...),
 		chain("internal", nil, r.internal(fe)...),
 		chain("services", nil, r.services(fe)...),
@@ -124,13 +118,9 @@ func (r *ruleset) nodeChains() []nft.Chain {
 func (r *ruleset) services(fe nft.Value) []nft.Rule {
 	rules := []nft.Rule{
 		rule(nft.PriorityBitsAre(decisionMask, decision), nft.Return()).Because("IPVS has redirected it"),
-		rule(in(fe, restricted), notIn(nft.Join(fe, r.Saddr()), allowedSources), nft.Drop()),
 	}
-	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, rule(append(match, in(nodePortKey, restrictedNodePorts),
-			notIn(nft.Join(nodePortKey, r.Saddr()), allowedNodePortSources), nft.Drop())...))
-	}
-	for _, match := range r.fromPods() {
+	rules = append(rules, r.CheckSources()...)
+	for _, match := range r.FromPods() {
 		rules = append(rules, rule(match, nft.SetPriority(fromPods), nft.GoTo("internal")))
 	}
 	return append(rules,
@@ -142,7 +132,7 @@ func (r *ruleset) services(fe nft.Value) []nft.Rule {
 // elsewhere than other traffic. The mark 0 stands for no endpoints.
 func (r *ruleset) internal(fe nft.Value) []nft.Rule {
 	rules := []nft.Rule{rule(nft.SetMark(markOf(fe, internalMarks)), nft.GoTo("chosen"))}
-	for _, match := range r.toNodePortAddrs() {
+	for _, match := range r.ToNodePortAddrs() {
 		rules = append(rules, rule(append(match, nft.Jump("internal-nodeports"))...))
 	}
 	return append(rules,
@@ -163,7 +153,7 @@ func (r *ruleset) external(fe nft.Value) []nft.Rule {
 	for _, p := range plan.Protocols {
 		rules = append(rules, rule(nft.ProtocolIs(p), in(r.Daddr(), vips), r.Reject()).Because("no such port"))
 	}
-	for _, match := range r.toNodePortAddrs() {
+	for _, match := range r.ToNodePortAddrs() {
 		rules = append(rules, rule(append(match, nft.Jump("nodeports"))...))
 	}
 	return append(rules,
@@ -204,13 +194,13 @@ func (r *ruleset) refuse(verdict nft.Statement) []nft.Rule {
 
 // noEndpoints answers where internal traffic alone has no endpoints.
 func (r *ruleset) noEndpoints() []nft.Rule {
-	fe := r.frontendKey()
+	fe := r.Frontend()
 	clear := nft.SetMark(nft.ConstantMark(0))
 	return []nft.Rule{
 		rule(clear, in(fe, rejected), nft.GoTo("reject")),
 		rule(in(fe, dropped), nft.GoTo("drop")),
-		rule(in(nodePortKey, rejectedNodePorts), nft.GoTo("reject")),
-		rule(in(nodePortKey, droppedNodePorts), nft.GoTo("drop")),
+		rule(in(access.NodePort, rejectedNodePorts), nft.GoTo("reject")),
+		rule(in(access.NodePort, droppedNodePorts), nft.GoTo("drop")),
 	}
 }
 
@@ -222,9 +212,9 @@ func (r *ruleset) decided() []nft.Rule {
 		rule(isMarked, nft.SetMark(nft.ConstantMark(0))),
 		rule(nft.PriorityBitsAre(decisionMask|newSource, decision|newSource), nft.SetMarkBit(r.mark, true)),
 	}
-	if len(r.node.OwnPods) > 0 {
-		rules = append(rules, rule(nft.PriorityBitsAre(decisionMask, decision), in(r.Saddr(), localPods), notIn(r.Saddr(), ownPods), notIn(r.Daddr(), ownPods),
-			nft.SetMarkBit(r.mark, true)).Because("from another node to another node"))
+	if match := r.BetweenNodes(); match != nil {
+		rules = append(rules, rule(slices.Concat([]nft.Statement{nft.PriorityBitsAre(decisionMask, decision)}, match,
+			[]nft.Statement{nft.SetMarkBit(r.mark, true)})...).Because("from another node to another node"))
 	}
 	return append(rules, rule(nft.PriorityBitsAre(decisionMask, decision), nft.ClearPriority()))
 }
@@ -263,59 +253,6 @@ func (r *ruleset) affinityChains() []nft.Chain {
 	return append(chains, nft.NewChain("recall", nil, recall...), nft.NewChain("learn", nil, learn...))
 }
 
-// fromPods are the ways to tell packets of local Pods; any one that matches
-// will do.
-func (r *ruleset) fromPods() []nft.Statement {
-	var ways []nft.Statement
-	if len(r.node.LocalPods.Prefixes) > 0 {
-		ways = append(ways, in(r.Saddr(), localPods))
-	}
-	if name := r.node.LocalPods.Interface; name != "" {
-		ways = append(ways, nft.EntersBy(name, false))
-	}
-	if prefix := r.node.LocalPods.InterfacePrefix; prefix != "" {
-		ways = append(ways, nft.EntersBy(prefix, true))
-	}
-	return ways
-}
-
-// toNodePortAddrs are the ways to tell packets to addresses that serve
-// NodePorts; there may be none. Virtual addresses, though local, do not.
-func (r *ruleset) toNodePortAddrs() [][]nft.Statement {
-	if r.node.NodePortAddrs.All {
-		return [][]nft.Statement{{nft.FibLocal(false), r.NotLoopback(), notIn(r.Daddr(), vips)}}
-	}
-	if len(r.nodePortAddrs()) > 0 {
-		return [][]nft.Statement{{in(r.Daddr(), nodePortAddrs)}}
-	}
-	return nil
-}
-
-// nodePortAddrs leaves loopback addresses out: the kernel does not route what
-// comes from there to a Pod.
-func (r *ruleset) nodePortAddrs() []netip.Addr {
-	var addrs []netip.Addr
-	for _, a := range r.node.NodePortAddrs.Addrs {
-		if !a.IsLoopback() {
-			addrs = append(addrs, a)
-		}
-	}
-	return addrs
-}
-
-// nodeElements are the elements that the node's facts make.
-func (r *ruleset) nodeElements() []nft.Element {
-	var list []nft.Element
-	intervals := func(set nft.SetID, prefixes []netip.Prefix) {
-		for _, p := range nft.Disjoint(prefixes) {
-			list = append(list, nft.Element{Set: set, Key: addrBytes(p.Addr()), End: addrBytes(nft.LastAddr(p))})
-		}
-	}
-	intervals(localPods, r.node.LocalPods.Prefixes)
-	intervals(ownPods, r.node.OwnPods)
-	for _, a := range r.nodePortAddrs() {
-		list = append(list, nft.Element{Set: nodePortAddrs, Key: addrBytes(a)})
-	}
-	intervals(serviceCIDRs, r.node.ServiceCIDRs)
-	return list
+func rulesetOf(f *nft.IPFamily, mark uint32, n plan.Node, timeouts []time.Duration) *ruleset {
+	return &ruleset{access.Rules{IPFamily: f, Node: n, VirtualAddrs: setNames[vips]}, mark, timeouts}
 }

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -13,7 +14,7 @@ const tableName = "signalbox-ipvs"
 
 // The sets and maps of the table, by their place in newSets.
 const (
-	vips nft.SetID = iota
+	vips = access.FirstOwn + iota
 	plainServers
 	marks
 	internalMarks
@@ -25,10 +26,6 @@ const (
 	dropped
 	rejectedNodePorts
 	droppedNodePorts
-	restricted
-	allowedSources
-	restrictedNodePorts
-	allowedNodePortSources
 	healthChecks
 	hairpin
 	affinity
@@ -36,13 +33,8 @@ const (
 	affinityMembers // the first of maxVariants
 )
 
-const (
-	localPods = affinityMembers + maxVariants + nft.SetID(iota)
-	ownPods
-	nodePortAddrs
-	serviceCIDRs
-	setCount
-)
+// setCount is the number of sets.
+const setCount = affinityMembers + maxVariants
 
 // affinitySize bounds the kernel memory that clients can take up. A client that finds
 // the map full is served as though there were no affinity.
@@ -65,14 +57,14 @@ func newSets() []*nft.Set {
 	addr, proto, port := nft.AddrField, nft.ProtoField, nft.PortField
 	mark, datum := nft.MarkField, []nft.Field{nft.MarkDatum}
 	type fields = []nft.Field
-	frontend, nodePort := fields{addr, proto, port}, fields{proto, port}
+	frontend, nodePort := access.FrontendKey, access.NodePortKey
 	set := func(name string, key fields, comment string) *nft.Set {
 		return nft.NewSet(name, key, nil, comment)
 	}
 	toMark := func(name string, key fields, comment string) *nft.Set {
 		return nft.NewSet(name, key, datum, comment)
 	}
-	list := []*nft.Set{
+	list := append(access.Sets(), []*nft.Set{
 		set("vips", fields{addr}, "the addresses on "+deviceName),
 		set("virtual-servers", frontend, "IPVS knows these by their address"),
 		toMark("marks", frontend, "IPVS knows these by a mark"),
@@ -85,33 +77,24 @@ func newSets() []*nft.Set {
 		set("dropped", frontend, "frontends without endpoints that may be used here"),
 		set("rejected-nodeports", nodePort, ""),
 		set("dropped-nodeports", nodePort, ""),
-		set("restricted", frontend, "frontends that only allowed sources may use"),
-		set("allowed-sources", fields{addr, proto, port, addr}, "").OfRanges(),
-		set("restricted-nodeports", nodePort, ""),
-		set("allowed-nodeport-sources", fields{proto, port, addr}, "").OfRanges(),
 		set("health-checks", frontend, "answered by a daemon of this node"),
 		set("hairpin", fields{addr, addr}, "endpoints that may be their own clients"),
 		toMark("affinity", fields{addr, mark}, "client . Service port : endpoint").Remembering(affinitySize),
 		toMark("affinity-marks", fields{mark, addr, port}, "Service port . endpoint : mark of the endpoint"),
-	}
+	}...)
 	for v := range maxVariants {
 		list = append(list, set("affinity-members-"+string(rune('0'+v)), fields{mark}, ""))
 	}
-	return append(list,
-		set("local-pods", fields{addr}, "").OfRanges(),
-		set("own-pods", fields{addr}, "of these, the ones on this node").OfRanges(),
-		set("nodeport-addrs", fields{addr}, ""),
-		set("service-cidrs", fields{addr}, "").OfRanges(),
-	)
+	return list
 }
 
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
-type frontendSets struct{ marks, internal, masquerade, rejected, dropped, restricted, allowed nft.SetID }
+type frontendSets struct{ marks, internal, masquerade, rejected, dropped nft.SetID }
 
 var (
-	addressedSets = frontendSets{marks, internalMarks, masquerade, rejected, dropped, restricted, allowedSources}
-	nodePortSets  = frontendSets{nodePortMarks, internalNodePortMarks, nodePortMasquerade, rejectedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
+	addressedSets = frontendSets{marks, internalMarks, masquerade, rejected, dropped}
+	nodePortSets  = frontendSets{nodePortMarks, internalNodePortMarks, nodePortMasquerade, rejectedNodePorts, droppedNodePorts}
 )
 
 func setsOf(fe *plan.Frontend) frontendSets {

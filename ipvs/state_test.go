@@ -161,7 +161,7 @@ func (m *model) inUse() string {
 	}
 	for k, e := range m.elements {
 		data := e.Data
-		if data != "" || k.Set >= affinityMembers && k.Set < localPods {
+		if data != "" || k.Set >= affinityMembers {
 			lines = append(lines, fmt.Sprintf("%s %d", setNames[k.Set], len(k.Key))) // holds a mark
 			continue
 		}
@@ -209,7 +209,7 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 				desired := w.plan()
 				p := &Proxier{IPFamily: nft.FamilyOf(family), schedulers: newSchedulers("", nil)}
 				grown := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
-				st := newState(&ruleset{IPFamily: p.IPFamily})
+				st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
 				st.others = map[netip.Addr]bool{}
 				for range 60 {
 					names := make(map[plan.ServicePortName]bool)
@@ -224,7 +224,7 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 					step(t, p, st, desired, slices.Collect(maps.Keys(names)), grown)
 				}
 				fresh := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
-				anew := newState(&ruleset{IPFamily: p.IPFamily})
+				anew := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
 				step(t, p, anew, desired, slices.Collect(maps.Keys(desired.Services)), fresh)
 				if diff := cmp.Diff(fresh.inUse(), grown.inUse()); diff != "" {
 					t.Errorf("-fresh +grown:\n%s", diff)
@@ -292,8 +292,13 @@ func compareStates(t *testing.T, want, got *state) {
 			bases[baseOf(key.mark)]++
 		}
 	}
-	if !maps.Equal(bases, got.pool.uses) {
-		t.Errorf("marks in use are %v, the pool says %v", bases, got.pool.uses)
+	if in := got.pool.sets.InUse() + got.pool.blocks.InUse(); in != len(bases) {
+		t.Errorf("%d marks are in use, the pool says %d", len(bases), in)
+	}
+	for base, n := range bases {
+		if uses := got.pool.of(base).Uses(base); uses != n {
+			t.Errorf("mark %#x has %d uses, the pool says %d", base, n, uses)
+		}
 	}
 }
 
@@ -302,7 +307,7 @@ func compareStates(t *testing.T, want, got *state) {
 func TestMarksStay(t *testing.T) {
 	w := world{plan.IPv4}
 	p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
-	st := newState(&ruleset{IPFamily: p.IPFamily})
+	st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
 	m := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
 	service := func(all, here *plan.EndpointSet) *plan.ServicePort {
 		sp := w.service("web", plan.TCP, all, clusterIP(w.vip(1), 80, all), local(plan.NodePort, netip.Addr{}, 30080, all, here))
@@ -324,7 +329,7 @@ func TestMarksStay(t *testing.T) {
 // TestMarkPool checks that marks come back only when all others had their turn.
 func TestMarkPool(t *testing.T) {
 	p := newMarkPool()
-	p.nextUse = stickyLast
+	p.blocks.StartAt(stickyLast)
 	last, err := p.takeBlock()
 	first, err2 := p.takeBlock()
 	if last != stickyLast || first != stickySpace || err != nil || err2 != nil {
@@ -332,12 +337,12 @@ func TestMarkPool(t *testing.T) {
 	}
 	p.hold(first | endpointFlag | 7)
 	p.release(first)
-	p.nextUse = stickySpace
+	p.blocks.StartAt(stickySpace)
 	if next, _ := p.takeBlock(); next == first {
 		t.Errorf("a block is given out while a server is under it")
 	}
 	p.release(first | endpointFlag | 7)
-	p.nextUse = stickySpace
+	p.blocks.StartAt(stickySpace)
 	if next, _ := p.takeBlock(); next != first {
 		t.Errorf("a free block is not given out: %#x", next)
 	}
@@ -365,7 +370,7 @@ func TestMarksPartWays(t *testing.T) {
 			mark = stickySpace + 5<<blockBits
 		}
 		p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
-		st := newState(&ruleset{IPFamily: p.IPFamily})
+		st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
 		b, err := st.stage(w.plan(one, other), []plan.ServicePortName{one.Name, other.Name}, p.compiler(st, func(markKey) uint32 { return mark }))
 		if err != nil {
 			t.Fatal(err)

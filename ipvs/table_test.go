@@ -42,13 +42,11 @@ func TestKernelTakesRules(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer table.Close()
-			rules := &ruleset{IPFamily: f, mark: proxier.DefaultMasqueradeMark,
-				timeouts: []time.Duration{time.Second, 3 * time.Hour},
-				node: plan.Node{
-					LocalPods:     plan.LocalPods{Interface: "cni0", InterfacePrefix: "veth"},
-					NodePortAddrs: plan.NodePortAddrs{All: true},
-					RouteSources:  routeSources(family),
-				}}
+			rules := rulesetOf(f, proxier.DefaultMasqueradeMark, plan.Node{
+				LocalPods:     plan.LocalPods{Interface: "cni0", InterfacePrefix: "veth"},
+				NodePortAddrs: plan.NodePortAddrs{All: true},
+				RouteSources:  routeSources(family),
+			}, []time.Duration{time.Second, 3 * time.Hour})
 			table.ReplaceTable()
 			if err := table.Commit(); err != nil {
 				t.Fatal(err)
@@ -85,7 +83,7 @@ func TestListing(t *testing.T) {
 			}
 			defer table.Close()
 			p := &Proxier{IPFamily: f, mark: proxier.DefaultMasqueradeMark, schedulers: newSchedulers("", nil), table: table}
-			st := newState(&ruleset{IPFamily: f, mark: p.mark, node: desired.Node, timeouts: timeoutsOf(desired)})
+			st := newState(rulesetOf(f, p.mark, desired.Node, timeoutsOf(desired)))
 			st.others = map[netip.Addr]bool{}
 			names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
 			b, err := st.stage(desired, names, p.compiler(st, func(markKey) uint32 { return 0 }))
@@ -111,8 +109,8 @@ func TestListing(t *testing.T) {
 			}
 			compare(t)
 			for _, sources := range [][]plan.RouteSource{routeSources(family), routeSources(family)[1:], nil} {
-				before := st.rules.node
-				st.rules.node.RouteSources, desired.Node.RouteSources = sources, sources
+				before := st.rules.Node
+				st.rules.Node.RouteSources, desired.Node.RouteSources = sources, sources
 				if err := p.writeTable(st, &batch{node: true, nodeBefore: before, knownTimeouts: len(st.rules.timeouts)}); err != nil {
 					t.Fatal(err)
 				}

@@ -1,8 +1,6 @@
 package nftables
 
 import (
-	"net/netip"
-
 	"signalbox/nft"
 	"signalbox/nft/access"
 	"signalbox/proxier/plan"
@@ -32,12 +30,12 @@ func compile(r *record, emit func(nft.Element)) {
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
 type frontendSets struct {
-	external, internal, masquerade, refused, dropped, restricted, allowed nft.SetID
+	external, internal, masquerade, refused, dropped nft.SetID
 }
 
 var (
-	addressedSets = frontendSets{frontends, internalFrontends, masquerade, refused, dropped, restricted, allowedSources}
-	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, refusedNodePorts, droppedNodePorts, restrictedNodePorts, allowedNodePortSources}
+	addressedSets = frontendSets{frontends, internalFrontends, masquerade, refused, dropped}
+	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, refusedNodePorts, droppedNodePorts}
 )
 
 func compileFrontend(r *record, fe *plan.Frontend, comment string, emit func(nft.Element)) {
@@ -58,13 +56,7 @@ func compileFrontend(r *record, fe *plan.Frontend, comment string, emit func(nft
 			emit(nft.Element{Set: sets.dropped, Key: key})
 		}
 	}
-	if fe.Sources != nil {
-		emit(nft.Element{Set: sets.restricted, Key: key})
-		for _, p := range nft.Disjoint(fe.Sources) {
-			emit(nft.Element{Set: sets.allowed,
-				Key: key + string(p.Addr().AsSlice()), End: key + string(nft.LastAddr(p).AsSlice())})
-		}
-	}
+	access.SourceElements(fe, r.port.Name.Protocol, emit)
 	if fe.Kind == plan.ClusterIP && fe.Addr.IsValid() {
 		emit(nft.Element{Set: clusterIPs, Key: string(fe.Addr.AsSlice())})
 	}
@@ -87,31 +79,4 @@ func compileSlot(r *record, i, slot int, emit func(nft.Element)) {
 
 func slotKey(id uint32, slot int) string {
 	return string(nft.AppendID(nft.AppendID(make([]byte, 0, 8), id), uint32(slot)))
-}
-
-// compileNode hands out the elements that the node's facts make.
-func (r ruleset) compileNode(emit func(nft.Element)) {
-	intervals := func(set nft.SetID, prefixes []netip.Prefix) {
-		for _, p := range nft.Disjoint(prefixes) {
-			emit(nft.Element{Set: set, Key: string(p.Addr().AsSlice()), End: string(nft.LastAddr(p).AsSlice())})
-		}
-	}
-	intervals(localPods, r.node.LocalPods.Prefixes)
-	intervals(ownPods, r.node.OwnPods)
-	intervals(serviceCIDRs, r.node.ServiceCIDRs)
-	for _, a := range r.nodePortAddrs() {
-		emit(nft.Element{Set: nodePortAddrs, Key: string(a.AsSlice())})
-	}
-}
-
-// nodePortAddrs leaves loopback addresses out: the kernel does not route what
-// comes from there to a Pod.
-func (r ruleset) nodePortAddrs() []netip.Addr {
-	var addrs []netip.Addr
-	for _, a := range r.node.NodePortAddrs.Addrs {
-		if !a.IsLoopback() {
-			addrs = append(addrs, a)
-		}
-	}
-	return addrs
 }

@@ -1,7 +1,6 @@
 package nftables
 
 import (
-	"signalbox/nft"
 	"signalbox/proxier"
 )
 
@@ -25,7 +24,7 @@ func (n *size) countRules(rules ruleset, st *state) {
 		n.chains++
 		n.rules += len(c.Rules)
 	}
-	rules.compileNode(func(nft.Element) { n.nodeElements++ })
+	n.nodeElements = len(rules.NodeElements())
 }
 
 // change counts what was written.

@@ -67,7 +67,7 @@ func (l *lab) hookOnly() {
 	defer table.Close()
 	table.ReplaceTable()
 	chains := []nft.Chain{nft.NewChain("tracking", nil, nft.NewRule(nft.StateNew(), nft.Return()))}
-	for _, c := range (ruleset{IPFamily: f}).baseChains() {
+	for _, c := range rulesetOf(f, 0, plan.Node{}).baseChains() {
 		chains = append(chains, nft.NewChain(c.Name, c.Hook))
 	}
 	table.AddChains(chains)

@@ -1,6 +1,6 @@
 package nftables
 
-import "fmt"
+import "signalbox/nft/access"
 
 // Ids share the 32 bits of the priority field. All lie from 0x40000000 to
 // 0x7fffffff, where neither the kernel's own priorities (0 to 15) nor the
@@ -48,64 +48,19 @@ func blockMask(large bool) uint32 { return ^(endpointFlag(large)<<1 - 1) }
 // blockRoom is how many endpoints an affinity block can tell apart.
 func blockRoom(large bool) int { return int(endpointFlag(large)) }
 
-// idPool gives out numbers in turn, so that one given back is not soon given
-// out again: a packet under way may still carry it.
-type idPool struct {
-	first, last, step uint32
-	next              uint32
-	used              map[uint32]struct{}
-}
-
-func newIDPool(first, last, step uint32) *idPool {
-	return &idPool{first: first, last: last, step: step, next: first, used: make(map[uint32]struct{})}
-}
-
-func (p *idPool) take() (uint32, error) {
-	if room := int((p.last-p.first)/p.step) + 1; len(p.used) >= room {
-		return 0, fmt.Errorf("all %d are in use", room)
-	}
-	for {
-		id := p.next
-		if p.next == p.last {
-			p.next = p.first
-		} else {
-			p.next += p.step
-		}
-		if _, taken := p.used[id]; !taken {
-			p.used[id] = struct{}{}
-			return id, nil
-		}
-	}
-}
-
-// claim takes a certain id, and goes on giving out those after it. It fails if
-// the id is taken.
-func (p *idPool) claim(id uint32) bool {
-	if _, taken := p.used[id]; taken {
-		return false
-	}
-	p.used[id] = struct{}{}
-	if id >= p.next && id < p.last {
-		p.next = id + p.step
-	}
-	return true
-}
-
-func (p *idPool) giveBack(id uint32) { delete(p.used, id) }
-
 // idPools are the pools of one Proxier.
 type idPools struct {
-	plain, small, large *idPool
+	plain, small, large *access.Pool
 	// chains numbers the sized chains that do not have their size for number.
-	chains *idPool
+	chains *access.Pool
 }
 
 func newIDPools() *idPools {
 	return &idPools{
-		plain:  newIDPool(plainFirst, plainLast, 1<<chainBits),
-		small:  newIDPool(smallFirst, smallLast, 2<<smallBits),
-		large:  newIDPool(largeFirst, largeLast, 2<<largeBits),
-		chains: newIDPool(ownNumber+1, chainMask, 1),
+		plain:  access.NewPool(plainFirst, plainLast, 1<<chainBits),
+		small:  access.NewPool(smallFirst, smallLast, 2<<smallBits),
+		large:  access.NewPool(largeFirst, largeLast, 2<<largeBits),
+		chains: access.NewPool(ownNumber+1, chainMask, 1),
 	}
 }
 
@@ -114,7 +69,7 @@ func newIDPools() *idPools {
 const ownNumber = 511
 
 // of returns the pool that an id belongs to.
-func (p *idPools) of(id uint32) *idPool {
+func (p *idPools) of(id uint32) *access.Pool {
 	switch {
 	case id >= largeFirst:
 		return p.large
@@ -126,6 +81,6 @@ func (p *idPools) of(id uint32) *idPool {
 
 func (p *idPools) giveBack(ids []uint32) {
 	for _, id := range ids {
-		p.of(id).giveBack(id)
+		p.of(id).Release(id)
 	}
 }

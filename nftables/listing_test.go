@@ -61,7 +61,7 @@ func blocks(t testing.TB, listing string) map[string][]string {
 // in the kernel.
 func compareKernel(t testing.TB, p *Proxier, node plan.Node) {
 	t.Helper()
-	want := blocks(t, ruleset{p.IPFamily, p.mark, node}.render(p.state))
+	want := blocks(t, rulesetOf(p.IPFamily, p.mark, node).render(p.state))
 	got := blocks(t, runNft(t, "list", "table", p.Word, tableName))
 	// Packets fill the affinity map, so only its declaration is compared.
 	head := "map " + schemas[affinity].Name + " {"
@@ -220,12 +220,12 @@ func TestKernelFollows(t *testing.T) {
 func compareCounts(t testing.TB, p *Proxier, node plan.Node) {
 	t.Helper()
 	want := map[string]int{}
-	rules := ruleset{p.IPFamily, p.mark, node}
+	rules := rulesetOf(p.IPFamily, p.mark, node)
 	for _, c := range rules.chains(p.state) {
 		want["chain"]++
 		want["rule"] += len(c.Rules)
 	}
-	rules.compileNode(func(nft.Element) { want["element"]++ })
+	want["element"] += len(rules.NodeElements())
 	p.state.emitAll(func(nft.Element) { want["element"]++ })
 	got := map[string]int{}
 	for _, k := range p.Counts() {
@@ -423,7 +423,7 @@ func TestNothingIsLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	small := ruleset{p.IPFamily, p.mark, desired.Node}.chains(newState(p.IPFamily))
+	small := rulesetOf(p.IPFamily, p.mark, desired.Node).chains(newState(p.IPFamily))
 	if len(table.Chains) != len(small) {
 		t.Errorf("%d chains with 10,000 Services, %d with none", len(table.Chains), len(small))
 	}

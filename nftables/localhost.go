@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -23,15 +24,15 @@ const refuseOnLocalhost = "refuse-on-localhost"
 // toLocalhost leads packets for NodePorts on loopback to refuseOnLocalhost. A program
 // that listens there is not asked, as with kube-proxy.
 func (r ruleset) toLocalhost() []nft.Rule {
-	if !r.node.LocalhostNodePorts {
+	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
-	return []nft.Rule{nft.NewRule(r.IsLoopback(), nft.SetPriorityFrom(idLookedUp(nodePortOf, nodePorts)), nft.GoTo(refuseOnLocalhost))}
+	return []nft.Rule{nft.NewRule(r.IsLoopback(), nft.SetPriorityFrom(idLookedUp(access.NodePort, nodePorts)), nft.GoTo(refuseOnLocalhost))}
 }
 
 // localhostChains refuse and count what the relay on loopback cannot carry.
 func (r ruleset) localhostChains() []nft.Chain {
-	if !r.node.LocalhostNodePorts {
+	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
 	refuse := nft.Chain{Name: refuseOnLocalhost}
@@ -61,7 +62,7 @@ func setCounters(w *nft.Table, rules ruleset, old *nft.Contents) {
 
 // counters are the names of those that rules refer to.
 func (r ruleset) counters() []string {
-	if !r.node.LocalhostNodePorts {
+	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
 	var names []string

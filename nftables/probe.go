@@ -45,7 +45,7 @@ func tryFeatures(w *nft.Table, features ...feature) error {
 // other, to name the one that is missing.
 func diagnose(f plan.Family, try func(...feature) error) error {
 	whole := feature{write: func(w *nft.Table) {
-		rules := ruleset{w.IPFamily, proxier.DefaultMasqueradeMark, probeNode}
+		rules := rulesetOf(w.IPFamily, proxier.DefaultMasqueradeMark, probeNode)
 		st := newState(w.IPFamily)
 		for _, large := range []bool{false, true} {
 			st.chains[sizedChain{size: 2, timeout: 1e9, large: large}] = 0
@@ -95,8 +95,8 @@ func features(f *nft.IPFamily) []feature {
 		{"the filter hook of nf_tables", config("CONFIG_NF_TABLES"), ruleOf(access.FilterForward, nft.Drop())},
 		{"NAT in nf_tables", config("CONFIG_NFT_NAT"), func(w *nft.Table) { w.AddChain(nft.Chain{Name: "probe", Hook: access.NATPrerouting}) }},
 		{"maps with concatenated keys", config("a release of at least 4.1"), set(frontends)},
-		{"sets of concatenated ranges", config("a release of at least 5.6"), set(allowedSources)},
-		{"sets of ranges", config("CONFIG_NF_TABLES with nft_set_rbtree"), set(serviceCIDRs)},
+		{"sets of concatenated ranges", config("a release of at least 5.6"), set(access.AllowedSources)},
+		{"sets of ranges", config("CONFIG_NF_TABLES with nft_set_rbtree"), set(access.ServiceCIDRs)},
 		{"maps with time-outs that packets fill", config("CONFIG_NF_TABLES with nft_set_hash"), set(affinity)},
 		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(access.FilterForward, nft.StateNew(), nft.Drop())},
 		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(access.FilterForward, nft.FibLocal(true), nft.Drop())},

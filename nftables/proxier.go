@@ -94,8 +94,8 @@ func (p *Proxier) Drain(ctx context.Context) { p.localhost.Drain(ctx) }
 // in it. Where that is not possible, because somebody made something else of the
 // old table, it goes too.
 func (p *Proxier) syncAll(plan *plan.Plan, _ plan.Change) error {
-	rules := ruleset{p.IPFamily, p.mark, plan.Node}
-	if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
+	rules := rulesetOf(p.IPFamily, p.mark, plan.Node)
+	if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {
 		return err
 	}
 	old, before, done, err := p.recall(rules, plan)
@@ -183,7 +183,9 @@ func writeAll(w *nft.Table, rules ruleset, st *state, old *nft.Contents) error {
 			buckets[e.Set] = buckets[e.Set][:0]
 		}
 	}
-	rules.compileNode(emit)
+	for _, e := range rules.NodeElements() {
+		emit(e)
+	}
 	st.emitAll(emit)
 	for _, bucket := range buckets {
 		w.AddElements(bucket)
@@ -194,9 +196,9 @@ func writeAll(w *nft.Table, rules ruleset, st *state, old *nft.Contents) error {
 
 // syncChange writes what change names.
 func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
-	rules := ruleset{p.IPFamily, p.mark, plan.Node}
+	rules := rulesetOf(p.IPFamily, p.mark, plan.Node)
 	if change.Node {
-		if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
+		if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {
 			return err
 		}
 	}
@@ -245,13 +247,8 @@ func writeStage(w *nft.Table, rules ruleset, s *stage, node bool, digest string)
 
 // rewriteNode replaces the rules and sets that depend on the node.
 func rewriteNode(w *nft.Table, rules ruleset, before plan.Node) {
-	access.RewriteNodeChains(w, append(rules.nodeChains(), rules.postrouting()), before, rules.node)
-	var list []nft.Element
-	rules.compileNode(func(e nft.Element) { list = append(list, e) })
-	for _, set := range []nft.SetID{localPods, ownPods, nodePortAddrs, serviceCIDRs} {
-		w.FlushSet(set)
-	}
-	w.AddElements(list)
+	access.RewriteNodeChains(w, append(rules.nodeChains(), rules.postrouting()), before, rules.Node)
+	rules.RewriteNodeElements(w)
 }
 
 func changeText(change plan.Change) string {

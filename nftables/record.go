@@ -4,9 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"time"
 
-	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
@@ -133,7 +131,7 @@ func (r *record) numberSets(old *record, pools *idPools) error {
 			r.sets[i].base = old.sets[i].base
 			continue
 		}
-		id, err := pools.plain.take()
+		id, err := pools.plain.Take()
 		if err != nil {
 			return fmt.Errorf("numbers of endpoint sets: %w", err)
 		}
@@ -167,7 +165,7 @@ func (r *record) numberBlock(old *record, pools *idPools) error {
 		if large {
 			pool = pools.large
 		}
-		block, err := pool.take()
+		block, err := pool.Take()
 		if err != nil {
 			return fmt.Errorf("numbers of Services with affinity: %w", err)
 		}
@@ -255,30 +253,4 @@ func slotOrder(before *numberedSet, set *plan.EndpointSet) []uint32 {
 		return nil
 	}
 	return order
-}
-
-// validate refuses what could not be written, and names it.
-func validate(f *nft.IPFamily, port *plan.ServicePort) error {
-	if port.AffinityTimeout < 0 || port.AffinityTimeout%time.Second != 0 {
-		return fmt.Errorf("session affinity timeout %v is not in whole seconds", port.AffinityTimeout)
-	}
-	for i := range port.Frontends {
-		fe := &port.Frontends[i]
-		if fe.Addr.IsValid() && !f.Holds(fe.Addr) {
-			return fmt.Errorf("%s %s is not an %s address", fe.Kind, fe.Addr, f.Family)
-		}
-		for _, p := range fe.Sources {
-			if !p.IsValid() || !f.Holds(p.Addr()) {
-				return fmt.Errorf("%s %s: source range %s is not of %s", fe.Kind, fe.Key(port.Name.Protocol), p, f.Family)
-			}
-		}
-	}
-	for _, set := range distinctSets(port) {
-		for _, e := range set.Endpoints {
-			if !f.Holds(e.Addr()) {
-				return fmt.Errorf("endpoint %s is not an %s address", e.AddrPort, f.Family)
-			}
-		}
-	}
-	return nil
 }

@@ -5,67 +5,10 @@ import (
 	"slices"
 	"testing"
 
-	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )
-
-func TestDisjoint(t *testing.T) {
-	for _, test := range []struct{ in, want []string }{
-		{nil, nil},
-		{[]string{"10.1.2.3/8"}, []string{"10.0.0.0/8"}},
-		{[]string{"10.1.0.0/16", "10.0.0.0/8", "10.1.2.3/32"}, []string{"10.0.0.0/8"}},
-		{[]string{"10.1.0.0/16", "10.0.0.0/16", "10.1.0.0/16"}, []string{"10.0.0.0/16", "10.1.0.0/16"}},
-		{[]string{"fd00::/64", "::/0"}, []string{"::/0"}},
-	} {
-		var in []netip.Prefix
-		for _, p := range test.in {
-			in = append(in, netip.MustParsePrefix(p))
-		}
-		var got []string
-		for _, p := range nft.Disjoint(in) {
-			got = append(got, p.String())
-		}
-		if !slices.Equal(got, test.want) {
-			t.Errorf("disjoint(%v) = %v, want %v", test.in, got, test.want)
-		}
-	}
-}
-
-func TestLastAddr(t *testing.T) {
-	for in, want := range map[string]string{
-		"10.1.2.3/8": "10.255.255.255", "10.1.2.3/32": "10.1.2.3", "0.0.0.0/0": "255.255.255.255", "fd00:0:0:10::/60": "fd00::1f:ffff:ffff:ffff:ffff",
-	} {
-		if got := nft.LastAddr(netip.MustParsePrefix(in)).String(); got != want {
-			t.Errorf("lastAddr(%s) = %s, want %s", in, got, want)
-		}
-	}
-}
-
-// TestIDPool: ids come in turn, none twice, and one given back comes last.
-func TestIDPool(t *testing.T) {
-	p := newIDPool(10, 16, 2)
-	var got []uint32
-	take := func() {
-		id, err := p.take()
-		if err != nil {
-			t.Fatal(err)
-		}
-		got = append(got, id)
-	}
-	take()
-	take()
-	p.giveBack(10)
-	take()
-	take()
-	take()
-	if want := []uint32{10, 12, 14, 16, 10}; !slices.Equal(got, want) {
-		t.Errorf("took %v, want %v", got, want)
-	}
-	if id, err := p.take(); err == nil {
-		t.Errorf("took %d though all are in use", id)
-	}
-}
 
 // TestIDsDoNotMeet: the kinds of ids have ranges of their own within ours.
 func TestIDsDoNotMeet(t *testing.T) {
@@ -73,11 +16,11 @@ func TestIDsDoNotMeet(t *testing.T) {
 		name        string
 		first, last uint32
 		room        uint32 // how many ids belong to each
-		pool        func(*idPools) *idPool
+		pool        func(*idPools) *access.Pool
 	}{
-		{"plain", plainFirst, plainLast, 1 << chainBits, func(p *idPools) *idPool { return p.plain }},
-		{"small", smallFirst, smallLast, 2 * uint32(blockRoom(false)), func(p *idPools) *idPool { return p.small }},
-		{"large", largeFirst, largeLast, 2 * uint32(blockRoom(true)), func(p *idPools) *idPool { return p.large }},
+		{"plain", plainFirst, plainLast, 1 << chainBits, func(p *idPools) *access.Pool { return p.plain }},
+		{"small", smallFirst, smallLast, 2 * uint32(blockRoom(false)), func(p *idPools) *access.Pool { return p.small }},
+		{"large", largeFirst, largeLast, 2 * uint32(blockRoom(true)), func(p *idPools) *access.Pool { return p.large }},
 	} {
 		pools := newIDPools()
 		for _, id := range []uint32{test.first, test.last, test.last + test.room - 1} {

@@ -14,8 +14,8 @@ import (
 // renders as a comment that says why.
 func Render(opts proxier.Options, plan *plan.Plan) string {
 	f := nft.FamilyOf(opts.Family)
-	rules := ruleset{f, opts.MasqueradeMark, plan.Node}
-	err := access.ValidateNode(rules.IPFamily, rules.node)
+	rules := rulesetOf(f, opts.MasqueradeMark, plan.Node)
+	err := access.ValidateNode(rules.IPFamily, rules.Node)
 	var st *state
 	if err == nil {
 		st, err = newStateOf(f, plan, nil, nil)
@@ -30,7 +30,9 @@ func Render(opts proxier.Options, plan *plan.Plan) string {
 func (r ruleset) render(st *state) string {
 	var elements []nft.Element
 	emit := func(e nft.Element) { elements = append(elements, e) }
-	r.compileNode(emit)
+	for _, e := range r.NodeElements() {
+		emit(e)
+	}
 	st.emitAll(emit)
 	return nft.RenderTable(r.IPFamily, tableName, r.counters(), schemas, elements, r.chains(st))
 }

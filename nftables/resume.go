@@ -307,7 +307,9 @@ func (r *resumption) compare(st *state) *repair {
 			p.add[e.Set] = append(p.add[e.Set], wanted[i])
 		}
 	}
-	r.rules.compileNode(emit)
+	for _, e := range r.rules.NodeElements() {
+		emit(e)
+	}
 	st.emitAll(emit)
 	for h, e := range r.held {
 		p.remove[h.set] = append(p.remove[h.set], nftables.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})

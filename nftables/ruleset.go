@@ -14,16 +14,13 @@ import (
 // ruleset makes the chains that every node has. Those that node makes a
 // difference to are in nodeChains.
 type ruleset struct {
-	*nft.IPFamily
+	access.Rules
 	mark uint32
-	node plan.Node
 }
 
-// frontendOf is the key of the maps by frontend.
-func (r ruleset) frontendOf() nft.Value { return nft.Join(r.Daddr(), nft.L4Proto, nft.DPort) }
-
-// nodePortOf is the key of the maps by node port.
-var nodePortOf = nft.Join(nft.L4Proto, nft.DPort)
+func rulesetOf(f *nft.IPFamily, mark uint32, n plan.Node) ruleset {
+	return ruleset{access.Rules{IPFamily: f, Node: n}, mark}
+}
 
 // fixedChains do not depend on the node. Chains come before those that jump to
 // them.
@@ -53,33 +50,33 @@ func (r ruleset) baseChains() []nft.Chain {
 // postrouting is a base chain that depends on the node.
 func (r ruleset) postrouting() nft.Chain {
 	return nft.Chain{Name: "nat-postrouting", Hook: access.NATPostrouting, Rules: []nft.Rule{
-		nft.NewRule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.node)),
-		nft.NewRule(nft.IsDNATed(), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.node)).Because("a client that is its own endpoint"),
+		nft.NewRule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.Node)),
+		nft.NewRule(nft.IsDNATed(), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.Node)).Because("a client that is its own endpoint"),
 		nft.NewRule(nft.IsDNATed(), nft.Jump("between-nodes")),
 	}}
 }
 
 // nodeChains are written anew when the node's facts change.
 func (r ruleset) nodeChains() []nft.Chain {
-	chains := append(append(r.localhostChains(), access.SourceChains(r.IPFamily, r.node)...), []nft.Chain{
-		{Name: "refuse", Rules: r.refuse(r.frontendOf(), dropped)},
-		{Name: "refuse-nodeport", Rules: r.refuse(nodePortOf, droppedNodePorts)},
+	chains := append(append(r.localhostChains(), access.SourceChains(r.IPFamily, r.Node)...), []nft.Chain{
+		{Name: "refuse", Rules: r.refuse(r.Frontend(), dropped)},
+		{Name: "refuse-nodeport", Rules: r.refuse(access.NodePort, droppedNodePorts)},
 		{Name: "between-nodes", Rules: r.betweenNodes()},
-		{Name: "check-sources", Rules: r.checkSources()},
+		{Name: "check-sources", Rules: r.CheckSources()},
 		{Name: "check-local", Rules: r.checkLocal()},
 		{Name: "check-remote", Rules: r.checkRemote()},
 	}...)
 	for origins := plan.FromPods; origins <= plan.AnySource; origins++ {
 		chains = append(chains, nft.Chain{Name: markChain(origins), Rules: r.markRules(origins)})
 	}
-	services := []nft.Rule{nft.NewRule(nft.SetPriorityFrom(idLookedUp(r.frontendOf(), masquerade)), nft.GoTo("service"))}
-	for _, match := range r.toNodePortAddrs() {
+	services := []nft.Rule{nft.NewRule(nft.SetPriorityFrom(idLookedUp(r.Frontend(), masquerade)), nft.GoTo("service"))}
+	for _, match := range r.ToNodePortAddrs() {
 		services = append(services,
-			nft.NewRule(append(match, nft.SetPriorityFrom(idLookedUp(nodePortOf, nodePortMasquerade)), nft.GoTo("nodeport"))...))
+			nft.NewRule(append(match, nft.SetPriorityFrom(idLookedUp(access.NodePort, nodePortMasquerade)), nft.GoTo("nodeport"))...))
 	}
 	return append(chains,
-		nft.Chain{Name: "nodeport", Rules: r.setRules(nodePortOf, internalNodePorts, nodePorts)},
-		nft.Chain{Name: "service", Rules: r.setRules(r.frontendOf(), internalFrontends, frontends)},
+		nft.Chain{Name: "nodeport", Rules: r.setRules(access.NodePort, internalNodePorts, nodePorts)},
+		nft.Chain{Name: "service", Rules: r.setRules(r.Frontend(), internalFrontends, frontends)},
 		nft.Chain{Name: "services", Rules: services})
 }
 
@@ -88,7 +85,7 @@ func (r ruleset) nodeChains() []nft.Chain {
 func (r ruleset) setRules(key nft.Value, internal, external nft.SetID) []nft.Rule {
 	choose := nft.SetPriorityFrom(idLookedUp(key, internal))
 	rules := []nft.Rule{nft.NewRule(verdictOf(nft.Priority, markChains))}
-	for _, match := range r.fromPods() {
+	for _, match := range r.FromPods() {
 		rules = append(rules, nft.NewRule(match, choose, nft.GoTo("pick-endpoint")))
 	}
 	return append(rules,
@@ -96,41 +93,14 @@ func (r ruleset) setRules(key nft.Value, internal, external nft.SetID) []nft.Rul
 		nft.NewRule(nft.SetPriorityFrom(idLookedUp(key, external)), nft.GoTo("pick-endpoint")))
 }
 
-// fromPods are the ways to tell packets of local Pods; any one that matches
-// will do.
-func (r ruleset) fromPods() []nft.Statement {
-	var ways []nft.Statement
-	if len(r.node.LocalPods.Prefixes) > 0 {
-		ways = append(ways, in(r.Saddr(), localPods))
-	}
-	if name := r.node.LocalPods.Interface; name != "" {
-		ways = append(ways, nft.EntersBy(name, false))
-	}
-	if prefix := r.node.LocalPods.InterfacePrefix; prefix != "" {
-		ways = append(ways, nft.EntersBy(prefix, true))
-	}
-	return ways
-}
-
 // betweenNodes masquerades what a Pod of another node sends to an endpoint of
 // another node.
 func (r ruleset) betweenNodes() []nft.Rule {
-	if len(r.node.OwnPods) == 0 {
+	match := r.BetweenNodes()
+	if match == nil {
 		return nil
 	}
-	return []nft.Rule{nft.NewRule(in(r.Saddr(), localPods), notIn(r.Saddr(), ownPods), notIn(r.Daddr(), ownPods), access.NewSource(r.node))}
-}
-
-// toNodePortAddrs are the ways to tell packets to addresses that serve
-// NodePorts; there may be none.
-func (r ruleset) toNodePortAddrs() [][]nft.Statement {
-	if r.node.NodePortAddrs.All {
-		return [][]nft.Statement{{nft.FibLocal(false), r.NotLoopback()}}
-	}
-	if len(r.nodePortAddrs()) > 0 {
-		return [][]nft.Statement{{in(r.Daddr(), nodePortAddrs)}}
-	}
-	return nil
+	return []nft.Rule{nft.NewRule(append(match, access.NewSource(r.Node))...)}
 }
 
 // markChain names the chain that marks packets from these origins.
@@ -168,25 +138,12 @@ func (r ruleset) markRules(origins plan.TrafficSources) []nft.Rule {
 		}
 		rules = append(rules, nft.NewRule(match, nft.Return()))
 	}
-	for _, match := range r.fromPods() {
+	for _, match := range r.FromPods() {
 		decide(match, plan.FromPods)
 	}
 	decide(nft.FibLocal(true), plan.FromNode)
 	if origins&plan.FromOutside != 0 {
 		rules = append(rules, nft.NewRule(mark))
-	}
-	return rules
-}
-
-// checkSources drops what may not use a frontend.
-func (r ruleset) checkSources() []nft.Rule {
-	allowed := nft.Join(r.frontendOf(), r.Saddr())
-	rules := []nft.Rule{
-		nft.NewRule(in(r.frontendOf(), restricted), notIn(allowed, allowedSources), nft.Drop()),
-	}
-	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{in(nodePortOf, restrictedNodePorts)}, match,
-			[]nft.Statement{notIn(nft.Join(nodePortOf, r.Saddr()), allowedNodePortSources), nft.Drop()})...))
 	}
 	return rules
 }
@@ -209,9 +166,9 @@ func (r ruleset) refuse(key nft.Value, dropped nft.SetID) []nft.Rule {
 // endpoints.
 func (r ruleset) checkLocal() []nft.Rule {
 	rules := append(withoutDNAT(),
-		nft.NewRule(in(r.frontendOf(), refused), nft.GoTo("refuse")))
-	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{in(nodePortOf, refusedNodePorts)}, match, []nft.Statement{nft.GoTo("refuse-nodeport")})...))
+		nft.NewRule(in(r.Frontend(), refused), nft.GoTo("refuse")))
+	for _, match := range r.ToNodePortAddrs() {
+		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{in(access.NodePort, refusedNodePorts)}, match, []nft.Statement{nft.GoTo("refuse-nodeport")})...))
 	}
 	return append(rules, r.toLocalhost()...)
 }
@@ -223,9 +180,9 @@ func (r ruleset) checkLocal() []nft.Rule {
 // server's, is left to what listens there.
 func (r ruleset) checkRemote() []nft.Rule {
 	return append(withoutDNAT(),
-		nft.NewRule(in(r.frontendOf(), refused), nft.FibNotLocal(), nft.GoTo("refuse")),
+		nft.NewRule(in(r.Frontend(), refused), nft.FibNotLocal(), nft.GoTo("refuse")),
 		nft.NewRule(in(r.Daddr(), clusterIPs), nft.FibNotLocal(), r.Reject()).Because("no such port"),
-		nft.NewRule(in(r.Daddr(), serviceCIDRs), nft.FibNotLocal(), nft.Drop()).Because("no such Service"))
+		r.Unallocated())
 }
 
 // sizedChain is a chain that picks one of size endpoints. There is one for each

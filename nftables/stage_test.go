@@ -213,7 +213,7 @@ func TestRefused(t *testing.T) {
 			sp.AffinityTimeout = time.Hour
 			for i := range 5 {
 				set := conformance.FleetService(plan.IPv4, 1, i*10, 2).Usable
-				sp.Frontends = append(sp.Frontends, plan.Frontend{Addr: netip.AddrFrom4([4]byte{1, 1, 1, byte(i)}), Internal: set, External: set})
+				sp.Frontends = append(sp.Frontends, plan.Frontend{Port: 80, Addr: netip.AddrFrom4([4]byte{1, 1, 1, byte(i)}), Internal: set, External: set})
 			}
 			sp.Frontends = sp.Frontends[1:]
 		}},

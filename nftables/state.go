@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -65,7 +66,7 @@ func newState(f *nft.IPFamily) *state {
 func newStateOf(f *nft.IPFamily, desired *plan.Plan, before map[plan.ServicePortName]*record, chains map[sizedChain]uint32) (*state, error) {
 	st := newState(f)
 	for c, n := range chains {
-		if c.ownNumber() || st.pools.chains.claim(n) {
+		if c.ownNumber() || st.pools.chains.Claim(n) {
 			st.chains[c] = n
 		}
 	}
@@ -107,7 +108,7 @@ func (st *state) keepNumbers(desired *plan.Plan, names []plan.ServicePortName, b
 // taken.
 func (st *state) claimIDs(ids []uint32) bool {
 	for i, id := range ids {
-		if !st.pools.of(id).claim(id) {
+		if !st.pools.of(id).Claim(id) {
 			st.pools.giveBack(ids[:i])
 			return false
 		}
@@ -118,7 +119,7 @@ func (st *state) claimIDs(ids []uint32) bool {
 // recordOf makes the record of port, which follows on old. The caller gives
 // back what it took from the pools if the record does not come to be.
 func (st *state) recordOf(old *record, port *plan.ServicePort) (*record, error) {
-	if err := validate(st.IPFamily, port); err != nil {
+	if err := access.ValidatePort(st.IPFamily, port); err != nil {
 		return nil, err
 	}
 	r, err := succeed(old, port, st.pools)
@@ -142,7 +143,7 @@ func (st *state) chainNumber(c sizedChain) (uint32, error) {
 	n := uint32(c.size)
 	if !c.ownNumber() {
 		var err error
-		if n, err = st.pools.chains.take(); err != nil {
+		if n, err = st.pools.chains.Take(); err != nil {
 			return 0, fmt.Errorf("numbers of chains, one for each count of endpoints and affinity timeout: %w", err)
 		}
 	}
@@ -153,7 +154,7 @@ func (st *state) chainNumber(c sizedChain) (uint32, error) {
 // dropChain forgets a chain that is not in the kernel or no longer.
 func (st *state) dropChain(c sizedChain) {
 	if !c.ownNumber() {
-		st.pools.chains.giveBack(st.chains[c])
+		st.pools.chains.Release(st.chains[c])
 	}
 	delete(st.chains, c)
 }

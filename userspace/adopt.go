@@ -37,14 +37,14 @@ func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set nft.SetID) 
 		for _, e := range elements {
 			k := access.FrontendOfBytes(p.family, e.Key, set == nodePorts)
 			a, _ := netip.AddrFromSlice(e.Val)
-			if id, ok := idOf(p.family.Family, a); ok && wanted[k] && st.pool.claim(id) {
+			if id, ok := idOf(p.family.Family, a); ok && wanted[k] && st.pool.Claim(uint32(id)) {
 				st.ids[k] = id
 			}
 		}
 	}
 	if p.state != nil {
 		for k, id := range p.state.ids {
-			if _, numbered := st.ids[k]; wanted[k] && !numbered && st.pool.claim(id) {
+			if _, numbered := st.ids[k]; wanted[k] && !numbered && st.pool.Claim(uint32(id)) {
 				st.ids[k] = id
 			}
 		}

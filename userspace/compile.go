@@ -1,9 +1,6 @@
 package userspace
 
 import (
-	"fmt"
-	"net/netip"
-
 	"signalbox/nft"
 	"signalbox/nft/access"
 	"signalbox/proxier/plan"
@@ -31,8 +28,8 @@ type compiler struct {
 	list    []nft.Element
 }
 
-func (c *compiler) add(set nft.SetID, key, end, data, comment string) {
-	c.list = append(c.list, nft.Element{Set: set, Key: key, End: end, Data: data, Comment: comment})
+func (c *compiler) add(set nft.SetID, key, data, comment string) {
+	c.list = append(c.list, nft.Element{Set: set, Key: key, Data: data, Comment: comment})
 }
 
 func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.FrontendKey]frontendID) {
@@ -44,12 +41,12 @@ func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.
 	open := relayed(k.Protocol)
 	inside, outside := open && fe.Internal.Len() > 0, open && fe.External.Len() > 0
 	if inside || outside {
-		c.add(sets.redirected, key, "", string(ids[k].addr(c.family.Family).AsSlice()), c.comment)
+		c.add(sets.redirected, key, string(ids[k].addr(c.family.Family).AsSlice()), c.comment)
 		if !inside {
-			c.add(sets.noInternalEndpoints, key, "", "", "")
+			c.add(sets.noInternalEndpoints, key, "", "")
 		}
 		if !outside {
-			c.add(sets.noExternalEndpoints, key, "", "", "")
+			c.add(sets.noExternalEndpoints, key, "", "")
 		}
 	}
 	if !inside || !outside {
@@ -57,38 +54,10 @@ func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.
 		if fe.WhenEmpty == plan.Drop && open {
 			set = sets.dropped
 		}
-		c.add(set, key, "", "", c.comment)
+		c.add(set, key, "", c.comment)
 	}
-	if fe.Sources != nil {
-		c.add(sets.restricted, key, "", "", "")
-		for _, p := range nft.Disjoint(fe.Sources) {
-			c.add(sets.allowed, key+string(p.Addr().AsSlice()), key+string(nft.LastAddr(p).AsSlice()), "", "")
-		}
-	}
+	access.SourceElements(fe, k.Protocol, func(e nft.Element) { c.list = append(c.list, e) })
 	if fe.Kind == plan.ClusterIP && fe.Addr.IsValid() {
-		c.add(clusterIPs, string(fe.Addr.AsSlice()), "", "", "")
+		c.add(clusterIPs, string(fe.Addr.AsSlice()), "", "")
 	}
-}
-
-// validate refuses what could not be written.
-func validate(f *nft.IPFamily, sp *plan.ServicePort) error {
-	for i := range sp.Frontends {
-		fe := &sp.Frontends[i]
-		if fe.Addr != (netip.Addr{}) && !f.Holds(fe.Addr) {
-			return fmt.Errorf("%s: %s %s is not of %s", sp.Name, fe.Kind, fe.Addr, f.Family)
-		}
-		for _, p := range fe.Sources {
-			if !p.IsValid() || !f.Holds(p.Addr()) {
-				return fmt.Errorf("%s: source range %s is not of %s", sp.Name, p, f.Family)
-			}
-		}
-		for _, set := range []*plan.EndpointSet{fe.Internal, fe.External} {
-			for j := range set.Len() {
-				if !f.Holds(set.Endpoints[j].Addr()) {
-					return fmt.Errorf("%s: endpoint %s is not of %s", sp.Name, set.Endpoints[j], f.Family)
-				}
-			}
-		}
-	}
-	return nil
 }

@@ -2,10 +2,10 @@ package userspace
 
 import (
 	"encoding/binary"
-	"fmt"
 	"math/rand/v2"
 	"net/netip"
 
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -49,36 +49,10 @@ func idOf(f plan.Family, a netip.Addr) (frontendID, bool) {
 	return frontendID(binary.BigEndian.Uint32(b[len(b)-4:]) & (1<<idBits - 1)), true
 }
 
-// idPool numbers frontends. It gives a free number again only after all others: a
-// UDP flow's conntrack entry may contain it for minutes.
-type idPool struct {
-	used map[frontendID]bool
-	next frontendID
+// newIDPool numbers frontends. It begins anywhere and gives a free number again only
+// after all others: a UDP flow's conntrack entry may contain it for minutes.
+func newIDPool() *access.Pool {
+	p := access.NewPool(0, 1<<idBits-1, 1)
+	p.StartAt(rand.Uint32N(1 << idBits))
+	return p
 }
-
-func newIDPool() *idPool {
-	return &idPool{used: map[frontendID]bool{}, next: frontendID(rand.Uint32N(1 << idBits))}
-}
-
-func (p *idPool) take() (frontendID, error) {
-	for range 1 << idBits {
-		id := p.next
-		p.next = (p.next + 1) % (1 << idBits)
-		if !p.used[id] {
-			p.used[id] = true
-			return id, nil
-		}
-	}
-	return 0, fmt.Errorf("all %d numbers of frontends are in use", 1<<idBits)
-}
-
-// claim takes a certain number; false if it is taken.
-func (p *idPool) claim(id frontendID) bool {
-	if p.used[id] {
-		return false
-	}
-	p.used[id] = true
-	return true
-}
-
-func (p *idPool) giveBack(id frontendID) { delete(p.used, id) }

@@ -30,10 +30,10 @@ func Supported(f plan.Family) error {
 		return missing("the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
 	defer t.Close()
-	rules := ruleset{nft.FamilyOf(f), answersMark(proxier.DefaultMasqueradeMark), firstPorts, plan.Node{
+	rules := ruleset{access.Rules{IPFamily: nft.FamilyOf(f), Node: plan.Node{
 		LocalPods:     plan.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
 		NodePortAddrs: plan.NodePortAddrs{All: true},
-	}}
+	}}, answersMark(proxier.DefaultMasqueradeMark), firstPorts}
 	err = t.Try(func() {
 		t.AddSets()
 		t.AddChains(rules.chains())
@@ -104,15 +104,15 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 // from 0. It touches no kernel.
 func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	f := nft.FamilyOf(opts.Family)
-	rules := ruleset{f, answersMark(opts.MasqueradeMark), firstPorts, plan.Node}
-	if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
+	rules := ruleset{access.Rules{IPFamily: f, Node: plan.Node}, answersMark(opts.MasqueradeMark), firstPorts}
+	if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {
 		return "", err
 	}
 	st := newState(f)
-	st.pool.next = 0
+	st.pool.StartAt(0)
 	s, err := st.stage(plan, sortedNames(plan))
 	if err != nil {
 		return "", err
 	}
-	return nft.RenderTable(f, tableName, nil, makeSets(), slices.Concat(s.add, rules.nodeElements()), rules.chains()), nil
+	return nft.RenderTable(f, tableName, nil, makeSets(), slices.Concat(s.add, rules.NodeElements()), rules.chains()), nil
 }

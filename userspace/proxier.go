@@ -89,7 +89,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 }
 
 func (p *Proxier) rules(plan *plan.Plan) ruleset {
-	r := ruleset{IPFamily: p.family, mark: p.mark, node: plan.Node}
+	r := ruleset{Rules: access.Rules{IPFamily: p.family, Node: plan.Node}, mark: p.mark}
 	if p.relay.listeners != nil {
 		r.ports = p.relay.listeners.ports
 	}
@@ -106,7 +106,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 	}
 	st := newState(p.family)
 	if p.state != nil {
-		st.pool.next = p.state.pool.next
+		st.pool.StartAt(p.state.pool.Next())
 	}
 	p.adopt(st, plan, p.table.Read)
 	s, err := st.stage(plan, sortedNames(plan))
@@ -122,7 +122,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 	rules := p.rules(plan)
 	p.table.ReplaceTable()
 	p.table.AddChains(rules.chains())
-	p.table.AddElements(append(s.add, rules.nodeElements()...))
+	p.table.AddElements(append(s.add, rules.NodeElements()...))
 	if err := access.Commit(p.table); err != nil {
 		p.relay.targets.withdraw(added)
 		return fmt.Errorf("write table %s: %w", tableName, err)
@@ -142,7 +142,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	rules := p.rules(plan)
 	if change.Node {
-		if err := access.ValidateNode(rules.IPFamily, rules.node); err != nil {
+		if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {
 			return err
 		}
 	}
@@ -154,10 +154,7 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	added := p.relay.targets.announce(list)
 	if change.Node {
 		p.table.RewriteChains(rules.nodeChains())
-		for _, set := range []nft.SetID{localPods, nodePortAddrs, serviceCIDRs} {
-			p.table.FlushSet(set)
-		}
-		p.table.AddElements(rules.nodeElements())
+		rules.RewriteNodeElements(p.table)
 	}
 	p.table.RemoveElements(s.remove)
 	p.table.AddElements(s.add)

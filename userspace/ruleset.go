@@ -1,7 +1,6 @@
 package userspace
 
 import (
-	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -39,10 +38,9 @@ func (o origin) String() string { return [...]string{"pods", "node", "outside"}[
 
 // ruleset makes the chains. Their number does not depend on Services.
 type ruleset struct {
-	*nft.IPFamily
+	access.Rules
 	mark  uint32 // sends answers to a transparent connection to the relay
 	ports ports
-	node  plan.Node
 }
 
 var (
@@ -53,12 +51,6 @@ var (
 	natOutput     = nft.NewNATHook(nftables.ChainHookOutput, -98, "type nat hook output priority -98")
 	lastHook      = nft.NewHook(nftables.ChainHookPostrouting, 300, "type filter hook postrouting priority 300")
 )
-
-func (r ruleset) frontendOf() nft.Value {
-	return nft.Join(r.Daddr(), nft.L4Proto, nft.DPort)
-}
-
-var nodePortOf = nft.Join(nft.L4Proto, nft.DPort)
 
 // chains are all chains of the table; those that are jumped to come first.
 func (r ruleset) chains() []nft.Chain {
@@ -87,18 +79,18 @@ func (r ruleset) chains() []nft.Chain {
 // nodeChains depend on the node's facts, and are written anew with them.
 func (r ruleset) nodeChains() []nft.Chain {
 	chains := []nft.Chain{
-		nft.NewChain("check-sources", nil, r.checkSources()...),
+		nft.NewChain("check-sources", nil, r.CheckSources()...),
 		nft.NewChain("check-local", nil, r.checkLocal()...),
 		nft.NewChain("check-remote", nil, r.checkRemote()...),
 		nft.NewChain("localhost", nil, r.localhost()...),
 	}
 	for o := range originCount {
 		chains = append(chains,
-			nft.NewChain("nodeports-from-"+o.String(), nil, r.redirect(nodePortOf, nodePortSets, o)...),
+			nft.NewChain("nodeports-from-"+o.String(), nil, r.redirect(access.NodePort, nodePortSets, o)...),
 			nft.NewChain("services-from-"+o.String(), nil, r.services(o)...))
 	}
 	var byOrigin []nft.Rule
-	for _, match := range r.isFromPods() {
+	for _, match := range r.FromPods() {
 		byOrigin = append(byOrigin, nft.NewRule(match, nft.GoTo("services-from-pods")))
 	}
 	return append(chains, nft.NewChain("services", nil, append(byOrigin,
@@ -107,8 +99,8 @@ func (r ruleset) nodeChains() []nft.Chain {
 }
 
 func (r ruleset) services(o origin) []nft.Rule {
-	rules := r.redirect(r.frontendOf(), addressedSets, o)
-	for _, match := range r.toNodePortAddrs() {
+	rules := r.redirect(r.Frontend(), addressedSets, o)
+	for _, match := range r.ToNodePortAddrs() {
 		rules = append(rules, nft.NewRule(append(match, nft.GoTo("nodeports-from-"+o.String()))...))
 	}
 	return rules
@@ -126,68 +118,14 @@ func (r ruleset) redirect(key nft.Value, sets frontendSets, o origin) []nft.Rule
 	}
 }
 
-// isFromPods are the ways to tell packets of local Pods.
-func (r ruleset) isFromPods() []nft.Statement {
-	var ways []nft.Statement
-	if len(r.node.LocalPods.Prefixes) > 0 {
-		ways = append(ways, nft.In(r.Saddr(), setNames[localPods]))
-	}
-	if name := r.node.LocalPods.Interface; name != "" {
-		ways = append(ways, nft.EntersBy(name, false))
-	}
-	if prefix := r.node.LocalPods.InterfacePrefix; prefix != "" {
-		ways = append(ways, nft.EntersBy(prefix, true))
-	}
-	return ways
-}
-
-// toNodePortAddrs are the ways to tell packets to addresses that serve
-// NodePorts; there may be none.
-func (r ruleset) toNodePortAddrs() [][]nft.Statement {
-	var ways [][]nft.Statement
-	if r.node.NodePortAddrs.All {
-		ways = append(ways, []nft.Statement{nft.FibLocal(false), r.NotLoopback()})
-	}
-	if len(r.nodePortAddrs()) > 0 {
-		ways = append(ways, []nft.Statement{nft.In(r.Daddr(), setNames[nodePortAddrs])})
-	}
-	return ways
-}
-
 // localhost redirects what is for NodePorts on the loopback address. Only the
 // output hook sees it: in prerouting a neighbour of the node could send packets to
 // that address, and rewritten there they would escape the kernel's own check.
 func (r ruleset) localhost() []nft.Rule {
-	if !r.node.LocalhostNodePorts {
+	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
 	return []nft.Rule{nft.NewRule(r.DaddrIs(service.Localhost(r.Family)), nft.GoTo("nodeports-from-node"))}
-}
-
-// nodePortAddrs are the single addresses that serve NodePorts.
-func (r ruleset) nodePortAddrs() []netip.Addr {
-	var addrs []netip.Addr
-	if !r.node.NodePortAddrs.All {
-		for _, a := range r.node.NodePortAddrs.Addrs {
-			if !a.IsLoopback() {
-				addrs = append(addrs, a)
-			}
-		}
-	}
-	return addrs
-}
-
-// checkSources drops what may not use a frontend.
-func (r ruleset) checkSources() []nft.Rule {
-	rules := []nft.Rule{
-		nft.NewRule(nft.In(r.frontendOf(), setNames[restricted]),
-			nft.NotIn(nft.Join(r.frontendOf(), r.Saddr()), setNames[allowedSources]), nft.Drop()),
-	}
-	for _, match := range r.toNodePortAddrs() {
-		rules = append(rules, nft.NewRule(append(match, nft.In(nodePortOf, setNames[restrictedNodePorts]),
-			nft.NotIn(nft.Join(nodePortOf, r.Saddr()), setNames[allowedNodePortSources]), nft.Drop())...))
-	}
-	return rules
 }
 
 // checkLocal rejects or drops what has come to this node and was not redirected
@@ -200,11 +138,11 @@ func (r ruleset) checkLocal() []nft.Rule {
 			nft.DPortsBetween(r.ports.of(0), r.ports.of(originCount-1)), r.Reject()))
 	}
 	rules = append(rules,
-		nft.NewRule(nft.In(r.frontendOf(), setNames[rejected]), r.Reject()),
-		nft.NewRule(nft.In(r.frontendOf(), setNames[dropped]), nft.Drop()))
-	for _, match := range r.toNodePortAddrs() {
+		nft.NewRule(nft.In(r.Frontend(), setNames[rejected]), r.Reject()),
+		nft.NewRule(nft.In(r.Frontend(), setNames[dropped]), nft.Drop()))
+	for _, match := range r.ToNodePortAddrs() {
 		inSet := func(set nft.SetID, verdict nft.Statement) nft.Rule {
-			return nft.NewRule(slices.Concat([]nft.Statement{nft.In(nodePortOf, setNames[set])}, match, []nft.Statement{verdict})...)
+			return nft.NewRule(slices.Concat([]nft.Statement{nft.In(access.NodePort, setNames[set])}, match, []nft.Statement{verdict})...)
 		}
 		rules = append(rules, inSet(rejectedNodePorts, r.Reject()), inSet(droppedNodePorts, nft.Drop()))
 	}
@@ -219,25 +157,9 @@ func (r ruleset) checkLocal() []nft.Rule {
 func (r ruleset) checkRemote() []nft.Rule {
 	return []nft.Rule{
 		nft.NewRule(nft.IsDNATed(), nft.Return()),
-		nft.NewRule(nft.In(r.frontendOf(), setNames[rejected]), nft.FibNotLocal(), r.Reject()),
-		nft.NewRule(nft.In(r.frontendOf(), setNames[dropped]), nft.FibNotLocal(), nft.Drop()),
+		nft.NewRule(nft.In(r.Frontend(), setNames[rejected]), nft.FibNotLocal(), r.Reject()),
+		nft.NewRule(nft.In(r.Frontend(), setNames[dropped]), nft.FibNotLocal(), nft.Drop()),
 		nft.NewRule(nft.In(r.Daddr(), setNames[clusterIPs]), nft.FibNotLocal(), r.Reject()).Because("no such port"),
-		nft.NewRule(nft.In(r.Daddr(), setNames[serviceCIDRs]), nft.FibNotLocal(), nft.Drop()).Because("no such Service"),
+		r.Unallocated(),
 	}
-}
-
-// nodeElements are the elements that the node's facts make.
-func (r ruleset) nodeElements() []nft.Element {
-	var list []nft.Element
-	ranges := func(set nft.SetID, prefixes []netip.Prefix) {
-		for _, p := range nft.Disjoint(prefixes) {
-			list = append(list, nft.Element{Set: set, Key: string(p.Addr().AsSlice()), End: string(nft.LastAddr(p).AsSlice())})
-		}
-	}
-	ranges(localPods, r.node.LocalPods.Prefixes)
-	for _, a := range r.nodePortAddrs() {
-		list = append(list, nft.Element{Set: nodePortAddrs, Key: string(a.AsSlice())})
-	}
-	ranges(serviceCIDRs, r.node.ServiceCIDRs)
-	return list
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -14,7 +15,7 @@ import (
 type state struct {
 	family   *nft.IPFamily
 	services map[plan.ServicePortName]*plan.ServicePort
-	pool     *idPool
+	pool     *access.Pool
 	ids      map[plan.FrontendKey]frontendID
 	owners   map[plan.FrontendKey]plan.ServicePortName
 	// uses counts how many Service ports want an element of cluster-ips.
@@ -82,19 +83,19 @@ func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, e
 
 // number gives every frontend of a Service port a number that has none.
 func (s *stage) number(sp *plan.ServicePort) error {
-	if err := validate(s.state.family, sp); err != nil {
-		return err
+	if err := access.ValidatePort(s.state.family, sp); err != nil {
+		return fmt.Errorf("%s: %w", sp.Name, err)
 	}
 	for i := range sp.Frontends {
 		k := sp.Frontends[i].Key(sp.Name.Protocol)
 		if _, numbered := s.state.ids[k]; numbered || !relayed(k.Protocol) {
 			continue
 		}
-		id, err := s.state.pool.take()
+		id, err := s.state.pool.Take()
 		if err != nil {
-			return fmt.Errorf("%s: %w", sp.Name, err)
+			return fmt.Errorf("%s: numbers of frontends: %w", sp.Name, err)
 		}
-		s.state.ids[k] = id
+		s.state.ids[k] = frontendID(id)
 		s.taken = append(s.taken, k)
 	}
 	return nil
@@ -122,7 +123,7 @@ func (s *stage) decide(e nft.Element, by int) {
 // undo forgets the stage.
 func (s *stage) undo() {
 	for _, k := range s.taken {
-		s.state.pool.giveBack(s.state.ids[k])
+		s.state.pool.Release(uint32(s.state.ids[k]))
 		delete(s.state.ids, k)
 	}
 }
@@ -153,7 +154,7 @@ func (s *stage) commit() (gone []frontendID) {
 	for _, k := range released {
 		id, numbered := st.ids[k]
 		if _, owned := st.owners[k]; !owned && numbered {
-			st.pool.giveBack(id)
+			st.pool.Release(uint32(id))
 			delete(st.ids, k)
 			gone = append(gone, id)
 		}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -120,7 +121,7 @@ func TestChangesAddUp(t *testing.T) {
 		if fresh := w.contents(); grown != fresh {
 			t.Errorf("after many changes:\n%s\nwritten at once:\n%s", grown, fresh)
 		}
-		if n := len(w.p.state.pool.used); n != len(w.p.state.ids) {
+		if n := w.p.state.pool.InUse(); n != len(w.p.state.ids) {
 			t.Errorf("%d numbers are taken, %d frontends have one", n, len(w.p.state.ids))
 		}
 		if n := len(w.p.relay.targets.byID); n != len(w.p.state.ids) {
@@ -185,18 +186,6 @@ func TestNumbers(t *testing.T) {
 			t.Errorf("an address of somebody else became number %d", id)
 		}
 	}
-	p := newIDPool()
-	p.next = 1<<idBits - 1
-	a, _ := p.take()
-	b, _ := p.take()
-	p.giveBack(a)
-	c, _ := p.take()
-	if a != 1<<idBits-1 || b != 0 || c != 1 {
-		t.Errorf("took %d, %d and %d: a number that came free was given again at once", a, b, c)
-	}
-	if p.claim(b) || !p.claim(7) {
-		t.Error("claimed a number that is taken, or could not claim one that is free")
-	}
 }
 
 // TestNumbersOutliveTheTable writes everything where the table cannot be read.
@@ -216,10 +205,10 @@ func TestNumbersGoOn(t *testing.T) {
 	w := newWorld(t, plan.IPv4)
 	w.serve(0, 0, 0)
 	w.serve(1, 0, 0)
-	before := w.p.state.pool.next
+	before := w.p.state.pool.Next()
 	w.remove(1)
 	w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
-	if next := w.p.state.pool.next; next != before {
+	if next := w.p.state.pool.Next(); next != before {
 		t.Errorf("the next number is %d, was %d: numbers that came free are given again at once", next, before)
 	}
 }
@@ -227,10 +216,10 @@ func TestNumbersGoOn(t *testing.T) {
 func TestFamiliesOfAddressesAreChecked(t *testing.T) {
 	good := examplePlan(plan.IPv4)
 	for name, sp := range good.Services {
-		if err := validate(nft.FamilyOf(plan.IPv4), sp); err != nil {
+		if err := access.ValidatePort(nft.FamilyOf(plan.IPv4), sp); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		if err := validate(nft.FamilyOf(plan.IPv6), sp); err == nil {
+		if err := access.ValidatePort(nft.FamilyOf(plan.IPv6), sp); err == nil {
 			t.Errorf("%s: IPv4 addresses pass for IPv6", name)
 		}
 	}

@@ -1,0 +1,51 @@
+package access
+
+import (
+	"net/netip"
+
+	"signalbox/nft"
+	"signalbox/proxier/plan"
+)
+
+// SourceElements hands out the elements by which CheckSources knows who may use a
+// frontend; none where everybody may.
+func SourceElements(fe *plan.Frontend, p plan.Protocol, emit func(nft.Element)) {
+	if fe.Sources == nil {
+		return
+	}
+	set, allowed := restricted, AllowedSources
+	if !fe.Addr.IsValid() {
+		set, allowed = restrictedNodePorts, allowedNodePortSources
+	}
+	key := FrontendBytes(fe.Key(p))
+	emit(nft.Element{Set: set, Key: key})
+	emitRanges(allowed, key, fe.Sources, emit)
+}
+
+// NodeElements are the elements that the node's facts make.
+func (r Rules) NodeElements() (list []nft.Element) {
+	emit := func(e nft.Element) { list = append(list, e) }
+	emitRanges(localPods, "", r.Node.LocalPods.Prefixes, emit)
+	emitRanges(ownPods, "", r.Node.OwnPods, emit)
+	emitRanges(ServiceCIDRs, "", r.Node.ServiceCIDRs, emit)
+	if !r.Node.NodePortAddrs.All {
+		for _, a := range r.nodePortAddrs() {
+			emit(nft.Element{Set: nodePortAddrs, Key: string(a.AsSlice())})
+		}
+	}
+	return list
+}
+
+// RewriteNodeElements replaces the elements that the node's facts make.
+func (r Rules) RewriteNodeElements(t *nft.Table) {
+	for set := localPods; set < FirstOwn; set++ {
+		t.FlushSet(set)
+	}
+	t.AddElements(r.NodeElements())
+}
+
+func emitRanges(set nft.SetID, key string, prefixes []netip.Prefix, emit func(nft.Element)) {
+	for _, p := range nft.Disjoint(prefixes) {
+		emit(nft.Element{Set: set, Key: key + string(p.Addr().AsSlice()), End: key + string(nft.LastAddr(p).AsSlice())})
+	}
+}

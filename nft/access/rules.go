@@ -1,0 +1,91 @@
+package access
+
+import (
+	"net/netip"
+	"slices"
+
+	"signalbox/nft"
+	"signalbox/proxier/plan"
+)
+
+// Rules makes the rules and elements that follow from the facts of a node.
+type Rules struct {
+	*nft.IPFamily
+	Node plan.Node
+	// VirtualAddrs names a set of addresses that this node holds and that serve no
+	// NodePorts; "" for none.
+	VirtualAddrs string
+}
+
+// Frontend is the key by which a packet finds its frontend.
+func (r Rules) Frontend() nft.Value { return nft.Join(r.Daddr(), nft.L4Proto, nft.DPort) }
+
+// NodePort is the key by which a packet to one of the node's addresses finds its
+// frontend.
+var NodePort = nft.Join(nft.L4Proto, nft.DPort)
+
+// CheckSources drops packets that may not use a frontend: see plan.Frontend.Sources.
+func (r Rules) CheckSources() []nft.Rule {
+	fe := r.Frontend()
+	rules := []nft.Rule{
+		nft.NewRule(in(fe, restricted), notIn(nft.Join(fe, r.Saddr()), AllowedSources), nft.Drop()),
+	}
+	for _, match := range r.ToNodePortAddrs() {
+		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{in(NodePort, restrictedNodePorts)}, match,
+			[]nft.Statement{notIn(nft.Join(NodePort, r.Saddr()), allowedNodePortSources), nft.Drop()})...))
+	}
+	return rules
+}
+
+// FromPods are the ways to tell packets of local Pods; any one that matches will do.
+func (r Rules) FromPods() []nft.Statement {
+	var ways []nft.Statement
+	if len(r.Node.LocalPods.Prefixes) > 0 {
+		ways = append(ways, in(r.Saddr(), localPods))
+	}
+	if name := r.Node.LocalPods.Interface; name != "" {
+		ways = append(ways, nft.EntersBy(name, false))
+	}
+	if prefix := r.Node.LocalPods.InterfacePrefix; prefix != "" {
+		ways = append(ways, nft.EntersBy(prefix, true))
+	}
+	return ways
+}
+
+// BetweenNodes matches what a Pod of another node sends to an endpoint of another node:
+// see plan.Node.OwnPods. It is nil where this node's Pods cannot be told apart.
+func (r Rules) BetweenNodes() []nft.Statement {
+	if len(r.Node.OwnPods) == 0 {
+		return nil
+	}
+	return []nft.Statement{in(r.Saddr(), localPods), notIn(r.Saddr(), ownPods), notIn(r.Daddr(), ownPods)}
+}
+
+// ToNodePortAddrs are the ways to tell packets to addresses that serve NodePorts; there
+// may be none.
+func (r Rules) ToNodePortAddrs() [][]nft.Statement {
+	switch {
+	case !r.Node.NodePortAddrs.All && len(r.nodePortAddrs()) == 0:
+		return nil
+	case !r.Node.NodePortAddrs.All:
+		return [][]nft.Statement{{in(r.Daddr(), nodePortAddrs)}}
+	case r.VirtualAddrs != "":
+		return [][]nft.Statement{{nft.FibLocal(false), r.NotLoopback(), nft.NotIn(r.Daddr(), r.VirtualAddrs)}}
+	}
+	return [][]nft.Statement{{nft.FibLocal(false), r.NotLoopback()}}
+}
+
+// nodePortAddrs leaves loopback addresses out: the kernel does not route what comes from
+// there to a Pod.
+func (r Rules) nodePortAddrs() []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(r.Node.NodePortAddrs.Addrs), netip.Addr.IsLoopback)
+}
+
+// Unallocated drops packets to addresses of the Service ranges. The mode says by except
+// which addresses have a Service, or has led packets to these elsewhere before. An
+// address that the node itself holds, as a local DNS server's, is left to what listens
+// there.
+func (r Rules) Unallocated(except ...nft.Statement) nft.Rule {
+	match := append([]nft.Statement{in(r.Daddr(), ServiceCIDRs)}, except...)
+	return nft.NewRule(append(match, nft.FibNotLocal(), nft.Drop())...).Because("no such Service")
+}
