@@ -77,7 +77,7 @@ func signalboxRemovals(list []proxier.Mode, drain bool) []removal {
 // taken over.
 func kubeProxyRemovals(taken proxier.TakenOver, drain bool) []removal {
 	var all []removal
-	for _, r := range kubeproxy.Remnants {
+	for _, r := range kubeproxy.Remnants() {
 		all = append(all, removal{
 			what: r.What, owner: "kube-proxy", kubeProxy: true,
 			remove: func(f plan.Family) (bool, int, error) { return r.Remove(f, taken, drain) },

@@ -266,7 +266,7 @@ func (l *leftovers) kubeProxyWrote(ctx context.Context, family plan.Family) bool
 	l.mu.Lock()
 	draining := maps.Clone(l.draining[family])
 	l.mu.Unlock()
-	return slices.ContainsFunc(kubeproxy.Remnants, func(r kubeproxy.Remnant) bool {
+	return slices.ContainsFunc(kubeproxy.Remnants(), func(r proxier.Remnant) bool {
 		_, drains := draining[r.What]
 		return !drains && r.Found(ctx, family, l.taken[family])
 	})

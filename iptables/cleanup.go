@@ -98,6 +98,21 @@ func wrote(ctx context.Context, t *xtables.Tools) (bool, error) {
 	return err == nil && l.Marked, err
 }
 
+// KubeProxy implements proxier.Mode. Rules of kube-proxy's ipvs mode use its ipsets,
+// so package modes has this mode before ipvs.
+func (Dataplane) KubeProxy() []proxier.Remnant {
+	return []proxier.Remnant{{
+		What: "kube-proxy's iptables rules",
+		Found: func(ctx context.Context, f plan.Family, taken proxier.TakenOver) bool {
+			return HasKubeProxy(ctx, f, Backend(taken.IPTables))
+		},
+		Remove: func(f plan.Family, taken proxier.TakenOver, _ bool) (removed bool, draining int, err error) {
+			removed, err = CleanupKubeProxy(f, Backend(taken.IPTables))
+			return removed, 0, err
+		},
+	}}
+}
+
 // HasKubeProxy says whether kube-proxy has written rules since they were last
 // removed. A running kube-proxy writes changes at once, and its canaries half a
 // minute later. In the active backend the names of the other chains do not tell.

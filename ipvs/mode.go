@@ -1,6 +1,8 @@
 package ipvs
 
 import (
+	"context"
+
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -29,6 +31,17 @@ func (Dataplane) Cleanup(f plan.Family, drain bool) (removed bool, draining int,
 
 // Init implements proxier.Mode.
 func (Dataplane) Init(o proxier.Options, _ bool) error { return Init(o) }
+
+// KubeProxy implements proxier.Mode.
+func (Dataplane) KubeProxy() []proxier.Remnant {
+	return []proxier.Remnant{{
+		What:  "kube-proxy's IPVS servers, addresses and ipsets",
+		Found: func(_ context.Context, f plan.Family, _ proxier.TakenOver) bool { return HasKubeProxy(f) },
+		Remove: func(f plan.Family, taken proxier.TakenOver, drain bool) (removed bool, draining int, err error) {
+			return CleanupKubeProxy(f, taken.IPVS, drain)
+		},
+	}}
+}
 
 // Traits implements proxier.Mode. IPVS has no transactions, by which two processes
 // could notice each other, and an earlier process ends virtual servers that have

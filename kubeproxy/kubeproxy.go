@@ -1,56 +1,60 @@
 // Package kubeproxy recognises and removes what kube-proxy leaves on a node, in any
 // of its modes.
+//
+// The table of its nftables mode is recognised here. What it has in iptables and in
+// IPVS takes the tools of the mode that writes there, which knows it: see
+// proxier.Mode's KubeProxy.
 package kubeproxy
 
 import (
 	"context"
+	"errors"
+	"fmt"
 
-	"signalbox/iptables"
-	"signalbox/ipvs"
-	"signalbox/nftables"
+	"golang.org/x/sys/unix"
+
+	"signalbox/modes"
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
-// Remnant is one kind of objects that kube-proxy has in the kernel. taken names the
-// objects that the mode at work has taken over: they count as signalbox's.
-type Remnant struct {
-	// What names the objects in messages.
-	What string
-	// Found says whether kube-proxy has written such objects since they were last
-	// removed.
-	Found func(ctx context.Context, f plan.Family, taken proxier.TakenOver) bool
-	// Remove removes the objects of a family, and has the results and the drain of
-	// proxier.Mode's Cleanup.
-	Remove func(f plan.Family, taken proxier.TakenOver, drain bool) (removed bool, draining int, err error)
+// Remnants lists all kinds in the order in which they are removed.
+func Remnants() []proxier.Remnant {
+	var all []proxier.Remnant
+	for _, m := range modes.All {
+		all = append(all, m.KubeProxy()...)
+	}
+	return append(all, proxier.Remnant{What: "kube-proxy's nftables table", Found: hasTable, Remove: removeTable})
 }
 
-// Remnants lists all kinds in the order in which they are removed: rules of
-// iptables use the ipsets.
-var Remnants = []Remnant{
-	{
-		What: "kube-proxy's iptables rules",
-		Found: func(ctx context.Context, f plan.Family, taken proxier.TakenOver) bool {
-			return iptables.HasKubeProxy(ctx, f, iptables.Backend(taken.IPTables))
-		},
-		Remove: func(f plan.Family, taken proxier.TakenOver, _ bool) (removed bool, draining int, err error) {
-			removed, err = iptables.CleanupKubeProxy(f, iptables.Backend(taken.IPTables))
-			return removed, 0, err
-		},
-	},
-	{
-		What:  "kube-proxy's nftables table",
-		Found: func(_ context.Context, f plan.Family, _ proxier.TakenOver) bool { return nftables.HasKubeProxy(f) },
-		Remove: func(f plan.Family, _ proxier.TakenOver, _ bool) (removed bool, draining int, err error) {
-			removed, err = nftables.CleanupKubeProxy(f)
-			return removed, 0, err
-		},
-	},
-	{
-		What:  "kube-proxy's IPVS servers, addresses and ipsets",
-		Found: func(_ context.Context, f plan.Family, _ proxier.TakenOver) bool { return ipvs.HasKubeProxy(f) },
-		Remove: func(f plan.Family, taken proxier.TakenOver, drain bool) (removed bool, draining int, err error) {
-			return ipvs.CleanupKubeProxy(f, taken.IPVS, drain)
-		},
-	},
+// table is that of kube-proxy's nftables mode.
+const table = "kube-proxy"
+
+func hasTable(_ context.Context, f plan.Family, _ proxier.TakenOver) bool {
+	t, err := nft.Open(nft.FamilyOf(f), table, nil)
+	if err != nil {
+		return false
+	}
+	defer t.Close()
+	exists, err := t.Exists()
+	return err == nil && exists
+}
+
+func removeTable(f plan.Family, _ proxier.TakenOver, _ bool) (removed bool, draining int, err error) {
+	t, err := nft.Open(nft.FamilyOf(f), table, nil)
+	if err != nil {
+		return false, 0, err
+	}
+	defer t.Close()
+	removed = t.DeleteTable()
+	err = access.Commit(t)
+	switch {
+	case errors.Is(err, unix.EINVAL): // of nfnetlink, which knows no nf_tables
+		return false, 0, nil
+	case err != nil:
+		return false, 0, fmt.Errorf("delete table %s of %s: %w", table, f, err)
+	}
+	return removed, 0, nil
 }

@@ -11,20 +11,10 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// kubeProxyTable is the table of kube-proxy's nftables mode.
-const kubeProxyTable = "kube-proxy"
-
 // Cleanup removes this mode's table of the family, and nothing else. It is no
 // error if there is none, and then nothing is written and removed is false.
-func Cleanup(f plan.Family) (removed bool, err error) { return removeTable(f, tableName) }
-
-// CleanupKubeProxy removes the table of kube-proxy's nftables mode likewise.
-func CleanupKubeProxy(f plan.Family) (removed bool, err error) {
-	return removeTable(f, kubeProxyTable)
-}
-
-func removeTable(f plan.Family, name string) (removed bool, err error) {
-	w, err := dial(nft.FamilyOf(f), name)
+func Cleanup(f plan.Family) (removed bool, err error) {
+	w, err := dial(nft.FamilyOf(f), tableName)
 	if err != nil {
 		return false, err
 	}
@@ -35,18 +25,7 @@ func removeTable(f plan.Family, name string) (removed bool, err error) {
 		return false, unsupported(f, "nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
 	}
 	if err != nil {
-		return false, fmt.Errorf("delete table %s of %s: %w", name, f, err)
+		return false, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
 	}
 	return removed, nil
-}
-
-// HasKubeProxy says whether there is a table of kube-proxy's nftables mode.
-func HasKubeProxy(f plan.Family) bool {
-	w, err := dial(nft.FamilyOf(f), kubeProxyTable)
-	if err != nil {
-		return false
-	}
-	defer w.Close()
-	exists, err := w.Exists()
-	return err == nil && exists
 }

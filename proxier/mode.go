@@ -27,6 +27,10 @@ type Mode interface {
 	// rules can go without ending connections ignores drain.
 	Cleanup(f plan.Family, drain bool) (removed bool, draining int, err error)
 
+	// KubeProxy lists what kube-proxy leaves in the part of the kernel that the mode
+	// writes. What a later mode removes may depend on an earlier mode's.
+	// Default: nothing.
+	KubeProxy() []Remnant
 	// Traits says how the mode differs from others in what is decided outside it.
 	// Default: the zero value.
 	Traits() Traits
@@ -91,6 +95,9 @@ const (
 // ModeDefaults are the answers of a mode that needs nothing special. A Mode embeds
 // it.
 type ModeDefaults struct{}
+
+// KubeProxy implements Mode.
+func (ModeDefaults) KubeProxy() []Remnant { return nil }
 
 // Traits implements Mode.
 func (ModeDefaults) Traits() Traits { return Traits{} }

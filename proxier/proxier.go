@@ -78,16 +78,6 @@ type Proxier interface {
 	Intact(ctx context.Context) (bool, error)
 }
 
-// TakenOver names objects of kube-proxy that a mode uses as its own. The removal of
-// what kube-proxy left leaves them alone.
-type TakenOver struct {
-	// IPTables is the variant of the iptables tools ("nft" or "legacy") in whose
-	// tables the mode fills chains with kube-proxy's names; empty for none.
-	IPTables string
-	// IPVS: the device kube-ipvs0 and the virtual servers at its addresses.
-	IPVS bool
-}
-
 // Defaults are the answers of a mode that only writes rules. A Proxier embeds it.
 type Defaults struct{}
 
