@@ -261,7 +261,9 @@ func (e *exchange) count(begun moment, what string, s *stream) error {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	begun.step.again.on(s.way.control)[what+", "+s.way.name] += n - s.again
+	if n > s.again {
+		begun.step.again.on(s.way.control)[what+", "+s.way.name] += n - s.again
+	}
 	s.again = n
 	return nil
 }
@@ -429,7 +431,9 @@ func (e *exchange) next(name string) *step {
 }
 
 // resentByServers is how many TCP segments each server has sent again: of an
-// answer that is lost the client's kernel need not know.
+// answer that is lost the client's kernel need not know. A segment that the client
+// got twice was late and not lost, as on a machine that stood still for a moment: the
+// client reports it (DSACK, RFC 2883), and it does not count.
 func (e *exchange) resentByServers() map[string]int {
 	e.Helper()
 	resent := map[string]int{}
@@ -451,7 +455,14 @@ func (e *exchange) resentByServers() map[string]int {
 			if counters.Tcp.RetransSegs == nil {
 				return errors.New("the kernel counts no RetransSegs")
 			}
-			resent[name] = int(*counters.Tcp.RetransSegs)
+			duplicates, err := thread.Netstat()
+			if err != nil {
+				return err
+			}
+			if duplicates.TCPDSACKRecv == nil {
+				return errors.New("the kernel counts no TCPDSACKRecv")
+			}
+			resent[name] = int(*counters.Tcp.RetransSegs) - int(*duplicates.TCPDSACKRecv)
 			return nil
 		}))
 	}

@@ -200,9 +200,10 @@ func unmap(a netip.AddrPort) netip.AddrPort {
 
 func isClosed(err error) bool { return errors.Is(err, net.ErrClosed) }
 
-// Resent is how many segments this host has sent again on a TCP connection, its
-// SYN included, as they were lost or acknowledged very late (TCP_INFO,
-// tcpi_total_retrans). For other protocols it is 0.
+// Resent is how many segments this host has sent again on a TCP connection because
+// they were lost, its SYN included (TCP_INFO, tcpi_total_retrans). A segment that the
+// other host reports as got twice (DSACK, tcpi_dsack_dups) was late and does not count.
+// For other protocols it is 0.
 func (c *Conn) Resent() (int, error) {
 	tcp, ok := c.conn.(*net.TCPConn)
 	if !ok {
@@ -218,5 +219,5 @@ func (c *Conn) Resent() (int, error) {
 	if err := errors.Join(err, asked); err != nil {
 		return 0, fmt.Errorf("TCP_INFO of the connection from %s: %w", c.Local(), err)
 	}
-	return int(info.Total_retrans), nil
+	return int(info.Total_retrans) - int(info.Dsack_dups), nil
 }
