@@ -122,7 +122,7 @@ func (b *builder) withoutEndpoints(f *plan.Frontend, match string) string {
 	}
 	name := b.chainName(externalPrefix, ordinal)
 	if !slices.ContainsFunc(b.partlyEmpty, func(c chain) bool { return c.Name == name }) {
-		b.partlyEmpty = append(b.partlyEmpty, chain{Name: name, Level: dispatcherLevel, Owner: b.name, Rules: rules})
+		b.partlyEmpty = append(b.partlyEmpty, chain{Name: name, Level: dispatcherLevel, Owners: b.owners, Rules: rules})
 	}
 	return match + comment(b.name+why) + " -j " + name
 }

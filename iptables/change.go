@@ -100,7 +100,7 @@ func (t *transition) write(in table, chains []chain) []chain {
 			return true
 		}
 		t.written[in][c.Name] = next
-		t.sizes[in].Rules += next.rules - old.rules
+		t.sizes[in].Rules += int(next.rules - old.rules)
 		if next.exists && !old.exists {
 			t.sizes[in].Chains++
 		} else if old.exists && !next.exists {

@@ -25,6 +25,8 @@ type ownedChains struct {
 	keepUsed bool
 }
 
+var nothing = ownedChains{has: func(_, _ string) bool { return false }}
+
 // ours is what this mode writes.
 var ours = ownedChains{
 	has: func(table, chain string) bool {
@@ -118,7 +120,7 @@ func (Dataplane) KubeProxy() []proxier.Remnant {
 // minute later. In the active backend the names of the other chains do not tell.
 func HasKubeProxy(ctx context.Context, f plan.Family, active Backend) bool {
 	return slices.ContainsFunc(xtables.Backends, func(b Backend) bool {
-		t, err := xtables.Find(f, b, xtables.DefaultWait)
+		t, err := xtables.Find(f, b)
 		return err == nil && (t.HasChain(ctx, "mangle", canaryChain) || b != active && t.HasChain(ctx, nat.String(), servicesChain))
 	})
 }
@@ -134,20 +136,16 @@ func HasKubeProxy(ctx context.Context, f plan.Family, active Backend) bool {
 // Without the tools the error is an *UnknownOwnerError if the kernel has such
 // chains, and a *proxier.UnsupportedError if there is nothing to remove.
 func Cleanup(f plan.Family) (removed bool, err error) {
-	removed, err = cleanup(f, func(ctx context.Context, t *xtables.Tools) (bool, error) {
+	return cleanup(f, withoutTools, func(ctx context.Context, t *xtables.Tools) (ownedChains, error) {
 		written, err := wrote(ctx, t)
 		switch {
 		case err != nil || written && t.HasChain(ctx, "mangle", canaryChain):
-			return false, err
+			return nothing, err
 		case written:
-			return remove(ctx, t, ours)
+			return ours, nil
 		}
-		return remove(ctx, t, uniquelyOurs)
+		return uniquelyOurs, nil
 	})
-	if errors.Is(err, errNoTools) {
-		return false, withoutTools(f)
-	}
-	return removed, err
 }
 
 // CleanupKubeProxy removes from both variants what kube-proxy wrote, in any of
@@ -156,38 +154,37 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 // the others go. Without the tools the error is a *proxier.UnsupportedError:
 // the kernel may have rules of signalbox, which Cleanup reports.
 func CleanupKubeProxy(f plan.Family, active Backend) (removed bool, err error) {
-	removed, err = cleanup(f, func(ctx context.Context, t *xtables.Tools) (bool, error) {
+	withoutTools := func(f plan.Family) error { return xtables.Missing(f) }
+	return cleanup(f, withoutTools, func(_ context.Context, t *xtables.Tools) (ownedChains, error) {
 		if t.Backend == active {
-			return remove(ctx, t, otherModes)
+			return otherModes, nil
 		}
-		return remove(ctx, t, kubeProxys)
+		return kubeProxys, nil
 	})
-	if errors.Is(err, errNoTools) {
-		return false, xtables.Missing(f)
-	}
-	return removed, err
 }
 
-var errNoTools = errors.New("no variant of iptables is installed")
-
-// cleanup runs fn for both variants, which says whether it removed anything.
-func cleanup(f plan.Family, fn func(context.Context, *xtables.Tools) (bool, error)) (removed bool, err error) {
+// cleanup removes from each installed variant the chains that are to go.
+func cleanup(f plan.Family, withoutTools func(plan.Family) error, toRemove func(context.Context, *xtables.Tools) (ownedChains, error)) (removed bool, err error) {
 	var failed []error
-	found := false
+	ctx, found := context.Background(), false
 	for _, b := range xtables.Backends {
-		t, err := xtables.Find(f, b, xtables.DefaultWait)
+		t, err := xtables.Find(f, b)
 		if err != nil {
 			continue
 		}
 		found = true
-		some, err := fn(context.Background(), t)
-		removed = removed || some
+		owned, err := toRemove(ctx, t)
+		if err == nil {
+			var some bool
+			some, err = remove(ctx, t, owned)
+			removed = removed || some
+		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("clean up %s iptables, %s: %w", b, f, err))
 		}
 	}
 	if !found {
-		return false, errNoTools
+		return false, withoutTools(f)
 	}
 	return removed, errors.Join(failed...)
 }

@@ -43,7 +43,7 @@ const maxRun = 128
 
 func (c *compiler) compile(sp *plan.ServicePort) *serviceRules {
 	b := builder{
-		compiler: c, serviceRules: &serviceRules{}, sp: sp, name: sp.Name.String(), proto: sp.Name.Protocol.String(),
+		compiler: c, serviceRules: &serviceRules{}, sp: sp, name: sp.Name.String(), proto: sp.Name.Protocol.String(), owners: []string{sp.Name.String()},
 		dispatchers: map[dispatcher]string{}, endpoints: map[netip.AddrPort]bool{}, hairpins: map[netip.Addr]bool{},
 	}
 	b.nameSets()
@@ -68,7 +68,7 @@ type builder struct {
 	*serviceRules
 	sp          *plan.ServicePort
 	name, proto string
-	firstHash   string // portHash of ordinal 0, which most chains use
+	owners      []string // name alone
 	sets        []*setChain
 	dispatchers map[dispatcher]string // -> chain name
 	// sourceRangeChains counts the names given to chains of source ranges.
@@ -95,17 +95,11 @@ type dispatcher struct {
 }
 
 func (b *builder) chainName(prefix string, ordinal int) string {
-	if ordinal > 0 {
-		return prefix + portHash(b.sp.Name, ordinal)
-	}
-	if b.firstHash == "" {
-		b.firstHash = portHash(b.sp.Name, 0)
-	}
-	return prefix + b.firstHash
+	return prefix + portHash(b.sp.Name, ordinal)
 }
 
 func (b *builder) addChain(t table, level uint8, name string, rules []string) {
-	b.chains[t] = append(b.chains[t], chain{Name: name, Level: level, Owner: b.name, Rules: rules})
+	b.chains[t] = append(b.chains[t], chain{Name: name, Level: level, Owners: b.owners, Rules: rules})
 }
 
 func (b *builder) addEntry(tree treeID, key plan.FrontendKey, rules ...string) {

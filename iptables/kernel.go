@@ -61,7 +61,7 @@ func (Dataplane) Supported(f plan.Family) error {
 		}
 	}
 	ctx := context.Background()
-	t, _, err := xtables.Choose(ctx, f, "", xtables.DefaultWait)
+	t, _, err := xtables.Choose(ctx, f, "")
 	if err != nil {
 		return err
 	}

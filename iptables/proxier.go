@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"time"
 
 	"github.com/coreos/go-iptables/iptables"
 
@@ -63,9 +62,6 @@ const (
 type Tuning struct {
 	// Backend is the one that the node's other software uses if empty.
 	Backend Backend
-	// LockWait bounds the wait for other programs that change rules; 5 s when
-	// zero, and never less than one second.
-	LockWait time.Duration
 	// Logger is slog.Default() when nil.
 	Logger *slog.Logger
 }
@@ -93,13 +89,10 @@ func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
 	if len(tuning) > 0 {
 		tune = tuning[0]
 	}
-	if tune.LockWait == 0 {
-		tune.LockWait = xtables.DefaultWait
-	}
 	if tune.Logger == nil {
 		tune.Logger = slog.Default()
 	}
-	t, why, err := xtables.Choose(context.Background(), opts.Family, tune.Backend, tune.LockWait)
+	t, why, err := xtables.Choose(context.Background(), opts.Family, tune.Backend)
 	if err != nil {
 		return nil, err
 	}

@@ -38,7 +38,7 @@ type totals struct {
 // writtenChain tells whether a chain is as it was written.
 type writtenChain struct {
 	exists bool
-	rules  int
+	rules  int32
 	hash   uint64
 }
 
@@ -54,7 +54,7 @@ func writtenAs(c *chain) writtenChain {
 		h.WriteString(rule)
 		h.WriteByte('\n')
 	}
-	return writtenChain{true, len(c.Rules), h.Sum64()}
+	return writtenChain{true, int32(len(c.Rules)), h.Sum64()}
 }
 
 // newState is an empty kernel, to which rules come for a node with these local Pods.

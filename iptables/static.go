@@ -183,33 +183,23 @@ func masqueradeChains(pods []podMatch) []chain {
 	return out
 }
 
-// toExternalServices is in KUBE-SERVICES: another jump from OUTPUT would keep
-// kube-proxy's cleanup from removing the chain. INPUT leads packets to the
-// node's own addresses there, not OUTPUT: a process whose datagram OUTPUT
-// rejects gets EPERM and not ECONNREFUSED.
+// toExternalServices is in KUBE-SERVICES, because OUTPUT has no jump to the
+// external Services: kube-proxy's cleanup would leave one that it does not know.
+// Packets to the node's own addresses come there from INPUT only: a process
+// whose datagram OUTPUT rejects gets EPERM and not ECONNREFUSED.
 const toExternalServices = " -m addrtype ! --dst-type LOCAL -j " + externalServicesChain
 
 // rootRules are the rules at the end of the trees' root chains.
 func rootRules(family plan.Family, node *plan.Node) (rules [treeCount][]string) {
-	nodePorts := func(target, text string) (out []string) {
-		for _, a := range nodePortMatches(family, node) {
-			out = append(out, a.before+comment(text)+a.after+" -j "+target)
-		}
-		return out
-	}
 	// After the addresses: one of the node's own may be an external IP.
-	rules[servicesTree] = nodePorts(nodePortsChain, "kubernetes service nodeports; NOTE: this must be the last rule in this chain")
+	rules[servicesTree] = nodePortRules(family, node, "kubernetes service nodeports; NOTE: this must be the last rule in this chain", nodePortsChain)
 	rules[emptyTree] = []string{toExternalServices}
-	rules[externalTree] = nodePorts(externalPortsChain, "kubernetes service nodeports")
+	rules[externalTree] = nodePortRules(family, node, "kubernetes service nodeports", externalPortsChain)
 	return rules
 }
 
-// splitMatch is a match with a comment in the middle.
-type splitMatch struct{ before, after string }
-
-// nodePortMatches recognise packets to the addresses that serve NodePorts, one
-// for each.
-func nodePortMatches(family plan.Family, node *plan.Node) []splitMatch {
+// nodePortRules lead packets to the addresses that serve NodePorts to a chain.
+func nodePortRules(family plan.Family, node *plan.Node, text, chain string) (rules []string) {
 	if node.NodePortAddrs.All {
 		notLoopback := ""
 		switch {
@@ -218,13 +208,12 @@ func nodePortMatches(family plan.Family, node *plan.Node) []splitMatch {
 		case !node.LocalhostNodePorts:
 			notLoopback = " ! -d 127.0.0.0/8"
 		}
-		return []splitMatch{{notLoopback, " -m addrtype --dst-type LOCAL"}}
+		return []string{notLoopback + comment(text) + " -m addrtype --dst-type LOCAL -j " + chain}
 	}
-	var matches []splitMatch
 	for _, a := range node.NodePortAddrs.Addrs {
 		if plan.FamilyOf(a) == family && (!a.IsLoopback() || family == plan.IPv4 && node.LocalhostNodePorts) {
-			matches = append(matches, splitMatch{before: destination(a)})
+			rules = append(rules, destination(a)+comment(text)+" -j "+chain)
 		}
 	}
-	return matches
+	return rules
 }

@@ -125,6 +125,7 @@ func (t *tree) render(n *treeNode, leads bool) chain {
 			}
 		}
 	}
+	c.Owners = append(c.Owners, "") // no Service port owns what follows
 	// After goto a packet that no rule below takes comes back to the root chain
 	// at once, whose rules at the end are for it.
 	jump := " -g "

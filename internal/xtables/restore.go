@@ -22,9 +22,8 @@ type Chain struct {
 	Name string
 	// Rules are the texts after "-A CHAIN", with the blank that follows it.
 	Rules []string
-	// Owner is whom an error about the chain concerns, and Owners whom one about
-	// its first rules; "" for nobody in particular.
-	Owner  string
+	// Owners are the Service ports that errors about rules name, "" for none. The
+	// last one owns all further rules too.
 	Owners []string
 	// Level orders chains: rules jump only to chains of lower levels.
 	Level uint8
@@ -37,12 +36,11 @@ const goneLevel = 255
 // Removal removes a chain.
 func Removal(name string) Chain { return Chain{Name: name, Level: goneLevel, Gone: true} }
 
-// ownerOf is whom an error about a rule concerns.
 func (c *Chain) ownerOf(rule int) string {
-	if rule < len(c.Owners) {
-		return c.Owners[rule]
+	if len(c.Owners) == 0 {
+		return ""
 	}
-	return c.Owner
+	return c.Owners[min(rule, len(c.Owners)-1)]
 }
 
 // Script is input of iptables-restore.
@@ -146,7 +144,7 @@ func (t *Tools) Apply(ctx context.Context, s Script) error {
 		return err
 	}
 	// --counters keeps the counters of chains that are not named.
-	cmd := exec.CommandContext(ctx, t.Restore, "--noflush", "--counters", "-w", strconv.Itoa(t.waitSeconds()))
+	cmd := exec.CommandContext(ctx, t.Restore, "--noflush", "--counters", "-w", strconv.Itoa(int(t.Wait/time.Second)))
 	var input, output bytes.Buffer
 	s.write(&input)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = &input, &output, &output

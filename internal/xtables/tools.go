@@ -39,22 +39,17 @@ const (
 // Backends are both.
 var Backends = []Backend{NFT, Legacy}
 
-// DefaultWait bounds the wait for the lock.
-const DefaultWait = 5 * time.Second
+// lockWait bounds the wait for the lock.
+const lockWait = 5 * time.Second
 
 // Tools are the programs of one variant for one family. They work in the
 // network namespace of the calling thread.
 type Tools struct {
 	Backend                Backend
 	Family                 plan.Family
-	Command, Restore, Save string // paths
-	// Wait bounds the wait for the lock; it is never less than one second.
-	Wait    time.Duration
-	version [3]int
-}
-
-func (t *Tools) waitSeconds() int {
-	return max(1, int((t.Wait+time.Second-1)/time.Second))
+	Command, Restore, Save string        // paths
+	Wait                   time.Duration // for the lock, in whole seconds
+	version                [3]int
 }
 
 // oldestVersion is the first whose iptables-restore waits for the lock, and
@@ -83,8 +78,8 @@ func Missing(f plan.Family, reasons ...string) *proxier.UnsupportedError {
 }
 
 // Find returns the programs of a variant.
-func Find(f plan.Family, b Backend, wait time.Duration) (*Tools, error) {
-	t, reasons := find(f, b, wait)
+func Find(f plan.Family, b Backend) (*Tools, error) {
+	t, reasons := find(f, b)
 	if t == nil {
 		missing := Missing(f, reasons...)
 		missing.Missing += "-" + string(b)
@@ -96,10 +91,10 @@ func Find(f plan.Family, b Backend, wait time.Duration) (*Tools, error) {
 // find looks for the programs that are named after the variant or, if a system
 // has only one variant, for programs with the plain names. Programs that do not
 // exist are no reason.
-func find(f plan.Family, b Backend, wait time.Duration) (found *Tools, reasons []string) {
+func find(f plan.Family, b Backend) (found *Tools, reasons []string) {
 	base := CommandName(f)
 	for _, name := range []string{base + "-" + string(b), base} {
-		t := &Tools{Family: f, Wait: wait}
+		t := &Tools{Family: f, Wait: lockWait}
 		err := t.locate(name)
 		switch {
 		case err == nil && t.Backend == b:
@@ -156,12 +151,12 @@ func lookPath(program string) (string, error) {
 
 // Choose returns the variant that is asked for or, without one, the variant
 // that the node uses; why is the reason for the log.
-func Choose(ctx context.Context, f plan.Family, asked Backend, wait time.Duration) (t *Tools, why string, err error) {
+func Choose(ctx context.Context, f plan.Family, asked Backend) (t *Tools, why string, err error) {
 	if asked != "" {
-		t, err = Find(f, asked, wait)
+		t, err = Find(f, asked)
 		why = "asked for"
 	} else {
-		t, why, err = choose(ctx, f, wait)
+		t, why, err = choose(ctx, f)
 	}
 	if err == nil && slices.Compare(t.version[:], oldestVersion[:]) < 0 {
 		err = &proxier.UnsupportedError{
@@ -177,9 +172,9 @@ func versionString(v [3]int) string { return fmt.Sprintf("%d.%d.%d", v[0], v[1],
 // choose takes the variant that the kubelet of this node uses. Without the
 // kubelet's hint it takes the one with more rules, because the rules of other
 // software must be seen; without any rules, the system's default.
-func choose(ctx context.Context, f plan.Family, wait time.Duration) (t *Tools, why string, err error) {
-	nft, nftReasons := find(f, NFT, wait)
-	legacy, legacyReasons := find(f, Legacy, wait)
+func choose(ctx context.Context, f plan.Family) (t *Tools, why string, err error) {
+	nft, nftReasons := find(f, NFT)
+	legacy, legacyReasons := find(f, Legacy)
 	switch {
 	case nft == nil && legacy == nil:
 		return nil, "", Missing(f, append(nftReasons, legacyReasons...)...)
@@ -216,7 +211,7 @@ func (t *Tools) Client() (*iptables.IPTables, error) {
 	if t.Family == plan.IPv6 {
 		protocol = iptables.ProtocolIPv6
 	}
-	client, err := iptables.New(iptables.IPFamily(protocol), iptables.Path(t.Command), iptables.Timeout(t.waitSeconds()))
+	client, err := iptables.New(iptables.IPFamily(protocol), iptables.Path(t.Command), iptables.Timeout(int(t.Wait/time.Second)))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", t.Command, err)
 	}
