@@ -96,7 +96,7 @@ func BenchmarkCounts(b *testing.B) {
 		b.Run(fmt.Sprintf("%d", services), func(b *testing.B) {
 			desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
 			s, _ := stateOf(b, desired)
-			p := &Proxier{state: s}
+			p := &Proxier{state: s.state}
 			b.ReportAllocs()
 			b.ResetTimer()
 			for b.Loop() {

@@ -1,67 +1,51 @@
 package iptables
 
 import (
-	"fmt"
-	"maps"
 	"slices"
 
 	"signalbox/internal/xtables"
-	"signalbox/proxier"
-	"signalbox/proxier/plan"
 )
 
 // transition is a change to a state. It ends with commit or rollback.
 type transition struct {
+	compiled
 	totals // as they will be
 	state  *state
 	// steps are the chains to write in each section of the script.
-	steps    [3][]chain
-	services map[plan.ServicePortName]*serviceRules // noRules: removed
-	node     *plan.Node                             // nil: the same
-	static   [tableCount][]chain
-	written  [tableCount]map[string]writtenChain // what changes
+	steps   [3][]chain
+	written [tableCount]map[string]writtenChain // what changes
 }
 
 // stepTables are the tables of a transition's steps.
 var stepTables = [3]table{filter, nat, filter}
 
-// everything is the change that brings an empty state to the plan.
-func everything(p *plan.Plan) plan.Change {
-	return plan.Change{Node: true, Services: slices.Collect(maps.Keys(p.Services))}
-}
-
-// change brings the trees to what the plan says of the named Services and, if
-// change.Node is set, of the node, whose local Pods stay the same.
+// change compares what was compiled with the state, and changes the trees.
 //
-// The two tables cannot change at the same time. So that no packet passes
-// between them, the filter table refuses before the nat table changes what
-// either the old or the new state refuses, and only afterwards no more than
-// the new one: its rules take no packet that has an endpoint. Most changes need
-// only one of the three steps.
-func (s *state) change(desired *plan.Plan, change plan.Change) *transition {
-	t := &transition{totals: s.totals, state: s, static: s.static, services: make(map[plan.ServicePortName]*serviceRules, len(change.Services))}
-	for table := range tableCount {
-		t.written[table] = map[string]writtenChain{}
-	}
+// The two tables cannot change at the same time, and no packet may pass
+// between them. So first the filter table refuses what the old or the new state
+// refuses. Then the nat table changes. Then the filter table refuses what the
+// new state refuses. Its rules take no packet that has an endpoint. Most changes
+// need only one of the three steps.
+func (s *state) change(to compiled) *transition {
+	t := &transition{compiled: to, totals: s.totals, state: s}
 	var d difference
-	for _, name := range change.Services {
-		old, next := s.rulesOf(name), noRules
-		if sp := desired.Services[name]; sp != nil {
-			next = s.compiler.compile(sp)
-		}
-		t.services[name] = next
+	for name, next := range to.services {
+		old := s.rulesOf(name)
 		d.replace(old, next)
 		for table := range tableCount {
 			t.digests[table].replace(old.digests[table], next.digests[table])
 		}
 	}
-	if change.Node {
-		node := cloneNode(desired.Node)
-		t.node, t.static = &node, staticChains(s.packetMark, &node, s.compiler.pods, s.dropInvalid)
-		for table := range tableCount {
-			d.replaceChains(table, s.static[table], t.static[table])
+	for table := range tableCount {
+		t.written[table] = map[string]writtenChain{}
+		if to.node != nil {
+			d.replaceChains(table, s.static[table], to.node.static[table])
 		}
-		s.setRootRules(&node)
+	}
+	if to.node != nil {
+		s.setRootRules(&to.node.roots)
+	} else {
+		t.node = &s.nodeRules
 	}
 	for i, table := range stepTables {
 		t.steps[i] = t.write(table, append(t.treeChains(table, &d.steps[i]), d.steps[i].chains...))
@@ -119,7 +103,7 @@ func (t *transition) moveDigest(in table, steps ...*[]chain) {
 	}
 	first, last := steps[0], steps[len(steps)-1]
 	old := t.digestChains[in]
-	t.digestChains[in] = t.state.digestChain(in, t.digests[in], t.static[in])
+	t.digestChains[in] = t.state.digestChain(in, t.digests[in], t.node.static[in])
 	if first == last && t.digestChains[in] == old {
 		return
 	}
@@ -165,10 +149,7 @@ func jumpLines(t table, jumps []jump) (lines []string) {
 // commit makes the state what the kernel holds after the change.
 func (t *transition) commit() {
 	s := t.state
-	s.totals, s.static = t.totals, t.static
-	if t.node != nil {
-		s.node = *t.node
-	}
+	s.totals, s.nodeRules = t.totals, *t.node
 	for name, rules := range t.services {
 		if rules == noRules {
 			delete(s.services, name)
@@ -201,7 +182,7 @@ func (t *transition) rollback() {
 			s.trees[e.tree].put(e)
 		}
 	}
-	s.setRootRules(&s.node)
+	s.setRootRules(&s.roots)
 	for _, tree := range s.trees {
 		clear(tree.dirty)
 	}
@@ -289,14 +270,4 @@ func (d *difference) replaceChains(t table, old, next []chain) {
 	for name := range former {
 		last.chains = append(last.chains, xtables.Removal(name))
 	}
-}
-
-// Render implements proxier.Mode. It returns the input of iptables-restore,
-// without the jumps from built-in chains.
-func (Dataplane) Render(opts proxier.Options, plan *plan.Plan) (string, error) {
-	s, err := newState(opts, plan.Node.LocalPods, true)
-	if err != nil {
-		return "", fmt.Errorf("render %s rules: %w", Mode, err)
-	}
-	return s.change(plan, everything(plan)).script().String(), nil
 }

@@ -1,12 +1,14 @@
 package iptables
 
 import (
+	"maps"
 	"math"
 	"math/bits"
 	"net/netip"
 	"slices"
 	"strconv"
 
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
@@ -30,10 +32,74 @@ type entryID struct {
 	key  plan.FrontendKey
 }
 
-// compiler turns ServicePorts into rules for one node.
+// compiled is what a change of the plan asks for.
+type compiled struct {
+	services map[plan.ServicePortName]*serviceRules // noRules: remove
+	node     *nodeRules                             // nil: the same
+}
+
+// nodeRules is what depends on the node and on no Service.
+type nodeRules struct {
+	node   plan.Node
+	static [tableCount][]chain
+	roots  [treeCount][]string // see rootRules
+}
+
+// noRules are those of a Service port that is not there.
+var noRules = &serviceRules{}
+
+// everything is the change that makes a whole plan of an empty one.
+func everything(p *plan.Plan) plan.Change {
+	return plan.Change{Node: true, Services: slices.Collect(maps.Keys(p.Services))}
+}
+
+// compiler turns a plan into rules, for a node whose local Pods stay the same.
 type compiler struct {
-	family plan.Family
-	pods   []podMatch
+	family      plan.Family
+	packetMark  uint32
+	pods        []podMatch
+	dropInvalid bool // see staticChains
+}
+
+func newCompiler(opts proxier.Options, pods plan.LocalPods, dropInvalid bool) (*compiler, error) {
+	matches, err := podMatches(pods)
+	if opts.MasqueradeMark == 0 {
+		opts.MasqueradeMark = proxier.DefaultMasqueradeMark
+	}
+	return &compiler{opts.Family, opts.MasqueradeMark, matches, dropInvalid}, err
+}
+
+// compile compiles what the change names.
+func (c *compiler) compile(desired *plan.Plan, change plan.Change) compiled {
+	out := compiled{services: make(map[plan.ServicePortName]*serviceRules, len(change.Services))}
+	for _, name := range change.Services {
+		out.services[name] = noRules
+		if sp := desired.Services[name]; sp != nil {
+			out.services[name] = c.servicePort(sp)
+		}
+	}
+	if change.Node {
+		node := cloneNode(desired.Node)
+		out.node = &nodeRules{node, c.staticChains(&node), rootRules(c.family, &node)}
+	}
+	return out
+}
+
+func cloneNode(n plan.Node) plan.Node {
+	n.LocalPods.Prefixes = slices.Clone(n.LocalPods.Prefixes)
+	n.OwnPods = slices.Clone(n.OwnPods)
+	n.NodePortAddrs.Addrs = slices.Clone(n.NodePortAddrs.Addrs)
+	n.RouteSources = slices.Clone(n.RouteSources)
+	n.ServiceCIDRs = nil // no rule depends on them
+	return n
+}
+
+// needsFull says whether the rules of nearly every Service depend on what
+// changed of the node.
+func needsFull(old, next *plan.Node) bool {
+	a, b := &old.LocalPods, &next.LocalPods
+	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix ||
+		!slices.Equal(old.OwnPods, next.OwnPods)
 }
 
 // maxRun is the number of endpoints up to which a chain holds them one after
@@ -41,7 +107,7 @@ type compiler struct {
 // of chains, so that a new connection passes two short runs.
 const maxRun = 128
 
-func (c *compiler) compile(sp *plan.ServicePort) *serviceRules {
+func (c *compiler) servicePort(sp *plan.ServicePort) *serviceRules {
 	b := builder{
 		compiler: c, serviceRules: &serviceRules{}, sp: sp, name: sp.Name.String(), proto: sp.Name.Protocol.String(), owners: []string{sp.Name.String()},
 		dispatchers: map[dispatcher]string{}, endpoints: map[netip.AddrPort]bool{}, hairpins: map[netip.Addr]bool{},

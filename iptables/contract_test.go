@@ -133,23 +133,23 @@ func (w *world) plan(services int) *plan.Plan {
 	return plan
 }
 
-// packets are one of each origin to the frontend.
+// packets are one from each traffic source to the frontend.
 func (w *world) packets(f *plan.Frontend, proto plan.Protocol) map[packet]plan.TrafficSources {
 	out := map[packet]plan.TrafficSources{}
-	add := func(src netip.Addr, in string, origin plan.TrafficSources) {
-		p := packet{src: src, dst: f.Addr, proto: proto, dport: f.Port, in: in, srcLocal: origin == plan.FromNode}
+	add := func(src netip.Addr, in string, from plan.TrafficSources) {
+		p := packet{src: src, dst: f.Addr, proto: proto, dport: f.Port, in: in, srcLocal: from == plan.FromNode}
 		if f.Kind == plan.NodePort {
 			p.dst, p.dstLocal = w.nodeIP, true
 		}
-		out[p] = origin
+		out[p] = from
 	}
 	l := w.node.LocalPods
 	for i, src := range w.podIPs {
-		origin := plan.FromOutside
+		from := plan.FromOutside
 		if l.Interface != "" || l.InterfacePrefix != "" || i < len(l.Prefixes) {
-			origin = plan.FromPods
+			from = plan.FromPods
 		}
-		add(src, podInterface, origin)
+		add(src, podInterface, from)
 	}
 	add(w.nodeIP, "", plan.FromNode)
 	for _, src := range w.outside {
@@ -158,13 +158,13 @@ func (w *world) packets(f *plan.Frontend, proto plan.Protocol) map[packet]plan.T
 	return out
 }
 
-// expected is what the Frontend says of a connection of that origin.
-func expected(f *plan.Frontend, origin plan.TrafficSources, src netip.Addr) outcomes {
+// expected is what the Frontend says of a connection from that traffic source.
+func expected(f *plan.Frontend, from plan.TrafficSources, src netip.Addr) outcomes {
 	if f.Sources != nil && !slices.ContainsFunc(f.Sources, func(p netip.Prefix) bool { return p.Contains(src) }) {
 		return outcomes{"DROP": 1}
 	}
 	set := f.Internal
-	if origin == plan.FromOutside {
+	if from == plan.FromOutside {
 		set = f.External
 	}
 	if set.Len() == 0 {
@@ -173,7 +173,7 @@ func expected(f *plan.Frontend, origin plan.TrafficSources, src netip.Addr) outc
 	out := outcomes{}
 	for _, e := range set.Endpoints {
 		mark := ""
-		if f.Masquerade&origin != 0 || e.MayHairpin && e.Addr() == src {
+		if f.Masquerade&from != 0 || e.MayHairpin && e.Addr() == src {
 			mark = "masqueraded "
 		}
 		out[mark+"-> "+e.AddrPort.String()] = 1 / float64(set.Len())
@@ -193,7 +193,7 @@ func (o outcomes) near(want outcomes) bool {
 	return true
 }
 
-// TestEveryFrontendDoesWhatItSays takes packets of every origin to every
+// TestEveryFrontendDoesWhatItSays takes packets from every traffic source to every
 // frontend of random plans and compares what the rules do with what the
 // Frontend says.
 func TestEveryFrontendDoesWhatItSays(t *testing.T) {
@@ -211,11 +211,11 @@ func TestEveryFrontendDoesWhatItSays(t *testing.T) {
 		for _, sp := range plan.Services {
 			for i := range sp.Frontends {
 				f := &sp.Frontends[i]
-				for p, origin := range w.packets(f, sp.Name.Protocol) {
-					want := expected(f, origin, p.src)
+				for p, from := range w.packets(f, sp.Name.Protocol) {
+					want := expected(f, from, p.src)
 					if got, _ := m.fate(p); !got.near(want) {
-						t.Fatalf("seed %d: %s %s\nframe %+v, local Pods %+v\npacket %+v of origin %d:\ngot  %v\nwant %v\n%s",
-							seed, sp.Name, f.Kind, f, w.node.LocalPods, p, origin, got, want, input)
+						t.Fatalf("seed %d: %s %s\nfrontend %+v, local Pods %+v\npacket %+v from traffic source %v:\ngot  %v\nwant %v\n%s",
+							seed, sp.Name, f.Kind, f, w.node.LocalPods, p, from, got, want, input)
 					}
 				}
 			}

@@ -4,15 +4,16 @@
 // A changed ServicePort is compiled once. Read the files in this order, which
 // is also the way of the data:
 //
-//   - proxier.go: the mode and its Proxier, with Sync
+//   - proxier.go: the mode and its Proxier; Sync compiles, compares, applies and
+//     commits
 //   - compile.go: a ServicePort becomes chains of its own and entries of trees
 //   - access.go: traffic sources, source ranges, reject and drop
-//   - tree.go, treechains.go: the dispatch trees lead a new connection to those
-//     chains in a number of steps that grows with the logarithm of the number
-//     of Services; the shape of a tree, and the chains that it has
 //   - static.go: what depends on no Service: jumps, masquerade, root rules
 //   - change.go: the difference to the state becomes a script for iptables-restore
 //   - state.go: what the kernel holds, and how a new process recognises it
+//   - tree.go, treechains.go: the dispatch trees lead a new connection to the
+//     chains of its Service in a number of steps that grows with the logarithm
+//     of the number of Services: the shape of a tree, and its chains
 //   - names.go: tables and chain names
 //   - kernel.go: what the kernel can do, and the settings that it needs
 //   - cleanup.go: the removal of what this mode and kube-proxy wrote

@@ -35,6 +35,16 @@ func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err
 	return removed, 0, err
 }
 
+// Render implements proxier.Mode. It returns the input of iptables-restore,
+// without the jumps from built-in chains.
+func (Dataplane) Render(opts proxier.Options, plan *plan.Plan) (string, error) {
+	c, err := newCompiler(opts, plan.Node.LocalPods, true)
+	if err != nil {
+		return "", fmt.Errorf("render %s rules: %w", Mode, err)
+	}
+	return newState(opts.Family).change(c.compile(plan, everything(plan))).script().String(), nil
+}
+
 // Traits implements proxier.Mode.
 func (Dataplane) Traits() proxier.Traits {
 	return proxier.Traits{
@@ -72,8 +82,10 @@ type Proxier struct {
 	proxier.Defaults
 	opts  proxier.Options
 	tools *xtables.Tools
-	// state is what the kernel holds; nil while that is not known.
-	state *state
+	// state is what the kernel holds, and compiler makes rules for it; nil while
+	// that is not known.
+	state    *state
+	compiler *compiler
 	// written is the number of rules that the last Sync wrote.
 	written [tableCount]int
 	// problems are the kernel settings that could not be made; see
@@ -117,7 +129,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 	if err := plan.For(ctx, Mode, p.opts.Family); err != nil {
 		return err
 	}
-	if change.All || p.state == nil || change.Node && p.state.needsFull(&plan.Node) {
+	if change.All || p.state == nil || change.Node && needsFull(&p.state.node, &plan.Node) {
 		return p.full(ctx, plan)
 	}
 	if change.Node {
@@ -125,7 +137,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 			return err
 		}
 	}
-	t := p.state.change(plan, change)
+	t := p.state.change(p.compiler.compile(plan, change))
 	if err := p.apply(ctx, t.script()); err != nil {
 		t.rollback()
 		return err
@@ -152,14 +164,15 @@ func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
 	if err != nil {
 		return err
 	}
-	next, err := newState(p.opts, plan.Node.LocalPods, dropInvalid())
+	compiler, err := newCompiler(p.opts, plan.Node.LocalPods, dropInvalid())
 	if err != nil {
 		return err
 	}
 	if err := p.prepareNode(&plan.Node); err != nil {
 		return err
 	}
-	t := next.change(plan, everything(plan))
+	next := newState(p.opts.Family)
+	t := next.change(compiler.compile(plan, everything(plan)))
 	var script *xtables.Script
 	if !p.started && t.match(nat, kernel[nat]) && t.match(filter, kernel[filter]) {
 		script = &xtables.Script{}
@@ -173,13 +186,13 @@ func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
 		return err
 	}
 	t.commit()
-	p.state, p.started = next, true
+	p.state, p.compiler, p.started = next, compiler, true
 	return nil
 }
 
-// missingJumps are those of jumps that the kernel does not have. If the listing
-// has no rule with the text of a jump, the tools are asked, because not all of
-// their versions write the same text.
+// missingJumps are those of jumps that the kernel does not have. Versions of the
+// tools write different texts: if the listing lacks the text of a jump, the
+// tools are asked.
 func missingJumps(client *iptables.IPTables, kernel [tableCount]*xtables.Listing) ([]jump, error) {
 	var missing []jump
 	for _, j := range jumps {

@@ -145,9 +145,9 @@ func TestKernelTakesTheExamples(t *testing.T) {
 	})
 }
 
-// TestEndpointsOfUnknownNodes checks that endpoints which may be clients of
-// themselves, as all do whose slices name no node, cost a rule for each address
-// and no chain for each endpoint of each Service.
+// TestEndpointsOfUnknownNodes has endpoints that may be clients of themselves,
+// because their slices name no node. They cost a rule for each address, and no
+// chain for each endpoint of each Service.
 func TestEndpointsOfUnknownNodes(t *testing.T) {
 	const services, each = 200, 10
 	chains := func(mayHairpin bool) int {

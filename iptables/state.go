@@ -9,19 +9,14 @@ import (
 	"strings"
 
 	"signalbox/internal/xtables"
-	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
 // state is what the kernel holds. A change to it is a transition.
 type state struct {
 	totals
-	compiler    compiler
-	packetMark  uint32
-	dropInvalid bool
-	node        plan.Node
-	static      [tableCount][]chain
-	trees       [treeCount]*tree
+	nodeRules
+	trees [treeCount]*tree
 	// services are the rules of each Service port. The text of nat chains is
 	// not kept: what is written says whether they change.
 	services map[plan.ServicePortName]*serviceRules
@@ -57,56 +52,25 @@ func writtenAs(c *chain) writtenChain {
 	return writtenChain{true, int32(len(c.Rules)), h.Sum64()}
 }
 
-// newState is an empty kernel, to which rules come for a node with these local Pods.
-func newState(opts proxier.Options, pods plan.LocalPods, dropInvalid bool) (*state, error) {
-	matches, err := podMatches(pods)
-	if err != nil {
-		return nil, err
-	}
-	s := &state{
-		compiler:    compiler{opts.Family, matches},
-		packetMark:  opts.MasqueradeMark,
-		dropInvalid: dropInvalid,
-		services:    map[plan.ServicePortName]*serviceRules{},
-	}
-	if s.packetMark == 0 {
-		s.packetMark = proxier.DefaultMasqueradeMark
-	}
+// newState is an empty kernel.
+func newState(family plan.Family) *state {
+	s := &state{services: map[plan.ServicePortName]*serviceRules{}}
 	for id := range treeCount {
-		s.trees[id] = newTree(id, opts.Family)
+		s.trees[id] = newTree(id, family)
 	}
 	for t := range tableCount {
 		s.written[t] = map[string]writtenChain{}
 	}
-	return s, nil
+	return s
 }
 
-func cloneNode(n plan.Node) plan.Node {
-	n.LocalPods.Prefixes = slices.Clone(n.LocalPods.Prefixes)
-	n.OwnPods = slices.Clone(n.OwnPods)
-	n.NodePortAddrs.Addrs = slices.Clone(n.NodePortAddrs.Addrs)
-	n.RouteSources = slices.Clone(n.RouteSources)
-	n.ServiceCIDRs = nil // no rule depends on them
-	return n
-}
-
-// needsFull says whether rules of Services depend on what changed.
-func (s *state) needsFull(node *plan.Node) bool {
-	a, b := &s.node.LocalPods, &node.LocalPods
-	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix ||
-		!slices.Equal(s.node.OwnPods, node.OwnPods)
-}
-
-func (s *state) setRootRules(node *plan.Node) {
-	for id, rules := range rootRules(s.compiler.family, node) {
+func (s *state) setRootRules(roots *[treeCount][]string) {
+	for id, rules := range roots {
 		t := s.trees[id]
 		t.rootRules = rules
 		t.markDirty(t.top)
 	}
 }
-
-// noRules are those of a Service port that is not there.
-var noRules = &serviceRules{}
 
 func (s *state) rulesOf(name plan.ServicePortName) *serviceRules {
 	if rules := s.services[name]; rules != nil {

@@ -17,21 +17,32 @@ import (
 	"signalbox/proxier/plan"
 )
 
-func stateOf(t testing.TB, plan *plan.Plan) (*state, *model) {
+// compiledState is a state that compiles plans itself.
+type compiledState struct {
+	*state
+	*compiler
+}
+
+func (s *compiledState) change(desired *plan.Plan, change plan.Change) *transition {
+	return s.state.change(s.compile(desired, change))
+}
+
+func stateOf(t testing.TB, plan *plan.Plan) (*compiledState, *model) {
 	t.Helper()
-	s, err := newState(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node.LocalPods, true)
+	c, err := newCompiler(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node.LocalPods, true)
 	if err != nil {
 		t.Fatal(err)
 	}
 	m := newModel()
+	s := &compiledState{newState(plan.Family), c}
 	tr := s.change(plan, everything(plan))
 	m.mustApply(t, tr.fullScript([tableCount]*xtables.Listing{{}, {}}, jumps).String())
 	tr.commit()
 	return s, m
 }
 
-// FuzzChanges applies a sequence of changes, of which some fail and are undone,
-// and compares what the kernel then holds with what a full sync would write.
+// FuzzChanges applies a sequence of changes, of which some fail and are rolled
+// back. Kernel and state must then be what a full sync makes of them.
 func FuzzChanges(f *testing.F) {
 	for seed := range uint64(12) {
 		f.Add(seed, uint8(1+seed*seed%20))
@@ -56,7 +67,7 @@ func FuzzChanges(f *testing.F) {
 		if diff := cmp.Diff(want.dump(), kernel.dump()); diff != "" {
 			t.Errorf("a full sync writes something else than %d changes (-full +changes):\n%s", changes, diff)
 		}
-		known := func(s *state) []string {
+		known := func(s *compiledState) []string {
 			return slices.Sorted(func(yield func(string) bool) {
 				for name := range s.services {
 					yield(name.String())
@@ -148,10 +159,10 @@ func TestNoWrongMoment(t *testing.T) {
 		err := kernel.apply(tr.script().String(), func() {
 			for name, sp := range desired.Services {
 				f, old := &sp.Frontends[0], &before[name].Frontends[0]
-				for p, origin := range w.packets(f, name.Protocol) {
+				for p, from := range w.packets(f, name.Protocol) {
 					got, _ := kernel.fate(p)
-					if !got.near(expected(f, origin, p.src)) && !got.near(expected(old, origin, p.src)) {
-						t.Fatalf("seed %d: %s at %s: a packet of origin %d meets %v\n%s", seed, name, f.Key(name.Protocol), origin, got, tr.script().String())
+					if !got.near(expected(f, from, p.src)) && !got.near(expected(old, from, p.src)) {
+						t.Fatalf("seed %d: %s at %s: a packet from traffic source %v meets %v\n%s", seed, name, f.Key(name.Protocol), from, got, tr.script().String())
 					}
 				}
 			}

@@ -54,8 +54,8 @@ const randomFully = " --random-fully"
 // dropInvalid says that conntrack calls packets outside the TCP window invalid
 // (nf_conntrack_tcp_be_liberal = 0). The kernel does not translate such a packet
 // back, and its receiver would answer it with a reset.
-func staticChains(packetMark uint32, node *plan.Node, pods []podMatch, dropInvalid bool) [tableCount][]chain {
-	bit := fmt.Sprintf("%#x", packetMark)
+func (c *compiler) staticChains(node *plan.Node) [tableCount][]chain {
+	bit := fmt.Sprintf("%#x", c.packetMark)
 	marked, unmarked := " -m mark --mark "+bit+"/"+bit, " -m mark ! --mark "+bit+"/"+bit
 	sources := routeSources(node)
 	// newSource gives matching packets a source of this node.
@@ -67,7 +67,7 @@ func staticChains(packetMark uint32, node *plan.Node, pods []podMatch, dropInval
 		return []string{match + " -j " + routeSourcesChain, masquerade}
 	}
 	var forward []string
-	if dropInvalid {
+	if c.dropInvalid {
 		forward = append(forward, " -m conntrack --ctstate INVALID -j DROP")
 	}
 	forward = append(forward,
@@ -91,7 +91,7 @@ func staticChains(packetMark uint32, node *plan.Node, pods []podMatch, dropInval
 		nat: slices.Concat([]chain{
 			{Name: markMasqChain, Level: staticLevel, Rules: []string{" -j MARK --or-mark " + bit}},
 			{Name: postroutingChain, Level: postroutingLevel, Rules: postrouting},
-		}, sources, masqueradeChains(pods)),
+		}, sources, masqueradeChains(c.pods)),
 		filter: {{Name: forwardChain, Level: staticLevel, Rules: forward}},
 	}
 }

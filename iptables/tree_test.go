@@ -57,7 +57,7 @@ func randomKey(r *rand.Rand, family plan.Family, ports bool) plan.FrontendKey {
 }
 
 // TestTreesWithTheSameEntriesAreEqual: the shape of a tree follows from its entries
-// and not from its history, and edits lead from one shape to the next.
+// and not from its history, and changes lead from one shape to the next.
 func TestTreesWithTheSameEntriesAreEqual(t *testing.T) {
 	for seed := range uint64(30) {
 		r := rand.New(rand.NewPCG(seed, 1))
@@ -97,13 +97,13 @@ func TestTreesWithTheSameEntriesAreEqual(t *testing.T) {
 			want[c.Name] = c.Rules
 		}
 		if diff := cmp.Diff(want, kernel); diff != "" {
-			t.Fatalf("seed %d: edits lead elsewhere (-fresh +edited)\n%s", seed, diff)
+			t.Fatalf("seed %d: changes lead elsewhere (-fresh +changed)\n%s", seed, diff)
 		}
 	}
 }
 
 // TestAddressesAreThereOnce checks that a tree of addresses holds one for as long
-// as anybody needs it, and that its shape does not count how often that is.
+// as anybody needs it. Its shape does not depend on how many do.
 func TestAddressesAreThereOnce(t *testing.T) {
 	for _, family := range plan.Families {
 		tree, r := newTree(hairpinTree, family), rand.New(rand.NewPCG(1, 1))
