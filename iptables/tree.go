@@ -100,11 +100,11 @@ func commonDigits(a, b []byte) int {
 // sizeClass is 0 for leaves, 1 for up to 256 entries below, 2 for up to 4,096,
 // and 3 for more. It never rises on the way down.
 //
-// Nodes of the same class that hang together are a group. The chain of its top
-// node leads to each of the others, which leads to children of lower classes
+// Connected nodes of the same class are a group. The chain of its top node
+// leads to each of the others, and these lead to children of lower classes
 // only. So a packet passes at most two chains for each class and a leaf, however
-// many nodes are on its way. In a class but the last a node has at least a
-// sixteenth of the entries that the top node has, which bounds the rules.
+// many nodes are on its way. In each class but the last, a node has at least a
+// sixteenth of the top node's entries. That bounds the number of rules.
 func (n *treeNode) sizeClass() int {
 	if n.children == nil {
 		return 0

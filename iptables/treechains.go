@@ -51,24 +51,24 @@ const (
 	treeCount
 )
 
-// treeShape says where a tree hangs and how its chains are called.
+// treeShape is the place of a tree and the names of its chains.
 type treeShape struct {
 	table  table
 	root   string
 	prefix string
 	keys   keyKind
-	// above is the number of trees that one can come to from this root.
+	// above is the number of trees to which the root rules lead.
 	above uint8
 }
 
-// keyKind says what trees look at in keys.
+// keyKind is the part of keys that a tree matches.
 type keyKind uint8
 
 const (
 	frontends keyKind = iota // address, protocol and port
 	ports                    // protocol and port
-	// addresses alone. Any number of ServicePorts may put the same entry there,
-	// which belongs to nobody.
+	// addresses alone. Any number of ServicePorts may put the same entry there;
+	// it has no owner.
 	addresses
 )
 
@@ -112,8 +112,8 @@ func (t *tree) takeChanges() []chain {
 }
 
 // render returns the chain of a node. The chain of a group's top node first
-// looks for the other nodes of the group, those farther down before those above
-// them: what is under both belongs to the former.
+// jumps to the other nodes of the group: those farther down come first, because
+// their keys match the nodes above them too.
 func (t *tree) render(n *treeNode, leads bool) chain {
 	path := t.id(n)
 	c := chain{Name: t.chain(path), Level: t.level(n, leads)}
@@ -126,8 +126,8 @@ func (t *tree) render(n *treeNode, leads bool) chain {
 		}
 	}
 	c.Owners = append(c.Owners, "") // no Service port owns what follows
-	// After goto a packet that no rule below takes comes back to the root chain
-	// at once, whose rules at the end are for it.
+	// After a goto, a packet that no rule takes returns to the root chain at
+	// once, and comes to the root rules.
 	jump := " -g "
 	if n == t.top {
 		jump = " -j "
