@@ -56,9 +56,9 @@ func (s *site) askOn(c *netlab.Conn) (netlab.Answer, error) {
 }
 
 // checkAnswers says what is wrong with who answers at target: over 16 new
-// connections it must be each of the named Pods and nobody else. (Sixteen
+// connections it must be each of the named Pods and nobody else. Sixteen
 // connections miss one of two Pods by chance in one try of 32768, and then
-// there is another try.)
+// there is another try.
 func (s *site) checkAnswers(from, network string, target netip.AddrPort, pods ...string) error {
 	seen := map[string]int{}
 	for range 16 {

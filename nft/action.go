@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// SetPriorityFrom sets the priority to a value.
 func SetPriorityFrom(v Value) Statement {
 	return Statement{"meta priority set " + v.text, append(v.load(0),
 		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)})}
@@ -50,26 +51,33 @@ func (f *IPFamily) DNATTo(v Value) Statement {
 	})}
 }
 
+// MasqueradeRandom rewrites the source to an address of the outgoing interface and a
+// random port.
 func MasqueradeRandom() Statement {
 	return Statement{"masquerade fully-random", []expr.Any{&expr.Masq{FullyRandom: true}}}
 }
 
+// Reject answers with ICMP port unreachable.
 func (f *IPFamily) Reject() Statement {
 	return Statement{"reject", []expr.Any{&expr.Reject{Type: rejectType, Code: f.rejectUnreach}}}
 }
 
+// Drop discards the packet.
 func Drop() Statement {
 	return Statement{"drop", []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
 }
 
+// Return ends the chain and goes on after the rule that jumped here.
 func Return() Statement {
 	return Statement{"return", []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}}
 }
 
+// Jump evaluates a chain, and then the next rule.
 func Jump(chain string) Statement {
 	return Statement{"jump " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}}
 }
 
+// GoTo evaluates a chain, and does not come back to this one.
 func GoTo(chain string) Statement {
 	return Statement{"goto " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}}
 }

@@ -37,8 +37,10 @@ type Rule struct {
 	comment    string
 }
 
+// NewRule makes a rule of statements, which are evaluated in order.
 func NewRule(s ...Statement) Rule { return Rule{statements: s} }
 
+// Because returns the rule with a comment.
 func (r Rule) Because(comment string) Rule {
 	r.comment = comment
 	return r

@@ -28,6 +28,7 @@ type ElementID struct {
 	Key, End string
 }
 
+// ID returns what identifies the element in its table.
 func (e *Element) ID() ElementID { return ElementID{e.Set, e.Key, e.End} }
 
 // LibraryElements appends the library's form of an element of the set. An interval over one plain
@@ -150,8 +151,10 @@ func ClassIDText(id uint32) string {
 	return fmt.Sprintf("%x:%x", id>>16, id&0xffff)
 }
 
+// MarkKey is a packet mark as the key of an element.
 func MarkKey(id uint32) string { return string(AppendID(make([]byte, 0, 4), id)) }
 
+// MarkData is a packet mark as the datum of an element.
 func MarkData(id uint32) string {
 	return string(binary.BigEndian.AppendUint32(make([]byte, 0, 4), id))
 }

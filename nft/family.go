@@ -24,6 +24,7 @@ type IPFamily struct {
 	rejectUnreach uint8 // ICMP code of "port unreachable"
 }
 
+// FamilyOf returns what nf_tables needs to know about an IP family.
 func FamilyOf(f plan.Family) *IPFamily {
 	if f == plan.IPv6 {
 		return &IPFamily{
@@ -53,12 +54,15 @@ func (f *IPFamily) Holds(a netip.Addr) bool {
 // Keys and data are concatenations of fields, each padded to a multiple of
 // four bytes as in the kernel's registers.
 
+// AppendAddr appends an address field.
 func AppendAddr(b []byte, a netip.Addr) []byte { return append(b, a.AsSlice()...) }
 
+// AppendPort appends a port field.
 func AppendPort(b []byte, port uint16) []byte {
 	return append(binary.BigEndian.AppendUint16(b, port), 0, 0)
 }
 
+// AppendProto appends a protocol field.
 func AppendProto(b []byte, p plan.Protocol) []byte { return append(b, byte(p), 0, 0, 0) }
 
 // AppendID appends a value that the kernel holds in the machine's byte order:

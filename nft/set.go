@@ -14,15 +14,16 @@ type SetID uint8
 // Field is the type of one field of a key or datum.
 type Field uint8
 
+// The types of fields in keys and data.
 const (
 	AddrField Field = iota
 	ProtoField
 	PortField
 	ClassIDField
 	MarkField
-	// idDatum is an id as the datum of a map. nft takes such data for
+	// MarkDatum is a mark as the datum of a map. nft takes such data for
 	// big-endian unless a set says otherwise, which the library cannot make it
-	// say; so they are big-endian, and rules turn them round.
+	// say. So marks are big-endian here, and rules swap their bytes.
 	MarkDatum
 )
 

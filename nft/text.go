@@ -32,6 +32,7 @@ func RenderTable(f *IPFamily, name string, counters []string, sets []*Set, eleme
 	return b.String()
 }
 
+// Text is the set with its elements as `nft list` writes it.
 func (s *Set) Text(f *IPFamily, elements []string) string {
 	var b strings.Builder
 	kind, types := "set", typeText(f, s.Key)
@@ -57,6 +58,7 @@ func (s *Set) Text(f *IPFamily, elements []string) string {
 	return b.String()
 }
 
+// Text is the chain with its rules as `nft list` writes it.
 func (c Chain) Text() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "\tchain %s {\n", c.Name)

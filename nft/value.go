@@ -42,7 +42,10 @@ func Join(values ...Value) Value {
 	}
 }
 
+// Saddr is the source address.
 func (f *IPFamily) Saddr() Value { return f.address("saddr", f.saddrOff) }
+
+// Daddr is the destination address.
 func (f *IPFamily) Daddr() Value { return f.address("daddr", f.daddrOff) }
 
 func (f *IPFamily) address(name string, offset uint32) Value {
@@ -52,14 +55,15 @@ func (f *IPFamily) address(name string, offset uint32) Value {
 	}}
 }
 
+// L4Proto is the transport protocol.
 var L4Proto = metaValue("meta l4proto", expr.MetaKeyL4PROTO)
 
-// dport is the destination port of TCP, UDP and SCTP alike.
+// DPort is the destination port of TCP, UDP and SCTP alike.
 var DPort = Value{text: "th dport", regs: 1, load: func(reg uint32) []expr.Any {
 	return []expr.Any{&expr.Payload{DestRegister: reg32(reg), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
 }}
 
-// priority is skb->priority, the scratch field for ids.
+// Priority is skb->priority, the scratch field for ids.
 var Priority = metaValue("meta priority", expr.MetaKeyPRIORITY)
 
 func metaValue(text string, key expr.MetaKey) Value {

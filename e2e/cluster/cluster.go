@@ -266,8 +266,8 @@ func (c *Cluster) WriteKubeconfig(path, addr, user string) error {
 }
 
 // Compact makes etcd forget everything that happened before the revision: a
-// watch that asks for older changes is told that they expired. (kube-apiserver's
-// resource versions are etcd's revisions.)
+// watch that asks for older changes is told that they expired. kube-apiserver's
+// resource versions are etcd's revisions.
 func (c *Cluster) Compact(ctx context.Context, revision string) error {
 	body, err := json.Marshal(map[string]any{"revision": revision, "physical": true})
 	if err != nil {

@@ -2,6 +2,7 @@ package plan
 
 import "slices"
 
+// Equal says whether two nodes have the same facts.
 func (n *Node) Equal(o *Node) bool {
 	return slices.Equal(n.LocalPods.Prefixes, o.LocalPods.Prefixes) && n.LocalPods.Interface == o.LocalPods.Interface &&
 		n.LocalPods.InterfacePrefix == o.LocalPods.InterfacePrefix &&
@@ -10,6 +11,8 @@ func (n *Node) Equal(o *Node) bool {
 		slices.Equal(n.OwnPods, o.OwnPods) && slices.Equal(n.RouteSources, o.RouteSources)
 }
 
+// Equal says whether two frontends are the same, with equal endpoint sets, and whether
+// both have one set or two.
 func (f *Frontend) Equal(o *Frontend) bool {
 	return f.Kind == o.Kind && f.Addr == o.Addr && f.Port == o.Port && f.WhenEmpty == o.WhenEmpty && f.Masquerade == o.Masquerade &&
 		(f.Sources == nil) == (o.Sources == nil) && slices.Equal(f.Sources, o.Sources) &&
@@ -17,10 +20,12 @@ func (f *Frontend) Equal(o *Frontend) bool {
 		(f.Internal == f.External) == (o.Internal == o.External)
 }
 
+// Equal says whether two sets have the same endpoints.
 func (s *EndpointSet) Equal(o *EndpointSet) bool {
 	return s == o || slices.Equal(s.Endpoints, o.Endpoints)
 }
 
+// Equal says whether two Service ports are the same; nil is equal to nil only.
 func (p *ServicePort) Equal(o *ServicePort) bool {
 	if p == nil || o == nil {
 		return p == o

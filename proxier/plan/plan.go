@@ -184,8 +184,8 @@ func (v Verdict) String() string {
 	return "reject"
 }
 
-// Origins is a set of places that a connection can come from, as seen by this
-// node.
+// TrafficSources is a set of places from which a connection can come, as this
+// node sees it.
 type TrafficSources uint8
 
 const (
@@ -198,8 +198,10 @@ const (
 	// FromOutside is everything else.
 	FromOutside
 
-	NoSource  TrafficSources = 0
-	AnySource                = FromPods | FromNode | FromOutside
+	// NoSource is the empty set.
+	NoSource TrafficSources = 0
+	// AnySource holds all sources.
+	AnySource = FromPods | FromNode | FromOutside
 )
 
 // FrontendKey is what a packet is matched by: no two frontends of a Plan share
@@ -407,7 +409,7 @@ type HealthCheck struct {
 	LocalEndpoints int
 }
 
-// noEndpoints is every empty set, so that emptiness never tells two apart.
+// NoEndpoints is every empty set, so that emptiness never tells two apart.
 var NoEndpoints = &EndpointSet{}
 
 // AnyContains says whether one of the prefixes holds an address.

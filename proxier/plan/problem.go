@@ -30,6 +30,7 @@ type Problems struct {
 	more         int // not in found
 }
 
+// Add records a problem with a field. Beyond maxProblems, it only counts.
 func (p *Problems) Add(field, reason string, args ...any) {
 	if len(p.found) == maxProblems {
 		p.more++

@@ -25,7 +25,7 @@ type Progress struct {
 	Pending map[plan.Family]time.Time
 }
 
-// Told counts what came in about objects of one kind.
+// EventCounts counts what came in about objects of one kind.
 type EventCounts struct {
 	// Total counts additions, changes and deletions since the start.
 	Total uint64
