@@ -29,6 +29,9 @@ type guestTest struct {
 	// programs are more tools: the path of each goes into a variable of the
 	// environment.
 	programs map[string]string
+	// overlay, where not empty, has go build replace source files; env is for the tests.
+	overlay string
+	env     []string
 	// only and skip are patterns for -run and -skip, where those given to this
 	// test say nothing about the tests inside.
 	only, skip string
@@ -55,7 +58,8 @@ func (g guestTest) run(t *testing.T) {
 	}
 	m.Args = append([]string{"-test.v=test2json", fmt.Sprintf("-test.timeout=%v", time.Until(end)-grace)}, g.choice(t.Name())...)
 	goBuild(t, ".", "build", "-o", m.Guest, "./guest")
-	goBuild(t, g.dir, "test", "-c", "-tags", g.tags, "-o", m.Program, g.pkg)
+	m.Env = append(m.Env, g.env...)
+	goBuild(t, g.dir, "test", "-c", "-overlay", g.overlay, "-tags", g.tags, "-o", m.Program, g.pkg)
 	ctx, cancel := context.WithDeadlineCause(ctx, end, fmt.Errorf("its time of %v was over", limit))
 	defer cancel()
 	follow(ctx, t, m)

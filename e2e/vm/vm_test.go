@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"signalbox/e2e/cluster"
+	"signalbox/proxier/conformance"
 )
 
 var iptables = []string{
@@ -49,6 +50,18 @@ func TestOtherModes(t *testing.T) {
 
 func contract(only string) guestTest {
 	return guestTest{dir: "../..", pkg: "./proxier/conformance", tools: append([]string{"nft"}, iptables...), only: only}
+}
+
+// TestBrokenSourceRanges breaks the rule about source ranges that the modes share: the
+// contract must fail in the IPVS mode, too.
+func TestBrokenSourceRanges(t *testing.T) {
+	overlay, err := conformance.BreakSourceRanges("../..", t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := contract("^TestBrokenSourceRanges$/^ipvs$")
+	g.overlay, g.env = overlay, []string{"SIGNALBOX_BROKEN_SOURCE_RANGES=1"}
+	g.run(t)
 }
 
 // TestIPVS runs the tests of the IPVS mode alone, which most machines' kernels

@@ -106,56 +106,56 @@ func dumpIPTables(f plan.Family, backend iptables.Backend) string {
 	return string(out)
 }
 
-func TestNFTables(t *testing.T) {
-	conformance.Run(t, conformance.Mode{
-		Name:          nftables.Mode,
-		New:           func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
-		Supported:     nftables.Supported,
-		Flows:         cleanFlows,
-		DropForwarded: dropForwardedUnlessDNATed,
-		Dump:          dumpNFT,
+func TestNFTables(t *testing.T) { conformance.Run(t, nftablesMode) }
 
-		LocalhostNodePorts: service.LocalhostNamed,
-	})
+var nftablesMode = conformance.Mode{
+	Name:          nftables.Mode,
+	New:           func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
+	Supported:     nftables.Supported,
+	Flows:         cleanFlows,
+	DropForwarded: dropForwardedUnlessDNATed,
+	Dump:          dumpNFT,
+
+	LocalhostNodePorts: service.LocalhostNamed,
 }
 
-func TestUserspace(t *testing.T) {
-	conformance.Run(t, conformance.Mode{
-		Name:      userspace.Mode,
-		New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
-		Supported: userspace.Supported,
+func TestUserspace(t *testing.T) { conformance.Run(t, userspaceMode) }
 
-		LocalhostNodePorts: service.LocalhostNamed,
-		Flows: func(localAddrs func() ([]netip.Addr, error)) (conformance.Flows, error) {
-			return conntrack.New(conntrack.Options{LocalAddrs: localAddrs, Relays: userspace.RelayPrefixes()})
-		},
-		DropForwarded: dropForwarded,
-		Dump:          dumpNFT,
-		// An answer between two Pods on a bridge, or from the node itself to
-		// a Pod, cannot be taken in on its way to the client.
-		NodeSource: func(link netlab.PodLink, client, server string) bool {
-			return strings.HasPrefix(client, "pod-") && (server == "node1" || link == netlab.Bridged && strings.HasPrefix(server, "pod-"))
-		},
-	})
+var userspaceMode = conformance.Mode{
+	Name:      userspace.Mode,
+	New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
+	Supported: userspace.Supported,
+
+	LocalhostNodePorts: service.LocalhostNamed,
+	Flows: func(localAddrs func() ([]netip.Addr, error)) (conformance.Flows, error) {
+		return conntrack.New(conntrack.Options{LocalAddrs: localAddrs, Relays: userspace.RelayPrefixes()})
+	},
+	DropForwarded: dropForwarded,
+	Dump:          dumpNFT,
+	// An answer between two Pods on a bridge, or from the node itself to
+	// a Pod, cannot be taken in on its way to the client.
+	NodeSource: func(link netlab.PodLink, client, server string) bool {
+		return strings.HasPrefix(client, "pod-") && (server == "node1" || link == netlab.Bridged && strings.HasPrefix(server, "pod-"))
+	},
 }
 
-func TestIPVS(t *testing.T) {
-	conformance.Run(t, conformance.Mode{
-		Name:          ipvs.Mode,
-		New:           func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
-		Supported:     ipvs.Supported,
-		HasSchedulers: true,
-		Flows:         cleanFlows,
-		DropForwarded: dropForwardedUnlessDNATed,
-		Dump: func(f plan.Family) string {
-			text := dumpNFT(f)
-			for _, file := range []string{"ip_vs", "ip_vs_conn"} {
-				b, err := os.ReadFile("/proc/thread-self/net/" + file)
-				text += fmt.Sprintf("\n%s: %s (%v)", file, b, err)
-			}
-			return text
-		},
-	})
+func TestIPVS(t *testing.T) { conformance.Run(t, ipvsMode) }
+
+var ipvsMode = conformance.Mode{
+	Name:          ipvs.Mode,
+	New:           func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
+	Supported:     ipvs.Supported,
+	HasSchedulers: true,
+	Flows:         cleanFlows,
+	DropForwarded: dropForwardedUnlessDNATed,
+	Dump: func(f plan.Family) string {
+		text := dumpNFT(f)
+		for _, file := range []string{"ip_vs", "ip_vs_conn"} {
+			b, err := os.ReadFile("/proc/thread-self/net/" + file)
+			text += fmt.Sprintf("\n%s: %s (%v)", file, b, err)
+		}
+		return text
+	},
 }
 
 func cleanFlows(localAddrs func() ([]netip.Addr, error)) (conformance.Flows, error) {
