@@ -4,13 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"signalbox/nft"
 	"signalbox/nft/access"
-	"signalbox/nftables"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -36,9 +36,9 @@ func Supported(f plan.Family) error {
 		}
 		return unsupported("dummy devices (dummy)", "load the module dummy; the kernel needs CONFIG_DUMMY", err)
 	}
-	var lacks *proxier.UnsupportedError
-	if err := nftables.Supported(f); errors.As(err, &lacks) {
-		return unsupported(lacks.Missing, lacks.Remedy, lacks.Err)
+	rules := rulesetOf(nft.FamilyOf(f), proxier.DefaultMasqueradeMark, plan.Node{NodePortAddrs: plan.NodePortAddrs{All: true}}, []time.Duration{time.Second})
+	if err := access.Supported(Mode, f, newSets(), rules.chains()); err != nil {
+		return err
 	}
 	return probeServer(f, unsupported)
 }

@@ -8,6 +8,7 @@ import (
 
 	"signalbox/nft"
 	"signalbox/nft/access"
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
@@ -22,7 +23,7 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 	removed = w.DeleteTable()
 	err = access.Commit(w)
 	if errors.Is(err, unix.EINVAL) { // of nfnetlink, which knows no nf_tables
-		return false, unsupported(f, "nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
+		return false, &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "nf_tables", Remedy: "the kernel needs CONFIG_NF_TABLES (module nf_tables)", Err: err}
 	}
 	if err != nil {
 		return false, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)

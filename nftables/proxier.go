@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"time"
 
 	"signalbox/internal/localhost"
 	"signalbox/nft"
@@ -33,6 +34,20 @@ type Proxier struct {
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
+
+// Supported says whether this node's kernel can do all that the mode needs, by
+// asking it to. The error is a *proxier.UnsupportedError.
+func Supported(f plan.Family) error {
+	node := plan.Node{ // makes rules of every shape
+		LocalPods:     plan.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
+		NodePortAddrs: plan.NodePortAddrs{All: true},
+	}
+	rules, st := rulesetOf(nft.FamilyOf(f), proxier.DefaultMasqueradeMark, node), newState(nft.FamilyOf(f))
+	for _, large := range []bool{false, true} {
+		st.chains[sizedChain{size: 2, timeout: time.Second, large: large}] = 0
+	}
+	return access.Supported(Mode, f, schemas, rules.chains(st))
+}
 
 // New opens the connection to the kernel. Nothing is written before Sync.
 func New(opts proxier.Options) (*Proxier, error) {

@@ -1,12 +1,9 @@
 package userspace
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
-
-	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
 
@@ -16,34 +13,18 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// probeTable never exists: the transaction that adds it deletes it again.
-const probeTable = "signalbox-userspace-probe"
-
 // Supported has this node's kernel try all that the mode needs. The error is a
 // *proxier.UnsupportedError.
 func Supported(f plan.Family) error {
 	missing := func(what, remedy string, err error) error {
 		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: what, Remedy: remedy, Err: err}
 	}
-	t, err := nft.Open(nft.FamilyOf(f), probeTable, makeSets())
-	if err != nil {
-		return missing("the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
-	}
-	defer t.Close()
 	rules := ruleset{access.Rules{IPFamily: nft.FamilyOf(f), Node: plan.Node{
 		LocalPods:     plan.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
 		NodePortAddrs: plan.NodePortAddrs{All: true},
 	}}, answersMark(proxier.DefaultMasqueradeMark), firstPorts}
-	err = t.Try(func() {
-		t.AddSets()
-		t.AddChains(rules.chains())
-	})
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return missing("the right to change nf_tables", "run as root or with CAP_NET_ADMIN", err)
-	case err != nil:
-		return missing("something that the rules need",
-			"the kernel needs CONFIG_NF_TABLES with NAT, CONFIG_NFT_SOCKET, CONFIG_NFT_FIB_IPV4, CONFIG_NFT_FIB_IPV6, CONFIG_NFT_REJECT and CONFIG_NFT_CT, of release 5.6 or later", err)
+	if err := access.Supported(Mode, f, makeSets(), rules.chains()); err != nil {
+		return err
 	}
 	r, err := newRoutes(f, answersMark(proxier.DefaultMasqueradeMark))
 	if err == nil {

@@ -20,7 +20,6 @@ var tolerated = []string{
 	"ipvs depends on Kubernetes through node",
 	"ipvs depends on Kubernetes through proxier/service",
 	"ipvs has more than 12 files",
-	"ipvs imports the mode nftables",
 	"nftables depends on Kubernetes through node",
 	"nftables depends on Kubernetes through proxier/service",
 	"nftables has more than 12 files",

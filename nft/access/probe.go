@@ -1,0 +1,125 @@
+package access
+
+import (
+	"errors"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/nft"
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+)
+
+// probeTable is a table that never comes to be: the transaction that adds it
+// fails.
+const probeTable = "signalbox-probe"
+
+// Supported says whether this node's kernel takes the table of a mode, by asking it to
+// look at the sets and chains and to undo them. The error is a
+// *proxier.UnsupportedError that names the feature which is missing.
+func Supported(mode string, f plan.Family, sets []*nft.Set, chains []nft.Chain) error {
+	whole := func() error {
+		t, err := nft.Open(nft.FamilyOf(f), probeTable, sets)
+		if err != nil {
+			return err
+		}
+		defer t.Close()
+		return t.Try(func() {
+			t.AddSets()
+			t.AddChains(chains)
+		})
+	}
+	t, err := nft.Open(nft.FamilyOf(f), probeTable, probeSets())
+	if err != nil {
+		return unsupported(mode, f, "the netlink socket of nf_tables", "the kernel needs CONFIG_NF_TABLES (module nf_tables)", err)
+	}
+	defer t.Close()
+	return diagnose(mode, f, whole, func(feature feature) error { return t.Try(func() { feature.write(t) }) })
+}
+
+// Unsupported is the error of a mode for a node whose kernel lacks something.
+func unsupported(mode string, f plan.Family, missing, remedy string, err error) error {
+	return &proxier.UnsupportedError{Mode: mode, Family: f, Missing: missing, Remedy: remedy, Err: err}
+}
+
+// feature is something of the kernel that rules are made of.
+type feature struct {
+	missing, remedy string
+	write           func(t *nft.Table)
+}
+
+// diagnose tries the whole, and only if that fails one feature after the other, to name
+// the one that is missing.
+func diagnose(mode string, f plan.Family, whole func() error, try func(feature) error) error {
+	err := whole()
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, unix.EPERM) {
+		return unsupported(mode, f, "the right to change nf_tables", "run as root or with CAP_NET_ADMIN", err)
+	}
+	for _, feature := range features(nft.FamilyOf(f)) {
+		if err := try(feature); err != nil {
+			return unsupported(mode, f, feature.missing, feature.remedy, err)
+		}
+	}
+	return unsupported(mode, f, "something that the rules need together", "please report this with the kernel's version", err)
+}
+
+// The sets of features, beside those of every mode.
+const (
+	ids = FirstOwn + iota
+	slots
+	clients
+)
+
+func probeSets() []*nft.Set {
+	id := []nft.Field{nft.MarkDatum}
+	return append(Sets(),
+		&nft.Set{Name: "ids", Key: FrontendKey, Data: id},
+		&nft.Set{Name: "slots", Key: []nft.Field{nft.ClassIDField, nft.MarkField}, Data: []nft.Field{nft.AddrField, nft.PortField}},
+		&nft.Set{Name: "clients", Key: []nft.Field{nft.AddrField, nft.ClassIDField}, Data: id, Dynamic: true, Size: 1 << 10})
+}
+
+// features lists what is tried, the more fundamental first.
+func features(f *nft.IPFamily) []feature {
+	ruleOf := func(h *nft.Hook, statements ...nft.Statement) func(t *nft.Table) {
+		return func(t *nft.Table) {
+			t.AddChains([]nft.Chain{{Name: "probe", Hook: h, Rules: []nft.Rule{nft.NewRule(statements...)}}})
+		}
+	}
+	set := func(id nft.SetID) func(t *nft.Table) {
+		return func(t *nft.Table) { t.AddSet(id) }
+	}
+	config := func(option string) string { return "the kernel needs " + option + " (as a module or built in)" }
+	key := nft.Join(f.Daddr(), nft.L4Proto, nft.DPort)
+	return []feature{
+		{"nf_tables for " + f.String(), config("CONFIG_NF_TABLES and CONFIG_NF_TABLES_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.AddrLen == 4]), func(*nft.Table) {}},
+		{"the filter hook of nf_tables", config("CONFIG_NF_TABLES"), ruleOf(FilterForward, nft.Drop())},
+		{"NAT in nf_tables", config("CONFIG_NFT_NAT"), func(t *nft.Table) { t.AddChain(nft.Chain{Name: "probe", Hook: NATPrerouting}) }},
+		{"maps with concatenated keys", config("a release of at least 4.1"), set(ids)},
+		{"sets of concatenated ranges", config("a release of at least 5.6"), set(AllowedSources)},
+		{"sets of ranges", config("CONFIG_NF_TABLES with nft_set_rbtree"), set(ServiceCIDRs)},
+		{"maps with time-outs that packets fill", config("CONFIG_NF_TABLES with nft_set_hash"), set(clients)},
+		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(FilterForward, nft.StateNew(), nft.Drop())},
+		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(FilterForward, nft.FibLocal(true), nft.Drop())},
+		{"random numbers in rules (numgen)", config("CONFIG_NFT_NUMGEN"), ruleOf(NATPrerouting, nft.SetPriorityFrom(nft.Random(2)))},
+		{"reject", config("CONFIG_NFT_REJECT and CONFIG_NFT_REJECT_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.AddrLen == 4]), ruleOf(FilterForward, f.Reject())},
+		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(NATPostrouting, nft.MasqueradeRandom())},
+		{"dnat to an address from a map", config("CONFIG_NFT_NAT"), func(t *nft.Table) {
+			set(slots)(t)
+			ruleOf(NATPrerouting, f.DNATTo(nft.LookedUp(nft.Join(nft.PriorityBits(^uint32(1), 0), nft.Random(2)), "slots")))(t)
+		}},
+		{"setting the priority from a map", config("CONFIG_NF_TABLES"), func(t *nft.Table) {
+			set(ids)(t)
+			ruleOf(NATPrerouting, nft.SetPriorityFrom(nft.MarkLookedUp(key, "ids")))(t)
+		}},
+		{"transparent sockets in rules (socket)", config("CONFIG_NFT_SOCKET"), ruleOf(PreDNATPrerouting, nft.TransparentSocket(), nft.Drop())},
+		{"changing a map from a rule (dynset)", config("a release of at least 5.4"), func(t *nft.Table) {
+			set(clients)(t)
+			client := nft.Join(f.Saddr(), nft.PriorityBits(^uint32(1), 0))
+			ruleOf(NATPrerouting, nft.Remember("clients", client, nft.Priority, time.Second), nft.Forget("clients", client, nft.Priority))(t)
+		}},
+	}
+}
