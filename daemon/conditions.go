@@ -13,15 +13,15 @@ const (
 	subjects // their number
 )
 
-// conditions are the faults with which the process serves on: a manifest that
-// cannot be used, a Node object that is missing, routes whose source is not used. The answers of health and of
+// conditions are the faults with which the daemon serves on: a manifest that cannot be
+// used, a Node object that is missing, routes whose source is not used. Health and
 // `signalbox ready` list them; no status follows from them.
 type conditions struct {
 	mu    sync.Mutex // guards texts
 	texts [subjects][]string
 }
 
-// set replaces what is known of a subject; nothing: all is well.
+// set replaces the faults of a subject; no text means that all is well.
 func (c *conditions) set(subject int, texts ...string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -1,9 +1,8 @@
-// Package daemon joins the parts of signalbox into a process: a source of
-// objects, the loop that turns them into plans, and one mode that programs
-// each IP family.
+// Package daemon joins the parts of signalbox into a process: a source of objects, the
+// loop that turns them into plans, and one mode that programs each IP family.
 //
-// What a process keeps from its start to its end is in process; what it makes
-// anew for each configuration is in generation.
+// daemonState lasts as long as the process. configRun is made anew for each
+// configuration.
 package daemon
 
 import (
@@ -22,34 +21,33 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// process is what outlives a configuration.
-type process struct {
-	// log is as the configuration in force asks for.
-	log      *presentLog
-	planes   *dataplanes
-	seat     *seat
+// daemonState is what outlives a configuration.
+type daemonState struct {
+	// log writes as the configuration in force asks for.
+	log      *swappableHandler
+	pool     *proxierPool
+	nodeLock *nodeLock
 	observer *observer
-	// tellStarted has the Event sent once that this node is being taken care of.
-	tellStarted sync.Once
-	// putBack is why the configuration before was put back, until an Event says
-	// so.
-	putBack error
+	// startedEvent sends the Event about the start once.
+	startedEvent sync.Once
+	// rolledBack is why the last configuration was rolled back, until an Event says so.
+	rolledBack error
 }
 
-func newProcess() *process {
-	p := &process{log: &presentLog{}, planes: newDataplanes()}
+func newDaemonState() *daemonState {
+	p := &daemonState{log: &swappableHandler{}, pool: newProxierPool()}
 	p.log.set(slog.Default())
 	log := slog.New(p.log)
 	p.observer = newObserver(log)
-	p.seat = newSeat(log, p.observer.conditions.list)
-	p.observer.metrics.ReadRelays(p.planes.relays)
-	p.observer.metrics.ReadLocalhost(p.planes.localhost)
+	p.nodeLock = newNodeLock(log, p.observer.conditions.list)
+	p.observer.metrics.ReadRelays(p.pool.relays)
+	p.observer.metrics.ReadLocalhost(p.pool.localhost)
 	return p
 }
 
 // run serves with one configuration until ctx ends.
-func (p *process) run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
-	g, err := newGeneration(ctx, p, cfg, log)
+func (p *daemonState) run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	g, err := newConfigRun(ctx, p, cfg, log)
 	if err != nil {
 		return err
 	}
@@ -58,63 +56,63 @@ func (p *process) run(ctx context.Context, cfg *config.Config, log *slog.Logger)
 	return g.run(ctx)
 }
 
-// close lets go of everything. Rules stay in the kernel.
-func (p *process) close(log *slog.Logger) {
+// close closes everything. Rules stay in the kernel.
+func (p *daemonState) close(log *slog.Logger) {
 	p.observer.servers.close()
 	notifyManager(systemd.SdNotifyStopping, log)
-	drain(p.planes, p.seat, log)
-	if err := p.planes.close(); err != nil {
+	drain(p.pool, p.nodeLock, log)
+	if err := p.pool.close(); err != nil {
 		log.Warn("closing", "error", err)
 	}
-	p.seat.leave()
+	p.nodeLock.release()
 }
 
 // run serves until ctx ends.
-func (g *generation) run(ctx context.Context) error {
-	g.reportStart()
-	g.readRouteSources()
+func (c *configRun) run(ctx context.Context) error {
+	c.reportStart()
+	c.readRouteSources()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		g.settings.note("connection tracking", tune(g.cfg, g.log))
+		c.sysctls.set("connection tracking", tune(c.cfg, c.log))
 		return nil
 	})
-	group.Go(func() error { return node.Watch(ctx, g.loop.SetLocalAddrs) })
-	group.Go(func() error { return node.WatchRouteSources(ctx, g.noteRouteSources) })
-	group.Go(func() error { return g.source.Run(ctx, g.events.Watch(g.observer.health.Watch(g.loop))) })
-	group.Go(func() error { g.reportVersion(ctx); return nil })
-	group.Go(func() error { return g.serve(ctx) })
-	group.Go(func() error { return g.failHard(ctx) })
-	group.Go(func() error { g.watchAffinity(ctx); return nil })
-	group.Go(func() error { notifyReady(ctx, g.served, g.log); return nil })
+	group.Go(func() error { return node.Watch(ctx, c.loop.SetLocalAddrs) })
+	group.Go(func() error { return node.WatchRouteSources(ctx, c.setRouteSources) })
+	group.Go(func() error { return c.source.Run(ctx, c.events.Watch(c.observer.health.Watch(c.loop))) })
+	group.Go(func() error { c.reportVersion(ctx); return nil })
+	group.Go(func() error { return c.serve(ctx) })
+	group.Go(func() error { return c.failHard(ctx) })
+	group.Go(func() error { c.watchAffinity(ctx); return nil })
+	group.Go(func() error { notifyReady(ctx, c.initialSync, c.log); return nil })
 	if err := group.Wait(); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
-	g.log.Info("stopped; the rules stay in the kernel")
+	c.log.Info("stopped; the rules stay in the kernel")
 	return nil
 }
 
-// readRouteSources comes before the first sync, which would otherwise change rules
-// that an earlier process wrote, and the second one change them back.
-func (g *generation) readRouteSources() {
+// readRouteSources comes before the first sync. Otherwise that would change rules of
+// an earlier process, and the second sync change them back.
+func (c *configRun) readRouteSources() {
 	sources, err := node.ReadRouteSources()
 	if err != nil {
-		g.log.Warn("this node's routes cannot be read; until they can, masquerade chooses source addresses", "error", err)
+		c.log.Warn("this node's routes cannot be read; until they can, masquerade chooses source addresses", "error", err)
 		return
 	}
-	g.loop.SetRouteSources(sources.Served)
+	c.loop.SetRouteSources(sources.Served)
 }
 
-func (g *generation) noteRouteSources(s node.RouteSources) {
-	g.loop.SetRouteSources(s.Served)
-	g.observer.noteRouteSources(g.log, s)
+func (c *configRun) setRouteSources(s node.RouteSources) {
+	c.loop.SetRouteSources(s.Served)
+	c.observer.reportRouteSources(c.log, s)
 }
 
 // modeReason says why this mode serves and no other.
-func (g *generation) modeReason() string {
-	if g.cfg.Mode != modes.Auto {
-		return g.cfg.ModeReason
+func (c *configRun) modeReason() string {
+	if c.cfg.Mode != modes.Auto {
+		return c.cfg.ModeReason
 	}
-	return g.cfg.ModeReason + "; auto takes the first of " + modes.AutomaticNames() + " that serves this node"
+	return c.cfg.ModeReason + "; auto takes the first of " + modes.AutomaticNames() + " that serves this node"
 }
 
 func familyNames(families []plan.Family) string {

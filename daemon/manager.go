@@ -9,7 +9,7 @@ import (
 
 // notifyReady sends READY=1 to the service manager ($NOTIFY_SOCKET, see
 // sd_notify(3)) when all families are served.
-func notifyReady(ctx context.Context, all *served, log *slog.Logger) {
+func notifyReady(ctx context.Context, all *initialSync, log *slog.Logger) {
 	if all.wait(ctx) {
 		notifyManager(systemd.SdNotifyReady, log)
 	}

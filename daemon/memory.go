@@ -5,17 +5,17 @@ import (
 	"runtime/debug"
 )
 
-// A daemon on every node of a cluster is paid for in memory, not in garbage
-// collection: between changes it does nothing at all.
+// gcPercent is for a daemon that runs on every node and does nothing between changes:
+// it should save memory, not garbage collection.
 const gcPercent = 50
 
-// spareMemory collects garbage sooner than Go would, unless GOGC says when.
-func spareMemory() {
+// tuneGC collects garbage sooner than Go would, unless GOGC is set.
+func tuneGC() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
 }
 
-// returnMemory gives back what only the start needed: the first lists of
-// objects and the first transaction are larger than any that follow.
+// returnMemory returns memory to the kernel. The first lists of objects and the first
+// transaction need more than any later ones.
 func returnMemory() { debug.FreeOSMemory() }

@@ -15,26 +15,26 @@ import (
 	"signalbox/proxier/syncer"
 )
 
-// observer tells others what the process does: metrics, health and the answers
-// to load balancers. Nothing in it can hold up a sync. It goes on over a change
-// of the configuration: to a dashboard a counter that begins anew is a restart,
-// and a load balancer takes a node for sick that has to learn of itself first.
+// observer reports what the daemon does: in metrics, health and the answers to load
+// balancers. Nothing in it can delay a sync. It outlives a configuration: a dashboard
+// takes a counter that begins anew for a restart, and a load balancer would take the
+// node for sick.
 type observer struct {
 	metrics  *metrics.Metrics
 	health   *health.Health
 	services *health.Services
 	servers  *servers
-	// conditions are those of the generation at work.
+	// conditions are those of the configuration run at work.
 	conditions conditions
 
-	// events are those of the generation at work.
+	// events are those of the configuration run at work.
 	events atomic.Pointer[events.Recorder]
-	// offersHealthz is whether its configuration has a /healthz. Without it no
-	// load balancer is told that the node is sick either.
+	// offersHealthz says whether the configuration has a /healthz. Without it, load
+	// balancers do not learn that the node is sick.
 	offersHealthz atomic.Bool
 }
 
-// started is when this process was.
+// started is when this process started.
 var started = time.Now()
 
 func newObserver(log *slog.Logger) *observer {
@@ -60,30 +60,29 @@ func newObserver(log *slog.Logger) *observer {
 	return o
 }
 
-// follow has the observer tell of another generation than before.
-func (o *observer) follow(g *generation) {
+// follow makes the observer report another configuration run.
+func (o *observer) follow(g *configRun) {
 	o.metrics.ReadProgress(g.loop.Progress)
 	for subject := range subjects {
 		o.conditions.set(subject)
 	}
 	o.health.Follow(health.Subject{
-		Progress: g.loop.Progress, Degraded: g.settings.names, Conditions: o.conditions.list, SyncPeriod: g.cfg.SyncPeriod, NodeName: g.cfg.NodeName, NodeOptional: g.cfg.SourceDir != "",
+		Progress: g.loop.Progress, Degraded: g.sysctls.names, Conditions: o.conditions.list, SyncPeriod: g.cfg.SyncPeriod, NodeName: g.cfg.NodeName, NodeOptional: g.cfg.SourceDir != "",
 	})
 	o.services.Serve(g.choice.Families)
 	o.events.Store(g.events)
 	o.offersHealthz.Store(g.cfg.HealthzBindAddress.IsValid())
 }
 
-// noteRejection tells why what the configuration file says is not in force; nil: it
-// is.
-func (o *observer) noteRejection(err error) {
+// reportRejection reports why the configuration file is not in force; nil: it is.
+func (o *observer) reportRejection(err error) {
 	o.metrics.ConfigurationRejected(err != nil)
 	o.health.ConfigurationRejected(err)
 }
 
-// noteNode tells whether the Node object of a name is missing, and what other
+// reportNode reports whether no Node object has the name of this node, and what other
 // Node objects there are.
-func (o *observer) noteNode(log *slog.Logger, name string, missing bool, others []string) {
+func (o *observer) reportNode(log *slog.Logger, name string, missing bool, others []string) {
 	o.metrics.NodeMissing(missing)
 	if !missing {
 		o.conditions.set(nodeName)
@@ -103,15 +102,15 @@ func (o *observer) noteNode(log *slog.Logger, name string, missing bool, others 
 // maxNames is how many names of other Node objects are listed.
 const maxNames = 10
 
-// noteManifests tells which manifests of the source directory are not served as
-// they are.
-func (o *observer) noteManifests(problems []string) {
+// reportManifests reports the manifests of the source directory that have a fault.
+func (o *observer) reportManifests(problems []string) {
 	o.metrics.ManifestProblems(len(problems))
 	o.conditions.set(manifests, problems...)
 }
 
-// noteRouteSources tells which source addresses of the node's routes are not used.
-func (o *observer) noteRouteSources(log *slog.Logger, s node.RouteSources) {
+// reportRouteSources reports the source addresses of the node's routes that are not
+// used.
+func (o *observer) reportRouteSources(log *slog.Logger, s node.RouteSources) {
 	n := len(s.LeftOut)
 	o.metrics.RouteSourcesLeftOut(n)
 	if n == 0 {

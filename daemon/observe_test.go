@@ -247,7 +247,7 @@ func TestTakenPorts(t *testing.T) {
 }
 
 // In an update with a surge the new process gets the ports of the old one,
-// which stands by, and the old one has them again should the new one end.
+// and the old one has them again should the new one end.
 func TestPortsChangeHands(t *testing.T) {
 	t.Parallel()
 	binary, source, host := build(t), manifests(t), newNode(t)

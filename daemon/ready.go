@@ -14,18 +14,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// readyTimeout bounds the wait for the signalbox that serves the node to say
-// its conditions. It may be busy with another signalbox, which takes a second at
-// most; that the node is served is known without it.
+// readyTimeout bounds the wait for the conditions. The holder of the node lock may be
+// busy with another process for a second. That the node is served is known without
+// them.
 const readyTimeout = 2 * time.Second
 
-// Ready returns nil if a signalbox of this PID namespace, which is to say of
-// this container, has the seat of its network namespace: then all Services are
-// in the kernel, and no earlier process writes there any more. Otherwise the
-// error says who has it. /healthz cannot tell: while two run on a node it is
-// answered by the earlier one. The conditions are what it serves on with; see
-// conditions.
-func Ready() (conditions []string, err error) { return ready(seatName) }
+// Ready returns nil if a signalbox of this PID namespace, and so of this container,
+// holds the node lock: then all Services are in the kernel, and no earlier process
+// writes there. Otherwise the error says who holds it. /healthz cannot tell: while two
+// processes run on a node, the earlier one answers. conditions are the faults with
+// which the holder serves on.
+func Ready() (conditions []string, err error) { return ready(nodeLockName) }
 
 func ready(name string) (conditions []string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
@@ -53,18 +52,18 @@ func ready(name string) (conditions []string, err error) {
 func askConditions(ctx context.Context, conn net.Conn) []string {
 	deadline, _ := ctx.Deadline()
 	conn.SetDeadline(deadline)
-	if err := tell(conn.(*net.UnixConn), wordAsk); err != nil {
+	if err := send(conn.(*net.UnixConn), wordConditions); err != nil {
 		return nil
 	}
 	text, _ := io.ReadAll(conn) // what came before an error is an answer, too
 	return slices.Collect(strings.Lines(string(text)))
 }
 
-// ours says whether a peer is in this PID namespace. The kernel gives 0 for a
+// ours returns nil if a peer is in this PID namespace. The kernel gives 0 for a
 // process that has no number there (unix(7), pid_namespaces(7)).
 func ours(holder *syscall.Ucred) error {
 	if err := trustedUser(holder); err != nil {
-		return fmt.Errorf("not ready: what has the place of the signalbox that serves this node is none: %w", err)
+		return fmt.Errorf("not ready: the process that holds the node lock is not signalbox: %w", err)
 	}
 	if holder.Pid == 0 {
 		return errors.New("not ready: a signalbox of another container serves this node yet")

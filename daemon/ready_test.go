@@ -9,23 +9,22 @@ import (
 	"testing"
 )
 
-// askedSeat names the seat that TestReadyElsewhere asks for in a process of
-// its own.
-const askedSeat = "SIGNALBOX_TEST_SEAT"
+// askedLock names the lock that TestReadyElsewhere asks for in a process of its own.
+const askedLock = "SIGNALBOX_TEST_LOCK"
 
-// Ready is who has the seat, and the question costs nobody anything.
+// The holder of the lock is ready, and the question changes nothing.
 func TestReady(t *testing.T) {
-	s := seatsFor(t)()
+	s := nodeLocksFor(t)()
 	if _, err := ready(s.name); err == nil || !strings.Contains(err.Error(), "no signalbox serves") {
-		t.Errorf("before the seat is taken: %v", err)
+		t.Errorf("before the lock is acquired: %v", err)
 	}
-	if err := s.take(t.Context()); err != nil {
+	if err := s.acquire(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	var log strings.Builder
 	s.log = slog.New(slog.NewTextHandler(&log, nil))
-	waiting := make(chan *successor, 1)
-	go func() { waiting <- s.waits(t.Context()) }()
+	waiting := make(chan *contender, 1)
+	go func() { waiting <- s.nextContender(t.Context()) }()
 	for want, conditions := range map[string][]string{
 		"": nil, "a.yaml: document 1: no\nno Node object\n": {"a.yaml: document 1: no", "no Node\nobject"},
 	} {
@@ -37,18 +36,18 @@ func TestReady(t *testing.T) {
 	}
 
 	elsewhere := exec.Command(os.Args[0], "-test.run=^TestReadyElsewhere$", "-test.v")
-	elsewhere.Env = append(os.Environ(), askedSeat+"="+s.name)
+	elsewhere.Env = append(os.Environ(), askedLock+"="+s.name)
 	elsewhere.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
 	said, err := elsewhere.CombinedOutput()
 	if err != nil || !strings.Contains(string(said), "a signalbox of another container serves") {
 		t.Errorf("in another PID namespace: %v\n%s", err, said)
 	}
 
-	next := &seat{name: s.name, log: s.log, patience: s.patience, hearing: s.hearing}
-	t.Cleanup(next.leave)
+	next := &nodeLock{name: s.name, log: s.log, handoverTimeout: s.handoverTimeout, requestTimeout: s.requestTimeout}
+	t.Cleanup(next.release)
 	taken := make(chan error, 1)
-	go func() { taken <- next.take(t.Context()) }()
-	if err := s.give(<-waiting); err != nil {
+	go func() { taken <- next.acquire(t.Context()) }()
+	if err := s.handOver(<-waiting); err != nil {
 		t.Error(err)
 	}
 	if err := <-taken; err != nil {
@@ -62,7 +61,7 @@ func TestReady(t *testing.T) {
 // TestReadyElsewhere is the part of TestReady that runs in another PID
 // namespace.
 func TestReadyElsewhere(t *testing.T) {
-	if name := os.Getenv(askedSeat); name != "" {
+	if name := os.Getenv(askedLock); name != "" {
 		_, err := ready(name)
 		t.Log(err)
 	}

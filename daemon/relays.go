@@ -9,11 +9,11 @@ import (
 
 // relays returns the counts of the relays of each family, those that are draining
 // and those that are closed included.
-func (d *dataplanes) relays() map[plan.Family]proxier.RelayStats {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	all := maps.Clone(d.ended)
-	for family, list := range d.byFamily() {
+func (pool *proxierPool) relays() map[plan.Family]proxier.RelayStats {
+	pool.mu.Lock()
+	defer pool.mu.Unlock()
+	all := maps.Clone(pool.closedRelays)
+	for family, list := range pool.byFamily() {
 		for _, p := range list {
 			if stats, ok := p.RelayStats(); ok {
 				all[family] = all[family].Add(stats)
@@ -25,14 +25,14 @@ func (d *dataplanes) relays() map[plan.Family]proxier.RelayStats {
 
 // localhost counts the listeners on loopback of each family whose NodePorts are
 // served there. It asks the kernel without the lock.
-func (d *dataplanes) localhost() map[plan.Family]proxier.LocalhostStats {
-	d.mu.Lock()
-	ended, planes := maps.Clone(d.endedListeners), d.byFamily()
-	d.mu.Unlock()
+func (pool *proxierPool) localhost() map[plan.Family]proxier.LocalhostStats {
+	pool.mu.Lock()
+	closed, open := maps.Clone(pool.closedListenFailures), pool.byFamily()
+	pool.mu.Unlock()
 	all := map[plan.Family]proxier.LocalhostStats{}
-	for family, list := range planes {
+	for family, list := range open {
 		var s proxier.LocalhostStats
-		failures := ended[family]
+		failures := closed[family]
 		for _, p := range list {
 			one := p.LocalhostStats()
 			failures += one.Failures
@@ -49,13 +49,13 @@ func (d *dataplanes) localhost() map[plan.Family]proxier.LocalhostStats {
 }
 
 // byFamily lists the Proxiers that are not closed. The lock is held.
-func (d *dataplanes) byFamily() map[plan.Family][]proxier.Proxier {
+func (pool *proxierPool) byFamily() map[plan.Family][]proxier.Proxier {
 	all := map[plan.Family][]proxier.Proxier{}
-	for key, p := range d.open {
+	for key, p := range pool.open {
 		all[key.opts.Family] = append(all[key.opts.Family], p)
 	}
-	for key, r := range d.retiring {
-		all[key.opts.Family] = append(all[key.opts.Family], r.plane)
+	for key, r := range pool.draining {
+		all[key.opts.Family] = append(all[key.opts.Family], r.proxier)
 	}
 	return all
 }

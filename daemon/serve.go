@@ -9,121 +9,121 @@ import (
 	"signalbox/internal/wait"
 )
 
-// serve runs the loop until ctx ends, but for the times when a signalbox that
-// was started later serves the node. An error is about a port; see servers.open.
-func (g *generation) serve(ctx context.Context) error {
-	for again := false; g.seat.standBy(ctx); again = true {
+// serve runs the loop until ctx ends, except while a signalbox that started later
+// serves the node. An error is about a port; see servers.open.
+func (c *configRun) serve(ctx context.Context) error {
+	for again := false; c.nodeLock.waitWhileHandedOver(ctx); again = true {
 		if again {
-			g.log.Warn("the other signalbox has ended; this one serves the node again")
-			g.served.forget()
-			g.loop.Resync()
+			c.log.Warn("the other signalbox has ended; this one serves the node again")
+			c.initialSync.reset()
+			c.loop.Resync()
 		}
-		next, err := g.serveUntilAsked(ctx)
+		next, err := c.serveUntilContender(ctx)
 		if next == nil || err != nil {
 			return err
 		}
-		g.observer.servers.close() // the other needs the ports
-		g.planes.standBy()         // before it is said that nothing is written any more
-		if err := g.seat.give(next); err != nil {
-			g.log.Warn("the signalbox that takes over has ended before it could", "error", err)
+		c.observer.servers.close() // the other needs the ports
+		c.pool.pause()             // before the contender learns that nothing is written any more
+		if err := c.nodeLock.handOver(next); err != nil {
+			c.log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
-		g.log.Info("another signalbox was started and serves this node; this one stands by")
+		c.log.Info("another signalbox was started and serves this node; this one is passive until the other ends")
 	}
 	return nil
 }
 
-// serveUntilAsked serves until another process wants to, which it returns; nil
-// when ctx ends. When it returns nothing is being written.
-func (g *generation) serveUntilAsked(ctx context.Context) (*successor, error) {
+// serveUntilContender serves until another process requests the node lock, and returns
+// that process; nil when ctx ends. When it returns, nothing is being written.
+func (c *configRun) serveUntilContender(ctx context.Context) (*contender, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if err := g.observer.servers.open(g, g.seat.mine()); err != nil {
+	if err := c.observer.servers.open(c, c.nodeLock.held()); err != nil {
 		return nil, err
 	}
 	var work sync.WaitGroup
-	work.Go(func() { _ = g.loop.Run(ctx) }) // it never fails
-	next := g.takeSeat(ctx, &work)
+	work.Go(func() { _ = c.loop.Run(ctx) }) // it never fails
+	next := c.acquireNodeLock(ctx, &work)
 	cancel()
 	work.Wait()
 	return next, nil
 }
 
-// takeSeat gets the seat once everything is served, and returns who wants it
-// next; nil when ctx ends.
-func (g *generation) takeSeat(ctx context.Context, work *sync.WaitGroup) *successor {
-	if !g.served.wait(ctx) {
+// acquireNodeLock acquires the node lock once everything is served, and returns the
+// next contender; nil when ctx ends.
+func (c *configRun) acquireNodeLock(ctx context.Context, work *sync.WaitGroup) *contender {
+	if !c.initialSync.wait(ctx) {
 		return nil
 	}
-	g.settleFlows(ctx)
-	err := g.seat.take(ctx)
-	if !g.rewrite(ctx) {
+	c.flushFlows(ctx)
+	err := c.nodeLock.acquire(ctx)
+	if !c.rewriteAfterTakeover(ctx) {
 		return nil
 	}
-	work.Go(func() { g.leftovers.run(ctx, g.seat) })
-	for ; err != nil && ctx.Err() == nil; err = g.seat.take(ctx) {
-		g.log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
-		wait.For(ctx, g.seat.patience)
+	work.Go(func() { c.foreignRules.run(ctx, c.nodeLock) })
+	for ; err != nil && ctx.Err() == nil; err = c.nodeLock.acquire(ctx) {
+		c.log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
+		wait.For(ctx, c.nodeLock.handoverTimeout)
 	}
 	if err != nil {
 		return nil
 	}
-	g.observer.servers.seated()
-	return g.seat.waits(ctx)
+	c.observer.servers.predecessorGone()
+	return c.nodeLock.nextContender(ctx)
 }
 
-// rewrite has a mode with RewriteAfterTakeover read back and mend what another
-// signalbox, in another mode, may have changed before it let go. It returns before
-// anything is removed that serves meanwhile; false if ctx ends first.
-func (g *generation) rewrite(ctx context.Context) bool {
-	if !g.choice.Mode.Traits().RewriteAfterTakeover || !g.seat.inherited() {
+// rewriteAfterTakeover has a mode with RewriteAfterTakeover mend what an earlier
+// process may have changed before it handed over. It returns before anything is
+// removed that serves meanwhile; false if ctx ends first.
+func (c *configRun) rewriteAfterTakeover(ctx context.Context) bool {
+	if !c.choice.Mode.Traits().RewriteAfterTakeover || !c.nodeLock.tookOver() {
 		return true
 	}
-	g.served.forget()
-	g.loop.Resync()
-	return g.served.wait(ctx)
+	c.initialSync.reset()
+	c.loop.Resync()
+	return c.initialSync.wait(ctx)
 }
 
-// settleTime bounds the wait for stale flows.
-const settleTime = 5 * time.Second
+// flowFlushTimeout bounds the wait for stale flows.
+const flowFlushTimeout = 5 * time.Second
 
-// settleFlows waits until UDP flows have left what served before. A relay that
-// the node is taken from refuses them afterwards.
-func (g *generation) settleFlows(ctx context.Context) {
-	if g.flows == nil {
+// flushFlows waits until UDP flows have left what served before. A relay that is
+// paused refuses their datagrams.
+func (c *configRun) flushFlows(ctx context.Context) {
+	if c.flows == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, settleTime)
+	ctx, cancel := context.WithTimeout(ctx, flowFlushTimeout)
 	defer cancel()
-	if err := g.flows.Flush(ctx); err != nil {
-		g.log.Debug("UDP flows may yet lead to what served before", "error", err)
+	if err := c.flows.Flush(ctx); err != nil {
+		c.log.Debug("UDP flows may yet lead to what served before", "error", err)
 	}
 }
 
-// drainTime bounds the wait for such connections when the process is told to
-// end. It is less than the 30 s that Kubernetes gives a Pod for that by default.
-const drainTime = 25 * time.Second
+// drainTimeout bounds the wait for relayed connections when the process ends. By
+// default, Kubernetes gives a Pod 30 s to end.
+const drainTimeout = 25 * time.Second
 
-// drain lets connections end that pass through this process. Meanwhile it lets
-// go of the seat when it is asked to.
-func drain(planes *dataplanes, s *seat, log *slog.Logger) {
-	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+// drain waits for the end of connections that pass through this process. Meanwhile it
+// hands the node lock over on request.
+func drain(pool *proxierPool, lock *nodeLock, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	var asked, drained sync.WaitGroup
 	defer asked.Wait()
 	defer cancel()
 	asked.Go(func() {
-		if next := s.waits(ctx); next != nil {
-			if err := s.give(next); err != nil {
+		if next := lock.nextContender(ctx); next != nil {
+			if err := lock.handOver(next); err != nil {
 				log.Warn("the signalbox that takes over has ended before it could", "error", err)
 				return
 			}
-			planes.standBy()
+			pool.pause()
 		}
 	})
-	for _, p := range planes.drainers() {
+	for _, p := range pool.relaying() {
 		drained.Go(func() { p.Drain(ctx) })
 	}
 	drained.Wait()
 	if ctx.Err() != nil {
-		log.Warn("connections that are relayed yet end with this process", "after", drainTime)
+		log.Warn("connections that are relayed yet end with this process", "after", drainTimeout)
 	}
 }

@@ -15,41 +15,40 @@ import (
 	"signalbox/metrics"
 )
 
-// servers have the ports of health, metrics and the health checks of Services,
-// from when this process begins to serve the node until it stands by or ends.
-// Another configuration changes what they answer; a port is closed only where
-// its address is another one then. So no probe finds a closed port because a
+// servers have the ports of health, metrics and the health checks of Services, while
+// this process serves the node. Another configuration changes their answers. A port is
+// closed only if its address changes, so that no probe finds a closed port because a
 // file has changed.
 type servers struct {
 	services         *health.Services
 	healthz, metrics *page
-	// failed takes the error of a page that is not tried again.
+	// failed takes the error of a page that does not try again.
 	failed chan error
 
 	// Of the goroutine that serves; nil while nothing is open.
-	free   chan struct{} // closed when no earlier signalbox has a port any more
-	seated func()        // closes it
-	stop   func()
+	free            chan struct{} // closed when no earlier signalbox has a port any more
+	predecessorGone func()        // closes it
+	stop            func()
 }
 
 func newServers(o *observer, log *slog.Logger) *servers {
 	s := &servers{services: o.services, failed: make(chan error, 2)}
 	page := func(name string, failed func(error)) *page {
-		return &page{name: name, metrics: o.metrics, tellFailure: failed, failed: s.failed, log: log}
+		return &page{name: name, metrics: o.metrics, reportFailure: failed, failed: s.failed, log: log}
 	}
 	s.healthz = page(metrics.HealthzServer, func(err error) { o.events.Load().HealthzFailed(err) })
 	s.metrics = page(metrics.MetricsServer, func(err error) { o.events.Load().MetricsFailed(err) })
 	return s
 }
 
-// open has a generation's pages served. alone says that no earlier signalbox
-// has a port; otherwise seated is to be called when that is so. An error is
-// about a port that somebody else has, where that is to end the process.
-func (s *servers) open(g *generation, alone bool) error {
+// open serves the pages of a configuration run. alone says that no earlier signalbox
+// has a port; otherwise predecessorGone is to be called when that is so. An error is
+// about a port of another program, if the configuration ends the process then.
+func (s *servers) open(g *configRun, alone bool) error {
 	if s.stop == nil {
 		ctx, cancel := context.WithCancel(context.Background())
 		free := make(chan struct{})
-		s.free, s.seated = free, sync.OnceFunc(func() {
+		s.free, s.predecessorGone = free, sync.OnceFunc(func() {
 			close(free)
 			s.services.PortsFree()
 		})
@@ -58,10 +57,10 @@ func (s *servers) open(g *generation, alone bool) error {
 		s.stop = func() { cancel(); work.Wait() }
 	}
 	if alone {
-		s.seated()
+		s.predecessorGone()
 	}
 	for len(s.failed) > 0 {
-		<-s.failed // of a generation that has ended
+		<-s.failed // of a configuration run that has ended
 	}
 	cfg := g.cfg
 	s.healthz.serve(cfg.HealthzBindAddress, cfg.BindAddressHardFail, g.observer.health.Handler(), s.free)
@@ -75,10 +74,10 @@ func (s *servers) open(g *generation, alone bool) error {
 	}
 }
 
-func (g *generation) metricsPages() http.Handler {
-	return g.observer.metrics.Mux(metrics.Pages{
-		Mode: g.choice.Mode.Name(), Config: g.cfg.KubeProxy, Flags: g.cfg.Flags, Profiling: g.cfg.EnableProfiling,
-		SetVerbosity: g.cfg.Logging.SetVerbosity, Started: started,
+func (c *configRun) metricsPages() http.Handler {
+	return c.observer.metrics.Mux(metrics.Pages{
+		Mode: c.choice.Mode.Name(), Config: c.cfg.KubeProxy, Flags: c.cfg.Flags, Profiling: c.cfg.EnableProfiling,
+		SetVerbosity: c.cfg.Logging.SetVerbosity, Started: started,
 	})
 }
 
@@ -96,10 +95,10 @@ func (s *servers) close() {
 type page struct {
 	name    string
 	metrics *metrics.Metrics
-	// tellFailure is told once of failures in a row; see tried.
-	tellFailure func(error)
-	failed      chan<- error
-	log         *slog.Logger
+	// reportFailure is called once for failures in a row; see tried.
+	reportFailure func(error)
+	failed        chan<- error
+	log           *slog.Logger
 
 	answers atomic.Pointer[http.Handler]
 	listens atomic.Bool
@@ -113,9 +112,8 @@ func (p *page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	(*p.answers.Load()).ServeHTTP(w, r)
 }
 
-// serve has answers given at an address, or at none if it is not valid. It
-// returns after the first attempt to listen, and where that is the last with
-// its error in p.failed.
+// serve serves answers at an address, or at none if it is not valid. It returns after
+// the first attempt to listen. If that is the last, its error is in p.failed.
 func (p *page) serve(at netip.AddrPort, hardFail bool, answers http.Handler, free <-chan struct{}) {
 	p.answers.Store(&answers)
 	if p.stop != nil && p.at == at && p.listens.Load() {
@@ -160,14 +158,13 @@ func (p *page) close() {
 	}
 }
 
-// tried returns what notes how an attempt to listen ended. Of failures in a row
-// that count, because no signalbox that served before has the port any more, one
-// is told of: the second, because a kube-proxy may have it for a moment, or the
-// first where there will be no other.
+// tried returns a function for the result of each attempt to listen. Of failures in a
+// row, while no earlier signalbox has the port, it reports one: the second, because a
+// kube-proxy may have the port for a moment, or the first if there will be no other.
 func (p *page) tried(hardFail bool, free <-chan struct{}) func(error) {
-	patience := 2
+	reportedFailure := 2
 	if hardFail {
-		patience = 1
+		reportedFailure = 1
 	}
 	failures := 0
 	return func(err error) {
@@ -179,8 +176,8 @@ func (p *page) tried(hardFail bool, free <-chan struct{}) func(error) {
 		p.metrics.ListenFailed(p.name)
 		p.metrics.ListenFailing(p.name, 1)
 		if wait.Closed(free) {
-			if failures++; failures == patience {
-				p.tellFailure(err)
+			if failures++; failures == reportedFailure {
+				p.reportFailure(err)
 			}
 		}
 	}

@@ -22,7 +22,7 @@ import (
 
 // tell gives a loop Services of ten endpoints each, as a source does that has
 // them in its cache.
-func tell(l *syncer.Loop, services int) {
+func send(l *syncer.Loop, services int) {
 	port, protocol := int32(8080), corev1.ProtocolTCP
 	for i := range services {
 		name := fmt.Sprintf("svc-%d", i)
@@ -105,7 +105,7 @@ func startOnce(b *testing.B, name string, services int, restart bool) (cpu time.
 		l := syncer.NewLoop(syncer.LoopOptions{
 			NodeName: "node1", Proxiers: map[plan.Family]proxier.Proxier{plan.IPv4: p}, Logger: slog.New(slog.DiscardHandler),
 		})
-		tell(l, services)
+		send(l, services)
 		if timed {
 			before := cpuTime()
 			b.StartTimer()

@@ -10,10 +10,9 @@ import (
 	"signalbox/node"
 )
 
-// tune makes this process and the kernel what the configuration asks for. Kernel
-// settings that cannot be written are returned, and the node is served all the
-// same: kube-proxy would not start. The log alone tells of the process's own
-// score: no packet depends on it.
+// tune sets the OOM score and the kernel settings that the configuration asks for. It
+// returns the settings that cannot be written, and the node is served all the same:
+// kube-proxy would not start. The log alone names the score: no packet depends on it.
 func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
 	if cfg.OOMScoreAdj != nil {
 		if p := node.SetOOMScore(*cfg.OOMScoreAdj); p != nil {
@@ -23,8 +22,8 @@ func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
 	return node.TuneConntrack(cfg.Conntrack)
 }
 
-// Init does what needs all privileges and ends (--init-only). It is an error
-// that anything of it could not be done: there is no other use for it.
+// Init does what needs all privileges and ends (--init-only). It returns every
+// failure: nothing else would use the rest.
 func Init(cfg *config.Config, log *slog.Logger) error {
 	failed := []error{node.JoinProblems(node.TuneConntrack(cfg.Conntrack))}
 	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))

@@ -19,26 +19,26 @@ const (
 // reportVersion has the metrics tell which release of Kubernetes this is until ctx
 // ends. A component that tells of another release than the API server makes the
 // alert KubeVersionMismatch fire.
-func (g *generation) reportVersion(ctx context.Context) {
-	report := g.observer.metrics.KubernetesVersion
+func (c *configRun) reportVersion(ctx context.Context) {
+	report := c.observer.metrics.KubernetesVersion
 	switch {
-	case g.cfg.KubernetesVersion != "":
-		report(g.cfg.KubernetesVersion)
-	case g.client == nil:
+	case c.cfg.KubernetesVersion != "":
+		report(c.cfg.KubernetesVersion)
+	case c.client == nil:
 		report(buildinfo.Release())
 	default:
-		g.followVersion(ctx, report)
+		c.followVersion(ctx, report)
 	}
 }
 
-func (g *generation) followVersion(ctx context.Context, report func(release string)) {
+func (c *configRun) followVersion(ctx context.Context, report func(release string)) {
 	for {
 		pause := versionPeriod
-		release, err := apiserver.Version(ctx, g.client)
+		release, err := apiserver.Version(ctx, c.client)
 		if err == nil {
 			report(release)
 		} else {
-			g.log.Debug("the API server's version is not known; kubernetes_build_info stays as it is", "error", err)
+			c.log.Debug("the API server's version is not known; kubernetes_build_info stays as it is", "error", err)
 			pause = versionRetry
 		}
 		if !wait.For(ctx, pause) {

@@ -83,7 +83,7 @@ type own struct {
 	nodeMissing, manifestProblems     *prometheus.GaugeVec
 	affinityListsFull                 *prometheus.GaugeVec
 	routeSourcesLeftOut               *prometheus.GaugeVec
-	leftovers                         *prometheus.GaugeVec
+	foreignRules                      *prometheus.GaugeVec
 	conntrackUnavailable              *prometheus.GaugeVec
 	healthChecks                      *prometheus.GaugeVec
 	listenFailing                     *prometheus.GaugeVec
@@ -122,7 +122,7 @@ func newOwn(r factory) own {
 		affinityListsFull:    r.gauge(signalbox, "affinity_lists_full", "Mode iptables: endpoints with session affinity whose list of clients is full; a new client replaces another."),
 		routeSourcesLeftOut:  r.gauge(signalbox, "route_sources_left_out", "Source addresses of routes for which masquerade chooses instead: there are too many, or rules cannot name their interface."),
 		conntrackUnavailable: r.gauge(signalbox, "conntrack_unavailable", "1 if the connection-tracking table cannot be read, so that stale UDP flows are not removed."),
-		leftovers: r.gauge(signalbox, "leftovers", "1 while rules of another service proxy may be in force: they could not be removed, or a kube-proxy that was started later wrote them.",
+		foreignRules: r.gauge(signalbox, "leftovers", "1 while rules of another service proxy may be in force: they could not be removed, or a kube-proxy that was started later wrote them.",
 			ipFamily),
 		healthChecks: r.gauge(signalbox, "service_health_checks", "Services with a healthCheckNodePort.", ipFamily),
 		listenFailing: r.gauge(signalbox, "listen_failing", "Addresses at which a server (healthz, metrics, service-health) cannot listen at present.",

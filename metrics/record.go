@@ -107,9 +107,9 @@ func (m *Metrics) RouteSourcesLeftOut(n int) {
 	m.own.routeSourcesLeftOut.WithLabelValues().Set(float64(n))
 }
 
-// Leftovers records whether rules of another service proxy may be in force.
-func (m *Metrics) Leftovers(family plan.Family, present bool) {
-	m.own.leftovers.WithLabelValues(family.String()).Set(oneIf(present))
+// ForeignRules records whether rules of another service proxy may be in force.
+func (m *Metrics) ForeignRules(family plan.Family, present bool) {
+	m.own.foreignRules.WithLabelValues(family.String()).Set(oneIf(present))
 }
 
 // HealthChecks records how many Services have a healthCheckNodePort.

@@ -69,7 +69,7 @@ func (m *Metrics) Serve(mode proxier.Mode, families []plan.Family) {
 	}
 	m.modes.expose(m.registry, mode)
 	m.mode, m.families = mode.Name(), families
-	for _, g := range []*prometheus.GaugeVec{m.own.modeInfo, m.own.sysctlProblem, m.own.sourceFailing, m.own.leftovers} {
+	for _, g := range []*prometheus.GaugeVec{m.own.modeInfo, m.own.sysctlProblem, m.own.sourceFailing, m.own.foreignRules} {
 		g.Reset()
 	}
 	for _, g := range m.own.conditions() {

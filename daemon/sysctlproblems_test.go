@@ -17,9 +17,9 @@ import (
 func TestSettings(t *testing.T) {
 	var log bytes.Buffer
 	var told []string
-	s := &settings{
-		log: slog.New(slog.NewTextHandler(&log, nil)), missing: map[string][]*node.KernelProblem{},
-		told: func(name string, err error) { told = append(told, fmt.Sprint(name, " ", err != nil)) },
+	s := &sysctlProblems{
+		log: slog.New(slog.NewTextHandler(&log, nil)), byOwner: map[string][]*node.KernelProblem{},
+		report: func(name string, err error) { told = append(told, fmt.Sprint(name, " ", err != nil)) },
 	}
 	problem := func(name string) *node.KernelProblem {
 		return &node.KernelProblem{File: "/proc/sys/" + name, Wanted: "1", Found: "0", Err: errors.New("no"), Impact: "it is dark"}
@@ -32,18 +32,18 @@ func TestSettings(t *testing.T) {
 		log.Reset()
 		told = nil
 	}
-	s.note("IPv4", nil)
+	s.set("IPv4", nil)
 	check("nothing is missing", 0, nil, nil)
-	s.note("IPv4", []*node.KernelProblem{problem("b"), problem("a")})
+	s.set("IPv4", []*node.KernelProblem{problem("b"), problem("a")})
 	check("two are missing", 2, []string{"b true", "a true"}, []string{"a", "b"})
-	s.note("IPv6", []*node.KernelProblem{problem("b")})
+	s.set("IPv6", []*node.KernelProblem{problem("b")})
 	check("one of them to the other family, too", 0, []string{"b true"}, []string{"a", "b"})
-	s.note("IPv4", nil)
+	s.set("IPv4", nil)
 	check("to one family nothing is missing any more", 1, []string{"a false"}, []string{"b"})
 	other := problem("b")
 	other.Found = "2"
-	s.note("IPv6", []*node.KernelProblem{other})
+	s.set("IPv6", []*node.KernelProblem{other})
 	check("it is missing in another way", 1, []string{"b true"}, []string{"b"})
-	s.note("IPv6", nil)
+	s.set("IPv6", nil)
 	check("to the other, too", 1, []string{"b false"}, nil)
 }

@@ -17,12 +17,12 @@ import (
 func TestFailedRemovalIsRepeated(t *testing.T) {
 	var log strings.Builder
 	present := false
-	l := newLeftovers(leftoversOptions{
+	l := newForeignRules(foreignRulesOptions{
 		choice:  modes.Choice{Families: []plan.Family{plan.IPv4}},
 		present: func(_ plan.Family, is bool) { present = is },
 		log:     slog.New(slog.NewTextHandler(&log, nil)),
 	})
-	l.until = time.Now().Add(time.Hour)
+	l.removeUntil = time.Now().Add(time.Hour)
 	tries := map[string]int{}
 	failing := func(what string, times int, kubeProxy bool) removal {
 		return removal{what: what, kubeProxy: kubeProxy, remove: func(plan.Family) (bool, int, error) {
@@ -33,24 +33,24 @@ func TestFailedRemovalIsRepeated(t *testing.T) {
 		}}
 	}
 	l.remove(plan.IPv4, []removal{failing("ours", 2, false), failing("theirs", 1, true), failing("nothing", 0, false)})
-	l.tellPresent()
+	l.reportPresent()
 	if !present {
 		t.Error("nobody is told of what could not be removed")
 	}
-	l.until = time.Now().Add(-time.Hour)
+	l.removeUntil = time.Now().Add(-time.Hour)
 	l.removeAgain(plan.IPv4)
 	l.removeAgain(plan.IPv4)
 	l.removeAgain(plan.IPv4)
 	if tries["ours"] != 3 || tries["theirs"] != 1 || tries["nothing"] != 1 {
 		t.Errorf("tried %v", tries)
 	}
-	l.tellPresent()
+	l.reportPresent()
 	if !present {
 		t.Error("what is kube-proxy's is taken for removed")
 	}
-	l.until = time.Now().Add(time.Hour)
+	l.removeUntil = time.Now().Add(time.Hour)
 	l.removeAgain(plan.IPv4)
-	l.tellPresent()
+	l.reportPresent()
 	if present {
 		t.Error("all is removed and nobody is told")
 	}

@@ -12,13 +12,13 @@ import (
 // A Service in quarantine at the start does not keep the node from being served.
 func TestAQuarantinedServiceDoesNotHoldUpTheNode(t *testing.T) {
 	complete := 0
-	g := &generation{log: slog.New(slog.DiscardHandler), served: newServed(2, func() { complete++ })}
-	g.noteSync(syncer.SyncReport{Family: plan.IPv4, All: true, Current: true})
-	g.noteSync(syncer.SyncReport{Family: plan.IPv6, All: true, Err: errors.New("no kernel state")})
+	g := &configRun{log: slog.New(slog.DiscardHandler), initialSync: newInitialSync(2, func() { complete++ })}
+	g.reportSync(syncer.SyncReport{Family: plan.IPv4, All: true, Current: true})
+	g.reportSync(syncer.SyncReport{Family: plan.IPv6, All: true, Err: errors.New("no kernel state")})
 	if complete != 0 {
 		t.Error("a family that failed counts as served")
 	}
-	g.noteSync(syncer.SyncReport{Family: plan.IPv6, Current: true, Quarantined: 3, Err: errors.New("the kernel refuses Service default/bad")})
+	g.reportSync(syncer.SyncReport{Family: plan.IPv6, Current: true, Quarantined: 3, Err: errors.New("the kernel refuses Service default/bad")})
 	if complete != 1 {
 		t.Error("a quarantined Service keeps the node from being served")
 	}
@@ -27,7 +27,7 @@ func TestAQuarantinedServiceDoesNotHoldUpTheNode(t *testing.T) {
 // After forget, a sync of changes does not count: everything is to be written
 // anew first.
 func TestServedAnewWhenEverythingIsWritten(t *testing.T) {
-	s := newServed(1, func() {})
+	s := newInitialSync(1, func() {})
 	whole := syncer.SyncReport{Family: plan.IPv4, All: true, Current: true}
 	change := syncer.SyncReport{Family: plan.IPv4, Current: true}
 	for i, step := range []struct {
@@ -39,9 +39,9 @@ func TestServedAnewWhenEverythingIsWritten(t *testing.T) {
 		{forget: true, sync: change}, {sync: whole, first: true}, {sync: change},
 	} {
 		if step.forget {
-			s.forget()
+			s.reset()
 		}
-		if first := s.note(step.sync); first != step.first {
+		if first := s.synced(step.sync); first != step.first {
 			t.Errorf("sync %d: served for the first time is %v, want %v", i, first, step.first)
 		}
 	}

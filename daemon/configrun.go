@@ -1,0 +1,271 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"k8s.io/client-go/kubernetes"
+
+	"signalbox/config"
+	"signalbox/conntrack"
+	"signalbox/events"
+	"signalbox/internal/wait"
+	"signalbox/modes"
+	"signalbox/node"
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
+	"signalbox/proxier/syncer"
+	"signalbox/source/apiserver"
+	"signalbox/source/file"
+)
+
+// Source tells a Sink about objects until its context ends.
+type Source interface {
+	Run(ctx context.Context, sink service.Sink) error
+}
+
+// configRun is the daemon under one configuration. It ends when another configuration
+// takes effect.
+type configRun struct {
+	*daemonState
+	cfg    *config.Config
+	choice modes.Choice
+	log    *slog.Logger
+
+	source Source
+	// client is nil without an API server.
+	client kubernetes.Interface
+	// events is nil without an API server.
+	events   *events.Recorder
+	sysctls  *sysctlProblems
+	proxiers map[plan.Family]proxier.Proxier
+	// flows removes stale UDP flows; nil where they cannot be.
+	flows        *conntrack.Cleaner
+	initialSync  *initialSync
+	loop         *syncer.Loop
+	foreignRules *foreignRules
+}
+
+// newConfigRun makes all parts, and starts only the recorder of Events, which ends
+// with ctx.
+func newConfigRun(ctx context.Context, p *daemonState, cfg *config.Config, log *slog.Logger) (*configRun, error) {
+	g := &configRun{daemonState: p, cfg: cfg, log: log, sysctls: newSysctlProblems(log, p.observer.metrics.Sysctl)}
+	// What may fail comes first: a warning about something else would hide the error.
+	if err := g.connect(ctx); err != nil {
+		return nil, err
+	}
+	for _, w := range cfg.Warnings {
+		log.Warn(w)
+	}
+	choice, err := choose(cfg, log)
+	if err != nil {
+		return nil, err
+	}
+	cfg.ShowFeatureGates()
+	g.choice = choice
+	g.pool.begin()
+	g.observer.metrics.Serve(choice.Mode, choice.Families)
+	if err := g.openProxiers(); err != nil {
+		return nil, err
+	}
+	g.makeFlowCleaner()
+	g.initialSync = newInitialSync(len(choice.Families), func() { g.pool.closeUnused(log) })
+	g.loop = syncer.NewLoop(g.loopOptions())
+	g.foreignRules = newForeignRules(foreignRulesOptions{
+		choice: choice, proxiers: g.proxiers, resync: g.loop.Resync, drained: g.pool.waitDrained, present: g.observer.metrics.ForeignRules, log: log,
+	})
+	g.observer.follow(g)
+	return g, nil
+}
+
+// close closes what does not outlive the configuration.
+func (c *configRun) close() {
+	if c.flows != nil {
+		logClosing(c.flows.Close(), c.log)
+	}
+}
+
+// choose returns the mode that a configuration asks for, and the families that it
+// serves here.
+func choose(cfg *config.Config, log *slog.Logger) (modes.Choice, error) {
+	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
+	if err != nil {
+		return modes.Choice{}, err
+	}
+	for _, lost := range choice.Lost {
+		log.Warn("an IP family is not served", "reason", lost)
+	}
+	warnings, err := cfg.CheckFamilies(choice.Families, choice.Mode)
+	for _, w := range warnings {
+		log.Warn(w)
+	}
+	return choice, err
+}
+
+// usableFamilies leaves out a family that the kernel has not got or that is
+// switched off.
+func usableFamilies(log *slog.Logger) []plan.Family {
+	var usable []plan.Family
+	for _, family := range plan.Families {
+		if err := node.FamilyUsable(family); err != nil {
+			log.Info("an IP family is not served", "family", family.String(), "reason", err)
+			continue
+		}
+		usable = append(usable, family)
+	}
+	return usable
+}
+
+// connect makes the source of objects, and the recorder of Events.
+func (c *configRun) connect(ctx context.Context) (err error) {
+	if c.cfg.SourceDir != "" {
+		source, err := file.New(c.cfg.SourceDir, c.log)
+		if err != nil {
+			return err
+		}
+		source.OnProblems = c.observer.reportManifests
+		c.source = source
+		return nil
+	}
+	apiserver.LogTo(c.log)
+	if c.client, err = apiserver.Client(clientOptions(c.cfg)); err != nil {
+		return err
+	}
+	source := apiserver.New(c.client, c.cfg.NodeName, c.log)
+	source.OnRequest = c.observer.metrics.Source
+	c.source = source
+	c.events = events.New(ctx, events.Options{Client: c.client, NodeName: c.cfg.NodeName, Log: c.log, Counted: c.observer.metrics.Event})
+	return nil
+}
+
+func clientOptions(cfg *config.Config) apiserver.ClientOptions {
+	return apiserver.ClientOptions{
+		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
+		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes,
+	}
+}
+
+// openProxiers makes the mode work in each family.
+func (c *configRun) openProxiers() error {
+	c.proxiers = map[plan.Family]proxier.Proxier{}
+	for _, family := range c.choice.Families {
+		p, err := c.pool.get(c.choice.Mode, c.cfg.Options(c.choice.Mode, family))
+		if err != nil {
+			return fmt.Errorf("mode %s, %s: %w", c.choice.Mode.Name(), family, err)
+		}
+		c.proxiers[family] = p
+	}
+	return nil
+}
+
+// makeFlowCleaner makes what removes stale UDP flows, if the kernel allows it.
+func (c *configRun) makeFlowCleaner() {
+	var relays []netip.Prefix
+	for _, p := range c.proxiers {
+		if prefix := p.RelayPrefix(); prefix.IsValid() {
+			relays = append(relays, prefix)
+		}
+	}
+	flows, err := conntrack.New(conntrack.Options{Logger: c.log, LocalAddrs: node.Addrs, Relays: relays, Scanned: c.observer.metrics.FlowsScanned})
+	if err != nil {
+		c.log.Warn("stale UDP flows are not removed", "reason", err)
+		c.observer.metrics.ConntrackUnavailable()
+		return
+	}
+	c.flows = flows
+}
+
+// affinityPeriod is how often the clients with session affinity are counted.
+const affinityPeriod = time.Minute
+
+// watchAffinity counts, until ctx ends, the lists of clients that are full.
+func (c *configRun) watchAffinity(ctx context.Context) {
+	for more := true; more; more = wait.For(ctx, affinityPeriod) {
+		full, err := c.choice.Mode.FullAffinityLists()
+		if err != nil {
+			c.log.Warn("the clients with session affinity cannot be counted; signalbox_affinity_lists_full keeps its value", "error", err)
+			continue
+		}
+		c.observer.metrics.FullAffinityLists(full)
+	}
+}
+
+// fullSyncPeriod is how often everything is written anew, as kube-proxy does,
+// in case other software changed our rules without an error telling us.
+const fullSyncPeriod = time.Hour
+
+func (c *configRun) loopOptions() syncer.LoopOptions {
+	logProblem := syncer.LogProblems(c.log)
+	opts := syncer.LoopOptions{
+		NodeName: c.cfg.NodeName, Settings: c.cfg.ForMode(c.choice.Mode), MinSyncPeriod: c.cfg.MinSyncPeriod,
+		Proxiers: c.proxiers, Logger: c.log, SyncPeriod: fullSyncPeriod, RetryPeriod: c.cfg.SyncPeriod,
+		Report: func(p plan.Problem) {
+			logProblem(p)
+			c.observer.metrics.Problem(p)
+			c.events.Problem(p)
+		},
+		Synced: func(r syncer.SyncReport) {
+			c.reportSync(r)
+			c.sysctls.set(r.Family.String(), c.proxiers[r.Family].KernelProblems())
+			c.observer.synced(r)
+		},
+		NodeMissing: func(missing bool, others []string) {
+			c.observer.reportNode(c.log, c.cfg.NodeName, missing, others)
+		},
+		NodeOptional: c.cfg.SourceDir != "",
+	}
+	if c.flows != nil { // a nil *Cleaner would be a FlowCleaner that is not nil
+		opts.Flows = c.flows
+	}
+	return opts
+}
+
+// reportSync logs the first sync that serves a family, and others at debug level.
+func (c *configRun) reportSync(r syncer.SyncReport) {
+	level := slog.LevelDebug
+	if c.initialSync.synced(r) {
+		level = slog.LevelInfo
+	}
+	c.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
+		"took", r.Took, "everything", r.All, "setAside", r.Quarantined, "failed", r.Err != nil)
+}
+
+// reportStart writes Events about the start of the process, about a mode that is
+// a default, and about a configuration that was rolled back.
+func (c *configRun) reportStart() {
+	c.startedEvent.Do(c.events.Started)
+	c.reportModeUnset()
+	if c.rolledBack != nil {
+		c.events.ConfigurationRejected(c.rolledBack)
+		c.rolledBack = nil
+	}
+}
+
+// flushFor bounds the wait for the last Event before the process ends.
+const flushFor = 2 * time.Second
+
+// failHard returns an error when a server cannot listen and the configuration ends the
+// process then.
+func (c *configRun) failHard(ctx context.Context) error {
+	select {
+	case err := <-c.observer.servers.failed:
+		c.events.Flush(flushFor)
+		return err
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+// reportModeUnset warns that the mode is a default, which kube-proxy changes.
+func (c *configRun) reportModeUnset() {
+	if !c.cfg.ModeUnset {
+		return
+	}
+	note := c.cfg.ModeReason + ". The default of kube-proxy 1.40 is nftables: name a mode, with mode in the file or with --proxy-mode"
+	c.log.Warn("no mode is configured", "reason", note)
+	c.events.ModeUnset(note)
+}

@@ -1,0 +1,274 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"signalbox/kubeproxy"
+	"signalbox/modes"
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+)
+
+// foreignRules removes what other proxies have written on this node to serve Services:
+// kube-proxy in any mode, and signalbox in other modes. Nothing is removed before this
+// mode serves, so a new connection always finds rules.
+//
+// A kube-proxy that is about to end may write its rules once more, and leave them. So
+// for a while they are looked for and removed again. The rules of a kube-proxy that
+// starts later stay: they come before this mode's, and kube-proxy serves the node.
+type foreignRules struct {
+	foreignRulesOptions
+	// taken are the objects of kube-proxy that this mode has taken over.
+	taken map[plan.Family]proxier.TakenOver
+
+	mu sync.Mutex // guards failed and draining
+	// failed are removals that failed and are repeated, by what they remove.
+	failed map[plan.Family]map[string]removal
+	// draining are removals that wait for the end of connections, by what they
+	// remove.
+	draining map[plan.Family]map[string]removal
+
+	// Only the goroutine of run uses the fields that follow.
+
+	// hadKubeProxy are the families in which kube-proxy had rules.
+	hadKubeProxy map[plan.Family]bool
+	// removeUntil is the deadline for removing them again.
+	removeUntil time.Time
+	// logged are the families in which the log has named rules that stay.
+	logged map[plan.Family]bool
+}
+
+// foreignRulesOptions is what foreignRules works with.
+type foreignRulesOptions struct {
+	// choice and proxiers are the mode at work.
+	choice   modes.Choice
+	proxiers map[plan.Family]proxier.Proxier
+	// resync writes this mode's own rules anew.
+	resync func()
+	// drained waits until no connection passes through the relays of an earlier
+	// configuration; false if its context ends first.
+	drained func(context.Context) bool
+	// present is called with whether foreign rules may be in force.
+	present func(family plan.Family, is bool)
+	log     *slog.Logger
+}
+
+func newForeignRules(opts foreignRulesOptions) *foreignRules {
+	l := &foreignRules{foreignRulesOptions: opts, taken: map[plan.Family]proxier.TakenOver{}, draining: map[plan.Family]map[string]removal{}, failed: map[plan.Family]map[string]removal{}}
+	for family, p := range opts.proxiers {
+		l.taken[family] = p.TakenOver()
+	}
+	return l
+}
+
+const (
+	firstCheck   = 5 * time.Second
+	longestPause = time.Minute
+	// swapTime is how long a kube-proxy that served before may still run. By default,
+	// Kubernetes gives a Pod a quarter of it to end.
+	swapTime = 2 * time.Minute
+)
+
+// run removes all foreign rules, and then those that come back, until ctx ends.
+func (f *foreignRules) run(ctx context.Context, s *nodeLock) {
+	f.removeAll(ctx)
+	f.reportPresent()
+	returnMemory()
+	var late sync.WaitGroup
+	defer late.Wait()
+	late.Go(func() {
+		if s.waitForPredecessors(ctx) && f.drained(ctx) {
+			f.removeRelay()
+		}
+	})
+	pause := firstCheck
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, longestPause)
+		for _, family := range f.choice.Families {
+			f.removeAgain(family)
+			if f.check(ctx, family) {
+				pause = firstCheck
+			}
+		}
+		f.reportPresent()
+	}
+}
+
+func (f *foreignRules) removeAll(ctx context.Context) {
+	todo := signalboxRemovals(f.others(false), true)
+	f.hadKubeProxy, f.logged = map[plan.Family]bool{}, map[plan.Family]bool{}
+	f.removeUntil = time.Now().Add(swapTime)
+	f.mu.Lock()
+	f.failed, f.draining = map[plan.Family]map[string]removal{}, map[plan.Family]map[string]removal{}
+	f.mu.Unlock()
+	for _, family := range f.choice.Families {
+		f.remove(family, todo)
+		f.hadKubeProxy[family] = f.kubeProxyWrote(ctx, family)
+		f.remove(family, f.kubeProxy(family))
+	}
+}
+
+// removeRelay removes the rules that lead to a relay. That comes last, because open
+// connections need these rules and routes until the relay ends. New connections obey
+// other modes' rules, which come first.
+func (f *foreignRules) removeRelay() {
+	for _, family := range f.choice.Families {
+		f.remove(family, signalboxRemovals(f.others(true), true))
+	}
+}
+
+// others lists the modes that do not serve: with relaying those whose rules lead to a
+// relay, otherwise the rest.
+func (f *foreignRules) others(relaying bool) []proxier.Mode {
+	return slices.DeleteFunc(slices.Clone(modes.All), func(m proxier.Mode) bool {
+		return m.Name() == f.choice.Mode.Name() || m.Traits().RelaysByRules != relaying
+	})
+}
+
+// kubeProxy lists the removals of kube-proxy's rules while this mode serves.
+func (f *foreignRules) kubeProxy(family plan.Family) []removal {
+	return kubeProxyRemovals(f.taken[family], true)
+}
+
+// recordDraining keeps a removal that waits for the end of connections, and logs it
+// once.
+func (f *foreignRules) recordDraining(family plan.Family, r removal, servers int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	_, known := f.draining[family][r.what]
+	switch {
+	case servers == 0:
+		delete(f.draining[family], r.what)
+		return
+	case !known:
+		f.log.Info("virtual servers of "+r.owner+" have connections; they are removed when the last has ended", "family", family.String(), "servers", servers)
+	}
+	if f.draining[family] == nil {
+		f.draining[family] = map[string]removal{}
+	}
+	f.draining[family][r.what] = r
+}
+
+// removeDrained repeats the removals that wait for the end of connections, of kube-
+// proxy's objects or of signalbox's.
+func (f *foreignRules) removeDrained(family plan.Family, kubeProxy bool) {
+	f.mu.Lock()
+	todo := slices.Collect(maps.Values(f.draining[family]))
+	f.mu.Unlock()
+	f.remove(family, slices.DeleteFunc(todo, func(r removal) bool { return r.kubeProxy != kubeProxy }))
+}
+
+func (f *foreignRules) remove(family plan.Family, todo []removal) {
+	for _, r := range todo {
+		removed, draining, err := r.do(family)
+		f.recordDraining(family, r, draining)
+		if removed {
+			f.log.Info("removed what others had written", "what", r.what, "family", family.String())
+		} else if err == nil {
+			f.log.Debug("nothing of others is there to remove", "what", r.what, "family", family.String())
+		}
+		if known := f.recordFailure(family, r, err); err != nil && !known {
+			f.log.Warn("what others wrote could not be removed and may still be obeyed; trying again", "family", family.String(), "error", err)
+		}
+	}
+}
+
+// recordFailure keeps a removal that failed, and says whether it failed before, too.
+func (f *foreignRules) recordFailure(family plan.Family, r removal, err error) (known bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	_, known = f.failed[family][r.what]
+	switch {
+	case err == nil && known:
+		delete(f.failed[family], r.what)
+		f.log.Info("removed, after it could not be at first", "what", r.what, "family", family.String())
+	case err != nil && f.failed[family] == nil:
+		f.failed[family] = map[string]removal{r.what: r}
+	case err != nil:
+		f.failed[family][r.what] = r
+	}
+	return known
+}
+
+// removeAgain repeats the removals that failed. Those of kube-proxy's rules end with
+// removeUntil: later the rules may be of another kube-proxy.
+func (f *foreignRules) removeAgain(family plan.Family) {
+	f.mu.Lock()
+	todo := slices.Collect(maps.Values(f.failed[family]))
+	f.mu.Unlock()
+	f.remove(family, slices.DeleteFunc(todo, func(r removal) bool {
+		return r.kubeProxy && time.Now().After(f.removeUntil)
+	}))
+}
+
+// reportPresent reports the families with rules that could not be removed, or that are
+// left to a kube-proxy.
+func (f *foreignRules) reportPresent() {
+	for _, family := range f.choice.Families {
+		f.mu.Lock()
+		failed := len(f.failed[family]) > 0
+		f.mu.Unlock()
+		f.present(family, failed || f.logged[family])
+	}
+}
+
+// check removes kube-proxy's rules if they are back, and writes this mode's own anew
+// if another program replaced them.
+func (f *foreignRules) check(ctx context.Context, family plan.Family) (found bool) {
+	f.removeDrained(family, false)
+	if f.kubeProxyWrote(ctx, family) {
+		return f.handleKubeProxy(family)
+	}
+	f.removeDrained(family, true)
+	f.logged[family] = false
+	if intact, err := f.proxiers[family].Intact(ctx); err == nil && !intact {
+		found = true
+		f.log.Warn("another program has replaced the rules of Services; they are written anew", "family", family.String())
+		f.resync()
+	}
+	return found
+}
+
+// handleKubeProxy removes the rules of a kube-proxy that served before, and logs those
+// of another.
+func (f *foreignRules) handleKubeProxy(family plan.Family) (removed bool) {
+	if f.hadKubeProxy[family] && time.Now().Before(f.removeUntil) {
+		f.log.Warn("kube-proxy has written its rules again, and they are removed again; does it still run on this node?", "family", family.String())
+		f.remove(family, f.kubeProxy(family))
+		if f.taken[family].IPTables != "" {
+			f.resync()
+		}
+		return true
+	}
+	f.mu.Lock() // kube-proxy uses its virtual servers again
+	maps.DeleteFunc(f.draining[family], func(_ string, r removal) bool { return r.kubeProxy })
+	f.mu.Unlock()
+	if !f.logged[family] {
+		f.logged[family] = true
+		f.log.Warn("kube-proxy has written rules on this node, and they come before those of signalbox; end one of the two, and remove what it leaves with `signalbox cleanup` or `signalbox cleanup --kube-proxy`",
+			"family", family.String())
+	}
+	return false
+}
+
+// kubeProxyWrote looks for what kube-proxy has in each of its modes. What still drains
+// does not count: kube-proxy wrote it before.
+func (f *foreignRules) kubeProxyWrote(ctx context.Context, family plan.Family) bool {
+	f.mu.Lock()
+	draining := maps.Clone(f.draining[family])
+	f.mu.Unlock()
+	return slices.ContainsFunc(kubeproxy.Remnants(), func(r proxier.Remnant) bool {
+		_, drains := draining[r.What]
+		return !drains && r.Found(ctx, family, f.taken[family])
+	})
+}
