@@ -112,7 +112,7 @@ func (b *builder) withoutEndpoints(f *plan.Frontend, match string) string {
 	if externalEmpty {
 		rules = append(rules, verdict)
 	}
-	// The rules follow from the name, so the chain never changes: see steps.
+	// The rules follow from the name, so the chain never changes: see replaceChains.
 	ordinal := 0
 	if internalEmpty {
 		ordinal += 2

@@ -116,7 +116,7 @@ func tryRules(ctx context.Context, t *xtables.Tools, tried ...feature) error {
 	return err
 }
 
-// dropInvalid: see staticChains.
+// dropInvalid asks the kernel: see staticChains.
 func dropInvalid() bool {
 	liberal, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
 	return err != nil || strings.TrimSpace(string(liberal)) == "0"

@@ -55,7 +55,7 @@ const (
 
 // Chains of this mode alone. kube-proxy removes them, because they have
 // prefixes of its own. The 0 after these is in no hash, and sorts before all of
-// them: see script.table.
+// them: see xtables.Script.Add.
 const (
 	externalPortsChain = externalPrefix + "0NP"
 	hairpinChain       = clusterPrefix + "0HP"
