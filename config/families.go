@@ -58,7 +58,7 @@ func (c *Config) localhostWarnings(s *service.Settings, served []plan.Family, mo
 		case by == proxier.LocalhostByRoute:
 			why = fmt.Sprintf("mode %s can in IPv4 only; use the mode nftables", mode.Name())
 		}
-		warnings = append(warnings, fmt.Sprintf("NodePorts are to be served on loopback, and are not on %s: %s", service.Localhost(family), why))
+		warnings = append(warnings, fmt.Sprintf("NodePorts are to be served on loopback, and are not on %s: %s", plan.Localhost(family), why))
 	}
 	return warnings
 }

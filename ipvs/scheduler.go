@@ -6,7 +6,6 @@ import (
 	"slices"
 
 	"signalbox/proxier/plan"
-	"signalbox/proxier/service"
 )
 
 // defaultScheduler chooses in turn. Virtual servers with one destination, where
@@ -101,5 +100,7 @@ func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	}
 	reason := fmt.Sprintf("%v, or name another; the Service has the mode's own, %s, and the kernel is asked again when everything is written anew",
 		errNoScheduler(p.state.records[name].noScheduler), p.schedulers.own)
-	return service.AnnotationProblem(name.ServiceName, service.AnnotationScheduler, reason), true
+	return plan.Problem{
+		Kind: "Service", Object: name.ServiceName.String(), Field: plan.AnnotationField(plan.AnnotationScheduler), Reason: reason,
+	}, true
 }

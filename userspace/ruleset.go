@@ -8,7 +8,6 @@ import (
 	"signalbox/nft"
 	"signalbox/nft/access"
 	"signalbox/proxier/plan"
-	"signalbox/proxier/service"
 )
 
 // ownTraffic is the priority (SO_PRIORITY) of the relay's own connections to
@@ -125,7 +124,7 @@ func (r ruleset) localhost() []nft.Rule {
 	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
-	return []nft.Rule{nft.NewRule(r.DaddrIs(service.Localhost(r.Family)), nft.GoTo("nodeports-from-node"))}
+	return []nft.Rule{nft.NewRule(r.DaddrIs(plan.Localhost(r.Family)), nft.GoTo("nodeports-from-node"))}
 }
 
 // checkLocal rejects or drops what has come to this node and was not redirected

@@ -68,14 +68,14 @@ func (t tree) discoversCapability(path string) []string {
 }
 
 // reachesKubernetes names each package through which a mode depends on
-// Kubernetes' packages.
+// Kubernetes' packages. k8s.io/utils may be used: it knows nothing of Kubernetes.
 func (t tree) reachesKubernetes(path string) []string {
 	var out []string
 	for _, p := range t.reach(path) {
 		if other := modeOf(p); other != "" && other != modeOf(path) {
 			continue
 		}
-		if slices.ContainsFunc(t[p].imports, func(i string) bool { return strings.HasPrefix(i, "k8s.io/") }) {
+		if slices.ContainsFunc(t[p].imports, func(i string) bool { return strings.HasPrefix(i, "k8s.io/") && !strings.HasPrefix(i, "k8s.io/utils/") }) {
 			out = append(out, fmt.Sprintf("%s depends on Kubernetes through %s", path, p))
 		}
 	}

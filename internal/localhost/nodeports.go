@@ -19,7 +19,6 @@ import (
 	"signalbox/internal/wait"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
-	"signalbox/proxier/service"
 )
 
 // RetryAfter is how long to wait before listening again at a NodePort that another
@@ -133,7 +132,7 @@ func numberOf(f plan.Family, sp *plan.ServicePort) uint16 {
 	if fe == nil || sp.Name.Protocol != plan.TCP || fe.External.Len() == 0 {
 		return 0
 	}
-	if fe.Sources != nil && !slices.ContainsFunc(fe.Sources, func(p netip.Prefix) bool { return p.Contains(service.Localhost(f)) }) {
+	if fe.Sources != nil && !slices.ContainsFunc(fe.Sources, func(p netip.Prefix) bool { return p.Contains(plan.Localhost(f)) }) {
 		return 0
 	}
 	return fe.Port
@@ -146,7 +145,7 @@ func (n *NodePorts) logProtocol(sp *plan.ServicePort) {
 	}
 	n.loggedProtocol = true
 	slog.Warn(n.mode+": NodePorts of UDP and SCTP are refused on loopback, because the relay there carries TCP alone; the mode userspace serves UDP there",
-		"address", service.Localhost(n.family).String(), "first", sp.Name.String(), "protocol", sp.Name.Protocol.String())
+		"address", plan.Localhost(n.family).String(), "first", sp.Name.String(), "protocol", sp.Name.Protocol.String())
 }
 
 // open listens at a port. The lock is held, and the thread is in the namespace.
@@ -293,5 +292,5 @@ func (p *port) close() {
 }
 
 func (p *port) at(f plan.Family) netip.AddrPort {
-	return netip.AddrPortFrom(service.Localhost(f), p.number)
+	return netip.AddrPortFrom(plan.Localhost(f), p.number)
 }

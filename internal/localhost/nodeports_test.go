@@ -13,7 +13,6 @@ import (
 	"signalbox/internal/netlab"
 
 	"signalbox/proxier/plan"
-	"signalbox/proxier/service"
 )
 
 const patience = 10 * time.Second
@@ -73,7 +72,7 @@ func (b *bench) sync(change plan.Change) {
 func (b *bench) ask(number uint16) error {
 	ctx, cancel := context.WithTimeout(b.Context(), patience)
 	defer cancel()
-	_, err := b.node.Ask(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(service.Localhost(b.family), number))
+	_, err := b.node.Ask(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(plan.Localhost(b.family), number))
 	return err
 }
 
@@ -109,7 +108,7 @@ func TestListenersFollowThePlan(t *testing.T) {
 		b.sync(plan.Change{Services: []plan.ServicePortName{web}})
 		b.serves("loopback is not a permitted source", 30080)
 
-		b.put(web, 30081, netip.PrefixFrom(service.Localhost(b.family), 8))
+		b.put(web, 30081, netip.PrefixFrom(plan.Localhost(b.family), 8))
 		b.plan.Services[api].Frontends[0].External = nil
 		b.sync(plan.Change{Services: []plan.ServicePortName{web, api}})
 		b.serves("loopback is a permitted source, api has no endpoints", 30081)
@@ -144,7 +143,7 @@ func TestPortIsClosedThoughAnotherProcessHoldsTheSocket(t *testing.T) {
 func TestTakenPort(t *testing.T) {
 	eachFamily(t, func(b *bench) {
 		web := named("web", plan.TCP)
-		other, err := b.node.Listen("tcp", netip.AddrPortFrom(service.Localhost(b.family), 30080).String())
+		other, err := b.node.Listen("tcp", netip.AddrPortFrom(plan.Localhost(b.family), 30080).String())
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -176,7 +175,7 @@ func TestOpenConnections(t *testing.T) {
 		}
 		b.put(web, 30080)
 		b.sync(plan.Change{All: true})
-		open, err := b.node.Open(b.Context(), "tcp", netip.AddrPort{}, netip.AddrPortFrom(service.Localhost(b.family), 30080))
+		open, err := b.node.Open(b.Context(), "tcp", netip.AddrPort{}, netip.AddrPortFrom(plan.Localhost(b.family), 30080))
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -41,6 +41,14 @@ func FamilyOf(a netip.Addr) Family {
 	return IPv6
 }
 
+// Localhost is the loopback address at which NodePorts of a family are served.
+func Localhost(f Family) netip.Addr {
+	if f == IPv6 {
+		return netip.IPv6Loopback()
+	}
+	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
+}
+
 // Protocol is an IANA protocol number (RFC 5237); only the three that a
 // Service may name are valid.
 type Protocol uint8

@@ -48,3 +48,21 @@ func (p *Problems) All() []Problem {
 	last.Reason = fmt.Sprintf("%d more problems like the ones before are not listed", p.more)
 	return append(p.found, last)
 }
+
+// Annotations that kube-proxy does not know.
+const (
+	// AnnotationScheduler of a Service names the kernel's scheduler that
+	// chooses its endpoints.
+	AnnotationScheduler = "signalbox.dev/scheduler"
+	// AnnotationWeights of a Service or an EndpointSlice says which share of
+	// new connections endpoints take, for example
+	// "10.244.1.5=3, web-0=2, web-canary-*=1, *=9". An entry is about an
+	// address, the name of an endpoint's target, or with a star all names that
+	// begin so; the most exact one counts. A slice's entries go before its
+	// Service's. Weights are from 0, for no new connections, to 65535; 1 where
+	// nothing is said.
+	AnnotationWeights = "signalbox.dev/weights"
+)
+
+// AnnotationField is the path of an annotation as a Problem names it.
+func AnnotationField(key string) string { return "metadata.annotations[" + key + "]" }

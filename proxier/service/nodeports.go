@@ -108,21 +108,13 @@ const (
 	LocalhostNamed
 )
 
-// Localhost is the loopback address at which NodePorts of a family are served.
-func Localhost(family plan.Family) netip.Addr {
-	if family == plan.IPv6 {
-		return netip.IPv6Loopback()
-	}
-	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
-}
-
 // ServesLocalhost says whether NodePorts of a family are served on loopback.
 func (s *Settings) ServesLocalhost(family plan.Family) bool {
 	at := &s.NodePortAddresses
 	switch s.LocalhostNodePorts {
 	case LocalhostCovered:
 		cidrs := at.of(plan.IPv4)
-		return family == plan.IPv4 && (len(cidrs) == 0 && !at.Primary || plan.AnyContains(cidrs, Localhost(plan.IPv4)))
+		return family == plan.IPv4 && (len(cidrs) == 0 && !at.Primary || plan.AnyContains(cidrs, plan.Localhost(plan.IPv4)))
 	case LocalhostNamed:
 		return at.NamesLocalhost(family)
 	}
@@ -133,6 +125,6 @@ func (s *Settings) ServesLocalhost(family plan.Family) bool {
 // opposed to one of more addresses that covers loopback too.
 func (s *NodePortSelector) NamesLocalhost(family plan.Family) bool {
 	return slices.ContainsFunc(s.of(family), func(p netip.Prefix) bool {
-		return p.Masked().Addr().IsLoopback() && p.Contains(Localhost(family))
+		return p.Masked().Addr().IsLoopback() && p.Contains(plan.Localhost(family))
 	})
 }

@@ -38,7 +38,7 @@ type Settings struct {
 	// IgnoreExternalIPs leaves spec.externalIPs out (KEP-5707).
 	IgnoreExternalIPs bool
 	// HasSchedulers says that the mode chooses endpoints by a scheduler and by
-	// weights, so that AnnotationScheduler and weights above 1 count.
+	// weights, so that plan.AnnotationScheduler and weights above 1 count.
 	HasSchedulers bool
 	// KubeProxyIPVSPolicies makes traffic policies what they are in
 	// kube-proxy's ipvs mode: where policy Local finds no endpoint on this node

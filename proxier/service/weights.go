@@ -13,25 +13,10 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// Annotations that kube-proxy does not know.
-const (
-	// AnnotationScheduler of a Service names the kernel's scheduler that
-	// chooses its endpoints.
-	AnnotationScheduler = "signalbox.dev/scheduler"
-	// AnnotationWeights of a Service or an EndpointSlice says which share of
-	// new connections endpoints take, for example
-	// "10.244.1.5=3, web-0=2, web-canary-*=1, *=9". An entry is about an
-	// address, the name of an endpoint's target, or with a star all names that
-	// begin so; the most exact one counts. A slice's entries go before its
-	// Service's. Weights are from 0, for no new connections, to 65535; 1 where
-	// nothing is said.
-	AnnotationWeights = "signalbox.dev/weights"
-)
-
 // maxWeightRules bounds what each endpoint is compared with.
 const maxWeightRules = 1000
 
-// weightRule is one entry of AnnotationWeights.
+// weightRule is one entry of plan.AnnotationWeights.
 type weightRule struct {
 	addr   netip.Addr // not valid for an entry about names
 	target string
@@ -80,17 +65,9 @@ func (r weightRule) compare(o weightRule) int {
 
 func (r weightRule) sameSubject(o weightRule) bool { return r.compare(o) == 0 }
 
-// annotation is the path of an annotation as a Problem names it.
-func annotation(key string) string { return "metadata.annotations[" + key + "]" }
-
-// AnnotationProblem is about an annotation of a Service.
-func AnnotationProblem(service plan.ServiceName, key, reason string) plan.Problem {
-	return plan.Problem{Kind: "Service", Object: service.String(), Field: annotation(key), Reason: reason}
-}
-
 // readWeights leaves out what it cannot read, and the rest counts.
 func readWeights(p *plan.Problems, obj metav1.Object) weightRules {
-	text, field := obj.GetAnnotations()[AnnotationWeights], annotation(AnnotationWeights)
+	text, field := obj.GetAnnotations()[plan.AnnotationWeights], plan.AnnotationField(plan.AnnotationWeights)
 	var rules weightRules
 	for entry := range strings.SplitSeq(text, ",") {
 		if entry = strings.TrimSpace(entry); entry == "" {
@@ -156,9 +133,9 @@ func readWeight(entry string) (r weightRule, wrong string) {
 
 // readScheduler checks no more than that the kernel can be asked for it.
 func readScheduler(p *plan.Problems, obj metav1.Object) string {
-	name, said := obj.GetAnnotations()[AnnotationScheduler]
+	name, said := obj.GetAnnotations()[plan.AnnotationScheduler]
 	if said && !ValidScheduler(name) {
-		p.Add(annotation(AnnotationScheduler), "%.100q is not a scheduler's name; the Service has the mode's own", name)
+		p.Add(plan.AnnotationField(plan.AnnotationScheduler), "%.100q is not a scheduler's name; the Service has the mode's own", name)
 		return ""
 	}
 	return name

@@ -2,6 +2,7 @@ package service
 
 import (
 	"fmt"
+	"signalbox/proxier/plan"
 	"strings"
 	"testing"
 
@@ -16,7 +17,7 @@ func TestManyWeights(t *testing.T) {
 		fmt.Fprintf(&text, "web-%d=2,", i)
 	}
 	s, found := readService(&corev1.Service{
-		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web", Annotations: map[string]string{AnnotationWeights: text.String()}},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web", Annotations: map[string]string{plan.AnnotationWeights: text.String()}},
 		Spec:       corev1.ServiceSpec{ClusterIP: "10.96.0.1", ClusterIPs: []string{"10.96.0.1"}},
 	})
 	if len(s.weights) != maxWeightRules || len(found) != 1 || found[0].Field != "metadata.annotations[signalbox.dev/weights]" {

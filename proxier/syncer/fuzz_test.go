@@ -79,8 +79,8 @@ func (d *dice) meta() metav1.ObjectMeta {
 
 func (d *dice) weights() map[string]string {
 	return map[string]string{
-		service.AnnotationWeights:   pick(d, "", "*=2", "a*=0, 10.0.0.1=3", "a=1,b=5,a=7", "=,x=*,*=,**=1,*=70000", "\xff=1", "fd00::1=9, 10.0.0.2=0"),
-		service.AnnotationScheduler: pick(d, "", "wlc", "sh", "no such", "\xff"),
+		plan.AnnotationWeights:   pick(d, "", "*=2", "a*=0, 10.0.0.1=3", "a=1,b=5,a=7", "=,x=*,*=,**=1,*=70000", "\xff=1", "fd00::1=9, 10.0.0.2=0"),
+		plan.AnnotationScheduler: pick(d, "", "wlc", "sh", "no such", "\xff"),
 	}
 }
 

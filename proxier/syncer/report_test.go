@@ -10,7 +10,6 @@ import (
 
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
-	"signalbox/proxier/service"
 )
 
 // fussy is a mode that has one scheduler.
@@ -18,7 +17,7 @@ type fussy struct{ fakeProxier }
 
 func (f *fussy) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	if sp := f.kernel[name]; sp != nil && sp.Scheduler != "" && sp.Scheduler != "rr" {
-		return service.AnnotationProblem(name.ServiceName, service.AnnotationScheduler, "no "+sp.Scheduler), true
+		return plan.Problem{Kind: "Service", Object: name.ServiceName.String(), Field: plan.AnnotationField(plan.AnnotationScheduler), Reason: "no " + sp.Scheduler}, true
 	}
 	return plan.Problem{}, false
 }
@@ -32,7 +31,7 @@ func TestModesProblemsAreToldOnce(t *testing.T) {
 		o.Proxiers = map[plan.Family]proxier.Proxier{plan.IPv4: v4, plan.IPv6: v6}
 	})
 	apply := func(name string, i int, scheduler string) {
-		b.Apply(newService(name, clusterIP(i), annotated(service.AnnotationScheduler, scheduler), func(s *corev1.Service) {
+		b.Apply(newService(name, clusterIP(i), annotated(plan.AnnotationScheduler, scheduler), func(s *corev1.Service) {
 			s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, fmt.Sprintf("fd00::%x", i+1))
 			s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{Name: "https", Protocol: corev1.ProtocolTCP, Port: 443})
 		}))

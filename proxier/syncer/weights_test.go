@@ -9,7 +9,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"signalbox/proxier/plan"
-	"signalbox/proxier/service"
 )
 
 func annotated(key, value string) func(*corev1.Service) {
@@ -37,21 +36,21 @@ func TestEvenModesSaySoOnce(t *testing.T) {
 	}
 	sync(0)
 	desired := b.Plan(plan.IPv4).String()
-	b.Apply(newService("web", "10.96.0.1", annotated(service.AnnotationWeights, "10.244.2.1=3")))
-	b.Apply(newService("api", "10.96.0.2", annotated(service.AnnotationScheduler, "lc")))
+	b.Apply(newService("web", "10.96.0.1", annotated(plan.AnnotationWeights, "10.244.2.1=3")))
+	b.Apply(newService("api", "10.96.0.2", annotated(plan.AnnotationScheduler, "lc")))
 	calls := len(b.mode.calls)
 	sync(2)
-	b.Apply(newService("web", "10.96.0.1", annotated(service.AnnotationWeights, "10.244.2.1=4")))
+	b.Apply(newService("web", "10.96.0.1", annotated(plan.AnnotationWeights, "10.244.2.1=4")))
 	sync(2)
 	if got := b.Plan(plan.IPv4).String(); got != desired || len(b.mode.calls) != calls {
 		t.Errorf("%d syncs made\n%sof\n%s", len(b.mode.calls)-calls, got, desired)
 	}
-	b.Apply(newService("web", "10.96.0.1", annotated(service.AnnotationWeights, "10.244.2.1=0")))
+	b.Apply(newService("web", "10.96.0.1", annotated(plan.AnnotationWeights, "10.244.2.1=0")))
 	sync(2)
 	if got := b.Plan(plan.IPv4).String(); !strings.Contains(got, "a: 10.244.2.2:8080\n") || !strings.Contains(got, "serving: b") {
 		t.Errorf("with the weight 0:\n%s", got)
 	}
-	b.Apply(newService("web", "10.96.0.1", annotated(service.AnnotationScheduler, "sh")))
+	b.Apply(newService("web", "10.96.0.1", annotated(plan.AnnotationScheduler, "sh")))
 	sync(3)
 }
 
@@ -65,10 +64,10 @@ func TestWeightsReachTheMode(t *testing.T) {
 	b.Synced()
 	for step, change := range []func(){
 		func() {},
-		func() { b.Apply(newService("web", "10.96.0.1", annotated(service.AnnotationWeights, "10.244.2.1=3"))) },
-		func() { b.Apply(newService("web", "10.96.0.1", annotated(service.AnnotationScheduler, "lc"))) },
+		func() { b.Apply(newService("web", "10.96.0.1", annotated(plan.AnnotationWeights, "10.244.2.1=3"))) },
+		func() { b.Apply(newService("web", "10.96.0.1", annotated(plan.AnnotationScheduler, "lc"))) },
 		func() {
-			slice.Annotations = map[string]string{service.AnnotationWeights: "10.244.2.2=2"}
+			slice.Annotations = map[string]string{plan.AnnotationWeights: "10.244.2.2=2"}
 			b.Apply(slice)
 		},
 		func() { b.Apply(newService("web", "10.96.0.1")) },

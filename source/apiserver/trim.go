@@ -3,13 +3,12 @@ package apiserver
 import (
 	"fmt"
 	"maps"
+	"signalbox/proxier/plan"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"signalbox/proxier/service"
 )
 
 // The labels and annotations that a proxy reads.
@@ -22,8 +21,8 @@ var (
 	}
 	keptAnnotations = map[string]bool{
 		corev1.EndpointsLastChangeTriggerTime: true,
-		service.AnnotationScheduler:           true,
-		service.AnnotationWeights:             true,
+		plan.AnnotationScheduler:              true,
+		plan.AnnotationWeights:                true,
 	}
 )
 

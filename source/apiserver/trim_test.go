@@ -1,6 +1,7 @@
 package apiserver
 
 import (
+	"signalbox/proxier/plan"
 	"testing"
 	"time"
 
@@ -10,8 +11,6 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
-
-	"signalbox/proxier/service"
 )
 
 var (
@@ -20,12 +19,12 @@ var (
 		Namespace: "default", Name: "web", UID: "1-2-3", ResourceVersion: "77", Generation: 3, CreationTimestamp: made, Finalizers: []string{"f"},
 		OwnerReferences: []metav1.OwnerReference{{Name: "o"}}, ManagedFields: []metav1.ManagedFieldsEntry{{Manager: "kubectl"}},
 		Labels:      map[string]string{"app": "web", discoveryv1.LabelServiceName: "web", corev1.LabelTopologyZone: "z1"},
-		Annotations: map[string]string{"note": "long", service.AnnotationWeights: "*=2", service.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
+		Annotations: map[string]string{"note": "long", plan.AnnotationWeights: "*=2", plan.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
 	}
 	lean = metav1.ObjectMeta{
 		Namespace: "default", Name: "web", CreationTimestamp: made,
 		Labels:      map[string]string{discoveryv1.LabelServiceName: "web", corev1.LabelTopologyZone: "z1"},
-		Annotations: map[string]string{service.AnnotationWeights: "*=2", service.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
+		Annotations: map[string]string{plan.AnnotationWeights: "*=2", plan.AnnotationScheduler: "lc", corev1.EndpointsLastChangeTriggerTime: "2023-11-14T22:13:20Z"},
 	}
 )
 
