@@ -11,14 +11,18 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sync/errgroup"
 
 	"signalbox/config"
+	"signalbox/internal/buildinfo"
+	"signalbox/internal/wait"
 	"signalbox/modes"
 	"signalbox/node"
 	"signalbox/proxier/plan"
+	"signalbox/source/apiserver"
 )
 
 // daemonState is what outlives a configuration.
@@ -121,4 +125,57 @@ func familyNames(families []plan.Family) string {
 		names[i] = f.String()
 	}
 	return strings.Join(names, ",")
+}
+
+// The API server is asked for its release again, as a cluster is upgraded while a
+// node serves.
+const (
+	versionPeriod = 10 * time.Minute
+	versionRetry  = 10 * time.Second
+)
+
+// reportVersion has the metrics tell which release of Kubernetes this is until ctx
+// ends. A component that tells of another release than the API server makes the
+// alert KubeVersionMismatch fire.
+func (c *configRun) reportVersion(ctx context.Context) {
+	report := c.observer.metrics.KubernetesVersion
+	switch {
+	case c.cfg.KubernetesVersion != "":
+		report(c.cfg.KubernetesVersion)
+	case c.client == nil:
+		report(buildinfo.Release())
+	default:
+		c.followVersion(ctx, report)
+	}
+}
+
+func (c *configRun) followVersion(ctx context.Context, report func(release string)) {
+	for {
+		pause := versionPeriod
+		release, err := apiserver.Version(ctx, c.client)
+		if err == nil {
+			report(release)
+		} else {
+			c.log.Debug("the API server's version is not known; kubernetes_build_info stays as it is", "error", err)
+			pause = versionRetry
+		}
+		if !wait.For(ctx, pause) {
+			return
+		}
+	}
+}
+
+// notifyReady sends READY=1 to the service manager ($NOTIFY_SOCKET, see
+// sd_notify(3)) when all families are served.
+func notifyReady(ctx context.Context, all *initialSync, log *slog.Logger) {
+	if all.wait(ctx) {
+		notifyManager(systemd.SdNotifyReady, log)
+	}
+}
+
+// notifyManager does nothing without a service manager.
+func notifyManager(state string, log *slog.Logger) {
+	if _, err := systemd.SdNotify(false, state); err != nil {
+		log.Warn("the service manager gets no notification; with Type=notify it may end this process or wait for ever", "notification", state, "error", err)
+	}
 }

@@ -1,6 +1,13 @@
 package nftables
 
 import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -41,4 +48,51 @@ func (Dataplane) Traits() proxier.Traits {
 		PrimaryNodePorts: true,
 		Localhost:        proxier.LocalhostByRelay,
 	}
+}
+
+// Cleanup removes this mode's table of the family, and nothing else. It is no
+// error if there is none, and then nothing is written and removed is false.
+func Cleanup(f plan.Family) (removed bool, err error) {
+	w, err := dial(nft.FamilyOf(f), tableName)
+	if err != nil {
+		return false, err
+	}
+	defer w.Close()
+	removed = w.DeleteTable()
+	err = access.Commit(w)
+	if errors.Is(err, unix.EINVAL) { // of nfnetlink, which knows no nf_tables
+		return false, &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "nf_tables", Remedy: "the kernel needs CONFIG_NF_TABLES (module nf_tables)", Err: err}
+	}
+	if err != nil {
+		return false, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
+	}
+	return removed, nil
+}
+
+// Render prints the table that New and one Sync would make of plan, in the form
+// of `nft list table`. It touches no kernel. A plan that Sync would refuse
+// renders as a comment that says why.
+func Render(opts proxier.Options, plan *plan.Plan) string {
+	f := nft.FamilyOf(opts.Family)
+	rules := rulesetOf(f, opts.MasqueradeMark, plan.Node)
+	err := access.ValidateNode(rules.IPFamily, rules.Node)
+	var st *state
+	if err == nil {
+		st, err = newStateOf(f, plan, nil, nil)
+	}
+	if err != nil {
+		return fmt.Sprintf("# cannot be programmed: %v\n", err)
+	}
+	return rules.render(st)
+}
+
+// render prints the table that holds st.
+func (r ruleset) render(st *state) string {
+	var elements []nft.Element
+	emit := func(e nft.Element) { elements = append(elements, e) }
+	for _, e := range r.NodeElements() {
+		emit(e)
+	}
+	st.emitAll(emit)
+	return nft.RenderTable(r.IPFamily, tableName, r.counters(), schemas, elements, r.chains(st))
 }

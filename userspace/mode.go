@@ -1,6 +1,13 @@
 package userspace
 
 import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"signalbox/internal/tcprelay"
+	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -32,4 +39,89 @@ func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err
 // Traits implements proxier.Mode.
 func (Dataplane) Traits() proxier.Traits {
 	return proxier.Traits{Localhost: proxier.LocalhostByRelay, RelaysByRules: true}
+}
+
+// Supported has this node's kernel try all that the mode needs. The error is a
+// *proxier.UnsupportedError.
+func Supported(f plan.Family) error {
+	missing := func(what, remedy string, err error) error {
+		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: what, Remedy: remedy, Err: err}
+	}
+	rules := ruleset{access.Rules{IPFamily: nft.FamilyOf(f), Node: plan.Node{
+		LocalPods:     plan.LocalPods{Interface: "probe0", InterfacePrefix: "probe"},
+		NodePortAddrs: plan.NodePortAddrs{All: true},
+	}}, answersMark(proxier.DefaultMasqueradeMark), firstPorts}
+	if err := access.Supported(Mode, f, makeSets(), rules.chains()); err != nil {
+		return err
+	}
+	r, err := newRoutes(f, answersMark(proxier.DefaultMasqueradeMark))
+	if err == nil {
+		err = r.try()
+		r.close()
+	}
+	if err != nil {
+		return missing("routing by rules", "the kernel needs CONFIG_IP_MULTIPLE_TABLES and CONFIG_IPV6_MULTIPLE_TABLES; IPv6 must not be disabled", err)
+	}
+	if err := trySockets(f); err != nil {
+		return missing("a socket for redirected traffic", "run as root; for IPv6 it must not be disabled", err)
+	}
+	return nil
+}
+
+// trySockets opens sockets with the relay's options. The kernel chooses their ports:
+// at the relay's own ports they would take connections from a running relay.
+func trySockets(f plan.Family) error {
+	at := netip.AddrPortFrom(unspecified(f), 0)
+	t, err := tcprelay.ListenTCP(at)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	u, err := tcprelay.ListenUDP(at, udpOptions(f)...)
+	if err != nil {
+		return err
+	}
+	return u.Close()
+}
+
+// Cleanup removes this mode's table, routes and rule of the family, and nothing
+// else. It is no error if there are none, and then removed is false.
+func Cleanup(f plan.Family) (removed bool, err error) {
+	t, err := nft.Open(nft.FamilyOf(f), tableName, makeSets())
+	if err != nil {
+		return false, err
+	}
+	defer t.Close()
+	table := t.DeleteTable()
+	if err := access.Commit(t); err != nil {
+		return false, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
+	}
+	r, err := newRoutes(f, 0)
+	if err != nil {
+		return table, err
+	}
+	defer r.close()
+	routes, err := r.remove()
+	if err != nil {
+		return table || routes, fmt.Errorf("remove the relay's routes of %s: %w", f, err)
+	}
+	return table || routes, nil
+}
+
+// Render prints the table that New and one Sync would make of plan on a node
+// that has none yet, in the form of `nft list table`. Frontends are numbered
+// from 0. It touches no kernel.
+func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
+	f := nft.FamilyOf(opts.Family)
+	rules := ruleset{access.Rules{IPFamily: f, Node: plan.Node}, answersMark(opts.MasqueradeMark), firstPorts}
+	if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {
+		return "", err
+	}
+	st := newState(f)
+	st.pool.StartAt(0)
+	s, err := st.stage(plan, sortedNames(plan))
+	if err != nil {
+		return "", err
+	}
+	return nft.RenderTable(f, tableName, nil, makeSets(), slices.Concat(s.add, rules.NodeElements()), rules.chains()), nil
 }

@@ -10,7 +10,7 @@ import (
 
 	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
-
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
@@ -190,4 +190,32 @@ func (r *relay) sourceFor(t *target, o origin, client, endpoint netip.Addr) neti
 		return netip.Addr{}
 	}
 	return client
+}
+
+// Drain waits until the relay has no connection and no handover is in progress, or
+// ctx ends. It still accepts connections: they arrive only while no other process has
+// taken over the frontends. It does not wait for UDP flows: the rules of a successor
+// send the client's next datagram elsewhere.
+func (p *Proxier) Drain(ctx context.Context) {
+	p.relay.tcp.Drain(ctx, p.relay.handingOver.Load)
+}
+
+// Relays is true as long as the relay exists.
+func (p *Proxier) Relays() bool { return true }
+
+// counters are the counts that the TCP relay does not have.
+type counters struct {
+	flows                        atomic.Int64
+	flowsMade, lost, transparent atomic.Uint64
+}
+
+func (r *relay) stats() proxier.RelayStats {
+	t, c, most := &r.tcp.Counts, &r.counts, r.tcp.Limits
+	return proxier.RelayStats{
+		Connections: t.Connections.Load(), Flows: c.flows.Load(),
+		MaxConnections: most.Connections.Max, MaxFlows: most.Flows.Max,
+		Accepted: t.Accepted.Load(), FlowsMade: c.flowsMade.Load(),
+		DialFailures: t.DialFailures.Load(), NoEndpoint: t.NoEndpoint.Load(),
+		Refused: t.Refused.Load(), AcceptFailures: t.AcceptFailures.Load(), Lost: c.lost.Load(), Transparent: c.transparent.Load(),
+	}
 }

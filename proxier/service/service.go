@@ -3,6 +3,7 @@ package service
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -155,4 +156,189 @@ func isLocal(p *plan.Problems, field, policy string) bool {
 		p.Add(field, "%q is neither Cluster nor Local; Cluster is used", policy)
 	}
 	return false
+}
+
+// readClusterIPs returns at most one address of each family.
+func readClusterIPs(p *plan.Problems, obj *corev1.Service) []netip.Addr {
+	texts, field := obj.Spec.ClusterIPs, "spec.clusterIPs"
+	if len(texts) == 0 {
+		texts, field = []string{obj.Spec.ClusterIP}, "spec.clusterIP"
+	}
+	var out []netip.Addr
+	for i, text := range texts {
+		at := field
+		if field == "spec.clusterIPs" {
+			at = indexed(field, i)
+		}
+		a, ok := readAddr(p, at, text)
+		switch {
+		case !ok:
+		case i < len(obj.Spec.IPFamilies) && string(obj.Spec.IPFamilies[i]) != plan.FamilyOf(a).String():
+			p.Add(at, "%s is not an %s address, which %s promises; it is left out", a, obj.Spec.IPFamilies[i], indexed("spec.ipFamilies", i))
+		case slices.ContainsFunc(out, func(o netip.Addr) bool { return plan.FamilyOf(o) == plan.FamilyOf(a) }):
+			p.Add(at, "%s is a second %s address; it is left out", a, plan.FamilyOf(a))
+		default:
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+func readExternalIPs(p *plan.Problems, texts []string) []netip.Addr {
+	var out addrSet
+	for i, text := range texts {
+		field := indexed("spec.externalIPs", i)
+		a, ok := readAddr(p, field, text)
+		switch {
+		case !ok:
+		case !routable(a):
+			p.Add(field, "%s is a link-local address; it is left out", a)
+		default:
+			out.add(a)
+		}
+	}
+	return out.addrs
+}
+
+// readIngressIPs leaves out host names, and addresses whose load balancer
+// answers by itself (ipMode Proxy, KEP-1860).
+func readIngressIPs(p *plan.Problems, ingress []corev1.LoadBalancerIngress) []netip.Addr {
+	var out addrSet
+	for i, in := range ingress {
+		if in.IP == "" || in.IPMode != nil && *in.IPMode != corev1.LoadBalancerIPModeVIP {
+			continue
+		}
+		if a, ok := readAddr(p, indexed("status.loadBalancer.ingress", i)+".ip", in.IP); ok {
+			out.add(a)
+		}
+	}
+	return out.addrs
+}
+
+// addrSet keeps the order in which addresses first come. What is searched is
+// a map, as nothing bounds the number of addresses in an object.
+type addrSet struct {
+	addrs []netip.Addr
+	seen  map[netip.Addr]struct{}
+}
+
+func (s *addrSet) add(a netip.Addr) {
+	if _, twice := s.seen[a]; twice {
+		return
+	}
+	if s.seen == nil {
+		s.seen = map[netip.Addr]struct{}{}
+	}
+	s.seen[a] = struct{}{}
+	s.addrs = append(s.addrs, a)
+}
+
+// readSources keeps what can be read. Where a family's ranges were all
+// malformed it admits nobody, so that a typing error never opens a Service.
+func (s *svc) readSources(p *plan.Problems, ranges []string) {
+	malformed := false
+	for i, text := range ranges {
+		prefix, ok := ParsePrefix(strings.TrimSpace(text))
+		if !ok {
+			malformed = true
+			p.Add(indexed("spec.loadBalancerSourceRanges", i), "%q is not a CIDR; it admits nobody", text)
+			continue
+		}
+		s.sources = append(s.sources, prefix)
+	}
+	slices.SortFunc(s.sources, netip.Prefix.Compare)
+	s.sources = slices.Compact(s.sources)
+	if !malformed {
+		return
+	}
+	for _, family := range plan.Families {
+		if !slices.ContainsFunc(s.sources, func(x netip.Prefix) bool { return plan.FamilyOf(x.Addr()) == family }) {
+			s.deniedFamilies = append(s.deniedFamilies, family)
+		}
+	}
+}
+
+// sourcesOf returns the source ranges of one family as Frontend.Sources wants
+// them: nil where everybody is admitted.
+func (s *svc) sourcesOf(family plan.Family) []netip.Prefix {
+	if slices.Contains(s.deniedFamilies, family) {
+		return []netip.Prefix{}
+	}
+	var out []netip.Prefix
+	for _, prefix := range s.sources {
+		if plan.FamilyOf(prefix.Addr()) != family {
+			continue
+		}
+		if prefix.Bits() == 0 {
+			return nil
+		}
+		out = append(out, prefix)
+	}
+	return out
+}
+
+func readServicePorts(p *plan.Problems, ports []corev1.ServicePort) []servicePort {
+	type named struct {
+		name     string
+		protocol plan.Protocol
+	}
+	type numbered struct {
+		port     uint16
+		protocol plan.Protocol
+	}
+	names, numbers := map[named]struct{}{}, map[numbered]struct{}{}
+	var out []servicePort
+	for i := range ports {
+		next, ok := readServicePort(p, indexed("spec.ports", i), &ports[i])
+		if !ok {
+			continue
+		}
+		name, number := named{next.name, next.protocol}, numbered{next.port, next.protocol}
+		_, sameName := names[name]
+		_, sameNumber := numbers[number]
+		if sameName || sameNumber {
+			p.Add(indexed("spec.ports", i), "repeats the name or the number of another %s port; it is left out", next.protocol)
+			continue
+		}
+		names[name], numbers[number] = struct{}{}, struct{}{}
+		out = append(out, next)
+	}
+	return out
+}
+
+func readServicePort(p *plan.Problems, field string, sp *corev1.ServicePort) (servicePort, bool) {
+	proto, ok := readProtocol(p, field, &sp.Protocol)
+	if !ok {
+		return servicePort{}, false
+	}
+	if !validPort(sp.Port) {
+		p.Add(field+".port", "%d is not a port (1 to 65535); the port is left out", sp.Port)
+		return servicePort{}, false
+	}
+	if sp.Name != "" && len(validation.IsDNS1123Label(sp.Name)) > 0 {
+		p.Add(field+".name", "%q is not a name that the API allows; the port is left out", sp.Name)
+		return servicePort{}, false
+	}
+	next := servicePort{name: sp.Name, protocol: proto, port: uint16(sp.Port)}
+	switch {
+	case sp.NodePort == 0:
+	case !validPort(sp.NodePort):
+		p.Add(field+".nodePort", "%d is not a port (1 to 65535); the port has no node port", sp.NodePort)
+	default:
+		next.nodePort = uint16(sp.NodePort)
+	}
+	return next, true
+}
+
+func readProtocol(p *plan.Problems, field string, proto *corev1.Protocol) (plan.Protocol, bool) {
+	switch deref(proto) {
+	case corev1.ProtocolTCP, "":
+		return plan.TCP, true
+	case corev1.ProtocolUDP:
+		return plan.UDP, true
+	case corev1.ProtocolSCTP:
+		return plan.SCTP, true
+	}
+	p.Add(field+".protocol", "%q is none of TCP, UDP and SCTP; the port is left out", *proto)
+	return 0, false
 }

@@ -1,10 +1,9 @@
 package syncer
 
 import (
+	"maps"
 	"signalbox/proxier/plan"
 )
-
-import "maps"
 
 // Totals are sums over a family's plan.
 type Totals struct {
