@@ -370,6 +370,16 @@ func TestDrain(t *testing.T) {
 			return len(p.state.servers) == 0 && len(p.state.held) == 0 && len(p.state.draining) == 0
 		})
 		checkKernel(t, p)
+		// The Service loses its endpoints before it goes.
+		syncOne(t, p, desired, web(here))
+		c = open()
+		syncOne(t, p, desired, web(w.pods()))
+		syncOne(t, p, desired, &plan.ServicePort{Name: web(nil).Name})
+		p.drainOnce(time.Now())
+		if err := echoes(c); err != nil {
+			t.Errorf("the Service had no endpoints when it went: %v", err)
+		}
+		syncOne(t, p, desired, web(here))
 		// And a bound ends what does not end.
 		syncOne(t, p, desired, web(here))
 		c = open()

@@ -53,11 +53,11 @@ func TestRefused(t *testing.T) {
 	set := w.pods(1)
 	foreign := world{plan.IPv6}
 	for want, plan := range map[string]*plan.Plan{
-		"cluster IP fd00:96::1 is not an IPv4 address":           w.plan(w.service("web", plan.TCP, set, clusterIP(foreign.vip(1), 80, set))),
-		"endpoint [fd00:244:1::1]:8080 is not an IPv4 address":   w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, foreign.pods(1)))),
-		"default/web: cluster IP has port 0":             w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 0, set))),
-		"default/web: cluster IP 10.96.0.1:80/tcp lacks an endpoint set":  w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, nil))),
-		"default/web: -t 10.96.0.1:80 is default/double": w.plan(w.service("double", plan.TCP, set, clusterIP(w.vip(1), 80, set)), w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))),
+		"cluster IP fd00:96::1 is not an IPv4 address":                   w.plan(w.service("web", plan.TCP, set, clusterIP(foreign.vip(1), 80, set))),
+		"endpoint [fd00:244:1::1]:8080 is not an IPv4 address":           w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, foreign.pods(1)))),
+		"default/web: cluster IP has port 0":                             w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 0, set))),
+		"default/web: cluster IP 10.96.0.1:80/tcp lacks an endpoint set": w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, nil))),
+		"default/web: -t 10.96.0.1:80 is default/double":                 w.plan(w.service("double", plan.TCP, set, clusterIP(w.vip(1), 80, set)), w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))),
 	} {
 		if got := Render(options(w.family), plan); !strings.HasPrefix(got, "# cannot be programmed") || !strings.Contains(got, want) {
 			t.Errorf("want %q, got %.200s", want, got)

@@ -1,7 +1,6 @@
 package ipvs
 
 import (
-	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -408,8 +407,7 @@ func (st *state) leave(b *batch, now time.Time) {
 		}
 		for _, a := range r.vips {
 			if st.wanted[a] == 0 && st.held[a] {
-				l := st.leaving[a]
-				st.leaving[a] = leaving{servers: append(l.servers, keys...), until: now.Add(addressBound)}
+				st.leaveAddress(a, keys, now)
 			}
 		}
 	}
@@ -418,13 +416,20 @@ func (st *state) leave(b *batch, now time.Time) {
 	}
 	for a := range st.held {
 		if _, already := st.leaving[a]; st.wanted[a] == 0 && !already {
-			st.leaving[a] = leaving{servers: st.serversAt(a), until: now.Add(addressBound)}
+			st.leaveAddress(a, nil, now)
 		}
 	}
 }
 
-// serversAt are the servers that connections to an address may be held by, as
-// far as that can be told.
+// leaveAddress holds an address for connections through the given servers, and through
+// servers that its Service had earlier: a Service can lose its endpoints before it goes.
+func (st *state) leaveAddress(a netip.Addr, servers []serverKey, now time.Time) {
+	servers = slices.Concat(st.leaving[a].servers, servers, st.serversAt(a))
+	st.leaving[a] = leaving{servers: servers, until: now.Add(addressBound)}
+}
+
+// serversAt lists the draining servers that may hold connections to an address. A mark
+// does not tell for which addresses its server is.
 func (st *state) serversAt(a netip.Addr) []serverKey {
 	var keys []serverKey
 	for key := range st.draining {
@@ -432,6 +437,5 @@ func (st *state) serversAt(a netip.Addr) []serverKey {
 			keys = append(keys, key)
 		}
 	}
-	slices.SortFunc(keys, func(a, b serverKey) int { return cmp.Compare(a.mark, b.mark) })
 	return keys
 }
