@@ -58,7 +58,7 @@ func TestNodeLock(t *testing.T) {
 		c.Close()
 	}
 	if !<-back {
-		t.Error("the process that stood by was not told that it serves again")
+		t.Error("the paused process was not told that it serves again")
 	}
 	if err := old.acquire(t.Context()); err != nil {
 		t.Error(err)

@@ -108,7 +108,7 @@ func (pool *proxierPool) closeUnused(log *slog.Logger) {
 	for key, r := range pool.draining {
 		// Listeners at NodePorts get connections without any rule.
 		if !modes.TraitsOf(key.mode).RelaysByRules || pool.replaced(key) {
-			r.proxier.StandBy()
+			r.proxier.Pause()
 		}
 	}
 }
@@ -195,16 +195,15 @@ func (pool *proxierPool) relaying() []proxier.Proxier {
 	return list
 }
 
-// pause has all Proxiers, in use or not, leave the node to the process that serves it
-// now.
+// pause pauses all Proxiers, in use or not.
 func (pool *proxierPool) pause() {
 	pool.mu.Lock()
 	defer pool.mu.Unlock()
 	for _, r := range pool.draining {
-		r.proxier.StandBy()
+		r.proxier.Pause()
 	}
 	for _, p := range pool.open {
-		p.StandBy()
+		p.Pause()
 	}
 }
 

@@ -193,7 +193,7 @@ func TestUpgrade(t *testing.T) {
 			s.reaches(moving, "pod-b")
 		})
 		if !strings.Contains(old.Log(), "this one is passive until the other ends") {
-			t.Errorf("the old process did not stand by; it said\n%s", old.Tail(20))
+			t.Errorf("the old process did not pause; it said\n%s", old.Tail(20))
 		}
 		e.does("the crash of the new process", func() {
 			next.Kill()

@@ -257,7 +257,7 @@ func TestRetryPeriod(t *testing.T) {
 	})
 }
 
-// A process that stands by leaves the ports to the one that serves, and has
+// A paused process leaves the ports to the one that serves, and has
 // them again when that has ended.
 func TestRunAgain(t *testing.T) {
 	w := newWorld(t)

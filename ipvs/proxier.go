@@ -35,7 +35,7 @@ type Proxier struct {
 	kernel kernel
 	device *device
 	// state is nil until the first Sync, after one that failed half-way, and
-	// after StandBy.
+	// after Pause.
 	state      *state
 	schedulers *schedulers
 	// last are the records of the last Sync that is known to have succeeded.
@@ -98,9 +98,9 @@ func (p *Proxier) Close() error {
 	return p.table.Close()
 }
 
-// StandBy implements proxier.Proxier. Destinations that have drained stay, and this
+// Pause implements proxier.Proxier. Destinations that have drained stay, and this
 // process forgets what it knows of the kernel, because the other may change it.
-func (p *Proxier) StandBy() {
+func (p *Proxier) Pause() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.state, p.last, p.deadlines = nil, nil, newDeadlines()

@@ -8,10 +8,10 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestStandByEndsNothing checks that a process which another one has taken over
+// TestPauseEndsNothing checks that a process which another one has taken over
 // from removes nothing that the other has in use again, and that it finds the
 // other's marks when it serves again.
-func TestStandByEndsNothing(t *testing.T) {
+func TestPauseEndsNothing(t *testing.T) {
 	k, w := play(t), world{plan.IPv4}
 	old, next := k.proxier(t, time.Now), k.proxier(t, time.Now)
 	key := serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP}
@@ -28,14 +28,14 @@ func TestStandByEndsNothing(t *testing.T) {
 	k.connections[dest] = 1
 	syncAll(t, old, w.plan(web(1, 2), other, node(30001)))
 	syncAll(t, old, w.plan(web(2), node(30001))) // one endpoint, one address and one server drain
-	old.StandBy()
+	old.Pause()
 	syncAll(t, next, w.plan(web(1, 2), other))
 	delete(k.connections, dest)
 	syncAll(t, next, w.plan(web(1, 2), other, w.service("first", plan.TCP, w.pods(3),
 		plan.Frontend{Kind: plan.NodePort, Port: 30009, Internal: w.pods(3), External: w.pods(3)}), node(30001)))
 	sent := len(k.ops)
 	if old.drainOnce(time.Now().Add(2 * drainBound)) {
-		t.Error("the process that stands by waits for something to drain")
+		t.Error("the paused process waits for something to drain")
 	}
 	held, _, err := old.device.held()
 	if err != nil || !held[w.vip(2)] || !k.has(key, dest) || len(k.ops) != sent {

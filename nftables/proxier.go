@@ -95,8 +95,8 @@ func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	return p.localhost.Problem(name)
 }
 
-// StandBy implements proxier.Proxier, for connections on loopback.
-func (p *Proxier) StandBy() { p.localhost.StandBy() }
+// Pause implements proxier.Proxier, for connections on loopback.
+func (p *Proxier) Pause() { p.localhost.Pause() }
 
 // Relays implements proxier.Proxier, for connections on loopback.
 func (p *Proxier) Relays() bool { return p.localhost.Relays() }

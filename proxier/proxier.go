@@ -40,11 +40,12 @@ type Proxier interface {
 	// Default: none.
 	KernelProblems() []*node.KernelProblem
 
-	// StandBy leaves the kernel and new connections to another process, until the
-	// next Sync, which has change.All. It returns once nothing is being written.
-	// Connections that this process relays go on.
+	// Pause stops writing to the kernel and accepting connections, because another
+	// process serves the node now. It returns once nothing is being written.
+	// Connections that this process relays go on. The next Sync, which has
+	// change.All, ends the pause.
 	// Default: nothing, for a mode that acts only in Sync.
-	StandBy()
+	Pause()
 	// Relays says whether connections pass through this process. They end with
 	// Close. Any goroutine may call it.
 	// Default: no.
@@ -90,8 +91,8 @@ func (Defaults) Problem(plan.ServicePortName) (plan.Problem, bool) { return plan
 // KernelProblems implements Proxier.
 func (Defaults) KernelProblems() []*node.KernelProblem { return nil }
 
-// StandBy implements Proxier.
-func (Defaults) StandBy() {}
+// Pause implements Proxier.
+func (Defaults) Pause() {}
 
 // Relays implements Proxier.
 func (Defaults) Relays() bool { return false }

@@ -85,7 +85,7 @@ func TestRulesOfOtherMarks(t *testing.T) {
 }
 
 // TestRemovedRoutesComeBack removes, as other programs do, the rule and the routes
-// one by one and all together, and then from a relay that stands by.
+// one by one and all together, and then from a paused relay.
 func TestRemovedRoutesComeBack(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.serve(0, 0, 0)
@@ -108,11 +108,11 @@ func TestRemovedRoutesComeBack(t *testing.T) {
 			w.must(remove())
 		}
 		w.await("everything to be back", func() bool { return w.kernel() == during })
-		w.p.StandBy()
+		w.p.Pause()
 		w.must(netlink.RuleDel(rule))
 		w.must(w.p.routes.restore())
 		if now := w.kernel(); now.rules != during.rules-1 {
-			t.Errorf("a relay that stands by has put its rule back: %+v", now)
+			t.Errorf("a paused relay has restored its rule: %+v", now)
 		}
 		w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
 		if now := w.kernel(); now != during {

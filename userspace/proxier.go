@@ -65,8 +65,8 @@ func (p *Proxier) Close() error {
 	return p.table.Close()
 }
 
-// StandBy implements proxier.Proxier. The other process already relays.
-func (p *Proxier) StandBy() { p.relay.standBy() }
+// Pause implements proxier.Proxier. The other process already relays.
+func (p *Proxier) Pause() { p.relay.pause() }
 
 // RelayPrefix implements proxier.Proxier.
 func (p *Proxier) RelayPrefix() netip.Prefix { return relayPrefixes[p.family.Family] }

@@ -87,9 +87,9 @@ func (r *relay) start() error {
 // included, datagrams that wait, and answers to datagrams that it forwarded.
 const handoverTime = 3 * time.Second
 
-// standBy leaves new connections and UDP flows to another relay until start is
-// called again. What has arrived is served for handoverTime.
-func (r *relay) standBy() {
+// pause gives new connections and UDP flows to the relay that took over, until
+// start is called again. What has arrived is served for handoverTime.
+func (r *relay) pause() {
 	r.routes.stopRestoring() // the other process may do without
 	l := r.listeners
 	if l == nil {

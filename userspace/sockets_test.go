@@ -70,9 +70,9 @@ func (w *world) take(l *listeners, n int) {
 	}
 }
 
-// TestQuestionIsAnsweredAfterStandBy has an endpoint take its time while another
-// relay takes the node.
-func TestQuestionIsAnsweredAfterStandBy(t *testing.T) {
+// TestQuestionIsAnsweredAfterPause checks that a paused relay delivers an answer
+// that comes after another relay has taken over.
+func TestQuestionIsAnsweredAfterPause(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		slow, err := net.ListenPacket("udp", w.endpoint(0).String())
 		w.must(err)
@@ -87,7 +87,7 @@ func TestQuestionIsAnsweredAfterStandBy(t *testing.T) {
 		_, from, err := slow.ReadFrom(make([]byte, 1))
 		w.must(err)
 		w.must(w.proxier().Sync(t.Context(), w.plan, plan.Change{All: true}))
-		w.p.StandBy()
+		w.p.Pause()
 		_, err = slow.WriteTo([]byte("!"), from)
 		w.must(err)
 		if _, err := client.Read(make([]byte, 1)); err != nil {
@@ -96,7 +96,7 @@ func TestQuestionIsAnsweredAfterStandBy(t *testing.T) {
 	})
 }
 
-// TestDrainWaitsForHandover checks that what stands by lets go of its
+// TestDrainWaitsForHandover checks that a paused relay closes its
 // sockets and flows, and that Drain knows when.
 func TestDrainWaitsForHandover(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
@@ -105,7 +105,7 @@ func TestDrainWaitsForHandover(t *testing.T) {
 		w.serve(0, 0, 0)
 		w.askUDP(w.dialUDP(0))
 		at := w.p.relay.listeners.ports
-		w.p.StandBy()
+		w.p.Pause()
 		w.p.Drain(context.Background())
 		w.await("the end of the flow", func() bool { return w.p.relay.stats().Flows == 0 })
 		// Without SO_REUSEPORT only one can have the port.

@@ -281,8 +281,8 @@ func TestTakeover(t *testing.T) {
 	})
 }
 
-// TestStandBy has two relays take turns.
-func TestStandBy(t *testing.T) {
+// TestPause checks that a paused relay gets no new connections and flows.
+func TestPause(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.echo(0)
 		w.echoUDP(0)
@@ -290,21 +290,21 @@ func TestStandBy(t *testing.T) {
 		first, second := w.p, w.proxier()
 		open, flow := w.connect(0), w.dialUDP(0)
 		w.askUDP(flow)
-		for _, turn := range []struct{ at, by *Proxier }{{second, first}, {first, second}} {
-			w.must(turn.at.Sync(t.Context(), w.plan, plan.Change{All: true}))
-			turn.by.StandBy()
-			atWork, byStanding := turn.at.relay.stats(), turn.by.relay.stats()
+		for _, turn := range []struct{ active, paused *Proxier }{{second, first}, {first, second}} {
+			w.must(turn.active.Sync(t.Context(), w.plan, plan.Change{All: true}))
+			turn.paused.Pause()
+			activeBefore, pausedBefore := turn.active.relay.stats(), turn.paused.relay.stats()
 			for range 30 {
 				w.connect(0).ask("hello")
 				w.askUDP(w.dialUDP(0))
 			}
 			w.askUDP(flow)
 			open.ask("still here")
-			if n := turn.by.relay.stats(); n.Accepted != byStanding.Accepted || n.FlowsMade != byStanding.FlowsMade {
-				t.Errorf("the relay that stands by has %+v, had %+v", n, byStanding)
+			if n := turn.paused.relay.stats(); n.Accepted != pausedBefore.Accepted || n.FlowsMade != pausedBefore.FlowsMade {
+				t.Errorf("the paused relay has %+v, had %+v", n, pausedBefore)
 			}
-			if n := turn.at.relay.stats(); n.Accepted != atWork.Accepted+30 || n.FlowsMade < atWork.FlowsMade+30 {
-				t.Errorf("the relay at work has %+v, had %+v", n, atWork)
+			if n := turn.active.relay.stats(); n.Accepted != activeBefore.Accepted+30 || n.FlowsMade < activeBefore.FlowsMade+30 {
+				t.Errorf("the active relay has %+v, had %+v", n, activeBefore)
 			}
 		}
 	})

@@ -244,9 +244,9 @@ func (n *NodePorts) Relays() bool {
 	return n.serving || n.relay != nil && n.relay.Counts.Connections.Load() > 0
 }
 
-// StandBy leaves new connections to another process until the next Sync, which must
-// have change.All. Open connections go on.
-func (n *NodePorts) StandBy() {
+// Pause closes the listeners until the next Sync, which must have change.All. Open
+// connections go on.
+func (n *NodePorts) Pause() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.closeAll()

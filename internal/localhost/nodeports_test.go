@@ -190,9 +190,9 @@ func TestOpenConnections(t *testing.T) {
 			}
 		}
 		goesOn("at first")
-		b.StandBy()
-		b.serves("standing by")
-		goesOn("standing by")
+		b.Pause()
+		b.serves("paused")
+		goesOn("paused")
 		b.sync(plan.Change{All: true})
 		b.serves("serving again", 30080)
 		b.plan.Node.LocalhostNodePorts = false
