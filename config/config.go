@@ -52,9 +52,8 @@ type Config struct {
 	// loopback (feature gate KubeProxyNFTablesLocalhostNodePorts).
 	LocalhostRelay bool
 
-	// BindAddress, unless it is unspecified (0.0.0.0 or ::), is this node's own
-	// address of its family, whatever the Node object says. Nothing listens
-	// there.
+	// BindAddress, unless it is unspecified (0.0.0.0 or ::), replaces the Node
+	// object's address of the same family. Nothing listens there.
 	BindAddress netip.Addr
 	// HealthzBindAddress and MetricsBindAddress are where the two servers
 	// listen; an invalid one means that there is none.

@@ -20,11 +20,11 @@ func demoCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Show every mode at work in a lab on this machine, with real connections",
-		Long: `Builds a lab of network namespaces (a node, a second one, Pods, clients outside),
-runs signalbox on the node in one mode after the other, and prints who
-answered real connections, whose address they saw, how soon a changed manifest
-is obeyed and what a Service adds to connect(2). It needs root and leaves the
-machine as it was. It fails if anything comes out other than it must.`,
+		Long: `Builds a lab of network namespaces: two nodes, Pods and clients outside. Runs
+signalbox on one node in one mode after the other. Prints which Pods answered
+real connections, which client addresses they saw, how soon a changed manifest
+takes effect, and how much time a Service adds to connect(2). It needs root and
+leaves the machine as it was. It fails if a result is wrong.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if cfg.Modes, err = demoModes(modeNames); err != nil {
@@ -41,10 +41,10 @@ machine as it was. It fails if anything comes out other than it must.`,
 	}
 	fs := cmd.Flags()
 	addSignalboxFlag(fs, &signalbox)
-	fs.StringSliceVar(&modeNames, "mode", nil, "show only these modes (default: all there are)")
+	fs.StringSliceVar(&modeNames, "mode", nil, "show only these modes (default: all modes)")
 	fs.StringSliceVar(&families, "family", nil, "show only IPv4 or IPv6 (default: both)")
-	fs.IntVar(&cfg.Services, "services", demo.DefaultServices, "how many Services there are beside those that are connected to")
-	fs.IntVar(&cfg.Changes, "changes", demo.DefaultChanges, "how often a manifest is changed")
+	fs.IntVar(&cfg.Services, "services", demo.DefaultServices, "number of additional Services, which get no connections")
+	fs.IntVar(&cfg.Changes, "changes", demo.DefaultChanges, "number of changes to a manifest")
 	return cmd
 }
 

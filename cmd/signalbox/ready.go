@@ -9,15 +9,16 @@ import (
 func readyCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "ready",
-		Short: "Say whether the signalbox of this container serves the node",
-		Long: `Ends with 0 when a signalbox of this container (PID namespace) has put all
-Services into the kernel and no earlier signalbox writes there any more, else
-with 1 and the reason. For a startupProbe: while two run on a node, /healthz is
-answered by the earlier one. It needs no privileges and no configuration.
+		Short: "Check whether the signalbox of this container serves the node",
+		Long: `Exits with 0 if a signalbox of this container (PID namespace) has written all
+Services into the kernel and no earlier signalbox writes there any more.
+Otherwise it prints the reason and exits with 1. Use it as a startupProbe: while
+two run on a node, the earlier one answers /healthz. It needs no privileges and
+no configuration.
 
-Prints what the signalbox serves without, one line each: manifests of --source
-that cannot be used, and a missing Node object. The exit code does not depend on
-these: the node serves everything else.`,
+It prints one line for each thing that is missing: a manifest of --source that
+cannot be used, or the Node object. These do not change the exit code, because
+the node serves everything else.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			conditions, err := daemon.Ready()

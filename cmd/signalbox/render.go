@@ -19,11 +19,11 @@ func renderCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "render --source DIR --mode MODE",
 		Short: "Print the rules that a mode would write for the manifests of a directory",
-		Long: `Prints what "run" would put into the kernel for the manifests of a directory:
-nothing is written, no privileges are needed, and the same manifests give the
-same text on every machine. IPv4 comes first, then IPv6, each below a line that
-says so. An nftables rendering is something to read: the daemon speaks to the
-kernel directly, and nft cannot load all that the kernel can hold.`,
+		Long: `Prints what "run" would write into the kernel for the manifests of a directory.
+It writes nothing and needs no privileges. The same manifests give the same text
+on every machine. IPv4 comes first, then IPv6, each below a line with its name.
+Text for nf_tables is for reading only: nft cannot load all of it, because the
+daemon talks to the kernel directly.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := flags.Config()
@@ -57,7 +57,7 @@ kernel directly, and nft cannot load all that the kernel can hold.`,
 		},
 	}
 	addFlags(cmd, &flags)
-	cmd.Flags().StringSliceVar(&nodeAddresses, "node-addresses", nil, "addresses that the node's interfaces have, for --nodeport-addresses to choose from")
+	cmd.Flags().StringSliceVar(&nodeAddresses, "node-addresses", nil, "addresses of the node's interfaces, from which --nodeport-addresses selects")
 	return cmd
 }
 

@@ -15,7 +15,7 @@ import (
 func rootCommand() *cobra.Command {
 	root := runCommand()
 	root.Use = "signalbox"
-	root.Short = "Make Kubernetes Services work on this node, in the place of kube-proxy"
+	root.Short = "Make Kubernetes Services work on this node, in place of kube-proxy"
 	root.Args = knownCommand
 	root.SilenceUsage = true
 	root.SilenceErrors = true

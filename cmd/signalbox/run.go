@@ -16,10 +16,10 @@ func runCommand() *cobra.Command {
 	var flags config.Flags
 	cmd := &cobra.Command{
 		Use:   "run",
-		Short: "Serve Services until told to stop (the default command)",
-		Long: `Watches Services and EndpointSlices and makes the Services' virtual IPs work on
-this node. It stays in the foreground and ends on SIGTERM or SIGINT, leaving
-the rules in the kernel: connections go on, also while it is away.`,
+		Short: "Serve Services until SIGTERM or SIGINT (the default command)",
+		Long: `Watches Services and EndpointSlices, and makes the Services' virtual IPs work on
+this node. It stays in the foreground and exits on SIGTERM or SIGINT. The rules
+stay in the kernel, so connections go on without it.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := flags.Config()

@@ -20,7 +20,7 @@ func versionCommand() *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
 		Use:   "version",
-		Short: "Say which signalbox this is",
+		Short: "Print the version of signalbox",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			text := "signalbox " + versionText()
@@ -35,7 +35,7 @@ func versionCommand() *cobra.Command {
 			return nil
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "", "json for a program to read")
+	cmd.Flags().StringVarP(&output, "output", "o", "", "format of the output: json, or empty for text")
 	return cmd
 }
 
