@@ -1,6 +1,6 @@
 // Package e2e tests the signalbox binary on a node of a lab: Services come from
 // a real kube-apiserver, and real packets say what became of them. It has no
-// code but tests; see e2e/cluster for the control plane.
+// code but tests; see internal/cluster for the control plane.
 //
 //	cd e2e && go test -timeout 30m ./...    # as root
 //

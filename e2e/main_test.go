@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/e2e/cluster"
+	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
 )
 

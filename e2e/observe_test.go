@@ -23,7 +23,7 @@ import (
 	eventsv1 "k8s.io/api/events/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"signalbox/e2e/cluster"
+	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
 )
 

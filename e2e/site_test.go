@@ -18,7 +18,7 @@ import (
 	"github.com/google/nftables"
 	"k8s.io/apimachinery/pkg/util/wait"
 
-	"signalbox/e2e/cluster"
+	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
 )
 

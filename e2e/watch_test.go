@@ -12,7 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 
-	"signalbox/e2e/cluster"
+	"signalbox/internal/cluster"
 )
 
 // changeUnseen changes, deletes and creates Services while signalbox cannot

@@ -1,15 +1,17 @@
-package cluster
+package cluster_test
 
 import (
 	"os/exec"
 	"strings"
 	"testing"
+
+	"signalbox/internal/cluster"
 )
 
 // The proxy that signalbox is compared with must be the release that the
 // documentation names.
 func TestKubeProxyRelease(t *testing.T) {
-	bin, err := Build(t.Context(), t.Logf)
+	bin, err := cluster.Build(t.Context(), t.Logf)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -17,7 +19,7 @@ func TestKubeProxyRelease(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := strings.TrimSpace(string(out)), "Kubernetes "+KubeVersion; got != want {
+	if got, want := strings.TrimSpace(string(out)), "Kubernetes "+cluster.KubeVersion; got != want {
 		t.Errorf("built %q, want %q", got, want)
 	}
 }

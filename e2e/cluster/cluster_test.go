@@ -1,4 +1,4 @@
-package cluster
+package cluster_test
 
 import (
 	"cmp"
@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -19,20 +20,22 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"signalbox/internal/cluster"
 )
 
-func start(t *testing.T, uncached ...string) *Cluster {
+func start(t *testing.T, uncached ...string) *cluster.Cluster {
 	t.Helper()
-	bin, err := Build(t.Context(), t.Logf)
+	bin, err := cluster.Build(t.Context(), t.Logf)
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := MakeDir()
+	dir, err := cluster.MakeDir()
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	c, err := Start(t.Context(), bin, Options{
+	c, err := cluster.Start(t.Context(), bin, cluster.Options{
 		Dir:          dir,
 		ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:96::/108")},
 		Advertise:    netip.MustParseAddr("192.168.50.1"),
@@ -61,8 +64,8 @@ func TestRestartKeepsData(t *testing.T) {
 	c := start(t)
 	ctx := t.Context()
 	version, err := c.Admin().Discovery().ServerVersion()
-	if err != nil || version.GitVersion != KubeVersion {
-		t.Fatalf("the server is %v (%v), want %s", version, err, KubeVersion)
+	if err != nil || version.GitVersion != cluster.KubeVersion {
+		t.Fatalf("the server is %v (%v), want %s", version, err, cluster.KubeVersion)
 	}
 	made, err := c.Admin().CoreV1().Services("default").Create(ctx, dualStackService("kept"), metav1.CreateOptions{})
 	if err != nil {
@@ -74,7 +77,7 @@ func TestRestartKeepsData(t *testing.T) {
 	if err := c.StopAPIServer(); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.ready(ctx); err == nil {
+	if _, err := c.Admin().Discovery().ServerVersion(); err == nil {
 		t.Fatal("the API server answers after it was stopped")
 	}
 	if err := c.StartAPIServer(ctx); err != nil {
@@ -90,13 +93,13 @@ func TestRestartKeepsData(t *testing.T) {
 // beyond, and only by way of the relay.
 func TestKubeconfigOfProxy(t *testing.T) {
 	c := start(t)
-	relay, err := NewRelay(c.Addr(), func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") })
+	relay, err := cluster.NewRelay(c.Addr(), func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") })
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(relay.Cut)
 	path := filepath.Join(t.TempDir(), "kubeconfig")
-	if err := c.WriteKubeconfig(path, relay.listener.Addr().String(), ProxyUser); err != nil {
+	if err := c.WriteKubeconfig(path, relay.Addr(), cluster.ProxyUser); err != nil {
 		t.Fatal(err)
 	}
 	config, err := clientcmd.BuildConfigFromFlags("", path)
@@ -135,7 +138,7 @@ func TestKubeconfigOfProxy(t *testing.T) {
 func TestCutAndCompact(t *testing.T) {
 	c := start(t, "services")
 	addr := "" // the first listener's, to be the same after Restore
-	relay, err := NewRelay(c.Addr(), func() (net.Listener, error) {
+	relay, err := cluster.NewRelay(c.Addr(), func() (net.Listener, error) {
 		l, err := net.Listen("tcp", cmp.Or(addr, "127.0.0.1:0"))
 		if err == nil {
 			addr = l.Addr().String()
@@ -181,7 +184,7 @@ func TestCutAndCompact(t *testing.T) {
 	}
 }
 
-func through(t *testing.T, c *Cluster, addr string) *kubernetes.Clientset {
+func through(t *testing.T, c *cluster.Cluster, addr string) *kubernetes.Clientset {
 	t.Helper()
 	config, err := c.Config("admin", "system:masters")
 	if err != nil {
@@ -197,7 +200,7 @@ func through(t *testing.T, c *Cluster, addr string) *kubernetes.Clientset {
 
 func nextEvent(t *testing.T, client *kubernetes.Clientset, from metav1.ListOptions) watch.Event {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	w, err := client.CoreV1().Services("default").Watch(ctx, from)
 	if err != nil {
@@ -213,11 +216,11 @@ func nextEvent(t *testing.T, client *kubernetes.Clientset, from metav1.ListOptio
 
 // An API server that cannot start is not waited for, and says why.
 func TestStartFails(t *testing.T) {
-	bin, err := Build(t.Context(), t.Logf)
+	bin, err := cluster.Build(t.Context(), t.Logf)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = Start(t.Context(), bin, Options{
+	_, err = cluster.Start(t.Context(), bin, cluster.Options{
 		Dir:          t.TempDir(),
 		ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/31")}, // too small
 		Advertise:    netip.MustParseAddr("192.168.50.1"),
@@ -228,12 +231,13 @@ func TestStartFails(t *testing.T) {
 }
 
 func TestRelayToNobody(t *testing.T) {
-	relay, err := NewRelay("127.0.0.1:1", func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") })
+	relay, err := cluster.NewRelay("127.0.0.1:1", func() (net.Listener, error) { return net.Listen("tcp", "127.0.0.1:0") })
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer relay.Cut()
-	if err := httpOK(t.Context(), http.DefaultClient, "http://"+relay.listener.Addr().String()); err == nil {
+	if resp, err := http.Get("http://" + relay.Addr()); err == nil {
+		resp.Body.Close()
 		t.Fatal("an answer came from nowhere")
 	}
 }

@@ -5,7 +5,7 @@ import (
 	"net/netip"
 	"testing"
 
-	"signalbox/e2e/cluster"
+	"signalbox/internal/cluster"
 )
 
 // shared is the control plane that every test applies to; each leaves it as it

@@ -5,7 +5,7 @@ import (
 	"os"
 	"testing"
 
-	"signalbox/e2e/cluster"
+	"signalbox/internal/cluster"
 	"signalbox/proxier/conformance"
 )
 

@@ -17,7 +17,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/util/wait"
 
-	"signalbox/e2e/cluster"
+	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
 )
 

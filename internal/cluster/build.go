@@ -35,7 +35,7 @@ func Build(ctx context.Context, log func(format string, args ...any)) (Binaries,
 		return Binaries{}, err
 	}
 	defer unlock()
-	tools := filepath.Join(root, "tools")
+	tools := filepath.Join(root, "e2e", "tools")
 	key, err := toolsKey(tools)
 	if err != nil {
 		return Binaries{}, err
@@ -65,8 +65,7 @@ func Build(ctx context.Context, log func(format string, args ...any)) (Binaries,
 	return bin, nil
 }
 
-// BuildSignalbox builds the program under test, from the module above, and
-// returns its path.
+// BuildSignalbox builds the program under test and returns its path.
 func BuildSignalbox(ctx context.Context) (string, error) {
 	root, cache, unlock, err := openCache(ctx)
 	if err != nil {
@@ -74,16 +73,16 @@ func BuildSignalbox(ctx context.Context) (string, error) {
 	}
 	defer unlock()
 	path := filepath.Join(cache, "signalbox")
-	return path, goBuild(ctx, filepath.Dir(root), path, "./cmd/signalbox")
+	return path, goBuild(ctx, root, path, "./cmd/signalbox")
 }
 
 // openCache makes the directory that holds what is built, for one test binary
 // at a time: `go test ./...` runs several.
 func openCache(ctx context.Context) (root, cache string, unlock func(), err error) {
-	if root, err = moduleDir(ctx); err != nil {
+	if root, err = rootDir(ctx); err != nil {
 		return "", "", nil, err
 	}
-	cache = filepath.Join(root, ".cache")
+	cache = filepath.Join(root, "e2e", ".cache")
 	if err := os.MkdirAll(cache, 0o755); err != nil {
 		return "", "", nil, err
 	}
@@ -91,13 +90,14 @@ func openCache(ctx context.Context) (root, cache string, unlock func(), err erro
 	return root, cache, unlock, err
 }
 
-// moduleDir is the directory of this module, wherever below it the test runs.
-func moduleDir(ctx context.Context) (string, error) {
-	out, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
+// rootDir is the directory of the module signalbox, from wherever in the repository the
+// program runs.
+func rootDir(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "signalbox").Output()
 	if err != nil {
-		return "", fmt.Errorf("go env GOMOD: %w", err)
+		return "", fmt.Errorf("find the repository of signalbox: run this inside it: go list -m signalbox: %w", err)
 	}
-	return filepath.Dir(strings.TrimSpace(string(out))), nil
+	return strings.TrimSpace(string(out)), nil
 }
 
 // toolsKey changes with everything that the tools are built from.

@@ -1,4 +1,4 @@
-// Package cluster runs a real control plane for tests: etcd and a
+// Package cluster runs a real control plane for tests and for cmd/lab: etcd and a
 // kube-apiserver on the loopback interface of the host, with certificates of
 // their own, and a Relay through which the hosts of a lab reach it.
 //

@@ -59,6 +59,13 @@ func (r *Relay) Cut() {
 	r.carriers.Wait()
 }
 
+// Addr is where the Relay listens, as HOST:PORT.
+func (r *Relay) Addr() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.listener.Addr().String()
+}
+
 // Accepted counts the connections that reached the Relay, whether or not the
 // API server was there to take them.
 func (r *Relay) Accepted() int { return int(r.accepted.Load()) }
