@@ -1,0 +1,154 @@
+// Package testbed runs a service proxy on node1 of a lab. The proxy follows a real
+// kube-apiserver, which package cluster builds and starts. Several labs can share one API
+// server: their nodes have the same names and addresses.
+package testbed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"signalbox/internal/cluster"
+	"signalbox/internal/netlab"
+)
+
+// stopTimeout is how long a proxy may take to end by itself.
+const stopTimeout = 30 * time.Second
+
+// routerAddr is where the nodes of a lab reach the API server.
+var routerAddr = netlab.NodeNetwork.V4.Addr().Next()
+
+// StartCluster builds what a control plane needs, unless an earlier run has built it, and
+// starts it in dir.
+func StartCluster(ctx context.Context, dir string, log func(format string, args ...any)) (*cluster.Cluster, error) {
+	programs, err := cluster.Build(ctx, log)
+	if err != nil {
+		return nil, err
+	}
+	log("starting etcd and the API server")
+	c, err := cluster.Start(ctx, programs, cluster.Options{
+		Dir:          dir,
+		ServiceCIDRs: []netip.Prefix{netlab.ServiceNetwork.V4, netlab.ServiceNetwork.V6},
+		Advertise:    routerAddr,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start the control plane: %w", err)
+	}
+	return c, nil
+}
+
+// CreateNodes creates the Nodes of a lab in the API. It plays the kubelets, and the
+// controller that assigns Pod ranges.
+func CreateNodes(ctx context.Context, c *cluster.Cluster, lab *netlab.Lab, names ...string) error {
+	for _, name := range names {
+		pods, host := netlab.NodePodNetwork(name), lab.Host(name)
+		node := &corev1.Node{
+			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelHostname: name}},
+			Spec:       corev1.NodeSpec{PodCIDR: pods.V4.String(), PodCIDRs: []string{pods.V4.String(), pods.V6.String()}},
+			Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
+				{Type: corev1.NodeInternalIP, Address: host.Addr.V4.String()}, {Type: corev1.NodeInternalIP, Address: host.Addr.V6.String()},
+			}},
+		}
+		if _, err := c.Admin().CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Bed is a lab with a way to the API server.
+type Bed struct {
+	Lab        *netlab.Lab
+	dir        string
+	kubeconfig string
+	relay      *cluster.Relay
+}
+
+// New builds a lab for a control plane. Logs and configuration files go to dir.
+func New(c *cluster.Cluster, opts netlab.Options, dir string) (*Bed, error) {
+	lab, err := netlab.New(opts)
+	if err != nil {
+		return nil, err
+	}
+	b := &Bed{Lab: lab, dir: dir, kubeconfig: filepath.Join(dir, "kubeconfig")}
+	at := netip.AddrPortFrom(routerAddr, uint16(c.Port())).String()
+	if err := c.WriteKubeconfig(b.kubeconfig, at, cluster.ProxyUser); err != nil {
+		return nil, errors.Join(err, lab.Close())
+	}
+	b.relay, err = cluster.NewRelay(c.Addr(), func() (net.Listener, error) {
+		return lab.Host("router").Listen("tcp", at)
+	})
+	if err != nil {
+		return nil, errors.Join(err, lab.Close())
+	}
+	return b, nil
+}
+
+// Close takes the lab apart.
+func (b *Bed) Close() error {
+	b.relay.Cut()
+	return b.Lab.Close()
+}
+
+// Start runs a proxy on node1. Its output goes to LogPath.
+func (b *Bed) Start(p Proxy) (*cluster.Process, error) {
+	args := p.args(b.kubeconfig)
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = os.Environ()
+	if p.Tools != "" {
+		dir, err := toolsDir(b.dir, p.Tools)
+		if err != nil {
+			return nil, err
+		}
+		cmd.Env = append(cmd.Env, "PATH="+dir+":"+os.Getenv("PATH"))
+	}
+	return cluster.StartProcess(cmd, b.LogPath(p), b.Lab.Host("node1").Do)
+}
+
+// LogPath is the file with the output of a proxy.
+func (b *Bed) LogPath(p Proxy) string { return filepath.Join(b.dir, p.Name()+".log") }
+
+// Stop ends a proxy with SIGTERM.
+func Stop(p *cluster.Process) error { return p.Stop(stopTimeout) }
+
+// toolsDir makes a directory in which the plain names of the iptables tools are those of
+// a variant, nft or legacy.
+func toolsDir(parent, variant string) (string, error) {
+	dir := filepath.Join(parent, "tools-"+variant)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	for _, family := range []string{"iptables", "ip6tables"} {
+		for _, tool := range []string{"", "-save", "-restore"} {
+			path, err := exec.LookPath(family + "-" + variant + tool)
+			if err != nil {
+				return "", err
+			}
+			err = os.Symlink(path, filepath.Join(dir, family+tool))
+			if err != nil && !errors.Is(err, os.ErrExist) {
+				return "", err
+			}
+		}
+	}
+	return dir, nil
+}
+
+// HealthPort answers /healthz of signalbox and of kube-proxy on node1.
+const HealthPort = 10256
+
+// Healthy asks a proxy's /healthz. It is nil when the proxy is healthy.
+func (b *Bed) Healthy(ctx context.Context) error {
+	node := b.Lab.Host("node1")
+	url := "http://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(HealthPort)) + "/healthz"
+	return get(ctx, node.Client(), url)
+}
