@@ -36,7 +36,7 @@ type Set struct {
 	Verdicts bool
 	Interval bool
 	Dynamic  bool   // filled by the packet path: the affinity map
-	Shared   bool   // several Service ports may hold the same element
+	Shared   bool   // an element may have several holders, and has no data
 	Size     uint32 // the most elements that packets may add; 0 for a set that they do not fill
 	Comment  string // for whoever reads a listing
 }

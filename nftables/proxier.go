@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"time"
 
 	"signalbox/internal/localhost"
@@ -201,7 +200,7 @@ func writeAll(w *nft.Table, rules ruleset, st *state, old *nft.Contents) error {
 	for _, e := range rules.NodeElements() {
 		emit(e)
 	}
-	st.emitAll(emit)
+	st.elements = st.emitAll(emit)
 	for _, bucket := range buckets {
 		w.AddElements(bucket)
 	}
@@ -249,11 +248,8 @@ func writeStage(w *nft.Table, rules ruleset, s *stage, node bool, digest string)
 		chains[i] = c.chain(w.IPFamily)
 	}
 	w.AddChains(chains)
-	bySet := func(a, b nft.Element) int { return cmp.Compare(a.Set, b.Set) }
-	slices.SortStableFunc(s.remove, bySet)
-	slices.SortStableFunc(s.add, bySet)
-	w.RemoveElements(s.remove)
-	w.AddElements(s.add)
+	w.RemoveElements(s.Remove)
+	w.AddElements(s.Add)
 	for _, c := range s.oldChains {
 		w.DeleteChain(c.name())
 	}
@@ -318,7 +314,7 @@ func (n *size) countRules(rules ruleset, st *state) {
 
 // change counts what was written.
 func (n *size) change(rules ruleset, s *stage, node bool) {
-	n.elements += len(s.add) - len(s.remove)
+	n.elements += len(s.Add) - len(s.Remove)
 	if node || len(s.newChains)+len(s.oldChains) > 0 {
 		n.countRules(rules, s.state)
 	}

@@ -310,7 +310,7 @@ func (r *resumption) compare(st *state) *repair {
 	for _, e := range r.rules.NodeElements() {
 		emit(e)
 	}
-	st.emitAll(emit)
+	st.elements = st.emitAll(emit)
 	for h, e := range r.held {
 		p.remove[h.set] = append(p.remove[h.set], nftables.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
 	}

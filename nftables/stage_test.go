@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -29,6 +30,17 @@ func believed(st *state) []string {
 	})
 	slices.Sort(lines)
 	return lines
+}
+
+// writtenState is the state after a full write.
+func writtenState(t *testing.T, desired *plan.Plan) *state {
+	t.Helper()
+	st, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st.elements = st.emitAll(func(nft.Element) {})
+	return st
 }
 
 // FuzzStage drives a state through changes that are committed, undone or
@@ -95,13 +107,13 @@ func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
 // the kernel would.
 func apply(t *testing.T, kernel map[nft.ElementID]nft.Element, s *stage) {
 	t.Helper()
-	for _, e := range s.remove {
+	for _, e := range s.Remove {
 		if kernel[e.ID()] != e {
 			t.Fatalf("%s %s is removed and not there", schemas[e.Set].Name, schemas[e.Set].ElementText(&e, s.state.IPFamily))
 		}
 		delete(kernel, e.ID())
 	}
-	for _, e := range s.add {
+	for _, e := range s.Add {
 		if _, exists := kernel[e.ID()]; exists {
 			t.Fatalf("%s %s is added and there already", schemas[e.Set].Name, schemas[e.Set].ElementText(&e, s.state.IPFamily))
 		}
@@ -111,6 +123,9 @@ func apply(t *testing.T, kernel map[nft.ElementID]nft.Element, s *stage) {
 
 func compareModel(t *testing.T, kernel map[nft.ElementID]nft.Element, st *state) {
 	t.Helper()
+	if counted := st.emitAll(func(nft.Element) {}); !reflect.DeepEqual(st.elements, counted) {
+		t.Fatalf("counts of shared elements: %v, want %v", st.elements, counted)
+	}
 	var lines []string
 	for _, e := range kernel {
 		lines = append(lines, schemas[e.Set].Name+" "+schemas[e.Set].ElementText(&e, st.IPFamily))
@@ -148,17 +163,14 @@ func TestChangeIsSmall(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			desired := conformance.Fleet(plan.IPv4, 20, 10)
 			desired.Services[test.before.Name] = test.before
-			st, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
+			st := writtenState(t, desired)
 			desired.Services[test.before.Name] = test.after
 			s, err := st.stage(desired, []plan.ServicePortName{test.before.Name})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if len(s.remove) != test.remove || len(s.add) != test.add {
-				t.Errorf("%d elements removed and %d added, want %d and %d", len(s.remove), len(s.add), test.remove, test.add)
+			if len(s.Remove) != test.remove || len(s.Add) != test.add {
+				t.Errorf("%d elements removed and %d added, want %d and %d", len(s.Remove), len(s.Add), test.remove, test.add)
 			}
 		})
 	}
@@ -169,10 +181,7 @@ func TestChangeIsSmall(t *testing.T) {
 func TestSyncOneAllocations(t *testing.T) {
 	allocations := func(services int) float64 {
 		desired := conformance.Fleet(plan.IPv4, services, 3)
-		st, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		st := writtenState(t, desired)
 		round := 0
 		return testing.AllocsPerRun(50, func() {
 			sp := conformance.FleetService(plan.IPv4, 5, 15+round%2, 3)
@@ -224,10 +233,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(test.want, func(t *testing.T) {
 			desired := conformance.Fleet(plan.IPv4, 3, 3)
-			st, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
+			st := writtenState(t, desired)
 			before := believed(st)
 			sp := conformance.FleetService(plan.IPv4, 1, 3, 3)
 			test.change(sp)
@@ -235,7 +241,7 @@ func TestRefused(t *testing.T) {
 			// Another that is fine is in the same change.
 			other := conformance.FleetService(plan.IPv4, 2, 100, 40)
 			desired.Services[other.Name] = other
-			_, err = st.stage(desired, []plan.ServicePortName{other.Name, sp.Name})
+			_, err := st.stage(desired, []plan.ServicePortName{other.Name, sp.Name})
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want %q", err, test.want)
 			}

@@ -16,9 +16,8 @@ type state struct {
 	pools   *idPools
 	records map[plan.ServicePortName]*record
 	// owners says which Service port holds a frontend.
-	owners map[plan.FrontendKey]*plan.ServicePort
-	// uses counts how many times an element of a shared set is wanted.
-	uses map[sharedKey]int32
+	owners   map[plan.FrontendKey]*plan.ServicePort
+	elements *access.Elements
 	// served counts the endpoint sets that each sized chain serves.
 	served map[sizedChain]int32
 	// chains numbers the sized chains in the kernel, among them idle ones.
@@ -27,12 +26,6 @@ type state struct {
 	digest string
 	// node are the facts that the rules in the kernel go by.
 	node plan.Node
-}
-
-// sharedKey is an element of a shared set.
-type sharedKey struct {
-	set nft.SetID
-	key string
 }
 
 // readyChains is up to which size there is a chain from the beginning. Making a
@@ -49,7 +42,7 @@ func newState(f *nft.IPFamily) *state {
 		pools:    newIDPools(),
 		records:  make(map[plan.ServicePortName]*record),
 		owners:   make(map[plan.FrontendKey]*plan.ServicePort),
-		uses:     make(map[sharedKey]int32),
+		elements: access.NewElements(schemas),
 		served:   make(map[sizedChain]int32),
 		chains:   make(map[sizedChain]uint32),
 	}
@@ -75,13 +68,14 @@ func newStateOf(f *nft.IPFamily, desired *plan.Plan, before map[plan.ServicePort
 	for _, name := range names {
 		r, err := st.recordOf(kept[name], desired.Services[name])
 		if err == nil {
-			err = st.claim(r)
+			err = st.claim(r.port, st.owners, nil)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		// A block that was outgrown is free, and so is a set that is no more.
 		st.pools.giveBack(idsOnlyIn(kept[name], r))
+		st.countChains(r, 1)
 		st.records[name] = r
 	}
 	return st, nil
@@ -164,14 +158,16 @@ func (st *state) pickElement(c sizedChain) nft.Element {
 	return nft.Element{Set: pickChains, Key: nft.MarkKey(st.chains[c]), Chain: c.name()}
 }
 
-// emitAll hands out every element that does not depend on the node.
-func (st *state) emitAll(emit func(nft.Element)) {
+// emitAll hands out every element that does not depend on the node, and counts those
+// of shared sets.
+func (st *state) emitAll(emit func(nft.Element)) *access.Elements {
 	for origins := plan.FromPods; origins <= plan.AnySource; origins++ {
 		emit(nft.Element{Set: markChains, Key: nft.MarkKey(uint32(origins)), Chain: markChain(origins)})
 	}
+	elements := access.NewElements(schemas)
 	for _, name := range slices.SortedFunc(maps.Keys(st.records), plan.ServicePortName.Compare) {
 		compile(st.records[name], func(e nft.Element) {
-			if !schemas[e.Set].Shared {
+			if elements.Add(&e) {
 				emit(e)
 			}
 		})
@@ -179,59 +175,33 @@ func (st *state) emitAll(emit func(nft.Element)) {
 	for _, c := range st.sizedChains() {
 		emit(st.pickElement(c))
 	}
-	for k := range st.uses {
-		emit(nft.Element{Set: k.set, Key: k.key})
-	}
+	return elements
 }
 
-// release takes back what claim counted.
-func (st *state) release(r *record) {
-	if r == nil {
-		return
-	}
-	for i := range r.port.Frontends {
-		delete(st.owners, r.port.Frontends[i].Key(r.port.Name.Protocol))
-	}
-	st.count(r, -1)
-}
-
-// claim counts what r uses. It fails, with nothing changed, if another Service
-// port holds one of its frontends.
-func (st *state) claim(r *record) error {
-	if r == nil {
-		return nil
-	}
-	for i := range r.port.Frontends {
-		key := r.port.Frontends[i].Key(r.port.Name.Protocol)
-		if holder, held := st.owners[key]; held {
-			for j := range i {
-				delete(st.owners, r.port.Frontends[j].Key(r.port.Name.Protocol))
-			}
-			return fmt.Errorf("%s %s is held by %s", r.port.Frontends[i].Kind, key, holder.Name)
+// claim makes the Service port the owner of its frontends. It fails if another one
+// owns a frontend in owners, or in the state and is not about to change.
+func (st *state) claim(port *plan.ServicePort, owners map[plan.FrontendKey]*plan.ServicePort, changing map[plan.ServicePortName]bool) error {
+	for i := range port.Frontends {
+		key := port.Frontends[i].Key(port.Name.Protocol)
+		owner := owners[key]
+		if other := st.owners[key]; owner == nil && other != nil && !changing[other.Name] {
+			owner = other
 		}
-		st.owners[key] = r.port
+		if owner != nil {
+			return fmt.Errorf("%s %s is held by %s", port.Frontends[i].Kind, key, owner.Name)
+		}
+		owners[key] = port
 	}
-	st.count(r, 1)
 	return nil
 }
 
-func (st *state) count(r *record, by int32) {
+// countChains counts the record's endpoint sets for the chains that serve them.
+func (st *state) countChains(r *record, by int32) {
 	for i := range r.sets {
-		add(st.served, r.chainOf(i), by)
-	}
-	compile(r, func(e nft.Element) {
-		if schemas[e.Set].Shared {
-			add(st.uses, sharedKey{e.Set, e.Key}, by)
+		c := r.chainOf(i)
+		if st.served[c] += by; st.served[c] == 0 {
+			delete(st.served, c)
 		}
-	})
-}
-
-// add changes a count, and keeps no zeros.
-func add[K comparable](counts map[K]int32, k K, by int32) {
-	if n := counts[k] + by; n != 0 {
-		counts[k] = n
-	} else {
-		delete(counts, k)
 	}
 }
 
