@@ -2,12 +2,10 @@ package nft
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 )
 
-// RenderTable prints a table as `nft list table` does. Elements that several Services
-// share are sorted: their order has no meaning.
+// RenderTable prints a table as `nft list table` does.
 func RenderTable(f *IPFamily, name string, counters []string, sets []*Set, elements []Element, chains []Chain) string {
 	texts := make([][]string, len(sets))
 	for i := range elements {
@@ -20,9 +18,6 @@ func RenderTable(f *IPFamily, name string, counters []string, sets []*Set, eleme
 		fmt.Fprintf(&b, "\tcounter %s {\n\t\tpackets 0 bytes 0\n\t}\n\n", c)
 	}
 	for i, s := range sets {
-		if s.Shared {
-			slices.Sort(texts[i])
-		}
 		b.WriteString(s.Text(f, texts[i]))
 	}
 	for _, c := range chains {
