@@ -123,5 +123,5 @@ func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return nft.RenderTable(f, tableName, nil, makeSets(), slices.Concat(s.add, rules.NodeElements()), rules.chains()), nil
+	return nft.RenderTable(f, tableName, nil, makeSets(), slices.Concat(s.Add, rules.NodeElements()), rules.chains()), nil
 }

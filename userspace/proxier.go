@@ -122,7 +122,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 	rules := p.rules(plan)
 	p.table.ReplaceTable()
 	p.table.AddChains(rules.chains())
-	p.table.AddElements(append(s.add, rules.NodeElements()...))
+	p.table.AddElements(append(s.Add, rules.NodeElements()...))
 	if err := access.Commit(p.table); err != nil {
 		p.relay.targets.withdraw(added)
 		return fmt.Errorf("write table %s: %w", tableName, err)
@@ -156,8 +156,8 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 		p.table.RewriteChains(rules.nodeChains())
 		rules.RewriteNodeElements(p.table)
 	}
-	p.table.RemoveElements(s.remove)
-	p.table.AddElements(s.add)
+	p.table.RemoveElements(s.Remove)
+	p.table.AddElements(s.Add)
 	if err := access.Commit(p.table); err != nil {
 		p.relay.targets.withdraw(added)
 		s.undo()

@@ -62,7 +62,7 @@ func makeSets() []*nft.Set {
 		nft.NewSet("dropped", byFrontend, nil, "frontends without endpoints that may be used here"),
 		nft.NewSet("rejected-nodeports", byNodePort, nil, ""),
 		nft.NewSet("dropped-nodeports", byNodePort, nil, ""),
-		nft.NewSet("cluster-ips", addr, nil, ""),
+		&nft.Set{Name: "cluster-ips", Key: addr, Shared: true},
 	)
 }
 
@@ -71,8 +71,7 @@ func makeSets() []*nft.Set {
 // used for.
 func relayed(p plan.Protocol) bool { return p == plan.TCP || p == plan.UDP }
 
-// compile lists the elements of one Service port. Elements of cluster-ips may
-// be those of other Service ports too.
+// compile lists the elements of one Service port.
 func compile(f *nft.IPFamily, sp *plan.ServicePort, ids map[plan.FrontendKey]frontendID) []nft.Element {
 	c := compiler{family: f, comment: nft.CommentText(sp.Name.String())}
 	for i := range sp.Frontends {

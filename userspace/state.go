@@ -1,7 +1,6 @@
 package userspace
 
 import (
-	"cmp"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -22,8 +21,7 @@ type state struct {
 	pool     *access.Pool
 	ids      map[plan.FrontendKey]frontendID
 	owners   map[plan.FrontendKey]plan.ServicePortName
-	// uses counts how many Service ports want an element of cluster-ips.
-	uses map[nft.Element]int
+	elements *access.Elements
 }
 
 func newState(f *nft.IPFamily) *state {
@@ -33,39 +31,29 @@ func newState(f *nft.IPFamily) *state {
 		pool:     newIDPool(),
 		ids:      map[plan.FrontendKey]frontendID{},
 		owners:   map[plan.FrontendKey]plan.ServicePortName{},
-		uses:     map[nft.Element]int{},
+		elements: access.NewElements(makeSets()),
 	}
 }
 
 // stage is a change on its way to the kernel; commit or undo ends it.
 type stage struct {
-	state       *state
-	names       []plan.ServicePortName
-	now         []*plan.ServicePort // by names; nil for what goes
-	taken       []plan.FrontendKey  // frontends that got a number
-	shared      map[nft.Element]int
-	remove, add []nft.Element
+	*access.Difference
+	state *state
+	names []plan.ServicePortName
+	now   []*plan.ServicePort // by names; nil for what goes
+	taken []plan.FrontendKey  // frontends that got a number
 }
 
 // stage works out what changes in the table when the named Service ports become
 // what plan says. On error the state is as it was.
 func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, error) {
-	s := &stage{state: st, names: names, shared: map[nft.Element]int{}}
-	delta := map[nft.Element]int{}
-	var order []nft.Element
-	count := func(list []nft.Element, by int) {
-		for _, e := range list {
-			if _, known := delta[e]; !known {
-				order = append(order, e)
-			}
-			delta[e] += by
-		}
-	}
+	s := &stage{state: st, names: names}
+	var before, after []nft.Element
 	for _, name := range names {
 		sp := plan.Services[name]
 		s.now = append(s.now, sp)
 		if old := st.services[name]; old != nil {
-			count(compile(st.family, old, st.ids), -1)
+			before = append(before, compile(st.family, old, st.ids)...)
 		}
 		if sp == nil {
 			continue
@@ -74,14 +62,9 @@ func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, e
 			s.undo()
 			return nil, err
 		}
-		count(compile(st.family, sp, st.ids), 1)
+		after = append(after, compile(st.family, sp, st.ids)...)
 	}
-	for _, e := range order {
-		s.decide(e, delta[e])
-	}
-	bySet := func(a, b nft.Element) int { return cmp.Compare(a.Set, b.Set) }
-	slices.SortStableFunc(s.remove, bySet)
-	slices.SortStableFunc(s.add, bySet)
+	s.Difference = st.elements.Compare(before, after)
 	return s, nil
 }
 
@@ -103,25 +86,6 @@ func (s *stage) number(sp *plan.ServicePort) error {
 		s.taken = append(s.taken, k)
 	}
 	return nil
-}
-
-// decide finds out what an element that so many more Service ports want than
-// before means for the table.
-func (s *stage) decide(e nft.Element, by int) {
-	before := 0
-	if by < 0 {
-		before = -by
-	}
-	if e.Set == clusterIPs {
-		before = s.state.uses[e]
-		s.shared[e] = before + by
-	}
-	switch {
-	case before == 0 && by > 0:
-		s.add = append(s.add, e)
-	case before > 0 && before+by == 0:
-		s.remove = append(s.remove, e)
-	}
 }
 
 // undo forgets the stage.
@@ -163,13 +127,7 @@ func (s *stage) commit() (gone []frontendID) {
 			gone = append(gone, id)
 		}
 	}
-	for e, n := range s.shared {
-		if n == 0 {
-			delete(st.uses, e)
-		} else {
-			st.uses[e] = n
-		}
-	}
+	st.elements.Commit(s.Difference)
 	return gone
 }
 
