@@ -6,6 +6,8 @@ import (
 	"os/exec"
 	"testing"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 
@@ -57,12 +59,12 @@ func compareCounts(t *testing.T, p *Proxier) {
 // namespaces have virtual servers.
 func countServers(t *testing.T, p *Proxier, into map[string]int) {
 	t.Helper()
-	servers, err := p.kernel.servers()
+	servers, err := p.ipvs.Servers()
 	if err != nil {
 		t.Fatal(err)
 	}
 	for key := range servers {
-		dests, err := p.kernel.dests(key)
+		dests, err := p.ipvs.Destinations(key)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -73,7 +75,7 @@ func countServers(t *testing.T, p *Proxier, into map[string]int) {
 
 func heldAddrs(t *testing.T, family plan.Family) (held []netip.Addr) {
 	t.Helper()
-	link, err := netlink.LinkByName(deviceName)
+	link, err := netlink.LinkByName(kernel.DeviceName)
 	if err != nil {
 		t.Fatal(err)
 	}

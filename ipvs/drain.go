@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"signalbox/nft"
 	"signalbox/nft/access"
 )
@@ -30,19 +32,19 @@ const (
 // of connections. They outlive the state: each writing of everything makes a new
 // one, and a destination would get its whole time again.
 type deadlines struct {
-	draining map[serverKey]map[netip.AddrPort]time.Time
+	draining map[kernel.ServerKey]map[netip.AddrPort]time.Time
 	leaving  map[netip.Addr]leaving
 }
 
 // leaving is an address that no Service has any more, but that open connections
 // may need.
 type leaving struct {
-	servers []serverKey // those that it led to
+	servers []kernel.ServerKey // those that it led to
 	until   time.Time
 }
 
 func newDeadlines() *deadlines {
-	return &deadlines{draining: make(map[serverKey]map[netip.AddrPort]time.Time), leaving: make(map[netip.Addr]leaving)}
+	return &deadlines{draining: make(map[kernel.ServerKey]map[netip.AddrPort]time.Time), leaving: make(map[netip.Addr]leaving)}
 }
 
 // keepDeadlines takes the deadlines of an earlier state for what still waits in
@@ -61,14 +63,14 @@ func (st *state) keepDeadlines(d *deadlines) {
 	st.deadlines = d
 }
 
-func (st *state) weight(key serverKey, dest netip.AddrPort) (weight int, exists bool) {
+func (st *state) weight(key kernel.ServerKey, dest netip.AddrPort) (weight int, exists bool) {
 	if s := st.servers[key]; s != nil {
 		weight, exists = s.dests[dest]
 	}
 	return weight, exists
 }
 
-func (st *state) drain(key serverKey, dest netip.AddrPort, now time.Time) {
+func (st *state) drain(key kernel.ServerKey, dest netip.AddrPort, now time.Time) {
 	if st.draining[key] == nil {
 		st.draining[key] = make(map[netip.AddrPort]time.Time)
 	}
@@ -78,10 +80,10 @@ func (st *state) drain(key serverKey, dest netip.AddrPort, now time.Time) {
 }
 
 // undrain forgets a destination that is in use again, or gone.
-func (st *state) undrain(o op) {
-	key := o.key.id()
-	delete(st.draining[key], o.dest)
-	if len(st.draining[key]) == 0 || o.verb == removeServer {
+func (st *state) undrain(o kernel.Op) {
+	key := o.Key.ID()
+	delete(st.draining[key], o.Destination)
+	if len(st.draining[key]) == 0 || o.Verb == kernel.RemoveServer {
 		delete(st.draining, key)
 	}
 }
@@ -130,32 +132,32 @@ func (p *Proxier) drainOnce(now time.Time) bool {
 	if st == nil {
 		return false
 	}
-	for _, key := range slices.SortedFunc(maps.Keys(st.draining), serverKey.compare) {
+	for _, key := range slices.SortedFunc(maps.Keys(st.draining), kernel.ServerKey.Compare) {
 		if err := p.drainServer(st, key, now); err != nil {
 			slog.Warn("ipvs: cannot end what has drained; trying again", "server", key.String(), "error", err)
 		}
 	}
 	if err := p.releaseAddresses(st, now); err != nil {
-		slog.Warn("ipvs: cannot give up an address; trying again", "device", deviceName, "error", err)
+		slog.Warn("ipvs: cannot give up an address; trying again", "device", kernel.DeviceName, "error", err)
 	}
 	return len(st.draining) > 0 || len(st.leaving) > 0
 }
 
-func (p *Proxier) drainServer(st *state, key serverKey, now time.Time) error {
-	dests, err := p.kernel.dests(key)
+func (p *Proxier) drainServer(st *state, key kernel.ServerKey, now time.Time) error {
+	dests, err := p.ipvs.Destinations(key)
 	if err != nil {
 		return err
 	}
 	busy := make(map[netip.AddrPort]bool)
 	for _, d := range dests {
-		busy[d.addr] = d.connections > 0
+		busy[d.Addr] = d.Connections > 0
 	}
 	waiting := st.draining[key]
 	for _, dest := range slices.SortedFunc(maps.Keys(waiting), netip.AddrPort.Compare) {
 		if busy[dest] && now.Before(waiting[dest]) && st.drains(key, dest) {
 			continue
 		}
-		if err := p.kernel.send([]op{{verb: removeDest, key: key, dest: dest}}, st.note); err != nil {
+		if err := p.ipvs.Send([]kernel.Op{{Verb: kernel.RemoveDestination, Key: key, Destination: dest}}, st.note); err != nil {
 			return err
 		}
 		delete(waiting, dest)
@@ -165,7 +167,7 @@ func (p *Proxier) drainServer(st *state, key serverKey, now time.Time) error {
 	}
 	delete(st.draining, key)
 	if s := st.servers[key]; s != nil && len(s.dests) == 0 && !st.live[key] {
-		return p.kernel.send([]op{{verb: removeServer, key: key}}, st.note)
+		return p.ipvs.Send([]kernel.Op{{Verb: kernel.RemoveServer, Key: key}}, st.note)
 	}
 	return nil
 }
@@ -175,15 +177,15 @@ func (p *Proxier) drainServer(st *state, key serverKey, now time.Time) error {
 func (p *Proxier) releaseAddresses(st *state, now time.Time) error {
 	var unused []netip.Addr
 	for a, l := range st.leaving {
-		if now.Before(l.until) && slices.ContainsFunc(l.servers, func(key serverKey) bool {
-			return len(st.draining[key]) > 0 || key.mark != 0 && st.live[key]
+		if now.Before(l.until) && slices.ContainsFunc(l.servers, func(key kernel.ServerKey) bool {
+			return len(st.draining[key]) > 0 || key.Mark != 0 && st.live[key]
 		}) {
 			continue
 		}
 		unused = append(unused, a)
 	}
 	var gone []nft.Element
-	err := p.device.remove(unused, func(a netip.Addr) {
+	err := p.device.Remove(unused, func(a netip.Addr) {
 		delete(st.leaving, a)
 		delete(st.held, a)
 		gone = append(gone, vipElement(a))

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"github.com/vishvananda/netlink"
 
 	"signalbox/nft"
@@ -21,39 +23,39 @@ type played struct {
 	connections map[netip.AddrPort]int // of a destination, in each server
 	refuse      error                  // what the next message is answered with
 	noListing   error                  // why the destinations cannot be listed at once
-	ops         []op
+	ops         []kernel.Op
 	reads       int
 }
 
-func (k *played) servers() (map[serverKey]*server, error) {
+func (k *played) Servers() (map[kernel.ServerKey]string, error) {
 	k.reads++
-	list := make(map[serverKey]*server)
+	list := make(map[kernel.ServerKey]string)
 	for key, s := range k.model.servers {
-		list[key] = &server{scheduler: s.scheduler}
+		list[key] = s.scheduler
 	}
 	return list, nil
 }
 
-func (k *played) dests(key serverKey) (list []destination, _ error) {
+func (k *played) Destinations(key kernel.ServerKey) (list []kernel.Destination, _ error) {
 	k.reads++
 	if s := k.model.servers[key]; s != nil {
 		for addr, weight := range s.dests {
-			list = append(list, destination{addr, weight, k.connections[addr]})
+			list = append(list, kernel.Destination{Addr: addr, Weight: weight, Connections: k.connections[addr]})
 		}
 	}
 	return list, nil
 }
 
 // allDests tells something wrong where it fails, as a listing that is cut off.
-func (k *played) allDests() (map[serverKey][]destination, error) {
+func (k *played) AllDestinations() (map[kernel.ServerKey][]kernel.Destination, error) {
 	k.reads++
 	if k.noListing == nil {
 		return nil, nil
 	}
-	return map[serverKey][]destination{{addr: netip.MustParseAddr("10.96.0.1"), port: 80, protocol: plan.TCP}: {{}}}, k.noListing
+	return map[kernel.ServerKey][]kernel.Destination{{Addr: netip.MustParseAddr("10.96.0.1"), Port: 80, Protocol: plan.TCP}: {{}}}, k.noListing
 }
 
-func (k *played) send(ops []op, done func(op)) error {
+func (k *played) Send(ops []kernel.Op, done func(kernel.Op)) error {
 	for _, o := range ops {
 		if err := k.refuse; err != nil {
 			k.refuse = nil
@@ -66,11 +68,11 @@ func (k *played) send(ops []op, done func(op)) error {
 	return nil
 }
 
-func (k *played) hasScheduler(string) (bool, error)       { return true, nil }
-func (k *played) setTimeouts(_, _, _ time.Duration) error { return nil }
-func (k *played) close()                                  {}
+func (k *played) HasScheduler(string) (bool, error)       { return true, nil }
+func (k *played) SetTimeouts(_, _, _ time.Duration) error { return nil }
+func (k *played) Close()                                  {}
 
-func (k *played) has(key serverKey, d netip.AddrPort) bool {
+func (k *played) has(key kernel.ServerKey, d netip.AddrPort) bool {
 	s := k.model.servers[key]
 	if s == nil {
 		return false
@@ -85,12 +87,12 @@ func play(t *testing.T) *played {
 	t.Helper()
 	inNamespace(t)
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = deviceName
+	attrs.Name = kernel.DeviceName
 	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
 		t.Fatal(err)
 	}
 	return &played{
-		model:       &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}},
+		model:       &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}},
 		connections: map[netip.AddrPort]int{},
 	}
 }
@@ -104,14 +106,14 @@ func (k *played) proxier(t *testing.T, now func() time.Time) *Proxier {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { table.Close() })
-	dev, err := openDevice(plan.IPv4)
+	dev, err := kernel.OpenDevice(plan.IPv4)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(dev.close)
+	t.Cleanup(dev.Close)
 	return &Proxier{
-		IPFamily: f, mark: proxier.DefaultMasqueradeMark, table: table, kernel: k, device: dev,
-		schedulers: newSchedulers("", nil), deadlines: newDeadlines(), now: now, wake: make(chan struct{}, 1),
+		IPFamily: f, mark: proxier.DefaultMasqueradeMark, table: table, ipvs: k, device: dev,
+		schedulers: newSchedulerChoice("", anyScheduler), deadlines: newDeadlines(), now: now, wake: make(chan struct{}, 1),
 	}
 }
 
@@ -122,7 +124,7 @@ func TestDrainingEndsDespiteFullWrites(t *testing.T) {
 	k, w := play(t), world{plan.IPv4}
 	now := time.Now()
 	p := k.proxier(t, func() time.Time { return now })
-	key := serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP}
+	key := kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.TCP}
 	one, two := w.pods(1).Endpoints[0].AddrPort, w.pods(2).Endpoints[0].AddrPort
 	k.connections[one], k.connections[two] = 1, 1
 	web := func(pods ...int) *plan.Plan {
@@ -184,7 +186,7 @@ func TestAddressIsGivenUpDespiteFullWrites(t *testing.T) {
 		now = now.Add(5 * time.Minute)
 		syncAll(t, p, change)
 		p.drainOnce(now)
-		held, _, err := p.device.held()
+		held, _, err := p.device.Addresses()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -221,14 +223,14 @@ func TestReadsWithoutListing(t *testing.T) {
 func TestFlowsOfAReplacedServerGoOn(t *testing.T) {
 	k, w := play(t), world{plan.IPv4}
 	p := k.proxier(t, time.Now)
-	key := serverKey{addr: w.vip(1), port: 53, protocol: plan.UDP}
+	key := kernel.ServerKey{Addr: w.vip(1), Port: 53, Protocol: plan.UDP}
 	one, two := w.pods(1).Endpoints[0].AddrPort, w.pods(2).Endpoints[0].AddrPort
 	k.connections[one], k.connections[two] = 1, 1
 	k.model.servers[key] = &server{scheduler: "rr", dests: map[netip.AddrPort]int{one: 1, two: 1}}
-	if err := p.device.find(); err != nil {
+	if err := p.device.Find(); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.device.add([]netip.Addr{w.vip(1)}, func(netip.Addr) {}); err != nil {
+	if err := p.device.Add([]netip.Addr{w.vip(1)}, func(netip.Addr) {}); err != nil {
 		t.Fatal(err)
 	}
 	dns := func(pods ...int) *plan.ServicePort {

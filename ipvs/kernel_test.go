@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -63,26 +65,28 @@ func give(t *testing.T, link netlink.Link, a netip.Addr) {
 	}
 }
 
+func do(k ipvsClient, o kernel.Op) error { return k.Send([]kernel.Op{o}, func(kernel.Op) {}) }
+
 // counting keeps the messages to IPVS.
 type counting struct {
-	kernel
+	ipvsClient
 	mu  sync.Mutex // guards ops against the goroutine that ends what has drained
-	ops []op
+	ops []kernel.Op
 }
 
-func (c *counting) send(ops []op, done func(op)) error {
+func (c *counting) Send(ops []kernel.Op, done func(kernel.Op)) error {
 	c.mu.Lock()
 	c.ops = append(c.ops, ops...)
 	c.mu.Unlock()
-	return c.kernel.send(ops, done)
+	return c.ipvsClient.Send(ops, done)
 }
 
 // take returns the messages since the last call that do not end what has
 // drained.
-func (c *counting) take() []op {
+func (c *counting) take() []kernel.Op {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	sent := slices.DeleteFunc(c.ops, func(o op) bool { return o.verb == removeDest || o.verb == removeServer })
+	sent := slices.DeleteFunc(c.ops, func(o kernel.Op) bool { return o.Verb == kernel.RemoveDestination || o.Verb == kernel.RemoveServer })
 	c.ops = nil
 	return sent
 }
@@ -97,8 +101,8 @@ func start(t testing.TB, family plan.Family, change func(*proxier.Options)) (*Pr
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &counting{kernel: p.kernel}
-	p.kernel = c
+	c := &counting{ipvsClient: p.ipvs}
+	p.ipvs = c
 	t.Cleanup(func() { p.Close() })
 	return p, c
 }
@@ -182,18 +186,18 @@ func checkKernel(t *testing.T, p *Proxier) {
 // outlive everything that this mode does.
 func TestOthersStay(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
-		k, err := openKernel(w.family)
+		k, err := kernel.OpenIPVS(w.family)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer k.close()
-		foreign := []serverKey{
-			{mark: 7}, {mark: 0x8000_0001}, {addr: w.addr("192.0.2.200", "2001:db8::200"), port: 30443, protocol: plan.TCP},
-			{addr: w.external(77), port: 80, protocol: plan.UDP},
+		defer k.Close()
+		foreign := []kernel.ServerKey{
+			{Mark: 7}, {Mark: 0x8000_0001}, {Addr: w.addr("192.0.2.200", "2001:db8::200"), Port: 30443, Protocol: plan.TCP},
+			{Addr: w.external(77), Port: 80, Protocol: plan.UDP},
 		}
 		dest := w.pods(99).Endpoints[0].AddrPort
 		for _, key := range foreign {
-			for _, o := range []op{{verb: addServer, key: key, scheduler: "wlc"}, {verb: addDest, key: key, dest: dest, weight: 5}} {
+			for _, o := range []kernel.Op{{Verb: kernel.AddServer, Key: key, Scheduler: "wlc"}, {Verb: kernel.AddDestination, Key: key, Destination: dest, Weight: 5}} {
 				if err := do(k, o); err != nil {
 					t.Fatal(err)
 				}
@@ -202,8 +206,8 @@ func TestOthersStay(t *testing.T) {
 		check := func(when string) {
 			t.Helper()
 			for _, key := range foreign {
-				dests, err := k.dests(key)
-				if err != nil || len(dests) != 1 || dests[0].weight != 5 || dests[0].addr != dest {
+				dests, err := k.Destinations(key)
+				if err != nil || len(dests) != 1 || dests[0].Weight != 5 || dests[0].Addr != dest {
 					t.Errorf("%s: %s has %v (%v)", when, key, dests, err)
 				}
 			}
@@ -222,12 +226,12 @@ func TestOthersStay(t *testing.T) {
 			}
 		}
 		check("after the cleanup")
-		all, err := k.servers()
+		all, err := k.Servers()
 		if err != nil || len(all) != len(foreign) {
 			t.Errorf("left after the cleanup: %v (%v)", all, err)
 		}
-		if _, err := netlink.LinkByName(deviceName); err == nil {
-			t.Errorf("%s is left after the cleanup", deviceName)
+		if _, err := netlink.LinkByName(kernel.DeviceName); err == nil {
+			t.Errorf("%s is left after the cleanup", kernel.DeviceName)
 		}
 		word := map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[w.family]
 		if out, err := exec.Command("nft", "list", "tables", word).CombinedOutput(); err != nil || strings.Contains(string(out), tableName) {
@@ -414,16 +418,16 @@ func TestDrainUDP(t *testing.T) {
 		desired := w.plan(dns(here, here))
 		p, _ := start(t, w.family, nil)
 		syncAll(t, p, desired)
-		key := serverKey{addr: w.vip(1), port: 53, protocol: plan.UDP}
+		key := kernel.ServerKey{Addr: w.vip(1), Port: 53, Protocol: plan.UDP}
 		weight := func() int {
 			t.Helper()
-			dests, err := p.kernel.dests(key)
+			dests, err := p.ipvs.Destinations(key)
 			if err != nil {
 				t.Fatal(err)
 			}
 			for _, d := range dests {
-				if d.addr == here.Endpoints[0].AddrPort {
-					return d.weight
+				if d.Addr == here.Endpoints[0].AddrPort {
+					return d.Weight
 				}
 			}
 			return -1

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -72,7 +74,7 @@ func TestSetNames(t *testing.T) {
 		{"KUBE-CLUSTER-IP", "KUBE-CLUSTER-IP", "KUBE-6-CLUSTER-IP"},
 		{"KUBE-NODE-PORT-LOCAL-SCTP-HASH", "KUBE-NODE-PORT-LOCAL-SCTP-HASH", "KUBE-6-NODE-PORT-LOCAL-SCTP-HAS"},
 	} {
-		if v4, v6 := setName(c.name, plan.IPv4), setName(c.name, plan.IPv6); v4 != c.v4 || v6 != c.v6 {
+		if v4, v6 := kernel.KubeProxySetName(c.name, plan.IPv4), kernel.KubeProxySetName(c.name, plan.IPv6); v4 != c.v4 || v6 != c.v6 {
 			t.Errorf("%s: %q and %q, want %q and %q", c.name, v4, v6, c.v4, c.v6)
 		}
 	}
@@ -100,29 +102,29 @@ func TestKubeProxySets(t *testing.T) {
 		plan.IPv4: netip.MustParseAddrPort("10.96.0.1:443"), plan.IPv6: netip.MustParseAddrPort("[fd00:96::1]:443"),
 	}
 	for _, f := range plan.Families {
-		makeSet(t, setName("KUBE-CLUSTER-IP", f), "hash:ip,port", f, frontendEntry(vip[f]))
-		makePortSet(t, setName("KUBE-NODE-PORT-UDP", f), f, 30053)
+		makeSet(t, kernel.KubeProxySetName("KUBE-CLUSTER-IP", f), "hash:ip,port", f, frontendEntry(vip[f]))
+		makePortSet(t, kernel.KubeProxySetName("KUBE-NODE-PORT-UDP", f), f, 30053)
 	}
 	for _, f := range plan.Families {
-		sets, err := readSets(f)
+		sets, err := kernel.ReadKubeProxySets(f)
 		if err != nil || len(sets) != 2 {
 			t.Fatalf("%s: %+v, %v", f, sets, err)
 		}
-		named := func(key serverKey) bool {
-			return slices.ContainsFunc(sets, func(s kubeProxySet) bool { return s.names(key) })
+		named := func(key kernel.ServerKey) bool {
+			return slices.ContainsFunc(sets, func(s kernel.KubeProxySet) bool { return s.Names(key, func(netip.Addr) bool { return true }) })
 		}
-		for key, want := range map[serverKey]bool{
-			{addr: vip[f].Addr(), port: 443, protocol: plan.TCP}:   true,
-			{addr: vip[f].Addr(), port: 443, protocol: plan.UDP}:   false,
-			{addr: vip[f].Addr(), port: 80, protocol: plan.TCP}:    false,
-			{addr: vip[f].Addr(), port: 30053, protocol: plan.UDP}: true,
-			{addr: vip[f].Addr(), port: 30053, protocol: plan.TCP}: false,
+		for key, want := range map[kernel.ServerKey]bool{
+			{Addr: vip[f].Addr(), Port: 443, Protocol: plan.TCP}:   true,
+			{Addr: vip[f].Addr(), Port: 443, Protocol: plan.UDP}:   false,
+			{Addr: vip[f].Addr(), Port: 80, Protocol: plan.TCP}:    false,
+			{Addr: vip[f].Addr(), Port: 30053, Protocol: plan.UDP}: true,
+			{Addr: vip[f].Addr(), Port: 30053, Protocol: plan.TCP}: false,
 		} {
 			if named(key) != want {
 				t.Errorf("%s: %s is kube-proxy's: %v, want %v", f, key, !want, want)
 			}
 		}
-		if _, _, err := CleanupKubeProxy(f, false, false); err != nil {
+		if _, _, err := cleanupKubeProxy(f, false, false); err != nil {
 			t.Error(err)
 		}
 	}
@@ -132,15 +134,15 @@ func TestKubeProxySets(t *testing.T) {
 }
 
 // serversText is all that IPVS holds of a family.
-func serversText(t *testing.T, k kernel) map[string][]destination {
+func serversText(t *testing.T, k ipvsClient) map[string][]kernel.Destination {
 	t.Helper()
-	all, err := k.servers()
+	all, err := k.Servers()
 	if err != nil {
 		t.Fatal(err)
 	}
-	text := make(map[string][]destination)
+	text := make(map[string][]kernel.Destination)
 	for key := range all {
-		if text[key.String()], err = k.dests(key); err != nil {
+		if text[key.String()], err = k.Destinations(key); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -153,39 +155,39 @@ func TestCleanupKubeProxy(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		hasIPSet(t)
 		node, vip, alien := w.addr("192.0.2.200", "2001:db8::200"), w.addr("10.96.0.1", "fd00:96::1"), w.addr("203.0.113.9", "2001:db8::9")
-		k, err := openKernel(w.family)
+		k, err := kernel.OpenIPVS(w.family)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer k.close()
+		defer k.Close()
 		dest := netip.AddrPortFrom(w.addr("10.244.0.5", "fd00:244::5"), 8080)
-		serve := func(key serverKey) {
+		serve := func(key kernel.ServerKey) {
 			t.Helper()
-			for _, o := range []op{{verb: addServer, key: key, scheduler: "rr"}, {verb: addDest, key: key, dest: dest, weight: 1}} {
+			for _, o := range []kernel.Op{{Verb: kernel.AddServer, Key: key, Scheduler: "rr"}, {Verb: kernel.AddDestination, Key: key, Destination: dest, Weight: 1}} {
 				if err := do(k, o); err != nil {
 					t.Fatal(err)
 				}
 			}
 		}
-		serve(serverKey{mark: 7})
-		serve(serverKey{addr: node, port: 80, protocol: plan.TCP})
-		serve(serverKey{addr: node, port: 30080, protocol: plan.UDP})
-		serve(serverKey{addr: alien, port: 30080, protocol: plan.TCP}) // of a keepalived on another node
+		serve(kernel.ServerKey{Mark: 7})
+		serve(kernel.ServerKey{Addr: node, Port: 80, Protocol: plan.TCP})
+		serve(kernel.ServerKey{Addr: node, Port: 30080, Protocol: plan.UDP})
+		serve(kernel.ServerKey{Addr: alien, Port: 30080, Protocol: plan.TCP}) // of a keepalived on another node
 		foreign := serversText(t, k)
 
-		serve(serverKey{addr: vip, port: 443, protocol: plan.TCP})
-		serve(serverKey{addr: node, port: 30080, protocol: plan.TCP})
-		makeSet(t, setName("KUBE-CLUSTER-IP", w.family), "hash:ip,port", w.family, frontendEntry(netip.AddrPortFrom(vip, 443)))
-		makePortSet(t, setName("KUBE-NODE-PORT-TCP", w.family), w.family, 30080)
-		d, err := openDevice(w.family)
+		serve(kernel.ServerKey{Addr: vip, Port: 443, Protocol: plan.TCP})
+		serve(kernel.ServerKey{Addr: node, Port: 30080, Protocol: plan.TCP})
+		makeSet(t, kernel.KubeProxySetName("KUBE-CLUSTER-IP", w.family), "hash:ip,port", w.family, frontendEntry(netip.AddrPortFrom(vip, 443)))
+		makePortSet(t, kernel.KubeProxySetName("KUBE-NODE-PORT-TCP", w.family), w.family, 30080)
+		d, err := kernel.OpenDevice(w.family)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer d.close()
-		if err := d.ensure(); err != nil {
+		defer d.Close()
+		if err := d.Ensure(); err != nil {
 			t.Fatal(err)
 		}
-		if err := d.add([]netip.Addr{vip}, func(netip.Addr) {}); err != nil {
+		if err := d.Add([]netip.Addr{vip}, func(netip.Addr) {}); err != nil {
 			t.Fatal(err)
 		}
 		whole := serversText(t, k)
@@ -194,26 +196,26 @@ func TestCleanupKubeProxy(t *testing.T) {
 		if removed, err := Cleanup(w.family); err != nil || removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
-		if diff := cmp.Diff(whole, serversText(t, k), cmp.AllowUnexported(destination{}), compareAddrPorts); diff != "" {
+		if diff := cmp.Diff(whole, serversText(t, k), cmp.AllowUnexported(kernel.Destination{}), compareAddrPorts); diff != "" {
 			t.Errorf("Cleanup changed what is kube-proxy's (-before +after)\n%s", diff)
 		}
 		// A mode that shares the device keeps what is at its addresses.
-		if _, _, err := CleanupKubeProxy(w.family, true, false); err != nil {
+		if _, _, err := cleanupKubeProxy(w.family, true, false); err != nil {
 			t.Fatal(err)
 		}
 		shared := maps.Clone(foreign)
-		shared[serverKey{addr: vip, port: 443, protocol: plan.TCP}.String()] = foreign[serverKey{mark: 7}.String()]
-		if diff := cmp.Diff(shared, serversText(t, k), cmp.AllowUnexported(destination{}), compareAddrPorts); diff != "" {
+		shared[kernel.ServerKey{Addr: vip, Port: 443, Protocol: plan.TCP}.String()] = foreign[kernel.ServerKey{Mark: 7}.String()]
+		if diff := cmp.Diff(shared, serversText(t, k), cmp.AllowUnexported(kernel.Destination{}), compareAddrPorts); diff != "" {
 			t.Errorf("with the device shared (-want +got)\n%s", diff)
 		}
-		if removed, _, err := CleanupKubeProxy(w.family, false, true); err != nil || !removed {
+		if removed, _, err := cleanupKubeProxy(w.family, false, true); err != nil || !removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
-		if diff := cmp.Diff(foreign, serversText(t, k), cmp.AllowUnexported(destination{}), compareAddrPorts); diff != "" {
+		if diff := cmp.Diff(foreign, serversText(t, k), cmp.AllowUnexported(kernel.Destination{}), compareAddrPorts); diff != "" {
 			t.Errorf("(-before +after)\n%s", diff)
 		}
-		if err := d.find(); err != nil || d.link != nil {
-			t.Errorf("device %s is left: %v", deviceName, err)
+		if err := d.Find(); err != nil || d.Exists() {
+			t.Errorf("device %s is left: %v", kernel.DeviceName, err)
 		}
 	})
 }
@@ -222,22 +224,24 @@ var compareAddrPorts = cmp.Comparer(func(a, b netip.AddrPort) bool { return a ==
 
 // kernelWith plays IPVS with some virtual servers, and keeps what is asked of it.
 type kernelWith struct {
-	kernel
-	all map[serverKey][]destination
-	ops []op
+	ipvsClient
+	all map[kernel.ServerKey][]kernel.Destination
+	ops []kernel.Op
 }
 
-func (k *kernelWith) servers() (map[serverKey]*server, error) {
-	list := make(map[serverKey]*server)
+func (k *kernelWith) Servers() (map[kernel.ServerKey]string, error) {
+	list := make(map[kernel.ServerKey]string)
 	for key := range k.all {
-		list[key] = &server{}
+		list[key] = "rr"
 	}
 	return list, nil
 }
 
-func (k *kernelWith) dests(key serverKey) ([]destination, error) { return k.all[key], nil }
+func (k *kernelWith) Destinations(key kernel.ServerKey) ([]kernel.Destination, error) {
+	return k.all[key], nil
+}
 
-func (k *kernelWith) send(ops []op, _ func(op)) error {
+func (k *kernelWith) Send(ops []kernel.Op, _ func(kernel.Op)) error {
 	k.ops = append(k.ops, ops...)
 	return nil
 }
@@ -246,22 +250,22 @@ func (k *kernelWith) send(ops []op, _ func(op)) error {
 // end; one that has none can go.
 func TestServersWithConnectionsStay(t *testing.T) {
 	vip, node := netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("192.0.2.200")
-	busy := serverKey{addr: vip, port: 443, protocol: plan.TCP}
-	idle := serverKey{addr: vip, port: 80, protocol: plan.TCP}
-	foreign := serverKey{addr: node, port: 80, protocol: plan.TCP}
+	busy := kernel.ServerKey{Addr: vip, Port: 443, Protocol: plan.TCP}
+	idle := kernel.ServerKey{Addr: vip, Port: 80, Protocol: plan.TCP}
+	foreign := kernel.ServerKey{Addr: node, Port: 80, Protocol: plan.TCP}
 	a, b := netip.MustParseAddrPort("10.244.0.5:8080"), netip.MustParseAddrPort("10.244.0.6:8080")
-	k := &kernelWith{all: map[serverKey][]destination{
-		busy:    {{addr: a, weight: 1, connections: 2}, {addr: b, weight: 0}},
-		idle:    {{addr: a, weight: 1}},
-		foreign: {{addr: a, weight: 1, connections: 1}},
+	k := &kernelWith{all: map[kernel.ServerKey][]kernel.Destination{
+		busy:    {{Addr: a, Weight: 1, Connections: 2}, {Addr: b, Weight: 0}},
+		idle:    {{Addr: a, Weight: 1}},
+		foreign: {{Addr: a, Weight: 1, Connections: 1}},
 	}}
 	c := cleanup{held: map[netip.Addr]bool{vip: true}, drain: true}
 	gone, left := c.choose(k, c.theirs)
-	if !slices.Equal(gone, []serverKey{idle}) || !slices.Equal(left, []serverKey{busy}) || len(c.failed) > 0 {
+	if !slices.Equal(gone, []kernel.ServerKey{idle}) || !slices.Equal(left, []kernel.ServerKey{busy}) || len(c.failed) > 0 {
 		t.Errorf("%v go and %v stay, errors %v", gone, left, c.failed)
 	}
 	for _, o := range k.ops {
-		if o.key == foreign || o.verb != setDest || o.weight != 0 || o.dest != a {
+		if o.Key == foreign || o.Verb != kernel.SetDestination || o.Weight != 0 || o.Destination != a {
 			t.Errorf("asked for %s", o)
 		}
 	}

@@ -11,7 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/vishvananda/netlink"
+	"signalbox/ipvs/internal/kernel"
+
 	"golang.org/x/sys/unix"
 
 	"signalbox/nft"
@@ -50,9 +51,9 @@ func (Dataplane) Init(o proxier.Options, _ bool) error { return Init(o) }
 func (Dataplane) KubeProxy() []proxier.Remnant {
 	return []proxier.Remnant{{
 		What:  "kube-proxy's IPVS servers, addresses and ipsets",
-		Found: func(_ context.Context, f plan.Family, _ proxier.TakenOver) bool { return HasKubeProxy(f) },
+		Found: func(_ context.Context, f plan.Family, _ proxier.TakenOver) bool { return kernel.HasKubeProxySets(f) },
 		Remove: func(f plan.Family, taken proxier.TakenOver, drain bool) (removed bool, draining int, err error) {
-			return CleanupKubeProxy(f, taken.IPVS, drain)
+			return cleanupKubeProxy(f, taken.IPVS, drain)
 		},
 	}}
 }
@@ -70,9 +71,6 @@ func (Dataplane) Traits() proxier.Traits {
 	}
 }
 
-// probeDevice exists for a moment.
-const probeDevice = "signalbox-probe"
-
 // Supported says whether this node's kernel can do all that the mode needs, by
 // asking it to. The error is a *proxier.UnsupportedError.
 func Supported(f plan.Family) error {
@@ -82,10 +80,12 @@ func Supported(f plan.Family) error {
 	if _, err := os.Stat("/proc/net/if_inet6"); err != nil && f == plan.IPv6 {
 		return unsupported("IPv6 in the kernel", "start the kernel without ipv6.disable=1", err)
 	}
-	if _, err := netlink.GenlFamilyGet(familyName); err != nil {
+	ipvs, err := kernel.OpenIPVS(f)
+	if err != nil {
 		return unsupported("IPVS (ip_vs)", "load the module ip_vs (modprobe ip_vs); the kernel needs CONFIG_IP_VS", err)
 	}
-	if err := probeDummy(); err != nil {
+	defer ipvs.Close()
+	if err := kernel.ProbeDummy(); err != nil {
 		if errors.Is(err, unix.EPERM) {
 			return unsupported("the right to change devices", "run as root or with CAP_NET_ADMIN", err)
 		}
@@ -95,44 +95,12 @@ func Supported(f plan.Family) error {
 	if err := access.Supported(Mode, f, newSets(), rules.chains()); err != nil {
 		return err
 	}
-	return probeServer(f, unsupported)
-}
-
-func probeDummy() error {
-	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	has, err := ipvs.HasScheduler(defaultScheduler)
+	if err == nil && !has {
+		err = kernel.ErrNoScheduler(defaultScheduler)
+	}
 	if err != nil {
-		return err
-	}
-	defer nl.Close()
-	if _, err := nl.LinkByName(deviceName); err == nil {
-		return nil
-	}
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = probeDevice
-	link := &netlink.Dummy{LinkAttrs: attrs}
-	if err := nl.LinkAdd(link); err != nil && !errors.Is(err, unix.EEXIST) {
-		return err
-	}
-	if err := nl.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
-		return err
-	}
-	return nil
-}
-
-// probeServer makes a virtual server for a moment, by a mark that no packet
-// has.
-func probeServer(f plan.Family, unsupported func(missing, remedy string, err error) error) error {
-	k, err := openKernel(f)
-	if err != nil {
-		return unsupported("the netlink socket of IPVS", "load the module ip_vs", err)
-	}
-	defer k.close()
-	key := serverKey{mark: noEndpoints}
-	if err := do(k, op{verb: addServer, key: key, scheduler: defaultScheduler}); err != nil && !errors.Is(err, unix.EEXIST) {
 		return unsupported(fmt.Sprintf("IPVS for %s with the scheduler %s", f, defaultScheduler), "the kernel needs CONFIG_IP_VS_RR, and for IPv6 CONFIG_IP_VS_IPV6", err)
-	}
-	if err := do(k, op{verb: removeServer, key: key}); err != nil {
-		return unsupported("the right to change IPVS", "run as root or with CAP_NET_ADMIN", err)
 	}
 	return nil
 }
@@ -151,24 +119,24 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 // ones and stays, with the addresses, and the function is to be called again later.
 // draining is how many do.
 func leave(f plan.Family, drain bool) (removed bool, draining int, err error) {
-	d, err := openDevice(f)
+	d, err := kernel.OpenDevice(f)
 	if err != nil {
 		return false, 0, err
 	}
-	defer d.close()
-	if err := d.find(); err != nil {
+	defer d.Close()
+	if err := d.Find(); err != nil {
 		return false, 0, err
 	}
 	c := cleanup{device: d, drain: drain}
-	if HasKubeProxy(f) {
+	if kernel.HasKubeProxySets(f) {
 		c.sharesDevice = true // with kube-proxy, whose it is now
-	} else if d.link != nil {
-		if c.held, _, err = d.held(); err != nil {
+	} else if d.Exists() {
+		if c.held, _, err = d.Addresses(); err != nil {
 			return false, 0, err
 		}
 	}
-	draining = c.removeServers(f, func(key serverKey) bool {
-		return isOurs(key.mark) || key.mark == 0 && c.held[key.addr]
+	draining = c.removeServers(f, func(key kernel.ServerKey) bool {
+		return isOurs(key.Mark) || key.Mark == 0 && c.held[key.Addr]
 	})
 	t, err := nft.Open(nft.FamilyOf(f), tableName, nil)
 	if err != nil {
@@ -203,7 +171,7 @@ func Render(opts proxier.Options, desired *plan.Plan) string {
 	rules := rulesetOf(f, opts.MasqueradeMark, desired.Node, timeoutsOf(desired))
 	st := newState(rules)
 	st.others = map[netip.Addr]bool{}
-	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, schedulers: newSchedulers(opts.IPVS.Scheduler, nil)}
+	p := &Proxier{IPFamily: f, mark: opts.MasqueradeMark, schedulers: newSchedulerChoice(opts.IPVS.Scheduler, anyScheduler)}
 	err := access.ValidateNode(rules.IPFamily, rules.Node)
 	var b *batch
 	if err == nil {
@@ -214,14 +182,14 @@ func Render(opts proxier.Options, desired *plan.Plan) string {
 		return fmt.Sprintf("# cannot be programmed: %v\n", err)
 	}
 	var out strings.Builder
-	fmt.Fprintf(&out, "# ip -batch\nlink add %s type dummy\n", deviceName)
+	fmt.Fprintf(&out, "# ip -batch\nlink add %s type dummy\n", kernel.DeviceName)
 	slices.SortFunc(b.newVIPs, netip.Addr.Compare)
 	for _, a := range b.newVIPs {
-		fmt.Fprintf(&out, "addr add %s/%d dev %s\n", a, a.BitLen(), deviceName)
+		fmt.Fprintf(&out, "addr add %s/%d dev %s\n", a, a.BitLen(), kernel.DeviceName)
 		b.add = append(b.add, vipElement(a))
 	}
 	out.WriteString("\n# ipvsadm --restore\n")
-	text := opsText(b.grow)
+	text := kernel.OpsText(b.grow)
 	if opts.Family == plan.IPv6 {
 		text = strings.ReplaceAll(text, " -s ", " -6 -s ")
 		text = strings.ReplaceAll(text, " -r ", " -6 -r ")

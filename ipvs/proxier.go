@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"signalbox/nft"
 	"signalbox/nft/access"
 	"signalbox/node"
@@ -32,12 +34,12 @@ type Proxier struct {
 	// mu guards what follows against the goroutine that ends what has drained.
 	mu     sync.Mutex
 	table  *nft.Table
-	kernel kernel
-	device *device
+	ipvs   ipvsClient
+	device *kernel.Device
 	// state is nil until the first Sync, after one that failed half-way, and
 	// after Pause.
 	state      *state
-	schedulers *schedulers
+	schedulers schedulerChoice
 	// last are the records of the last Sync that is known to have succeeded.
 	last map[plan.ServicePortName]*record
 	// deadlines are those of state, and of the next.
@@ -61,28 +63,28 @@ func New(opts proxier.Options) (*Proxier, error) {
 	if err != nil {
 		return fail(err)
 	}
-	dev, err := openDevice(opts.Family)
+	dev, err := kernel.OpenDevice(opts.Family)
 	if err != nil {
 		table.Close()
 		return fail(err)
 	}
-	kernel, err := openKernel(opts.Family)
+	ipvs, err := kernel.OpenIPVS(opts.Family)
 	if err != nil {
 		table.Close()
-		dev.close()
+		dev.Close()
 		return fail(err)
 	}
 	p := &Proxier{
-		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, table: table, kernel: kernel, device: dev,
+		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, table: table, ipvs: ipvs, device: dev,
 		deadlines: newDeadlines(), now: time.Now,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 	}
-	p.schedulers = newSchedulers(opts.IPVS.Scheduler, kernel.hasScheduler)
+	p.schedulers = newSchedulerChoice(opts.IPVS.Scheduler, ipvs.HasScheduler)
 	if !p.schedulers.has(p.schedulers.own) {
 		table.Close()
-		dev.close()
-		kernel.close()
-		return fail(fmt.Errorf("--ipvs-scheduler=%s: %w", p.schedulers.own, errNoScheduler(p.schedulers.own)))
+		dev.Close()
+		ipvs.Close()
+		return fail(fmt.Errorf("--ipvs-scheduler=%s: %w", p.schedulers.own, kernel.ErrNoScheduler(p.schedulers.own)))
 	}
 	go p.drainLoop()
 	return p, nil
@@ -93,8 +95,8 @@ func New(opts proxier.Options) (*Proxier, error) {
 func (p *Proxier) Close() error {
 	close(p.stop)
 	<-p.done
-	p.kernel.close()
-	p.device.close()
+	p.ipvs.Close()
+	p.device.Close()
 	return p.table.Close()
 }
 
@@ -137,7 +139,7 @@ func (p *Proxier) syncAll(desired *plan.Plan) error {
 	if err := p.prepare(); err != nil {
 		return err
 	}
-	p.schedulers.forgetMissing()
+	p.schedulers.kernel.ForgetMissing()
 	st, err := p.read(rules)
 	if err != nil {
 		return err
@@ -200,19 +202,19 @@ func (p *Proxier) syncChange(desired *plan.Plan, change plan.Change) error {
 // write puts a batch into the kernel and the state.
 func (p *Proxier) write(st *state, b *batch) error {
 	unknown := func(err error) error { return fmt.Errorf("%w: %w", proxier.ErrUnknownState, err) }
-	if err := p.kernel.send(b.grow, st.note); err != nil {
+	if err := p.ipvs.Send(b.grow, st.note); err != nil {
 		return unknown(err)
 	}
 	if err := p.writeTable(st, b); err != nil {
 		return unknown(fmt.Errorf("write table %s: %w", tableName, err))
 	}
-	if err := p.device.add(b.newVIPs, func(a netip.Addr) { st.held[a] = true }); err != nil {
+	if err := p.device.Add(b.newVIPs, func(a netip.Addr) { st.held[a] = true }); err != nil {
 		return unknown(err)
 	}
-	if err := p.device.settle(b.newVIPs); err != nil {
+	if err := p.device.AwaitLocal(b.newVIPs); err != nil {
 		return unknown(err)
 	}
-	if err := p.kernel.send(b.shrink, st.note); err != nil {
+	if err := p.ipvs.Send(b.shrink, st.note); err != nil {
 		return unknown(err)
 	}
 	st.commit(b, p.now())
@@ -291,7 +293,7 @@ func (p *Proxier) compilerBy(st *state, before func(plan.ServicePortName) func(m
 				case st.others != nil:
 					return st.others[a]
 				}
-				return p.device.isLocal(a)
+				return p.device.IsLocal(a)
 			},
 		}
 	}

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"time"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"signalbox/nft"
 	"signalbox/nft/access"
 	"signalbox/proxier/plan"
@@ -38,7 +40,7 @@ type markKey struct {
 // compiler turns Service ports into records.
 type compiler struct {
 	*nft.IPFamily
-	schedulers *schedulers
+	schedulers schedulerChoice
 	pool       *markPool
 	// before finds the mark that a frontend has had so far, 0 for none.
 	before func(markKey) uint32
@@ -155,7 +157,7 @@ func (c *compiler) lead(fe *plan.Frontend, key string, foreign bool) error {
 			c.note(fe.External)
 			c.emit(plainServers, key, "")
 			c.out.servers = append(c.out.servers, wanted{
-				key:       serverKey{addr: fe.Addr, port: fe.Port, protocol: c.port.Name.Protocol},
+				key:       kernel.ServerKey{Addr: fe.Addr, Port: fe.Port, Protocol: c.port.Name.Protocol},
 				scheduler: c.scheduler, dests: destsOf(fe.External), serving: c.port.Usable,
 			})
 		}
@@ -205,7 +207,7 @@ func (c *compiler) markOf(set *plan.EndpointSet, k markKey) (uint32, error) {
 		}
 		c.ids[i] = mark
 		c.out.servers = append(c.out.servers, wanted{
-			key:       serverKey{mark: mark, protocol: c.port.Name.Protocol},
+			key:       kernel.ServerKey{Mark: mark, Protocol: c.port.Name.Protocol},
 			scheduler: c.scheduler, dests: destsOf(set), serving: c.port.Usable,
 		})
 	}
@@ -294,7 +296,7 @@ func (c *compiler) compileEndpoints() {
 				c.out.endpoints[e.AddrPort] = mark
 				c.emit(affinityMarks, nft.MarkKey(block)+addrPortBytes(e.AddrPort), nft.MarkData(mark))
 				c.out.servers = append(c.out.servers, wanted{
-					key:       serverKey{mark: mark, protocol: c.port.Name.Protocol},
+					key:       kernel.ServerKey{Mark: mark, Protocol: c.port.Name.Protocol},
 					scheduler: defaultScheduler, dests: []weighted{{e.AddrPort, 1}}, serving: c.port.Usable,
 				})
 			}

@@ -49,7 +49,7 @@ func TestSchedulerOf(t *testing.T) {
 		{"sh", "", 2, "sh"},
 		{"", "mute", 0, "mute"},
 	} {
-		got, missing := newSchedulers(test.own, ask).of(port(test.asks, test.weight))
+		got, missing := newSchedulerChoice(test.own, ask).of(port(test.asks, test.weight))
 		wantMissing := ""
 		if test.asks == "mh" {
 			wantMissing = "mh"
@@ -58,7 +58,7 @@ func TestSchedulerOf(t *testing.T) {
 			t.Errorf("flag %q, annotation %q, weight %d: %s without %q, not %s without %q", test.own, test.asks, test.weight, got, missing, test.want, wantMissing)
 		}
 	}
-	s := newSchedulers("", ask)
+	s := newSchedulerChoice("", ask)
 	asked = nil
 	for range 3 {
 		s.of(port("mh", 2))
@@ -67,7 +67,7 @@ func TestSchedulerOf(t *testing.T) {
 		t.Errorf("asked for %v, not %v", asked, want)
 	}
 	kernel = append(kernel, "mh")
-	s.forgetMissing()
+	s.kernel.ForgetMissing()
 	if got, missing := s.of(port("mh", 2)); got != "mh" || missing != "" {
 		t.Errorf("after its module was loaded: %s without %q", got, missing)
 	}
@@ -82,7 +82,7 @@ func TestMissingSchedulerIsAProblem(t *testing.T) {
 	k := play(t)
 	p := k.proxier(t, time.Now)
 	has := map[string]bool{}
-	p.schedulers = newSchedulers("lc", func(name string) (bool, error) { return has[name], nil })
+	p.schedulers = newSchedulerChoice("lc", func(name string) (bool, error) { return has[name], nil })
 	desired := conformance.Fleet(plan.IPv4, 3, 2)
 	web := *slices.MinFunc(slices.Collect(maps.Values(desired.Services)), func(a, b *plan.ServicePort) int { return a.Name.Compare(b.Name) })
 	problem := func(step, want string) {

@@ -5,44 +5,34 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
+	"time"
+
+	"signalbox/ipvs/internal/kernel"
 
 	"signalbox/proxier/plan"
 )
 
-// serverKey is what IPVS tells a virtual server by: a mark, or an address, port
-// and protocol.
-type serverKey struct {
-	mark     uint32
-	addr     netip.Addr
-	port     uint16
-	protocol plan.Protocol // of a marked server too, where IPVS has none
-}
-
-// String is the server as ipvsadm names it.
-func (k serverKey) String() string {
-	if k.mark != 0 {
-		return fmt.Sprintf("-f %d", k.mark)
-	}
-	option := map[plan.Protocol]string{plan.TCP: "-t", plan.UDP: "-u", plan.SCTP: "--sctp-service"}[k.protocol]
-	return option + " " + netip.AddrPortFrom(k.addr, k.port).String()
-}
-
-func (k serverKey) compare(o serverKey) int {
-	return cmp.Or(cmp.Compare(k.mark, o.mark), k.addr.Compare(o.addr), cmp.Compare(k.protocol, o.protocol), cmp.Compare(k.port, o.port))
-}
-
-// id is the key as the kernel has it.
-func (k serverKey) id() serverKey {
-	if k.mark != 0 {
-		return serverKey{mark: k.mark}
-	}
-	return k
+// kernel is what the mode needs of IPVS, for one IP family.
+type ipvsClient interface {
+	// servers lists all virtual servers of the family, others' too.
+	Servers() (map[kernel.ServerKey]string, error)
+	Destinations(kernel.ServerKey) ([]kernel.Destination, error)
+	// allDests returns those of all virtual servers at once, as far as that can
+	// be had.
+	AllDestinations() (map[kernel.ServerKey][]kernel.Destination, error)
+	// send sends messages in order and tells done of each that the kernel has
+	// followed. After one that it refuses only those go on that are on their
+	// way. That there is nothing to remove is no refusal.
+	Send(ops []kernel.Op, done func(kernel.Op)) error
+	// hasScheduler says whether the kernel has, or can load, a scheduler.
+	HasScheduler(name string) (bool, error)
+	SetTimeouts(tcp, tcpFin, udp time.Duration) error
+	Close()
 }
 
 // wanted is a virtual server as it is to be.
 type wanted struct {
-	key       serverKey
+	key       kernel.ServerKey
 	scheduler string
 	// dests are sorted and unique; each has a weight of at least 1.
 	dests []weighted
@@ -66,44 +56,6 @@ type server struct {
 	dests     map[netip.AddrPort]int // destination -> weight
 }
 
-// verb is what one message to IPVS asks for.
-type verb uint8
-
-const (
-	addServer verb = iota
-	setServer
-	addDest
-	setDest
-	removeDest
-	removeServer
-)
-
-// op is one message to IPVS.
-type op struct {
-	verb      verb
-	key       serverKey
-	scheduler string
-	dest      netip.AddrPort
-	weight    int
-}
-
-// String is the op as the arguments of ipvsadm.
-func (o op) String() string {
-	switch o.verb {
-	case addServer:
-		return fmt.Sprintf("-A %s -s %s", o.key, o.scheduler)
-	case setServer:
-		return fmt.Sprintf("-E %s -s %s", o.key, o.scheduler)
-	case addDest:
-		return fmt.Sprintf("-a %s -r %s -m -w %d", o.key, o.dest, o.weight)
-	case setDest:
-		return fmt.Sprintf("-e %s -r %s -m -w %d", o.key, o.dest, o.weight)
-	case removeDest:
-		return fmt.Sprintf("-d %s -r %s", o.key, o.dest)
-	}
-	return fmt.Sprintf("-D %s", o.key)
-}
-
 // diff is what makes of a virtual server in the kernel the one that is wanted;
 // have is nil for one that does not exist, and want is nil for one that is to
 // go. What brings new connections comes in grow, which is to be written before
@@ -111,16 +63,16 @@ func (o op) String() string {
 //
 // A destination that is to go gets the weight 0, with which it keeps its open
 // connections; see drain. Where nothing holds it, it goes at once.
-func diff(have *server, want *wanted, key serverKey) (grow, shrink []op) {
+func diff(have *server, want *wanted, key kernel.ServerKey) (grow, shrink []kernel.Op) {
 	if have == nil {
 		if want == nil {
 			return nil, nil
 		}
 		have = &server{scheduler: want.scheduler}
-		grow = append(grow, op{verb: addServer, key: key, scheduler: want.scheduler})
+		grow = append(grow, kernel.Op{Verb: kernel.AddServer, Key: key, Scheduler: want.scheduler})
 	}
 	if want != nil && want.scheduler != have.scheduler {
-		grow = append(grow, op{verb: setServer, key: key, scheduler: want.scheduler})
+		grow = append(grow, kernel.Op{Verb: kernel.SetServer, Key: key, Scheduler: want.scheduler})
 	}
 	var dests []weighted
 	var serving *plan.EndpointSet
@@ -130,9 +82,9 @@ func diff(have *server, want *wanted, key serverKey) (grow, shrink []op) {
 	for _, d := range dests {
 		switch now, exists := have.dests[d.addr]; {
 		case !exists:
-			grow = append(grow, op{verb: addDest, key: key, dest: d.addr, weight: d.weight})
+			grow = append(grow, kernel.Op{Verb: kernel.AddDestination, Key: key, Destination: d.addr, Weight: d.weight})
 		case now != d.weight:
-			grow = append(grow, op{verb: setDest, key: key, dest: d.addr, weight: d.weight})
+			grow = append(grow, kernel.Op{Verb: kernel.SetDestination, Key: key, Destination: d.addr, Weight: d.weight})
 		}
 	}
 	left := 0
@@ -141,17 +93,17 @@ func diff(have *server, want *wanted, key serverKey) (grow, shrink []op) {
 			continue
 		}
 		switch {
-		case key.protocol == plan.UDP && !contains(serving, d):
-			shrink = append(shrink, op{verb: removeDest, key: key, dest: d})
+		case key.Protocol == plan.UDP && !contains(serving, d):
+			shrink = append(shrink, kernel.Op{Verb: kernel.RemoveDestination, Key: key, Destination: d})
 		case have.dests[d] != 0:
-			shrink = append(shrink, op{verb: setDest, key: key, dest: d})
+			shrink = append(shrink, kernel.Op{Verb: kernel.SetDestination, Key: key, Destination: d})
 			left++
 		default:
 			left++
 		}
 	}
 	if (want == nil || want.replaced) && left == 0 {
-		shrink = append(shrink, op{verb: removeServer, key: key})
+		shrink = append(shrink, kernel.Op{Verb: kernel.RemoveServer, Key: key})
 	}
 	return grow, shrink
 }
@@ -186,15 +138,6 @@ func destsOf(set *plan.EndpointSet) []weighted {
 	return dests
 }
 
-// opsText prints messages, one a line, as `ipvsadm --restore` reads them.
-func opsText(ops []op) string {
-	var b strings.Builder
-	for _, o := range ops {
-		b.WriteString(o.String() + "\n")
-	}
-	return b.String()
-}
-
 // defaultScheduler chooses in turn. Virtual servers with one destination, where
 // there is nothing to choose, always have it.
 const defaultScheduler = "rr"
@@ -203,55 +146,28 @@ const defaultScheduler = "rr"
 // endpoints have weights and that one would not look at them.
 var weightedKin = map[string]string{"rr": "wrr", "lc": "wlc"}
 
-// schedulers chooses the scheduler of each Service port.
-type schedulers struct {
-	own string // for Services that name none
-	// ask asks the kernel; nil where there is none to ask.
-	ask   func(name string) (bool, error)
-	known map[string]bool // what it answered
+// schedulerChoice chooses the scheduler of each Service port.
+type schedulerChoice struct {
+	own    string // for Service ports without the annotation
+	kernel *kernel.Schedulers
 }
 
-func newSchedulers(own string, ask func(string) (bool, error)) *schedulers {
-	return &schedulers{own: cmp.Or(own, defaultScheduler), ask: ask, known: make(map[string]bool)}
+// anyScheduler is the answer where there is no kernel to ask.
+func anyScheduler(string) (bool, error) { return true, nil }
+
+func newSchedulerChoice(own string, ask func(string) (bool, error)) schedulerChoice {
+	return schedulerChoice{own: cmp.Or(own, defaultScheduler), kernel: kernel.NewSchedulers(ask)}
 }
 
-func errNoScheduler(name string) error {
-	return fmt.Errorf("the kernel has no scheduler %s: load the module ip_vs_%s (modprobe ip_vs_%s)", name, name, name)
-}
-
-// has says whether the kernel has a scheduler. One that cannot be asked for is
-// taken to be there: what then uses it fails with the kernel's own words.
-func (s *schedulers) has(name string) bool {
-	if s.ask == nil || name == defaultScheduler { // which Supported has tried
-		return true
-	}
-	has, asked := s.known[name]
-	if asked {
-		return has
-	}
-	has, err := s.ask(name)
-	if err != nil {
-		return true
-	}
-	s.known[name] = has
-	return has
-}
-
-// forgetMissing makes schedulers be asked for again that were not there: a
-// module can be loaded later.
-func (s *schedulers) forgetMissing() {
-	for name, has := range s.known {
-		if !has {
-			delete(s.known, name)
-		}
-	}
-}
+// has says whether the kernel has a scheduler. It is not asked for the default one, which
+// Supported has tried.
+func (s schedulerChoice) has(name string) bool { return name == defaultScheduler || s.kernel.Has(name) }
 
 // of returns the scheduler of a Service port: the one that it asks for, or else
 // the mode's own, or where endpoints have weights its kin that knows these. The
 // kernel may lack what a Service asks for; then missing is that, and the Service
 // is served like those that ask for nothing.
-func (s *schedulers) of(port *plan.ServicePort) (name, missing string) {
+func (s schedulerChoice) of(port *plan.ServicePort) (name, missing string) {
 	switch {
 	case port.Scheduler == "":
 		return s.unasked(port), ""
@@ -261,7 +177,7 @@ func (s *schedulers) of(port *plan.ServicePort) (name, missing string) {
 	return s.unasked(port), port.Scheduler
 }
 
-func (s *schedulers) unasked(port *plan.ServicePort) string {
+func (s schedulerChoice) unasked(port *plan.ServicePort) string {
 	if kin := weightedKin[s.own]; kin != "" && hasWeights(port) && s.has(kin) {
 		return kin
 	}
@@ -286,7 +202,7 @@ func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 		return plan.Problem{}, false
 	}
 	reason := fmt.Sprintf("%v, or name another; the Service has the mode's own, %s, and the kernel is asked again when everything is written anew",
-		errNoScheduler(p.state.records[name].noScheduler), p.schedulers.own)
+		kernel.ErrNoScheduler(p.state.records[name].noScheduler), p.schedulers.own)
 	return plan.Problem{
 		Kind: "Service", Object: name.ServiceName.String(), Field: plan.AnnotationField(plan.AnnotationScheduler), Reason: reason,
 	}, true

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net/netip"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"signalbox/nft"
 	"signalbox/nft/access"
 	"signalbox/proxier/plan"
@@ -66,7 +68,7 @@ func newSets() []*nft.Set {
 		return nft.NewSet(name, key, datum, comment)
 	}
 	list := append(access.Sets(), []*nft.Set{
-		set("vips", fields{addr}, "the addresses on "+deviceName),
+		set("vips", fields{addr}, "the addresses on "+kernel.DeviceName),
 		set("virtual-servers", frontend, "IPVS knows these by their address"),
 		toMark("marks", frontend, "IPVS knows these by a mark"),
 		toMark("internal-marks", frontend, "the same, where traffic of this node and its Pods goes elsewhere"),

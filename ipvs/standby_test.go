@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"signalbox/proxier/plan"
 )
 
@@ -14,7 +16,7 @@ import (
 func TestPauseEndsNothing(t *testing.T) {
 	k, w := play(t), world{plan.IPv4}
 	old, next := k.proxier(t, time.Now), k.proxier(t, time.Now)
-	key := serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP}
+	key := kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.TCP}
 	dest := w.pods(1).Endpoints[0].AddrPort
 	set := w.pods(2)
 	web := func(pods ...int) *plan.ServicePort {
@@ -37,7 +39,7 @@ func TestPauseEndsNothing(t *testing.T) {
 	if old.drainOnce(time.Now().Add(2 * drainBound)) {
 		t.Error("the paused process waits for something to drain")
 	}
-	held, _, err := old.device.held()
+	held, _, err := old.device.Addresses()
 	if err != nil || !held[w.vip(2)] || !k.has(key, dest) || len(k.ops) != sent {
 		t.Errorf("it has sent %v; the addresses are %v (%v)", k.ops[sent:], held, err)
 	}

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
@@ -19,12 +21,12 @@ type state struct {
 	// uses counts how many records want each element of the table.
 	uses map[nft.ElementID]use
 	// servers are the virtual servers in the kernel that are this mode's.
-	servers map[serverKey]*server
+	servers map[kernel.ServerKey]*server
 	// live says which of them a record wants.
-	live map[serverKey]bool
+	live map[kernel.ServerKey]bool
 	// replaced are virtual servers by address whose Service port has others by
 	// mark now: a kube-proxy's.
-	replaced map[serverKey]plan.ServicePortName
+	replaced map[kernel.ServerKey]plan.ServicePortName
 	// endpoints are, by block, the marks that endpoints have.
 	endpoints map[uint32]map[netip.AddrPort]uint32
 	// held are the addresses on the device, wanted how often each is.
@@ -49,7 +51,7 @@ type batch struct {
 	knownTimeouts int
 	names         []plan.ServicePortName
 	old, new      []*record // by names; nil for none
-	grow, shrink  []op
+	grow, shrink  []kernel.Op
 	add, remove   []nft.Element
 	newVIPs       []netip.Addr
 	uses          map[nft.ElementID]use // as they will be
@@ -59,8 +61,8 @@ func newState(rules *ruleset) *state {
 	return &state{
 		rules: rules, pool: newMarkPool(),
 		records: make(map[plan.ServicePortName]*record), uses: make(map[nft.ElementID]use),
-		servers: make(map[serverKey]*server), live: make(map[serverKey]bool),
-		replaced:  make(map[serverKey]plan.ServicePortName),
+		servers: make(map[kernel.ServerKey]*server), live: make(map[kernel.ServerKey]bool),
+		replaced:  make(map[kernel.ServerKey]plan.ServicePortName),
 		endpoints: make(map[uint32]map[netip.AddrPort]uint32),
 		held:      make(map[netip.Addr]bool), wanted: make(map[netip.Addr]int),
 		deadlines: newDeadlines(),
@@ -91,10 +93,10 @@ func (st *state) stage(desired *plan.Plan, names []plan.ServicePortName, compile
 		}
 		return nil, err
 	}
-	want := make(map[serverKey]*wanted, len(names))
-	owner := make(map[serverKey]plan.ServicePortName, len(names))
+	want := make(map[kernel.ServerKey]*wanted, len(names))
+	owner := make(map[kernel.ServerKey]plan.ServicePortName, len(names))
 	claimed := make(map[uint32]bool)
-	var keys []serverKey
+	var keys []kernel.ServerKey
 	for _, name := range names {
 		old := st.records[name]
 		var r *record
@@ -127,7 +129,7 @@ func (st *state) stage(desired *plan.Plan, names []plan.ServicePortName, compile
 		}
 	}
 	for _, key := range keys {
-		b.diff(st.servers[key.id()], want[key], key)
+		b.diff(st.servers[key.ID()], want[key], key)
 	}
 	st.diffElements(b)
 	st.diffVIPs(b)
@@ -149,27 +151,27 @@ func (st *state) giveBack(r *record) {
 	}
 }
 
-func (b *batch) diff(have *server, want *wanted, key serverKey) {
+func (b *batch) diff(have *server, want *wanted, key kernel.ServerKey) {
 	grow, shrink := diff(have, want, key)
 	b.grow, b.shrink = append(b.grow, grow...), append(b.shrink, shrink...)
 }
 
 // unwanted lists the virtual servers of ours that the batch, which is about
 // everything, does not want.
-func (st *state) unwanted(b *batch) []serverKey {
-	want := make(map[serverKey]bool)
+func (st *state) unwanted(b *batch) []kernel.ServerKey {
+	want := make(map[kernel.ServerKey]bool)
 	for _, r := range b.new {
 		for i := range serversOf(r) {
-			want[r.servers[i].key.id()] = true
+			want[r.servers[i].key.ID()] = true
 		}
 	}
-	var keys []serverKey
+	var keys []kernel.ServerKey
 	for key := range st.servers {
 		if !want[key] {
 			keys = append(keys, key)
 		}
 	}
-	slices.SortFunc(keys, serverKey.compare)
+	slices.SortFunc(keys, kernel.ServerKey.Compare)
 	return keys
 }
 
@@ -189,10 +191,10 @@ func (st *state) diffUnwanted(b *batch) {
 	}
 }
 
-func (st *state) findReplaced(b *batch, unwanted []serverKey) map[serverKey]*plan.ServicePort {
-	found := make(map[serverKey]*plan.ServicePort)
+func (st *state) findReplaced(b *batch, unwanted []kernel.ServerKey) map[kernel.ServerKey]*plan.ServicePort {
+	found := make(map[kernel.ServerKey]*plan.ServicePort)
 	for _, key := range unwanted {
-		if key.mark == 0 {
+		if key.Mark == 0 {
 			found[key] = nil
 		}
 	}
@@ -202,7 +204,7 @@ func (st *state) findReplaced(b *batch, unwanted []serverKey) map[serverKey]*pla
 		}
 		for i := range r.port.Frontends {
 			fe := r.port.Frontends[i].Key(r.port.Name.Protocol)
-			key := serverKey{addr: fe.Addr, port: fe.Port, protocol: fe.Protocol}
+			key := kernel.ServerKey{Addr: fe.Addr, Port: fe.Port, Protocol: fe.Protocol}
 			if _, is := found[key]; is {
 				found[key] = r.port
 			}
@@ -213,9 +215,9 @@ func (st *state) findReplaced(b *batch, unwanted []serverKey) map[serverKey]*pla
 
 // drains says whether a destination that gets no new connections may wait for
 // the end of those it has.
-func (st *state) drains(key serverKey, dest netip.AddrPort) bool {
+func (st *state) drains(key kernel.ServerKey, dest netip.AddrPort) bool {
 	name, is := st.replaced[key]
-	if !is || key.protocol != plan.UDP {
+	if !is || key.Protocol != plan.UDP {
 		return true
 	}
 	r := st.records[name]
@@ -278,51 +280,51 @@ func (st *state) diffVIPs(b *batch) {
 }
 
 // note keeps up with one message that the kernel has followed.
-func (st *state) note(o op) {
-	id := o.key.id()
+func (st *state) note(o kernel.Op) {
+	id := o.Key.ID()
 	s := st.servers[id]
-	switch o.verb {
-	case addServer:
-		st.addServer(id, &server{scheduler: o.scheduler, dests: make(map[netip.AddrPort]int)})
-	case setServer:
-		s.scheduler = o.scheduler
-	case addDest, setDest:
-		s.dests[o.dest] = o.weight
-		st.noteEndpoint(id, o.dest)
-	case removeDest:
-		delete(s.dests, o.dest)
-	case removeServer:
+	switch o.Verb {
+	case kernel.AddServer:
+		st.addServer(id, &server{scheduler: o.Scheduler, dests: make(map[netip.AddrPort]int)})
+	case kernel.SetServer:
+		s.scheduler = o.Scheduler
+	case kernel.AddDestination, kernel.SetDestination:
+		s.dests[o.Destination] = o.Weight
+		st.noteEndpoint(id, o.Destination)
+	case kernel.RemoveDestination:
+		delete(s.dests, o.Destination)
+	case kernel.RemoveServer:
 		delete(st.servers, id)
 		delete(st.replaced, id)
 		st.forgetServer(id)
 	}
 }
 
-func (st *state) addServer(key serverKey, s *server) {
+func (st *state) addServer(key kernel.ServerKey, s *server) {
 	st.servers[key] = s
-	if key.mark != 0 {
-		st.pool.hold(key.mark)
+	if key.Mark != 0 {
+		st.pool.hold(key.Mark)
 	}
 }
 
-func (st *state) noteEndpoint(key serverKey, dest netip.AddrPort) {
-	if !isSticky(key.mark) || key.mark&endpointFlag == 0 {
+func (st *state) noteEndpoint(key kernel.ServerKey, dest netip.AddrPort) {
+	if !isSticky(key.Mark) || key.Mark&endpointFlag == 0 {
 		return
 	}
-	block := baseOf(key.mark)
+	block := baseOf(key.Mark)
 	if st.endpoints[block] == nil {
 		st.endpoints[block] = make(map[netip.AddrPort]uint32)
 	}
-	st.endpoints[block][dest] = key.mark
+	st.endpoints[block][dest] = key.Mark
 }
 
-func (st *state) forgetServer(key serverKey) {
-	if key.mark == 0 {
+func (st *state) forgetServer(key kernel.ServerKey) {
+	if key.Mark == 0 {
 		return
 	}
-	st.pool.release(key.mark)
-	block := baseOf(key.mark)
-	maps.DeleteFunc(st.endpoints[block], func(_ netip.AddrPort, mark uint32) bool { return mark == key.mark })
+	st.pool.release(key.Mark)
+	block := baseOf(key.Mark)
+	maps.DeleteFunc(st.endpoints[block], func(_ netip.AddrPort, mark uint32) bool { return mark == key.Mark })
 	if len(st.endpoints[block]) == 0 {
 		delete(st.endpoints, block)
 	}
@@ -345,8 +347,8 @@ func (st *state) commit(b *batch, now time.Time) {
 		st.undrain(o)
 	}
 	for _, o := range b.shrink {
-		if o.verb == setDest {
-			st.drain(o.key.id(), o.dest, now)
+		if o.Verb == kernel.SetDestination {
+			st.drain(o.Key.ID(), o.Destination, now)
 		} else {
 			st.undrain(o)
 		}
@@ -374,7 +376,7 @@ func (st *state) replace(name plan.ServicePortName, old, r *record) {
 		}
 		for i := range old.servers {
 			// Another Service port of the batch may have it by now.
-			delete(st.live, old.servers[i].key.id())
+			delete(st.live, old.servers[i].key.ID())
 		}
 	}
 	if r != nil {
@@ -389,7 +391,7 @@ func (st *state) replace(name plan.ServicePortName, old, r *record) {
 func (st *state) leave(b *batch, now time.Time) {
 	for _, r := range b.new {
 		for i := range serversOf(r) {
-			st.live[r.servers[i].key.id()] = true
+			st.live[r.servers[i].key.ID()] = true
 		}
 		if r != nil {
 			for _, a := range r.vips {
@@ -401,9 +403,9 @@ func (st *state) leave(b *batch, now time.Time) {
 		if r == nil {
 			continue
 		}
-		var keys []serverKey
+		var keys []kernel.ServerKey
 		for i := range r.servers {
-			keys = append(keys, r.servers[i].key.id())
+			keys = append(keys, r.servers[i].key.ID())
 		}
 		for _, a := range r.vips {
 			if st.wanted[a] == 0 && st.held[a] {
@@ -423,17 +425,17 @@ func (st *state) leave(b *batch, now time.Time) {
 
 // leaveAddress holds an address for connections through the given servers, and through
 // servers that its Service had earlier: a Service can lose its endpoints before it goes.
-func (st *state) leaveAddress(a netip.Addr, servers []serverKey, now time.Time) {
+func (st *state) leaveAddress(a netip.Addr, servers []kernel.ServerKey, now time.Time) {
 	servers = slices.Concat(st.leaving[a].servers, servers, st.serversAt(a))
 	st.leaving[a] = leaving{servers: servers, until: now.Add(addressBound)}
 }
 
 // serversAt lists the draining servers that may hold connections to an address. A mark
 // does not tell for which addresses its server is.
-func (st *state) serversAt(a netip.Addr) []serverKey {
-	var keys []serverKey
+func (st *state) serversAt(a netip.Addr) []kernel.ServerKey {
+	var keys []kernel.ServerKey
 	for key := range st.draining {
-		if key.mark != 0 || key.addr == a {
+		if key.Mark != 0 || key.Addr == a {
 			keys = append(keys, key)
 		}
 	}

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/ipvs/internal/kernel"
+
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/nft"
@@ -18,7 +20,7 @@ import (
 
 func TestDiff(t *testing.T) {
 	w := world{plan.IPv4}
-	key := func(p plan.Protocol) serverKey { return serverKey{addr: w.vip(1), port: 80, protocol: p} }
+	key := func(p plan.Protocol) kernel.ServerKey { return kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: p} }
 	at := func(weights map[int]int) map[netip.AddrPort]int {
 		dests := make(map[netip.AddrPort]int)
 		for n, weight := range weights {
@@ -69,10 +71,10 @@ func TestDiff(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			grow, shrink := diff(test.have, test.want, key(test.protocol))
 			short := strings.NewReplacer("10.96.0.1:80", "V", "10.244.1.", "", ":8080", "")
-			if got := short.Replace(opsText(grow)); got != test.grow {
+			if got := short.Replace(kernel.OpsText(grow)); got != test.grow {
 				t.Errorf("before the rules: got\n%s\nwant\n%s", got, test.grow)
 			}
-			if got := short.Replace(opsText(shrink)); got != test.shrink {
+			if got := short.Replace(kernel.OpsText(shrink)); got != test.shrink {
 				t.Errorf("after the rules: got\n%s\nwant\n%s", got, test.shrink)
 			}
 		})
@@ -83,31 +85,31 @@ func TestDiff(t *testing.T) {
 // would.
 type model struct {
 	t        *testing.T
-	servers  map[serverKey]*server
+	servers  map[kernel.ServerKey]*server
 	elements map[nft.ElementID]nft.Element
 }
 
-func (m *model) do(o op) {
+func (m *model) do(o kernel.Op) {
 	m.t.Helper()
-	id := o.key.id()
+	id := o.Key.ID()
 	s := m.servers[id]
-	if (s == nil) != (o.verb == addServer) {
+	if (s == nil) != (o.Verb == kernel.AddServer) {
 		m.t.Fatalf("%s: the server's existence is the other way round", o)
 	}
-	switch o.verb {
-	case addServer:
-		m.servers[id] = &server{scheduler: o.scheduler, dests: map[netip.AddrPort]int{}}
-	case setServer:
-		s.scheduler = o.scheduler
-	case addDest, setDest, removeDest:
-		if _, exists := s.dests[o.dest]; exists == (o.verb == addDest) {
+	switch o.Verb {
+	case kernel.AddServer:
+		m.servers[id] = &server{scheduler: o.Scheduler, dests: map[netip.AddrPort]int{}}
+	case kernel.SetServer:
+		s.scheduler = o.Scheduler
+	case kernel.AddDestination, kernel.SetDestination, kernel.RemoveDestination:
+		if _, exists := s.dests[o.Destination]; exists == (o.Verb == kernel.AddDestination) {
 			m.t.Fatalf("%s: the destination's existence is the other way round", o)
 		}
-		s.dests[o.dest] = o.weight
-		if o.verb == removeDest {
-			delete(s.dests, o.dest)
+		s.dests[o.Destination] = o.Weight
+		if o.Verb == kernel.RemoveDestination {
+			delete(s.dests, o.Destination)
 		}
-	case removeServer:
+	case kernel.RemoveServer:
 		delete(m.servers, id)
 	}
 }
@@ -146,8 +148,8 @@ func (m *model) apply(st *state, b *batch) {
 func (m *model) inUse() string {
 	var lines []string
 	for key, s := range m.servers {
-		if key.mark != 0 {
-			key = serverKey{}
+		if key.Mark != 0 {
+			key = kernel.ServerKey{}
 		}
 		var dests []string
 		for _, d := range sortedDests(s.dests) {
@@ -207,8 +209,8 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 			t.Run(fmt.Sprint(family, "/", seed), func(t *testing.T) {
 				w, r := world{family}, rand.New(rand.NewPCG(seed, 1))
 				desired := w.plan()
-				p := &Proxier{IPFamily: nft.FamilyOf(family), schedulers: newSchedulers("", nil)}
-				grown := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
+				p := &Proxier{IPFamily: nft.FamilyOf(family), schedulers: newSchedulerChoice("", anyScheduler)}
+				grown := &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}}
 				st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
 				st.others = map[netip.Addr]bool{}
 				for range 60 {
@@ -223,7 +225,7 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 					}
 					step(t, p, st, desired, slices.Collect(maps.Keys(names)), grown)
 				}
-				fresh := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
+				fresh := &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}}
 				anew := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
 				step(t, p, anew, desired, slices.Collect(maps.Keys(desired.Services)), fresh)
 				if diff := cmp.Diff(fresh.inUse(), grown.inUse()); diff != "" {
@@ -288,8 +290,8 @@ func compareStates(t *testing.T, want, got *state) {
 		}
 	}
 	for key := range got.servers {
-		if key.mark != 0 {
-			bases[baseOf(key.mark)]++
+		if key.Mark != 0 {
+			bases[baseOf(key.Mark)]++
 		}
 	}
 	if in := got.pool.sets.InUse() + got.pool.blocks.InUse(); in != len(bases) {
@@ -306,9 +308,9 @@ func compareStates(t *testing.T, want, got *state) {
 // connections are under them.
 func TestMarksStay(t *testing.T) {
 	w := world{plan.IPv4}
-	p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
+	p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulerChoice("", anyScheduler)}
 	st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
-	m := &model{t, map[serverKey]*server{}, map[nft.ElementID]nft.Element{}}
+	m := &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}}
 	service := func(all, here *plan.EndpointSet) *plan.ServicePort {
 		sp := w.service("web", plan.TCP, all, clusterIP(w.vip(1), 80, all), local(plan.NodePort, netip.Addr{}, 30080, all, here))
 		return sp
@@ -369,7 +371,7 @@ func TestMarksPartWays(t *testing.T) {
 		if timeout > 0 {
 			mark = stickySpace + 5<<blockBits
 		}
-		p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulers("", nil)}
+		p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulerChoice("", anyScheduler)}
 		st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
 		b, err := st.stage(w.plan(one, other), []plan.ServicePortName{one.Name, other.Name}, p.compiler(st, func(markKey) uint32 { return mark }))
 		if err != nil {

@@ -82,7 +82,7 @@ func TestListing(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer table.Close()
-			p := &Proxier{IPFamily: f, mark: proxier.DefaultMasqueradeMark, schedulers: newSchedulers("", nil), table: table}
+			p := &Proxier{IPFamily: f, mark: proxier.DefaultMasqueradeMark, schedulers: newSchedulerChoice("", anyScheduler), table: table}
 			st := newState(rulesetOf(f, p.mark, desired.Node, timeoutsOf(desired)))
 			st.others = map[netip.Addr]bool{}
 			names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)

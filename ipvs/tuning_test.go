@@ -1,11 +1,15 @@
 package ipvs
 
 import (
+	lvs "github.com/moby/ipvs"
+
 	"maps"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
+
+	"signalbox/ipvs/internal/kernel"
 
 	"signalbox/node"
 	"signalbox/proxier"
@@ -21,26 +25,26 @@ func TestTuning(t *testing.T) {
 				o.IPVS = proxier.IPVSTuning{Scheduler: scheduler, StrictARP: true, TCPTimeout: 5 * time.Minute, UDPTimeout: time.Minute}
 			})
 			syncAll(t, p, desired)
-			all, err := p.kernel.servers()
+			all, err := p.ipvs.Servers()
 			if err != nil || len(all) == 0 {
 				t.Fatal(len(all), err)
 			}
-			for key, s := range all {
+			for key, got := range all {
 				want := scheduler
-				if isSticky(key.mark) && key.mark&endpointFlag != 0 {
+				if isSticky(key.Mark) && key.Mark&endpointFlag != 0 {
 					want = defaultScheduler // one destination
 				}
-				if s.scheduler != want {
-					t.Errorf("%s has the scheduler %s, not %s", key, s.scheduler, want)
+				if got != want {
+					t.Errorf("%s has the scheduler %s, not %s", key, got, want)
 				}
 			}
 		}
-		h, err := openKernel(w.family)
+		h, err := lvs.New("")
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer h.close()
-		config, err := h.lib.GetConfig()
+		defer h.Close()
+		config, err := h.GetConfig()
 		if err != nil || config.TimeoutTCP != 5*time.Minute || config.TimeoutTCPFin != 2*time.Minute || config.TimeoutUDP != time.Minute {
 			t.Errorf("the time-outs are %+v (%v); that of a half-closed connection should be the kernel's", config, err)
 		}
@@ -75,7 +79,7 @@ func TestSchedulersAndWeights(t *testing.T) {
 			sp.Scheduler = scheduler
 			return sp
 		}
-		key := serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP}
+		key := kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.TCP}
 		plan := w.example()
 		p, sent := start(t, w.family, nil)
 		syncAll(t, p, plan)
@@ -97,15 +101,15 @@ func TestSchedulersAndWeights(t *testing.T) {
 			if ops := sent.take(); len(ops) != test.messages {
 				t.Errorf("%q, %v: sent %v", test.scheduler, test.weights, ops)
 			}
-			all, err := p.kernel.servers()
-			if err != nil || all[key] == nil || all[key].scheduler != test.has {
-				t.Errorf("%q, %v: the kernel has %+v (%v)", test.scheduler, test.weights, all[key], err)
+			all, err := p.ipvs.Servers()
+			if err != nil || all[key] != test.has {
+				t.Errorf("%q, %v: the kernel has %s (%v)", test.scheduler, test.weights, all[key], err)
 			}
-			dests, err := p.kernel.dests(key)
+			dests, err := p.ipvs.Destinations(key)
 			got := make(map[netip.AddrPort]int)
 			for _, d := range dests {
-				if d.weight > 0 {
-					got[d.addr] = d.weight
+				if d.Weight > 0 {
+					got[d.Addr] = d.Weight
 				}
 			}
 			want := make(map[netip.AddrPort]int)
@@ -141,13 +145,13 @@ func TestShares(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		dests, err := p.kernel.dests(serverKey{addr: w.vip(1), port: 80, protocol: plan.TCP})
+		dests, err := p.ipvs.Destinations(kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.TCP})
 		if err != nil || len(dests) != 2 {
 			t.Fatal(dests, err)
 		}
 		for _, d := range dests {
-			if want := 2 * d.weight; d.connections != want {
-				t.Errorf("%s with the weight %d has %d of 8 connections, not %d", d.addr, d.weight, d.connections, want)
+			if want := 2 * d.Weight; d.Connections != want {
+				t.Errorf("%s with the weight %d has %d of 8 connections, not %d", d.Addr, d.Weight, d.Connections, want)
 			}
 		}
 	})

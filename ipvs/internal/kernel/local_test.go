@@ -1,4 +1,4 @@
-package ipvs
+package kernel
 
 import (
 	"errors"
@@ -22,16 +22,16 @@ func TestAddedAddressesAreLocal(t *testing.T) {
 		local := func(want bool) {
 			t.Helper()
 			for _, a := range addrs {
-				if d.isLocal(a) != want {
+				if d.IsLocal(a) != want {
 					t.Fatalf("whether %s is local: %v", a, !want)
 				}
 			}
 		}
 		local(false)
-		if err := d.add(addrs, func(netip.Addr) {}); err != nil {
+		if err := d.Add(addrs, func(netip.Addr) {}); err != nil {
 			t.Fatal(err)
 		}
-		if err := d.settle(addrs); err != nil {
+		if err := d.AwaitLocal(addrs); err != nil {
 			t.Fatal(err)
 		}
 		for _, a := range addrs {
@@ -44,7 +44,7 @@ func TestAddedAddressesAreLocal(t *testing.T) {
 			}
 		}
 		local(true)
-		if err := d.remove(addrs, func(netip.Addr) {}); err != nil {
+		if err := d.Remove(addrs, func(netip.Addr) {}); err != nil {
 			t.Fatal(err)
 		}
 		local(false)
@@ -57,15 +57,15 @@ func TestSettlingIsNotQuadratic(t *testing.T) {
 	d := loopback(t, plan.IPv6)
 	addrs := world{plan.IPv6}.addresses(10_000)
 	cost := func(n int) time.Duration {
-		if err := d.add(addrs[:n], func(netip.Addr) {}); err != nil {
+		if err := d.Add(addrs[:n], func(netip.Addr) {}); err != nil {
 			t.Fatal(err)
 		}
-		if err := d.settle(addrs[:n]); err != nil {
+		if err := d.AwaitLocal(addrs[:n]); err != nil {
 			t.Fatal(err)
 		}
 		before := processorTime(t)
 		for range 10 {
-			if err := d.settle(addrs[:100]); err != nil {
+			if err := d.AwaitLocal(addrs[:100]); err != nil {
 				t.Fatal(err)
 			}
 		}

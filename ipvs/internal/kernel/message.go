@@ -1,4 +1,4 @@
-package ipvs
+package kernel
 
 import (
 	"encoding/binary"
@@ -54,19 +54,19 @@ const (
 	allFlags      = ^uint32(0)
 )
 
-var commands = map[verb]uint8{
-	addServer: cmdNewService, setServer: cmdSetService, removeServer: cmdDelService,
-	addDest: cmdNewDest, setDest: cmdSetDest, removeDest: cmdDelDest,
+var commands = map[Verb]uint8{
+	AddServer: cmdNewService, SetServer: cmdSetService, RemoveServer: cmdDelService,
+	AddDestination: cmdNewDest, SetDestination: cmdSetDest, RemoveDestination: cmdDelDest,
 }
 
 // send implements kernel.
-func (h *handle) send(ops []op, done func(op)) error {
+func (h *IPVS) Send(ops []Op, done func(Op)) error {
 	request := func(i int) netlink.Message {
 		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(h.number)}, Data: h.encode(&ops[i])}
 	}
 	var refused []error
 	err := h.pipe.send(len(ops), request, func(i int, err error) bool {
-		gone := ops[i].verb == removeDest || ops[i].verb == removeServer
+		gone := ops[i].Verb == RemoveDestination || ops[i].Verb == RemoveServer
 		if err == nil || gone && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH)) {
 			done(ops[i])
 		} else {
@@ -91,34 +91,33 @@ func summary(refused []error) error {
 	return errors.Join(refused...)
 }
 
-// do sends one message.
-func do(k kernel, o op) error { return k.send([]op{o}, func(op) {}) }
+func (h *IPVS) do(o Op) error { return h.Send([]Op{o}, func(Op) {}) }
 
 // encode is an op as generic netlink takes it.
-func (h *handle) encode(o *op) []byte {
+func (h *IPVS) encode(o *Op) []byte {
 	a := attributes(make([]byte, 0, 160))
-	a = append(a, commands[o.verb], genlVersion, 0, 0)
+	a = append(a, commands[o.Verb], genlVersion, 0, 0)
 	a.nested(attrService, func(a *attributes) { h.encodeService(a, o) })
-	if o.dest.IsValid() {
+	if o.Destination.IsValid() {
 		a.nested(attrDest, func(a *attributes) { encodeDest(a, o) })
 	}
 	return a
 }
 
-func (h *handle) encodeService(a *attributes, o *op) {
+func (h *IPVS) encodeService(a *attributes, o *Op) {
 	a.uint16(serviceFamily, h.addressFamily())
-	if o.key.mark != 0 {
-		a.uint32(serviceMark, o.key.mark)
+	if o.Key.Mark != 0 {
+		a.uint32(serviceMark, o.Key.Mark)
 	} else {
-		a.uint16(serviceProtocol, uint16(o.key.protocol))
-		a.bytes(serviceAddr, o.key.addr.AsSlice())
-		a.bytes(servicePort, bigEndian(o.key.port))
+		a.uint16(serviceProtocol, uint16(o.Key.Protocol))
+		a.bytes(serviceAddr, o.Key.Addr.AsSlice())
+		a.bytes(servicePort, bigEndian(o.Key.Port))
 	}
-	if o.verb != addServer && o.verb != setServer {
+	if o.Verb != AddServer && o.Verb != SetServer {
 		return
 	}
-	a.text(serviceScheduler, o.scheduler)
-	a.bytes(serviceFlags, binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint32(nil, flagsOf(o.scheduler)), allFlags))
+	a.text(serviceScheduler, o.Scheduler)
+	a.bytes(serviceFlags, binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint32(nil, flagsOf(o.Scheduler)), allFlags))
 	a.uint32(serviceTimeout, 0) // only persistence has one
 	a.uint32(serviceNetmask, h.netmask())
 }
@@ -134,21 +133,21 @@ func flagsOf(scheduler string) uint32 {
 }
 
 // netmask is that of one client: a prefix length for IPv6.
-func (h *handle) netmask() uint32 {
+func (h *IPVS) netmask() uint32 {
 	if h.family == plan.IPv6 {
 		return 128
 	}
 	return 0xffffffff
 }
 
-func encodeDest(a *attributes, o *op) {
-	a.bytes(destAddr, o.dest.Addr().AsSlice())
-	a.bytes(destPort, bigEndian(o.dest.Port()))
-	if o.verb == removeDest {
+func encodeDest(a *attributes, o *Op) {
+	a.bytes(destAddr, o.Destination.Addr().AsSlice())
+	a.bytes(destPort, bigEndian(o.Destination.Port()))
+	if o.Verb == RemoveDestination {
 		return
 	}
 	a.uint32(destMethod, methodMasq)
-	a.uint32(destWeight, uint32(o.weight))
+	a.uint32(destWeight, uint32(o.Weight))
 	a.uint32(destUpperThreshold, 0)
 	a.uint32(destLowerThreshold, 0)
 }

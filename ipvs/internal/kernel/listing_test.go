@@ -1,4 +1,4 @@
-package ipvs
+package kernel
 
 import (
 	"fmt"
@@ -47,7 +47,7 @@ func TestParseListing(t *testing.T) {
 		got := make(map[string]string)
 		for key, dests := range found {
 			for _, d := range dests {
-				got[key.String()] += fmt.Sprintf("%s weight %d connections %d;", d.addr, d.weight, d.connections)
+				got[key.String()] += fmt.Sprintf("%s weight %d connections %d;", d.Addr, d.Weight, d.Connections)
 			}
 		}
 		if diff := cmp.Diff(want, got); diff != "" {

@@ -1,4 +1,4 @@
-package ipvs
+package kernel
 
 import (
 	"errors"
@@ -18,33 +18,15 @@ import (
 )
 
 // destination is one of a virtual server's in the kernel.
-type destination struct {
-	addr        netip.AddrPort
-	weight      int
-	connections int // open and recently closed ones
-}
-
-// kernel is what the mode needs of IPVS, for one IP family.
-type kernel interface {
-	// servers lists all virtual servers of the family, others' too.
-	servers() (map[serverKey]*server, error)
-	dests(serverKey) ([]destination, error)
-	// allDests returns those of all virtual servers at once, as far as that can
-	// be had.
-	allDests() (map[serverKey][]destination, error)
-	// send sends messages in order and tells done of each that the kernel has
-	// followed. After one that it refuses only those go on that are on their
-	// way. That there is nothing to remove is no refusal.
-	send(ops []op, done func(op)) error
-	// hasScheduler says whether the kernel has, or can load, a scheduler.
-	hasScheduler(name string) (bool, error)
-	setTimeouts(tcp, tcpFin, udp time.Duration) error
-	close()
+type Destination struct {
+	Addr        netip.AddrPort
+	Weight      int
+	Connections int // open and recently closed ones
 }
 
 // patience is how long one exchange with the kernel may take. The longest is
 // the listing of all virtual servers.
-const patience = 30 * time.Second
+const answerTimeout = 30 * time.Second
 
 var errNoAnswer = errors.New("IPVS did not answer in time")
 
@@ -52,7 +34,7 @@ var errNoAnswer = errors.New("IPVS did not answer in time")
 // a pipe. What reads it goes through a library that waits for ever for an answer
 // that got lost; so that runs on a goroutine which is left to itself after a
 // while; closing its socket ends it.
-type handle struct {
+type IPVS struct {
 	family plan.Family
 	number uint16 // of IPVS in generic netlink
 	pipe   *pipe
@@ -65,7 +47,7 @@ type handle struct {
 const familyName = "IPVS"
 
 // openKernel connects to the caller's network namespace.
-func openKernel(family plan.Family) (*handle, error) {
+func OpenIPVS(family plan.Family) (*IPVS, error) {
 	// The library asks once in a process which number the kernel gave IPVS,
 	// and keeps a failure for good; so it is not asked where there is none.
 	genl, err := netlink.GenlFamilyGet(familyName)
@@ -76,15 +58,15 @@ func openKernel(family plan.Family) (*handle, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handle{family: family, number: genl.ID, pipe: p, listing: openListing()}
+	h := &IPVS{family: family, number: genl.ID, pipe: p, listing: openListing()}
 	if err := h.open(); err != nil {
-		h.close()
+		h.Close()
 		return nil, err
 	}
 	return h, nil
 }
 
-func (h *handle) open() (err error) {
+func (h *IPVS) open() (err error) {
 	// It warns where there is no modprobe to load what is there already.
 	logrus.SetLevel(logrus.PanicLevel)
 	namespace := ""
@@ -95,7 +77,7 @@ func (h *handle) open() (err error) {
 	return err
 }
 
-func (h *handle) close() {
+func (h *IPVS) Close() {
 	if h.lib != nil {
 		h.lib.Close()
 	}
@@ -106,7 +88,7 @@ func (h *handle) close() {
 }
 
 // exchange runs fn, but not longer than patience.
-func (h *handle) exchange(fn func(*lvs.Handle) error) error {
+func (h *IPVS) exchange(fn func(*lvs.Handle) error) error {
 	if h.lib == nil {
 		if err := h.open(); err != nil {
 			return err
@@ -114,7 +96,7 @@ func (h *handle) exchange(fn func(*lvs.Handle) error) error {
 	}
 	lib, done := h.lib, make(chan error, 1)
 	go func() { done <- fn(lib) }()
-	late := time.NewTimer(patience)
+	late := time.NewTimer(answerTimeout)
 	defer late.Stop()
 	select {
 	case err := <-done:
@@ -126,7 +108,7 @@ func (h *handle) exchange(fn func(*lvs.Handle) error) error {
 	}
 }
 
-func (h *handle) addressFamily() uint16 {
+func (h *IPVS) addressFamily() uint16 {
 	if h.family == plan.IPv6 {
 		return unix.AF_INET6
 	}
@@ -134,10 +116,10 @@ func (h *handle) addressFamily() uint16 {
 }
 
 // service is what the library asks about a virtual server by.
-func (h *handle) service(key serverKey) *lvs.Service {
-	s := &lvs.Service{FWMark: key.mark, AddressFamily: h.addressFamily(), Protocol: uint16(key.protocol), Port: key.port}
-	if key.mark == 0 {
-		s.Address = net.IP(key.addr.AsSlice())
+func (h *IPVS) service(key ServerKey) *lvs.Service {
+	s := &lvs.Service{FWMark: key.Mark, AddressFamily: h.addressFamily(), Protocol: uint16(key.Protocol), Port: key.Port}
+	if key.Mark == 0 {
+		s.Address = net.IP(key.Addr.AsSlice())
 	}
 	return s
 }
@@ -145,15 +127,15 @@ func (h *handle) service(key serverKey) *lvs.Service {
 // servers lists the virtual servers. The kernel keeps those of all network
 // namespaces in one table and resumes a long listing by counting, so that a
 // change elsewhere hides some: a listing holds if the next one equals it.
-func (h *handle) servers() (map[serverKey]*server, error) {
+func (h *IPVS) Servers() (map[ServerKey]string, error) {
 	last, err := h.listServers()
 	for range 5 {
 		if err != nil {
 			return nil, err
 		}
-		var again map[serverKey]*server
+		var again map[ServerKey]string
 		again, err = h.listServers()
-		if maps.EqualFunc(last, again, func(a, b *server) bool { return a.scheduler == b.scheduler }) {
+		if maps.Equal(last, again) {
 			break
 		}
 		last = again
@@ -161,7 +143,7 @@ func (h *handle) servers() (map[serverKey]*server, error) {
 	return last, err
 }
 
-func (h *handle) listServers() (map[serverKey]*server, error) {
+func (h *IPVS) listServers() (map[ServerKey]string, error) {
 	var list []*lvs.Service
 	err := h.exchange(func(lib *lvs.Handle) (err error) {
 		list, err = lib.GetServices()
@@ -170,22 +152,22 @@ func (h *handle) listServers() (map[serverKey]*server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list the virtual servers: %w", err)
 	}
-	servers := make(map[serverKey]*server)
+	servers := make(map[ServerKey]string)
 	for _, s := range list {
 		if s.AddressFamily != h.addressFamily() {
 			continue
 		}
-		key := serverKey{mark: s.FWMark}
-		if key.mark == 0 {
+		key := ServerKey{Mark: s.FWMark}
+		if key.Mark == 0 {
 			addr, _ := netip.AddrFromSlice(s.Address)
-			key = serverKey{addr: addr, port: s.Port, protocol: plan.Protocol(s.Protocol)}
+			key = ServerKey{Addr: addr, Port: s.Port, Protocol: plan.Protocol(s.Protocol)}
 		}
-		servers[key] = &server{scheduler: s.SchedName}
+		servers[key] = s.SchedName
 	}
 	return servers, nil
 }
 
-func (h *handle) dests(key serverKey) ([]destination, error) {
+func (h *IPVS) Destinations(key ServerKey) ([]Destination, error) {
 	s := h.service(key)
 	var list []*lvs.Destination
 	err := h.exchange(func(lib *lvs.Handle) (err error) {
@@ -195,36 +177,39 @@ func (h *handle) dests(key serverKey) ([]destination, error) {
 	if err != nil && !errors.Is(err, unix.ESRCH) {
 		return nil, fmt.Errorf("list the destinations of %s: %w", key, err)
 	}
-	dests := make([]destination, 0, len(list))
+	dests := make([]Destination, 0, len(list))
 	for _, d := range list {
 		addr, _ := netip.AddrFromSlice(d.Address)
-		dests = append(dests, destination{
-			addr: netip.AddrPortFrom(addr, d.Port), weight: d.Weight, connections: d.ActiveConnections + d.InactiveConnections,
+		dests = append(dests, Destination{
+			Addr: netip.AddrPortFrom(addr, d.Port), Weight: d.Weight, Connections: d.ActiveConnections + d.InactiveConnections,
 		})
 	}
 	return dests, nil
 }
 
+// probeMark is in the mode's range of marks, and no packet has it.
+const probeMark uint32 = 0x4000_0000
+
 // hasScheduler makes a virtual server for a moment, by a mark that no packet
 // has: the kernel tells nobody which schedulers there are.
-func (h *handle) hasScheduler(name string) (bool, error) {
-	probe := op{verb: addServer, key: serverKey{mark: noEndpoints}, scheduler: name}
-	err := do(h, probe)
+func (h *IPVS) HasScheduler(name string) (bool, error) {
+	probe := Op{Verb: AddServer, Key: ServerKey{Mark: probeMark}, Scheduler: name}
+	err := h.do(probe)
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return false, nil
 	case errors.Is(err, unix.EEXIST): // left by a process that was killed
-		if err = do(h, op{verb: removeServer, key: probe.key}); err == nil {
-			return h.hasScheduler(name)
+		if err = h.do(Op{Verb: RemoveServer, Key: probe.Key}); err == nil {
+			return h.HasScheduler(name)
 		}
 	}
 	if err != nil {
 		return false, err
 	}
-	return true, do(h, op{verb: removeServer, key: probe.key})
+	return true, h.do(Op{Verb: RemoveServer, Key: probe.Key})
 }
 
-func (h *handle) setTimeouts(tcp, tcpFin, udp time.Duration) error {
+func (h *IPVS) SetTimeouts(tcp, tcpFin, udp time.Duration) error {
 	err := h.exchange(func(lib *lvs.Handle) error {
 		return lib.SetConfig(&lvs.Config{TimeoutTCP: tcp, TimeoutTCPFin: tcpFin, TimeoutUDP: udp})
 	})

@@ -1,4 +1,4 @@
-package ipvs
+package kernel
 
 import (
 	"encoding/binary"
@@ -16,14 +16,14 @@ import (
 
 // loopback is the device lo of a network namespace of its own in the place of
 // the mode's, which not every kernel can make.
-func loopback(t *testing.T, family plan.Family) *device {
+func loopback(t *testing.T, family plan.Family) *Device {
 	t.Helper()
 	inNamespace(t)
-	d, err := openDevice(family)
+	d, err := OpenDevice(family)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(d.close)
+	t.Cleanup(d.Close)
 	if d.link, err = d.nl.LinkByName("lo"); err != nil {
 		t.Fatal(err)
 	}
@@ -31,14 +31,6 @@ func loopback(t *testing.T, family plan.Family) *device {
 		t.Fatal(err)
 	}
 	return d
-}
-
-func (w world) addresses(n int) []netip.Addr {
-	var list []netip.Addr
-	for a := w.addr("10.96.0.1", "fd00:96::1"); len(list) < n; a = a.Next() {
-		list = append(list, a)
-	}
-	return list
 }
 
 // TestManyAddresses adds and removes more addresses than are on their way at a
@@ -57,7 +49,7 @@ func TestManyAddresses(t *testing.T) {
 				if !slices.Equal(done, args) {
 					t.Errorf("%d of %d are said to be done, or not in order", len(done), len(args))
 				}
-				held, _, err := d.held()
+				held, _, err := d.Addresses()
 				for a := range held {
 					if a.IsLoopback() {
 						delete(held, a)
@@ -67,10 +59,10 @@ func TestManyAddresses(t *testing.T) {
 					t.Errorf("the device has %d addresses and not %d (%v)", len(held), len(want), err)
 				}
 			}
-			check(d.add, addrs[3:200], addrs[3:200])
-			check(d.add, addrs, addrs)
-			check(d.remove, addrs[:300], addrs[300:])
-			check(d.remove, addrs, nil)
+			check(d.Add, addrs[3:200], addrs[3:200])
+			check(d.Add, addrs, addrs)
+			check(d.Remove, addrs[:300], addrs[300:])
+			check(d.Remove, addrs, nil)
 		})
 	}
 }
@@ -83,7 +75,7 @@ func TestRefusalIsItsRequests(t *testing.T) {
 	addrs := w.addresses(4 * window)
 	wrong := []int{window, window + 5, window + 6, 2*window - 1} // a window's first and last, too
 	for _, i := range wrong {
-		if err := d.add(addrs[i:i+1], func(netip.Addr) {}); err != nil {
+		if err := d.Add(addrs[i:i+1], func(netip.Addr) {}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -107,7 +99,7 @@ func TestLostAnswers(t *testing.T) {
 	d := loopback(t, w.family)
 	addrs := w.addresses(window)
 	add := func() (done int, err error) {
-		err = d.add(addrs, func(netip.Addr) { done++ })
+		err = d.Add(addrs, func(netip.Addr) { done++ })
 		return done, err
 	}
 	if n, err := add(); n != window || err != nil {
@@ -127,10 +119,10 @@ func TestLostAnswers(t *testing.T) {
 // TestEncoding compares requests with what <linux/ip_vs.h> asks for.
 func TestEncoding(t *testing.T) {
 	w := world{plan.IPv4}
-	key := serverKey{addr: w.vip(1), port: 80, protocol: plan.SCTP}
-	dest := w.pods(3).Endpoints[0].AddrPort
-	h := &handle{family: w.family}
-	data := h.encode(&op{verb: setDest, key: key, dest: dest, weight: 65535})
+	key := ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.SCTP}
+	dest := netip.MustParseAddrPort("10.244.1.3:8080")
+	h := &IPVS{family: w.family}
+	data := h.encode(&Op{Verb: SetDestination, Key: key, Destination: dest, Weight: 65535})
 	if string(data[:4]) != "\x06\x01\x00\x00" {
 		t.Errorf("generic header % x", data[:4])
 	}
@@ -179,12 +171,12 @@ func TestNoConnection(t *testing.T) {
 	possible := d.pipe.protocol
 	d.pipe.protocol = -1
 	for range 2 {
-		if err := d.add(w.addresses(1), func(netip.Addr) {}); err == nil {
+		if err := d.Add(w.addresses(1), func(netip.Addr) {}); err == nil {
 			t.Error("there is no error without a connection")
 		}
 	}
 	d.pipe.protocol = possible
-	if err := d.add(w.addresses(1), func(netip.Addr) {}); err != nil {
+	if err := d.Add(w.addresses(1), func(netip.Addr) {}); err != nil {
 		t.Error(err)
 	}
 }

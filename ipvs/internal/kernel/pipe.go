@@ -1,4 +1,4 @@
-package ipvs
+package kernel
 
 import (
 	"errors"
@@ -99,7 +99,7 @@ func (p *pipe) exchange(requests []netlink.Message, answered func(i int, err err
 		requests[i].Header.Flags |= netlink.Request
 	}
 	requests[len(requests)-1].Header.Flags |= netlink.Acknowledge
-	if err := p.conn.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := p.conn.SetDeadline(time.Now().Add(answerTimeout)); err != nil {
 		return err
 	}
 	sent, err := p.conn.SendMessages(requests)

@@ -1,8 +1,7 @@
-package ipvs
+package kernel
 
 import (
 	"bufio"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"net/netip"
@@ -23,7 +22,7 @@ const listingFile = "/proc/thread-self/net/ip_vs"
 // the file is read in pieces, and each begins at a place in a list that others
 // may change meanwhile, and that the kernel (6.1) counts wrong where other
 // network namespaces have virtual servers, too.
-func (h *handle) allDests() (map[serverKey][]destination, error) {
+func (h *IPVS) AllDestinations() (map[ServerKey][]Destination, error) {
 	if h.listing == nil {
 		return nil, nil
 	}
@@ -50,9 +49,9 @@ func openListing() *os.File {
 //	FWM  40000001 rr
 //
 // Of a virtual server by mark only the destinations say which family it is of.
-func parseListing(text io.Reader, family plan.Family) (map[serverKey][]destination, error) {
-	found := make(map[serverKey][]destination)
-	var server serverKey
+func parseListing(text io.Reader, family plan.Family) (map[ServerKey][]Destination, error) {
+	found := make(map[ServerKey][]Destination)
+	var server ServerKey
 	known := false // whether server could be read
 	lines := bufio.NewScanner(text)
 	for n := 0; lines.Scan(); n++ {
@@ -66,7 +65,7 @@ func parseListing(text io.Reader, family plan.Family) (map[serverKey][]destinati
 			if err != nil {
 				return nil, fmt.Errorf("%s: line %d: %w", listingFile, n+1, err)
 			}
-			if plan.FamilyOf(d.addr.Addr()) == family {
+			if plan.FamilyOf(d.Addr.Addr()) == family {
 				found[server] = append(found[server], d)
 			}
 		}
@@ -74,25 +73,25 @@ func parseListing(text io.Reader, family plan.Family) (map[serverKey][]destinati
 	return found, lines.Err()
 }
 
-func parseServer(protocol, at string) (serverKey, bool) {
+func parseServer(protocol, at string) (ServerKey, bool) {
 	if protocol == "FWM" {
 		mark, err := strconv.ParseUint(at, 16, 32)
-		return serverKey{mark: uint32(mark)}, err == nil
+		return ServerKey{Mark: uint32(mark)}, err == nil
 	}
 	for _, p := range plan.Protocols {
 		if strings.EqualFold(p.String(), protocol) {
 			a, err := parseHexAddrPort(at)
-			return serverKey{addr: a.Addr(), port: a.Port(), protocol: p}, err == nil
+			return ServerKey{Addr: a.Addr(), Port: a.Port(), Protocol: p}, err == nil
 		}
 	}
-	return serverKey{}, false
+	return ServerKey{}, false
 }
 
-func parseDest(words []string) (d destination, err error) {
+func parseDest(words []string) (d Destination, err error) {
 	if len(words) < 6 {
 		return d, fmt.Errorf("%q is not a destination", words)
 	}
-	if d.addr, err = parseHexAddrPort(words[1]); err != nil {
+	if d.Addr, err = parseHexAddrPort(words[1]); err != nil {
 		return d, err
 	}
 	var numbers [3]int
@@ -101,7 +100,7 @@ func parseDest(words []string) (d destination, err error) {
 			return d, err
 		}
 	}
-	d.weight, d.connections = numbers[0], numbers[1]+numbers[2]
+	d.Weight, d.Connections = numbers[0], numbers[1]+numbers[2]
 	return d, nil
 }
 
@@ -122,55 +121,3 @@ func parseHexAddrPort(text string) (netip.AddrPort, error) {
 	a := netip.AddrFrom4([4]byte{byte(v4 >> 24), byte(v4 >> 16), byte(v4 >> 8), byte(v4)})
 	return netip.AddrPortFrom(a, uint16(port)), err
 }
-
-// attributes are netlink attributes one after another, each with its length and
-// type before it and filled up to four bytes. The library's encoder makes a
-// dozen allocations for each request, and there are as many requests as there
-// are destinations.
-type attributes []byte
-
-func (a *attributes) header(kind uint16, length int) {
-	*a = binary.NativeEndian.AppendUint16(*a, uint16(4+length))
-	*a = binary.NativeEndian.AppendUint16(*a, kind)
-}
-
-func (a *attributes) pad() {
-	for len(*a)%4 != 0 {
-		*a = append(*a, 0)
-	}
-}
-
-func (a *attributes) bytes(kind uint16, value []byte) {
-	a.header(kind, len(value))
-	*a = append(*a, value...)
-	a.pad()
-}
-
-func (a *attributes) text(kind uint16, value string) {
-	a.header(kind, len(value)+1)
-	*a = append(*a, value...)
-	*a = append(*a, 0)
-	a.pad()
-}
-
-func (a *attributes) uint16(kind, value uint16) {
-	a.header(kind, 2)
-	*a = binary.NativeEndian.AppendUint16(*a, value)
-	a.pad()
-}
-
-func (a *attributes) uint32(kind uint16, value uint32) {
-	a.header(kind, 4)
-	*a = binary.NativeEndian.AppendUint32(*a, value)
-}
-
-// nested adds an attribute that holds those which fill adds.
-func (a *attributes) nested(kind uint16, fill func(*attributes)) {
-	start := len(*a)
-	a.header(nested|kind, 0)
-	fill(a)
-	binary.NativeEndian.PutUint16((*a)[start:], uint16(len(*a)-start))
-}
-
-// nested is NLA_F_NESTED.
-const nested = 1 << 15
