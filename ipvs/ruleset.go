@@ -84,7 +84,7 @@ func (r *ruleset) baseChains() []nft.Chain {
 func (r *ruleset) postrouting() nft.Chain {
 	return nft.NewChain("nat-postrouting", access.NATPostrouting,
 		rule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.Node)),
-		rule(nft.LeavesNotBy("lo"), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.Node)).Because("a client that is its own endpoint"))
+		rule(nft.LeavesNotBy("lo"), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.Node)).Comment("a client that is its own endpoint"))
 }
 
 // nodeChains are written anew when the node's facts change. Each comes before
@@ -117,14 +117,14 @@ func (r *ruleset) nodeChains() []nft.Chain {
 // services finds out where a packet that opens a connection comes from.
 func (r *ruleset) services(fe nft.Value) []nft.Rule {
 	rules := []nft.Rule{
-		rule(nft.PriorityBitsAre(decisionMask, decision), nft.Return()).Because("IPVS has redirected it"),
+		rule(nft.PriorityBitsAre(decisionMask, decision), nft.Return()).Comment("IPVS has redirected it"),
 	}
 	rules = append(rules, r.CheckSources()...)
 	for _, match := range r.FromPods() {
 		rules = append(rules, rule(match, nft.SetPriority(fromPods), nft.GoTo("internal")))
 	}
 	return append(rules,
-		rule(nft.FibLocal(true), nft.SetPriority(fromNode), nft.GoTo("internal")),
+		rule(nft.SaddrIsLocal(), nft.SetPriority(fromNode), nft.GoTo("internal")),
 		rule(nft.SetPriority(fromOutside), nft.GoTo("external")))
 }
 
@@ -151,7 +151,7 @@ func (r *ruleset) external(fe nft.Value) []nft.Rule {
 		rule(in(fe, healthChecks), nft.ClearPriority(), accept()),
 	}
 	for _, p := range plan.Protocols {
-		rules = append(rules, rule(nft.ProtocolIs(p), in(r.Daddr(), vips), r.Reject()).Because("no such port"))
+		rules = append(rules, rule(nft.ProtocolIs(p), in(r.Daddr(), vips), r.Reject()).Comment("no such port"))
 	}
 	for _, match := range r.ToNodePortAddrs() {
 		rules = append(rules, rule(append(match, nft.Jump("nodeports"))...))
@@ -214,7 +214,7 @@ func (r *ruleset) decided() []nft.Rule {
 	}
 	if match := r.BetweenNodes(); match != nil {
 		rules = append(rules, rule(slices.Concat([]nft.Statement{nft.PriorityBitsAre(decisionMask, decision)}, match,
-			[]nft.Statement{nft.SetMarkBit(r.mark, true)})...).Because("from another node to another node"))
+			[]nft.Statement{nft.SetMarkBit(r.mark, true)})...).Comment("from another node to another node"))
 	}
 	return append(rules, rule(nft.PriorityBitsAre(decisionMask, decision), nft.ClearPriority()))
 }
@@ -240,7 +240,7 @@ func (r *ruleset) affinityChains() []nft.Chain {
 			chains = append(chains, nft.NewChain(name, nil,
 				rule(nft.SetMark(markOf(client, affinity))),
 				rule(in(nft.Mark, affinityMembers+nft.SetID(v)), nft.Remember(setNames[affinity], client, nft.Mark, timeout), nft.Return()),
-				rule(isEndpoint, nft.Forget(setNames[affinity], client, nft.Mark)).Because("its endpoint is gone"),
+				rule(isEndpoint, nft.Forget(setNames[affinity], client, nft.Mark)).Comment("its endpoint is gone"),
 				rule(nft.SetMark(nft.MarkBits(blockMask|low, low)))))
 			recall = append(recall, rule(nft.MarkIs(^blockMask, low), nft.GoTo(name)))
 		}

@@ -153,7 +153,7 @@ func Remember(m string, key, mark Value, timeout time.Duration) Statement {
 func Forget(m string, key, mark Value) Statement { return changeMap(m, key, mark, 0, dynsetDelete) }
 
 func changeMap(m string, key, mark Value, timeout time.Duration, op uint32) Statement {
-	data := turned(mark, expr.ByteorderHton)
+	data := byteSwapped(mark, expr.ByteorderHton)
 	text := fmt.Sprintf("delete @%s { %s : %s }", m, key.text, data.text)
 	if op != dynsetDelete {
 		text = fmt.Sprintf("update @%s { %s timeout %s : %s }", m, key.text, durationText(timeout), data.text)

@@ -40,8 +40,8 @@ type Rule struct {
 // NewRule makes a rule of statements, which are evaluated in order.
 func NewRule(s ...Statement) Rule { return Rule{statements: s} }
 
-// Because returns the rule with a comment.
-func (r Rule) Because(comment string) Rule {
+// Comment returns the rule with a comment.
+func (r Rule) Comment(comment string) Rule {
 	r.comment = comment
 	return r
 }

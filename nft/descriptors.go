@@ -43,7 +43,7 @@ func keepSpare() {
 	}
 }
 
-// dialLow opens a lasting connection with a descriptor that the library can
+// dial opens a lasting connection with a descriptor that the library can
 // wait for.
 func dial(opts ...nftables.ConnOption) (*nftables.Conn, error) {
 	opts = append(opts, nftables.AsLasting())

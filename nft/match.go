@@ -6,10 +6,11 @@ import (
 	"math/bits"
 	"net"
 	"net/netip"
-	"signalbox/proxier/plan"
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"signalbox/proxier/plan"
 )
 
 // PriorityBitsAre matches packets whose priority has exactly those of the bits in
@@ -40,47 +41,74 @@ func ctBit(text string, key expr.CtKey, bit uint32) Statement {
 	}}
 }
 
-// FibLocal matches packets whose source or destination is an address of this
-// node.
-func FibLocal(source bool) Statement {
-	text := "fib daddr type local"
-	if source {
-		text = "fib saddr type local"
-	}
-	return Statement{text, []expr.Any{
-		&expr.Fib{Register: reg32(0), ResultADDRTYPE: true, FlagSADDR: source, FlagDADDR: !source},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(unix.RTN_LOCAL)},
-	}}
+// SaddrIsLocal matches packets whose source is an address of this node.
+func SaddrIsLocal() Statement {
+	return fib("fib saddr type local", expr.Fib{FlagSADDR: true}, expr.CmpOpEq)
 }
 
-// FibNotLocal matches packets to other than this node's addresses.
-func FibNotLocal() Statement {
-	return Statement{"fib daddr type != local", []expr.Any{
-		&expr.Fib{Register: reg32(0), ResultADDRTYPE: true, FlagDADDR: true},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: host32(unix.RTN_LOCAL)},
-	}}
+// DaddrIsLocal matches packets to an address of this node.
+func DaddrIsLocal() Statement {
+	return fib("fib daddr type local", expr.Fib{FlagDADDR: true}, expr.CmpOpEq)
+}
+
+// DaddrIsNotLocal matches packets to other than this node's addresses.
+func DaddrIsNotLocal() Statement {
+	return fib("fib daddr type != local", expr.Fib{FlagDADDR: true}, expr.CmpOpNeq)
+}
+
+func fib(text string, lookup expr.Fib, op expr.CmpOp) Statement {
+	lookup.Register, lookup.ResultADDRTYPE = reg32(0), true
+	return Statement{text, []expr.Any{&lookup, &expr.Cmp{Op: op, Register: reg32(0), Data: host32(unix.RTN_LOCAL)}}}
 }
 
 // NotLoopback matches packets to other than loopback addresses.
-func (f *IPFamily) NotLoopback() Statement { return f.DaddrIn(f.loopback, "!= ", expr.CmpOpNeq) }
+func (f *IPFamily) NotLoopback() Statement { return f.daddrIn(f.loopback, expr.CmpOpNeq) }
 
 // IsLoopback matches packets to loopback addresses.
-func (f *IPFamily) IsLoopback() Statement { return f.DaddrIn(f.loopback, "", expr.CmpOpEq) }
+func (f *IPFamily) IsLoopback() Statement { return f.DaddrIn(f.loopback) }
 
-// EntersBy matches packets that came in by the interface, or by any whose name
-// begins so.
-func EntersBy(name string, isPrefix bool) Statement {
+// EntersBy matches packets that came in by the interface.
+func EntersBy(name string) Statement {
+	return interfaceName("iifname", expr.MetaKeyIIFNAME, expr.CmpOpEq, name, whole(name))
+}
+
+// EntersByPrefix matches packets that came in by an interface whose name begins so.
+func EntersByPrefix(prefix string) Statement {
+	data := []byte(prefix[:min(len(prefix), unix.IFNAMSIZ)])
+	return interfaceName("iifname", expr.MetaKeyIIFNAME, expr.CmpOpEq, prefix+"*", data)
+}
+
+// LeavesBy matches packets that leave by the interface.
+func LeavesBy(name string) Statement {
+	return interfaceName("oifname", expr.MetaKeyOIFNAME, expr.CmpOpEq, name, whole(name))
+}
+
+// LeavesNotBy matches packets that leave by another interface.
+func LeavesNotBy(name string) Statement {
+	return interfaceName("oifname", expr.MetaKeyOIFNAME, expr.CmpOpNeq, name, whole(name))
+}
+
+// whole is the name with the zeros that end it: the kernel compares as many bytes as
+// it gets.
+func whole(name string) []byte {
 	data := make([]byte, unix.IFNAMSIZ)
 	copy(data, name)
-	text := fmt.Sprintf("iifname %q", name)
-	if isPrefix {
-		data = data[:min(len(name), len(data))]
-		text = fmt.Sprintf("iifname %q", name+"*")
-	}
-	return Statement{text, []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg32(0)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: data},
+	return data
+}
+
+func interfaceName(word string, key expr.MetaKey, op expr.CmpOp, text string, data []byte) Statement {
+	return Statement{fmt.Sprintf("%s %s%q", word, operator(op), text), []expr.Any{
+		&expr.Meta{Key: key, Register: reg32(0)},
+		&expr.Cmp{Op: op, Register: reg32(0), Data: data},
 	}}
+}
+
+// operator is how nft writes the comparison.
+func operator(op expr.CmpOp) string {
+	if op == expr.CmpOpNeq {
+		return "!= "
+	}
+	return ""
 }
 
 // MarkHas matches packets that bear the mark's bit.
@@ -92,8 +120,15 @@ func MarkHas(bit uint32) Statement {
 	}}
 }
 
-// DaddrIn compares the destination address with a prefix; operator is nft's word for op.
-func (f *IPFamily) DaddrIn(p netip.Prefix, operator string, op expr.CmpOp) Statement {
+// DaddrIs matches packets to the address.
+func (f *IPFamily) DaddrIs(a netip.Addr) Statement {
+	return f.DaddrIn(netip.PrefixFrom(a, a.BitLen()))
+}
+
+// DaddrIn matches packets to an address of the prefix.
+func (f *IPFamily) DaddrIn(p netip.Prefix) Statement { return f.daddrIn(p, expr.CmpOpEq) }
+
+func (f *IPFamily) daddrIn(p netip.Prefix, op expr.CmpOp) Statement {
 	exprs, text := f.Daddr().load(0), p.String()
 	if p.IsSingleIP() {
 		text = p.Addr().String()
@@ -103,23 +138,7 @@ func (f *IPFamily) DaddrIn(p netip.Prefix, operator string, op expr.CmpOp) State
 			Mask: net.CIDRMask(p.Bits(), f.HostBits()), Xor: make([]byte, f.AddrLen),
 		})
 	}
-	return Statement{f.Word + " daddr " + operator + text, append(exprs, &expr.Cmp{Op: op, Register: reg32(0), Data: p.Addr().AsSlice()})}
-}
-
-// LeavesBy compares the interface that a packet leaves by.
-func LeavesBy(name, operator string, op expr.CmpOp) Statement {
-	data := make([]byte, unix.IFNAMSIZ)
-	copy(data, name)
-	return Statement{fmt.Sprintf("oifname %s%q", operator, name), []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg32(0)},
-		&expr.Cmp{Op: op, Register: reg32(0), Data: data},
-	}}
-}
-
-// DaddrIs matches packets to the address.
-func (f *IPFamily) DaddrIs(a netip.Addr) Statement {
-	return Statement{f.Word + " daddr " + a.String(), append(f.Daddr().load(0),
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: a.AsSlice()})}
+	return Statement{f.Word + " daddr " + operator(op) + text, append(exprs, &expr.Cmp{Op: op, Register: reg32(0), Data: p.Addr().AsSlice()})}
 }
 
 // In matches a packet whose value is an element of the set.
@@ -183,6 +202,3 @@ func HasEntered() Statement {
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: host32(0)},
 	}}
 }
-
-// LeavesNotBy matches packets that leave by another interface.
-func LeavesNotBy(name string) Statement { return LeavesBy(name, "!= ", expr.CmpOpNeq) }

@@ -29,7 +29,6 @@ const (
 
 // Set is the declaration of a set or map.
 type Set struct {
-	ID       SetID
 	Name     string
 	Key      []Field
 	Data     []Field // nil for a set and for a verdict map
@@ -41,7 +40,7 @@ type Set struct {
 	Comment  string // for whoever reads a listing
 }
 
-// declaration is the library's form of the schema.
+// declaration is the library's form of the set.
 func (s *Set) declaration(f *IPFamily, table *nftables.Table) *nftables.Set {
 	set := &nftables.Set{
 		Table:         table,

@@ -46,8 +46,7 @@ func Open(f *IPFamily, table string, sets []*Set) (*Table, error) {
 		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
 	}
 	t := &Table{IPFamily: f, conn: conn, sets: sets, table: &nftables.Table{Name: table, Family: f.Table}}
-	for i, s := range sets {
-		s.ID = SetID(i)
+	for _, s := range sets {
 		t.declared = append(t.declared, s.declaration(f, t.table))
 	}
 	return t, nil

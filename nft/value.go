@@ -97,9 +97,9 @@ func bitwise(reg, mask, xor uint32) expr.Any {
 
 func host32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
 
-// turned changes the byte order of a value of four bytes; nft does not print
+// byteSwapped changes the byte order of a value of four bytes. nft does not print
 // that.
-func turned(v Value, op expr.ByteorderOp) Value {
+func byteSwapped(v Value, op expr.ByteorderOp) Value {
 	return Value{text: v.text, regs: 1, load: func(reg uint32) []expr.Any {
 		return append(v.load(reg), &expr.Byteorder{SourceRegister: reg32(reg), DestRegister: reg32(reg), Op: op, Len: 4, Size: 4})
 	}}
@@ -131,7 +131,7 @@ func MarkBits(mask, set uint32) Value {
 }
 
 // MarkLookedUp is the mark that the map holds for v, whose data are MarkDatum.
-func MarkLookedUp(v Value, m string) Value { return turned(LookedUp(v, m), expr.ByteorderNtoh) }
+func MarkLookedUp(v Value, m string) Value { return byteSwapped(LookedUp(v, m), expr.ByteorderNtoh) }
 
 // ConstantMark is a mark to set.
 func ConstantMark(mark uint32) Value {

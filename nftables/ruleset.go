@@ -28,7 +28,7 @@ func (r ruleset) fixedChains() []nft.Chain {
 	return []nft.Chain{
 		{Name: "pick-endpoint", Rules: []nft.Rule{
 			nft.NewRule(verdictOf(nft.PriorityBits(chainMask, 0), pickChains)),
-			nft.NewRule(nft.GoTo(sizedChain{size: 1}.name())).Because("the set shrank just now: its first endpoint"),
+			nft.NewRule(nft.GoTo(sizedChain{size: 1}.name())).Comment("the set shrank just now: its first endpoint"),
 		}},
 	}
 }
@@ -51,7 +51,7 @@ func (r ruleset) baseChains() []nft.Chain {
 func (r ruleset) postrouting() nft.Chain {
 	return nft.Chain{Name: "nat-postrouting", Hook: access.NATPostrouting, Rules: []nft.Rule{
 		nft.NewRule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.Node)),
-		nft.NewRule(nft.IsDNATed(), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.Node)).Because("a client that is its own endpoint"),
+		nft.NewRule(nft.IsDNATed(), in(nft.Join(r.Saddr(), r.Daddr()), hairpin), access.NewSource(r.Node)).Comment("a client that is its own endpoint"),
 		nft.NewRule(nft.IsDNATed(), nft.Jump("between-nodes")),
 	}}
 }
@@ -89,7 +89,7 @@ func (r ruleset) setRules(key nft.Value, internal, external nft.SetID) []nft.Rul
 		rules = append(rules, nft.NewRule(match, choose, nft.GoTo("pick-endpoint")))
 	}
 	return append(rules,
-		nft.NewRule(nft.FibLocal(true), choose, nft.GoTo("pick-endpoint")),
+		nft.NewRule(nft.SaddrIsLocal(), choose, nft.GoTo("pick-endpoint")),
 		nft.NewRule(nft.SetPriorityFrom(idLookedUp(key, external)), nft.GoTo("pick-endpoint")))
 }
 
@@ -141,7 +141,7 @@ func (r ruleset) markRules(origins plan.TrafficSources) []nft.Rule {
 	for _, match := range r.FromPods() {
 		decide(match, plan.FromPods)
 	}
-	decide(nft.FibLocal(true), plan.FromNode)
+	decide(nft.SaddrIsLocal(), plan.FromNode)
 	if origins&plan.FromOutside != 0 {
 		rules = append(rules, nft.NewRule(mark))
 	}
@@ -152,7 +152,7 @@ func (r ruleset) markRules(origins plan.TrafficSources) []nft.Rule {
 // endpoints. A connection that was given an endpoint needs no check.
 func withoutDNAT() []nft.Rule {
 	return []nft.Rule{
-		nft.NewRule(nft.PriorityBitsAre(idSpaceMask, idSpace), nft.ClearPriority()).Because("the id has served"),
+		nft.NewRule(nft.PriorityBitsAre(idSpaceMask, idSpace), nft.ClearPriority()).Comment("the id has served"),
 		nft.NewRule(nft.IsDNATed(), nft.Return()),
 	}
 }
@@ -180,8 +180,8 @@ func (r ruleset) checkLocal() []nft.Rule {
 // server's, is left to what listens there.
 func (r ruleset) checkRemote() []nft.Rule {
 	return append(withoutDNAT(),
-		nft.NewRule(in(r.Frontend(), refused), nft.FibNotLocal(), nft.GoTo("refuse")),
-		nft.NewRule(in(r.Daddr(), clusterIPs), nft.FibNotLocal(), r.Reject()).Because("no such port"),
+		nft.NewRule(in(r.Frontend(), refused), nft.DaddrIsNotLocal(), nft.GoTo("refuse")),
+		nft.NewRule(in(r.Daddr(), clusterIPs), nft.DaddrIsNotLocal(), r.Reject()).Comment("no such port"),
 		r.Unallocated())
 }
 
@@ -240,11 +240,11 @@ func (c sizedChain) stickyRules(f *nft.IPFamily) []nft.Rule {
 	}
 	return []nft.Rule{
 		nft.NewRule(recall, remember(client, nft.Priority, c.timeout), toKnown),
-		nft.NewRule(nft.PriorityBitsAre(flag, flag), forget(client, nft.Priority)).Because("its endpoint is gone"),
+		nft.NewRule(nft.PriorityBitsAre(flag, flag), forget(client, nft.Priority)).Comment("its endpoint is gone"),
 		nft.NewRule(draw(c.size), remember(client, nft.Priority, c.timeout)),
 		nft.NewRule(recall),
 		nft.NewRule(toKnown),
-		nft.NewRule(draw(1), toKnown).Because("the set changed just now: its first endpoint"),
+		nft.NewRule(draw(1), toKnown).Comment("the set changed just now: its first endpoint"),
 	}
 }
 

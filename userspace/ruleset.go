@@ -59,7 +59,7 @@ func (r ruleset) chains() []nft.Chain {
 	return append(r.nodeChains(),
 		nft.NewChain("divert-answers", divertHook,
 			nft.NewRule(nft.TransparentSocket(), nft.SetMarkBit(r.mark, true)).
-				Because("answers to a connection that bears its client's address")),
+				Comment("answers to a connection that bears its client's address")),
 		nft.NewChain("filter-prerouting-pre-dnat", access.PreDNATPrerouting, jump("check-sources")),
 		nft.NewChain("filter-output-pre-dnat", access.PreDNATOutput, jump("check-sources")),
 		nft.NewChain("filter-input", access.FilterInput, jump("check-local")),
@@ -67,11 +67,11 @@ func (r ruleset) chains() []nft.Chain {
 		nft.NewChain("filter-output", access.FilterOutput, jump("check-remote")),
 		nft.NewChain("nat-prerouting", natPrerouting, services),
 		nft.NewChain("nat-output", natOutput,
-			nft.NewRule(nft.PriorityIs(ownTraffic), nft.Return()).Because("from the relay to an endpoint"),
+			nft.NewRule(nft.PriorityIs(ownTraffic), nft.Return()).Comment("from the relay to an endpoint"),
 			services,
 			nft.NewRule(nft.Jump("localhost"))),
 		nft.NewChain("last", lastHook,
-			nft.NewRule(nft.PriorityIs(ownTraffic), nft.ClearPriority()).Because("it has served")),
+			nft.NewRule(nft.PriorityIs(ownTraffic), nft.ClearPriority()).Comment("it has served")),
 	)
 }
 
@@ -93,7 +93,7 @@ func (r ruleset) nodeChains() []nft.Chain {
 		byOrigin = append(byOrigin, nft.NewRule(match, nft.GoTo("services-from-pods")))
 	}
 	return append(chains, nft.NewChain("services", nil, append(byOrigin,
-		nft.NewRule(nft.FibLocal(true), nft.GoTo("services-from-node")),
+		nft.NewRule(nft.SaddrIsLocal(), nft.GoTo("services-from-node")),
 		nft.NewRule(nft.GoTo("services-from-outside")))...))
 }
 
@@ -156,9 +156,9 @@ func (r ruleset) checkLocal() []nft.Rule {
 func (r ruleset) checkRemote() []nft.Rule {
 	return []nft.Rule{
 		nft.NewRule(nft.IsDNATed(), nft.Return()),
-		nft.NewRule(nft.In(r.Frontend(), setNames[rejected]), nft.FibNotLocal(), r.Reject()),
-		nft.NewRule(nft.In(r.Frontend(), setNames[dropped]), nft.FibNotLocal(), nft.Drop()),
-		nft.NewRule(nft.In(r.Daddr(), setNames[clusterIPs]), nft.FibNotLocal(), r.Reject()).Because("no such port"),
+		nft.NewRule(nft.In(r.Frontend(), setNames[rejected]), nft.DaddrIsNotLocal(), r.Reject()),
+		nft.NewRule(nft.In(r.Frontend(), setNames[dropped]), nft.DaddrIsNotLocal(), nft.Drop()),
+		nft.NewRule(nft.In(r.Daddr(), setNames[clusterIPs]), nft.DaddrIsNotLocal(), r.Reject()).Comment("no such port"),
 		r.Unallocated(),
 	}
 }

@@ -103,7 +103,7 @@ func features(f *nft.IPFamily) []feature {
 		{"sets of ranges", config("CONFIG_NF_TABLES with nft_set_rbtree"), set(ServiceCIDRs)},
 		{"maps with time-outs that packets fill", config("CONFIG_NF_TABLES with nft_set_hash"), set(clients)},
 		{"conntrack in rules (ct)", config("CONFIG_NFT_CT"), ruleOf(FilterForward, nft.StateNew(), nft.Drop())},
-		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(FilterForward, nft.FibLocal(true), nft.Drop())},
+		{"routing look-ups in rules (fib)", config("CONFIG_NFT_FIB_IPV4 and CONFIG_NFT_FIB_IPV6"), ruleOf(FilterForward, nft.SaddrIsLocal(), nft.Drop())},
 		{"random numbers in rules (numgen)", config("CONFIG_NFT_NUMGEN"), ruleOf(NATPrerouting, nft.SetPriorityFrom(nft.Random(2)))},
 		{"reject", config("CONFIG_NFT_REJECT and CONFIG_NFT_REJECT_" + map[bool]string{true: "IPV4", false: "IPV6"}[f.AddrLen == 4]), ruleOf(FilterForward, f.Reject())},
 		{"masquerade", config("CONFIG_NFT_MASQ"), ruleOf(NATPostrouting, nft.MasqueradeRandom())},

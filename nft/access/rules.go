@@ -44,10 +44,10 @@ func (r Rules) FromPods() []nft.Statement {
 		ways = append(ways, in(r.Saddr(), localPods))
 	}
 	if name := r.Node.LocalPods.Interface; name != "" {
-		ways = append(ways, nft.EntersBy(name, false))
+		ways = append(ways, nft.EntersBy(name))
 	}
 	if prefix := r.Node.LocalPods.InterfacePrefix; prefix != "" {
-		ways = append(ways, nft.EntersBy(prefix, true))
+		ways = append(ways, nft.EntersByPrefix(prefix))
 	}
 	return ways
 }
@@ -70,9 +70,9 @@ func (r Rules) ToNodePortAddrs() [][]nft.Statement {
 	case !r.Node.NodePortAddrs.All:
 		return [][]nft.Statement{{in(r.Daddr(), nodePortAddrs)}}
 	case r.VirtualAddrs != "":
-		return [][]nft.Statement{{nft.FibLocal(false), r.NotLoopback(), nft.NotIn(r.Daddr(), r.VirtualAddrs)}}
+		return [][]nft.Statement{{nft.DaddrIsLocal(), r.NotLoopback(), nft.NotIn(r.Daddr(), r.VirtualAddrs)}}
 	}
-	return [][]nft.Statement{{nft.FibLocal(false), r.NotLoopback()}}
+	return [][]nft.Statement{{nft.DaddrIsLocal(), r.NotLoopback()}}
 }
 
 // nodePortAddrs leaves loopback addresses out: the kernel does not route what comes from
@@ -87,5 +87,5 @@ func (r Rules) nodePortAddrs() []netip.Addr {
 // there.
 func (r Rules) Unallocated(except ...nft.Statement) nft.Rule {
 	match := append([]nft.Statement{in(r.Daddr(), ServiceCIDRs)}, except...)
-	return nft.NewRule(append(match, nft.FibNotLocal(), nft.Drop())...).Because("no such Service")
+	return nft.NewRule(append(match, nft.DaddrIsNotLocal(), nft.Drop())...).Comment("no such Service")
 }

@@ -1,8 +1,6 @@
 package access
 
 import (
-	"github.com/google/nftables/expr"
-
 	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
@@ -26,9 +24,9 @@ func SourceChains(f *nft.IPFamily, n plan.Node) []nft.Chain {
 	}
 	var rules []nft.Rule
 	for _, s := range n.RouteSources {
-		match := []nft.Statement{nft.LeavesBy(s.Link, "", expr.CmpOpEq)}
+		match := []nft.Statement{nft.LeavesBy(s.Link)}
 		if s.Destination.Bits() > 0 {
-			match = append(match, f.DaddrIn(s.Destination, "", expr.CmpOpEq))
+			match = append(match, f.DaddrIn(s.Destination))
 		}
 		source := nft.MasqueradeRandom()
 		if s.Source.IsValid() {
