@@ -55,7 +55,7 @@ func dial(opts ...nftables.ConnOption) (*nftables.Conn, error) {
 			return nil, err
 		}
 		conn, err := nftables.New(opts...)
-		if err != nil || isOf(conn, next) {
+		if err != nil || conn.TestDial != nil || isOf(conn, next) {
 			return conn, err
 		}
 		// Another goroutine was faster to take the descriptor.

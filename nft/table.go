@@ -24,6 +24,7 @@ type Table struct {
 	// sets and declared are indexed by SetID.
 	sets     []*Set
 	declared []*nftables.Set
+	options  []nftables.ConnOption
 	batch    []nftables.SetElement // reused from one batch to the next
 	failed   error                 // the first error of gathering
 }
@@ -39,13 +40,14 @@ var (
 	ErrTableChanged = errors.New("others changed the table")
 )
 
-// Open connects to nf_tables for a table with these sets. It writes nothing.
-func Open(f *IPFamily, table string, sets []*Set) (*Table, error) {
-	conn, err := dial()
+// Open connects to nf_tables for a table with these sets. It writes nothing. A test passes
+// the option that connects to an nfttest.Kernel.
+func Open(f *IPFamily, table string, sets []*Set, options ...nftables.ConnOption) (*Table, error) {
+	conn, err := dial(options...)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
 	}
-	t := &Table{IPFamily: f, conn: conn, sets: sets, table: &nftables.Table{Name: table, Family: f.Table}}
+	t := &Table{IPFamily: f, conn: conn, options: options, sets: sets, table: &nftables.Table{Name: table, Family: f.Table}}
 	for _, s := range sets {
 		t.declared = append(t.declared, s.declaration(f, t.table))
 	}
