@@ -74,7 +74,9 @@ func TestNodeLockOfOneThatEnds(t *testing.T) {
 	}
 	go func() {
 		if who := old.nextContender(t.Context()); who != nil {
-			old.handOver(who)
+			if err := old.handOver(who); err != nil {
+				t.Error(err)
+			}
 		}
 	}()
 	if err := next.acquire(t.Context()); err != nil {
@@ -155,7 +157,9 @@ func TestNodeLockWithMuteClient(t *testing.T) {
 	old.requestTimeout = time.Millisecond
 	go func() {
 		if who := old.nextContender(t.Context()); who != nil {
-			old.handOver(who)
+			if err := old.handOver(who); err != nil {
+				t.Error(err)
+			}
 		}
 	}()
 	if err := next.acquire(t.Context()); err != nil {
@@ -193,9 +197,13 @@ func TestNodeLockRequestedByTwo(t *testing.T) {
 			taken <- s
 		}()
 	}
-	old.handOver(old.nextContender(t.Context()))
+	if err := old.handOver(old.nextContender(t.Context())); err != nil {
+		t.Error(err)
+	}
 	first := <-taken
-	first.handOver(first.nextContender(t.Context()))
+	if err := first.handOver(first.nextContender(t.Context())); err != nil {
+		t.Error(err)
+	}
 	if <-taken == first {
 		t.Error("one process acquired the lock twice")
 	}

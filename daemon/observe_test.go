@@ -158,11 +158,11 @@ func brokenTools(t *testing.T) (path, broken string) {
 	for _, tool := range []string{"iptables", "ip6tables"} {
 		for _, variant := range []string{"", "-nft", "-legacy"} {
 			name := tool + variant + "-restore"
-			real, err := exec.LookPath(name)
+			path, err := exec.LookPath(name)
 			if err != nil {
 				t.Fatal(err)
 			}
-			script := fmt.Sprintf("#!/bin/sh\n[ -e %s ] && echo broken >&2 && exit 1\nexec %s \"$@\"\n", broken, real)
+			script := fmt.Sprintf("#!/bin/sh\n[ -e %s ] && echo broken >&2 && exit 1\nexec %s \"$@\"\n", broken, path)
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
 				t.Fatal(err)
 			}

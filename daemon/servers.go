@@ -69,7 +69,7 @@ func (s *servers) open(g *configRun, alone bool) error {
 		s.predecessorGone()
 	}
 	for len(s.failed) > 0 {
-		<-s.failed // of a configuration run that has ended
+		<-s.failed //nolint:errcheck // of a configuration run that has ended
 	}
 	cfg := g.cfg
 	s.healthz.serve(cfg.HealthzBindAddress, cfg.BindAddressHardFail, g.observer.health.Handler(), s.free)

@@ -189,9 +189,9 @@ func cleanup(f plan.Family, withoutTools func(plan.Family) error, toRemove func(
 	return removed, errors.Join(failed...)
 }
 
-// UnknownOwnerError: the kernel has chains whose names this mode and kube-proxy
-// share. Without the iptables tools nobody can tell who wrote them, or remove
-// them.
+// UnknownOwnerError says that the kernel has chains whose names this mode and
+// kube-proxy share. Without the iptables tools nobody can tell who wrote them, or
+// remove them.
 type UnknownOwnerError struct {
 	Family plan.Family
 	// Found says which chains.

@@ -153,7 +153,11 @@ func TestOOMScore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.WriteFile(file, []byte(before), 0o644)
+	defer func() {
+		if err := os.WriteFile(file, []byte(before), 0o644); err != nil {
+			t.Error(err)
+		}
+	}()
 	if p := SetOOMScore(1000); p != nil {
 		t.Fatal(p)
 	}

@@ -1,10 +1,10 @@
 package node
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -46,6 +46,13 @@ func parseRoute(t *testing.T, text string) netlink.Route {
 		t.Fatalf("%s: there is no interface %s", text, name)
 		return 0
 	}
+	number := func(text string) int {
+		n, err := strconv.Atoi(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
 	for i := 1; i+1 < len(words); i += 2 {
 		switch value := words[i+1]; words[i] {
 		case "via":
@@ -55,9 +62,9 @@ func parseRoute(t *testing.T, text string) netlink.Route {
 		case "src":
 			r.Src = netip.MustParseAddr(value).AsSlice()
 		case "metric":
-			fmt.Sscan(value, &r.Priority)
+			r.Priority = number(value)
 		case "tos":
-			fmt.Sscan(value, &r.Tos)
+			r.Tos = number(value)
 		case "type":
 			r.Type = map[string]int{"blackhole": unix.RTN_BLACKHOLE}[value]
 		default:

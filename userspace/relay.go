@@ -153,7 +153,7 @@ func (r *relay) maintain() {
 		case now := <-expiry.C:
 			r.targets.expire(now)
 			r.tcp.Chooser.Expire(now)
-			r.ns.Do(r.routes.readSourceMarks)
+			_ = r.ns.Do(r.routes.readSourceMarks) // else the last reading counts
 		}
 	}
 }

@@ -58,7 +58,7 @@ func TestEndIsPassedOnInEachDirection(t *testing.T) {
 func TestResetIsPassedOn(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.listen(0, func(c *net.TCPConn) {
-			c.Read(make([]byte, 1))
+			_, _ = c.Read(make([]byte, 1))
 			c.SetLinger(0) // makes the end a reset
 			c.Close()
 		})
@@ -227,7 +227,7 @@ func TestNoFilesLeft(t *testing.T) {
 	limit.Cur = uint64(next.Fd())
 	next.Close()
 	w.must(unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
-	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &before)
+	defer func() { w.must(unix.Setrlimit(unix.RLIMIT_NOFILE, &before)) }()
 	// Earlier tests still close some. The relay must not get those.
 	takeFree := func() {
 		for {

@@ -2,15 +2,16 @@ package userspace
 
 import (
 	"encoding/binary"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
-
 	"signalbox/proxier/plan"
 )
 
@@ -81,11 +82,9 @@ func TestFlowOutlivesTooLargePacket(t *testing.T) {
 	router, err := net.Dial("ip4:icmp", w.endpoint(0).Addr().String())
 	w.must(err)
 	defer router.Close()
-	var f *flow
 	flows := &w.p.relay.flows
 	flows.mu.Lock()
-	for _, f = range flows.open {
-	}
+	f := slices.Collect(maps.Values(flows.open))[0]
 	flows.mu.Unlock()
 	for range 20 {
 		_, err := router.Write(fragmentationNeeded(f.socket.LocalAddr().(*net.UDPAddr).AddrPort(), f.endpoint))
@@ -108,11 +107,11 @@ func hasError(c *net.UDPConn) bool {
 		return false
 	}
 	var poll []unix.PollFd
-	raw.Control(func(fd uintptr) {
+	err = raw.Control(func(fd uintptr) {
 		poll = []unix.PollFd{{Fd: int32(fd)}}
-		unix.Poll(poll, 0)
+		_, _ = unix.Poll(poll, 0) // without an answer there is no event
 	})
-	return len(poll) > 0 && poll[0].Revents&unix.POLLERR != 0
+	return err == nil && poll[0].Revents&unix.POLLERR != 0
 }
 
 // fragmentationNeeded is an ICMP message about a UDP packet.

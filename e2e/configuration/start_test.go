@@ -267,8 +267,8 @@ func (p *proxy) listens() string {
 	if err != nil {
 		p.Fatal(err)
 	}
-	v4, err4 := fs.NetTCP()
-	v6, err6 := fs.NetTCP6()
+	v4, err4 := fs.NetTCP()  //nolint:staticcheck // the netlink way needs a kernel with inet_diag
+	v6, err6 := fs.NetTCP6() //nolint:staticcheck
 	if err := errors.Join(err4, err6); err != nil {
 		p.Fatal(err)
 	}

@@ -66,9 +66,9 @@ func sameLength(full, end string) string {
 	return strings.Join(words[:keep], "_") + end
 }
 
-// find looks a name up as a query has it: a histogram's series have endings,
-// and what ends with * on the page stands for a group.
-func (all series) find(name string) (labels []string, any, ok bool) {
+// find looks up a series by its name in a query. The series of a histogram have
+// suffixes. A name with * at its end stands for a group on the page.
+func (all series) find(name string) (labels []string, group, ok bool) {
 	for suffix, le := range map[string]string{"": "", "_bucket": "le", "_sum": "", "_count": ""} {
 		entry, ok := all[strings.TrimSuffix(name, suffix)]
 		if !ok || suffix != "" && (!strings.HasSuffix(name, suffix) || entry.kind != "histogram") {
@@ -76,8 +76,8 @@ func (all series) find(name string) (labels []string, any, ok bool) {
 		}
 		return append(slices.Clone(entry.labels), le), false, true
 	}
-	for group := range all {
-		if prefix, is := strings.CutSuffix(group, "*"); is && strings.HasPrefix(name, prefix) {
+	for pattern := range all {
+		if prefix, is := strings.CutSuffix(pattern, "*"); is && strings.HasPrefix(name, prefix) {
 			return nil, true, true
 		}
 	}
@@ -103,12 +103,12 @@ func (all series) check(t *testing.T, where, expression string) {
 		if !is {
 			return nil
 		}
-		labels, any, ok := all.find(selector.Name)
+		labels, group, ok := all.find(selector.Name)
 		if !ok {
 			t.Errorf("%s: there is no series %s", where, selector.Name)
 			return nil
 		}
-		if any {
+		if group {
 			known = append(known, "code", "method", "host", "verb")
 			return nil
 		}

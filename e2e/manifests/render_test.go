@@ -43,9 +43,9 @@ func helmed(t *testing.T, values map[string]any) []*unstructured.Unstructured {
 	return out
 }
 
-// comparable puts objects into one order and form: configuration files count
+// normalized puts objects into one order and form: configuration files count
 // by what they say, and volumes, which the API merges by name, in any order.
-func comparable(t *testing.T, objects []*unstructured.Unstructured) string {
+func normalized(t *testing.T, objects []*unstructured.Unstructured) string {
 	t.Helper()
 	objects = slices.Clone(objects)
 	slices.SortFunc(objects, func(a, b *unstructured.Unstructured) int {
@@ -103,7 +103,7 @@ func TestChartAndOverlaysAreTheSame(t *testing.T) {
 // wantSame shows where two renderings part.
 func wantSame(t *testing.T, kustomized, helmed []*unstructured.Unstructured) {
 	t.Helper()
-	k, h := strings.Split(comparable(t, kustomized), "\n"), strings.Split(comparable(t, helmed), "\n")
+	k, h := strings.Split(normalized(t, kustomized), "\n"), strings.Split(normalized(t, helmed), "\n")
 	for i := range max(len(k), len(h)) {
 		if i >= len(k) || i >= len(h) || k[i] != h[i] {
 			t.Fatalf("after\n%s\nkustomize says\n%s\nand helm\n%s", lines(k, i-8, i), lines(k, i, i+5), lines(h, i, i+5))
@@ -127,7 +127,7 @@ func TestExistingConfigMap(t *testing.T) {
 	values["existingConfigMap"] = "kube-proxy"
 	helm := helmed(t, values)
 	wantSame(t, kustomized(t, dir), helm)
-	got := comparable(t, helm)
+	got := normalized(t, helm)
 	if strings.Contains(got, `"kind": "ConfigMap"`) || !strings.Contains(got, `"name": "kube-proxy"`) {
 		t.Errorf("the DaemonSet does not use kubeadm's ConfigMap:\n%s", got)
 	}

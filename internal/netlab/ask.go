@@ -37,21 +37,21 @@ func (a Answer) String() string {
 type Outcome uint8
 
 const (
-	// Answered: there is no error.
+	// Answered means no error.
 	Answered Outcome = iota
-	// Refused: a TCP reset or ICMP port unreachable came back.
+	// Refused means that a TCP reset or ICMP port unreachable came back.
 	Refused
-	// Silent: nothing came back in time.
+	// Silent means that nothing came back in time.
 	Silent
-	// NotPermitted: the host's own firewall dropped the datagram, and sending it
-	// failed with EPERM. The kernel does not tell a TCP or SCTP socket.
+	// NotPermitted means that the host's own firewall dropped the datagram, and
+	// sending it failed with EPERM. The kernel does not tell a TCP or SCTP socket.
 	NotPermitted
-	// Unreachable: another ICMP error came back, for example of a routing loop
-	// or a missing route.
+	// Unreachable means that another ICMP error came back, for example of a
+	// routing loop or a missing route.
 	Unreachable
-	// Broken: an open connection was reset or ended.
+	// Broken means that an open connection was reset or ended.
 	Broken
-	// Failed: the attempt itself went wrong; nothing can be concluded.
+	// Failed means that the attempt itself went wrong; nothing can be concluded.
 	Failed
 )
 

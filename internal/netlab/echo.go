@@ -149,6 +149,6 @@ func serveUDP(host string, c *net.UDPConn) {
 			continue // an ICMP error that an earlier answer met
 		}
 		reply := fmt.Sprintf("%s %s %s %s\n", strings.TrimSpace(string(buf[:n])), host, c.LocalAddr(), from)
-		c.WriteToUDPAddrPort([]byte(reply), from)
+		_, _ = c.WriteToUDPAddrPort([]byte(reply), from) // the client reports a missing answer
 	}
 }

@@ -138,8 +138,8 @@ func required(feature string) bool {
 		return machine || !strings.HasPrefix(feature, "ipvs/") && feature != "lab/sctp"
 	}
 	return slices.ContainsFunc(strings.Split(list, ","), func(word string) bool {
-		start, any := strings.CutSuffix(strings.TrimSpace(word), "*")
-		return feature == start || any && strings.HasPrefix(feature, start)
+		start, wildcard := strings.CutSuffix(strings.TrimSpace(word), "*")
+		return feature == start || wildcard && strings.HasPrefix(feature, start)
 	})
 }
 

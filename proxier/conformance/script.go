@@ -203,7 +203,7 @@ func parseFrom(words []string) (func(context.Context, *world) error, error) {
 // parseOpen reads "NAME from PROBE EXPECTATION".
 func parseOpen(words []string) (func(context.Context, *world) error, error) {
 	if len(words) < 2 || words[1] != "from" {
-		return nil, errors.New("expected: open NAME from HOST ...")
+		return nil, errors.New("expected: open NAME from PROBE EXPECTATION")
 	}
 	p, rest, err := parseProbe(words[2:])
 	if err != nil {

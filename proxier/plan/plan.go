@@ -1,3 +1,5 @@
+// Package plan has the values that tell a Proxier what this node must do: Service
+// ports with their frontends and endpoint sets, and what changed since the last Sync.
 package plan
 
 import (

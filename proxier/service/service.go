@@ -1,3 +1,5 @@
+// Package service turns API objects into Service ports of a plan. It alone knows
+// traffic policies, topology hints, termination, masquerade, reject and drop.
 package service
 
 import (

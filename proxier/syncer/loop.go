@@ -1,3 +1,6 @@
+// Package syncer keeps each IP family's plan up to date and has a Proxier write it. It
+// decides who owns a frontend, quarantines Services that the kernel refuses, and
+// reports each sync.
 package syncer
 
 import (

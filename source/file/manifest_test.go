@@ -52,11 +52,11 @@ func TestRead(t *testing.T) {
 			"Service default/api\nService default/web\ndocument 2: yaml: line 3: did not find expected ',' or '}'"},
 		{"a field twice", "apiVersion: v1\nkind: Service\nkind: Service\n", "document 1: yaml: unmarshal errors:\n  line 3: key \"kind\" already set in map"},
 		{"unknown field", web + "  prots: []\n", `document 1: Service default/web: unknown field "spec.prots"`},
-		{"unknown field of one port among several", web + "  ports:\n  - port: 80\n    name: a\n  - nmae: b\n    port: 81\n", `document 1: Service default/web: unknown field "spec.ports[1].nmae"`},
+		{"unknown field of one port among several", web + "  ports:\n  - port: 80\n    name: a\n  - nam: b\n    port: 81\n", `document 1: Service default/web: unknown field "spec.ports[1].nam"`},
 		{"two unknown fields", "x: 1\n" + web + "  z: 2\n", "document 1: Service default/web: unknown field \"spec.z\"\ndocument 1: Service default/web: unknown field \"x\""},
 		{"wrong case", strings.Replace(web, "  name", "  Name", 1), `document 1: Service default/web: unknown field "metadata.Name"`},
 		{"unknown field of an item", "apiVersion: v1\nkind: List\nitems:\n- {apiVersion: v1, kind: Node, metadata: {name: n1}}\n- apiVersion: v1\n  kind: Node\n  metadata: {name: n2}\n  spec:\n    bad: 1\n", "Node n1\ndocument 1: items[1]: Node n2: unknown field \"spec.bad\""},
-		{"unknown field in JSON", "[\n{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"nmae\": 1}}]", `document 1[0]: Node n: unknown field "metadata.nmae"`},
+		{"unknown field in JSON", "[\n{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"nam\": 1}}]", `document 1[0]: Node n: unknown field "metadata.nam"`},
 		{"a field twice in JSON", "{\"apiVersion\": \"v1\", \"kind\": \"Node\",\n\"metadata\": {\"name\": \"n\",\n\"name\": \"m\"}}", `document 1: Node m: duplicate field "metadata.name"`},
 		{"wrong type", web + "  ports:\n  - port: eighty\n", `document 1: Service default/web: spec.ports.port: this needs the type int32, and has string`},
 		{"wrong indentation", "# first\n---\napiVersion: v1\nkind: Service\nmetadata:\n  name: x\n foo: bar\n", "document 1: yaml: line 4: did not find expected key"},
@@ -119,7 +119,7 @@ func TestThousandsOfFaults(t *testing.T) {
 	b.WriteString("apiVersion: v1\nkind: List\nitems:\n")
 	const items = 5000
 	for range items {
-		b.WriteString("- {apiVersion: v1, kind: Node, metadata: {name: n, nmae: m}}\n")
+		b.WriteString("- {apiVersion: v1, kind: Node, metadata: {name: n, nam: m}}\n")
 	}
 	faults := parse([]byte(b.String())).faults
 	if len(faults) != items || faults[0].place != "document 1: items[0]" || faults[items-1].place != "document 1: items[4999]" {
