@@ -17,7 +17,7 @@ PACKAGES := nftables iptables iproute2
 
 # The contract of one variant and family of each mode.
 .PHONY: check
-check: vet unit ## before each commit: vet, unit and a part of the contract, in less than three minutes
+check: vet lint unit ## before each commit: linters, unit and a part of the contract, in less than three minutes
 	$(GO) test -run 'TestNFTables/./IPv4|TestUserspace/./IPv4|TestIPTables/nft/./IPv4' ./proxier/conformance
 
 # Each stage also runs after one that failed.
@@ -59,6 +59,12 @@ architecture: ## draw the imports between the packages into docs/architecture.md
 vet: ## go vet, in both modules
 	$(GO) vet ./...
 	cd e2e && $(GO) vet -tags kind,guest ./...
+
+# Not a part of test: building golangci-lint would make a bare machine's first run minutes longer.
+.PHONY: lint
+lint: ## golangci-lint, in both modules, with the rules of .golangci.yml
+	$(GO) tool -modfile=hack/tools/go.mod golangci-lint run ./...
+	cd e2e && $(GO) tool -modfile=../hack/tools/go.mod golangci-lint run ./...
 
 .PHONY: unit
 unit: deps ## all packages but the contract suite
