@@ -179,7 +179,7 @@ func TestAffinityEnds(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
 		s := newSticky(l, plan.TCP, 100*time.Second, 1, 2, 3, 4)
 		remembered := func() (left []time.Duration) {
-			elements, err := s.proxier.wire.Read(affinity)
+			elements, err := s.proxier.table.Read(affinity)
 			l.must(err)
 			for _, e := range elements {
 				left = append(left, e.Expires)

@@ -8,7 +8,7 @@ import (
 
 // compile hands every element that the record stands for to emit. Elements of
 // shared sets may come more than once.
-func compile(r *record, emit func(nft.Element)) {
+func compile(r *programmedPort, emit func(nft.Element)) {
 	comment := nft.CommentText(r.port.Name.String())
 	for i := range r.port.Frontends {
 		compileFrontend(r, &r.port.Frontends[i], comment, emit)
@@ -38,7 +38,7 @@ var (
 	nodePortSets  = frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, refusedNodePorts, droppedNodePorts}
 )
 
-func compileFrontend(r *record, fe *plan.Frontend, comment string, emit func(nft.Element)) {
+func compileFrontend(r *programmedPort, fe *plan.Frontend, comment string, emit func(nft.Element)) {
 	sets := addressedSets
 	if !fe.Addr.IsValid() {
 		sets = nodePortSets
@@ -63,17 +63,17 @@ func compileFrontend(r *record, fe *plan.Frontend, comment string, emit func(nft
 }
 
 // compileSlot emits what stands for one endpoint in one slot of set number i.
-func compileSlot(r *record, i, slot int, emit func(nft.Element)) {
+func compileSlot(r *programmedPort, i, slot int, emit func(nft.Element)) {
 	set := &r.sets[i]
 	index := set.endpoint(slot)
 	e := set.Endpoints[index]
 	addr := string(nft.AppendPort(nft.AppendAddr(nil, e.Addr()), e.Port()))
 	if !r.sticky() {
-		emit(nft.Element{Set: endpoints, Key: slotKey(set.base, slot), Data: addr})
+		emit(nft.Element{Set: endpoints, Key: slotKey(set.firstID, slot), Data: addr})
 		return
 	}
-	id := r.block | endpointFlag(r.large()) | set.numbers[index]
-	emit(nft.Element{Set: affinitySlots, Key: slotKey(r.block|uint32(i), slot), Data: nft.MarkData(id)})
+	id := r.idRange | endpointFlag(r.large()) | set.numbers[index]
+	emit(nft.Element{Set: affinitySlots, Key: slotKey(r.idRange|uint32(i), slot), Data: nft.MarkData(id)})
 	emit(nft.Element{Set: affinityEndpoints + nft.SetID(i), Key: nft.MarkKey(id), Data: addr})
 }
 

@@ -43,10 +43,10 @@ func endpointFlag(large bool) uint32 {
 }
 
 // blockMask keeps the bits of an affinity id that name the Service port.
-func blockMask(large bool) uint32 { return ^(endpointFlag(large)<<1 - 1) }
+func rangeMask(large bool) uint32 { return ^(endpointFlag(large)<<1 - 1) }
 
 // blockRoom is how many endpoints an affinity block can tell apart.
-func blockRoom(large bool) int { return int(endpointFlag(large)) }
+func endpointsPerRange(large bool) int { return int(endpointFlag(large)) }
 
 // idPools are the pools of one Proxier.
 type idPools struct {
@@ -60,13 +60,13 @@ func newIDPools() *idPools {
 		plain:  access.NewPool(plainFirst, plainLast, 1<<chainBits),
 		small:  access.NewPool(smallFirst, smallLast, 2<<smallBits),
 		large:  access.NewPool(largeFirst, largeLast, 2<<largeBits),
-		chains: access.NewPool(ownNumber+1, chainMask, 1),
+		chains: access.NewPool(maxSizeAsNumber+1, chainMask, 1),
 	}
 }
 
-// ownNumber is the largest size of a chain without affinity that is its number
+// maxSizeAsNumber is the largest size of a chain without affinity that is its number
 // too.
-const ownNumber = 511
+const maxSizeAsNumber = 511
 
 // of returns the pool that an id belongs to.
 func (p *idPools) of(id uint32) *access.Pool {
@@ -79,7 +79,7 @@ func (p *idPools) of(id uint32) *access.Pool {
 	return p.plain
 }
 
-func (p *idPools) giveBack(ids []uint32) {
+func (p *idPools) release(ids []uint32) {
 	for _, id := range ids {
 		p.of(id).Release(id)
 	}

@@ -64,7 +64,7 @@ func compareKernel(t testing.TB, p *Proxier, node plan.Node) {
 	want := blocks(t, rulesetOf(p.IPFamily, p.mark, node).render(p.state))
 	got := blocks(t, runNft(t, "list", "table", p.Word, tableName))
 	// Packets fill the affinity map, so only its declaration is compared.
-	head := "map " + schemas[affinity].Name + " {"
+	head := "map " + allSets[affinity].Name + " {"
 	got[head] = slices.DeleteFunc(got[head], func(line string) bool { return strings.Contains(line, " expires ") })
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Fatalf("the kernel's table differs (- believed, + listed):\n%s", diff)
@@ -259,11 +259,11 @@ func meaning(t testing.TB, st *state) []string {
 			byKey[e.Set] = map[string]nft.Element{}
 		}
 		if twice, seen := byKey[e.Set][e.Key+e.End]; seen {
-			t.Fatalf("two elements of %s share a key: %s and %s", schemas[e.Set].Name, schemas[twice.Set].ElementText(&twice, st.IPFamily), schemas[e.Set].ElementText(&e, st.IPFamily))
+			t.Fatalf("two elements of %s share a key: %s and %s", allSets[e.Set].Name, allSets[twice.Set].ElementText(&twice, st.IPFamily), allSets[e.Set].ElementText(&e, st.IPFamily))
 		}
 		byKey[e.Set][e.Key+e.End] = e
 	})
-	chains := map[uint32]sizedChain{}
+	chains := map[uint32]pickChain{}
 	for c, n := range st.chains {
 		chains[n] = c
 	}
@@ -274,10 +274,10 @@ func meaning(t testing.TB, st *state) []string {
 			case pickChains, endpoints, affinitySlots, affinityEndpoints, affinityEndpoints + 1, affinityEndpoints + 2, affinityEndpoints + 3:
 			case frontends, internalFrontends, nodePorts, internalNodePorts:
 				id := bigEndian(e.Data)
-				lines = append(lines, fmt.Sprintf("%s %s: %s", schemas[set].Name, nft.FieldsText(st.IPFamily, schemas[set].Key, e.Key, ""),
+				lines = append(lines, fmt.Sprintf("%s %s: %s", allSets[set].Name, nft.FieldsText(st.IPFamily, allSets[set].Key, e.Key, ""),
 					strings.Join(reach(t, st, byKey, chains, id), " ")))
 			default:
-				lines = append(lines, schemas[set].Name+" "+schemas[e.Set].ElementText(&e, st.IPFamily))
+				lines = append(lines, allSets[set].Name+" "+allSets[e.Set].ElementText(&e, st.IPFamily))
 			}
 		}
 	}
@@ -291,7 +291,7 @@ func bigEndian(s string) uint32 {
 
 // reach does for an id what the rules do for a packet: it lists the endpoints
 // in all slots of the chain.
-func reach(t testing.TB, st *state, byKey map[nft.SetID]map[string]nft.Element, chains map[uint32]sizedChain, id uint32) []string {
+func reach(t testing.TB, st *state, byKey map[nft.SetID]map[string]nft.Element, chains map[uint32]pickChain, id uint32) []string {
 	t.Helper()
 	if id == noSet {
 		return nil
@@ -305,8 +305,8 @@ func reach(t testing.TB, st *state, byKey map[nft.SetID]map[string]nft.Element, 
 		var e nft.Element
 		if c.timeout == 0 {
 			e, known = byKey[endpoints][slotKey(id&^chainMask, slot)]
-		} else if e, known = byKey[affinitySlots][slotKey(id&blockMask(c.large)|uint32(c.variant), slot)]; known {
-			e, known = byKey[affinityEndpoints+nft.SetID(c.variant)][nft.MarkKey(bigEndian(e.Data))]
+		} else if e, known = byKey[affinitySlots][slotKey(id&rangeMask(c.large)|uint32(c.setIndex), slot)]; known {
+			e, known = byKey[affinityEndpoints+nft.SetID(c.setIndex)][nft.MarkKey(bigEndian(e.Data))]
 		}
 		if !known {
 			t.Fatalf("id %s: slot %d of %s leads nowhere", nft.ClassIDText(id), slot, c.name())
@@ -411,15 +411,15 @@ func TestNothingIsLost(t *testing.T) {
 	}
 	want := map[nft.SetID]int{frontends: 10_000, masquerade: 10_000, clusterIPs: 10_000, endpoints: 100_000, hairpin: 1000}
 	for set, n := range want {
-		elements, err := p.wire.Read(set)
+		elements, err := p.table.Read(set)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(elements) != n {
-			t.Errorf("%d elements in %s, want %d", len(elements), schemas[set].Name, n)
+			t.Errorf("%d elements in %s, want %d", len(elements), allSets[set].Name, n)
 		}
 	}
-	table, err := p.wire.Inspect()
+	table, err := p.table.Inspect()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -75,8 +75,8 @@ func (r ruleset) counters() []string {
 // counterReader reads the counters of refused packets, by a connection that no
 // sync uses.
 type counterReader struct {
-	mu   sync.Mutex // guards wire
-	wire *nft.Table // nil while it is not open
+	mu    sync.Mutex // guards wire
+	table *nft.Table // nil while it is not open
 }
 
 // open connects to the network namespace of the calling thread, unless that has been
@@ -84,7 +84,7 @@ type counterReader struct {
 func (r *counterReader) open(f *nft.IPFamily) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.wire != nil {
+	if r.table != nil {
 		return
 	}
 	w, err := dial(f, tableName)
@@ -92,7 +92,7 @@ func (r *counterReader) open(f *nft.IPFamily) {
 		slog.Warn("nftables: refused packets to NodePorts on loopback cannot be counted", "error", err)
 		return
 	}
-	r.wire = w
+	r.table = w
 }
 
 // refused leaves out what cannot be read.
@@ -100,11 +100,11 @@ func (r *counterReader) refused() map[plan.Protocol]uint64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	counts := map[plan.Protocol]uint64{}
-	if r.wire == nil {
+	if r.table == nil {
 		return counts
 	}
 	for _, p := range notRelayed {
-		if n, err := r.wire.CounterPackets(refusedCounter(p)); err == nil {
+		if n, err := r.table.CounterPackets(refusedCounter(p)); err == nil {
 			counts[p] = n
 		}
 	}
@@ -114,11 +114,11 @@ func (r *counterReader) refused() map[plan.Protocol]uint64 {
 func (r *counterReader) close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.wire == nil {
+	if r.table == nil {
 		return nil
 	}
-	err := r.wire.Close()
-	r.wire = nil
+	err := r.table.Close()
+	r.table = nil
 	return err
 }
 

@@ -94,5 +94,5 @@ func (r ruleset) render(st *state) string {
 		emit(e)
 	}
 	st.emitAll(emit)
-	return nft.RenderTable(r.IPFamily, tableName, r.counters(), schemas, elements, r.chains(st))
+	return nft.RenderTable(r.IPFamily, tableName, r.counters(), allSets, elements, r.chains(st))
 }

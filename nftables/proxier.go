@@ -24,7 +24,7 @@ type Proxier struct {
 	proxier.Defaults
 	*nft.IPFamily
 	mark  uint32
-	wire  *nft.Table
+	table *nft.Table
 	state *state // nil until the first Sync
 	size  size
 	// localhost serves NodePorts on the loopback address.
@@ -43,9 +43,9 @@ func Supported(f plan.Family) error {
 	}
 	rules, st := rulesetOf(nft.FamilyOf(f), proxier.DefaultMasqueradeMark, node), newState(nft.FamilyOf(f))
 	for _, large := range []bool{false, true} {
-		st.chains[sizedChain{size: 2, timeout: time.Second, large: large}] = 0
+		st.chains[pickChain{size: 2, timeout: time.Second, large: large}] = 0
 	}
-	return access.Supported(Mode, f, schemas, rules.chains(st))
+	return access.Supported(Mode, f, allSets, rules.chains(st))
 }
 
 // New opens the connection to the kernel. Nothing is written before Sync.
@@ -55,14 +55,14 @@ func New(opts proxier.Options) (*Proxier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
 	}
-	return &Proxier{IPFamily: f, mark: opts.MasqueradeMark, wire: w, localhost: localhost.New(opts.Family, Mode)}, nil
+	return &Proxier{IPFamily: f, mark: opts.MasqueradeMark, table: w, localhost: localhost.New(opts.Family, Mode)}, nil
 }
 
 // Close closes the connection and ends what is relayed on loopback. The table
 // stays.
 func (p *Proxier) Close() error {
 	p.localhost.Close()
-	return errors.Join(p.wire.Close(), p.counters.close())
+	return errors.Join(p.table.Close(), p.counters.close())
 }
 
 // Sync implements proxier.Proxier. Every call is one transaction. The listeners on
@@ -124,24 +124,24 @@ func (p *Proxier) syncAll(plan *plan.Plan, _ plan.Change) error {
 	if err != nil {
 		return err
 	}
-	err = writeAll(p.wire, rules, st, old)
+	err = writeAll(p.table, rules, st, old)
 	if err != nil && old != nil {
 		p.warn("cannot keep a part of the old table, clients lose their session affinity", err)
-		err = writeAll(p.wire, rules, st, nil)
+		err = writeAll(p.table, rules, st, nil)
 	}
 	if err != nil {
 		return fmt.Errorf("write table %s: %w", tableName, err)
 	}
 	st.node, p.state = plan.Node, st
-	p.size = sizeOf(rules, st, p.wire.Added)
+	p.size = sizeOf(rules, st, p.table.Added)
 	return nil
 }
 
 // stickyOnly leaves out what the affinity map does not speak of: the rest is
 // numbered anew with the table.
-func stickyOnly(records map[plan.ServicePortName]*record) map[plan.ServicePortName]*record {
-	sticky := make(map[plan.ServicePortName]*record)
-	for name, r := range records {
+func stickyOnly(ports map[plan.ServicePortName]*programmedPort) map[plan.ServicePortName]*programmedPort {
+	sticky := make(map[plan.ServicePortName]*programmedPort)
+	for name, r := range ports {
 		if r.sticky() {
 			sticky[name] = r
 		}
@@ -152,19 +152,19 @@ func stickyOnly(records map[plan.ServicePortName]*record) map[plan.ServicePortNa
 // recall finds out what table there is and which numbers mean what in it. What
 // this Proxier wrote it remembers; only after a restart it has to read, and is
 // done if it can go on with the table.
-func (p *Proxier) recall(rules ruleset, plan *plan.Plan) (old *nft.Contents, before map[plan.ServicePortName]*record, done bool, err error) {
-	old, err = p.wire.Inspect()
-	if err != nil || !p.wire.HasDynamicMap(old, affinity) {
+func (p *Proxier) recall(rules ruleset, plan *plan.Plan) (old *nft.Contents, before map[plan.ServicePortName]*programmedPort, done bool, err error) {
+	old, err = p.table.Inspect()
+	if err != nil || !p.table.HasDynamicMap(old, affinity) {
 		return nil, nil, false, err
 	}
 	if p.state != nil {
-		return old, p.state.records, false, nil
+		return old, p.state.ports, false, nil
 	}
-	st, fix, before, err := resume(p.wire, rules, plan, old)
+	st, fix, before, err := adopt(p.table, rules, plan, old)
 	if err != nil || st == nil {
 		return old, before, false, err
 	}
-	if err := writeRepair(p.wire, fix); err != nil {
+	if err := writeTableDifference(p.table, fix); err != nil {
 		p.warn("cannot go on with the old table and write it anew", err)
 		return old, before, false, nil
 	}
@@ -216,7 +216,7 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 			return err
 		}
 	}
-	s, err := p.state.stage(plan, change.Services)
+	s, err := p.state.prepare(plan, change.Services)
 	if err != nil {
 		return err
 	}
@@ -224,7 +224,7 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	if change.Node {
 		digest = rules.digest()
 	}
-	if err := writeStage(p.wire, rules, s, change.Node, digest); err != nil {
+	if err := writeChange(p.table, rules, s, change.Node, digest); err != nil {
 		s.undo()
 		return fmt.Errorf("write %s to table %s: %w", changeText(change), tableName, err)
 	}
@@ -235,7 +235,7 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 }
 
 // writeStage writes a change in one transaction.
-func writeStage(w *nft.Table, rules ruleset, s *stage, node bool, digest string) error {
+func writeChange(w *nft.Table, rules ruleset, s *pendingChange, node bool, digest string) error {
 	if node {
 		rewriteNode(w, rules, s.state.node)
 	}
@@ -276,7 +276,7 @@ func changeText(change plan.Change) string {
 // chains are all chains of the table.
 func (r ruleset) chains(st *state) []nft.Chain {
 	chains := r.fixedChains()
-	for _, c := range st.sizedChains() {
+	for _, c := range st.sortedChains() {
 		chains = append(chains, c.chain(r.IPFamily))
 	}
 	chains = append(append(chains, r.nodeChains()...), r.baseChains()...)
@@ -287,7 +287,7 @@ func (r ruleset) chains(st *state) []nft.Chain {
 // and remove the other afterwards, with no moment without rules.
 const tableName = "signalbox"
 
-func dial(f *nft.IPFamily, table string) (*nft.Table, error) { return nft.Open(f, table, schemas) }
+func dial(f *nft.IPFamily, table string) (*nft.Table, error) { return nft.Open(f, table, allSets) }
 
 // size is how much the table holds.
 type size struct {
@@ -313,7 +313,7 @@ func (n *size) countRules(rules ruleset, st *state) {
 }
 
 // change counts what was written.
-func (n *size) change(rules ruleset, s *stage, node bool) {
+func (n *size) change(rules ruleset, s *pendingChange, node bool) {
 	n.elements += len(s.Add) - len(s.Remove)
 	if node || len(s.newChains)+len(s.oldChains) > 0 {
 		n.countRules(rules, s.state)

@@ -28,7 +28,7 @@ func (r ruleset) fixedChains() []nft.Chain {
 	return []nft.Chain{
 		{Name: "pick-endpoint", Rules: []nft.Rule{
 			nft.NewRule(verdictOf(nft.PriorityBits(chainMask, 0), pickChains)),
-			nft.NewRule(nft.GoTo(sizedChain{size: 1}.name())).Comment("the set shrank just now: its first endpoint"),
+			nft.NewRule(nft.GoTo(pickChain{size: 1}.name())).Comment("the set shrank just now: its first endpoint"),
 		}},
 	}
 }
@@ -187,20 +187,20 @@ func (r ruleset) checkRemote() []nft.Rule {
 
 // sizedChain is a chain that picks one of size endpoints. There is one for each
 // kind of endpoint set in use.
-type sizedChain struct {
-	size    int
-	timeout time.Duration // of affinity; 0 without
-	variant int           // with affinity: which of the Service port's sets
-	large   bool          // with affinity: the Service port has a large block of ids
+type pickChain struct {
+	size     int
+	timeout  time.Duration // of affinity; 0 without
+	setIndex int           // with affinity: which of the Service port's sets
+	large    bool          // with affinity: the Service port has a large block of ids
 }
 
-func (c sizedChain) name() string {
+func (c pickChain) name() string {
 	if c.timeout == 0 {
 		return fmt.Sprintf("pick-%d", c.size)
 	}
 	name := fmt.Sprintf("pick-%d-affinity-%ds", c.size, int(c.timeout/time.Second))
-	if c.variant > 0 {
-		name += fmt.Sprintf("-set-%d", c.variant)
+	if c.setIndex > 0 {
+		name += fmt.Sprintf("-set-%d", c.setIndex)
 	}
 	if c.large {
 		name += "-large"
@@ -208,7 +208,7 @@ func (c sizedChain) name() string {
 	return name
 }
 
-func (c sizedChain) chain(f *nft.IPFamily) nft.Chain {
+func (c pickChain) chain(f *nft.IPFamily) nft.Chain {
 	if c.timeout == 0 {
 		return nft.Chain{Name: c.name(), Rules: []nft.Rule{
 			nft.NewRule(f.DNATTo(lookedUp(nft.Join(nft.PriorityBits(^chainMask, 0), nft.Random(c.size)), endpoints))),
@@ -229,32 +229,32 @@ func (c sizedChain) chain(f *nft.IPFamily) nft.Chain {
 // two connections of one client race on two processors, the first to write has
 // decided for both. If the map is full nothing is read back and the drawn
 // endpoint serves.
-func (c sizedChain) stickyRules(f *nft.IPFamily) []nft.Rule {
-	mask, flag := blockMask(c.large), endpointFlag(c.large)
-	known := affinityEndpoints + nft.SetID(c.variant)
+func (c pickChain) stickyRules(f *nft.IPFamily) []nft.Rule {
+	mask, flag := rangeMask(c.large), endpointFlag(c.large)
+	known := affinityEndpoints + nft.SetID(c.setIndex)
 	client := nft.Join(f.Saddr(), nft.PriorityBits(mask, 0))
-	recall := nft.SetPriorityFrom(idLookedUp(client, affinity))
+	lookUpClient := nft.SetPriorityFrom(idLookedUp(client, affinity))
 	toKnown := f.DNATTo(lookedUp(nft.Priority, known))
 	draw := func(n int) nft.Statement {
-		return nft.SetPriorityFrom(idLookedUp(nft.Join(nft.PriorityBits(mask, uint32(c.variant)), nft.Random(n)), affinitySlots))
+		return nft.SetPriorityFrom(idLookedUp(nft.Join(nft.PriorityBits(mask, uint32(c.setIndex)), nft.Random(n)), affinitySlots))
 	}
 	return []nft.Rule{
-		nft.NewRule(recall, remember(client, nft.Priority, c.timeout), toKnown),
+		nft.NewRule(lookUpClient, remember(client, nft.Priority, c.timeout), toKnown),
 		nft.NewRule(nft.PriorityBitsAre(flag, flag), forget(client, nft.Priority)).Comment("its endpoint is gone"),
 		nft.NewRule(draw(c.size), remember(client, nft.Priority, c.timeout)),
-		nft.NewRule(recall),
+		nft.NewRule(lookUpClient),
 		nft.NewRule(toKnown),
 		nft.NewRule(draw(1), toKnown).Comment("the set changed just now: its first endpoint"),
 	}
 }
 
-// ownNumber says whether the chain's size is its number too.
-func (c sizedChain) ownNumber() bool { return c.timeout == 0 && c.size <= ownNumber }
+// maxSizeAsNumber says whether the chain's size is its number too.
+func (c pickChain) sizeIsNumber() bool { return c.timeout == 0 && c.size <= maxSizeAsNumber }
 
 // ready says whether the chain exists always.
-func (c sizedChain) ready() bool { return c.timeout == 0 && c.size <= readyChains }
+func (c pickChain) permanent() bool { return c.timeout == 0 && c.size <= permanentChains }
 
-func (c sizedChain) compare(o sizedChain) int {
+func (c pickChain) compare(o pickChain) int {
 	large := func(b bool) int {
 		if b {
 			return 1
@@ -264,31 +264,31 @@ func (c sizedChain) compare(o sizedChain) int {
 	return cmp.Or(
 		cmp.Compare(c.timeout, o.timeout),
 		cmp.Compare(c.size, o.size),
-		cmp.Compare(c.variant, o.variant),
+		cmp.Compare(c.setIndex, o.setIndex),
 		cmp.Compare(large(c.large), large(o.large)),
 	)
 }
 
 // in matches a packet whose value is an element of the set.
-func in(v nft.Value, set nft.SetID) nft.Statement { return nft.In(v, schemas[set].Name) }
+func in(v nft.Value, set nft.SetID) nft.Statement { return nft.In(v, allSets[set].Name) }
 
 // notIn matches a packet whose value is no element of the set.
-func notIn(v nft.Value, set nft.SetID) nft.Statement { return nft.NotIn(v, schemas[set].Name) }
+func notIn(v nft.Value, set nft.SetID) nft.Statement { return nft.NotIn(v, allSets[set].Name) }
 
 // lookedUp is the datum that the map holds for v. A packet for which it holds
 // none leaves the rule.
-func lookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.LookedUp(v, schemas[m].Name) }
+func lookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.LookedUp(v, allSets[m].Name) }
 
 // verdictOf goes where the verdict map says, or on if it says nothing.
-func verdictOf(v nft.Value, m nft.SetID) nft.Statement { return nft.VerdictOf(v, schemas[m].Name) }
+func verdictOf(v nft.Value, m nft.SetID) nft.Statement { return nft.VerdictOf(v, allSets[m].Name) }
 
 // idLookedUp is the id that the map holds for v.
-func idLookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.MarkLookedUp(v, schemas[m].Name) }
+func idLookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.MarkLookedUp(v, allSets[m].Name) }
 
 // remember records key -> id in the affinity map for the given time.
 func remember(key, id nft.Value, timeout time.Duration) nft.Statement {
-	return nft.Remember(schemas[affinity].Name, key, id, timeout)
+	return nft.Remember(allSets[affinity].Name, key, id, timeout)
 }
 
 // forget removes the key from the affinity map.
-func forget(key, id nft.Value) nft.Statement { return nft.Forget(schemas[affinity].Name, key, id) }
+func forget(key, id nft.Value) nft.Statement { return nft.Forget(allSets[affinity].Name, key, id) }

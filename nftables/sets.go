@@ -31,10 +31,10 @@ const (
 // session affinity may have: one map each says which of the Service port's
 // endpoints are in the set. The resolver makes at most two, one by each traffic
 // policy.
-const maxVariants = 4
+const maxAffinitySets = 4
 
 // setCount is the number of sets.
-const setCount = affinityEndpoints + maxVariants
+const setCount = affinityEndpoints + maxAffinitySets
 
 // affinitySize bounds the kernel memory that clients can take up. A client
 // that finds the map full is served as though there were no affinity.
@@ -47,9 +47,9 @@ var (
 )
 
 // schemas holds every set by its number, in the order of creation and listing.
-var schemas = makeSchemas()
+var allSets = makeSets()
 
-func makeSchemas() []*nft.Set {
+func makeSets() []*nft.Set {
 	list := append(access.Sets(), []*nft.Set{
 		{Name: "frontends", Key: access.FrontendKey, Data: idData,
 			Comment: "endpoint set of each frontend; none: it has no endpoints"},
@@ -76,7 +76,7 @@ func makeSchemas() []*nft.Set {
 			Comment: "client . Service port : endpoint"},
 		{Name: "affinity-slots", Key: []nft.Field{nft.ClassIDField, nft.MarkField}, Data: idData},
 	}...)
-	for v := range maxVariants {
+	for v := range maxAffinitySets {
 		list = append(list, &nft.Set{
 			Name: "affinity-endpoints-" + string(rune('0'+v)), Key: idOnly, Data: addrPort,
 		})

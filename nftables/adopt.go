@@ -34,10 +34,10 @@ const digestPrefix = "written-by-"
 // elements and sized chains.
 func (r ruleset) digest() string {
 	h := sha256.New()
-	for _, s := range schemas {
+	for _, s := range allSets {
 		h.Write([]byte(s.Text(r.IPFamily, nil)))
 	}
-	samples := []sizedChain{{size: 2}, {size: 2, timeout: time.Second}, {size: 2, timeout: time.Second, variant: 1, large: true}}
+	samples := []pickChain{{size: 2}, {size: 2, timeout: time.Second}, {size: 2, timeout: time.Second, setIndex: 1, large: true}}
 	for _, c := range samples {
 		h.Write([]byte(c.chain(r.IPFamily).Text()))
 	}
@@ -48,22 +48,22 @@ func (r ruleset) digest() string {
 }
 
 // holding is an element of the kernel's.
-type holding struct {
+type elementPlace struct {
 	set      nft.SetID
 	key, end string
 	closes   bool // the end of an interval over one field
 }
 
 // contents are the elements of a table, but for those that packets make.
-type contents map[holding]nftables.SetElement
+type kernelElements map[elementPlace]nftables.SetElement
 
-func holdingOf(set nft.SetID, e *nftables.SetElement) holding {
-	return holding{set, string(e.Key), string(e.KeyEnd), e.IntervalEnd}
+func placeOf(set nft.SetID, e *nftables.SetElement) elementPlace {
+	return elementPlace{set, string(e.Key), string(e.KeyEnd), e.IntervalEnd}
 }
 
 // datum is what the kernel has for a key.
-func (c contents) datum(set nft.SetID, key string) (uint32, bool) {
-	e, ok := c[holding{set: set, key: key}]
+func (c kernelElements) datum(set nft.SetID, key string) (uint32, bool) {
+	e, ok := c[elementPlace{set: set, key: key}]
 	if !ok || len(e.Val) != 4 {
 		return 0, false
 	}
@@ -71,30 +71,30 @@ func (c contents) datum(set nft.SetID, key string) (uint32, bool) {
 }
 
 // resumption is an attempt to go on with a table.
-type resumption struct {
+type adoption struct {
 	*nft.Table
-	rules  ruleset
-	held   contents
-	chains map[sizedChain]uint32 // those in the kernel
-	byID   map[uint32]sizedChain
+	rules    ruleset
+	elements kernelElements
+	chains   map[pickChain]uint32 // those in the kernel
+	byID     map[uint32]pickChain
 }
 
 // resume reads the table and says what it tells of plan's Service ports. Where
 // it is a table to go on with, st is the state that holds plan, and fix what is
 // to be written to get there; else st is nil.
-func resume(w *nft.Table, rules ruleset, desired *plan.Plan, old *nft.Contents) (st *state, fix *repair, before map[plan.ServicePortName]*record, err error) {
-	r := &resumption{Table: w, rules: rules}
+func adopt(w *nft.Table, rules ruleset, desired *plan.Plan, old *nft.Contents) (st *state, fix *tableDifference, before map[plan.ServicePortName]*programmedPort, err error) {
+	r := &adoption{Table: w, rules: rules}
 	if err := r.read(); err != nil {
 		return nil, nil, nil, err
 	}
 	r.readChains()
-	before = make(map[plan.ServicePortName]*record)
+	before = make(map[plan.ServicePortName]*programmedPort)
 	for name, port := range desired.Services {
-		if rec := r.record(port); rec != nil {
+		if rec := r.readPort(port); rec != nil {
 			before[name] = rec
 		}
 	}
-	if intact, err := r.intact(old); err != nil || !intact {
+	if hasSameRules, err := r.hasSameRules(old); err != nil || !hasSameRules {
 		return nil, nil, before, err
 	}
 	if st, err = newStateOf(w.IPFamily, desired, before, r.chains); err != nil {
@@ -104,18 +104,18 @@ func resume(w *nft.Table, rules ruleset, desired *plan.Plan, old *nft.Contents) 
 }
 
 // intact says whether the table has these very rules, chains and sets.
-func (r *resumption) intact(old *nft.Contents) (bool, error) {
-	if len(old.Sets) != len(schemas) || !slices.Contains(old.Chains, r.rules.digest()) {
+func (r *adoption) hasSameRules(old *nft.Contents) (bool, error) {
+	if len(old.Sets) != len(allSets) || !slices.Contains(old.Chains, r.rules.digest()) {
 		return false, nil
 	}
-	for _, s := range schemas {
+	for _, s := range allSets {
 		if !slices.ContainsFunc(old.Sets, func(found *nftables.Set) bool { return found.Name == s.Name }) {
 			return false, nil
 		}
 	}
 	chains := slices.Concat(r.rules.fixedChains(), r.rules.nodeChains(), r.rules.baseChains())
 	for c, id := range r.chains {
-		if c.ownNumber() && id != uint32(c.size) {
+		if c.sizeIsNumber() && id != uint32(c.size) {
 			return false, nil
 		}
 		chains = append(chains, c.chain(r.IPFamily))
@@ -125,7 +125,7 @@ func (r *resumption) intact(old *nft.Contents) (bool, error) {
 	}
 	// Somebody may have taken rules away, or put some in.
 	for _, c := range chains {
-		if whole, err := r.whole(c); err != nil || !whole {
+		if whole, err := r.hasAllRules(c); err != nil || !whole {
 			return false, err
 		}
 	}
@@ -133,24 +133,24 @@ func (r *resumption) intact(old *nft.Contents) (bool, error) {
 }
 
 // whole says whether a chain is there with as many rules as it should have.
-func (r *resumption) whole(c nft.Chain) (bool, error) {
+func (r *adoption) hasAllRules(c nft.Chain) (bool, error) {
 	n, err := r.RuleCount(c.Name)
 	return n == len(c.Rules), err
 }
 
-func (r *resumption) read() error {
-	r.held = make(contents)
+func (r *adoption) read() error {
+	r.elements = make(kernelElements)
 	return r.ReadAll(func(set nft.SetID, elements []nftables.SetElement) {
 		for i := range elements {
-			r.held[holdingOf(set, &elements[i])] = elements[i]
+			r.elements[placeOf(set, &elements[i])] = elements[i]
 		}
 	})
 }
 
 // readChains finds the sized chains and their numbers.
-func (r *resumption) readChains() {
-	r.chains, r.byID = make(map[sizedChain]uint32), make(map[uint32]sizedChain)
-	for h, e := range r.held {
+func (r *adoption) readChains() {
+	r.chains, r.byID = make(map[pickChain]uint32), make(map[uint32]pickChain)
+	for h, e := range r.elements {
 		if h.set != pickChains || len(h.key) != 4 {
 			continue
 		}
@@ -178,18 +178,18 @@ func verdictChain(val []byte) string {
 // record is what the table says of a Service port: the numbers of those of its
 // endpoint sets that it knows, up to the first that it does not. nil if it knows
 // none.
-func (r *resumption) record(port *plan.ServicePort) *record {
-	rec := &record{port: &plan.ServicePort{Name: port.Name, AffinityTimeout: port.AffinityTimeout}}
+func (r *adoption) readPort(port *plan.ServicePort) *programmedPort {
+	rec := &programmedPort{port: &plan.ServicePort{Name: port.Name, AffinityTimeout: port.AffinityTimeout}}
 	for i, set := range distinctSets(port) {
 		id, ok := r.idOf(port, set)
 		if !ok {
 			break
 		}
-		numbered, ok := r.numberedSet(port, i, id)
+		numbered, ok := r.readSet(port, i, id)
 		if !ok {
 			break
 		}
-		if rec.block = numbered.base; i > 0 && rec.sticky() && rec.block != rec.sets[0].base {
+		if rec.idRange = numbered.firstID; i > 0 && rec.sticky() && rec.idRange != rec.sets[0].firstID {
 			break
 		}
 		rec.sets = append(rec.sets, numbered)
@@ -197,16 +197,16 @@ func (r *resumption) record(port *plan.ServicePort) *record {
 	if len(rec.sets) == 0 {
 		return nil
 	}
-	rec.block = 0
+	rec.idRange = 0
 	if rec.sticky() {
-		rec.block = rec.sets[0].base
+		rec.idRange = rec.sets[0].firstID
 	}
 	return rec
 }
 
 // idOf is the id that the table has for a set of the Service port's: that of a
 // frontend that leads to it.
-func (r *resumption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32, bool) {
+func (r *adoption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32, bool) {
 	for i := range port.Frontends {
 		fe := &port.Frontends[i]
 		sets, key := addressedSets, access.FrontendBytes(fe.Key(port.Name.Protocol))
@@ -215,10 +215,10 @@ func (r *resumption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32
 		}
 		id, ok := uint32(0), false
 		if fe.Internal == set {
-			id, ok = r.held.datum(sets.internal, key)
+			id, ok = r.elements.datum(sets.internal, key)
 		}
 		if !ok && (fe.External == set || fe.Internal == set) {
-			id, ok = r.held.datum(sets.external, key)
+			id, ok = r.elements.datum(sets.external, key)
 		}
 		if ok && id >= plainFirst && id&idSpaceMask == idSpace && (id >= smallFirst) == (port.AffinityTimeout > 0) {
 			return id, true
@@ -228,37 +228,37 @@ func (r *resumption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32
 }
 
 // numberedSet reads the endpoints of the set with an id, by slot.
-func (r *resumption) numberedSet(port *plan.ServicePort, i int, id uint32) (numberedSet, bool) {
+func (r *adoption) readSet(port *plan.ServicePort, i int, id uint32) (indexedSet, bool) {
 	c, known := r.byID[id&chainMask]
 	if !known || c.timeout > 0 != (port.AffinityTimeout > 0) {
-		return numberedSet{}, false
+		return indexedSet{}, false
 	}
 	if port.AffinityTimeout > 0 {
-		return r.stickySet(i, id, c)
+		return r.readStickySet(i, id, c)
 	}
-	set := numberedSet{EndpointSet: &plan.EndpointSet{}, base: id &^ chainMask}
+	set := indexedSet{EndpointSet: &plan.EndpointSet{}, firstID: id &^ chainMask}
 	for slot := range c.size {
-		addr, ok := r.addr(endpoints, slotKey(set.base, slot))
+		addr, ok := r.readEndpoint(endpoints, slotKey(set.firstID, slot))
 		if !ok {
-			return numberedSet{}, false
+			return indexedSet{}, false
 		}
 		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: addr})
 	}
 	return set, true
 }
 
-func (r *resumption) stickySet(i int, id uint32, c sizedChain) (numberedSet, bool) {
+func (r *adoption) readStickySet(i int, id uint32, c pickChain) (indexedSet, bool) {
 	large := id >= largeFirst
-	set := numberedSet{EndpointSet: &plan.EndpointSet{}, base: id & blockMask(large)}
-	if c.variant != i || c.large != large {
+	set := indexedSet{EndpointSet: &plan.EndpointSet{}, firstID: id & rangeMask(large)}
+	if c.setIndex != i || c.large != large {
 		return set, false
 	}
 	for slot := range c.size {
-		number, ok := r.held.datum(affinitySlots, slotKey(set.base|uint32(i), slot))
+		number, ok := r.elements.datum(affinitySlots, slotKey(set.firstID|uint32(i), slot))
 		if !ok {
 			return set, false
 		}
-		addr, ok := r.addr(affinityEndpoints+nft.SetID(i), nft.MarkKey(number))
+		addr, ok := r.readEndpoint(affinityEndpoints+nft.SetID(i), nft.MarkKey(number))
 		if !ok {
 			return set, false
 		}
@@ -269,8 +269,8 @@ func (r *resumption) stickySet(i int, id uint32, c sizedChain) (numberedSet, boo
 }
 
 // addr reads an endpoint.
-func (r *resumption) addr(set nft.SetID, key string) (netip.AddrPort, bool) {
-	e, ok := r.held[holding{set: set, key: key}]
+func (r *adoption) readEndpoint(set nft.SetID, key string) (netip.AddrPort, bool) {
+	e, ok := r.elements[elementPlace{set: set, key: key}]
 	if !ok || len(e.Val) != r.AddrLen+4 {
 		return netip.AddrPort{}, false
 	}
@@ -279,29 +279,29 @@ func (r *resumption) addr(set nft.SetID, key string) (netip.AddrPort, bool) {
 }
 
 // repair is what makes a table that was found the one that is wanted.
-type repair struct {
-	chains      []sizedChain // to make
+type tableDifference struct {
+	chains      []pickChain // to make
 	remove, add map[nft.SetID][]nftables.SetElement
 	elements    int // that the table holds then, but for clients with affinity
 }
 
 // compare finds what is missing and what is too much. It uses up what was read.
-func (r *resumption) compare(st *state) *repair {
-	p := &repair{remove: map[nft.SetID][]nftables.SetElement{}, add: map[nft.SetID][]nftables.SetElement{}}
+func (r *adoption) compare(st *state) *tableDifference {
+	p := &tableDifference{remove: map[nft.SetID][]nftables.SetElement{}, add: map[nft.SetID][]nftables.SetElement{}}
 	for c := range st.chains {
 		if _, there := r.chains[c]; !there {
 			p.chains = append(p.chains, c)
 		}
 	}
-	slices.SortFunc(p.chains, sizedChain.compare)
+	slices.SortFunc(p.chains, pickChain.compare)
 	var wanted []nftables.SetElement
 	emit := func(e nft.Element) {
 		p.elements++
-		wanted = schemas[e.Set].LibraryElements(&e, wanted[:0])
+		wanted = allSets[e.Set].LibraryElements(&e, wanted[:0])
 		for i := range wanted {
-			h := holdingOf(e.Set, &wanted[i])
-			if have, there := r.held[h]; there && same(&have, &wanted[i]) {
-				delete(r.held, h)
+			h := placeOf(e.Set, &wanted[i])
+			if have, there := r.elements[h]; there && same(&have, &wanted[i]) {
+				delete(r.elements, h)
 				continue
 			}
 			p.add[e.Set] = append(p.add[e.Set], wanted[i])
@@ -311,7 +311,7 @@ func (r *resumption) compare(st *state) *repair {
 		emit(e)
 	}
 	st.elements = st.emitAll(emit)
-	for h, e := range r.held {
+	for h, e := range r.elements {
 		p.remove[h.set] = append(p.remove[h.set], nftables.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
 	}
 	return p
@@ -326,7 +326,7 @@ func same(have, want *nftables.SetElement) bool {
 }
 
 // writeRepair writes a repair in one transaction.
-func writeRepair(w *nft.Table, p *repair) error {
+func writeTableDifference(w *nft.Table, p *tableDifference) error {
 	chains := make([]nft.Chain, len(p.chains))
 	for i, c := range p.chains {
 		chains[i] = c.chain(w.IPFamily)
@@ -342,11 +342,11 @@ func writeRepair(w *nft.Table, p *repair) error {
 }
 
 // parseChainName reads what sizedChain.name writes.
-func parseChainName(name string) (c sizedChain, ok bool) {
+func parseChainName(name string) (c pickChain, ok bool) {
 	rest, large := strings.CutSuffix(name, "-large")
 	c.large = large
 	if before, after, found := strings.Cut(rest, "-set-"); found {
-		if _, err := fmt.Sscanf(after, "%d", &c.variant); err != nil {
+		if _, err := fmt.Sscanf(after, "%d", &c.setIndex); err != nil {
 			return c, false
 		}
 		rest = before

@@ -26,7 +26,7 @@ import (
 func believed(st *state) []string {
 	var lines []string
 	st.emitAll(func(e nft.Element) {
-		lines = append(lines, schemas[e.Set].Name+" "+schemas[e.Set].ElementText(&e, st.IPFamily))
+		lines = append(lines, allSets[e.Set].Name+" "+allSets[e.Set].ElementText(&e, st.IPFamily))
 	})
 	slices.Sort(lines)
 	return lines
@@ -46,7 +46,7 @@ func writtenState(t *testing.T, desired *plan.Plan) *state {
 // FuzzStage drives a state through changes that are committed, undone or
 // refused, with a model of the kernel beside it, and compares the two and a
 // state made at once.
-func FuzzStage(f *testing.F) {
+func FuzzChange(f *testing.F) {
 	for seed := range uint64(20) {
 		f.Add(seed, seed*7)
 	}
@@ -60,7 +60,7 @@ func FuzzStage(f *testing.F) {
 			before, old := believed(st), maps.Clone(plan.Services)
 			change := g.step(plan)
 			conflict := g.chance(10) && stealFrontend(plan, change.Services)
-			s, err := st.stage(plan, change.Services)
+			s, err := st.prepare(plan, change.Services)
 			if (err != nil) != conflict {
 				t.Fatalf("stage: error %v, conflict %v", err, conflict)
 			}
@@ -105,17 +105,17 @@ func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
 
 // apply does to a model of the kernel what a stage asks for, and fails where
 // the kernel would.
-func apply(t *testing.T, kernel map[nft.ElementID]nft.Element, s *stage) {
+func apply(t *testing.T, kernel map[nft.ElementID]nft.Element, s *pendingChange) {
 	t.Helper()
 	for _, e := range s.Remove {
 		if kernel[e.ID()] != e {
-			t.Fatalf("%s %s is removed and not there", schemas[e.Set].Name, schemas[e.Set].ElementText(&e, s.state.IPFamily))
+			t.Fatalf("%s %s is removed and not there", allSets[e.Set].Name, allSets[e.Set].ElementText(&e, s.state.IPFamily))
 		}
 		delete(kernel, e.ID())
 	}
 	for _, e := range s.Add {
 		if _, exists := kernel[e.ID()]; exists {
-			t.Fatalf("%s %s is added and there already", schemas[e.Set].Name, schemas[e.Set].ElementText(&e, s.state.IPFamily))
+			t.Fatalf("%s %s is added and there already", allSets[e.Set].Name, allSets[e.Set].ElementText(&e, s.state.IPFamily))
 		}
 		kernel[e.ID()] = e
 	}
@@ -128,7 +128,7 @@ func compareModel(t *testing.T, kernel map[nft.ElementID]nft.Element, st *state)
 	}
 	var lines []string
 	for _, e := range kernel {
-		lines = append(lines, schemas[e.Set].Name+" "+schemas[e.Set].ElementText(&e, st.IPFamily))
+		lines = append(lines, allSets[e.Set].Name+" "+allSets[e.Set].ElementText(&e, st.IPFamily))
 	}
 	slices.Sort(lines)
 	if diff := cmp.Diff(believed(st), lines); diff != "" {
@@ -165,7 +165,7 @@ func TestChangeIsSmall(t *testing.T) {
 			desired.Services[test.before.Name] = test.before
 			st := writtenState(t, desired)
 			desired.Services[test.before.Name] = test.after
-			s, err := st.stage(desired, []plan.ServicePortName{test.before.Name})
+			s, err := st.prepare(desired, []plan.ServicePortName{test.before.Name})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -187,7 +187,7 @@ func TestSyncOneAllocations(t *testing.T) {
 			sp := conformance.FleetService(plan.IPv4, 5, 15+round%2, 3)
 			round++
 			desired.Services[sp.Name] = sp
-			s, err := st.stage(desired, []plan.ServicePortName{sp.Name})
+			s, err := st.prepare(desired, []plan.ServicePortName{sp.Name})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -241,7 +241,7 @@ func TestRefused(t *testing.T) {
 			// Another that is fine is in the same change.
 			other := conformance.FleetService(plan.IPv4, 2, 100, 40)
 			desired.Services[other.Name] = other
-			_, err := st.stage(desired, []plan.ServicePortName{other.Name, sp.Name})
+			_, err := st.prepare(desired, []plan.ServicePortName{other.Name, sp.Name})
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want %q", err, test.want)
 			}
@@ -337,14 +337,14 @@ func TestIdleChains(t *testing.T) {
 	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 		t.Fatal(err)
 	}
-	for size := readyChains + 1; size < 100; size++ {
+	for size := permanentChains + 1; size < 100; size++ {
 		sp := conformance.FleetService(plan.IPv4, 1, 10, size)
 		sp.AffinityTimeout = time.Duration(size%2) * time.Minute
 		desired.Services[sp.Name] = sp
 		if err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{sp.Name}}); err != nil {
 			t.Fatal(err)
 		}
-		if n := len(p.state.chains); n > readyChains+idleChains+2 {
+		if n := len(p.state.chains); n > permanentChains+idleChains+2 {
 			t.Fatalf("%d chains for two Services", n)
 		}
 	}

@@ -19,8 +19,8 @@ func TestIDsDoNotMeet(t *testing.T) {
 		pool        func(*idPools) *access.Pool
 	}{
 		{"plain", plainFirst, plainLast, 1 << chainBits, func(p *idPools) *access.Pool { return p.plain }},
-		{"small", smallFirst, smallLast, 2 * uint32(blockRoom(false)), func(p *idPools) *access.Pool { return p.small }},
-		{"large", largeFirst, largeLast, 2 * uint32(blockRoom(true)), func(p *idPools) *access.Pool { return p.large }},
+		{"small", smallFirst, smallLast, 2 * uint32(endpointsPerRange(false)), func(p *idPools) *access.Pool { return p.small }},
+		{"large", largeFirst, largeLast, 2 * uint32(endpointsPerRange(true)), func(p *idPools) *access.Pool { return p.large }},
 	} {
 		pools := newIDPools()
 		for _, id := range []uint32{test.first, test.last, test.last + test.room - 1} {
@@ -33,8 +33,8 @@ func TestIDsDoNotMeet(t *testing.T) {
 		}
 	}
 	for _, large := range []bool{false, true} {
-		if ^blockMask(large) != endpointFlag(large)|uint32(blockRoom(large)-1) || endpointFlag(large)&chainMask != 0 {
-			t.Errorf("large %v: mask %#x, flag %#x and room %d do not fit", large, blockMask(large), endpointFlag(large), blockRoom(large))
+		if ^rangeMask(large) != endpointFlag(large)|uint32(endpointsPerRange(large)-1) || endpointFlag(large)&chainMask != 0 {
+			t.Errorf("large %v: mask %#x, flag %#x and room %d do not fit", large, rangeMask(large), endpointFlag(large), endpointsPerRange(large))
 		}
 	}
 }
@@ -48,7 +48,7 @@ func TestSlots(t *testing.T) {
 		}
 		return s
 	}
-	var before *numberedSet
+	var before *indexedSet
 	for _, test := range []struct{ ports, want []uint16 }{
 		{[]uint16{1, 2, 3}, []uint16{1, 2, 3}},
 		{[]uint16{2, 3}, []uint16{3, 2}},
@@ -57,7 +57,7 @@ func TestSlots(t *testing.T) {
 		{[]uint16{5, 6}, []uint16{5, 6}},
 		{[]uint16{4, 5}, []uint16{5, 4}},
 	} {
-		s := &numberedSet{EndpointSet: set(test.ports...)}
+		s := &indexedSet{EndpointSet: set(test.ports...)}
 		s.order = slotOrder(before, s.EndpointSet)
 		var got []uint16
 		for slot := range s.Len() {
@@ -74,25 +74,25 @@ func TestSlots(t *testing.T) {
 // others.
 func TestEndpointNumbers(t *testing.T) {
 	pools := newIDPools()
-	var r *record
+	var r *programmedPort
 	seen := map[uint32]int{}
 	for i := range 200 {
 		sp := conformance.FleetService(plan.IPv4, 0, i*10, 10)
 		sp.AffinityTimeout = 1e9
-		next, err := succeed(r, sp, pools)
+		next, err := numberPort(r, sp, pools)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if r != nil && next.block != r.block {
-			t.Fatalf("the block changed from %#x to %#x", r.block, next.block)
+		if r != nil && next.idRange != r.idRange {
+			t.Fatalf("the block changed from %#x to %#x", r.idRange, next.idRange)
 		}
 		r = next
 		for _, n := range r.sets[0].numbers {
 			seen[n]++
 		}
 	}
-	if len(seen) != blockRoom(false) {
-		t.Errorf("%d numbers were used, want all %d", len(seen), blockRoom(false))
+	if len(seen) != endpointsPerRange(false) {
+		t.Errorf("%d numbers were used, want all %d", len(seen), endpointsPerRange(false))
 	}
 	for n, times := range seen {
 		if times > 2 {

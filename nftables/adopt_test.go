@@ -10,7 +10,7 @@ import (
 )
 
 // resumed is a Proxier of a new process, after its first Sync.
-func resumed(t *testing.T, desired *plan.Plan) *Proxier {
+func adopted(t *testing.T, desired *plan.Plan) *Proxier {
 	t.Helper()
 	p := newProxier(t, desired.Family)
 	if err := p.Sync(context.Background(), desired, plan.Change{}); err != nil {
@@ -23,7 +23,7 @@ func resumed(t *testing.T, desired *plan.Plan) *Proxier {
 
 // A new process that finds what it would write writes nothing, whatever the
 // table went through before. What changed in between it corrects.
-func TestResume(t *testing.T) {
+func TestAdopt(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			inNamespace(t)
@@ -32,7 +32,7 @@ func TestResume(t *testing.T) {
 			for range 40 {
 				g.step(plan)
 			}
-			p := resumed(t, plan)
+			p := adopted(t, plan)
 			for round := range 20 {
 				for range 3 {
 					if err := p.Sync(context.Background(), plan, g.step(plan)); err != nil {
@@ -41,7 +41,7 @@ func TestResume(t *testing.T) {
 				}
 				p.Close()
 				before := generation(t)
-				p = resumed(t, plan)
+				p = adopted(t, plan)
 				if now := generation(t); now != before {
 					t.Errorf("round %d: with nothing changed, %d transactions", round, now-before)
 				}
@@ -49,7 +49,7 @@ func TestResume(t *testing.T) {
 				p.Close()
 				g.step(plan)
 				before = generation(t)
-				p = resumed(t, plan)
+				p = adopted(t, plan)
 				if now := generation(t); now > before+1 {
 					t.Errorf("round %d: %d transactions for what changed meanwhile, want one", round, now-before)
 				}
@@ -59,7 +59,7 @@ func TestResume(t *testing.T) {
 }
 
 // A table that is not quite what an earlier process left is put right.
-func TestResumeDamaged(t *testing.T) {
+func TestAdoptDamaged(t *testing.T) {
 	for name, damage := range map[string][]string{
 		"a rule is gone":         {"flush", "chain", "ip", tableName, "nat-prerouting"},
 		"a rule is new":          {"insert", "rule", "ip", tableName, "services", "ip", "daddr", "10.0.0.0/8", "drop"},
@@ -75,36 +75,36 @@ func TestResumeDamaged(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inNamespace(t)
 			plan := examplePlan(plan.IPv4)
-			resumed(t, plan)
+			adopted(t, plan)
 			runNft(t, damage...)
-			resumed(t, plan)
+			adopted(t, plan)
 		})
 	}
 }
 
 // Clients of a Service with affinity keep their endpoints when a process goes
 // on with the table, and when it has other rules to write.
-func TestResumeAfterNodeChange(t *testing.T) {
+func TestAdoptAfterNodeChange(t *testing.T) {
 	inNamespace(t)
 	desired := examplePlan(plan.IPv4)
-	resumed(t, desired)
+	adopted(t, desired)
 	desired.Node.LocalPods.Interface = "cni0"
-	p := resumed(t, desired)
+	p := adopted(t, desired)
 	desired.Node.LocalPods.Interface = "cni1"
 	if err := p.Sync(context.Background(), desired, plan.Change{Node: true}); err != nil {
 		t.Fatal(err)
 	}
 	compareKernel(t, p, desired.Node)
 	before := generation(t)
-	resumed(t, desired)
+	adopted(t, desired)
 	if now := generation(t); now != before {
 		t.Errorf("%d transactions after a change of the node's facts, want none", now-before)
 	}
 }
 
 func TestParseChainName(t *testing.T) {
-	for _, c := range []sizedChain{
-		{size: 1}, {size: 600}, {size: 3, timeout: time.Hour}, {size: 3, timeout: time.Second, variant: 2}, {size: 2000, timeout: time.Minute, variant: 1, large: true},
+	for _, c := range []pickChain{
+		{size: 1}, {size: 600}, {size: 3, timeout: time.Hour}, {size: 3, timeout: time.Second, setIndex: 2}, {size: 2000, timeout: time.Minute, setIndex: 1, large: true},
 	} {
 		if got, ok := parseChainName(c.name()); !ok || got != c {
 			t.Errorf("%s: read as %+v, %v", c.name(), got, ok)

@@ -12,20 +12,20 @@ import (
 // and the numbers that this took. Elements are not kept; they are compiled
 // again from the record when a change needs them. A record is never changed
 // once a stage has made it.
-type record struct {
+type programmedPort struct {
 	port *plan.ServicePort
-	sets []numberedSet
+	sets []indexedSet
 	// block is the first id of the Service port's block and nextEndpoint the
 	// number to give to the next new endpoint in it; only with affinity.
-	block        uint32
+	idRange      uint32
 	nextEndpoint uint32
 }
 
 // numberedSet is a non-empty endpoint set with its numbers.
-type numberedSet struct {
+type indexedSet struct {
 	*plan.EndpointSet
-	base  uint32 // the id without the chain; with affinity the block
-	chain uint32 // number of the chain that picks from the set
+	firstID uint32 // the id without the chain; with affinity the block
+	chain   uint32 // number of the chain that picks from the set
 	// order lists the indexes of the endpoints by slot; nil where slot and
 	// index are the same. It keeps endpoints in their slots when others go, so
 	// that a change costs only the slots that it touches.
@@ -36,50 +36,50 @@ type numberedSet struct {
 }
 
 // endpoint returns the index of the endpoint in a slot.
-func (s *numberedSet) endpoint(slot int) int {
+func (s *indexedSet) endpoint(slot int) int {
 	if s.order == nil {
 		return slot
 	}
 	return int(s.order[slot])
 }
 
-func (r *record) sticky() bool { return r != nil && r.port.AffinityTimeout > 0 }
+func (r *programmedPort) sticky() bool { return r != nil && r.port.AffinityTimeout > 0 }
 
-func (r *record) large() bool { return r.sticky() && r.block >= largeFirst }
+func (r *programmedPort) large() bool { return r.sticky() && r.idRange >= largeFirst }
 
 // ids lists the ids that the record took from the pools.
-func (r *record) ids() []uint32 {
+func (r *programmedPort) ids() []uint32 {
 	if r == nil {
 		return nil
 	}
 	if r.sticky() {
-		return []uint32{r.block}
+		return []uint32{r.idRange}
 	}
 	ids := make([]uint32, len(r.sets))
 	for i := range r.sets {
-		ids[i] = r.sets[i].base
+		ids[i] = r.sets[i].firstID
 	}
 	return ids
 }
 
 // idOf returns the id of a set of the Service port.
-func (r *record) idOf(set *plan.EndpointSet) uint32 {
+func (r *programmedPort) idOf(set *plan.EndpointSet) uint32 {
 	if set.Len() == 0 {
 		return noSet
 	}
 	for i := range r.sets {
 		if r.sets[i].EndpointSet == set {
-			return r.sets[i].base | r.sets[i].chain
+			return r.sets[i].firstID | r.sets[i].chain
 		}
 	}
 	panic("nftables: an endpoint set of " + r.port.Name.String() + " has no id")
 }
 
 // chainOf is the chain that picks from set number i.
-func (r *record) chainOf(i int) sizedChain {
-	c := sizedChain{size: r.sets[i].Len(), timeout: r.port.AffinityTimeout}
+func (r *programmedPort) chainOf(i int) pickChain {
+	c := pickChain{size: r.sets[i].Len(), timeout: r.port.AffinityTimeout}
 	if r.sticky() {
-		c.variant, c.large = i, r.large()
+		c.setIndex, c.large = i, r.large()
 	}
 	return c
 }
@@ -87,13 +87,13 @@ func (r *record) chainOf(i int) sizedChain {
 // succeed makes the record of port, which replaces the one in old (which may be
 // nil). Numbers and slots stay what they were wherever they can; new numbers
 // come from pools. The sets' chains are still to be numbered.
-func succeed(old *record, port *plan.ServicePort, pools *idPools) (*record, error) {
-	r := &record{port: port}
+func numberPort(old *programmedPort, port *plan.ServicePort, pools *idPools) (*programmedPort, error) {
+	r := &programmedPort{port: port}
 	for _, set := range distinctSets(port) {
-		r.sets = append(r.sets, numberedSet{EndpointSet: set})
+		r.sets = append(r.sets, indexedSet{EndpointSet: set})
 	}
 	for i := range r.sets {
-		var before *numberedSet
+		var before *indexedSet
 		if old != nil && i < len(old.sets) {
 			before = &old.sets[i]
 		}
@@ -101,9 +101,9 @@ func succeed(old *record, port *plan.ServicePort, pools *idPools) (*record, erro
 	}
 	var err error
 	if r.sticky() {
-		err = r.numberBlock(old, pools)
+		err = r.assignRange(old, pools)
 	} else {
-		err = r.numberSets(old, pools)
+		err = r.assignSetIDs(old, pools)
 	}
 	if err != nil {
 		return nil, err
@@ -125,17 +125,17 @@ func distinctSets(port *plan.ServicePort) []*plan.EndpointSet {
 	return sets
 }
 
-func (r *record) numberSets(old *record, pools *idPools) error {
+func (r *programmedPort) assignSetIDs(old *programmedPort, pools *idPools) error {
 	for i := range r.sets {
 		if old != nil && !old.sticky() && i < len(old.sets) {
-			r.sets[i].base = old.sets[i].base
+			r.sets[i].firstID = old.sets[i].firstID
 			continue
 		}
 		id, err := pools.plain.Take()
 		if err != nil {
 			return fmt.Errorf("numbers of endpoint sets: %w", err)
 		}
-		r.sets[i].base = id
+		r.sets[i].firstID = id
 	}
 	return nil
 }
@@ -143,9 +143,9 @@ func (r *record) numberSets(old *record, pools *idPools) error {
 // numberBlock gives the Service port a block of ids and its endpoints numbers
 // in it. A Service port that outgrows a small block gets a large one and its
 // clients start afresh.
-func (r *record) numberBlock(old *record, pools *idPools) error {
-	if len(r.sets) > maxVariants {
-		return fmt.Errorf("%d different endpoint sets with session affinity, at most %d are possible", len(r.sets), maxVariants)
+func (r *programmedPort) assignRange(old *programmedPort, pools *idPools) error {
+	if len(r.sets) > maxAffinitySets {
+		return fmt.Errorf("%d different endpoint sets with session affinity, at most %d are possible", len(r.sets), maxAffinitySets)
 	}
 	numbers := make(map[netip.AddrPort]uint32)
 	for _, set := range r.sets {
@@ -153,30 +153,30 @@ func (r *record) numberBlock(old *record, pools *idPools) error {
 			numbers[e.AddrPort] = unnumbered
 		}
 	}
-	large := old.large() || len(numbers) > blockRoom(false)
-	if len(numbers) > blockRoom(large) {
-		return fmt.Errorf("%d endpoints with session affinity, at most %d are possible", len(numbers), blockRoom(large))
+	large := old.large() || len(numbers) > endpointsPerRange(false)
+	if len(numbers) > endpointsPerRange(large) {
+		return fmt.Errorf("%d endpoints with session affinity, at most %d are possible", len(numbers), endpointsPerRange(large))
 	}
 	if old.sticky() && old.large() == large {
-		r.block, r.nextEndpoint = old.block, old.nextEndpoint
-		r.keepNumbers(old, numbers)
+		r.idRange, r.nextEndpoint = old.idRange, old.nextEndpoint
+		r.keepEndpointNumbers(old, numbers)
 	} else {
 		pool := pools.small
 		if large {
 			pool = pools.large
 		}
-		block, err := pool.Take()
+		idRange, err := pool.Take()
 		if err != nil {
 			return fmt.Errorf("numbers of Services with affinity: %w", err)
 		}
-		r.block = block
+		r.idRange = idRange
 	}
-	r.giveNumbers(numbers)
+	r.assignEndpointNumbers(numbers)
 	return nil
 }
 
-// keepNumbers fills in the numbers that endpoints had before.
-func (r *record) keepNumbers(old *record, numbers map[netip.AddrPort]uint32) {
+// keepEndpointNumbers fills in the numbers that endpoints had before.
+func (r *programmedPort) keepEndpointNumbers(old *programmedPort, numbers map[netip.AddrPort]uint32) {
 	for i := range old.sets {
 		for j, e := range old.sets[i].Endpoints {
 			if _, stays := numbers[e.AddrPort]; stays {
@@ -191,15 +191,15 @@ const unnumbered = ^uint32(0)
 
 // giveNumbers gives numbers to the endpoints that have none, in the order of
 // the sets, and writes all of them into the sets.
-func (r *record) giveNumbers(numbers map[netip.AddrPort]uint32) {
+func (r *programmedPort) assignEndpointNumbers(numbers map[netip.AddrPort]uint32) {
 	used := make(map[uint32]bool, len(numbers))
 	for _, n := range numbers {
 		used[n] = true
 	}
-	room := uint32(blockRoom(r.large()))
+	room := uint32(endpointsPerRange(r.large()))
 	for i := range r.sets {
 		set := &r.sets[i]
-		set.base = r.block
+		set.firstID = r.idRange
 		set.numbers = make([]uint32, set.Len())
 		for j, e := range set.Endpoints {
 			n := numbers[e.AddrPort]
@@ -219,7 +219,7 @@ func (r *record) giveNumbers(numbers map[netip.AddrPort]uint32) {
 // slotOrder assigns the endpoints of a set to slots. Those that were in the set
 // before stay in their slots unless the set has become too small for these;
 // the rest fill the gaps.
-func slotOrder(before *numberedSet, set *plan.EndpointSet) []uint32 {
+func slotOrder(before *indexedSet, set *plan.EndpointSet) []uint32 {
 	if before == nil || before.EndpointSet == set {
 		if before == nil {
 			return nil

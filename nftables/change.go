@@ -12,27 +12,27 @@ import (
 
 // stage is a change of some Service ports on its way to the kernel. commit or undo ends
 // it. Until then the state differs only in the numbers that the change took.
-type stage struct {
+type pendingChange struct {
 	*access.Difference
 	state   *state
 	changes []replacement
 	owners  map[plan.FrontendKey]*plan.ServicePort // of the new records' frontends
 	taken   []uint32                               // ids that the change took from the pools
 
-	newChains, oldChains []sizedChain
+	newChains, oldChains []pickChain
 }
 
 // replacement is one Service port's change; old is nil if it is new, and new
 // is nil if it goes.
 type replacement struct {
 	name     plan.ServicePortName
-	old, new *record
+	old, new *programmedPort
 }
 
 // stage works out what changes in the table when the named Service ports become
 // what plan says. On error the state is as it was.
-func (st *state) stage(desired *plan.Plan, names []plan.ServicePortName) (*stage, error) {
-	s := &stage{state: st, owners: make(map[plan.FrontendKey]*plan.ServicePort)}
+func (st *state) prepare(desired *plan.Plan, names []plan.ServicePortName) (*pendingChange, error) {
+	s := &pendingChange{state: st, owners: make(map[plan.FrontendKey]*plan.ServicePort)}
 	chainsBefore := maps.Clone(st.chains)
 	err := s.renumber(desired, names)
 	for c := range st.chains {
@@ -50,15 +50,15 @@ func (st *state) stage(desired *plan.Plan, names []plan.ServicePortName) (*stage
 }
 
 // renumber makes the new records.
-func (s *stage) renumber(desired *plan.Plan, names []plan.ServicePortName) error {
+func (s *pendingChange) renumber(desired *plan.Plan, names []plan.ServicePortName) error {
 	changing := make(map[plan.ServicePortName]bool, len(names))
 	for _, name := range names {
 		changing[name] = true
 	}
 	for _, name := range names {
-		c := replacement{name: name, old: s.state.records[name]}
+		c := replacement{name: name, old: s.state.ports[name]}
 		if port := desired.Services[name]; port != nil {
-			r, err := s.state.recordOf(c.old, port)
+			r, err := s.state.programPort(c.old, port)
 			if err != nil {
 				return fmt.Errorf("%s: %w", name, err)
 			}
@@ -75,8 +75,8 @@ func (s *stage) renumber(desired *plan.Plan, names []plan.ServicePortName) error
 
 // idleChains lists the chains to delete: those that no set has used since an
 // earlier Sync, once there are many of them.
-func (s *stage) idleChains() []sizedChain {
-	used := make(map[sizedChain]bool)
+func (s *pendingChange) idleChains() []pickChain {
+	used := make(map[pickChain]bool)
 	for _, c := range s.changes {
 		if c.new == nil {
 			continue
@@ -85,9 +85,9 @@ func (s *stage) idleChains() []sizedChain {
 			used[c.new.chainOf(i)] = true
 		}
 	}
-	var idle []sizedChain
+	var idle []pickChain
 	for c := range s.state.chains {
-		if s.state.served[c] == 0 && !used[c] && !c.ready() {
+		if s.state.setsPerChain[c] == 0 && !used[c] && !c.permanent() {
 			idle = append(idle, c)
 		}
 	}
@@ -98,7 +98,7 @@ func (s *stage) idleChains() []sizedChain {
 }
 
 // elements compiles what the table has and will have of what changes.
-func (s *stage) elements() (before, after []nft.Element) {
+func (s *pendingChange) elements() (before, after []nft.Element) {
 	for _, c := range s.changes {
 		if c.old != nil {
 			compile(c.old, func(e nft.Element) { before = append(before, e) })
@@ -117,28 +117,28 @@ func (s *stage) elements() (before, after []nft.Element) {
 }
 
 // undo gives back the numbers that the change took.
-func (s *stage) undo() {
-	s.state.pools.giveBack(s.taken)
+func (s *pendingChange) undo() {
+	s.state.pools.release(s.taken)
 	for _, c := range s.newChains {
 		s.state.dropChain(c)
 	}
 }
 
 // commit makes the state remember what the kernel has now.
-func (s *stage) commit() {
+func (s *pendingChange) commit() {
 	st := s.state
 	for _, c := range s.changes {
-		st.pools.giveBack(idsOnlyIn(c.old, c.new))
+		st.pools.release(idsOnlyIn(c.old, c.new))
 		if c.old != nil {
 			for _, key := range c.old.port.Keys() {
 				delete(st.owners, key)
 			}
 			st.countChains(c.old, -1)
-			delete(st.records, c.name)
+			delete(st.ports, c.name)
 		}
 		if c.new != nil {
 			st.countChains(c.new, 1)
-			st.records[c.name] = c.new
+			st.ports[c.name] = c.new
 		}
 	}
 	maps.Copy(st.owners, s.owners)
@@ -149,7 +149,7 @@ func (s *stage) commit() {
 }
 
 // idsOnlyIn lists the ids that a took from the pools and b does not have.
-func idsOnlyIn(a, b *record) []uint32 {
+func idsOnlyIn(a, b *programmedPort) []uint32 {
 	had := b.ids()
 	return slices.DeleteFunc(a.ids(), func(id uint32) bool { return slices.Contains(had, id) })
 }
