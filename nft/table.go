@@ -17,8 +17,6 @@ import (
 // Commit sends them as one transaction.
 type Table struct {
 	*IPFamily
-	Added int // elements since somebody set it to 0
-
 	conn  *nftables.Conn
 	table *nftables.Table
 	// sets and declared are indexed by SetID.
@@ -242,10 +240,7 @@ func (t *Table) put(list []Element, op func(*nftables.Set, []nftables.SetElement
 }
 
 // AddElements adds elements; those of one set should stand together.
-func (t *Table) AddElements(list []Element) {
-	t.Added += len(list)
-	t.put(list, t.conn.SetAddElements)
-}
+func (t *Table) AddElements(list []Element) { t.put(list, t.conn.SetAddElements) }
 
 // RemoveElements removes elements; those of one set should stand together.
 func (t *Table) RemoveElements(list []Element) { t.put(list, t.conn.SetDeleteElements) }

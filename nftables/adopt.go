@@ -1,9 +1,7 @@
 package nftables
 
 import (
-	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -19,146 +17,106 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// A Proxier that finds its table there, from an earlier process, goes on with
-// it: it reads all elements, works out which numbers the earlier process gave to
-// what, and writes what differs from the plan; where nothing does, nothing.
+// A new process reads the table that an earlier process left, finds out which numbers
+// Service ports have in it, and writes only what differs from the plan.
 //
-// Rules are not read back one by one. An empty chain bears the digest of all
-// rules and declarations in its name: where that is another one, because the
-// node's facts or the release are others, the table is written anew.
+// Rules are not read back one by one. An empty chain has the digest of all rules and
+// set declarations in its name. If the digest is another one, because the node's facts
+// or the release changed, the table is written anew.
 
-// digestPrefix begins the name of the chain that holds no rules.
-const digestPrefix = "written-by-"
-
-// digest tells rulesets apart. Two with the same digest differ in nothing but
-// elements and sized chains.
-func (r ruleset) digest() string {
-	h := sha256.New()
-	for _, s := range allSets {
-		h.Write([]byte(s.Text(r.IPFamily, nil)))
-	}
-	samples := []pickChain{{size: 2}, {size: 2, timeout: time.Second}, {size: 2, timeout: time.Second, setIndex: 1, large: true}}
-	for _, c := range samples {
-		h.Write([]byte(c.chain(r.IPFamily).Text()))
-	}
-	for _, c := range slices.Concat(r.fixedChains(), r.nodeChains(), r.baseChains()) {
-		h.Write([]byte(c.Text()))
-	}
-	return digestPrefix + hex.EncodeToString(h.Sum(nil)[:8])
+// existingTable is what the kernel has at the start.
+type existingTable struct {
+	contents *nft.Contents // nil if nothing of the table can stay
+	// ports have the numbers that the table has for Service ports of the plan.
+	ports map[plan.ServicePortName]*programmedPort
+	// adopted holds the whole plan, and difference is what the table lacks of it. Both
+	// are nil if the table must be written anew.
+	adopted    *state
+	difference *tableDifference
 }
 
-// holding is an element of the kernel's.
+// existingTable reads nothing if this process wrote the table: it knows the numbers.
+func (p *Proxier) existingTable(rules ruleset, desired *plan.Plan) (existingTable, error) {
+	contents, err := p.table.Inspect()
+	if err != nil || !p.table.HasDynamicMap(contents, affinity) {
+		return existingTable{}, err
+	}
+	if p.state != nil {
+		return existingTable{contents: contents, ports: p.state.ports}, nil
+	}
+	a := &adoption{Table: p.table, rules: rules, elements: make(kernelElements)}
+	if err := a.read(); err != nil {
+		return existingTable{}, err
+	}
+	old := existingTable{contents: contents, ports: make(map[plan.ServicePortName]*programmedPort)}
+	for name, port := range desired.Services {
+		if read := a.readPort(port); read != nil {
+			old.ports[name] = read
+		}
+	}
+	same, err := a.hasSameRules(contents)
+	if err != nil {
+		return existingTable{}, err
+	}
+	if same {
+		// A plan that cannot be numbered fails again in syncAll, which returns the error.
+		if st, err := stateOf(p.IPFamily, desired, old.ports, a.chains); err == nil {
+			old.adopted, old.difference = st, a.compare(st)
+		}
+	}
+	return old, nil
+}
+
+// elementPlace is where the kernel has an element.
 type elementPlace struct {
 	set      nft.SetID
 	key, end string
 	closes   bool // the end of an interval over one field
 }
 
-// contents are the elements of a table, but for those that packets make.
-type kernelElements map[elementPlace]nftables.SetElement
-
 func placeOf(set nft.SetID, e *nftables.SetElement) elementPlace {
 	return elementPlace{set, string(e.Key), string(e.KeyEnd), e.IntervalEnd}
 }
 
+// kernelElements are the elements of a table, except those that packets make.
+type kernelElements map[elementPlace]nftables.SetElement
+
 // datum is what the kernel has for a key.
-func (c kernelElements) datum(set nft.SetID, key string) (uint32, bool) {
-	e, ok := c[elementPlace{set: set, key: key}]
+func (k kernelElements) datum(set nft.SetID, key string) (uint32, bool) {
+	e, ok := k[elementPlace{set: set, key: key}]
 	if !ok || len(e.Val) != 4 {
 		return 0, false
 	}
-	return binary.BigEndian.Uint32(e.Val), true
+	return nft.MarkOfData(e.Val), true
 }
 
-// resumption is an attempt to go on with a table.
+// adoption reads a table.
 type adoption struct {
 	*nft.Table
 	rules    ruleset
 	elements kernelElements
 	chains   map[pickChain]uint32 // those in the kernel
-	byID     map[uint32]pickChain
+	byNumber map[uint32]pickChain
 }
 
-// resume reads the table and says what it tells of plan's Service ports. Where
-// it is a table to go on with, st is the state that holds plan, and fix what is
-// to be written to get there; else st is nil.
-func adopt(w *nft.Table, rules ruleset, desired *plan.Plan, old *nft.Contents) (st *state, fix *tableDifference, before map[plan.ServicePortName]*programmedPort, err error) {
-	r := &adoption{Table: w, rules: rules}
-	if err := r.read(); err != nil {
-		return nil, nil, nil, err
-	}
-	r.readChains()
-	before = make(map[plan.ServicePortName]*programmedPort)
-	for name, port := range desired.Services {
-		if rec := r.readPort(port); rec != nil {
-			before[name] = rec
-		}
-	}
-	if hasSameRules, err := r.hasSameRules(old); err != nil || !hasSameRules {
-		return nil, nil, before, err
-	}
-	if st, err = newStateOf(w.IPFamily, desired, before, r.chains); err != nil {
-		return nil, nil, before, nil // whoever writes all anew will say so
-	}
-	return st, r.compare(st), before, nil
-}
-
-// intact says whether the table has these very rules, chains and sets.
-func (r *adoption) hasSameRules(old *nft.Contents) (bool, error) {
-	if len(old.Sets) != len(allSets) || !slices.Contains(old.Chains, r.rules.digest()) {
-		return false, nil
-	}
-	for _, s := range allSets {
-		if !slices.ContainsFunc(old.Sets, func(found *nftables.Set) bool { return found.Name == s.Name }) {
-			return false, nil
-		}
-	}
-	chains := slices.Concat(r.rules.fixedChains(), r.rules.nodeChains(), r.rules.baseChains())
-	for c, id := range r.chains {
-		if c.sizeIsNumber() && id != uint32(c.size) {
-			return false, nil
-		}
-		chains = append(chains, c.chain(r.IPFamily))
-	}
-	if len(old.Chains) != len(chains)+1 {
-		return false, nil
-	}
-	// Somebody may have taken rules away, or put some in.
-	for _, c := range chains {
-		if whole, err := r.hasAllRules(c); err != nil || !whole {
-			return false, err
-		}
-	}
-	return true, nil
-}
-
-// whole says whether a chain is there with as many rules as it should have.
-func (r *adoption) hasAllRules(c nft.Chain) (bool, error) {
-	n, err := r.RuleCount(c.Name)
-	return n == len(c.Rules), err
-}
-
-func (r *adoption) read() error {
-	r.elements = make(kernelElements)
-	return r.ReadAll(func(set nft.SetID, elements []nftables.SetElement) {
+// read reads all elements, and the pick chains with their numbers.
+func (a *adoption) read() error {
+	err := a.ReadAll(func(set nft.SetID, elements []nftables.SetElement) {
 		for i := range elements {
-			r.elements[placeOf(set, &elements[i])] = elements[i]
+			a.elements[placeOf(set, &elements[i])] = elements[i]
 		}
 	})
-}
-
-// readChains finds the sized chains and their numbers.
-func (r *adoption) readChains() {
-	r.chains, r.byID = make(map[pickChain]uint32), make(map[uint32]pickChain)
-	for h, e := range r.elements {
-		if h.set != pickChains || len(h.key) != 4 {
+	a.chains, a.byNumber = make(map[pickChain]uint32), make(map[uint32]pickChain)
+	for place, e := range a.elements {
+		if place.set != pickChains || len(place.key) != 4 {
 			continue
 		}
 		if c, ok := parseChainName(verdictChain(e.Val)); ok {
-			id := binary.NativeEndian.Uint32([]byte(h.key))
-			r.chains[c], r.byID[id] = id, c
+			n := binary.NativeEndian.Uint32([]byte(place.key))
+			a.chains[c], a.byNumber[n] = n, c
 		}
 	}
+	return err
 }
 
 // verdictChain is the chain that a verdict leads to.
@@ -175,50 +133,71 @@ func verdictChain(val []byte) string {
 	return ""
 }
 
-// record is what the table says of a Service port: the numbers of those of its
-// endpoint sets that it knows, up to the first that it does not. nil if it knows
-// none.
-func (r *adoption) readPort(port *plan.ServicePort) *programmedPort {
-	rec := &programmedPort{port: &plan.ServicePort{Name: port.Name, AffinityTimeout: port.AffinityTimeout}}
-	for i, set := range distinctSets(port) {
-		id, ok := r.idOf(port, set)
-		if !ok {
-			break
-		}
-		numbered, ok := r.readSet(port, i, id)
-		if !ok {
-			break
-		}
-		if rec.idRange = numbered.firstID; i > 0 && rec.sticky() && rec.idRange != rec.sets[0].firstID {
-			break
-		}
-		rec.sets = append(rec.sets, numbered)
+// hasSameRules says whether the table has the rules, chains and sets that this process
+// would write.
+func (a *adoption) hasSameRules(old *nft.Contents) (bool, error) {
+	if len(old.Sets) != len(allSets) || !slices.Contains(old.Chains, a.rules.digest()) {
+		return false, nil
 	}
-	if len(rec.sets) == 0 {
-		return nil
+	for _, s := range allSets {
+		if !slices.ContainsFunc(old.Sets, func(found *nftables.Set) bool { return found.Name == s.Name }) {
+			return false, nil
+		}
 	}
-	rec.idRange = 0
-	if rec.sticky() {
-		rec.idRange = rec.sets[0].firstID
+	chains := slices.Concat(a.rules.fixedChains(), a.rules.nodeChains(), a.rules.baseChains())
+	for c, n := range a.chains {
+		if c.sizeIsNumber() && n != uint32(c.size) {
+			return false, nil
+		}
+		chains = append(chains, c.chain(a.IPFamily))
 	}
-	return rec
+	if len(old.Chains) != len(chains)+1 {
+		return false, nil
+	}
+	// Other software may have removed or added rules.
+	for _, c := range chains {
+		if n, err := a.RuleCount(c.Name); err != nil || n != len(c.Rules) {
+			return false, err
+		}
+	}
+	return true, nil
 }
 
-// idOf is the id that the table has for a set of the Service port's: that of a
-// frontend that leads to it.
-func (r *adoption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32, bool) {
+// readPort returns the Service port with the endpoint sets that the table knows, up to
+// the first set that it does not know; nil if it knows none.
+func (a *adoption) readPort(port *plan.ServicePort) *programmedPort {
+	p := &programmedPort{port: &plan.ServicePort{Name: port.Name, AffinityTimeout: port.AffinityTimeout}}
+	for i, set := range distinctSets(port) {
+		id, ok := a.idOf(port, set)
+		if !ok {
+			break
+		}
+		read, ok := a.readSet(i, id, port.AffinityTimeout > 0)
+		if !ok || i > 0 && p.sticky() && read.firstID != p.idRange {
+			break
+		}
+		if p.sticky() {
+			p.idRange = read.firstID
+		}
+		p.sets = append(p.sets, read)
+	}
+	if len(p.sets) == 0 {
+		return nil
+	}
+	return p
+}
+
+// idOf returns the id that a frontend in the table has for the endpoint set.
+func (a *adoption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32, bool) {
 	for i := range port.Frontends {
 		fe := &port.Frontends[i]
-		sets, key := addressedSets, access.FrontendBytes(fe.Key(port.Name.Protocol))
-		if !fe.Addr.IsValid() {
-			sets = nodePortSets
-		}
+		sets, key := setsOf(fe), access.FrontendBytes(fe.Key(port.Name.Protocol))
 		id, ok := uint32(0), false
 		if fe.Internal == set {
-			id, ok = r.elements.datum(sets.internal, key)
+			id, ok = a.elements.datum(sets.internal, key)
 		}
 		if !ok && (fe.External == set || fe.Internal == set) {
-			id, ok = r.elements.datum(sets.external, key)
+			id, ok = a.elements.datum(sets.external, key)
 		}
 		if ok && id >= plainFirst && id&idSpaceMask == idSpace && (id >= smallFirst) == (port.AffinityTimeout > 0) {
 			return id, true
@@ -227,94 +206,80 @@ func (r *adoption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32, 
 	return 0, false
 }
 
-// numberedSet reads the endpoints of the set with an id, by slot.
-func (r *adoption) readSet(port *plan.ServicePort, i int, id uint32) (indexedSet, bool) {
-	c, known := r.byID[id&chainMask]
-	if !known || c.timeout > 0 != (port.AffinityTimeout > 0) {
-		return indexedSet{}, false
+// readSet reads the endpoints of the Service port's set number i, by slot.
+func (a *adoption) readSet(i int, id uint32, sticky bool) (indexedSet, bool) {
+	set, large := indexedSet{EndpointSet: &plan.EndpointSet{}, firstID: id &^ chainMask}, false
+	if sticky {
+		large = id >= largeFirst
+		set.firstID = id & rangeMask(large)
 	}
-	if port.AffinityTimeout > 0 {
-		return r.readStickySet(i, id, c)
-	}
-	set := indexedSet{EndpointSet: &plan.EndpointSet{}, firstID: id &^ chainMask}
-	for slot := range c.size {
-		addr, ok := r.readEndpoint(endpoints, slotKey(set.firstID, slot))
-		if !ok {
-			return indexedSet{}, false
-		}
-		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: addr})
-	}
-	return set, true
-}
-
-func (r *adoption) readStickySet(i int, id uint32, c pickChain) (indexedSet, bool) {
-	large := id >= largeFirst
-	set := indexedSet{EndpointSet: &plan.EndpointSet{}, firstID: id & rangeMask(large)}
-	if c.setIndex != i || c.large != large {
+	c, known := a.byNumber[id&chainMask]
+	if !known || c.timeout > 0 != sticky || sticky && (c.setIndex != i || c.large != large) {
 		return set, false
 	}
 	for slot := range c.size {
-		number, ok := r.elements.datum(affinitySlots, slotKey(set.firstID|uint32(i), slot))
-		if !ok {
-			return set, false
+		from, key := nft.SetID(endpoints), slotKey(set.firstID, slot)
+		if sticky {
+			endpoint, ok := a.elements.datum(affinitySlots, slotKey(set.firstID|uint32(i), slot))
+			if !ok {
+				return set, false
+			}
+			set.numbers = append(set.numbers, endpoint&(endpointFlag(large)-1))
+			from, key = affinityEndpoints+nft.SetID(i), nft.MarkKey(endpoint)
 		}
-		addr, ok := r.readEndpoint(affinityEndpoints+nft.SetID(i), nft.MarkKey(number))
+		addr, ok := a.readEndpoint(from, key)
 		if !ok {
 			return set, false
 		}
 		set.Endpoints = append(set.Endpoints, plan.Endpoint{AddrPort: addr})
-		set.numbers = append(set.numbers, number&(endpointFlag(large)-1))
 	}
 	return set, true
 }
 
-// addr reads an endpoint.
-func (r *adoption) readEndpoint(set nft.SetID, key string) (netip.AddrPort, bool) {
-	e, ok := r.elements[elementPlace{set: set, key: key}]
-	if !ok || len(e.Val) != r.AddrLen+4 {
+func (a *adoption) readEndpoint(set nft.SetID, key string) (netip.AddrPort, bool) {
+	e, ok := a.elements[elementPlace{set: set, key: key}]
+	if !ok || len(e.Val) != a.AddrLen+4 {
 		return netip.AddrPort{}, false
 	}
-	addr, _ := netip.AddrFromSlice(e.Val[:r.AddrLen])
-	return netip.AddrPortFrom(addr, binary.BigEndian.Uint16(e.Val[r.AddrLen:])), true
+	addr, _ := netip.AddrFromSlice(e.Val[:a.AddrLen])
+	return netip.AddrPortFrom(addr, binary.BigEndian.Uint16(e.Val[a.AddrLen:])), true
 }
 
-// repair is what makes a table that was found the one that is wanted.
+// tableDifference is what an adopted table lacks, and what it has too much.
 type tableDifference struct {
 	chains      []pickChain // to make
 	remove, add map[nft.SetID][]nftables.SetElement
-	elements    int // that the table holds then, but for clients with affinity
 }
 
-// compare finds what is missing and what is too much. It uses up what was read.
-func (r *adoption) compare(st *state) *tableDifference {
-	p := &tableDifference{remove: map[nft.SetID][]nftables.SetElement{}, add: map[nft.SetID][]nftables.SetElement{}}
+// compare uses up the elements that were read.
+func (a *adoption) compare(st *state) *tableDifference {
+	d := &tableDifference{remove: map[nft.SetID][]nftables.SetElement{}, add: map[nft.SetID][]nftables.SetElement{}}
 	for c := range st.chains {
-		if _, there := r.chains[c]; !there {
-			p.chains = append(p.chains, c)
+		if _, present := a.chains[c]; !present {
+			d.chains = append(d.chains, c)
 		}
 	}
-	slices.SortFunc(p.chains, pickChain.compare)
+	slices.SortFunc(d.chains, pickChain.compare)
 	var wanted []nftables.SetElement
 	emit := func(e nft.Element) {
-		p.elements++
 		wanted = allSets[e.Set].LibraryElements(&e, wanted[:0])
 		for i := range wanted {
-			h := placeOf(e.Set, &wanted[i])
-			if have, there := r.elements[h]; there && same(&have, &wanted[i]) {
-				delete(r.elements, h)
+			place := placeOf(e.Set, &wanted[i])
+			if have, present := a.elements[place]; present && same(&have, &wanted[i]) {
+				delete(a.elements, place)
 				continue
 			}
-			p.add[e.Set] = append(p.add[e.Set], wanted[i])
+			d.add[e.Set] = append(d.add[e.Set], wanted[i])
 		}
 	}
-	for _, e := range r.rules.NodeElements() {
+	for _, e := range a.rules.NodeElements() {
 		emit(e)
 	}
-	st.elements = st.emitAll(emit)
-	for h, e := range r.elements {
-		p.remove[h.set] = append(p.remove[h.set], nftables.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
+	st.elements = compileAll(st, emit)
+	for place, e := range a.elements {
+		d.remove[place.set] = append(d.remove[place.set], nftables.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
 	}
-	return p
+	return d
 }
 
 // same compares what was read with what would be written.
@@ -323,22 +288,6 @@ func same(have, want *nftables.SetElement) bool {
 		return verdictChain(have.Val) == want.VerdictData.Chain
 	}
 	return string(have.Val) == string(want.Val) && have.Comment == want.Comment && have.IntervalOpen == want.IntervalOpen
-}
-
-// writeRepair writes a repair in one transaction.
-func writeTableDifference(w *nft.Table, p *tableDifference) error {
-	chains := make([]nft.Chain, len(p.chains))
-	for i, c := range p.chains {
-		chains[i] = c.chain(w.IPFamily)
-	}
-	w.AddChains(chains)
-	for set := range setCount {
-		w.RemoveRead(set, p.remove[set])
-	}
-	for set := range setCount {
-		w.AddRead(set, p.add[set])
-	}
-	return access.Commit(w)
 }
 
 // parseChainName reads what sizedChain.name writes.

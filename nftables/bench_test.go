@@ -46,12 +46,12 @@ func BenchmarkCompile(b *testing.B) {
 		b.ReportAllocs()
 		elements := 0
 		for b.Loop() {
-			st, err := newStateOf(nft.FamilyOf(plan.Family), plan, nil, nil)
+			st, err := stateOf(nft.FamilyOf(plan.Family), plan, nil, nil)
 			if err != nil {
 				b.Fatal(err)
 			}
 			elements = 0
-			st.emitAll(func(nft.Element) { elements++ })
+			compileAll(st, func(nft.Element) { elements++ })
 		}
 		b.ReportMetric(float64(elements), "elements")
 	})
@@ -64,7 +64,7 @@ func BenchmarkSyncCold(b *testing.B) {
 		forgetPeak(b)
 		for b.Loop() {
 			b.StopTimer()
-			if _, err := Cleanup(desired.Family); err != nil {
+			if _, _, err := (Dataplane{}).Cleanup(desired.Family, false); err != nil {
 				b.Fatal(err)
 			}
 			b.StartTimer()

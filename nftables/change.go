@@ -10,146 +10,139 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// stage is a change of some Service ports on its way to the kernel. commit or undo ends
-// it. Until then the state differs only in the numbers that the change took.
+// pendingChange is a change of some Service ports before the kernel has it. Until
+// commit or undo, the state differs only in the numbers that the change took.
 type pendingChange struct {
-	*access.Difference
-	state   *state
-	changes []replacement
-	owners  map[plan.FrontendKey]*plan.ServicePort // of the new records' frontends
-	taken   []uint32                               // ids that the change took from the pools
+	*access.Difference // nil in a full write
+	ports              []portChange
+	owners             map[plan.FrontendKey]*plan.ServicePort // of the new frontends
+	taken              []uint32                               // ids that the change took from the pools
 
 	newChains, oldChains []pickChain
 }
 
-// replacement is one Service port's change; old is nil if it is new, and new
-// is nil if it goes.
-type replacement struct {
+// portChange is one Service port's change. Without an old one it is new, without a new
+// one it goes.
+type portChange struct {
 	name     plan.ServicePortName
 	old, new *programmedPort
 }
 
-// stage works out what changes in the table when the named Service ports become
-// what plan says. On error the state is as it was.
+// prepare finds what changes in the table when the named Service ports become what the
+// plan says. After an error the state is as it was.
 func (st *state) prepare(desired *plan.Plan, names []plan.ServicePortName) (*pendingChange, error) {
-	s := &pendingChange{state: st, owners: make(map[plan.FrontendKey]*plan.ServicePort)}
+	c, err := st.number(desired, names)
+	if err != nil {
+		return nil, err
+	}
+	c.oldChains = st.unusedChains(c)
+	c.Difference = st.elements.Compare(compileChange(st, c))
+	return c, nil
+}
+
+// stateOf makes the state that holds the whole plan. It numbers Service ports in the
+// order of their names, so that the same plan makes the same table. Service ports keep
+// the numbers that they have in before, and pick chains those in chains. Both may be
+// nil.
+func stateOf(f *nft.IPFamily, desired *plan.Plan, before map[plan.ServicePortName]*programmedPort, chains map[pickChain]uint32) (*state, error) {
+	st := newState(f)
+	for c, n := range chains {
+		if c.sizeIsNumber() || st.ids.chains.Claim(n) {
+			st.chains[c] = n
+		}
+	}
+	names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
+	st.keepIDs(desired, names, before)
+	c, err := st.number(desired, names)
+	if err != nil {
+		return nil, err
+	}
+	st.commit(c)
+	return st, nil
+}
+
+// keepIDs takes the ids that Service ports had before. If two had the same, the first
+// keeps it.
+func (st *state) keepIDs(desired *plan.Plan, names []plan.ServicePortName, before map[plan.ServicePortName]*programmedPort) {
+	for _, name := range names {
+		p := before[name]
+		if p != nil && desired.Services[name].AffinityTimeout > 0 == p.sticky() && st.ids.claim(p.ids()) {
+			st.ports[name] = p
+			st.countSets(p, 1)
+		}
+	}
+}
+
+// number gives ids and chains to the named Service ports of the plan. After an error
+// the state is as it was.
+func (st *state) number(desired *plan.Plan, names []plan.ServicePortName) (*pendingChange, error) {
+	c := &pendingChange{owners: make(map[plan.FrontendKey]*plan.ServicePort)}
 	chainsBefore := maps.Clone(st.chains)
-	err := s.renumber(desired, names)
-	for c := range st.chains {
-		if _, present := chainsBefore[c]; !present {
-			s.newChains = append(s.newChains, c)
+	free := make(map[plan.FrontendKey]bool) // frontends of the old Service ports
+	for _, name := range names {
+		for _, key := range st.ports[name].keys() {
+			free[key] = true
+		}
+	}
+	var err error
+	for _, name := range names {
+		if err = c.add(st, name, desired.Services[name], free); err != nil {
+			err = fmt.Errorf("%s: %w", name, err)
+			break
+		}
+	}
+	for chain := range st.chains {
+		if _, present := chainsBefore[chain]; !present {
+			c.newChains = append(c.newChains, chain)
 		}
 	}
 	if err != nil {
-		s.undo()
+		st.undo(c)
 		return nil, err
 	}
-	s.oldChains = s.idleChains()
-	s.Difference = st.elements.Compare(s.elements())
-	return s, nil
+	return c, nil
 }
 
-// renumber makes the new records.
-func (s *pendingChange) renumber(desired *plan.Plan, names []plan.ServicePortName) error {
-	changing := make(map[plan.ServicePortName]bool, len(names))
-	for _, name := range names {
-		changing[name] = true
-	}
-	for _, name := range names {
-		c := replacement{name: name, old: s.state.ports[name]}
-		if port := desired.Services[name]; port != nil {
-			r, err := s.state.programPort(c.old, port)
-			if err != nil {
-				return fmt.Errorf("%s: %w", name, err)
-			}
-			c.new = r
-			s.taken = append(s.taken, idsOnlyIn(r, c.old)...)
-			if err := s.state.claim(port, s.owners, changing); err != nil {
-				return fmt.Errorf("%s: %w", name, err)
-			}
+// add numbers one Service port; port is nil if it goes.
+func (c *pendingChange) add(st *state, name plan.ServicePortName, port *plan.ServicePort, free map[plan.FrontendKey]bool) (err error) {
+	p := portChange{name: name, old: st.ports[name]}
+	if port != nil {
+		if p.new, err = st.programPort(p.old, port); err != nil {
+			return err
 		}
-		s.changes = append(s.changes, c)
+		c.taken = append(c.taken, idsOnlyIn(p.new, p.old)...)
+		for i := range port.Frontends {
+			key := port.Frontends[i].Key(name.Protocol)
+			owner := c.owners[key]
+			if owner == nil && !free[key] {
+				owner = st.owners[key]
+			}
+			if owner != nil {
+				return fmt.Errorf("%s %s is held by %s", port.Frontends[i].Kind, key, owner.Name)
+			}
+			c.owners[key] = port
+		}
 	}
+	c.ports = append(c.ports, p)
 	return nil
 }
 
-// idleChains lists the chains to delete: those that no set has used since an
-// earlier Sync, once there are many of them.
-func (s *pendingChange) idleChains() []pickChain {
+// unusedChains lists the chains to delete: those that no endpoint set has used since an
+// earlier Sync, if there are many.
+func (st *state) unusedChains(c *pendingChange) (unused []pickChain) {
 	used := make(map[pickChain]bool)
-	for _, c := range s.changes {
-		if c.new == nil {
-			continue
-		}
-		for i := range c.new.sets {
-			used[c.new.chainOf(i)] = true
+	for _, p := range c.ports {
+		for i := range p.new.endpointSets() {
+			used[p.new.chainOf(i)] = true
 		}
 	}
-	var idle []pickChain
-	for c := range s.state.chains {
-		if s.state.setsPerChain[c] == 0 && !used[c] && !c.permanent() {
-			idle = append(idle, c)
+	for chain := range st.chains {
+		if st.setsPerChain[chain] == 0 && !used[chain] && !chain.permanent() {
+			unused = append(unused, chain)
 		}
 	}
-	if len(idle) <= idleChains {
+	if len(unused) <= maxUnusedChains {
 		return nil
 	}
-	return idle
-}
-
-// elements compiles what the table has and will have of what changes.
-func (s *pendingChange) elements() (before, after []nft.Element) {
-	for _, c := range s.changes {
-		if c.old != nil {
-			compile(c.old, func(e nft.Element) { before = append(before, e) })
-		}
-		if c.new != nil {
-			compile(c.new, func(e nft.Element) { after = append(after, e) })
-		}
-	}
-	for _, c := range s.oldChains {
-		before = append(before, s.state.pickElement(c))
-	}
-	for _, c := range s.newChains {
-		after = append(after, s.state.pickElement(c))
-	}
-	return before, after
-}
-
-// undo gives back the numbers that the change took.
-func (s *pendingChange) undo() {
-	s.state.pools.release(s.taken)
-	for _, c := range s.newChains {
-		s.state.dropChain(c)
-	}
-}
-
-// commit makes the state remember what the kernel has now.
-func (s *pendingChange) commit() {
-	st := s.state
-	for _, c := range s.changes {
-		st.pools.release(idsOnlyIn(c.old, c.new))
-		if c.old != nil {
-			for _, key := range c.old.port.Keys() {
-				delete(st.owners, key)
-			}
-			st.countChains(c.old, -1)
-			delete(st.ports, c.name)
-		}
-		if c.new != nil {
-			st.countChains(c.new, 1)
-			st.ports[c.name] = c.new
-		}
-	}
-	maps.Copy(st.owners, s.owners)
-	st.elements.Commit(s.Difference)
-	for _, c := range s.oldChains {
-		st.dropChain(c)
-	}
-}
-
-// idsOnlyIn lists the ids that a took from the pools and b does not have.
-func idsOnlyIn(a, b *programmedPort) []uint32 {
-	had := b.ids()
-	return slices.DeleteFunc(a.ids(), func(id uint32) bool { return slices.Contains(had, id) })
+	return unused
 }

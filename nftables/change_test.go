@@ -25,7 +25,7 @@ import (
 // believed is the table's contents by the state, element by element.
 func believed(st *state) []string {
 	var lines []string
-	st.emitAll(func(e nft.Element) {
+	compileAll(st, func(e nft.Element) {
 		lines = append(lines, allSets[e.Set].Name+" "+allSets[e.Set].ElementText(&e, st.IPFamily))
 	})
 	slices.Sort(lines)
@@ -35,11 +35,11 @@ func believed(st *state) []string {
 // writtenState is the state after a full write.
 func writtenState(t *testing.T, desired *plan.Plan) *state {
 	t.Helper()
-	st, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
+	st, err := stateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	st.elements = st.emitAll(func(nft.Element) {})
+	st.elements = compileAll(st, func(nft.Element) {})
 	return st
 }
 
@@ -54,7 +54,7 @@ func FuzzChange(f *testing.F) {
 		g := generator{rand.New(rand.NewPCG(a, b)), plan.Families[a%2]}
 		st := newState(nft.FamilyOf(g.family))
 		kernel := map[nft.ElementID]nft.Element{}
-		st.emitAll(func(e nft.Element) { kernel[e.ID()] = e })
+		st.elements = compileAll(st, func(e nft.Element) { kernel[e.ID()] = e })
 		plan := &plan.Plan{Family: g.family, Services: map[plan.ServicePortName]*plan.ServicePort{}}
 		for range 30 {
 			before, old := believed(st), maps.Clone(plan.Services)
@@ -65,7 +65,7 @@ func FuzzChange(f *testing.F) {
 				t.Fatalf("stage: error %v, conflict %v", err, conflict)
 			}
 			if err == nil && g.chance(20) {
-				s.undo()
+				st.undo(s)
 				err = errors.New("undone")
 			}
 			if err != nil {
@@ -75,8 +75,8 @@ func FuzzChange(f *testing.F) {
 				plan.Services = old
 				continue
 			}
-			apply(t, kernel, s)
-			s.commit()
+			apply(t, st, kernel, s)
+			st.commit(s)
 			compareModel(t, kernel, st)
 			compareMeaning(t, st, plan)
 		}
@@ -105,17 +105,17 @@ func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
 
 // apply does to a model of the kernel what a stage asks for, and fails where
 // the kernel would.
-func apply(t *testing.T, kernel map[nft.ElementID]nft.Element, s *pendingChange) {
+func apply(t *testing.T, st *state, kernel map[nft.ElementID]nft.Element, s *pendingChange) {
 	t.Helper()
 	for _, e := range s.Remove {
 		if kernel[e.ID()] != e {
-			t.Fatalf("%s %s is removed and not there", allSets[e.Set].Name, allSets[e.Set].ElementText(&e, s.state.IPFamily))
+			t.Fatalf("%s %s is removed and not there", allSets[e.Set].Name, allSets[e.Set].ElementText(&e, st.IPFamily))
 		}
 		delete(kernel, e.ID())
 	}
 	for _, e := range s.Add {
 		if _, exists := kernel[e.ID()]; exists {
-			t.Fatalf("%s %s is added and there already", allSets[e.Set].Name, allSets[e.Set].ElementText(&e, s.state.IPFamily))
+			t.Fatalf("%s %s is added and there already", allSets[e.Set].Name, allSets[e.Set].ElementText(&e, st.IPFamily))
 		}
 		kernel[e.ID()] = e
 	}
@@ -123,7 +123,7 @@ func apply(t *testing.T, kernel map[nft.ElementID]nft.Element, s *pendingChange)
 
 func compareModel(t *testing.T, kernel map[nft.ElementID]nft.Element, st *state) {
 	t.Helper()
-	if counted := st.emitAll(func(nft.Element) {}); !reflect.DeepEqual(st.elements, counted) {
+	if counted := compileAll(st, func(nft.Element) {}); !reflect.DeepEqual(st.elements, counted) {
 		t.Fatalf("counts of shared elements: %v, want %v", st.elements, counted)
 	}
 	var lines []string
@@ -191,7 +191,7 @@ func TestSyncOneAllocations(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s.commit()
+			st.commit(s)
 		})
 	}
 	if few, many := allocations(10), allocations(5000); many > few*1.2 {
@@ -248,7 +248,7 @@ func TestRefused(t *testing.T) {
 			if diff := cmp.Diff(before, believed(st)); diff != "" {
 				t.Errorf("the refused change left traces:\n%s", diff)
 			}
-			if _, err := newStateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil); err == nil {
+			if _, err := stateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil); err == nil {
 				t.Error("the same Service is taken when everything is written anew")
 			}
 		})
@@ -344,7 +344,7 @@ func TestIdleChains(t *testing.T) {
 		if err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{sp.Name}}); err != nil {
 			t.Fatal(err)
 		}
-		if n := len(p.state.chains); n > permanentChains+idleChains+2 {
+		if n := len(p.state.chains); n > permanentChains+maxUnusedChains+2 {
 			t.Fatalf("%d chains for two Services", n)
 		}
 	}

@@ -52,7 +52,7 @@ table ip filter { chain DOCKER { counter; }; }
 		}
 	}
 	for _, f := range plan.Families {
-		if removed, err := Cleanup(f); err != nil || !removed {
+		if removed, _, err := (Dataplane{}).Cleanup(f, false); err != nil || !removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
 	}
@@ -61,7 +61,7 @@ table ip filter { chain DOCKER { counter; }; }
 	}
 	gen := generation(t)
 	for _, f := range plan.Families {
-		if removed, err := Cleanup(f); err != nil || removed {
+		if removed, _, err := (Dataplane{}).Cleanup(f, false); err != nil || removed {
 			t.Errorf("something of ours was removed: %v, %v", removed, err)
 		}
 	}

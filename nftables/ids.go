@@ -79,6 +79,17 @@ func (p *idPools) of(id uint32) *access.Pool {
 	return p.plain
 }
 
+// claim takes certain ids out of the pools: all of them, or none if one is in use.
+func (p *idPools) claim(ids []uint32) bool {
+	for i, id := range ids {
+		if !p.of(id).Claim(id) {
+			p.release(ids[:i])
+			return false
+		}
+	}
+	return true
+}
+
 func (p *idPools) release(ids []uint32) {
 	for _, id := range ids {
 		p.of(id).Release(id)

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/nft"
+	"signalbox/proxier"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )
@@ -226,7 +227,7 @@ func compareCounts(t testing.TB, p *Proxier, node plan.Node) {
 		want["rule"] += len(c.Rules)
 	}
 	want["element"] += len(rules.NodeElements())
-	p.state.emitAll(func(nft.Element) { want["element"]++ })
+	compileAll(p.state, func(nft.Element) { want["element"]++ })
 	got := map[string]int{}
 	for _, k := range p.Counts() {
 		got[k.Kind] = k.Count
@@ -240,7 +241,7 @@ func compareCounts(t testing.TB, p *Proxier, node plan.Node) {
 // made at once.
 func compareMeaning(t testing.TB, st *state, plan *plan.Plan) {
 	t.Helper()
-	fresh, err := newStateOf(st.IPFamily, plan, nil, nil)
+	fresh, err := stateOf(st.IPFamily, plan, nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -254,7 +255,7 @@ func compareMeaning(t testing.TB, st *state, plan *plan.Plan) {
 func meaning(t testing.TB, st *state) []string {
 	t.Helper()
 	byKey := map[nft.SetID]map[string]nft.Element{}
-	st.emitAll(func(e nft.Element) {
+	compileAll(st, func(e nft.Element) {
 		if byKey[e.Set] == nil {
 			byKey[e.Set] = map[string]nft.Element{}
 		}
@@ -359,12 +360,21 @@ func examplePlan(f plan.Family) *plan.Plan {
 
 // TestRender compares the rendered plan with a golden file and with the
 // kernel's own listing.
+func render(t *testing.T, opts proxier.Options, desired *plan.Plan) string {
+	t.Helper()
+	text, err := Dataplane{}.Render(opts, desired)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
 func TestRender(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
 			desired, opts := examplePlan(f), testOptions
 			opts.Family = f
-			got := Render(opts, desired)
+			got := render(t, opts, desired)
 			golden := filepath.Join("testdata", "render-"+f.String()+".nft")
 			if *update {
 				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -396,7 +406,7 @@ func TestRenderRefused(t *testing.T) {
 	desired := examplePlan(plan.IPv4)
 	opts := testOptions
 	opts.Family = plan.IPv6
-	if got := Render(opts, desired); !strings.HasPrefix(got, "# cannot be programmed: node: prefix 10.") {
+	if got := render(t, opts, desired); !strings.HasPrefix(got, "# cannot be programmed: node: prefix 10.") {
 		t.Errorf("rendered %q", got)
 	}
 }

@@ -87,7 +87,7 @@ func (r *counterReader) open(f *nft.IPFamily) {
 	if r.table != nil {
 		return
 	}
-	w, err := dial(f, tableName)
+	w, err := openTable(f)
 	if err != nil {
 		slog.Warn("nftables: refused packets to NodePorts on loopback cannot be counted", "error", err)
 		return

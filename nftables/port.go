@@ -5,33 +5,32 @@ import (
 	"net/netip"
 	"slices"
 
+	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
-// record is what is remembered of a Service port: what the kernel was told,
-// and the numbers that this took. Elements are not kept; they are compiled
-// again from the record when a change needs them. A record is never changed
-// once a stage has made it.
+// programmedPort is a Service port with the numbers that stand for it in the table.
+// Elements are not kept: they are compiled again when the Service port changes. A
+// programmedPort never changes.
 type programmedPort struct {
 	port *plan.ServicePort
 	sets []indexedSet
-	// block is the first id of the Service port's block and nextEndpoint the
-	// number to give to the next new endpoint in it; only with affinity.
+	// idRange is the first id of the Service port's range, and nextEndpoint the number
+	// in it that the next new endpoint gets. They are used with affinity only.
 	idRange      uint32
 	nextEndpoint uint32
 }
 
-// numberedSet is a non-empty endpoint set with its numbers.
+// indexedSet is an endpoint set that is not empty, with its numbers.
 type indexedSet struct {
 	*plan.EndpointSet
-	firstID uint32 // the id without the chain; with affinity the block
-	chain   uint32 // number of the chain that picks from the set
-	// order lists the indexes of the endpoints by slot; nil where slot and
-	// index are the same. It keeps endpoints in their slots when others go, so
-	// that a change costs only the slots that it touches.
+	firstID uint32 // the id without the chain; with affinity the range
+	chain   uint32 // number of the pick chain
+	// order is the index of the endpoint in each slot; nil if slot and index are the
+	// same. Endpoints keep their slots when others go, so that a change costs only the
+	// slots that it touches.
 	order []uint32
-	// numbers are the endpoints' numbers in the block, by index; only with
-	// affinity.
+	// numbers are the endpoints' numbers in the range, by index; only with affinity.
 	numbers []uint32
 }
 
@@ -43,76 +42,124 @@ func (s *indexedSet) endpoint(slot int) int {
 	return int(s.order[slot])
 }
 
-func (r *programmedPort) sticky() bool { return r != nil && r.port.AffinityTimeout > 0 }
+// The methods of a nil programmedPort are those of a Service port with nothing.
 
-func (r *programmedPort) large() bool { return r.sticky() && r.idRange >= largeFirst }
+func (p *programmedPort) sticky() bool { return p != nil && p.port.AffinityTimeout > 0 }
 
-// ids lists the ids that the record took from the pools.
-func (r *programmedPort) ids() []uint32 {
-	if r == nil {
+func (p *programmedPort) large() bool { return p.sticky() && p.idRange >= largeFirst }
+
+func (p *programmedPort) keys() []plan.FrontendKey {
+	if p == nil {
 		return nil
 	}
-	if r.sticky() {
-		return []uint32{r.idRange}
+	return p.port.Keys()
+}
+
+func (p *programmedPort) endpointSets() []indexedSet {
+	if p == nil {
+		return nil
 	}
-	ids := make([]uint32, len(r.sets))
-	for i := range r.sets {
-		ids[i] = r.sets[i].firstID
+	return p.sets
+}
+
+// ids lists the ids that the Service port took from the pools.
+func (p *programmedPort) ids() []uint32 {
+	if p.sticky() {
+		return []uint32{p.idRange}
+	}
+	var ids []uint32
+	for _, set := range p.endpointSets() {
+		ids = append(ids, set.firstID)
 	}
 	return ids
 }
 
+// idsOnlyIn lists the ids that a took from the pools and b does not have.
+func idsOnlyIn(a, b *programmedPort) []uint32 {
+	kept := b.ids()
+	return slices.DeleteFunc(a.ids(), func(id uint32) bool { return slices.Contains(kept, id) })
+}
+
 // idOf returns the id of a set of the Service port.
-func (r *programmedPort) idOf(set *plan.EndpointSet) uint32 {
+func (p *programmedPort) idOf(set *plan.EndpointSet) uint32 {
 	if set.Len() == 0 {
 		return noSet
 	}
-	for i := range r.sets {
-		if r.sets[i].EndpointSet == set {
-			return r.sets[i].firstID | r.sets[i].chain
+	for i := range p.sets {
+		if p.sets[i].EndpointSet == set {
+			return p.sets[i].firstID | p.sets[i].chain
 		}
 	}
-	panic("nftables: an endpoint set of " + r.port.Name.String() + " has no id")
+	panic("nftables: an endpoint set of " + p.port.Name.String() + " has no id")
 }
 
 // chainOf is the chain that picks from set number i.
-func (r *programmedPort) chainOf(i int) pickChain {
-	c := pickChain{size: r.sets[i].Len(), timeout: r.port.AffinityTimeout}
-	if r.sticky() {
-		c.setIndex, c.large = i, r.large()
+func (p *programmedPort) chainOf(i int) pickChain {
+	c := pickChain{size: p.sets[i].Len(), timeout: p.port.AffinityTimeout}
+	if p.sticky() {
+		c.setIndex, c.large = i, p.large()
 	}
 	return c
 }
 
-// succeed makes the record of port, which replaces the one in old (which may be
-// nil). Numbers and slots stay what they were wherever they can; new numbers
-// come from pools. The sets' chains are still to be numbered.
-func numberPort(old *programmedPort, port *plan.ServicePort, pools *idPools) (*programmedPort, error) {
-	r := &programmedPort{port: port}
-	for _, set := range distinctSets(port) {
-		r.sets = append(r.sets, indexedSet{EndpointSet: set})
+// programPort numbers a Service port, which replaces old (may be nil). After an error
+// the pools are as they were.
+func (st *state) programPort(old *programmedPort, port *plan.ServicePort) (*programmedPort, error) {
+	if err := access.ValidatePort(st.IPFamily, port); err != nil {
+		return nil, err
 	}
-	for i := range r.sets {
-		var before *indexedSet
-		if old != nil && i < len(old.sets) {
-			before = &old.sets[i]
-		}
-		r.sets[i].order = slotOrder(before, r.sets[i].EndpointSet)
-	}
-	var err error
-	if r.sticky() {
-		err = r.assignRange(old, pools)
-	} else {
-		err = r.assignSetIDs(old, pools)
-	}
+	p, err := numberPort(old, port, st.ids)
 	if err != nil {
 		return nil, err
 	}
-	return r, nil
+	for i := range p.sets {
+		if p.sets[i].chain, err = st.chainNumber(p.chainOf(i)); err != nil {
+			st.ids.release(idsOnlyIn(p, old))
+			return nil, err
+		}
+	}
+	return p, nil
 }
 
-// distinctSets lists the Service port's non-empty endpoint sets in the order in
-// which its frontends name them.
+// chainNumber returns the number of a chain, and gives it one if it is new.
+func (st *state) chainNumber(c pickChain) (uint32, error) {
+	if n, known := st.chains[c]; known {
+		return n, nil
+	}
+	n := uint32(c.size)
+	if !c.sizeIsNumber() {
+		var err error
+		if n, err = st.ids.chains.Take(); err != nil {
+			return 0, fmt.Errorf("numbers of chains, one for each count of endpoints and affinity timeout: %w", err)
+		}
+	}
+	st.chains[c] = n
+	return n, nil
+}
+
+// numberPort keeps the numbers and slots of old where it can. New numbers come from the
+// pools. The sets' chains get their numbers later.
+func numberPort(old *programmedPort, port *plan.ServicePort, pools *idPools) (*programmedPort, error) {
+	p, oldSets := &programmedPort{port: port}, old.endpointSets()
+	for i, set := range distinctSets(port) {
+		var before *indexedSet
+		if i < len(oldSets) {
+			before = &oldSets[i]
+		}
+		p.sets = append(p.sets, indexedSet{EndpointSet: set, order: slotOrder(before, set)})
+	}
+	assign := p.assignSetIDs
+	if p.sticky() {
+		assign = p.assignRange
+	}
+	if err := assign(old, pools); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// distinctSets lists the Service port's non-empty endpoint sets in the order of its
+// frontends.
 func distinctSets(port *plan.ServicePort) []*plan.EndpointSet {
 	var sets []*plan.EndpointSet
 	for i := range port.Frontends {
@@ -125,30 +172,34 @@ func distinctSets(port *plan.ServicePort) []*plan.EndpointSet {
 	return sets
 }
 
-func (r *programmedPort) assignSetIDs(old *programmedPort, pools *idPools) error {
-	for i := range r.sets {
-		if old != nil && !old.sticky() && i < len(old.sets) {
-			r.sets[i].firstID = old.sets[i].firstID
+func (p *programmedPort) assignSetIDs(old *programmedPort, pools *idPools) error {
+	var kept []uint32
+	if !old.sticky() {
+		kept = old.ids()
+	}
+	for i := range p.sets {
+		if i < len(kept) {
+			p.sets[i].firstID = kept[i]
 			continue
 		}
 		id, err := pools.plain.Take()
 		if err != nil {
 			return fmt.Errorf("numbers of endpoint sets: %w", err)
 		}
-		r.sets[i].firstID = id
+		p.sets[i].firstID = id
 	}
 	return nil
 }
 
-// numberBlock gives the Service port a block of ids and its endpoints numbers
-// in it. A Service port that outgrows a small block gets a large one and its
-// clients start afresh.
-func (r *programmedPort) assignRange(old *programmedPort, pools *idPools) error {
-	if len(r.sets) > maxAffinitySets {
-		return fmt.Errorf("%d different endpoint sets with session affinity, at most %d are possible", len(r.sets), maxAffinitySets)
+// assignRange gives the Service port a range of ids, and its endpoints numbers in it. A
+// Service port that outgrows a small range gets a large one, and its clients start
+// afresh.
+func (p *programmedPort) assignRange(old *programmedPort, pools *idPools) error {
+	if len(p.sets) > maxAffinitySets {
+		return fmt.Errorf("%d different endpoint sets with session affinity, at most %d are possible", len(p.sets), maxAffinitySets)
 	}
 	numbers := make(map[netip.AddrPort]uint32)
-	for _, set := range r.sets {
+	for _, set := range p.sets {
 		for _, e := range set.Endpoints {
 			numbers[e.AddrPort] = unnumbered
 		}
@@ -158,8 +209,8 @@ func (r *programmedPort) assignRange(old *programmedPort, pools *idPools) error 
 		return fmt.Errorf("%d endpoints with session affinity, at most %d are possible", len(numbers), endpointsPerRange(large))
 	}
 	if old.sticky() && old.large() == large {
-		r.idRange, r.nextEndpoint = old.idRange, old.nextEndpoint
-		r.keepEndpointNumbers(old, numbers)
+		p.idRange, p.nextEndpoint = old.idRange, old.nextEndpoint
+		keepEndpointNumbers(old, numbers)
 	} else {
 		pool := pools.small
 		if large {
@@ -169,14 +220,14 @@ func (r *programmedPort) assignRange(old *programmedPort, pools *idPools) error 
 		if err != nil {
 			return fmt.Errorf("numbers of Services with affinity: %w", err)
 		}
-		r.idRange = idRange
+		p.idRange = idRange
 	}
-	r.assignEndpointNumbers(numbers)
+	p.assignEndpointNumbers(numbers)
 	return nil
 }
 
 // keepEndpointNumbers fills in the numbers that endpoints had before.
-func (r *programmedPort) keepEndpointNumbers(old *programmedPort, numbers map[netip.AddrPort]uint32) {
+func keepEndpointNumbers(old *programmedPort, numbers map[netip.AddrPort]uint32) {
 	for i := range old.sets {
 		for j, e := range old.sets[i].Endpoints {
 			if _, stays := numbers[e.AddrPort]; stays {
@@ -189,41 +240,40 @@ func (r *programmedPort) keepEndpointNumbers(old *programmedPort, numbers map[ne
 // unnumbered stands for the number of an endpoint that has none yet.
 const unnumbered = ^uint32(0)
 
-// giveNumbers gives numbers to the endpoints that have none, in the order of
-// the sets, and writes all of them into the sets.
-func (r *programmedPort) assignEndpointNumbers(numbers map[netip.AddrPort]uint32) {
+// assignEndpointNumbers numbers the endpoints that have no number, in the order of the
+// sets, and writes all numbers into the sets.
+func (p *programmedPort) assignEndpointNumbers(numbers map[netip.AddrPort]uint32) {
 	used := make(map[uint32]bool, len(numbers))
 	for _, n := range numbers {
 		used[n] = true
 	}
-	room := uint32(endpointsPerRange(r.large()))
-	for i := range r.sets {
-		set := &r.sets[i]
-		set.firstID = r.idRange
+	room := uint32(endpointsPerRange(p.large()))
+	for i := range p.sets {
+		set := &p.sets[i]
+		set.firstID = p.idRange
 		set.numbers = make([]uint32, set.Len())
 		for j, e := range set.Endpoints {
 			n := numbers[e.AddrPort]
 			if n == unnumbered {
-				for used[r.nextEndpoint] {
-					r.nextEndpoint = (r.nextEndpoint + 1) % room
+				for used[p.nextEndpoint] {
+					p.nextEndpoint = (p.nextEndpoint + 1) % room
 				}
-				n = r.nextEndpoint
+				n = p.nextEndpoint
 				used[n], numbers[e.AddrPort] = true, n
-				r.nextEndpoint = (n + 1) % room
+				p.nextEndpoint = (n + 1) % room
 			}
 			set.numbers[j] = n
 		}
 	}
 }
 
-// slotOrder assigns the endpoints of a set to slots. Those that were in the set
-// before stay in their slots unless the set has become too small for these;
-// the rest fill the gaps.
+// slotOrder assigns the endpoints of a set to slots. Endpoints keep the slots that they
+// had before, except those beyond the new size. The rest fill the gaps.
 func slotOrder(before *indexedSet, set *plan.EndpointSet) []uint32 {
-	if before == nil || before.EndpointSet == set {
-		if before == nil {
-			return nil
-		}
+	switch {
+	case before == nil:
+		return nil
+	case before.EndpointSet == set:
 		return before.order
 	}
 	n := set.Len()

@@ -2,6 +2,8 @@ package nftables
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"time"
@@ -20,6 +22,32 @@ type ruleset struct {
 
 func rulesetOf(f *nft.IPFamily, mark uint32, n plan.Node) ruleset {
 	return ruleset{access.Rules{IPFamily: f, Node: n}, mark}
+}
+
+// chains are all chains of the table.
+func (r ruleset) chains(st *state) []nft.Chain {
+	return slices.Concat(r.fixedChains(), pickChainRules(r.IPFamily, st.sortedChains()), r.nodeChains(), r.baseChains(),
+		[]nft.Chain{{Name: r.digest()}})
+}
+
+// digestPrefix begins the name of a chain without rules: see digest.
+const digestPrefix = "written-by-"
+
+// digest tells rulesets apart. Two with the same digest differ in nothing but
+// elements and sized chains.
+func (r ruleset) digest() string {
+	h := sha256.New()
+	for _, s := range allSets {
+		h.Write([]byte(s.Text(r.IPFamily, nil)))
+	}
+	samples := []pickChain{{size: 2}, {size: 2, timeout: time.Second}, {size: 2, timeout: time.Second, setIndex: 1, large: true}}
+	for _, c := range samples {
+		h.Write([]byte(c.chain(r.IPFamily).Text()))
+	}
+	for _, c := range slices.Concat(r.fixedChains(), r.nodeChains(), r.baseChains()) {
+		h.Write([]byte(c.Text()))
+	}
+	return digestPrefix + hex.EncodeToString(h.Sum(nil)[:8])
 }
 
 // fixedChains do not depend on the node. Chains come before those that jump to
@@ -215,6 +243,14 @@ func (c pickChain) chain(f *nft.IPFamily) nft.Chain {
 		}}
 	}
 	return nft.Chain{Name: c.name(), Rules: c.stickyRules(f)}
+}
+
+func pickChainRules(f *nft.IPFamily, list []pickChain) []nft.Chain {
+	chains := make([]nft.Chain, len(list))
+	for i, c := range list {
+		chains[i] = c.chain(f)
+	}
+	return chains
 }
 
 // stickyRules choose with session affinity. On entry the priority holds the

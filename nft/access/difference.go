@@ -13,6 +13,7 @@ import (
 type Elements struct {
 	sets    []*nft.Set
 	holders map[nft.ElementID]int32 // only of shared sets
+	length  int
 }
 
 // NewElements counts nothing yet. The sets are those of the table, by their place.
@@ -23,13 +24,19 @@ func NewElements(sets []*nft.Set) *Elements {
 // Add counts a holder while all elements are compiled. It says whether the element is
 // to be written: an element of a shared set is written once.
 func (e *Elements) Add(element *nft.Element) (write bool) {
-	if !e.sets[element.Set].Shared {
-		return true
+	if e.sets[element.Set].Shared {
+		id := element.ID()
+		e.holders[id]++
+		if e.holders[id] > 1 {
+			return false
+		}
 	}
-	id := element.ID()
-	e.holders[id]++
-	return e.holders[id] == 1
+	e.length++
+	return true
 }
+
+// Len is the number of elements in the table.
+func (e *Elements) Len() int { return e.length }
 
 // Difference is what a change writes: first Remove, then Add. Both are sorted by set.
 type Difference struct {
@@ -66,6 +73,7 @@ func (e *Elements) Compare(before, after []nft.Element) *Difference {
 
 // Commit counts a difference that the kernel has.
 func (e *Elements) Commit(d *Difference) {
+	e.length += len(d.Add) - len(d.Remove)
 	for id, holders := range d.holders {
 		if holders > 0 {
 			e.holders[id] = holders

@@ -115,8 +115,8 @@ func TestChangesAddUp(t *testing.T) {
 		for _, held := range slices.Concat(ports...) {
 			want[held.ID()] = held
 		}
-		if !maps.Equal(table, want) {
-			t.Fatalf("round %d: the table has %v, want %v", round, table, want)
+		if !maps.Equal(table, want) || e.Len() != len(want) {
+			t.Fatalf("round %d: the table has %v, %d counted, want %v", round, table, e.Len(), want)
 		}
 	}
 }

@@ -113,7 +113,7 @@ func TestNFTables(t *testing.T) { conformance.Run(t, nftablesMode) }
 var nftablesMode = conformance.Mode{
 	Name:          nftables.Mode,
 	New:           func(o proxier.Options) (proxier.Proxier, error) { return nftables.New(o) },
-	Supported:     nftables.Supported,
+	Supported:     nftables.Dataplane{}.Supported,
 	Flows:         cleanFlows,
 	DropForwarded: dropForwardedUnlessDNATed,
 	Dump:          dumpNFT,
