@@ -76,7 +76,10 @@ func (st *state) keepIDs(desired *plan.Plan, names []plan.ServicePortName, befor
 // number gives ids and chains to the named Service ports of the plan. After an error
 // the state is as it was.
 func (st *state) number(desired *plan.Plan, names []plan.ServicePortName) (*pendingChange, error) {
-	c := &pendingChange{owners: make(map[plan.FrontendKey]*plan.ServicePort)}
+	c := &pendingChange{
+		ports:  make([]portChange, 0, len(names)),
+		owners: make(map[plan.FrontendKey]*plan.ServicePort, len(names)),
+	}
 	chainsBefore := maps.Clone(st.chains)
 	free := make(map[plan.FrontendKey]bool) // frontends of the old Service ports
 	for _, name := range names {

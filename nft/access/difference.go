@@ -9,25 +9,30 @@ import (
 
 // Elements compares the elements of Service ports before and after a change. Of a
 // shared set it counts the holders of each element, because the table has an element
-// while it has a holder. Elements of shared sets have no data.
+// while it has a holder. Elements of shared sets have no data and are no intervals.
 type Elements struct {
 	sets    []*nft.Set
-	holders map[nft.ElementID]int32 // only of shared sets
+	holders map[sharedElement]int32
 	length  int
+}
+
+type sharedElement struct {
+	set nft.SetID
+	key string
 }
 
 // NewElements counts nothing yet. The sets are those of the table, by their place.
 func NewElements(sets []*nft.Set) *Elements {
-	return &Elements{sets: sets, holders: make(map[nft.ElementID]int32)}
+	return &Elements{sets: sets, holders: make(map[sharedElement]int32)}
 }
 
 // Add counts a holder while all elements are compiled. It says whether the element is
 // to be written: an element of a shared set is written once.
 func (e *Elements) Add(element *nft.Element) (write bool) {
 	if e.sets[element.Set].Shared {
-		id := element.ID()
-		e.holders[id]++
-		if e.holders[id] > 1 {
+		shared := sharedElement{element.Set, element.Key}
+		e.holders[shared]++
+		if e.holders[shared] > 1 {
 			return false
 		}
 	}
@@ -41,22 +46,23 @@ func (e *Elements) Len() int { return e.length }
 // Difference is what a change writes: first Remove, then Add. Both are sorted by set.
 type Difference struct {
 	Remove, Add []nft.Element
-	holders     map[nft.ElementID]int32 // as they will be
+	holders     map[sharedElement]int32 // as they will be
 }
 
 // Compare finds what changes when the Service ports of a batch had the elements in
 // before and get those in after. An element can go from one Service port to another.
 // Nothing is counted until Commit.
 func (e *Elements) Compare(before, after []nft.Element) *Difference {
-	d := &Difference{holders: make(map[nft.ElementID]int32)}
+	d := &Difference{holders: make(map[sharedElement]int32)}
 	for _, c := range pair(before, after) {
 		had, has := c.old != nil, c.new != nil
 		same := had && has && *c.old == *c.new
 		if e.sets[c.id.Set].Shared {
-			holders := e.holders[c.id]
+			shared := sharedElement{c.id.Set, c.id.Key}
+			holders := e.holders[shared]
 			had, has = holders > 0, holders+c.more > 0
 			same = had && has
-			d.holders[c.id] = holders + c.more
+			d.holders[shared] = holders + c.more
 		}
 		if had && !same {
 			d.Remove = append(d.Remove, *c.old)
@@ -74,11 +80,11 @@ func (e *Elements) Compare(before, after []nft.Element) *Difference {
 // Commit counts a difference that the kernel has.
 func (e *Elements) Commit(d *Difference) {
 	e.length += len(d.Add) - len(d.Remove)
-	for id, holders := range d.holders {
+	for shared, holders := range d.holders {
 		if holders > 0 {
-			e.holders[id] = holders
+			e.holders[shared] = holders
 		} else {
-			delete(e.holders, id)
+			delete(e.holders, shared)
 		}
 	}
 }
