@@ -2,10 +2,9 @@ package kernel
 
 import "encoding/binary"
 
-// attributes are netlink attributes one after another, each with its length and
-// type before it and filled up to four bytes. The library's encoder makes a
-// dozen allocations for each request, and there are as many requests as there
-// are destinations.
+// attributes are encoded netlink attributes: length, type, and a value that is padded to four
+// bytes. The library's encoder makes a dozen allocations for each request, and each
+// destination is a request.
 type attributes []byte
 
 func (a *attributes) header(kind uint16, length int) {
@@ -43,7 +42,7 @@ func (a *attributes) uint32(kind uint16, value uint32) {
 	*a = binary.NativeEndian.AppendUint32(*a, value)
 }
 
-// nested adds an attribute that holds those which fill adds.
+// nested adds an attribute that contains the attributes of fill.
 func (a *attributes) nested(kind uint16, fill func(*attributes)) {
 	start := len(*a)
 	a.header(nested|kind, 0)

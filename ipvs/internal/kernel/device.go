@@ -14,18 +14,19 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// deviceName is the dummy device that holds the virtual addresses: kube-proxy's
-// name, which other software on a node knows to leave alone.
+// DeviceName is the dummy device with the virtual addresses. The name is kube-proxy's: other
+// software on a node ignores this device.
 const DeviceName = "kube-ipvs0"
 
-// device is the dummy device, and what there is of other addresses.
+// Device is the dummy device in one IP family.
 type Device struct {
 	family plan.Family
 	nl     *netlink.Handle
-	pipe   *pipe        // for what changes addresses
-	link   netlink.Link // nil until ensure
+	pipe   *pipe        // adds and removes addresses
+	link   netlink.Link // nil before Find or Ensure, and if there is no device
 }
 
+// OpenDevice connects to the caller's network namespace.
 func OpenDevice(family plan.Family) (*Device, error) {
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -43,12 +44,13 @@ func OpenDevice(family plan.Family) (*Device, error) {
 	return &Device{family: family, nl: nl, pipe: p}, nil
 }
 
+// Close closes the connections. The device stays.
 func (d *Device) Close() {
 	d.nl.Close()
 	d.pipe.close()
 }
 
-// find looks for the device; it is no error if there is none.
+// Find looks for the device. It is no error if there is none.
 func (d *Device) Find() error {
 	link, err := d.nl.LinkByName(DeviceName)
 	var missing netlink.LinkNotFoundError
@@ -63,10 +65,11 @@ func (d *Device) Find() error {
 	return nil
 }
 
+// Exists says whether Find or Ensure has found the device.
 func (d *Device) Exists() bool { return d.link != nil }
 
-// ensure makes the device if there is none. It is up, because the addresses of
-// a device that is down are not all in use.
+// Ensure adds the device if there is none, and sets it up: the kernel does not use all
+// addresses of a device that is down.
 func (d *Device) Ensure() error {
 	if err := d.Find(); err != nil {
 		return err
@@ -75,14 +78,14 @@ func (d *Device) Ensure() error {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = DeviceName
 		err := d.nl.LinkAdd(&netlink.Dummy{LinkAttrs: attrs})
-		if err != nil && !errors.Is(err, unix.EEXIST) { // the other family was quicker
+		if err != nil && !errors.Is(err, unix.EEXIST) { // the other family has added it
 			return fmt.Errorf("make device %s: %w", DeviceName, err)
 		}
 		if err := d.Find(); err != nil {
 			return err
 		}
 		if d.link == nil {
-			return fmt.Errorf("device %s is gone as soon as made", DeviceName)
+			return fmt.Errorf("device %s disappeared after it was made", DeviceName)
 		}
 	}
 	if err := d.nl.LinkSetUp(d.link); err != nil {
@@ -91,8 +94,8 @@ func (d *Device) Ensure() error {
 	return nil
 }
 
-// held lists the virtual addresses on the device, and those of the node's other
-// addresses that are not link-local.
+// Addresses lists the addresses of the device, and those of the node's other devices. Both
+// lack link-local addresses.
 func (d *Device) Addresses() (ours, others map[netip.Addr]bool, err error) {
 	af := netlink.FAMILY_V4
 	if d.family == plan.IPv6 {
@@ -100,7 +103,7 @@ func (d *Device) Addresses() (ours, others map[netip.Addr]bool, err error) {
 	}
 	ours, others = make(map[netip.Addr]bool), make(map[netip.Addr]bool)
 	var list []netlink.Addr
-	for range 5 { // the listing says so if it met a change
+	for range 5 { // a change interrupts the listing
 		if list, err = d.nl.AddrList(nil, af); !errors.Is(err, netlink.ErrDumpInterrupted) {
 			break
 		}
@@ -122,22 +125,20 @@ func (d *Device) Addresses() (ours, others map[netip.Addr]bool, err error) {
 	return ours, others, nil
 }
 
-// isLocal says whether the node holds an address. It asks for the entry of the
-// routing table that a packet to it meets (RTM_F_FIB_MATCH, kernel 4.13): in the
-// place of that the kernel's IPv6 would say which source address a packet would
-// have, for which it compares all that the device has.
+// IsLocal says whether the node has an address. It asks for the entry of the routing table
+// (RTM_F_FIB_MATCH, kernel 4.13). Without the flag, IPv6 would also choose a source address,
+// and compare all addresses of the device for that.
 func (d *Device) IsLocal(a netip.Addr) bool {
 	routes, err := d.nl.RouteGetWithOptions(net.IP(a.AsSlice()), &netlink.RouteGetOptions{FIBMatch: true})
 	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
 }
 
-// add gives the device addresses and tells done of each that it has then.
+// Add adds addresses and calls done for each that the device has then.
 func (d *Device) Add(addrs []netip.Addr, done func(netip.Addr)) error {
 	return d.change(unix.RTM_NEWADDR, addrs, "cannot be added to", done)
 }
 
-// remove takes addresses from the device and tells done of each that it has no
-// more.
+// Remove removes addresses and calls done for each that the device has no longer.
 func (d *Device) Remove(addrs []netip.Addr, done func(netip.Addr)) error {
 	return d.change(unix.RTM_DELADDR, addrs, "cannot be taken from", done)
 }
@@ -162,10 +163,9 @@ func (d *Device) change(verb uint16, addrs []netip.Addr, complaint string, done 
 	return summary(refused)
 }
 
-// settle waits until packets to addresses that were just added are taken for
-// the node's own: the kernel's IPv6 sees to that a moment after it has said that
-// the address is there. A connection that is quicker would be forwarded, and
-// could not be redirected any more.
+// AwaitLocal waits until the kernel delivers packets to added addresses locally. IPv6 does so
+// shortly after it has confirmed the address. Before that, the kernel forwards packets, and
+// IPVS cannot redirect their connections.
 func (d *Device) AwaitLocal(addrs []netip.Addr) error {
 	if d.family != plan.IPv6 {
 		return nil
@@ -182,8 +182,8 @@ func (d *Device) AwaitLocal(addrs []netip.Addr) error {
 	return nil
 }
 
-// removeUnused removes the device if no virtual address of either family is on
-// it, and says whether it did.
+// RemoveUnused removes the device if it has no virtual address of either family, and says
+// whether it did.
 func (d *Device) RemoveUnused() (removed bool, err error) {
 	for _, af := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		list, err := d.nl.AddrList(d.link, af)
@@ -202,10 +202,10 @@ func (d *Device) RemoveUnused() (removed bool, err error) {
 	return true, nil
 }
 
-// probeDevice exists for a moment.
+// probeDevice is the device of ProbeDummy.
 const probeDevice = "signalbox-probe"
 
-// probeDummy makes a dummy device for a moment, unless the mode has one.
+// ProbeDummy adds a dummy device and removes it, unless the mode has its device.
 func ProbeDummy() error {
 	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {

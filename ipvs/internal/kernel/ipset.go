@@ -16,16 +16,15 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// hasKubeProxySets says whether there are sets of kube-proxy's ipvs mode: it makes
-// them whenever it writes anything.
+// HasKubeProxySets says whether there are ipsets of kube-proxy's ipvs mode, which makes them
+// with each sync.
 func HasKubeProxySets(f plan.Family) bool {
 	_, err := listSet(KubeProxySetName("KUBE-CLUSTER-IP", f))
 	return err == nil
 }
 
-// kubeProxySets are the sets of kube-proxy's ipvs mode, by their names for
-// IPv4. The value is the protocol of a set of NodePorts that holds nothing but
-// ports, else 0.
+// kubeProxySets are the ipsets of kube-proxy's ipvs mode, by their names for IPv4. The value
+// is the protocol of a set of NodePorts whose entries are only ports, else 0.
 var kubeProxySets = map[string]plan.Protocol{
 	"KUBE-LOOP-BACK": 0, "KUBE-CLUSTER-IP": 0, "KUBE-EXTERNAL-IP": 0, "KUBE-EXTERNAL-IP-LOCAL": 0,
 	"KUBE-LOAD-BALANCER": 0, "KUBE-LOAD-BALANCER-LOCAL": 0, "KUBE-LOAD-BALANCER-FW": 0,
@@ -36,11 +35,11 @@ var kubeProxySets = map[string]plan.Protocol{
 	"KUBE-HEALTH-CHECK-NODE-PORT": 0, "KUBE-IPVS-IPS": 0,
 }
 
-// longestSetName is what the kernel keeps of a set's name (IPSET_MAXNAMELEN
-// with the byte that ends it): kube-proxy cuts what is longer.
+// longestSetName is the kernel's limit (IPSET_MAXNAMELEN includes the final zero byte).
+// kube-proxy cuts longer names.
 const longestSetName = 31
 
-// setName is kube-proxy's name for a set of a family.
+// KubeProxySetName is kube-proxy's name for a set of a family.
 func KubeProxySetName(name string, f plan.Family) string {
 	if f == plan.IPv6 {
 		name = "KUBE-6-" + strings.TrimPrefix(name, "KUBE-")
@@ -48,12 +47,11 @@ func KubeProxySetName(name string, f plan.Family) string {
 	return name[:min(len(name), longestSetName)]
 }
 
-// kubeProxySet is what one of the sets tells of virtual servers.
+// KubeProxySet has the virtual servers that one ipset names.
 type KubeProxySet struct {
 	name     string
 	protocol plan.Protocol // of ports
-	// ports are NodePorts, and servers those at the addresses it names; one of
-	// the two is nil.
+	// ports are NodePorts, and servers have an address. One of the two is nil.
 	ports   map[uint16]bool
 	servers map[ServerKey]bool
 }
@@ -67,7 +65,7 @@ func (s *KubeProxySet) Names(key ServerKey, isLocal func(netip.Addr) bool) bool 
 	return s.servers[key]
 }
 
-// readSets reads those of kube-proxy's sets that there are.
+// ReadKubeProxySets reads the ipsets of kube-proxy that exist.
 func ReadKubeProxySets(f plan.Family) ([]KubeProxySet, error) {
 	var sets []KubeProxySet
 	for name, protocol := range kubeProxySets {
@@ -76,7 +74,7 @@ func ReadKubeProxySets(f plan.Family) ([]KubeProxySet, error) {
 		if errors.Is(err, unix.ENOENT) {
 			continue
 		}
-		if errors.Is(err, unix.EINVAL) { // of nfnetlink, which knows no ipset
+		if errors.Is(err, unix.EINVAL) { // nfnetlink has no ipset
 			return nil, nil
 		}
 		if err != nil {
@@ -91,9 +89,8 @@ func ReadKubeProxySets(f plan.Family) ([]KubeProxySet, error) {
 	return sets, nil
 }
 
-// listSet returns the kernel's messages about a set. The library would read them,
-// but logs two lines for each set of a kernel since 5.11, which tells more of it
-// than the library knows.
+// listSet returns the kernel's messages about a set. The library could parse them, but logs two
+// lines for each set since kernel 5.11, because it does not know the new attributes.
 func listSet(name string) ([][]byte, error) {
 	req := nl.NewNetlinkRequest(nl.IPSET_CMD_LIST|unix.NFNL_SUBSYS_IPSET<<8, nl.GetIpsetFlags(nl.IPSET_CMD_LIST))
 	req.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_NETLINK, Version: nl.NFNETLINK_V0})
@@ -122,7 +119,7 @@ func parseSet(name string, protocol plan.Protocol, messages [][]byte) (KubeProxy
 	return s, nil
 }
 
-// add takes an entry, if it is of a port.
+// add adds an entry that has a port.
 func (s *KubeProxySet) add(entry []byte) {
 	ports, endpoints := attributeValues(entry, nl.IPSET_ATTR_PORT), attributeValues(entry, nl.IPSET_ATTR_IP2)
 	if len(ports) == 0 || len(ports[0]) != 2 || len(endpoints) > 0 {
@@ -146,7 +143,7 @@ func (s *KubeProxySet) add(entry []byte) {
 	}
 }
 
-// attributeValues returns the values of all attributes of a kind, which are not empty.
+// attributeValues returns the values of all attributes of a kind. No value is empty.
 func attributeValues(attributes []byte, kind uint16) (values [][]byte) {
 	list, err := nl.ParseRouteAttr(attributes)
 	if err != nil {
@@ -160,12 +157,13 @@ func attributeValues(attributes []byte, kind uint16) (values [][]byte) {
 	return values
 }
 
-// setPatience is how long a set may be in use after the rules that used it are
-// gone: the kernel lets go of these a moment later.
-const setPatience = 5 * time.Second
+// destroyTimeout limits how long the kernel may use a set after its rules are gone. It frees
+// them a moment later.
+const destroyTimeout = 5 * time.Second
 
+// Destroy removes the ipset.
 func (s *KubeProxySet) Destroy() error {
-	end := time.Now().Add(setPatience)
+	end := time.Now().Add(destroyTimeout)
 	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
 		err := netlink.IpsetDestroy(s.name)
 		switch {

@@ -17,39 +17,38 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// destination is one of a virtual server's in the kernel.
+// Destination is an endpoint of a virtual server.
 type Destination struct {
 	Addr        netip.AddrPort
 	Weight      int
-	Connections int // open and recently closed ones
+	Connections int // active and inactive ones
 }
 
-// patience is how long one exchange with the kernel may take. The longest is
-// the listing of all virtual servers.
+// answerTimeout limits one request and its answer. The longest answer lists all virtual
+// servers.
 const answerTimeout = 30 * time.Second
 
 var errNoAnswer = errors.New("IPVS did not answer in time")
 
-// handle speaks to IPVS of one network namespace. What changes IPVS goes through
-// a pipe. What reads it goes through a library that waits for ever for an answer
-// that got lost; so that runs on a goroutine which is left to itself after a
-// while; closing its socket ends it.
+// IPVS is a connection to IPVS of one network namespace and one IP family. It changes IPVS
+// through a pipe, and reads through a library. The library waits without a limit for an
+// answer that got lost, so each of its calls has a goroutine of its own.
 type IPVS struct {
 	family plan.Family
 	number uint16 // of IPVS in generic netlink
 	pipe   *pipe
-	lib    *lvs.Handle // nil after an exchange was abandoned
-	// listing is nil where the kernel has none.
+	lib    *lvs.Handle // nil after a call that timed out
+	// listing is listingFile, or nil if the kernel lacks it.
 	listing *os.File
 }
 
-// familyName is what generic netlink calls IPVS.
+// familyName is the name of IPVS in generic netlink.
 const familyName = "IPVS"
 
-// openKernel connects to the caller's network namespace.
+// OpenIPVS connects to the caller's network namespace.
 func OpenIPVS(family plan.Family) (*IPVS, error) {
-	// The library asks once in a process which number the kernel gave IPVS,
-	// and keeps a failure for good; so it is not asked where there is none.
+	// The library asks for the number of IPVS once in a process, and keeps a failure
+	// forever. So the library is used only if IPVS is there.
 	genl, err := netlink.GenlFamilyGet(familyName)
 	if err != nil {
 		return nil, err
@@ -67,7 +66,7 @@ func OpenIPVS(family plan.Family) (*IPVS, error) {
 }
 
 func (h *IPVS) open() (err error) {
-	// It warns where there is no modprobe to load what is there already.
+	// The library warns if it finds no modprobe, although the module is loaded.
 	logrus.SetLevel(logrus.PanicLevel)
 	namespace := ""
 	if h.pipe.ns.IsOpen() {
@@ -77,6 +76,7 @@ func (h *IPVS) open() (err error) {
 	return err
 }
 
+// Close closes the connection.
 func (h *IPVS) Close() {
 	if h.lib != nil {
 		h.lib.Close()
@@ -87,8 +87,8 @@ func (h *IPVS) Close() {
 	h.pipe.close()
 }
 
-// exchange runs fn, but not longer than patience.
-func (h *IPVS) exchange(fn func(*lvs.Handle) error) error {
+// call runs fn for at most answerTimeout. To close the socket ends a call that takes longer.
+func (h *IPVS) call(fn func(*lvs.Handle) error) error {
 	if h.lib == nil {
 		if err := h.open(); err != nil {
 			return err
@@ -115,7 +115,7 @@ func (h *IPVS) addressFamily() uint16 {
 	return unix.AF_INET
 }
 
-// service is what the library asks about a virtual server by.
+// service is the key in the form of the library.
 func (h *IPVS) service(key ServerKey) *lvs.Service {
 	s := &lvs.Service{FWMark: key.Mark, AddressFamily: h.addressFamily(), Protocol: uint16(key.Protocol), Port: key.Port}
 	if key.Mark == 0 {
@@ -124,9 +124,10 @@ func (h *IPVS) service(key ServerKey) *lvs.Service {
 	return s
 }
 
-// servers lists the virtual servers. The kernel keeps those of all network
-// namespaces in one table and resumes a long listing by counting, so that a
-// change elsewhere hides some: a listing holds if the next one equals it.
+// Servers lists the virtual servers of the family, also those of other software, with their
+// schedulers. The kernel keeps the servers of all network namespaces in one table and
+// resumes a long listing by counting. A change in another namespace then hides some servers.
+// So Servers lists them again until two listings are equal.
 func (h *IPVS) Servers() (map[ServerKey]string, error) {
 	last, err := h.listServers()
 	for range 5 {
@@ -145,7 +146,7 @@ func (h *IPVS) Servers() (map[ServerKey]string, error) {
 
 func (h *IPVS) listServers() (map[ServerKey]string, error) {
 	var list []*lvs.Service
-	err := h.exchange(func(lib *lvs.Handle) (err error) {
+	err := h.call(func(lib *lvs.Handle) (err error) {
 		list, err = lib.GetServices()
 		return err
 	})
@@ -167,10 +168,11 @@ func (h *IPVS) listServers() (map[ServerKey]string, error) {
 	return servers, nil
 }
 
+// Destinations lists the destinations of a virtual server; none if there is no such server.
 func (h *IPVS) Destinations(key ServerKey) ([]Destination, error) {
 	s := h.service(key)
 	var list []*lvs.Destination
-	err := h.exchange(func(lib *lvs.Handle) (err error) {
+	err := h.call(func(lib *lvs.Handle) (err error) {
 		list, err = lib.GetDestinations(s)
 		return err
 	})
@@ -187,18 +189,18 @@ func (h *IPVS) Destinations(key ServerKey) ([]Destination, error) {
 	return dests, nil
 }
 
-// probeMark is in the mode's range of marks, and no packet has it.
+// probeMark is in the mode's range of marks, and stands for no virtual server.
 const probeMark uint32 = 0x4000_0000
 
-// hasScheduler makes a virtual server for a moment, by a mark that no packet
-// has: the kernel tells nobody which schedulers there are.
+// HasScheduler says whether the kernel has, or can load, a scheduler. The kernel does not list
+// its schedulers, so HasScheduler adds a virtual server by probeMark and removes it.
 func (h *IPVS) HasScheduler(name string) (bool, error) {
 	probe := Op{Verb: AddServer, Key: ServerKey{Mark: probeMark}, Scheduler: name}
 	err := h.do(probe)
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return false, nil
-	case errors.Is(err, unix.EEXIST): // left by a process that was killed
+	case errors.Is(err, unix.EEXIST): // of a process that was killed
 		if err = h.do(Op{Verb: RemoveServer, Key: probe.Key}); err == nil {
 			return h.HasScheduler(name)
 		}
@@ -209,8 +211,9 @@ func (h *IPVS) HasScheduler(name string) (bool, error) {
 	return true, h.do(Op{Verb: RemoveServer, Key: probe.Key})
 }
 
+// SetTimeouts sets how long IPVS remembers idle connections. 0 keeps the value.
 func (h *IPVS) SetTimeouts(tcp, tcpFin, udp time.Duration) error {
-	err := h.exchange(func(lib *lvs.Handle) error {
+	err := h.call(func(lib *lvs.Handle) error {
 		return lib.SetConfig(&lvs.Config{TimeoutTCP: tcp, TimeoutTCPFin: tcpFin, TimeoutUDP: udp})
 	})
 	if err != nil {

@@ -12,16 +12,14 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// listingFile is the kernel's list of all virtual servers and destinations of
-// the thread's network namespace. Over netlink the destinations of each virtual
-// server must be asked for by themselves.
+// listingFile lists all virtual servers and destinations of the thread's network namespace.
+// Netlink lists destinations for one virtual server at a time.
 const listingFile = "/proc/thread-self/net/ip_vs"
 
-// allDests reads the destinations of all virtual servers of the family. Some
-// virtual servers may be missing, but none of a virtual server's destinations:
-// the file is read in pieces, and each begins at a place in a list that others
-// may change meanwhile, and that the kernel (6.1) counts wrong where other
-// network namespaces have virtual servers, too.
+// AllDestinations lists the destinations of all virtual servers of the family. Some virtual
+// servers may be missing, but a listed server has all its destinations: the file is read in
+// pieces, and each piece begins with a server. The kernel (6.1) finds the wrong beginning if
+// servers change meanwhile, or if other network namespaces have servers.
 func (h *IPVS) AllDestinations() (map[ServerKey][]Destination, error) {
 	if h.listing == nil {
 		return nil, nil
@@ -32,7 +30,7 @@ func (h *IPVS) AllDestinations() (map[ServerKey][]Destination, error) {
 	return parseListing(h.listing, h.family)
 }
 
-// openListing returns nil where there is no such file; netlink then does.
+// openListing returns nil if there is no such file. Netlink then lists the destinations.
 func openListing() *os.File {
 	f, err := os.Open(listingFile)
 	if err != nil {
@@ -48,16 +46,16 @@ func openListing() *os.File {
 //	UDP  [fd00:0096:0000:0000:0000:0000:0000:0001]:0035 wrr
 //	FWM  40000001 rr
 //
-// Of a virtual server by mark only the destinations say which family it is of.
+// Only the destinations of a server by mark show its family.
 func parseListing(text io.Reader, family plan.Family) (map[ServerKey][]Destination, error) {
 	found := make(map[ServerKey][]Destination)
 	var server ServerKey
-	known := false // whether server could be read
+	known := false // server could be parsed
 	lines := bufio.NewScanner(text)
 	for n := 0; lines.Scan(); n++ {
 		words := strings.Fields(lines.Text())
 		switch {
-		case n < 3 || len(words) < 2: // the head
+		case n < 3 || len(words) < 2: // the heading
 		case words[0] != "->":
 			server, known = parseServer(words[0], words[1])
 		case known:

@@ -46,10 +46,10 @@ const (
 	// methodMasq rewrites the destination address.
 	methodMasq = 0
 
-	// schedulerFallback makes the hashing schedulers pass over a destination
-	// of weight 0 instead of refusing its clients.
+	// schedulerFallback makes the hashing schedulers skip a destination of weight 0.
+	// Without it they refuse its clients.
 	schedulerFallback = 1 << 3
-	// schedulerPort makes them hash the client's port, too.
+	// schedulerPort adds the client's port to the hash.
 	schedulerPort = 1 << 4
 	allFlags      = ^uint32(0)
 )
@@ -59,7 +59,8 @@ var commands = map[Verb]uint8{
 	AddDestination: cmdNewDest, SetDestination: cmdSetDest, RemoveDestination: cmdDelDest,
 }
 
-// send implements kernel.
+// Send sends messages in order and calls done for each that the kernel has executed. After a
+// refusal, Send finishes the window and stops. To remove a missing object is a success.
 func (h *IPVS) Send(ops []Op, done func(Op)) error {
 	request := func(i int) netlink.Message {
 		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(h.number)}, Data: h.encode(&ops[i])}
@@ -80,8 +81,8 @@ func (h *IPVS) Send(ops []Op, done func(Op)) error {
 	return summary(refused)
 }
 
-// maxRefusals is how many are told one by one: one virtual server that cannot be
-// made makes all of its destinations fail.
+// maxRefusals limits the errors in one message: if a virtual server is refused, so are all of
+// its destinations.
 const maxRefusals = 3
 
 func summary(refused []error) error {
@@ -93,7 +94,7 @@ func summary(refused []error) error {
 
 func (h *IPVS) do(o Op) error { return h.Send([]Op{o}, func(Op) {}) }
 
-// encode is an op as generic netlink takes it.
+// encode returns the message of generic netlink.
 func (h *IPVS) encode(o *Op) []byte {
 	a := attributes(make([]byte, 0, 160))
 	a = append(a, commands[o.Verb], genlVersion, 0, 0)
@@ -118,7 +119,7 @@ func (h *IPVS) encodeService(a *attributes, o *Op) {
 	}
 	a.text(serviceScheduler, o.Scheduler)
 	a.bytes(serviceFlags, binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint32(nil, flagsOf(o.Scheduler)), allFlags))
-	a.uint32(serviceTimeout, 0) // only persistence has one
+	a.uint32(serviceTimeout, 0) // only for persistence
 	a.uint32(serviceNetmask, h.netmask())
 }
 
@@ -132,7 +133,7 @@ func flagsOf(scheduler string) uint32 {
 	return 0
 }
 
-// netmask is that of one client: a prefix length for IPv6.
+// netmask is the mask of one client: a prefix length for IPv6.
 func (h *IPVS) netmask() uint32 {
 	if h.family == plan.IPv6 {
 		return 128
@@ -154,7 +155,7 @@ func encodeDest(a *attributes, o *Op) {
 
 func bigEndian(port uint16) []byte { return binary.BigEndian.AppendUint16(nil, port) }
 
-// addressRequests ask for addresses of a device to be added or removed.
+// addressRequests add or remove addresses of a device.
 func addressRequests(verb uint16, device int, addrs []netip.Addr) func(i int) netlink.Message {
 	var flags netlink.HeaderFlags
 	if verb == unix.RTM_NEWADDR {
@@ -168,7 +169,7 @@ func addressRequests(verb uint16, device int, addrs []netip.Addr) func(i int) ne
 func encodeAddress(device int, addr netip.Addr) []byte {
 	family, flags := byte(unix.AF_INET), byte(0)
 	if addr.Is6() {
-		family, flags = unix.AF_INET6, unix.IFA_F_NODAD // others hold the address as well
+		family, flags = unix.AF_INET6, unix.IFA_F_NODAD // other nodes have the address, too
 	}
 	a := attributes{family, byte(addr.BitLen()), flags, unix.RT_SCOPE_UNIVERSE}
 	a = binary.NativeEndian.AppendUint32(a, uint32(device))

@@ -13,22 +13,20 @@ import (
 )
 
 const (
-	// window is how many requests go to the kernel in one system call. It follows
-	// them one by one within the call and answers those that it refuses, and
-	// the last one, with less than 1 KiB each. So should it refuse all of a
-	// window, their answers fit into the smallest receive buffer that is in
-	// use, 208 KiB, and none gets lost.
+	// window is the number of requests in one system call. The kernel answers the
+	// requests that it refuses, and the last one, with less than 1 KiB each. So 128
+	// answers fit into the smallest usual receive buffer, 208 KiB, and none gets lost.
 	window = 128
-	// answerSize is more than an answer takes, with the request in it.
+	// answerSize is more than the length of one answer, which includes the request.
 	answerSize = 4096
 )
 
-// pipe sends netlink requests of one network namespace many at a time: to ask
-// for, make and read an answer to each takes more time than to follow it.
+// pipe sends many netlink requests in one system call. To make and read an answer for each
+// request would take longer than the request itself.
 type pipe struct {
 	protocol int            // as of socket(2)
-	ns       netns.NsHandle // netns.None() for the process's own
-	conn     *netlink.Conn  // nil after an exchange that was not understood
+	ns       netns.NsHandle // netns.None() for the namespace of the process
+	conn     *netlink.Conn  // nil after an answer that was not understood
 }
 
 // openPipe connects to the caller's network namespace.
@@ -63,10 +61,10 @@ func (p *pipe) close() {
 	}
 }
 
-// send sends n requests in order and tells answered for each what the kernel said,
-// nil for done; answered says whether to go on: after false, the rest of the
-// window is still told and no more is sent. The error is that of the
-// connection; what was not told of by then may or may not be done.
+// send sends n requests in order. It calls answered with the kernel's answer to each, which
+// is nil for success. If answered returns false, send finishes the window and stops. An
+// error of send concerns the connection. The kernel may have executed some of the requests
+// without an answer by then.
 func (p *pipe) send(n int, request func(i int) netlink.Message, answered func(i int, err error) bool) error {
 	part := make([]netlink.Message, 0, min(n, window))
 	for first := 0; first < n; first += window {
@@ -79,7 +77,7 @@ func (p *pipe) send(n int, request func(i int) netlink.Message, answered func(i 
 			on = answered(first+i, err) && on
 		})
 		if err != nil && p.conn != nil {
-			p.conn.Close() // so that no late answer is taken for another's
+			p.conn.Close() // a late answer would be taken for the answer to a later request
 			p.conn = nil
 		}
 		if err != nil || !on {
@@ -89,6 +87,7 @@ func (p *pipe) send(n int, request func(i int) netlink.Message, answered func(i 
 	return nil
 }
 
+// exchange sends the requests of one window and reads the answers.
 func (p *pipe) exchange(requests []netlink.Message, answered func(i int, err error)) error {
 	if p.conn == nil {
 		if err := p.open(); err != nil {
@@ -111,7 +110,7 @@ func (p *pipe) exchange(requests []netlink.Message, answered func(i int, err err
 		if err != nil {
 			return err
 		}
-		for range i { // silence means done
+		for range i { // no answer means success
 			answered(next, nil)
 			next++
 		}
@@ -120,8 +119,8 @@ func (p *pipe) exchange(requests []netlink.Message, answered func(i int, err err
 	return nil
 }
 
-// answer waits for the kernel's next answer to one of the requests: to the last,
-// or a refusal. It returns which one that is.
+// answer reads the next answer: a refusal, or the success of the last request. It returns the
+// index of the request.
 func (p *pipe) answer(waiting []netlink.Message) (i int, refusal, err error) {
 	messages, err := p.conn.Receive()
 	var sequence uint32
@@ -136,7 +135,7 @@ func (p *pipe) answer(waiting []netlink.Message) (i int, refusal, err error) {
 	}
 	i = slices.IndexFunc(waiting, func(m netlink.Message) bool { return m.Header.Sequence == sequence })
 	if i < 0 || refusal == nil && i != len(waiting)-1 {
-		return 0, nil, fmt.Errorf("netlink: a strange answer, to request %d: %v", sequence, messages)
+		return 0, nil, fmt.Errorf("netlink: unexpected answer to request %d: %v", sequence, messages)
 	}
 	return i, refusal, nil
 }

@@ -2,24 +2,24 @@ package kernel
 
 import "fmt"
 
-// schedulers remembers which schedulers the kernel has.
+// Schedulers remembers which schedulers the kernel has.
 type Schedulers struct {
 	ask   func(name string) (bool, error)
 	known map[string]bool // the kernel's answers
 }
 
-// newSchedulers returns schedulers that ask the kernel with ask.
+// NewSchedulers returns schedulers that ask the kernel with ask.
 func NewSchedulers(ask func(string) (bool, error)) *Schedulers {
 	return &Schedulers{ask: ask, known: make(map[string]bool)}
 }
 
-// errNoScheduler says which module the kernel lacks.
+// ErrNoScheduler says which module the kernel lacks.
 func ErrNoScheduler(name string) error {
 	return fmt.Errorf("the kernel has no scheduler %s: load the module ip_vs_%s (modprobe ip_vs_%s)", name, name, name)
 }
 
-// has says whether the kernel has a scheduler. If the kernel does not answer, has
-// says yes: the kernel refuses the virtual server later, with a reason.
+// Has says whether the kernel has a scheduler. If the kernel does not answer, Has says yes:
+// the kernel refuses the virtual server later, with a reason.
 func (s *Schedulers) Has(name string) bool {
 	has, known := s.known[name]
 	if known {
@@ -33,7 +33,7 @@ func (s *Schedulers) Has(name string) bool {
 	return has
 }
 
-// forgetMissing has the kernel asked again for missing schedulers: an administrator can
+// ForgetMissing has the kernel asked again for missing schedulers: an administrator can
 // load a module later.
 func (s *Schedulers) ForgetMissing() {
 	for name, has := range s.known {

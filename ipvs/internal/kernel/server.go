@@ -9,16 +9,15 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// serverKey is what IPVS tells a virtual server by: a mark, or an address, port
-// and protocol.
+// ServerKey identifies a virtual server: a packet mark, or an address, port and protocol.
 type ServerKey struct {
 	Mark     uint32
 	Addr     netip.Addr
 	Port     uint16
-	Protocol plan.Protocol // of a marked server too, where IPVS has none
+	Protocol plan.Protocol // also of a server by mark, for which IPVS has none
 }
 
-// String is the server as ipvsadm names it.
+// String names the server with the option of ipvsadm.
 func (k ServerKey) String() string {
 	if k.Mark != 0 {
 		return fmt.Sprintf("-f %d", k.Mark)
@@ -27,11 +26,12 @@ func (k ServerKey) String() string {
 	return option + " " + netip.AddrPortFrom(k.Addr, k.Port).String()
 }
 
+// Compare orders servers by mark, address, protocol and port.
 func (k ServerKey) Compare(o ServerKey) int {
 	return cmp.Or(cmp.Compare(k.Mark, o.Mark), k.Addr.Compare(o.Addr), cmp.Compare(k.Protocol, o.Protocol), cmp.Compare(k.Port, o.Port))
 }
 
-// id is the key as the kernel has it.
+// ID is the key in the kernel, which knows no protocol of a server by mark.
 func (k ServerKey) ID() ServerKey {
 	if k.Mark != 0 {
 		return ServerKey{Mark: k.Mark}
@@ -39,9 +39,10 @@ func (k ServerKey) ID() ServerKey {
 	return k
 }
 
-// verb is what one message to IPVS asks for.
+// Verb is the command of one message to IPVS.
 type Verb uint8
 
+// The commands that change IPVS.
 const (
 	AddServer Verb = iota
 	SetServer
@@ -51,7 +52,7 @@ const (
 	RemoveServer
 )
 
-// op is one message to IPVS.
+// Op is one message that changes IPVS.
 type Op struct {
 	Verb        Verb
 	Key         ServerKey
@@ -60,7 +61,7 @@ type Op struct {
 	Weight      int
 }
 
-// String is the op as the arguments of ipvsadm.
+// String returns the arguments with which ipvsadm does the same.
 func (o Op) String() string {
 	switch o.Verb {
 	case AddServer:
@@ -77,7 +78,7 @@ func (o Op) String() string {
 	return fmt.Sprintf("-D %s", o.Key)
 }
 
-// opsText prints messages, one a line, as `ipvsadm --restore` reads them.
+// OpsText is the input of `ipvsadm --restore`: one message a line.
 func OpsText(ops []Op) string {
 	var b strings.Builder
 	for _, o := range ops {

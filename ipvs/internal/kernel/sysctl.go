@@ -11,22 +11,20 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// setting is a kernel setting of the network namespace, and what does not work
-// without it.
+// sysctl is a kernel setting of the network namespace, and what does not work without it.
 type sysctl struct{ name, value, without string }
 
-// settings are what the mode needs of the kernel.
 func sysctls(family plan.Family, strictARP bool) []sysctl {
 	list := []sysctl{
-		// Connection tracking follows what IPVS does, or masquerading could not.
+		// Masquerade needs connection tracking of what IPVS redirects.
 		{"net/ipv4/vs/conntrack", "1", "source addresses are not rewritten, so that answers to some clients get lost"},
-		// A connection whose destination was removed ends at its next packet,
-		// so that UDP clients get another endpoint.
+		// A connection to a removed destination ends at its next packet. So UDP
+		// clients get another endpoint.
 		{"net/ipv4/vs/expire_nodest_conn", "1", "UDP clients go on sending to endpoints that are gone"},
 		{"net/ipv4/vs/expire_quiescent_template", "1", "clients that a kube-proxy remembered go on to endpoints that drain"},
 	}
 	if kernelBefore(5, 9) {
-		// A client that uses its port again would wait a second.
+		// A client that reuses its port would wait a second.
 		list = append(list, sysctl{"net/ipv4/vs/conn_reuse_mode", "0", "a client that uses its port again waits a second"})
 	}
 	if family == plan.IPv4 {
@@ -51,8 +49,8 @@ func kernelBefore(major, minor int) bool {
 	return a < major || a == major && b < minor
 }
 
-// makeSettings makes the kernel settings of the mode, and returns those that it
-// could not make. It leaves out what the kernel has not got.
+// SetSysctls sets the kernel settings that the mode needs, and returns those that it could not
+// set. It skips settings that the kernel lacks.
 func SetSysctls(family plan.Family, strictARP bool) (problems []*node.KernelProblem) {
 	for _, s := range sysctls(family, strictARP) {
 		if problem := node.SetSysctl(s.name, s.value, s.without); problem != nil && !errors.Is(problem, fs.ErrNotExist) {
