@@ -43,7 +43,7 @@ func compareCounts(t *testing.T, p *Proxier) {
 	p.mu.Lock()
 	want := map[string]int{"virtual-server": 0, "real-server": 0, "address": len(heldAddrs(t, p.Family)), "element": elements(t, p)}
 	countServers(t, p, want)
-	counted := p.counts()
+	counted := p.current().counts()
 	p.mu.Unlock()
 	got := map[string]int{}
 	for _, k := range counted {

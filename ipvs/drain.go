@@ -8,84 +8,78 @@ import (
 	"time"
 
 	"signalbox/ipvs/internal/kernel"
-
 	"signalbox/nft"
 	"signalbox/nft/access"
+	"signalbox/proxier/plan"
 )
 
 const (
-	// drainBound is how long a connection can outlive its endpoint's place in a
-	// Service: an endpoint that is still there ends it itself; one that is not
-	// may never.
+	// drainBound limits how long a destination drains. An endpoint that is gone may never
+	// end its connections.
 	drainBound = 24 * time.Hour
-	// addressBound is how long an address that lost its Service is held for the
-	// sake of connections to it that are in a virtual server that other
-	// addresses lead to as well: the time after which IPVS forgets an idle TCP
-	// connection.
+	// addressBound limits how long an address drains that shares a virtual server with
+	// addresses in use. It is the time after which IPVS forgets an idle TCP connection.
 	addressBound = 15 * time.Minute
-	// drainPeriod is how often open connections are counted, while there are
-	// destinations that wait for their end.
+	// drainPeriod is the time between two counts of connections.
 	drainPeriod = time.Second
 )
 
-// deadlines are until when at most destinations and addresses wait for the end
-// of connections. They outlive the state: each writing of everything makes a new
-// one, and a destination would get its whole time again.
-type deadlines struct {
-	draining map[kernel.ServerKey]map[netip.AddrPort]time.Time
-	leaving  map[netip.Addr]leaving
+// drainingAddr is an address that lost its Service, and that connections may need.
+type drainingAddr struct {
+	servers []kernel.ServerKey // that may have connections to it
+	end     time.Time
 }
 
-// leaving is an address that no Service has any more, but that open connections
-// may need.
-type leaving struct {
-	servers []kernel.ServerKey // those that it led to
-	until   time.Time
-}
-
-func newDeadlines() *deadlines {
-	return &deadlines{draining: make(map[kernel.ServerKey]map[netip.AddrPort]time.Time), leaving: make(map[netip.Addr]leaving)}
-}
-
-// keepDeadlines takes the deadlines of an earlier state for what still waits in
-// the kernel. Others are forgotten: what was in use in between starts anew.
-func (st *state) keepDeadlines(d *deadlines) {
-	for key, dests := range d.draining {
-		maps.DeleteFunc(dests, func(dest netip.AddrPort, _ time.Time) bool {
-			weight, exists := st.weight(key, dest)
-			return !exists || weight > 0
-		})
-		if len(dests) == 0 {
-			delete(d.draining, key)
+// commitAddrs lets the addresses drain that no Service port has any longer.
+func (st *state) commitAddrs(b *batch, now time.Time) {
+	servers := make(map[netip.Addr][]kernel.ServerKey) // of the addresses that start to drain
+	for _, a := range b.unusedAddrs {
+		servers[a] = nil
+	}
+	if b.all {
+		for a := range st.onDevice {
+			if _, draining := st.drainingAddrs[a]; !draining {
+				servers[a] = nil
+			}
 		}
 	}
-	maps.DeleteFunc(d.leaving, func(a netip.Addr, _ leaving) bool { return !st.held[a] })
-	st.deadlines = d
-}
-
-func (st *state) weight(key kernel.ServerKey, dest netip.AddrPort) (weight int, exists bool) {
-	if s := st.servers[key]; s != nil {
-		weight, exists = s.dests[dest]
+	for _, a := range b.usedAddrs {
+		delete(servers, a)
+		delete(st.drainingAddrs, a)
 	}
-	return weight, exists
-}
-
-func (st *state) drain(key kernel.ServerKey, dest netip.AddrPort, now time.Time) {
-	if st.draining[key] == nil {
-		st.draining[key] = make(map[netip.AddrPort]time.Time)
+	for _, r := range b.old {
+		for _, a := range r.virtualAddrs() {
+			if _, starts := servers[a]; starts {
+				for i := range r.servers {
+					servers[a] = append(servers[a], r.servers[i].key.ID())
+				}
+			}
+		}
 	}
-	if _, already := st.draining[key][dest]; !already {
-		st.draining[key][dest] = now.Add(drainBound)
+	for a, list := range servers {
+		st.drainingAddrs[a] = drainingAddr{append(list, st.drainingServersOf(a)...), now.Add(addressBound)}
 	}
 }
 
-// undrain forgets a destination that is in use again, or gone.
-func (st *state) undrain(o kernel.Op) {
-	key := o.Key.ID()
-	delete(st.draining[key], o.Destination)
-	if len(st.draining[key]) == 0 || o.Verb == kernel.RemoveServer {
-		delete(st.draining, key)
+// virtualAddrs lists the addresses of the device that a record, which may be nil, uses.
+func (r *record) virtualAddrs() []netip.Addr {
+	if r == nil {
+		return nil
 	}
+	_, addrs := cutAddrs(slices.Clone(r.elements))
+	return addrs
+}
+
+// drainingServersOf lists the draining servers that may have connections to an address. They
+// are of an earlier Service port: a Service can lose its endpoints before it is deleted. It is
+// unknown which addresses lead to a server by mark.
+func (st *state) drainingServersOf(a netip.Addr) (keys []kernel.ServerKey) {
+	for key := range st.draining {
+		if key.Mark != 0 || key.Addr == a {
+			keys = append(keys, key)
+		}
+	}
+	return keys
 }
 
 func (p *Proxier) wakeDrain() {
@@ -95,7 +89,7 @@ func (p *Proxier) wakeDrain() {
 	}
 }
 
-// drainLoop ends what has drained, until Close.
+// drainLoop runs drainOnce while something drains, until Close.
 func (p *Proxier) drainLoop() {
 	defer close(p.done)
 	timer := time.NewTimer(0)
@@ -115,20 +109,19 @@ func (p *Proxier) drainLoop() {
 			began := time.Now()
 			armed = p.drainOnce(began)
 			if armed {
-				// Counting takes a twentieth of one processor and no more.
+				// Counting takes at most a twentieth of one processor.
 				timer.Reset(max(drainPeriod, 20*time.Since(began)))
 			}
 		}
 	}
 }
 
-// drainOnce removes destinations without connections, virtual servers without
-// destinations, and addresses without either. It says whether anything is left
-// to wait for.
+// drainOnce removes draining destinations without connections, unused virtual servers without
+// destinations, and addresses without both. It says whether something still drains.
 func (p *Proxier) drainOnce(now time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := p.state
+	st := p.current()
 	if st == nil {
 		return false
 	}
@@ -137,10 +130,10 @@ func (p *Proxier) drainOnce(now time.Time) bool {
 			slog.Warn("ipvs: cannot end what has drained; trying again", "server", key.String(), "error", err)
 		}
 	}
-	if err := p.releaseAddresses(st, now); err != nil {
+	if err := p.removeAddrs(st, now); err != nil {
 		slog.Warn("ipvs: cannot give up an address; trying again", "device", kernel.DeviceName, "error", err)
 	}
-	return len(st.draining) > 0 || len(st.leaving) > 0
+	return len(st.draining) > 0 || len(st.drainingAddrs) > 0
 }
 
 func (p *Proxier) drainServer(st *state, key kernel.ServerKey, now time.Time) error {
@@ -152,50 +145,53 @@ func (p *Proxier) drainServer(st *state, key kernel.ServerKey, now time.Time) er
 	for _, d := range dests {
 		busy[d.Addr] = d.Connections > 0
 	}
-	waiting := st.draining[key]
-	for _, dest := range slices.SortedFunc(maps.Keys(waiting), netip.AddrPort.Compare) {
-		if busy[dest] && now.Before(waiting[dest]) && st.drains(key, dest) {
-			continue
+	var ops []kernel.Op
+	for _, dest := range slices.SortedFunc(maps.Keys(st.draining[key]), netip.AddrPort.Compare) {
+		if !busy[dest] || !now.Before(st.draining[key][dest]) || st.mustEnd(key, dest) {
+			ops = append(ops, kernel.Op{Verb: kernel.RemoveDestination, Key: key, Destination: dest})
 		}
-		if err := p.ipvs.Send([]kernel.Op{{Verb: kernel.RemoveDestination, Key: key, Destination: dest}}, st.note); err != nil {
-			return err
-		}
-		delete(waiting, dest)
 	}
-	if len(waiting) > 0 {
-		return nil
+	if s := st.servers[key]; len(s.dests) == len(ops) && !s.inUse {
+		ops = append(ops, kernel.Op{Verb: kernel.RemoveServer, Key: key})
 	}
-	delete(st.draining, key)
-	if s := st.servers[key]; s != nil && len(s.dests) == 0 && !st.live[key] {
-		return p.ipvs.Send([]kernel.Op{{Verb: kernel.RemoveServer, Key: key}}, st.note)
-	}
-	return nil
+	return p.ipvs.Send(ops, func(o kernel.Op) { st.executed(o, now) })
 }
 
-// releaseAddresses gives up addresses that no connection needs. The rules that
-// refuse what comes for them go last.
-func (p *Proxier) releaseAddresses(st *state, now time.Time) error {
-	var unused []netip.Addr
-	for a, l := range st.leaving {
-		if now.Before(l.until) && slices.ContainsFunc(l.servers, func(key kernel.ServerKey) bool {
-			return len(st.draining[key]) > 0 || key.Mark != 0 && st.live[key]
-		}) {
-			continue
-		}
-		unused = append(unused, a)
+// mustEnd says whether UDP flows must not wait: a server of kube-proxy drains, and the endpoint
+// no longer answers.
+func (st *state) mustEnd(key kernel.ServerKey, dest netip.AddrPort) bool {
+	name := st.servers[key].replacedBy
+	if key.Protocol != plan.UDP || name == (plan.ServicePortName{}) {
+		return false
 	}
-	var gone []nft.Element
+	r := st.records[name]
+	return r == nil || !contains(r.port.Usable, dest)
+}
+
+// removeAddrs removes addresses that no connection needs. Their elements are removed last,
+// because they refuse packets to the address.
+func (p *Proxier) removeAddrs(st *state, now time.Time) error {
+	var unused []netip.Addr
+	for a, d := range st.drainingAddrs {
+		needed := func(key kernel.ServerKey) bool {
+			return len(st.draining[key]) > 0 || key.Mark != 0 && st.servers[key] != nil && st.servers[key].inUse
+		}
+		if !now.Before(d.end) || !slices.ContainsFunc(d.servers, needed) {
+			unused = append(unused, a)
+		}
+	}
+	var removed []nft.Element
 	err := p.device.Remove(unused, func(a netip.Addr) {
-		delete(st.leaving, a)
-		delete(st.held, a)
-		gone = append(gone, vipElement(a))
+		delete(st.drainingAddrs, a)
+		delete(st.onDevice, a)
+		removed = append(removed, vipElement(a))
 	})
-	if len(gone) == 0 {
+	if len(removed) == 0 {
 		return err
 	}
-	p.table.RemoveElements(gone)
+	p.table.RemoveElements(removed)
 	if err := access.Commit(p.table); err != nil {
-		p.state = nil // the next Sync writes everything
+		p.stale = true
 		return err
 	}
 	return err

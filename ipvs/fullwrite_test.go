@@ -113,7 +113,7 @@ func (k *played) proxier(t *testing.T, now func() time.Time) *Proxier {
 	t.Cleanup(dev.Close)
 	return &Proxier{
 		IPFamily: f, mark: proxier.DefaultMasqueradeMark, table: table, ipvs: k, device: dev,
-		schedulers: newSchedulerChoice("", anyScheduler), deadlines: newDeadlines(), now: now, wake: make(chan struct{}, 1),
+		schedulers: newSchedulerChoice("", anyScheduler), now: now, wake: make(chan struct{}, 1),
 	}
 }
 

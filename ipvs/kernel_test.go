@@ -34,7 +34,7 @@ func eachFamily(t *testing.T, test func(t *testing.T, w world)) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
 			inNamespace(t)
-			if err := Supported(family); err != nil {
+			if err := (Dataplane{}).Supported(family); err != nil {
 				if os.Getenv("SIGNALBOX_VM_RELEASE") != "" {
 					t.Fatal(err)
 				}
@@ -159,7 +159,7 @@ func checkKernel(t *testing.T, p *Proxier) {
 	t.Helper()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	read, err := p.read(&ruleset{})
+	read, _, err := p.read(&ruleset{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +171,7 @@ func checkKernel(t *testing.T, p *Proxier) {
 				lines = append(lines, fmt.Sprint(key, d, weight))
 			}
 		}
-		for a := range st.held {
+		for a := range st.onDevice {
 			lines = append(lines, a.String())
 		}
 		slices.Sort(lines)
@@ -221,7 +221,7 @@ func TestOthersStay(t *testing.T) {
 		p2, _ := start(t, w.family, nil)
 		syncAll(t, p2, w.example())
 		for range 2 { // the second time there is nothing
-			if _, err := Cleanup(w.family); err != nil {
+			if _, _, err := (Dataplane{}).Cleanup(w.family, false); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -371,7 +371,7 @@ func TestDrain(t *testing.T) {
 		waitFor(t, "nothing to be left", func() bool {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			return len(p.state.servers) == 0 && len(p.state.held) == 0 && len(p.state.draining) == 0
+			return len(p.state.servers) == 0 && len(p.state.onDevice) == 0 && len(p.state.draining) == 0
 		})
 		checkKernel(t, p)
 		// The Service loses its endpoints before it goes.
@@ -392,7 +392,7 @@ func TestDrain(t *testing.T) {
 			t.Errorf("before the bound has passed: %v", err)
 		}
 		p.drainOnce(time.Now().Add(drainBound + time.Minute))
-		if p.state == nil || len(p.state.servers) != 0 || len(p.state.held) != 0 {
+		if p.state == nil || len(p.state.servers) != 0 || len(p.state.onDevice) != 0 {
 			t.Errorf("left after the bound: %+v", p.state)
 		}
 		checkKernel(t, p)
@@ -495,7 +495,7 @@ func TestRepair(t *testing.T) {
 		p.mu.Lock()
 		before := p.state
 		p.mu.Unlock()
-		if _, err := Cleanup(w.family); err != nil { // somebody's idea of an empty node
+		if _, _, err := (Dataplane{}).Cleanup(w.family, false); err != nil { // somebody's idea of an empty node
 			t.Fatal(err)
 		}
 		sent.take()

@@ -193,7 +193,7 @@ func TestCleanupKubeProxy(t *testing.T) {
 		whole := serversText(t, k)
 
 		// What is signalbox's alone is nothing here.
-		if removed, err := Cleanup(w.family); err != nil || removed {
+		if removed, _, err := (Dataplane{}).Cleanup(w.family, false); err != nil || removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
 		if diff := cmp.Diff(whole, serversText(t, k), cmp.AllowUnexported(kernel.Destination{}), compareAddrPorts); diff != "" {
@@ -259,8 +259,8 @@ func TestServersWithConnectionsStay(t *testing.T) {
 		idle:    {{Addr: a, Weight: 1}},
 		foreign: {{Addr: a, Weight: 1, Connections: 1}},
 	}}
-	c := cleanup{held: map[netip.Addr]bool{vip: true}, drain: true}
-	gone, left := c.choose(k, c.theirs)
+	c := cleanup{onDevice: map[netip.Addr]bool{vip: true}, drain: true}
+	gone, left := c.classify(k, c.isKubeProxys)
 	if !slices.Equal(gone, []kernel.ServerKey{idle}) || !slices.Equal(left, []kernel.ServerKey{busy}) || len(c.failed) > 0 {
 		t.Errorf("%v go and %v stay, errors %v", gone, left, c.failed)
 	}

@@ -23,10 +23,19 @@ func options(f plan.Family) proxier.Options {
 	return proxier.Options{Family: f, MasqueradeMark: proxier.DefaultMasqueradeMark}
 }
 
+func render(t *testing.T, f plan.Family, p *plan.Plan) string {
+	t.Helper()
+	text, err := Dataplane{}.Render(options(f), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
 func TestRender(t *testing.T) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
-			got := Render(options(family), world{family}.example())
+			got := render(t, family, world{family}.example())
 			file := filepath.Join("testdata", "render-"+family.String()+".txt")
 			if *update {
 				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
@@ -59,13 +68,13 @@ func TestRefused(t *testing.T) {
 		"default/web: cluster IP 10.96.0.1:80/tcp lacks an endpoint set": w.plan(w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, nil))),
 		"default/web: -t 10.96.0.1:80 is default/double":                 w.plan(w.service("double", plan.TCP, set, clusterIP(w.vip(1), 80, set)), w.service("web", plan.TCP, set, clusterIP(w.vip(1), 80, set))),
 	} {
-		if got := Render(options(w.family), plan); !strings.HasPrefix(got, "# cannot be programmed") || !strings.Contains(got, want) {
+		if got := render(t, w.family, plan); !strings.HasPrefix(got, "# cannot be programmed") || !strings.Contains(got, want) {
 			t.Errorf("want %q, got %.200s", want, got)
 		}
 	}
 	plan := w.plan()
 	plan.Node.ServiceCIDRs = []netip.Prefix{foreign.prefix("", "fd00::/8")}
-	if got := Render(options(w.family), plan); !strings.Contains(got, "node: prefix fd00::/8 is not of IPv4") {
+	if got := render(t, w.family, plan); !strings.Contains(got, "node: prefix fd00::/8 is not of IPv4") {
 		t.Errorf("got %.200s", got)
 	}
 }

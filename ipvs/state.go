@@ -1,443 +1,235 @@
 package ipvs
 
 import (
-	"fmt"
+	"cmp"
+	"log/slog"
 	"maps"
 	"net/netip"
-	"slices"
 	"time"
 
 	"signalbox/ipvs/internal/kernel"
-
 	"signalbox/nft"
+	"signalbox/nft/access"
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
-// state is what a Proxier knows of the kernel's state.
+// state is what a Proxier knows of the kernel.
 type state struct {
 	rules   *ruleset
-	pool    *markPool
+	marks   *markPool
 	records map[plan.ServicePortName]*record
-	// uses counts how many records want each element of the table.
-	uses map[nft.ElementID]use
-	// servers are the virtual servers in the kernel that are this mode's.
+	// elements compares elements of the table; elementCount counts all but vips and those
+	// of the node.
+	elements     *access.Elements
+	elementCount int
+	// servers are the mode's virtual servers.
 	servers map[kernel.ServerKey]*server
-	// live says which of them a record wants.
-	live map[kernel.ServerKey]bool
-	// replaced are virtual servers by address whose Service port has others by
-	// mark now: a kube-proxy's.
-	replaced map[kernel.ServerKey]plan.ServicePortName
-	// endpoints are, by block, the marks that endpoints have.
-	endpoints map[uint32]map[netip.AddrPort]uint32
-	// held are the addresses on the device, wanted how often each is.
-	held   map[netip.Addr]bool
-	wanted map[netip.Addr]int
-	// others are the node's other addresses while everything is compiled, nil
-	// afterwards.
-	others map[netip.Addr]bool
-
-	*deadlines
+	// onDevice are the addresses of the device.
+	onDevice map[netip.Addr]bool
+	// draining are the destinations of servers that have weight 0, each with the time when
+	// it is removed in spite of open connections.
+	draining map[kernel.ServerKey]map[netip.AddrPort]time.Time
+	// drainingAddrs are the addresses of onDevice that no Service port has.
+	drainingAddrs map[netip.Addr]drainingAddr
 }
 
-type use struct {
-	element nft.Element
-	count   int
-}
-
-// batch is a change of some Service ports on its way to the kernel.
-type batch struct {
-	all, node     bool
-	nodeBefore    plan.Node // what the rules in the kernel go by
-	knownTimeouts int
-	names         []plan.ServicePortName
-	old, new      []*record // by names; nil for none
-	grow, shrink  []kernel.Op
-	add, remove   []nft.Element
-	newVIPs       []netip.Addr
-	uses          map[nft.ElementID]use // as they will be
+// server is a virtual server in the kernel.
+type server struct {
+	scheduler string
+	dests     map[netip.AddrPort]int // weights
+	inUse     bool                   // by a record
+	// replacedBy is the Service port whose servers by mark replace this server by address
+	// of kube-proxy, or zero.
+	replacedBy plan.ServicePortName
 }
 
 func newState(rules *ruleset) *state {
 	return &state{
-		rules: rules, pool: newMarkPool(),
-		records: make(map[plan.ServicePortName]*record), uses: make(map[nft.ElementID]use),
-		servers: make(map[kernel.ServerKey]*server), live: make(map[kernel.ServerKey]bool),
-		replaced:  make(map[kernel.ServerKey]plan.ServicePortName),
-		endpoints: make(map[uint32]map[netip.AddrPort]uint32),
-		held:      make(map[netip.Addr]bool), wanted: make(map[netip.Addr]int),
-		deadlines: newDeadlines(),
+		rules: rules, marks: newMarkPool(), elements: access.NewElements(newSets()),
+		records: make(map[plan.ServicePortName]*record), servers: make(map[kernel.ServerKey]*server),
+		onDevice: make(map[netip.Addr]bool),
+		draining: make(map[kernel.ServerKey]map[netip.AddrPort]time.Time), drainingAddrs: make(map[netip.Addr]drainingAddr),
 	}
 }
 
-// class numbers a time-out of affinity.
-func (st *state) class(d time.Duration) (uint32, error) {
-	i := slices.Index(st.rules.timeouts, d)
-	if i < 0 {
-		if i = len(st.rules.timeouts); i == maxTimeouts {
-			return 0, fmt.Errorf("Services can have %d different affinity time-outs", maxTimeouts)
-		}
-		st.rules.timeouts = append(st.rules.timeouts, d)
+// read makes a state from the kernel: virtual servers at addresses of the device or with a mark
+// of this mode, whoever added them. What drained before keeps its time. others are the
+// addresses of other devices.
+func (p *Proxier) read(rules *ruleset) (st *state, others map[netip.Addr]bool, err error) {
+	st = newState(rules)
+	old := cmp.Or(p.state, st)
+	if st.onDevice, others, err = p.device.Addresses(); err != nil {
+		return nil, nil, err
 	}
-	return uint32(i), nil
-}
-
-func (st *state) numbered(block uint32) map[netip.AddrPort]uint32 { return st.endpoints[block] }
-
-// stage works out what changes when the named Service ports become what plan
-// says. On error the state is as it was, but for new time-outs.
-func (st *state) stage(desired *plan.Plan, names []plan.ServicePortName, compilerOf func(plan.ServicePortName) *compiler) (*batch, error) {
-	b := &batch{names: names, uses: make(map[nft.ElementID]use, 2*len(names))}
-	fail := func(err error) (*batch, error) {
-		for _, r := range b.new {
-			st.giveBack(r)
-		}
-		return nil, err
-	}
-	want := make(map[kernel.ServerKey]*wanted, len(names))
-	owner := make(map[kernel.ServerKey]plan.ServicePortName, len(names))
-	claimed := make(map[uint32]bool)
-	var keys []kernel.ServerKey
-	for _, name := range names {
-		old := st.records[name]
-		var r *record
-		if port := desired.Services[name]; port != nil {
-			var err error
-			c := compilerOf(name)
-			c.claimed = claimed
-			if r, err = c.compile(port); err != nil {
-				return fail(err)
-			}
-			for _, base := range r.bases {
-				claimed[base] = true
-			}
-		}
-		b.old, b.new = append(b.old, old), append(b.new, r)
-		for i := range serversOf(r) {
-			w := &r.servers[i]
-			if other, twice := owner[w.key]; twice {
-				return fail(fmt.Errorf("%s: %s is %s's", name, w.key, other))
-			}
-			owner[w.key], want[w.key] = name, w
-			keys = append(keys, w.key)
+	for a := range st.onDevice {
+		if d, draining := old.drainingAddrs[a]; draining {
+			st.drainingAddrs[a] = d
 		}
 	}
-	for _, r := range b.old {
-		for i := range serversOf(r) {
-			if key := r.servers[i].key; want[key] == nil {
-				keys = append(keys, key)
-			}
-		}
+	all, err := p.ipvs.Servers()
+	if err != nil {
+		return nil, nil, err
 	}
-	for _, key := range keys {
-		b.diff(st.servers[key.ID()], want[key], key)
+	listed, err := p.ipvs.AllDestinations()
+	if err != nil {
+		slog.Warn("ipvs: cannot read the list of all destinations; asking for those of each virtual server, which takes longer",
+			"family", p.Family.String(), "error", err)
+		listed = nil
 	}
-	st.diffElements(b)
-	st.diffVIPs(b)
-	return b, nil
-}
-
-func serversOf(r *record) []wanted {
-	if r == nil {
-		return nil
-	}
-	return r.servers
-}
-
-func (st *state) giveBack(r *record) {
-	if r != nil {
-		for _, base := range r.bases {
-			st.pool.release(base)
-		}
-	}
-}
-
-func (b *batch) diff(have *server, want *wanted, key kernel.ServerKey) {
-	grow, shrink := diff(have, want, key)
-	b.grow, b.shrink = append(b.grow, grow...), append(b.shrink, shrink...)
-}
-
-// unwanted lists the virtual servers of ours that the batch, which is about
-// everything, does not want.
-func (st *state) unwanted(b *batch) []kernel.ServerKey {
-	want := make(map[kernel.ServerKey]bool)
-	for _, r := range b.new {
-		for i := range serversOf(r) {
-			want[r.servers[i].key.ID()] = true
-		}
-	}
-	var keys []kernel.ServerKey
-	for key := range st.servers {
-		if !want[key] {
-			keys = append(keys, key)
-		}
-	}
-	slices.SortFunc(keys, kernel.ServerKey.Compare)
-	return keys
-}
-
-// diffUnwanted has everything go that is in the kernel and not wanted by the
-// batch, which is about everything. UDP flows to an endpoint that serves their
-// Service by another virtual server from now on are not ended.
-func (st *state) diffUnwanted(b *batch) {
-	keys := st.unwanted(b)
-	replacedBy := st.findReplaced(b, keys)
-	for _, key := range keys {
-		var want *wanted
-		if port := replacedBy[key]; port != nil {
-			st.replaced[key] = port.Name
-			want = &wanted{key: key, scheduler: st.servers[key].scheduler, serving: port.Usable, replaced: true}
-		}
-		b.diff(st.servers[key], want, key)
-	}
-}
-
-func (st *state) findReplaced(b *batch, unwanted []kernel.ServerKey) map[kernel.ServerKey]*plan.ServicePort {
-	found := make(map[kernel.ServerKey]*plan.ServicePort)
-	for _, key := range unwanted {
-		if key.Mark == 0 {
-			found[key] = nil
-		}
-	}
-	for _, r := range b.new {
-		if len(found) == 0 || r == nil {
+	now := p.now()
+	for key, scheduler := range all {
+		if !isOurs(key.Mark) && !st.onDevice[key.Addr] {
 			continue
 		}
-		for i := range r.port.Frontends {
-			fe := r.port.Frontends[i].Key(r.port.Name.Protocol)
-			key := kernel.ServerKey{Addr: fe.Addr, Port: fe.Port, Protocol: fe.Protocol}
-			if _, is := found[key]; is {
-				found[key] = r.port
+		dests := listed[key]
+		if len(dests) == 0 {
+			if dests, err = p.ipvs.Destinations(key); err != nil {
+				return nil, nil, err
+			}
+		}
+		st.addServer(key, scheduler)
+		for _, d := range dests {
+			end, known := old.draining[key][d.Addr]
+			if !known {
+				end = now.Add(drainBound)
+			}
+			st.setDestination(key, d.Addr, d.Weight, end)
+		}
+	}
+	return st, others, nil
+}
+
+// oldMarks finds the marks that frontends have in the kernel. If this process has not written
+// the table, it reads the table.
+func (p *Proxier) oldMarks() (map[markKey]uint32, error) {
+	found := make(map[markKey]uint32)
+	if p.state != nil {
+		for _, r := range p.state.records {
+			maps.Copy(found, r.marks)
+		}
+		return found, nil
+	}
+	for set, internal := range map[nft.SetID]bool{marks: false, nodePortMarks: false, internalMarks: true, internalNodePortMarks: true} {
+		elements, err := p.table.Read(set)
+		if err != nil {
+			return found, err
+		}
+		for _, e := range elements {
+			if len(e.Val) == 4 {
+				fe := access.FrontendOfBytes(p.IPFamily, e.Key, set == nodePortMarks || set == internalNodePortMarks)
+				found[markKey{fe, internal}] = nft.MarkOfData(e.Val)
+			}
+		}
+	}
+	return found, nil
+}
+
+// endpointMarks finds the marks that endpoints of a Service port have in the kernel.
+func (st *state) endpointMarks(firstMark uint32) map[netip.AddrPort]uint32 {
+	found := make(map[netip.AddrPort]uint32)
+	for i := range uint32(maxKnownEndpoints) {
+		mark := firstMark | endpointFlag | i
+		if s := st.servers[kernel.ServerKey{Mark: mark}]; s != nil {
+			for endpoint := range s.dests {
+				found[endpoint] = mark
 			}
 		}
 	}
 	return found
 }
 
-// drains says whether a destination that gets no new connections may wait for
-// the end of those it has.
-func (st *state) drains(key kernel.ServerKey, dest netip.AddrPort) bool {
-	name, is := st.replaced[key]
-	if !is || key.Protocol != plan.UDP {
-		return true
-	}
-	r := st.records[name]
-	return r != nil && contains(r.port.Usable, dest)
-}
-
-// diffElements compares the elements of the batch's records before and after.
-func (st *state) diffElements(b *batch) {
-	var order []nft.ElementID
-	count := func(r *record, by int) {
-		if r == nil {
-			return
-		}
-		for i := range r.elements {
-			e := &r.elements[i]
-			k := e.ID()
-			u, seen := b.uses[k]
-			if !seen {
-				u = st.uses[k]
-				order = append(order, k)
-			}
-			u.count += by
-			if by > 0 {
-				u.element = *e
-			}
-			b.uses[k] = u
-		}
-	}
-	for _, r := range b.old {
-		count(r, -1)
-	}
-	for _, r := range b.new {
-		count(r, 1)
-	}
-	for _, k := range order {
-		before, after := st.uses[k], b.uses[k]
-		changed := before.element.Data != after.element.Data
-		if before.count > 0 && (after.count == 0 || changed) {
-			b.remove = append(b.remove, before.element)
-		}
-		if after.count > 0 && (before.count == 0 || changed) {
-			b.add = append(b.add, after.element)
-		}
-	}
-}
-
-func (st *state) diffVIPs(b *batch) {
-	seen := make(map[netip.Addr]bool)
-	for _, r := range b.new {
-		if r == nil {
-			continue
-		}
-		for _, a := range r.vips {
-			if !st.held[a] && !seen[a] {
-				seen[a] = true
-				b.newVIPs = append(b.newVIPs, a)
-			}
-		}
-	}
-}
-
-// note keeps up with one message that the kernel has followed.
-func (st *state) note(o kernel.Op) {
-	id := o.Key.ID()
-	s := st.servers[id]
+// executed follows a message that the kernel has executed.
+func (st *state) executed(o kernel.Op, now time.Time) {
+	key := o.Key.ID()
 	switch o.Verb {
 	case kernel.AddServer:
-		st.addServer(id, &server{scheduler: o.Scheduler, dests: make(map[netip.AddrPort]int)})
+		st.addServer(key, o.Scheduler)
 	case kernel.SetServer:
-		s.scheduler = o.Scheduler
+		st.servers[key].scheduler = o.Scheduler
 	case kernel.AddDestination, kernel.SetDestination:
-		s.dests[o.Destination] = o.Weight
-		st.noteEndpoint(id, o.Destination)
+		st.setDestination(key, o.Destination, o.Weight, now.Add(drainBound))
 	case kernel.RemoveDestination:
-		delete(s.dests, o.Destination)
+		delete(st.servers[key].dests, o.Destination)
+		st.stopDraining(key, o.Destination)
 	case kernel.RemoveServer:
-		delete(st.servers, id)
-		delete(st.replaced, id)
-		st.forgetServer(id)
+		delete(st.servers, key)
+		delete(st.draining, key)
+		if key.Mark != 0 {
+			st.marks.release(key.Mark)
+		}
 	}
 }
 
-func (st *state) addServer(key kernel.ServerKey, s *server) {
-	st.servers[key] = s
+func (st *state) addServer(key kernel.ServerKey, scheduler string) {
+	st.servers[key] = &server{scheduler: scheduler, dests: make(map[netip.AddrPort]int)}
 	if key.Mark != 0 {
-		st.pool.hold(key.Mark)
+		st.marks.hold(key.Mark)
 	}
 }
 
-func (st *state) noteEndpoint(key kernel.ServerKey, dest netip.AddrPort) {
-	if !isSticky(key.Mark) || key.Mark&endpointFlag == 0 {
+// setDestination sets a weight. A destination whose weight becomes 0 drains until end.
+func (st *state) setDestination(key kernel.ServerKey, dest netip.AddrPort, weight int, end time.Time) {
+	st.servers[key].dests[dest] = weight
+	if weight > 0 {
+		st.stopDraining(key, dest)
 		return
 	}
-	block := baseOf(key.Mark)
-	if st.endpoints[block] == nil {
-		st.endpoints[block] = make(map[netip.AddrPort]uint32)
+	if st.draining[key] == nil {
+		st.draining[key] = make(map[netip.AddrPort]time.Time)
 	}
-	st.endpoints[block][dest] = key.Mark
+	st.draining[key][dest] = end
 }
 
-func (st *state) forgetServer(key kernel.ServerKey) {
-	if key.Mark == 0 {
-		return
-	}
-	st.pool.release(key.Mark)
-	block := baseOf(key.Mark)
-	maps.DeleteFunc(st.endpoints[block], func(_ netip.AddrPort, mark uint32) bool { return mark == key.Mark })
-	if len(st.endpoints[block]) == 0 {
-		delete(st.endpoints, block)
+func (st *state) stopDraining(key kernel.ServerKey, dest netip.AddrPort) {
+	delete(st.draining[key], dest)
+	if len(st.draining[key]) == 0 {
+		delete(st.draining, key)
 	}
 }
 
-// commit makes the state remember that the batch is in the kernel.
+// commit replaces the records of a batch that the kernel has.
 func (st *state) commit(b *batch, now time.Time) {
-	st.others = nil
-	for i, name := range b.names {
-		st.replace(name, b.old[i], b.new[i])
+	st.rules = b.rules
+	st.elements.Commit(b.Difference)
+	st.elementCount += len(b.Add) - len(b.Remove)
+	for i, r := range b.old {
+		st.marks.releaseAll(r)
+		delete(st.records, b.names[i])
+		st.setInUse(r, false)
 	}
-	for k, u := range b.uses {
-		if u.count > 0 {
-			st.uses[k] = u
-		} else {
-			delete(st.uses, k)
-		}
-	}
-	for _, o := range b.grow {
-		st.undrain(o)
-	}
-	for _, o := range b.shrink {
-		if o.Verb == kernel.SetDestination {
-			st.drain(o.Key.ID(), o.Destination, now)
-		} else {
-			st.undrain(o)
-		}
-	}
-	if b.all {
-		for key, s := range st.servers {
-			for dest, weight := range s.dests {
-				if weight == 0 {
-					st.drain(key, dest, now)
-				}
-			}
-		}
-	}
-	st.leave(b, now)
-}
-
-func (st *state) replace(name plan.ServicePortName, old, r *record) {
-	if old != nil {
-		delete(st.records, name)
-		st.giveBack(old)
-		for _, a := range old.vips {
-			if st.wanted[a]--; st.wanted[a] == 0 {
-				delete(st.wanted, a)
-			}
-		}
-		for i := range old.servers {
-			// Another Service port of the batch may have it by now.
-			delete(st.live, old.servers[i].key.ID())
-		}
-	}
-	if r != nil {
-		st.records[name] = r
-		for _, a := range r.vips {
-			st.wanted[a]++
-		}
-	}
-}
-
-// leave notes which addresses nobody wants, and which servers are wanted.
-func (st *state) leave(b *batch, now time.Time) {
-	for _, r := range b.new {
-		for i := range serversOf(r) {
-			st.live[r.servers[i].key.ID()] = true
-		}
+	for i, r := range b.new {
 		if r != nil {
-			for _, a := range r.vips {
-				delete(st.leaving, a)
-			}
+			st.records[b.names[i]] = r
+			st.setInUse(r, true)
 		}
 	}
-	for _, r := range b.old {
-		if r == nil {
-			continue
-		}
-		var keys []kernel.ServerKey
-		for i := range r.servers {
-			keys = append(keys, r.servers[i].key.ID())
-		}
-		for _, a := range r.vips {
-			if st.wanted[a] == 0 && st.held[a] {
-				st.leaveAddress(a, keys, now)
-			}
-		}
-	}
-	if !b.all {
+	st.commitAddrs(b, now)
+}
+
+func (st *state) setInUse(r *record, inUse bool) {
+	if r == nil {
 		return
 	}
-	for a := range st.held {
-		if _, already := st.leaving[a]; st.wanted[a] == 0 && !already {
-			st.leaveAddress(a, nil, now)
+	for i := range r.servers {
+		if s := st.servers[r.servers[i].key.ID()]; s != nil {
+			s.inUse = inUse
 		}
 	}
 }
 
-// leaveAddress holds an address for connections through the given servers, and through
-// servers that its Service had earlier: a Service can lose its endpoints before it goes.
-func (st *state) leaveAddress(a netip.Addr, servers []kernel.ServerKey, now time.Time) {
-	servers = slices.Concat(st.leaving[a].servers, servers, st.serversAt(a))
-	st.leaving[a] = leaving{servers: servers, until: now.Add(addressBound)}
-}
-
-// serversAt lists the draining servers that may hold connections to an address. A mark
-// does not tell for which addresses its server is.
-func (st *state) serversAt(a netip.Addr) []kernel.ServerKey {
-	var keys []kernel.ServerKey
-	for key := range st.draining {
-		if key.Mark != 0 || key.Addr == a {
-			keys = append(keys, key)
-		}
+func (st *state) counts() []proxier.KernelObjects {
+	if st == nil {
+		return nil
 	}
-	return keys
+	dests := 0
+	for _, s := range st.servers {
+		dests += len(s.dests)
+	}
+	return []proxier.KernelObjects{
+		{Kind: "virtual-server", Count: len(st.servers)},
+		{Kind: "real-server", Count: dests},
+		{Kind: "address", Count: len(st.onDevice)},
+		{Table: tableName, Kind: "element", Count: st.elementCount + len(st.onDevice) + len(st.rules.NodeElements())},
+	}
 }

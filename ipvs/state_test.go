@@ -29,22 +29,22 @@ func TestDiff(t *testing.T) {
 		return dests
 	}
 	have := func(weights map[int]int) *server { return &server{scheduler: "rr", dests: at(weights)} }
-	want := func(scheduler string, serving *plan.EndpointSet, pods ...int) *wanted {
-		return &wanted{scheduler: scheduler, dests: destsOf(w.pods(pods...)), serving: serving}
+	want := func(scheduler string, serving *plan.EndpointSet, pods ...int) *desiredServer {
+		return &desiredServer{scheduler: scheduler, dests: destinations(w.pods(pods...)), usable: serving}
 	}
-	heavier := func(pods ...int) *wanted {
+	heavier := func(pods ...int) *desiredServer {
 		set := w.pods(pods...)
 		for i := range set.Endpoints {
 			set.Endpoints[i].Weight = 5
 		}
-		return &wanted{scheduler: "rr", dests: destsOf(set)}
+		return &desiredServer{scheduler: "rr", dests: destinations(set)}
 	}
 	for _, test := range []struct {
-		name         string
-		protocol     plan.Protocol
-		have         *server
-		want         *wanted
-		grow, shrink string
+		name                string
+		protocol            plan.Protocol
+		have                *server
+		want                *desiredServer
+		additions, removals string
 	}{
 		{"new", plan.TCP, nil, want("lc", nil, 1, 2),
 			"-A -t V -s lc\n-a -t V -r 1 -m -w 1\n-a -t V -r 2 -m -w 1\n", ""},
@@ -63,19 +63,20 @@ func TestDiff(t *testing.T) {
 		{"UDP that answers no more", plan.UDP, have(map[int]int{1: 0, 2: 1}), want("rr", w.pods(2), 2), "", "-d -u V -r 1\n"},
 		{"UDP goes", plan.UDP, have(map[int]int{1: 1}), nil, "", "-d -u V -r 1\n-D -u V\n"},
 		{"UDP whose server is replaced", plan.UDP, have(map[int]int{1: 1, 2: 1}),
-			&wanted{scheduler: "rr", serving: w.pods(1), replaced: true}, "", "-e -u V -r 1 -m -w 0\n-d -u V -r 2\n"},
+			&desiredServer{scheduler: "rr", usable: w.pods(1), replaced: true}, "", "-e -u V -r 1 -m -w 0\n-d -u V -r 2\n"},
 		{"UDP whose server is replaced, and nothing is left", plan.UDP, have(map[int]int{2: 1}),
-			&wanted{scheduler: "rr", serving: w.pods(1), replaced: true}, "", "-d -u V -r 2\n-D -u V\n"},
+			&desiredServer{scheduler: "rr", usable: w.pods(1), replaced: true}, "", "-d -u V -r 2\n-D -u V\n"},
 		{"SCTP drains as TCP does", plan.SCTP, have(map[int]int{1: 1}), nil, "", "-e --sctp-service V -r 1 -m -w 0\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			grow, shrink := diff(test.have, test.want, key(test.protocol))
+			b := &batch{}
+			b.compareServer(key(test.protocol), test.have, test.want)
 			short := strings.NewReplacer("10.96.0.1:80", "V", "10.244.1.", "", ":8080", "")
-			if got := short.Replace(kernel.OpsText(grow)); got != test.grow {
-				t.Errorf("before the rules: got\n%s\nwant\n%s", got, test.grow)
+			if got := short.Replace(kernel.OpsText(b.additions)); got != test.additions {
+				t.Errorf("before the rules: got\n%s\nwant\n%s", got, test.additions)
 			}
-			if got := short.Replace(kernel.OpsText(shrink)); got != test.shrink {
-				t.Errorf("after the rules: got\n%s\nwant\n%s", got, test.shrink)
+			if got := short.Replace(kernel.OpsText(b.removals)); got != test.removals {
+				t.Errorf("after the rules: got\n%s\nwant\n%s", got, test.removals)
 			}
 		})
 	}
@@ -116,30 +117,30 @@ func (m *model) do(o kernel.Op) {
 
 func (m *model) apply(st *state, b *batch) {
 	m.t.Helper()
-	for _, o := range b.grow {
+	for _, o := range b.additions {
 		m.do(o)
-		st.note(o)
+		st.executed(o, time.Time{})
 	}
-	for _, e := range b.remove {
+	for _, e := range b.Remove {
 		k := e.ID()
 		if _, there := m.elements[k]; !there {
 			m.t.Fatalf("an element of %s is removed that is not there", setNames[e.Set])
 		}
 		delete(m.elements, k)
 	}
-	for _, e := range b.add {
+	for _, e := range b.Add {
 		k := e.ID()
 		if _, there := m.elements[k]; there {
 			m.t.Fatalf("an element of %s is added twice", setNames[e.Set])
 		}
 		m.elements[k] = e
 	}
-	for _, a := range b.newVIPs {
-		st.held[a] = true
+	for _, a := range b.newAddrs {
+		st.onDevice[a] = true
 	}
-	for _, o := range b.shrink {
+	for _, o := range b.removals {
 		m.do(o)
-		st.note(o)
+		st.executed(o, time.Time{})
 	}
 	st.commit(b, time.Time{})
 }
@@ -209,10 +210,8 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 			t.Run(fmt.Sprint(family, "/", seed), func(t *testing.T) {
 				w, r := world{family}, rand.New(rand.NewPCG(seed, 1))
 				desired := w.plan()
-				p := &Proxier{IPFamily: nft.FamilyOf(family), schedulers: newSchedulerChoice("", anyScheduler)}
 				grown := &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}}
-				st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
-				st.others = map[netip.Addr]bool{}
+				st := w.state()
 				for range 60 {
 					names := make(map[plan.ServicePortName]bool)
 					for range 1 + r.IntN(3) {
@@ -223,11 +222,11 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 							delete(desired.Services, sp.Name)
 						}
 					}
-					step(t, p, st, desired, slices.Collect(maps.Keys(names)), grown)
+					step(t, st, desired, slices.Collect(maps.Keys(names)), grown)
 				}
 				fresh := &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}}
-				anew := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
-				step(t, p, anew, desired, slices.Collect(maps.Keys(desired.Services)), fresh)
+				anew := w.state()
+				step(t, anew, desired, slices.Collect(maps.Keys(desired.Services)), fresh)
 				if diff := cmp.Diff(fresh.inUse(), grown.inUse()); diff != "" {
 					t.Errorf("-fresh +grown:\n%s", diff)
 				}
@@ -237,41 +236,72 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 	}
 }
 
-func step(t *testing.T, p *Proxier, st *state, desired *plan.Plan, names []plan.ServicePortName, m *model) {
+func (w world) state() *state {
+	return newState(newRuleset(nft.FamilyOf(w.family), 0, plan.Node{}, nil))
+}
+
+func step(t *testing.T, st *state, desired *plan.Plan, names []plan.ServicePortName, m *model) {
 	t.Helper()
 	slices.SortFunc(names, plan.ServicePortName.Compare)
-	st.others = map[netip.Addr]bool{}
-	before := func(name plan.ServicePortName) func(markKey) uint32 {
-		return func(k markKey) uint32 {
-			if r := st.records[name]; r != nil {
-				return r.marks[k]
-			}
-			return 0
+	m.apply(st, compileBatch(t, st, desired, names))
+}
+
+// compileBatch compares the named Service ports with a state.
+func compileBatch(t *testing.T, st *state, desired *plan.Plan, names []plan.ServicePortName) *batch {
+	t.Helper()
+	rules := *st.rules
+	rules.timeouts = affinityTimeouts(rules.timeouts, desired.Services)
+	c := &compiler{
+		IPFamily: rules.IPFamily, schedulers: newSchedulerChoice("", anyScheduler), rules: &rules, marks: st.marks,
+		oldMarks: make(map[markKey]uint32), endpointMarks: st.endpointMarks, foreign: func(netip.Addr) bool { return false },
+	}
+	for _, name := range names {
+		if r := st.records[name]; r != nil {
+			maps.Copy(c.oldMarks, r.marks)
 		}
 	}
-	b, err := st.stage(desired, names, p.compilerBy(st, before))
+	records, err := c.compile(desired, names)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.apply(st, b)
+	b := st.compare(names, records)
+	b.rules = &rules
+	return b
 }
 
 // compareStates compares what two states, which came to the same plan by
 // different ways, keep for it.
 func compareStates(t *testing.T, want, got *state) {
 	t.Helper()
-	if d := cmp.Diff(len(want.uses), len(got.uses)); d != "" {
-		t.Errorf("elements in use: %s", d)
+	if want.elementCount != got.elementCount {
+		t.Errorf("%d elements, not %d", got.elementCount, want.elementCount)
 	}
-	if !maps.Equal(want.wanted, got.wanted) {
-		t.Errorf("addresses wanted: %v, not %v", got.wanted, want.wanted)
+	used := func(st *state) map[netip.Addr]bool {
+		addrs := make(map[netip.Addr]bool)
+		for _, r := range st.records {
+			for _, a := range r.virtualAddrs() {
+				addrs[a] = true
+			}
+		}
+		return addrs
 	}
-	if len(want.live) != len(got.live) {
-		t.Errorf("%d virtual servers are wanted, not %d", len(got.live), len(want.live))
+	if !maps.Equal(used(want), used(got)) {
+		t.Errorf("addresses of Service ports: %v, not %v", used(got), used(want))
 	}
-	for a := range got.held {
-		if _, leaves := got.leaving[a]; leaves == (got.wanted[a] > 0) {
-			t.Errorf("%s is wanted %d times, and leaves: %v", a, got.wanted[a], leaves)
+	inUse := func(st *state) (n int) {
+		for _, s := range st.servers {
+			if s.inUse {
+				n++
+			}
+		}
+		return n
+	}
+	if inUse(want) != inUse(got) {
+		t.Errorf("%d virtual servers are in use, not %d", inUse(got), inUse(want))
+	}
+	for a := range got.onDevice {
+		if _, drains := got.drainingAddrs[a]; drains == used(got)[a] {
+			t.Errorf("%s has a Service port: %v, and drains: %v", a, used(got)[a], drains)
 		}
 	}
 	for key, s := range got.servers {
@@ -281,25 +311,24 @@ func compareStates(t *testing.T, want, got *state) {
 			}
 		}
 	}
-	// Every base is held by its record and by the servers under it, and no
-	// other.
-	bases := make(map[uint32]int)
+	// Each allocation is held by its record and by the servers under it, and no other.
+	allocated := make(map[uint32]int)
 	for _, r := range got.records {
-		for _, b := range r.bases {
-			bases[b]++
+		for _, mark := range r.allocated {
+			allocated[mark]++
 		}
 	}
 	for key := range got.servers {
 		if key.Mark != 0 {
-			bases[baseOf(key.Mark)]++
+			allocated[allocationOf(key.Mark)]++
 		}
 	}
-	if in := got.pool.sets.InUse() + got.pool.blocks.InUse(); in != len(bases) {
-		t.Errorf("%d marks are in use, the pool says %d", len(bases), in)
+	if in := got.marks.sets.InUse() + got.marks.ranges.InUse(); in != len(allocated) {
+		t.Errorf("%d marks are in use, the pool says %d", len(allocated), in)
 	}
-	for base, n := range bases {
-		if uses := got.pool.of(base).Uses(base); uses != n {
-			t.Errorf("mark %#x has %d uses, the pool says %d", base, n, uses)
+	for mark, n := range allocated {
+		if uses := got.marks.of(mark).Uses(mark); uses != n {
+			t.Errorf("mark %#x has %d uses, the pool says %d", mark, n, uses)
 		}
 	}
 }
@@ -308,8 +337,7 @@ func compareStates(t *testing.T, want, got *state) {
 // connections are under them.
 func TestMarksStay(t *testing.T) {
 	w := world{plan.IPv4}
-	p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulerChoice("", anyScheduler)}
-	st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
+	st := w.state()
 	m := &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}}
 	service := func(all, here *plan.EndpointSet) *plan.ServicePort {
 		sp := w.service("web", plan.TCP, all, clusterIP(w.vip(1), 80, all), local(plan.NodePort, netip.Addr{}, 30080, all, here))
@@ -319,7 +347,7 @@ func TestMarksStay(t *testing.T) {
 		marks := func(pods ...int) map[markKey]uint32 {
 			sp := service(w.pods(pods...), w.pods(pods[0]))
 			sp.AffinityTimeout = timeout
-			step(t, p, st, w.plan(sp), []plan.ServicePortName{sp.Name}, m)
+			step(t, st, w.plan(sp), []plan.ServicePortName{sp.Name}, m)
 			return st.records[sp.Name].marks
 		}
 		if before, after := marks(1, 2), marks(2, 3, 4); len(before) == 0 || !maps.Equal(before, after) {
@@ -328,30 +356,30 @@ func TestMarksStay(t *testing.T) {
 	}
 }
 
-// TestMarkPool checks that marks come back only when all others had their turn.
+// TestMarkPool checks that a range is in use for as long as a server is under it.
 func TestMarkPool(t *testing.T) {
 	p := newMarkPool()
-	p.blocks.StartAt(stickyLast)
-	last, err := p.takeBlock()
-	first, err2 := p.takeBlock()
-	if last != stickyLast || first != stickySpace || err != nil || err2 != nil {
-		t.Fatalf("got %#x and %#x (%v, %v)", last, first, err, err2)
+	first, err := p.ranges.Take()
+	if first != affinitySpace || err != nil {
+		t.Fatalf("got %#x (%v)", first, err)
 	}
 	p.hold(first | endpointFlag | 7)
 	p.release(first)
-	p.blocks.StartAt(stickySpace)
-	if next, _ := p.takeBlock(); next == first {
-		t.Errorf("a block is given out while a server is under it")
+	p.ranges.StartAt(first)
+	if next, _ := p.ranges.Take(); next != first+1<<rangeBits {
+		t.Errorf("got %#x although a server is under %#x", next, first)
 	}
 	p.release(first | endpointFlag | 7)
-	p.blocks.StartAt(stickySpace)
-	if next, _ := p.takeBlock(); next != first {
-		t.Errorf("a free block is not given out: %#x", next)
+	p.ranges.StartAt(first)
+	if next, _ := p.ranges.Take(); next != first {
+		t.Errorf("got %#x although %#x is free", next, first)
 	}
-	for m := setFirst; m < setFirst+3; m++ {
-		p.hold(m)
+	p.ranges.StartAt(affinityLast)
+	if last, _ := p.ranges.Take(); last != affinityLast || !isOfAffinity(last) {
+		t.Errorf("got %#x", last)
 	}
-	if m, _ := p.takeSet(); m != setFirst+3 {
+	p.hold(setFirst)
+	if m, _ := p.sets.Take(); m != setFirst+1 {
 		t.Errorf("got %#x", m)
 	}
 }
@@ -369,15 +397,16 @@ func TestMarksPartWays(t *testing.T) {
 		one.AffinityTimeout, other.AffinityTimeout = timeout, timeout
 		mark := setFirst + 5
 		if timeout > 0 {
-			mark = stickySpace + 5<<blockBits
+			mark = affinitySpace + 5<<rangeBits
 		}
-		p := &Proxier{IPFamily: nft.FamilyOf(w.family), schedulers: newSchedulerChoice("", anyScheduler)}
-		st := newState(rulesetOf(p.IPFamily, 0, plan.Node{}, nil))
-		b, err := st.stage(w.plan(one, other), []plan.ServicePortName{one.Name, other.Name}, p.compiler(st, func(markKey) uint32 { return mark }))
-		if err != nil {
-			t.Fatal(err)
+		st := w.state()
+		old := w.service("old", plan.TCP, set)
+		st.records[old.Name] = &record{port: old, marks: make(map[markKey]uint32)}
+		for _, sp := range []*plan.ServicePort{one, other} {
+			st.records[old.Name].marks[markKey{sp.Frontends[0].Key(plan.TCP), false}] = mark
 		}
-		if first, second := b.new[0].bases[0], b.new[1].bases[0]; first != mark || second == mark {
+		b := compileBatch(t, st, w.plan(one, other), []plan.ServicePortName{one.Name, old.Name, other.Name})
+		if first, second := b.new[0].allocated[0], b.new[2].allocated[0]; first != mark || second == mark {
 			t.Errorf("the mark %#x became %#x and %#x", mark, first, second)
 		}
 	}

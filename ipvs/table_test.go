@@ -1,14 +1,14 @@
 package ipvs
 
 import (
-	"maps"
-	"net/netip"
 	"os/exec"
 	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"signalbox/nft/access"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netns"
@@ -42,7 +42,7 @@ func TestKernelTakesRules(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer table.Close()
-			rules := rulesetOf(f, proxier.DefaultMasqueradeMark, plan.Node{
+			rules := newRuleset(f, proxier.DefaultMasqueradeMark, plan.Node{
 				LocalPods:     plan.LocalPods{Interface: "cni0", InterfacePrefix: "veth"},
 				NodePortAddrs: plan.NodePortAddrs{All: true},
 				RouteSources:  routeSources(family),
@@ -82,21 +82,16 @@ func TestListing(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer table.Close()
-			p := &Proxier{IPFamily: f, mark: proxier.DefaultMasqueradeMark, schedulers: newSchedulerChoice("", anyScheduler), table: table}
-			st := newState(rulesetOf(f, p.mark, desired.Node, timeoutsOf(desired)))
-			st.others = map[netip.Addr]bool{}
-			names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
-			b, err := st.stage(desired, names, p.compiler(st, func(markKey) uint32 { return 0 }))
-			if err != nil {
-				t.Fatal(err)
-			}
+			p := &Proxier{IPFamily: f, table: table}
+			st := newState(newRuleset(f, proxier.DefaultMasqueradeMark, desired.Node, affinityTimeouts(nil, desired.Services)))
+			b := compileBatch(t, st, desired, sortedNames(desired))
 			b.all = true
 			compare := func(t *testing.T) {
 				out, err := exec.Command("nft", "list", "table", f.Word, tableName).CombinedOutput()
 				if err != nil {
 					t.Fatalf("nft: %v\n%s", err, out)
 				}
-				_, want, _ := strings.Cut(Render(options(family), desired), "# nft -f\n")
+				_, want, _ := strings.Cut(render(t, family, desired), "# nft -f\n")
 				if diff := cmp.Diff(words(want), words(string(out))); diff != "" {
 					t.Errorf("-rendered +listed:\n%s", diff)
 				}
@@ -109,11 +104,13 @@ func TestListing(t *testing.T) {
 			}
 			compare(t)
 			for _, sources := range [][]plan.RouteSource{routeSources(family), routeSources(family)[1:], nil} {
-				before := st.rules.Node
-				st.rules.Node.RouteSources, desired.Node.RouteSources = sources, sources
-				if err := p.writeTable(st, &batch{node: true, nodeBefore: before, knownTimeouts: len(st.rules.timeouts)}); err != nil {
+				desired.Node.RouteSources = sources
+				rules := *st.rules
+				rules.Node = desired.Node
+				if err := p.writeTable(st, &batch{node: true, rules: &rules, Difference: &access.Difference{}}); err != nil {
 					t.Fatal(err)
 				}
+				st.rules = &rules
 				compare(t)
 			}
 		})

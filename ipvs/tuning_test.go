@@ -31,7 +31,7 @@ func TestTuning(t *testing.T) {
 			}
 			for key, got := range all {
 				want := scheduler
-				if isSticky(key.Mark) && key.Mark&endpointFlag != 0 {
+				if isOfEndpoint(key.Mark) {
 					want = defaultScheduler // one destination
 				}
 				if got != want {
@@ -113,8 +113,8 @@ func TestSchedulersAndWeights(t *testing.T) {
 				}
 			}
 			want := make(map[netip.AddrPort]int)
-			for _, d := range destsOf(web("", test.weights...).Frontends[0].External) {
-				want[d.addr] = d.weight
+			for _, d := range destinations(web("", test.weights...).Frontends[0].External) {
+				want[d.Addr] = d.Weight
 			}
 			if err != nil || !maps.Equal(got, want) {
 				t.Errorf("%q, %v: the weights are %v (%v)", test.scheduler, test.weights, got, err)

@@ -146,7 +146,7 @@ func TestIPVS(t *testing.T) { conformance.Run(t, ipvsMode) }
 var ipvsMode = conformance.Mode{
 	Name:          ipvs.Mode,
 	New:           func(o proxier.Options) (proxier.Proxier, error) { return ipvs.New(o) },
-	Supported:     ipvs.Supported,
+	Supported:     ipvs.Dataplane{}.Supported,
 	HasSchedulers: true,
 	Flows:         cleanFlows,
 	DropForwarded: dropForwardedUnlessDNATed,
