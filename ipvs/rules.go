@@ -66,8 +66,8 @@ func (r *ruleset) baseChains() []nft.Chain {
 	return []nft.Chain{
 		chain("before-ipvs-input", beforeInput, rule(isNew, nft.Jump("services"))),
 		chain("before-ipvs-output", beforeOutput, rule(isNew, nft.Jump("services"))),
-		chain("after-ipvs-input", afterInput, rule(isNew, nft.Jump("decided"))),
-		chain("after-ipvs-output", afterOutput, rule(isNew, nft.Jump("decided"))),
+		chain("after-ipvs-input", afterInput, rule(isNew, nft.Jump("clear-marks"))),
+		chain("after-ipvs-output", afterOutput, rule(isNew, nft.Jump("clear-marks"))),
 		chain("filter-forward", access.FilterForward, noService),
 		chain("filter-output", access.FilterOutput, noService),
 		r.postrouting(),
@@ -92,19 +92,19 @@ func (r *ruleset) nodeChains() []nft.Chain {
 		chain("reject", nil, r.refuse(r.Reject())...),
 		chain("drop", nil, r.refuse(nft.Drop())...),
 		chain("no-endpoints", nil, r.noEndpoints()...),
-		chain("chosen-by-address", nil, r.sourceRules(fe, masquerade, toServer)...),
-		chain("chosen", nil, r.serverByMark(fe, masquerade)...),
-		chain("nodeport-chosen", nil, r.serverByMark(access.NodePort, nodePortMasquerade)...),
+		chain("server-by-address", nil, r.sourceRules(fe, masquerade, toServer)...),
+		chain("server-by-mark", nil, r.serverByMark(fe, masquerade)...),
+		chain("nodeport-server-by-mark", nil, r.serverByMark(access.NodePort, nodePortMasquerade)...),
 		chain("nodeports", nil,
-			rule(nft.SetMark(markOf(access.NodePort, nodePortMarks)), nft.GoTo("nodeport-chosen")),
+			rule(nft.SetMark(markOf(access.NodePort, nodePortMarks)), nft.GoTo("nodeport-server-by-mark")),
 			rule(in(access.NodePort, rejectedNodePorts), nft.GoTo("reject")),
 			rule(in(access.NodePort, droppedNodePorts), nft.GoTo("drop"))),
 		chain("internal-nodeports", nil,
-			rule(nft.SetMark(markOf(access.NodePort, internalNodePortMarks)), nft.GoTo("nodeport-chosen"))),
+			rule(nft.SetMark(markOf(access.NodePort, internalNodePortMarks)), nft.GoTo("nodeport-server-by-mark"))),
 		chain("external", nil, r.external(fe)...),
 		chain("internal", nil, r.internal(fe)...),
 		chain("services", nil, r.services(fe)...),
-		chain("decided", nil, r.clearMarks()...),
+		chain("clear-marks", nil, r.clearMarks()...),
 	}...)
 }
 
@@ -125,7 +125,7 @@ func (r *ruleset) services(fe nft.Value) []nft.Rule {
 // internal chooses the virtual server for traffic of this node and its Pods, if it differs from
 // the server for other traffic.
 func (r *ruleset) internal(fe nft.Value) []nft.Rule {
-	rules := []nft.Rule{rule(nft.SetMark(markOf(fe, internalMarks)), nft.GoTo("chosen"))}
+	rules := []nft.Rule{rule(nft.SetMark(markOf(fe, internalMarks)), nft.GoTo("server-by-mark"))}
 	for _, match := range r.ToNodePortAddrs() {
 		rules = append(rules, rule(append(match, nft.Jump("internal-nodeports"))...))
 	}
@@ -138,8 +138,8 @@ func (r *ruleset) internal(fe nft.Value) []nft.Rule {
 // a Service are rejected, so that no daemon of the node is reachable there.
 func (r *ruleset) external(fe nft.Value) []nft.Rule {
 	rules := []nft.Rule{
-		rule(in(fe, plainServers), nft.GoTo("chosen-by-address")),
-		rule(nft.SetMark(markOf(fe, marks)), nft.GoTo("chosen")),
+		rule(in(fe, plainServers), nft.GoTo("server-by-address")),
+		rule(nft.SetMark(markOf(fe, marks)), nft.GoTo("server-by-mark")),
 		rule(in(fe, rejected), nft.GoTo("reject")),
 		rule(in(fe, dropped), nft.GoTo("drop")),
 		rule(in(fe, healthChecks), nft.ClearPriority(), nft.Return()),
@@ -159,7 +159,7 @@ func (r *ruleset) external(fe nft.Value) []nft.Rule {
 func (r *ruleset) serverByMark(key nft.Value, masquerade nft.SetID) []nft.Rule {
 	return append([]nft.Rule{
 		rule(nft.MarkIs(^uint32(0), noEndpoints), nft.GoTo("no-endpoints")),
-		rule(nft.MarkIs(affinityMask, affinitySpace), nft.Jump("recall")),
+		rule(nft.MarkIs(affinityMask, affinitySpace), nft.Jump("affinity-lookup")),
 	}, r.sourceRules(key, masquerade, toServer|byMark)...)
 }
 
@@ -201,7 +201,7 @@ func (r *ruleset) noEndpoints() []nft.Rule {
 func (r *ruleset) clearMarks() []nft.Rule {
 	isMarked := nft.PriorityBitsAre(toServerMask|byMark, toServer|byMark)
 	rules := []nft.Rule{
-		rule(isMarked, nft.MarkIs(affinityMask|endpointFlag, affinitySpace), nft.Jump("learn")),
+		rule(isMarked, nft.MarkIs(affinityMask|endpointFlag, affinitySpace), nft.Jump("affinity-store")),
 		rule(isMarked, nft.SetMark(nft.ConstantMark(0))),
 		rule(nft.PriorityBitsAre(toServerMask|rewriteSource, toServer|rewriteSource), nft.SetMarkBit(r.mark, true)),
 	}
@@ -226,7 +226,7 @@ func (r *ruleset) affinityChains() []nft.Chain {
 	for i, timeout := range r.timeouts {
 		for v := range maxEndpointSets {
 			low := uint32(i)<<setIndexBits | uint32(v)
-			name := fmt.Sprintf("recall-%ds-%d", int(timeout/time.Second), v)
+			name := fmt.Sprintf("affinity-lookup-%ds-%d", int(timeout/time.Second), v)
 			isEndpoint := nft.MarkIs(endpointFlag, endpointFlag)
 			chains = append(chains, nft.NewChain(name, nil,
 				rule(nft.SetMark(markOf(client, affinity))),
@@ -235,13 +235,13 @@ func (r *ruleset) affinityChains() []nft.Chain {
 				rule(nft.SetMark(nft.MarkBits(rangeMask|low, low)))))
 			lookup = append(lookup, rule(nft.MarkIs(^rangeMask, low), nft.GoTo(name)))
 		}
-		name := fmt.Sprintf("learn-%ds", int(timeout/time.Second))
+		name := fmt.Sprintf("affinity-store-%ds", int(timeout/time.Second))
 		chains = append(chains, nft.NewChain(name, nil,
 			rule(nft.SetMark(markOf(nft.Join(first, r.Daddr(), nft.DPort), affinityMarks)),
 				nft.Remember(setNames[affinity], client, nft.Mark, timeout))))
 		store = append(store, rule(nft.MarkIs(^rangeMask&^(maxEndpointSets-1), uint32(i)<<setIndexBits), nft.GoTo(name)))
 	}
-	return append(chains, nft.NewChain("recall", nil, lookup...), nft.NewChain("learn", nil, store...))
+	return append(chains, nft.NewChain("affinity-lookup", nil, lookup...), nft.NewChain("affinity-store", nil, store...))
 }
 
 func newRuleset(f *nft.IPFamily, mark uint32, n plan.Node, timeouts []time.Duration) *ruleset {
