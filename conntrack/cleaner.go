@@ -297,7 +297,7 @@ func (c *Cleaner) readLocal() {
 }
 
 func (c *Cleaner) isRelay(a netip.Addr) bool {
-	return slices.ContainsFunc(c.opts.Relays, func(p netip.Prefix) bool { return p.Contains(a) })
+	return plan.AnyContains(c.opts.Relays, a)
 }
 
 func (c *Cleaner) isLocal(a netip.Addr) bool {

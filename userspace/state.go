@@ -102,7 +102,7 @@ func (s *stage) commit() (gone []frontendID) {
 	st := s.state
 	var released []plan.FrontendKey
 	for i, name := range s.names {
-		for _, k := range keysOf(st.services[name]) {
+		for _, k := range st.services[name].Keys() {
 			if st.owners[k] == name {
 				delete(st.owners, k)
 				released = append(released, k)
@@ -115,7 +115,7 @@ func (s *stage) commit() (gone []frontendID) {
 		}
 	}
 	for _, sp := range s.now {
-		for _, k := range keysOf(sp) {
+		for _, k := range sp.Keys() {
 			st.owners[k] = sp.Name
 		}
 	}
@@ -129,17 +129,6 @@ func (s *stage) commit() (gone []frontendID) {
 	}
 	st.elements.Commit(s.Difference)
 	return gone
-}
-
-func keysOf(sp *plan.ServicePort) []plan.FrontendKey {
-	if sp == nil {
-		return nil
-	}
-	keys := make([]plan.FrontendKey, len(sp.Frontends))
-	for i := range sp.Frontends {
-		keys[i] = sp.Frontends[i].Key(sp.Name.Protocol)
-	}
-	return keys
 }
 
 // targets are what the relay has to know of the stage's Service ports.
@@ -172,7 +161,7 @@ func (p *Proxier) adopt(st *state, desired *plan.Plan, read func(set nft.SetID) 
 	wanted := map[plan.FrontendKey]bool{}
 	for name, sp := range desired.Services {
 		if relayed(name.Protocol) {
-			for _, k := range keysOf(sp) {
+			for _, k := range sp.Keys() {
 				wanted[k] = true
 			}
 		}

@@ -132,7 +132,7 @@ func numberOf(f plan.Family, sp *plan.ServicePort) uint16 {
 	if fe == nil || sp.Name.Protocol != plan.TCP || fe.External.Len() == 0 {
 		return 0
 	}
-	if fe.Sources != nil && !slices.ContainsFunc(fe.Sources, func(p netip.Prefix) bool { return p.Contains(plan.Localhost(f)) }) {
+	if fe.Sources != nil && !plan.AnyContains(fe.Sources, plan.Localhost(f)) {
 		return 0
 	}
 	return fe.Port
