@@ -3,13 +3,12 @@ package conntrack
 import (
 	"fmt"
 	"net/netip"
-	"runtime"
 	"testing"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
 
@@ -18,12 +17,7 @@ import (
 func BenchmarkScan(b *testing.B) {
 	for _, flows := range []int{1000, 50000} {
 		b.Run(fmt.Sprintf("flows=%d", flows), func(b *testing.B) {
-			runtime.LockOSThread()
-			ns, err := netns.New()
-			if err != nil {
-				b.Fatalf("making a network namespace (root is needed): %v", err)
-			}
-			defer ns.Close()
+			nstest.Enter(b)
 			h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 			if err != nil {
 				b.Fatal(err)

@@ -5,16 +5,14 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os/exec"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
 
@@ -55,14 +53,10 @@ const servedNodePort = 30053
 // newWorld moves the test's goroutine to a network namespace of its own.
 func newWorld(t *testing.T, family plan.Family) *world {
 	t.Helper()
-	runtime.LockOSThread() // the thread, in its namespace, ends with the test
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatalf("making a network namespace (root is needed): %v", err)
-	}
-	t.Cleanup(func() { ns.Close() })
+	nstest.Enter(t)
 	w := worlds[family]
 	w.t = t
+	var err error
 	if w.handle, err = netlink.NewHandle(unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER); err != nil {
 		t.Fatal(err)
 	}
@@ -128,11 +122,7 @@ func (w *world) rules(translate ...[2]netip.AddrPort) {
 		fmt.Fprintf(&s, "  %s daddr %s udp dport %d dnat to %s\n", ip, r[0].Addr(), r[0].Port(), r[1])
 	}
 	s.WriteString(" }\n}\n")
-	cmd := exec.Command("nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(s.String())
-	if out, err := cmd.CombinedOutput(); err != nil {
-		w.t.Fatalf("nft: %v\n%s%s", err, out, s.String())
-	}
+	nstest.NFT(w.t, s.String(), "-f", "-")
 }
 
 // serve answers every datagram with name.

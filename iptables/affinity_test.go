@@ -5,12 +5,14 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"signalbox/internal/nstest"
 )
 
 // A list with as many clients as the kernel keeps is full; lists of other
 // programs do not count.
 func TestFullAffinityLists(t *testing.T) {
-	ownNamespace(t)
+	nstest.Enter(t)
 	want := func(want int) {
 		t.Helper()
 		if full, err := new(Dataplane).FullAffinityLists(); err != nil || full != want {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"testing"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier"
 
 	"signalbox/proxier/conformance"
@@ -60,7 +61,7 @@ func BenchmarkSyncCold(b *testing.B) {
 				desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
 				for b.Loop() {
 					b.StopTimer()
-					ownNamespace(b)
+					nstest.Enter(b)
 					p := newProxier(b, plan.IPv4, backend)
 					b.StartTimer()
 					mustSync(b, p, desired, plan.Change{All: true})
@@ -74,7 +75,7 @@ func BenchmarkSyncOne(b *testing.B) {
 	for _, backend := range []Backend{Legacy, NFT} {
 		for _, services := range kernelSizes {
 			b.Run(fmt.Sprintf("%s/%d", backend, services), func(b *testing.B) {
-				ownNamespace(b)
+				nstest.Enter(b)
 				desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
 				p := newProxier(b, plan.IPv4, backend)
 				mustSync(b, p, desired, plan.Change{All: true})

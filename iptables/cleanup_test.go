@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -153,7 +154,7 @@ func TestCleanupKubeProxyInUse(t *testing.T) {
 // Without the tools, rules that are there are not taken for none.
 func TestCleanupWithoutTools(t *testing.T) {
 	for _, f := range plan.Families {
-		ownNamespace(t)
+		nstest.Enter(t)
 		p := newProxier(t, f, NFT)
 		var missing *proxier.UnsupportedError
 		if err := withoutTools(f); !errors.As(err, &missing) {

@@ -11,50 +11,27 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/nstest"
 	"signalbox/internal/xtables"
 	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
-// ownNamespace moves the test's thread to a new network namespace.
-func ownNamespace(t testing.TB) {
-	t.Helper()
-	runtime.LockOSThread()
-	home, err := netns.Get()
-	if err != nil {
-		t.Fatal(err)
-	}
-	own, err := netns.New()
-	if err != nil {
-		t.Fatalf("these tests need root: %v", err)
-	}
-	t.Cleanup(func() {
-		own.Close()
-		// A thread that cannot go home ends with the test.
-		if err := netns.Set(home); err == nil {
-			runtime.UnlockOSThread()
-		}
-		home.Close()
-	})
-}
-
 // eachVariant runs the test for both families and both variants of the tools.
 func eachVariant(t *testing.T, test func(t *testing.T, p *Proxier)) {
 	for _, b := range []Backend{Legacy, NFT} {
 		for _, f := range plan.Families {
 			t.Run(string(b)+f.String(), func(t *testing.T) {
-				ownNamespace(t)
+				nstest.Enter(t)
 				test(t, newProxier(t, f, b))
 			})
 		}
@@ -392,7 +369,7 @@ func TestFailureNamesTheServiceAndIsUndone(t *testing.T) {
 
 // TestLockHeldByAnother: only the legacy tools have the lock.
 func TestLockHeldByAnother(t *testing.T) {
-	ownNamespace(t)
+	nstest.Enter(t)
 	path := filepath.Join(t.TempDir(), "xtables.lock")
 	t.Setenv("XTABLES_LOCKFILE", path)
 	p := newProxier(t, plan.IPv4, Legacy)
@@ -446,7 +423,7 @@ func TestBackendFollowsTheNode(t *testing.T) {
 	for _, f := range plan.Families {
 		for _, c := range cases {
 			t.Run(f.String()+" "+c.name, func(t *testing.T) {
-				ownNamespace(t)
+				nstest.Enter(t)
 				for tool, rules := range c.setup {
 					run(t, rules, xtables.CommandName(f)+"-"+tool+"-restore", "--noflush")
 				}
@@ -464,7 +441,7 @@ func TestBackendFollowsTheNode(t *testing.T) {
 }
 
 func TestSupported(t *testing.T) {
-	ownNamespace(t)
+	nstest.Enter(t)
 	for _, f := range plan.Families {
 		if err := new(Dataplane).Supported(f); err != nil {
 			t.Errorf("%s: %v", f, err)
@@ -488,7 +465,7 @@ func TestSupported(t *testing.T) {
 
 // TestMissingFeatureIsNamed lets the probe ask for what no kernel has.
 func TestMissingFeatureIsNamed(t *testing.T) {
-	ownNamespace(t)
+	nstest.Enter(t)
 	for _, b := range []Backend{Legacy, NFT} {
 		err := probe(newProxier(t, plan.IPv4, b).tools, append(features(plan.IPv4), feature{"the target NOSUCH", nat, " -j NOSUCH"}))
 		var unsupported *proxier.UnsupportedError
@@ -501,7 +478,7 @@ func TestMissingFeatureIsNamed(t *testing.T) {
 func TestLocalhostNodePorts(t *testing.T) {
 	for _, b := range []Backend{Legacy, NFT} {
 		t.Run(string(b), func(t *testing.T) {
-			ownNamespace(t)
+			nstest.Enter(t)
 			p := newProxier(t, plan.IPv4, b)
 			// As the kubelet writes it.
 			run(t, "*filter\n:KUBE-FIREWALL - [0:0]\n-A INPUT -j KUBE-FIREWALL\n-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\""+

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/nstest"
+
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -20,12 +22,7 @@ const patience = 30 * time.Second
 // emptyNode moves the test to a network namespace with a loopback interface.
 func emptyNode(t *testing.T) (*netlink.Handle, netlink.Link) {
 	t.Helper()
-	runtime.LockOSThread() // the thread, in its namespace, ends with the test
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatalf("making a network namespace (root is needed): %v", err)
-	}
-	t.Cleanup(func() { ns.Close() })
+	nstest.Enter(t)
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		t.Fatal(err)

@@ -15,9 +15,9 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -39,12 +39,7 @@ type world struct {
 func newWorld(t testing.TB, f plan.Family) *world {
 	t.Helper()
 	if os.Getenv(inOwnProcess) == "" {
-		runtime.LockOSThread()
-		ns, err := netns.New()
-		if err != nil {
-			t.Fatalf("new network namespace (this test needs root): %v", err)
-		}
-		t.Cleanup(func() { ns.Close() })
+		nstest.Enter(t)
 	}
 	w := &world{t: t, family: f, plan: &plan.Plan{
 		Family: f, Node: plan.Node{NodePortAddrs: plan.NodePortAddrs{All: true}},
