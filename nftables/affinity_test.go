@@ -210,7 +210,7 @@ func TestAffinityEnds(t *testing.T) {
 	})
 }
 
-// TestLargeAffinity: a Service port that outgrows a small block of numbers, and
+// TestLargeAffinity: a Service port that outgrows a small range of ids, and
 // shrinks again, stays sticky.
 func TestLargeAffinity(t *testing.T) {
 	l := newLab(t, plan.IPv4)

@@ -22,8 +22,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// believed is the table's contents by the state, element by element.
-func believed(st *state) []string {
+// expectedElements lists the elements that the table should have by the state.
+func expectedElements(st *state) []string {
 	var lines []string
 	compileAll(st, func(e nft.Element) {
 		lines = append(lines, allSets[e.Set].Name+" "+allSets[e.Set].ElementText(&e, st.IPFamily))
@@ -43,9 +43,9 @@ func writtenState(t *testing.T, desired *plan.Plan) *state {
 	return st
 }
 
-// FuzzStage drives a state through changes that are committed, undone or
-// refused, with a model of the kernel beside it, and compares the two and a
-// state made at once.
+// FuzzChange makes changes of which some are refused or undone. A model of the kernel
+// follows them. The state, the model and the state after one full write must be
+// equal.
 func FuzzChange(f *testing.F) {
 	for seed := range uint64(20) {
 		f.Add(seed, seed*7)
@@ -57,19 +57,19 @@ func FuzzChange(f *testing.F) {
 		st.elements = compileAll(st, func(e nft.Element) { kernel[e.ID()] = e })
 		plan := &plan.Plan{Family: g.family, Services: map[plan.ServicePortName]*plan.ServicePort{}}
 		for range 30 {
-			before, old := believed(st), maps.Clone(plan.Services)
+			before, old := expectedElements(st), maps.Clone(plan.Services)
 			change := g.step(plan)
 			conflict := g.chance(10) && stealFrontend(plan, change.Services)
 			s, err := st.prepare(plan, change.Services)
 			if (err != nil) != conflict {
-				t.Fatalf("stage: error %v, conflict %v", err, conflict)
+				t.Fatalf("prepare: error %v, conflict %v", err, conflict)
 			}
 			if err == nil && g.chance(20) {
 				st.undo(s)
 				err = errors.New("undone")
 			}
 			if err != nil {
-				if diff := cmp.Diff(before, believed(st)); diff != "" {
+				if diff := cmp.Diff(before, expectedElements(st)); diff != "" {
 					t.Fatalf("after an error the state is another (- before, + after):\n%s", diff)
 				}
 				plan.Services = old
@@ -103,7 +103,7 @@ func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
 	return false
 }
 
-// apply does to a model of the kernel what a stage asks for, and fails where
+// apply does to a model of the kernel what a change asks for, and fails where
 // the kernel would.
 func apply(t *testing.T, st *state, kernel map[nft.ElementID]nft.Element, s *pendingChange) {
 	t.Helper()
@@ -131,8 +131,8 @@ func compareModel(t *testing.T, kernel map[nft.ElementID]nft.Element, st *state)
 		lines = append(lines, allSets[e.Set].Name+" "+allSets[e.Set].ElementText(&e, st.IPFamily))
 	}
 	slices.Sort(lines)
-	if diff := cmp.Diff(believed(st), lines); diff != "" {
-		t.Fatalf("the kernel holds something else (- believed, + held):\n%s", diff)
+	if diff := cmp.Diff(expectedElements(st), lines); diff != "" {
+		t.Fatalf("the kernel holds something else (- expected, + kernel):\n%s", diff)
 	}
 }
 
@@ -234,7 +234,7 @@ func TestRefused(t *testing.T) {
 		t.Run(test.want, func(t *testing.T) {
 			desired := conformance.Fleet(plan.IPv4, 3, 3)
 			st := writtenState(t, desired)
-			before := believed(st)
+			before := expectedElements(st)
 			sp := conformance.FleetService(plan.IPv4, 1, 3, 3)
 			test.change(sp)
 			desired.Services[sp.Name] = sp
@@ -245,7 +245,7 @@ func TestRefused(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %v, want %q", err, test.want)
 			}
-			if diff := cmp.Diff(before, believed(st)); diff != "" {
+			if diff := cmp.Diff(before, expectedElements(st)); diff != "" {
 				t.Errorf("the refused change left traces:\n%s", diff)
 			}
 			if _, err := stateOf(nft.FamilyOf(plan.IPv4), desired, nil, nil); err == nil {
@@ -289,14 +289,14 @@ func TestTableLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	runNft(t, "delete", "table", "ip", tableName)
-	before := believed(p.state)
+	before := expectedElements(p.state)
 	sp := conformance.FleetService(plan.IPv4, 2, 100, 30)
 	desired.Services[sp.Name] = sp
 	err := p.Sync(context.Background(), desired, plan.Change{Services: []plan.ServicePortName{sp.Name}})
 	if !errors.Is(err, proxier.ErrUnknownState) || !strings.Contains(fmt.Sprint(err), sp.Name.String()) {
 		t.Errorf("error %v, want one that names the Service and wraps ErrUnknownState", err)
 	}
-	if diff := cmp.Diff(before, believed(p.state)); diff != "" {
+	if diff := cmp.Diff(before, expectedElements(p.state)); diff != "" {
 		t.Errorf("after the error something else is remembered:\n%s", diff)
 	}
 	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {

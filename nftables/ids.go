@@ -2,9 +2,9 @@ package nftables
 
 import "signalbox/nft/access"
 
-// Ids share the 32 bits of the priority field. All lie from 0x40000000 to
-// 0x7fffffff, where neither the kernel's own priorities (0 to 15) nor the
-// handles that tc gives out by itself (from 8001:) are.
+// An id has the 32 bits of the priority field. All ids are from 0x40000000 to
+// 0x7fffffff. The kernel's own priorities (0 to 15) and the handles that tc assigns
+// (from 8001:) are outside this range.
 //
 //	0x4, 0x5   an endpoint set: 19 bits of number, 10 bits of chain
 //	0x6        a Service port with affinity: 17 bits of number, below them
@@ -12,10 +12,9 @@ import "signalbox/nft/access"
 //	0x7        the same for many endpoints: 11 bits of number, below them
 //	           either 0 and the chain, or 1 and 16 bits of endpoint
 //
-// The chain is the number of the sizedChain that picks from the set. It is in
-// the id, and not the datum of a map by id, because a verdict map with an
-// element for every endpoint set makes the kernel walk all of them whenever one
-// element is added to any verdict map of the table.
+// The chain is the number of the pickChain that picks from the set. A verdict map from
+// ids to chains would need an element for each endpoint set, and the kernel walks all of
+// them whenever an element is added to any verdict map of the table.
 const (
 	idSpace     uint32 = 0x4000_0000
 	idSpaceMask uint32 = 0xc000_0000
@@ -30,11 +29,11 @@ const (
 	// smallBits and largeBits are the lengths of an endpoint's number.
 	smallBits, largeBits = 10, 16
 
-	// noSet stands for an endpoint set that is empty.
+	// noSet stands for an empty endpoint set.
 	noSet uint32 = 0
 )
 
-// endpointFlag is the bit that tells the id of an endpoint from that of a set.
+// endpointFlag is the bit that the id of an endpoint has and the id of a set does not.
 func endpointFlag(large bool) uint32 {
 	if large {
 		return 1 << largeBits
@@ -42,16 +41,16 @@ func endpointFlag(large bool) uint32 {
 	return 1 << smallBits
 }
 
-// blockMask keeps the bits of an affinity id that name the Service port.
+// rangeMask keeps the bits of an id with affinity that are the Service port's number.
 func rangeMask(large bool) uint32 { return ^(endpointFlag(large)<<1 - 1) }
 
-// blockRoom is how many endpoints an affinity block can tell apart.
+// endpointsPerRange is how many endpoints a range of ids has numbers for.
 func endpointsPerRange(large bool) int { return int(endpointFlag(large)) }
 
 // idPools are the pools of one Proxier.
 type idPools struct {
 	plain, small, large *access.Pool
-	// chains numbers the sized chains that do not have their size for number.
+	// chains numbers the pick chains whose number is not their size.
 	chains *access.Pool
 }
 
@@ -64,8 +63,8 @@ func newIDPools() *idPools {
 	}
 }
 
-// maxSizeAsNumber is the largest size of a chain without affinity that is its number
-// too.
+// maxSizeAsNumber is the largest size that is also the number of its chain without
+// affinity.
 const maxSizeAsNumber = 511
 
 // of returns the pool that an id belongs to.

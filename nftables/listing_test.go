@@ -188,8 +188,8 @@ func (g generator) step(desired *plan.Plan) plan.Change {
 	return change
 }
 
-// TestKernelFollows: after any changes the kernel holds what the Proxier
-// believes, as nft lists it, and that means the same as a table written anew.
+// TestKernelFollows: after any changes the kernel has what the Proxier
+// expects, as nft lists it, and a table that is written anew means the same.
 func TestKernelFollows(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {

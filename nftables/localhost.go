@@ -11,92 +11,92 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// notRelayed are the protocols whose NodePorts are refused on loopback: the relay
-// there carries TCP alone.
+// notRelayed are the protocols whose NodePorts are rejected on loopback: the relay there
+// carries TCP only.
 var notRelayed = []plan.Protocol{plan.UDP, plan.SCTP}
 
-// refusedCounter names the counter of a protocol's packets that are refused. The
-// names are kube-proxy's.
-func refusedCounter(p plan.Protocol) string { return "localhost-nodeport-rejected-" + p.String() }
+// rejectedCounter names the counter of a protocol's rejected packets. The names are
+// kube-proxy's.
+func rejectedCounter(p plan.Protocol) string { return "localhost-nodeport-rejected-" + p.String() }
 
-const refuseOnLocalhost = "refuse-on-localhost"
+const rejectOnLocalhost = "refuse-on-localhost"
 
-// toLocalhost leads packets for NodePorts on loopback to refuseOnLocalhost. A program
-// that listens there is not asked, as with kube-proxy.
+// toLocalhost sends packets to NodePorts on loopback to the chain of localhostChains. As
+// with kube-proxy, they do not reach a program that listens there.
 func (r ruleset) toLocalhost() []nft.Rule {
 	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
-	return []nft.Rule{nft.NewRule(r.IsLoopback(), nft.SetPriorityFrom(idLookedUp(access.NodePort, nodePorts)), nft.GoTo(refuseOnLocalhost))}
+	return []nft.Rule{nft.NewRule(r.IsLoopback(), nft.SetPriorityFrom(idLookedUp(access.NodePort, nodePorts)), nft.GoTo(rejectOnLocalhost))}
 }
 
-// localhostChains refuse and count what the relay on loopback cannot carry.
+// localhostChains reject and count packets that the relay on loopback cannot carry.
 func (r ruleset) localhostChains() []nft.Chain {
 	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
-	refuse := nft.Chain{Name: refuseOnLocalhost}
+	chain := nft.Chain{Name: rejectOnLocalhost}
 	for _, p := range notRelayed {
-		refuse.Rules = append(refuse.Rules, nft.NewRule(nft.ProtocolIs(p), nft.CountedBy(refusedCounter(p)), r.Reject()))
+		chain.Rules = append(chain.Rules, nft.NewRule(nft.ProtocolIs(p), nft.CountedBy(rejectedCounter(p)), r.Reject()))
 	}
-	refuse.Rules = append(refuse.Rules, nft.NewRule(nft.ClearPriority()))
-	return []nft.Chain{refuse}
+	chain.Rules = append(chain.Rules, nft.NewRule(nft.ClearPriority()))
+	return []nft.Chain{chain}
 }
 
-// setCounters makes the counters that rules refer to, and removes what an old
-// table has of others. One that is there goes on.
-func setCounters(w *nft.Table, rules ruleset, old *nft.Contents) {
+// setCounters adds the counters that rules refer to, and removes other counters of an
+// old table. An existing counter keeps its value.
+func setCounters(t *nft.Table, rules ruleset, old *nft.Contents) {
 	wanted := rules.counters()
 	for _, name := range wanted {
-		w.AddCounter(name)
+		t.AddCounter(name)
 	}
 	if old == nil {
 		return
 	}
 	for _, name := range old.Counters {
 		if !slices.Contains(wanted, name) {
-			w.DeleteCounter(name)
+			t.DeleteCounter(name)
 		}
 	}
 }
 
-// counters are the names of those that rules refer to.
+// counters names the counters that rules refer to.
 func (r ruleset) counters() []string {
 	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
 	var names []string
 	for _, p := range notRelayed {
-		names = append(names, refusedCounter(p))
+		names = append(names, rejectedCounter(p))
 	}
 	return names
 }
 
-// counterReader reads the counters of refused packets, by a connection that no
-// sync uses.
+// counterReader reads the counters of rejected packets over a connection of its own,
+// which no Sync uses.
 type counterReader struct {
-	mu    sync.Mutex // guards wire
+	mu    sync.Mutex // guards table
 	table *nft.Table // nil while it is not open
 }
 
-// open connects to the network namespace of the calling thread, unless that has been
-// done. Without a connection the counters are not reported.
+// open connects to the network namespace of the calling thread, once. Without a
+// connection the counters are not reported.
 func (r *counterReader) open(f *nft.IPFamily) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.table != nil {
 		return
 	}
-	w, err := openTable(f)
+	t, err := openTable(f)
 	if err != nil {
-		slog.Warn("nftables: refused packets to NodePorts on loopback cannot be counted", "error", err)
+		slog.Warn("nftables: rejected packets to NodePorts on loopback cannot be counted", "error", err)
 		return
 	}
-	r.table = w
+	r.table = t
 }
 
-// refused leaves out what cannot be read.
-func (r *counterReader) refused() map[plan.Protocol]uint64 {
+// rejected returns the counters that it can read.
+func (r *counterReader) rejected() map[plan.Protocol]uint64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	counts := map[plan.Protocol]uint64{}
@@ -104,7 +104,7 @@ func (r *counterReader) refused() map[plan.Protocol]uint64 {
 		return counts
 	}
 	for _, p := range notRelayed {
-		if n, err := r.table.CounterPackets(refusedCounter(p)); err == nil {
+		if n, err := r.table.CounterPackets(rejectedCounter(p)); err == nil {
 			counts[p] = n
 		}
 	}
@@ -126,7 +126,7 @@ func (r *counterReader) close() error {
 func (p *Proxier) LocalhostStats() proxier.LocalhostStats {
 	s := p.localhost.Stats()
 	if s.Serving {
-		s.Refused = p.counters.refused()
+		s.Refused = p.counters.rejected()
 	}
 	return s
 }

@@ -1,58 +1,51 @@
-// Package nftables serves Services with the kernel's nf_tables, spoken to over
-// netlink; no nft binary is needed.
+// Package nftables serves Services with the kernel's nf_tables, over netlink. It needs no
+// nft binary.
 //
-// The number of rules, chains and sets follows from how many different
-// endpoint counts and affinity timeouts there are, never from the number of
-// Services: nf_tables pays for every rule bound to a map each time an element
-// is added, and for every element each time a rule is bound. All that grows
-// with Services is elements of a few maps in one table:
+// The table has one set of rules for all Services. The number of rules, chains and sets
+// depends on how many different endpoint counts and affinity timeouts there are. With
+// Services only the elements of a few maps grow. The reason is the kernel's cost: it
+// visits each rule that is bound to a map when an element is added, and each element of
+// a map when a rule is bound.
 //
 //	frontends  address . protocol . port  ->  id of an endpoint set
 //	endpoints  id . slot                  ->  address . port
 //
-// A packet that opens a connection finds its frontend and carries the id in its
-// priority field (skb->priority) to the chain pick-N that fits a set of N
-// endpoints; N is a part of the id. There a slot is drawn at random, and the
-// packet is sent to the endpoint in that slot. The priority field is the
-// scratch because nobody else's decisions hang on it between the hooks: the
-// kernel itself sets it anew for forwarded IPv4 packets, while the packet mark
-// and the conntrack mark belong to other software. It is set back to 0 after
-// the decision; so the first packet of a local process's connection to a
-// Service leaves with priority 0, whatever its socket asked for.
+// The first packet of a connection finds its frontend. Its priority field
+// (skb->priority) carries the id to the chain pick-N for sets of N endpoints. The id
+// contains N. The chain draws a slot and sends the packet to the endpoint in it.
 //
-// Where traffic of this node's Pods and processes goes elsewhere than traffic
-// from outside, a second map (internal-frontends) is looked at first, for
-// packets of that origin only. NodePorts have maps of their own without the
-// address.
+// The priority field is free for this use: the kernel sets it anew for forwarded IPv4
+// packets, and nothing reads it between the hooks. The packet mark and the conntrack mark
+// belong to other software. After the decision the priority is 0. So the first packet of
+// a local process's connection leaves with priority 0, whatever its socket asked for.
+//
+// If traffic of this node and its Pods has other endpoints than traffic from outside, the
+// first has a map of its own, internal-frontends. NodePorts have maps without the address.
 //
 // # Session affinity
 //
-// One map, affinity, remembers client . Service port -> endpoint, with a
-// time-out that every new connection starts again. It holds endpoint ids, not
-// addresses: an id is the Service port's number in the upper bits and the
-// endpoint's in the lower ones, so that "is that endpoint still one of this
-// set" is one more map lookup, and removing an endpoint is removing an
-// element. A client whose endpoint is gone is given another and keeps it;
-// nobody else notices. See stickyRules for the order of events. One limit
-// follows: a Service port that outgrows 1024 endpoints gets a new number, and
-// its clients choose anew once.
+// The map affinity has client . Service port -> endpoint, with a timeout that each new
+// connection restarts. An endpoint is an id here: the Service port's number in the upper
+// bits, the endpoint's number in the lower bits. So one more lookup tells whether the
+// endpoint is in the set, and an endpoint goes with its element. A client whose endpoint
+// is gone gets another one and keeps it; other clients notice nothing. See stickyRules. A
+// Service port that outgrows 1024 endpoints gets a new number, and its clients are
+// assigned anew once.
 //
-// What clients are remembered outlives the process: when the table is written
-// anew, by whichever process, the affinity map stays, and Service ports and
-// endpoints get the numbers back that they had.
+// The affinity map survives restarts. When a process writes the table anew, the map
+// stays, and Service ports and endpoints get their numbers back.
 //
 // # Files in the order of a change
 //
 //	proxier.go  Sync: everything, or the Service ports that changed
 //	adopt.go    what an earlier process left in the table
-//	change.go   what changes; ports get ids and chains
-//	port.go     a Service port with its ids
-//	compile.go  from ids to elements
+//	change.go   what changes
+//	port.go     numbers of a Service port
+//	compile.go  elements of a Service port
 //	write.go    one transaction
 //	state.go    what the kernel has now
 //
-// ruleset.go makes the rules from the node's facts. Only adopt.go and write.go use the
-// kernel.
+// ruleset.go makes the rules. Only adopt.go and write.go use the kernel.
 package nftables
 
 import (

@@ -70,7 +70,7 @@ func TestSlots(t *testing.T) {
 	}
 }
 
-// TestEndpointNumbers: a number of a block comes back into use only after the
+// TestEndpointNumbers: a number of a range comes back into use only after the
 // others.
 func TestEndpointNumbers(t *testing.T) {
 	pools := newIDPools()
@@ -84,7 +84,7 @@ func TestEndpointNumbers(t *testing.T) {
 			t.Fatal(err)
 		}
 		if r != nil && next.idRange != r.idRange {
-			t.Fatalf("the block changed from %#x to %#x", r.idRange, next.idRange)
+			t.Fatalf("the range changed from %#x to %#x", r.idRange, next.idRange)
 		}
 		r = next
 		for _, n := range r.sets[0].numbers {

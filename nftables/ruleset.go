@@ -13,8 +13,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// ruleset makes the chains that every node has. Those that node makes a
-// difference to are in nodeChains.
+// ruleset makes the rules from the facts of a node.
 type ruleset struct {
 	access.Rules
 	mark uint32
@@ -30,11 +29,11 @@ func (r ruleset) chains(st *state) []nft.Chain {
 		[]nft.Chain{{Name: r.digest()}})
 }
 
-// digestPrefix begins the name of a chain without rules: see digest.
+// digestPrefix begins the name of the chain that tells which rules the table has.
 const digestPrefix = "written-by-"
 
-// digest tells rulesets apart. Two with the same digest differ in nothing but
-// elements and sized chains.
+// digest names the rules and sets of a table. Tables with the same digest differ only in
+// elements and pick chains.
 func (r ruleset) digest() string {
 	h := sha256.New()
 	for _, s := range allSets {
@@ -50,8 +49,7 @@ func (r ruleset) digest() string {
 	return digestPrefix + hex.EncodeToString(h.Sum(nil)[:8])
 }
 
-// fixedChains do not depend on the node. Chains come before those that jump to
-// them.
+// fixedChains do not depend on the node.
 func (r ruleset) fixedChains() []nft.Chain {
 	return []nft.Chain{
 		{Name: "pick-endpoint", Rules: []nft.Rule{
@@ -61,7 +59,7 @@ func (r ruleset) fixedChains() []nft.Chain {
 	}
 }
 
-// baseChains bind the others to the kernel's hooks.
+// baseChains bind the other chains to the kernel's hooks.
 func (r ruleset) baseChains() []nft.Chain {
 	return []nft.Chain{
 		{Name: "filter-prerouting-pre-dnat", Hook: access.PreDNATPrerouting, Rules: []nft.Rule{nft.NewRule(nft.StateNew(), nft.Jump("check-sources"))}},
@@ -75,7 +73,7 @@ func (r ruleset) baseChains() []nft.Chain {
 	}
 }
 
-// postrouting is a base chain that depends on the node.
+// postrouting is the base chain that depends on the node.
 func (r ruleset) postrouting() nft.Chain {
 	return nft.Chain{Name: "nat-postrouting", Hook: access.NATPostrouting, Rules: []nft.Rule{
 		nft.NewRule(nft.MarkHas(r.mark), nft.SetMarkBit(r.mark, false), access.NewSource(r.Node)),
@@ -84,7 +82,7 @@ func (r ruleset) postrouting() nft.Chain {
 	}}
 }
 
-// nodeChains are written anew when the node's facts change.
+// nodeChains depend on the node. A chain stands before those that jump to it.
 func (r ruleset) nodeChains() []nft.Chain {
 	chains := append(append(r.localhostChains(), access.SourceChains(r.IPFamily, r.Node)...), []nft.Chain{
 		{Name: "refuse", Rules: r.refuse(r.Frontend(), dropped)},
@@ -94,8 +92,8 @@ func (r ruleset) nodeChains() []nft.Chain {
 		{Name: "check-local", Rules: r.checkLocal()},
 		{Name: "check-remote", Rules: r.checkRemote()},
 	}...)
-	for origins := plan.FromPods; origins <= plan.AnySource; origins++ {
-		chains = append(chains, nft.Chain{Name: markChain(origins), Rules: r.markRules(origins)})
+	for sources := plan.FromPods; sources <= plan.AnySource; sources++ {
+		chains = append(chains, nft.Chain{Name: markChain(sources), Rules: r.markRules(sources)})
 	}
 	services := []nft.Rule{nft.NewRule(nft.SetPriorityFrom(idLookedUp(r.Frontend(), masquerade)), nft.GoTo("service"))}
 	for _, match := range r.ToNodePortAddrs() {
@@ -108,8 +106,9 @@ func (r ruleset) nodeChains() []nft.Chain {
 		nft.Chain{Name: "services", Rules: services})
 }
 
-// setRules mark what is to be masqueraded, by the origins that the priority holds,
-// and look the endpoint set up, first among those for internal traffic.
+// setRules mark packets to masquerade: the priority holds the traffic sources to
+// masquerade. Then they look up the endpoint set of the frontend. For traffic of this
+// node and its Pods they look into the internal map first.
 func (r ruleset) setRules(key nft.Value, internal, external nft.SetID) []nft.Rule {
 	choose := nft.SetPriorityFrom(idLookedUp(key, internal))
 	rules := []nft.Rule{nft.NewRule(verdictOf(nft.Priority, markChains))}
@@ -121,8 +120,8 @@ func (r ruleset) setRules(key nft.Value, internal, external nft.SetID) []nft.Rul
 		nft.NewRule(nft.SetPriorityFrom(idLookedUp(key, external)), nft.GoTo("pick-endpoint")))
 }
 
-// betweenNodes masquerades what a Pod of another node sends to an endpoint of
-// another node.
+// betweenNodes masquerades packets from a Pod of another node to an endpoint of another
+// node.
 func (r ruleset) betweenNodes() []nft.Rule {
 	match := r.BetweenNodes()
 	if match == nil {
@@ -131,9 +130,9 @@ func (r ruleset) betweenNodes() []nft.Rule {
 	return []nft.Rule{nft.NewRule(append(match, access.NewSource(r.Node))...)}
 }
 
-// markChain names the chain that marks packets from these origins.
-func markChain(origins plan.TrafficSources) string {
-	switch origins {
+// markChain names the chain that marks packets from these sources.
+func markChain(sources plan.TrafficSources) string {
+	switch sources {
 	case plan.FromPods:
 		return "mark-from-pods"
 	case plan.FromNode:
@@ -150,17 +149,17 @@ func markChain(origins plan.TrafficSources) string {
 	return "mark-always"
 }
 
-// markRules mark packets from the given origins for masquerading. A packet
-// from a Pod's address counts as from a Pod even where the node holds that
-// address too, as a bridge of Pods does.
-func (r ruleset) markRules(origins plan.TrafficSources) []nft.Rule {
+// markRules mark packets from these sources for masquerading. A packet from the address
+// of a Pod counts as from a Pod, even if the node has that address too, as with a bridge
+// of Pods.
+func (r ruleset) markRules(sources plan.TrafficSources) []nft.Rule {
 	mark := nft.SetMarkBit(r.mark, true)
-	if origins == plan.AnySource {
+	if sources == plan.AnySource {
 		return []nft.Rule{nft.NewRule(mark)}
 	}
 	var rules []nft.Rule
-	decide := func(match nft.Statement, origin plan.TrafficSources) {
-		if origins&origin != 0 {
+	decide := func(match nft.Statement, source plan.TrafficSources) {
+		if sources&source != 0 {
 			rules = append(rules, nft.NewRule(match, mark, nft.Return()))
 			return
 		}
@@ -170,14 +169,14 @@ func (r ruleset) markRules(origins plan.TrafficSources) []nft.Rule {
 		decide(match, plan.FromPods)
 	}
 	decide(nft.SaddrIsLocal(), plan.FromNode)
-	if origins&plan.FromOutside != 0 {
+	if sources&plan.FromOutside != 0 {
 		rules = append(rules, nft.NewRule(mark))
 	}
 	return rules
 }
 
-// withoutDNAT are the rules that begin both checks for frontends without
-// endpoints. A connection that was given an endpoint needs no check.
+// withoutDNAT begins both checks for frontends without endpoints. A connection that has
+// an endpoint needs no check.
 func withoutDNAT() []nft.Rule {
 	return []nft.Rule{
 		nft.NewRule(nft.PriorityBitsAre(idSpaceMask, idSpace), nft.ClearPriority()).Comment("the id has served"),
@@ -190,8 +189,7 @@ func (r ruleset) refuse(key nft.Value, dropped nft.SetID) []nft.Rule {
 	return []nft.Rule{nft.NewRule(in(key, dropped), nft.Drop()), nft.NewRule(r.Reject())}
 }
 
-// checkLocal rejects or drops what has come to this node for a frontend without
-// endpoints.
+// checkLocal rejects or drops packets to this node for a frontend without endpoints.
 func (r ruleset) checkLocal() []nft.Rule {
 	rules := append(withoutDNAT(),
 		nft.NewRule(in(r.Frontend(), refused), nft.GoTo("refuse")))
@@ -201,11 +199,12 @@ func (r ruleset) checkLocal() []nft.Rule {
 	return append(rules, r.toLocalhost()...)
 }
 
-// checkRemote does the same with what leaves for other hosts, and answers for
-// cluster IPs where no frontend is. What the node sends to itself passes: checkLocal
-// sees it next, and a process whose packet is rejected at the output hook gets EPERM
-// in place of ECONNREFUSED. So an address that the node itself holds, as a local DNS
-// server's, is left to what listens there.
+// checkRemote does the same with packets to other hosts. It also rejects packets to
+// ports of cluster IPs that no Service has, and drops packets to unallocated cluster
+// IPs. Packets of the node to itself pass, because checkLocal sees them next: a process
+// whose packet is rejected at the output hook gets EPERM instead of ECONNREFUSED. So
+// packets to an address that the node has, such as that of a local DNS server, reach the
+// program there.
 func (r ruleset) checkRemote() []nft.Rule {
 	return append(withoutDNAT(),
 		nft.NewRule(in(r.Frontend(), refused), nft.DaddrIsNotLocal(), nft.GoTo("refuse")),
@@ -213,13 +212,12 @@ func (r ruleset) checkRemote() []nft.Rule {
 		r.Unallocated())
 }
 
-// sizedChain is a chain that picks one of size endpoints. There is one for each
-// kind of endpoint set in use.
+// pickChain is a chain that picks one of size endpoints.
 type pickChain struct {
 	size     int
 	timeout  time.Duration // of affinity; 0 without
 	setIndex int           // with affinity: which of the Service port's sets
-	large    bool          // with affinity: the Service port has a large block of ids
+	large    bool          // with affinity: the Service port has a large range of ids
 }
 
 func (c pickChain) name() string {
@@ -253,18 +251,17 @@ func pickChainRules(f *nft.IPFamily, list []pickChain) []nft.Chain {
 	return chains
 }
 
-// stickyRules choose with session affinity. On entry the priority holds the
-// id of the endpoint set: the Service port's number in the bits of mask, below
-// it the chain's.
+// stickyRules pick with session affinity. At the start the priority holds the id of the
+// endpoint set: the Service port's number in the bits of mask, below them the chain's
+// number.
 //
-// The first rule serves the client that is known and whose endpoint is in this
-// set. Otherwise the priority holds now either still the set's id, or the id of
-// an endpoint that is not in the set; then what the map remembers has to be
-// deleted, because to update a key that exists starts its time again and keeps
-// the old endpoint. An endpoint is drawn and remembered, and read back: where
-// two connections of one client race on two processors, the first to write has
-// decided for both. If the map is full nothing is read back and the drawn
-// endpoint serves.
+//  1. A client that is in the affinity map keeps its endpoint if that is in this set.
+//  2. If it is not, the priority holds the id of the old endpoint. The client is
+//     deleted from the map, because an update would keep the old endpoint.
+//  3. An endpoint is drawn and written to the map.
+//  4. It is read back, because two connections of one client can race on two
+//     processors. The endpoint of the first one serves both.
+//  5. If the map is full, the drawn endpoint serves.
 func (c pickChain) stickyRules(f *nft.IPFamily) []nft.Rule {
 	mask, flag := rangeMask(c.large), endpointFlag(c.large)
 	known := affinityEndpoints + nft.SetID(c.setIndex)
@@ -284,10 +281,10 @@ func (c pickChain) stickyRules(f *nft.IPFamily) []nft.Rule {
 	}
 }
 
-// maxSizeAsNumber says whether the chain's size is its number too.
+// sizeIsNumber says whether the number of the chain in ids is its size.
 func (c pickChain) sizeIsNumber() bool { return c.timeout == 0 && c.size <= maxSizeAsNumber }
 
-// ready says whether the chain exists always.
+// permanent says whether the chain always exists.
 func (c pickChain) permanent() bool { return c.timeout == 0 && c.size <= permanentChains }
 
 func (c pickChain) compare(o pickChain) int {
@@ -311,17 +308,16 @@ func in(v nft.Value, set nft.SetID) nft.Statement { return nft.In(v, allSets[set
 // notIn matches a packet whose value is no element of the set.
 func notIn(v nft.Value, set nft.SetID) nft.Statement { return nft.NotIn(v, allSets[set].Name) }
 
-// lookedUp is the datum that the map holds for v. A packet for which it holds
-// none leaves the rule.
+// lookedUp is the datum that the map has for v. Without one the packet leaves the rule.
 func lookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.LookedUp(v, allSets[m].Name) }
 
-// verdictOf goes where the verdict map says, or on if it says nothing.
+// verdictOf jumps to the chain that the verdict map has for v, if any.
 func verdictOf(v nft.Value, m nft.SetID) nft.Statement { return nft.VerdictOf(v, allSets[m].Name) }
 
-// idLookedUp is the id that the map holds for v.
+// idLookedUp is the id that the map has for v.
 func idLookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.MarkLookedUp(v, allSets[m].Name) }
 
-// remember records key -> id in the affinity map for the given time.
+// remember puts key -> id into the affinity map for the given time.
 func remember(key, id nft.Value, timeout time.Duration) nft.Statement {
 	return nft.Remember(allSets[affinity].Name, key, id, timeout)
 }

@@ -27,17 +27,16 @@ const (
 	affinityEndpoints
 )
 
-// maxVariants is how many different endpoint sets one Service port with
-// session affinity may have: one map each says which of the Service port's
-// endpoints are in the set. The resolver makes at most two, one by each traffic
-// policy.
+// maxAffinitySets is how many different endpoint sets a Service port with session
+// affinity can have: each has a map of its endpoints. The resolver makes at most two,
+// one for each traffic policy.
 const maxAffinitySets = 4
 
 // setCount is the number of sets.
 const setCount = affinityEndpoints + maxAffinitySets
 
-// affinitySize bounds the kernel memory that clients can take up. A client
-// that finds the map full is served as though there were no affinity.
+// affinitySize bounds the kernel memory that clients can use. While the map is full, new
+// clients are served without affinity.
 const affinitySize = 1 << 18
 
 var (
@@ -46,7 +45,7 @@ var (
 	addrPort = []nft.Field{nft.AddrField, nft.PortField}
 )
 
-// schemas holds every set by its number, in the order of creation and listing.
+// allSets declares the sets of the table, by their place.
 var allSets = makeSets()
 
 func makeSets() []*nft.Set {
