@@ -62,9 +62,10 @@ func TestRouteSources(t *testing.T) {
 
 	d := startDaemon(t, host, binary, source)
 	d.answers(healthz, 200)
-	if rules := rewrites(); !strings.Contains(rules, `oifname "uplink" ip daddr 10.9.0.0/16 snat to 192.0.2.7 fully-random`) {
-		t.Errorf("after the first sync:\n%s", rules)
-	}
+	// /healthz can answer before the first sync.
+	eventually(t, "the first sync writes the rule for the route", func() bool {
+		return strings.Contains(rewrites(), `oifname "uplink" ip daddr 10.9.0.0/16 snat to 192.0.2.7 fully-random`)
+	})
 	d.answers(metrics, 200, "signalbox_route_sources_left_out 0\n")
 	each := func(fn func(*netlink.Route) error) {
 		t.Helper()

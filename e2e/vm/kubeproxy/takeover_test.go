@@ -23,7 +23,7 @@ import (
 
 // patience is how long a test waits for what must come, on an emulated
 // processor.
-const patience = 3 * time.Minute
+const patience = 10 * time.Minute
 
 // The programs under test, which the machine was given.
 var (
