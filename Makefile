@@ -106,6 +106,11 @@ bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services; the relay
 	$(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./proxier/syncer ./nftables ./iptables
 	$(GO) test -run '^$$' -bench BenchmarkRelay -benchtime 1x ./userspace
 
+# The first run builds Kubernetes.
+.PHONY: bench-side-by-side
+bench-side-by-side: deps build lab ## signalbox beside kube-proxy: starts, changes, memory, connections; writes docs/performance.md
+	bin/lab bench --kube-proxy --out docs/bench --document docs/performance.md
+
 .PHONY: demo
 demo: deps build lab ## a lab on this machine, every mode, real connections
 	bin/lab demo --signalbox $(BIN)

@@ -10,6 +10,6 @@ func rootCommand() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(demoCommand())
+	root.AddCommand(demoCommand(), benchCommand())
 	return root
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // PodLink is how Pods are connected to their node.
@@ -199,4 +200,25 @@ func (l *Lab) connect(a *Host, aName string, b *Host, bName string, mtu int) err
 		return err
 	}
 	return b.up(bName)
+}
+
+// GiveRange makes a Pod with a routed link answer at every address of a range: its own
+// listeners at no certain address do.
+func (l *Lab) GiveRange(p netip.Prefix, pod string) error {
+	spec := l.options.Pods[slices.IndexFunc(l.options.Pods, func(s PodSpec) bool { return s.Name == pod })]
+	if err := l.hosts[spec.Node].route(p, "veth-"+pod, of(l.hosts[pod].Addr, p.Addr())); err != nil {
+		return err
+	}
+	if err := l.RouteVIP(p, spec.Node); err != nil {
+		return err
+	}
+	lo, err := l.hosts[pod].link("lo")
+	if err != nil {
+		return err
+	}
+	local := &netlink.Route{Dst: ipNet(p), LinkIndex: lo.Attrs().Index, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST}
+	if err := l.hosts[pod].nl.RouteReplace(local); err != nil {
+		return fmt.Errorf("%s: making %s local: %w", pod, p, err)
+	}
+	return nil
 }

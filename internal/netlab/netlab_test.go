@@ -303,3 +303,29 @@ func BenchmarkLab(b *testing.B) {
 		lab.Close()
 	}
 }
+
+// A Pod that is given a range answers at each of its addresses, to other Pods and to
+// outside hosts.
+func TestGiveRange(t *testing.T) {
+	l := newLab(t, netlab.Options{})
+	listener, err := l.Host("pod-b").Listen("tcp", ":9090")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	for _, text := range []string{"10.0.0.0/10", "fd00:10:128::/48"} {
+		p := netip.MustParsePrefix(text)
+		if err := l.GiveRange(p, "pod-b"); err != nil {
+			t.Fatal(err)
+		}
+		at := netip.AddrPortFrom(p.Addr().Next(), 9090)
+		for _, client := range []string{"pod-x", "node1", "client1"} {
+			c, err := l.Host(client).Open(t.Context(), "tcp", netip.AddrPort{}, at)
+			if err != nil {
+				t.Errorf("%s to %s: %v", client, at, err)
+				continue
+			}
+			c.Close()
+		}
+	}
+}

@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/cmd/lab/internal/measure"
 	"signalbox/proxier/plan"
 )
 
@@ -139,7 +140,7 @@ type familyResult struct {
 	// obeys it; changeFails names what went wrong with connections meanwhile.
 	changes     []time.Duration
 	changeFails []string
-	connects    latencies
+	connects    measure.Latencies
 }
 
 // wrong names everything that is not as it must be.

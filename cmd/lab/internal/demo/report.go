@@ -9,6 +9,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
+	"signalbox/cmd/lab/internal/measure"
 	"signalbox/internal/netlab"
 )
 
@@ -136,14 +137,14 @@ func (r *row) whose(addrs []netip.Addr) string {
 func (p *printer) changes(f *familyResult) {
 	p.printf("\n")
 	p.line("changed manifest to the first packet that obeys: median %s of %d changes (%s to %s)",
-		brief(median(f.changes)), len(f.changes), brief(slices.Min(f.changes)), brief(slices.Max(f.changes)))
+		measure.Brief(measure.Median(f.changes)), len(f.changes), measure.Brief(slices.Min(f.changes)), measure.Brief(slices.Max(f.changes)))
 }
 
 func (p *printer) connects(f *familyResult) {
-	through, direct := f.connects.through, f.connects.direct
+	through, direct := f.connects.Through, f.connects.Direct
 	p.line("connect through the ClusterIP: median %s, p99 %s; straight to the same Pod: median %s, p99 %s; ratio %.2f",
-		brief(median(through)), brief(quantile(through, 0.99)), brief(median(direct)), brief(quantile(direct, 0.99)),
-		ratio(median(through), median(direct)))
+		measure.Brief(measure.Median(through)), measure.Brief(measure.Quantile(through, 0.99)), measure.Brief(measure.Median(direct)), measure.Brief(measure.Quantile(direct, 0.99)),
+		measure.Ratio(measure.Median(through), measure.Median(direct)))
 }
 
 // comparison shows all modes side by side.
@@ -166,17 +167,21 @@ func (p *printer) comparison(results []*modeResult) {
 		of   func(*modeResult, *familyResult) string
 	}{
 		{"as it must be", func(_ *modeResult, f *familyResult) string { return f.score() }},
-		{"start to the first answer", func(_ *modeResult, f *familyResult) string { return brief(f.serving) }},
-		{"change to the first packet, median", func(_ *modeResult, f *familyResult) string { return brief(median(f.changes)) }},
-		{"connect through the ClusterIP, median", func(_ *modeResult, f *familyResult) string { return brief(median(f.connects.through)) }},
-		{"  p99", func(_ *modeResult, f *familyResult) string { return brief(quantile(f.connects.through, 0.99)) }},
-		{"connect straight to the Pod, median", func(_ *modeResult, f *familyResult) string { return brief(median(f.connects.direct)) }},
-		{"  p99", func(_ *modeResult, f *familyResult) string { return brief(quantile(f.connects.direct, 0.99)) }},
+		{"start to the first answer", func(_ *modeResult, f *familyResult) string { return measure.Brief(f.serving) }},
+		{"change to the first packet, median", func(_ *modeResult, f *familyResult) string { return measure.Brief(measure.Median(f.changes)) }},
+		{"connect through the ClusterIP, median", func(_ *modeResult, f *familyResult) string { return measure.Brief(measure.Median(f.connects.Through)) }},
+		{"  p99", func(_ *modeResult, f *familyResult) string {
+			return measure.Brief(measure.Quantile(f.connects.Through, 0.99))
+		}},
+		{"connect straight to the Pod, median", func(_ *modeResult, f *familyResult) string { return measure.Brief(measure.Median(f.connects.Direct)) }},
+		{"  p99", func(_ *modeResult, f *familyResult) string {
+			return measure.Brief(measure.Quantile(f.connects.Direct, 0.99))
+		}},
 		{"ratio of the medians", func(_ *modeResult, f *familyResult) string {
-			return timesOrNone(ratio(median(f.connects.through), median(f.connects.direct)))
+			return timesOrNone(measure.Ratio(measure.Median(f.connects.Through), measure.Median(f.connects.Direct)))
 		}},
 		{"peak memory of the whole daemon", func(m *modeResult, _ *familyResult) string { return mebibytes(m.memory) }},
-		{"processor time of the whole daemon", func(m *modeResult, _ *familyResult) string { return brief(m.processor) }},
+		{"processor time of the whole daemon", func(m *modeResult, _ *familyResult) string { return measure.Brief(m.processor) }},
 	}
 	rows := [][]string{head}
 	for _, metric := range metrics {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"signalbox/cmd/lab/internal/measure"
 	"signalbox/proxier/plan"
 )
 
@@ -48,8 +49,11 @@ func sample(t *testing.T, family plan.Family) *familyResult {
 			rowOf(t, "NodePort, Local", outsideClient, found(nodeAddr, 5, 5), clientAddr),
 			uneven,
 		},
-		changes:  durations(3, 2, 9),
-		connects: latencies{through: durations(3, 4, 5), direct: durations(2, 2, 2)},
+		changes: []time.Duration{3 * time.Millisecond, 2 * time.Millisecond, 9 * time.Millisecond},
+		connects: measure.Latencies{
+			Through: []time.Duration{3 * time.Millisecond, 4 * time.Millisecond, 5 * time.Millisecond},
+			Direct:  []time.Duration{2 * time.Millisecond, 2 * time.Millisecond, 2 * time.Millisecond},
+		},
 	}
 }
 

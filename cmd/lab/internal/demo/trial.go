@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"signalbox/cmd/lab/internal/measure"
 	"signalbox/internal/netlab"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -109,7 +110,7 @@ func (t *trial) makeLab(context.Context) error {
 	t.lab = lab
 	t.undo = append(t.undo, lab.Close)
 	t.out.line("a lab of %d network namespaces: node1 under test, node2, five Pods on them, clients outside (%s)",
-		len(lab.Hosts()), brief(time.Since(began)))
+		len(lab.Hosts()), measure.Brief(time.Since(began)))
 	return nil
 }
 
@@ -160,7 +161,7 @@ func (t *trial) writeManifests(context.Context) error {
 		}
 	}
 	t.out.line("%d manifests of %d Services, %d of them only to make it more (%s)",
-		len(files), len(services)+t.cfg.Services, t.cfg.Services, brief(time.Since(began)))
+		len(files), len(services)+t.cfg.Services, t.cfg.Services, measure.Brief(time.Since(began)))
 	return nil
 }
 
@@ -228,7 +229,7 @@ func (t *trial) awaitServing(ctx context.Context) error {
 			continue
 		}
 		f.serving = time.Since(t.daemon.began)
-		t.out.line("%s: first answer through a ClusterIP %s after the start", f.family, brief(f.serving))
+		t.out.line("%s: first answer through a ClusterIP %s after the start", f.family, measure.Brief(f.serving))
 		waiting = waiting[1:]
 	}
 	return nil

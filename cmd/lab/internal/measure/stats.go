@@ -1,4 +1,5 @@
-package demo
+// Package measure times connections, and sums up what was measured.
+package measure
 
 import (
 	"math"
@@ -7,9 +8,9 @@ import (
 	"time"
 )
 
-// quantile is the smallest value that at least the share q (0 to 1) of the
+// Quantile is the smallest value that at least the share q (0 to 1) of the
 // values does not exceed; 0 without values.
-func quantile(values []time.Duration, q float64) time.Duration {
+func Quantile(values []time.Duration, q float64) time.Duration {
 	if len(values) == 0 {
 		return 0
 	}
@@ -18,8 +19,8 @@ func quantile(values []time.Duration, q float64) time.Duration {
 	return sorted[min(max(i, 0), len(sorted)-1)]
 }
 
-// median is the middle value, or the mean of the two in the middle.
-func median(values []time.Duration) time.Duration {
+// Median is the middle value, or the mean of the two in the middle.
+func Median(values []time.Duration) time.Duration {
 	if len(values) == 0 {
 		return 0
 	}
@@ -31,17 +32,17 @@ func median(values []time.Duration) time.Duration {
 	return (sorted[half-1] + sorted[half]) / 2
 }
 
-// ratio is a/b; 0 where b is 0.
-func ratio(a, b time.Duration) float64 {
+// Ratio is a/b; 0 where b is 0.
+func Ratio(a, b time.Duration) float64 {
 	if b == 0 {
 		return 0
 	}
 	return float64(a) / float64(b)
 }
 
-// brief writes a duration with three significant digits: 41.2 µs, 3.05 ms, 12.0 s.
+// Brief writes a duration with three significant digits: 41.2 µs, 3.05 ms, 12.0 s.
 // 0 stands for a duration that was not measured.
-func brief(d time.Duration) string {
+func Brief(d time.Duration) string {
 	if d == 0 {
 		return "-"
 	}

@@ -1,4 +1,4 @@
-package demo
+package measure
 
 import (
 	"testing"
@@ -35,10 +35,10 @@ func TestMedianAndQuantile(t *testing.T) {
 				what      string
 				got, want time.Duration
 			}{
-				{"median", median(c.values), c.median},
-				{"p99", quantile(c.values, 0.99), c.p99},
-				{"smallest", quantile(c.values, 0), c.p0},
-				{"largest", quantile(c.values, 1), c.full},
+				{"median", Median(c.values), c.median},
+				{"p99", Quantile(c.values, 0.99), c.p99},
+				{"smallest", Quantile(c.values, 0), c.p0},
+				{"largest", Quantile(c.values, 1), c.full},
 			} {
 				if got.got != got.want {
 					t.Errorf("%s: got %v, want %v", got.what, got.got, got.want)
@@ -64,17 +64,17 @@ func TestBrief(t *testing.T) {
 		99960 * time.Microsecond: "100 ms",
 		12 * time.Second:         "12.0 s",
 	} {
-		if got := brief(d); got != want {
+		if got := Brief(d); got != want {
 			t.Errorf("%d ns: got %q, want %q", d, got, want)
 		}
 	}
 }
 
 func TestRatioOfNothing(t *testing.T) {
-	if got := ratio(3, 2); got != 1.5 {
+	if got := Ratio(3, 2); got != 1.5 {
 		t.Errorf("3 to 2: got %v, want 1.5", got)
 	}
-	if got := ratio(3, 0); got != 0 {
+	if got := Ratio(3, 0); got != 0 {
 		t.Errorf("3 to 0: got %v, want 0", got)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 
 	"signalbox/internal/netlab"
@@ -74,6 +75,16 @@ func get(ctx context.Context, client *http.Client, url string) error {
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("%s: %s", url, resp.Status)
+	}
+	return nil
+}
+
+// CheckModes says which of the names that a flag was given is none of Modes.
+func CheckModes(flag string, names []string) error {
+	for _, name := range names {
+		if !slices.Contains(Modes, name) {
+			return fmt.Errorf("%s=%s: not one of %s", flag, name, strings.Join(Modes, ", "))
+		}
 	}
 	return nil
 }

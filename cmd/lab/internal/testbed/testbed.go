@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -118,8 +119,18 @@ func (b *Bed) Start(p Proxy) (*cluster.Process, error) {
 // LogPath is the file with the output of a proxy.
 func (b *Bed) LogPath(p Proxy) string { return filepath.Join(b.dir, p.Name()+".log") }
 
-// Stop ends a proxy with SIGTERM.
-func Stop(p *cluster.Process) error { return p.Stop(stopTimeout) }
+// Stop ends a proxy with SIGTERM. How it ends is its own matter: kube-proxy does not
+// handle the signal.
+func Stop(p *cluster.Process) error {
+	p.Signal(syscall.SIGTERM)
+	select {
+	case <-p.Done():
+		return nil
+	case <-time.After(stopTimeout):
+		p.Kill()
+		return fmt.Errorf("the proxy did not end within %v of SIGTERM", stopTimeout)
+	}
+}
 
 // toolsDir makes a directory in which the plain names of the iptables tools are those of
 // a variant, nft or legacy.

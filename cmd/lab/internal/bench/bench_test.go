@@ -1,0 +1,124 @@
+package bench
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"signalbox/proxier/plan"
+)
+
+func TestNth(t *testing.T) {
+	for _, c := range []struct {
+		n    uint32
+		p, a string
+	}{
+		{0, "10.0.0.0/10", "10.0.0.0"}, {255, "10.0.0.0/10", "10.0.0.255"}, {256, "10.0.0.0/10", "10.0.1.0"},
+		{1<<16 + 3, "10.0.0.0/10", "10.1.0.3"}, {4096, "fd00:10:96::/112", "fd00:10:96::1000"},
+	} {
+		if got := nth(netip.MustParsePrefix(c.p), c.n); got != netip.MustParseAddr(c.a) {
+			t.Errorf("address %d of %s is %s, not %s", c.n, c.p, got, c.a)
+		}
+	}
+}
+
+// No endpoint is at an address that a lab uses for something else, and no two share one.
+func TestObjectsAreDistinct(t *testing.T) {
+	o := &objects{families: plan.Families, services: 50, perSlice: 7}
+	seen := map[string]bool{}
+	for n := range o.services {
+		svc := o.service(n)
+		if len(svc.Spec.ClusterIPs) != 2 || svc.Spec.Ports[0].TargetPort.IntValue() != bulkPort {
+			t.Fatalf("Service %d is %+v", n, svc.Spec)
+		}
+		for _, f := range o.families {
+			for _, e := range o.slice(f, n).Endpoints {
+				a := netip.MustParseAddr(e.Addresses[0])
+				if seen[a.String()] || !endpointRanges[f].Contains(a) {
+					t.Fatalf("endpoint %s of Service %d", a, n)
+				}
+				seen[a.String()] = true
+			}
+		}
+	}
+	for _, f := range plan.Families {
+		if !serviceRange(f).Contains(o.clusterIP(f, MaxServices)) {
+			t.Errorf("%s has no room for %d Services", f, MaxServices)
+		}
+	}
+}
+
+func sampleReport() *Report {
+	return &Report{
+		Date: "2026-11-29", Machine: "2 x test, Linux 6.18", Command: "lab bench", Families: []string{"IPv4"}, Rounds: 3, Moves: 2,
+		Sizes: []SizeResult{{
+			Size:   Size{Services: 1000, Endpoints: 10},
+			Floors: map[string][]float64{"cold_wall": {0.05, 0.04, 0.06}},
+			Proxies: []ProxyResult{
+				{Program: "signalbox", Mode: "nftables", Moves: []float64{0.002, 0.001}, Figures: map[string][]float64{
+					"cold_wall": {0.1, 0.11, 0.1}, "move_p50": {0.001, 0.003, 0.002}, "memory_settled": {32 << 20}, "storm_cpu": {0.03},
+				}},
+				{Program: "kube-proxy", Mode: "iptables-legacy", Failed: "cold start: no answer\nits log"},
+				{Program: "kube-proxy", Mode: "nftables", Moves: []float64{1.5}, Figures: map[string][]float64{
+					"cold_wall": {1, 1, 1}, "move_p50": {1, 1, 1}, "memory_settled": {64 << 20},
+				}},
+			},
+		}},
+	}
+}
+
+func TestMarkdown(t *testing.T) {
+	text := sampleReport().markdown("charts")
+	for _, want := range []string{
+		"| cold start until every virtual IP answers | 100 ms (0.1) | - | 1.00 s | 50.0 ms |",
+		"| one endpoint moves: API write to first packet, median | ~2.00 ms (0.002) | - | 1.00 s |  |",
+		"| memory of the process, settled | 32 MiB (0.5) | - | 64 MiB |  |",
+		"| processor during 100 changes a second | 3.0 % | - | - |  |",
+		"| cold start until every virtual IP answers | 2 | - | 20 |\n",
+		"kube-proxy iptables-legacy failed: cold start: no answer\n",
+		"(charts/move.svg)",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no line %q in\n%s", want, text)
+		}
+	}
+}
+
+// A report is the same after it was written and read, its charts are drawn, and it takes
+// its place in a document.
+func TestWrite(t *testing.T) {
+	dir := t.TempDir()
+	r := sampleReport()
+	if err := r.Write(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range chartNames() {
+		svg, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil || !strings.Contains(string(svg), "</svg>") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	again, err := Read(filepath.Join(dir, "report.json"))
+	if err != nil || again.markdown("") != r.markdown("") {
+		t.Errorf("the report that was read differs: %v", err)
+	}
+	document := filepath.Join(dir, "performance.md")
+	if err := os.WriteFile(document, []byte("before\n"+sectionBegin+"\nearlier\n"+sectionEnd+"\nafter\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := r.Embed(document, "bench"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile(document)
+	if err != nil || strings.Contains(string(text), "earlier") || strings.Count(string(text), "### 1000 Services") != 1 ||
+		!strings.HasPrefix(string(text), "before\n") || !strings.HasSuffix(string(text), "\nafter\n") {
+		t.Errorf("the document is %v\n%s", err, text)
+	}
+	if err := r.Embed(filepath.Join(dir, "report.md"), "bench"); err == nil {
+		t.Error("a document without marks was accepted")
+	}
+}
