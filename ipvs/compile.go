@@ -167,7 +167,7 @@ func (c *portCompiler) routeToServers(fe *plan.Frontend, key string, virtual boo
 	if virtual && !split && !c.hasAffinity() {
 		if fe.External.Len() > 0 {
 			c.indexOf(fe.External)
-			c.emit(plainServers, key, "")
+			c.emit(serversByAddress, key, "")
 			c.addServer(kernel.ServerKey{Addr: fe.Addr, Port: fe.Port}, c.scheduler, destinations(fe.External))
 		}
 		return nil

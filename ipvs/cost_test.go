@@ -12,9 +12,9 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestCost measures 10,000 Services with 10 endpoints each from nothing, and
-// the change of one endpoint, beside the nftables mode in the same kernel. What
-// is checked is the number of messages; times are for the log.
+// TestCost measures a first sync of 10,000 Services with 10 endpoints each, and the change of
+// one endpoint, beside the nftables mode in the same kernel. It checks the number of messages;
+// the log has the times.
 func TestCost(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes a minute on an emulated processor")
@@ -44,8 +44,8 @@ func TestCost(t *testing.T) {
 
 const rounds = 50
 
-// figures returns how long it takes to write everything, and on average to
-// replace one endpoint. The plan is as before afterwards.
+// figures returns the time of a full write, and the mean time to replace one endpoint. It
+// restores the plan.
 func figures(t *testing.T, p proxier.Proxier, desired *plan.Plan) (cold, one time.Duration) {
 	t.Helper()
 	began := time.Now()

@@ -15,8 +15,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestCounts compares Counts with what is in the kernel, after everything and
-// after changes.
+// TestCounts compares Counts with the kernel, after a full write and after changes.
 func TestCounts(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		plan := w.example()
@@ -37,7 +36,7 @@ func TestCounts(t *testing.T) {
 	})
 }
 
-// compareCounts keeps the drain from removing anything while it reads.
+// compareCounts holds the lock, so that nothing drains while it reads.
 func compareCounts(t *testing.T, p *Proxier) {
 	t.Helper()
 	p.mu.Lock()
@@ -54,9 +53,8 @@ func compareCounts(t *testing.T, p *Proxier) {
 	}
 }
 
-// countServers asks for the namespace's virtual servers, which are all ours, and
-// for the destinations of each: the listing in /proc leaves some out while other
-// namespaces have virtual servers.
+// countServers lists the destinations of each server of the namespace. The listing in /proc
+// lacks some while other namespaces have virtual servers.
 func countServers(t *testing.T, p *Proxier, into map[string]int) {
 	t.Helper()
 	servers, err := p.ipvs.Servers()
@@ -92,7 +90,7 @@ func heldAddrs(t *testing.T, family plan.Family) (held []netip.Addr) {
 	return held
 }
 
-// elements counts those of all sets but the one that packets fill.
+// elements counts the elements of all sets but the map of clients.
 func elements(t *testing.T, p *Proxier) (n int) {
 	t.Helper()
 	word := map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[p.Family]

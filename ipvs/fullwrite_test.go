@@ -16,9 +16,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// played plays IPVS with the model, so that whole Proxiers run where the kernel
-// has none.
-type played struct {
+// fakeIPVS is an IPVS in memory. With it, Proxiers run on a kernel without IPVS.
+type fakeIPVS struct {
 	*model
 	connections map[netip.AddrPort]int // of a destination, in each server
 	refuse      error                  // what the next message is answered with
@@ -27,7 +26,7 @@ type played struct {
 	reads       int
 }
 
-func (k *played) Servers() (map[kernel.ServerKey]string, error) {
+func (k *fakeIPVS) Servers() (map[kernel.ServerKey]string, error) {
 	k.reads++
 	list := make(map[kernel.ServerKey]string)
 	for key, s := range k.model.servers {
@@ -36,7 +35,7 @@ func (k *played) Servers() (map[kernel.ServerKey]string, error) {
 	return list, nil
 }
 
-func (k *played) Destinations(key kernel.ServerKey) (list []kernel.Destination, _ error) {
+func (k *fakeIPVS) Destinations(key kernel.ServerKey) (list []kernel.Destination, _ error) {
 	k.reads++
 	if s := k.model.servers[key]; s != nil {
 		for addr, weight := range s.dests {
@@ -46,8 +45,8 @@ func (k *played) Destinations(key kernel.ServerKey) (list []kernel.Destination, 
 	return list, nil
 }
 
-// allDests tells something wrong where it fails, as a listing that is cut off.
-func (k *played) AllDestinations() (map[kernel.ServerKey][]kernel.Destination, error) {
+// AllDestinations returns a wrong listing together with its error.
+func (k *fakeIPVS) AllDestinations() (map[kernel.ServerKey][]kernel.Destination, error) {
 	k.reads++
 	if k.noListing == nil {
 		return nil, nil
@@ -55,7 +54,7 @@ func (k *played) AllDestinations() (map[kernel.ServerKey][]kernel.Destination, e
 	return map[kernel.ServerKey][]kernel.Destination{{Addr: netip.MustParseAddr("10.96.0.1"), Port: 80, Protocol: plan.TCP}: {{}}}, k.noListing
 }
 
-func (k *played) Send(ops []kernel.Op, done func(kernel.Op)) error {
+func (k *fakeIPVS) Send(ops []kernel.Op, done func(kernel.Op)) error {
 	for _, o := range ops {
 		if err := k.refuse; err != nil {
 			k.refuse = nil
@@ -68,11 +67,11 @@ func (k *played) Send(ops []kernel.Op, done func(kernel.Op)) error {
 	return nil
 }
 
-func (k *played) HasScheduler(string) (bool, error)       { return true, nil }
-func (k *played) SetTimeouts(_, _, _ time.Duration) error { return nil }
-func (k *played) Close()                                  {}
+func (k *fakeIPVS) HasScheduler(string) (bool, error)       { return true, nil }
+func (k *fakeIPVS) SetTimeouts(_, _, _ time.Duration) error { return nil }
+func (k *fakeIPVS) Close()                                  {}
 
-func (k *played) has(key kernel.ServerKey, d netip.AddrPort) bool {
+func (k *fakeIPVS) has(key kernel.ServerKey, d netip.AddrPort) bool {
 	s := k.model.servers[key]
 	if s == nil {
 		return false
@@ -81,9 +80,9 @@ func (k *played) has(key kernel.ServerKey, d netip.AddrPort) bool {
 	return exists
 }
 
-// play makes a network namespace with a played IPVS, and in the place of the
-// dummy device, which not every kernel can make, a bridge.
-func play(t *testing.T) *played {
+// newFakeIPVS makes a network namespace with a fake IPVS. A bridge replaces the dummy device,
+// which not every kernel has.
+func newFakeIPVS(t *testing.T) *fakeIPVS {
 	t.Helper()
 	inNamespace(t)
 	attrs := netlink.NewLinkAttrs()
@@ -91,14 +90,14 @@ func play(t *testing.T) *played {
 	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
 		t.Fatal(err)
 	}
-	return &played{
+	return &fakeIPVS{
 		model:       &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}},
 		connections: map[netip.AddrPort]int{},
 	}
 }
 
-// proxier is a Proxier of IPv4 whose drainOnce the test calls.
-func (k *played) proxier(t *testing.T, now func() time.Time) *Proxier {
+// proxier makes a Proxier of IPv4. The test calls its drainOnce.
+func (k *fakeIPVS) proxier(t *testing.T, now func() time.Time) *Proxier {
 	t.Helper()
 	f := nft.FamilyOf(plan.IPv4)
 	table, err := nft.Open(f, tableName, newSets())
@@ -117,11 +116,11 @@ func (k *played) proxier(t *testing.T, now func() time.Time) *Proxier {
 	}
 }
 
-// TestDrainingEndsDespiteFullWrites checks that neither the hourly writing of
-// everything nor one after a failure gives a connection that does not end its
-// time again, and that an endpoint that was in use in between has it anew.
+// TestDrainingEndsDespiteFullWrites checks that a full write does not prolong the time of a
+// draining connection, neither hourly nor after a failure. An endpoint that was in use
+// meanwhile gets its whole time.
 func TestDrainingEndsDespiteFullWrites(t *testing.T) {
-	k, w := play(t), world{plan.IPv4}
+	k, w := newFakeIPVS(t), world{plan.IPv4}
 	now := time.Now()
 	p := k.proxier(t, func() time.Time { return now })
 	key := kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.TCP}
@@ -163,9 +162,10 @@ func TestDrainingEndsDespiteFullWrites(t *testing.T) {
 	}
 }
 
-// TestAddressIsGivenUpDespiteFullWrites does the same for an address.
+// TestAddressIsGivenUpDespiteFullWrites checks that a full write does not prolong the time of a
+// draining address.
 func TestAddressIsGivenUpDespiteFullWrites(t *testing.T) {
-	k, w := play(t), world{plan.IPv4}
+	k, w := newFakeIPVS(t), world{plan.IPv4}
 	now := time.Now()
 	p := k.proxier(t, func() time.Time { return now })
 	set := w.pods(1, 2)
@@ -203,10 +203,10 @@ func keysOf(plan *plan.Plan) (names []plan.ServicePortName) {
 	return names
 }
 
-// TestReadsWithoutListing checks that a second process finds all as it is to be
-// where the destinations cannot be listed at once.
+// TestReadsWithoutListing checks that a second process writes nothing if it cannot list all
+// destinations at once.
 func TestReadsWithoutListing(t *testing.T) {
-	k, w := play(t), world{plan.IPv4}
+	k, w := newFakeIPVS(t), world{plan.IPv4}
 	plan := w.example()
 	syncAll(t, k.proxier(t, time.Now), plan)
 	sent := len(k.ops)
@@ -217,11 +217,10 @@ func TestReadsWithoutListing(t *testing.T) {
 	}
 }
 
-// TestFlowsOfAReplacedServerGoOn takes over a virtual server by address, as of
-// kube-proxy, for a Service that has servers by mark here. Open UDP flows keep
-// their endpoint for as long as it serves.
+// TestFlowsOfAReplacedServerGoOn takes over kube-proxy's virtual server by address, for a
+// Service with servers by mark. Open UDP flows keep their endpoint while it is usable.
 func TestFlowsOfAReplacedServerGoOn(t *testing.T) {
-	k, w := play(t), world{plan.IPv4}
+	k, w := newFakeIPVS(t), world{plan.IPv4}
 	p := k.proxier(t, time.Now)
 	key := kernel.ServerKey{Addr: w.vip(1), Port: 53, Protocol: plan.UDP}
 	one, two := w.pods(1).Endpoints[0].AddrPort, w.pods(2).Endpoints[0].AddrPort

@@ -28,8 +28,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// eachFamily runs a test in a network namespace of its own for each family, or
-// skips it where the kernel has no IPVS; that of a virtual machine has.
+// eachFamily runs a test in a network namespace of its own for each family. It skips the test
+// if the kernel has no IPVS. The kernel of the virtual machine has IPVS.
 func eachFamily(t *testing.T, test func(t *testing.T, w world)) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
@@ -67,7 +67,7 @@ func give(t *testing.T, link netlink.Link, a netip.Addr) {
 
 func do(k ipvsClient, o kernel.Op) error { return k.Send([]kernel.Op{o}, func(kernel.Op) {}) }
 
-// counting keeps the messages to IPVS.
+// counting records the messages to IPVS.
 type counting struct {
 	ipvsClient
 	mu  sync.Mutex // guards ops against the goroutine that ends what has drained
@@ -81,8 +81,7 @@ func (c *counting) Send(ops []kernel.Op, done func(kernel.Op)) error {
 	return c.ipvsClient.Send(ops, done)
 }
 
-// take returns the messages since the last call that do not end what has
-// drained.
+// take returns the messages since the last call, except those of drainOnce.
 func (c *counting) take() []kernel.Op {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -125,9 +124,8 @@ func syncOne(t testing.TB, p *Proxier, desired *plan.Plan, sp *plan.ServicePort)
 	}
 }
 
-// TestRestartWritesNothing checks that a second process finds all as it is to
-// be, and that a change costs a number of messages that does not depend on how
-// many Services and endpoints there are.
+// TestRestartWritesNothing checks that a second process writes nothing, and that a moved
+// endpoint takes two messages.
 func TestRestartWritesNothing(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		plan := w.example()
@@ -153,8 +151,7 @@ func TestRestartWritesNothing(t *testing.T) {
 	})
 }
 
-// checkKernel compares what the kernel holds with what the Proxier takes it to
-// hold.
+// checkKernel compares the kernel with the state of the Proxier.
 func checkKernel(t *testing.T, p *Proxier) {
 	t.Helper()
 	p.mu.Lock()
@@ -182,8 +179,7 @@ func checkKernel(t *testing.T, p *Proxier) {
 	}
 }
 
-// TestOthersStay checks that virtual servers, addresses and tables of others
-// outlive everything that this mode does.
+// TestOthersStay checks that virtual servers, addresses and tables of other software stay.
 func TestOthersStay(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		k, err := kernel.OpenIPVS(w.family)
@@ -240,7 +236,7 @@ func TestOthersStay(t *testing.T) {
 	})
 }
 
-// serve echoes what comes to a TCP port of the node.
+// serve echoes data at a TCP port of the node.
 func serve(t *testing.T, at netip.AddrPort) {
 	t.Helper()
 	l, err := net.Listen("tcp", at.String())
@@ -283,9 +279,9 @@ func echoes(c net.Conn) error {
 	return err
 }
 
-// TestOnlyServicesAtVirtualAddresses checks that a daemon of the node that
-// listens everywhere is not to be reached at virtual addresses, except where a
-// load balancer asks for the node's health.
+// TestOnlyServicesAtVirtualAddresses checks that a daemon of the node that listens on all
+// addresses is not reachable at virtual addresses. The exception is the health check of a load
+// balancer.
 func TestOnlyServicesAtVirtualAddresses(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		serve(t, netip.AddrPortFrom(w.addr("0.0.0.0", "::"), 22))
@@ -318,8 +314,8 @@ func TestOnlyServicesAtVirtualAddresses(t *testing.T) {
 	})
 }
 
-// TestDrain checks that a connection outlives its endpoint's place in the
-// Service and the Service itself, and that when it ends nothing stays.
+// TestDrain checks that a connection survives when its endpoint leaves the Service and when the
+// Service is deleted. Afterwards nothing stays.
 func TestDrain(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		own := w.addr("192.0.2.200", "2001:db8::200")
@@ -363,7 +359,7 @@ func TestDrain(t *testing.T) {
 		}
 		syncOne(t, p, desired, &plan.ServicePort{Name: web(nil).Name})
 		checkKernel(t, p)
-		// Resets are forgotten sooner than orderly ends.
+		// IPVS forgets a connection sooner after a reset.
 		for _, conn := range []*net.TCPConn{c, second} {
 			conn.SetLinger(0)
 			conn.Close()
@@ -384,7 +380,7 @@ func TestDrain(t *testing.T) {
 			t.Errorf("the Service had no endpoints when it went: %v", err)
 		}
 		syncOne(t, p, desired, web(here))
-		// And a bound ends what does not end.
+		// The bound ends a connection.
 		syncOne(t, p, desired, web(here))
 		c = open()
 		syncOne(t, p, desired, &plan.ServicePort{Name: web(nil).Name})
@@ -399,9 +395,8 @@ func TestDrain(t *testing.T) {
 	})
 }
 
-// TestDrainUDP checks that a flow outlives its endpoint's place in the Service
-// while the endpoint still answers, but not for ever, and that an endpoint that
-// answers no more is removed at once.
+// TestDrainUDP checks that a flow survives when its endpoint leaves the Service but still
+// answers, until the bound. An endpoint that no longer answers is removed immediately.
 func TestDrainUDP(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		own := w.addr("192.0.2.200", "2001:db8::200")
@@ -485,8 +480,7 @@ func waitFor(t *testing.T, what string, done func() bool) {
 	}
 }
 
-// TestRepair checks that what others changed is as it was after everything is
-// written anew.
+// TestRepair checks that a full write restores what other software has removed.
 func TestRepair(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		p, sent := start(t, w.family, nil)

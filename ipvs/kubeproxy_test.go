@@ -19,7 +19,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// hasIPSet fails where sets are missing although the machine must have them.
+// hasIPSet skips a test if the kernel has no ipset. It fails on the virtual machine, which has.
 func hasIPSet(t *testing.T) {
 	t.Helper()
 	if _, _, err := netlink.IpsetProtocol(); err != nil {
@@ -46,8 +46,7 @@ func makeSet(t *testing.T, name, kind string, f plan.Family, entries ...netlink.
 	}
 }
 
-// makePortSet makes a set of ports: the library would add a protocol, which the
-// kernel refuses there.
+// makePortSet makes a set of ports. The library would add a protocol, which the kernel refuses.
 func makePortSet(t *testing.T, name string, f plan.Family, port uint16) {
 	t.Helper()
 	makeSet(t, name, "bitmap:port", f)
@@ -80,7 +79,7 @@ func TestSetNames(t *testing.T) {
 	}
 }
 
-// kube-proxy's sets of one family go, and those of others stay as they are.
+// kube-proxy's ipsets of the family are removed, and others stay.
 func TestKubeProxySets(t *testing.T) {
 	inNamespace(t)
 	hasIPSet(t)
@@ -133,7 +132,7 @@ func TestKubeProxySets(t *testing.T) {
 	}
 }
 
-// serversText is all that IPVS holds of a family.
+// serversText lists all virtual servers of the family.
 func serversText(t *testing.T, k ipvsClient) map[string][]kernel.Destination {
 	t.Helper()
 	all, err := k.Servers()
@@ -149,8 +148,8 @@ func serversText(t *testing.T, k ipvsClient) map[string][]kernel.Destination {
 	return text
 }
 
-// Exactly the virtual servers of kube-proxy's go: at addresses of the device,
-// and at the node's own where a set of its NodePorts names them.
+// Only kube-proxy's virtual servers are removed: those at addresses of the device, and those at
+// the node's addresses that a set of NodePorts names.
 func TestCleanupKubeProxy(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		hasIPSet(t)
@@ -192,14 +191,14 @@ func TestCleanupKubeProxy(t *testing.T) {
 		}
 		whole := serversText(t, k)
 
-		// What is signalbox's alone is nothing here.
+		// signalbox has nothing here.
 		if removed, _, err := (Dataplane{}).Cleanup(w.family, false); err != nil || removed {
 			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
 		if diff := cmp.Diff(whole, serversText(t, k), cmp.AllowUnexported(kernel.Destination{}), compareAddrPorts); diff != "" {
 			t.Errorf("Cleanup changed what is kube-proxy's (-before +after)\n%s", diff)
 		}
-		// A mode that shares the device keeps what is at its addresses.
+		// If the mode serves the family, the servers at addresses of the device stay.
 		if _, _, err := cleanupKubeProxy(w.family, true, false); err != nil {
 			t.Fatal(err)
 		}
@@ -222,14 +221,14 @@ func TestCleanupKubeProxy(t *testing.T) {
 
 var compareAddrPorts = cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
 
-// kernelWith plays IPVS with some virtual servers, and keeps what is asked of it.
-type kernelWith struct {
+// listedIPVS is an IPVS with fixed virtual servers. It records messages.
+type listedIPVS struct {
 	ipvsClient
 	all map[kernel.ServerKey][]kernel.Destination
 	ops []kernel.Op
 }
 
-func (k *kernelWith) Servers() (map[kernel.ServerKey]string, error) {
+func (k *listedIPVS) Servers() (map[kernel.ServerKey]string, error) {
 	list := make(map[kernel.ServerKey]string)
 	for key := range k.all {
 		list[key] = "rr"
@@ -237,24 +236,24 @@ func (k *kernelWith) Servers() (map[kernel.ServerKey]string, error) {
 	return list, nil
 }
 
-func (k *kernelWith) Destinations(key kernel.ServerKey) ([]kernel.Destination, error) {
+func (k *listedIPVS) Destinations(key kernel.ServerKey) ([]kernel.Destination, error) {
 	return k.all[key], nil
 }
 
-func (k *kernelWith) Send(ops []kernel.Op, _ func(kernel.Op)) error {
+func (k *listedIPVS) Send(ops []kernel.Op, _ func(kernel.Op)) error {
 	k.ops = append(k.ops, ops...)
 	return nil
 }
 
-// A virtual server that has connections gets no new ones, and waits for their
-// end; one that has none can go.
+// A virtual server with connections stays and gets no new ones. A server without connections is
+// removed.
 func TestServersWithConnectionsStay(t *testing.T) {
 	vip, node := netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("192.0.2.200")
 	busy := kernel.ServerKey{Addr: vip, Port: 443, Protocol: plan.TCP}
 	idle := kernel.ServerKey{Addr: vip, Port: 80, Protocol: plan.TCP}
 	foreign := kernel.ServerKey{Addr: node, Port: 80, Protocol: plan.TCP}
 	a, b := netip.MustParseAddrPort("10.244.0.5:8080"), netip.MustParseAddrPort("10.244.0.6:8080")
-	k := &kernelWith{all: map[kernel.ServerKey][]kernel.Destination{
+	k := &listedIPVS{all: map[kernel.ServerKey][]kernel.Destination{
 		busy:    {{Addr: a, Weight: 1, Connections: 2}, {Addr: b, Weight: 0}},
 		idle:    {{Addr: a, Weight: 1}},
 		foreign: {{Addr: a, Weight: 1, Connections: 1}},

@@ -10,14 +10,13 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestChangeCostsTheSameHoweverMuchThereIs counts the messages to IPVS, the
-// questions to it, and the new elements of the table, the addresses' among them,
-// for changes in a small and in a big cluster.
+// TestChangeCostsTheSameHoweverMuchThereIs counts the messages to IPVS, the requests that read
+// it, and the new elements of the table, for changes in a small and in a large cluster.
 func TestChangeCostsTheSameHoweverMuchThereIs(t *testing.T) {
 	const endpoints = 10
 	for _, services := range []int{10, 1000} {
 		t.Run(fmt.Sprint(services), func(t *testing.T) {
-			k := play(t)
+			k := newFakeIPVS(t)
 			p := k.proxier(t, time.Now)
 			desired := conformance.Fleet(plan.IPv4, services, endpoints)
 			syncAll(t, p, desired)
@@ -31,7 +30,7 @@ func TestChangeCostsTheSameHoweverMuchThereIs(t *testing.T) {
 			}{
 				{"one endpoint is replaced", 5, 5*endpoints + 1, 2, 0},
 				{"all endpoints are replaced", 5, 1_000_001, 2 * endpoints, 0},
-				// Its address, its frontend, and that it is masqueraded for two origins.
+				// Its address, its frontend, and two traffic sources to masquerade.
 				{"a Service comes", services, 1, 1 + endpoints, 4},
 			} {
 				k.ops, k.reads = nil, 0

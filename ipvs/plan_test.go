@@ -38,7 +38,7 @@ func (w world) pods(numbers ...int) *plan.EndpointSet {
 	return set
 }
 
-// service is a Service port with the given frontends.
+// service makes a Service port.
 func (w world) service(name string, protocol plan.Protocol, serving *plan.EndpointSet, frontends ...plan.Frontend) *plan.ServicePort {
 	return &plan.ServicePort{
 		Name:      plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "default", Name: name}, Protocol: protocol},

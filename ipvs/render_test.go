@@ -14,7 +14,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// golden goes into the test binary, which also runs where the files are not.
+// golden is part of the test binary, which also runs in the virtual machine, without the files.
 //
 //go:embed testdata
 var golden embed.FS
@@ -56,7 +56,7 @@ func TestRender(t *testing.T) {
 	}
 }
 
-// TestRefused checks that what cannot be written is refused with its name.
+// TestRefused checks that the error names what cannot be written.
 func TestRefused(t *testing.T) {
 	w := world{plan.IPv4}
 	set := w.pods(1)

@@ -96,20 +96,20 @@ func (r *ruleset) nodeChains() []nft.Chain {
 		chain("server-by-mark", nil, r.serverByMark(fe, masquerade)...),
 		chain("nodeport-server-by-mark", nil, r.serverByMark(access.NodePort, nodePortMasquerade)...),
 		chain("nodeports", nil,
-			rule(nft.SetMark(markOf(access.NodePort, nodePortMarks)), nft.GoTo("nodeport-server-by-mark")),
+			rule(nft.SetMark(lookUpMark(access.NodePort, nodePortMarks)), nft.GoTo("nodeport-server-by-mark")),
 			rule(in(access.NodePort, rejectedNodePorts), nft.GoTo("reject")),
 			rule(in(access.NodePort, droppedNodePorts), nft.GoTo("drop"))),
 		chain("internal-nodeports", nil,
-			rule(nft.SetMark(markOf(access.NodePort, internalNodePortMarks)), nft.GoTo("nodeport-server-by-mark"))),
+			rule(nft.SetMark(lookUpMark(access.NodePort, internalNodePortMarks)), nft.GoTo("nodeport-server-by-mark"))),
 		chain("external", nil, r.external(fe)...),
 		chain("internal", nil, r.internal(fe)...),
-		chain("services", nil, r.services(fe)...),
+		chain("services", nil, r.services()...),
 		chain("clear-marks", nil, r.clearMarks()...),
 	}...)
 }
 
 // services finds the traffic source of a connection.
-func (r *ruleset) services(fe nft.Value) []nft.Rule {
+func (r *ruleset) services() []nft.Rule {
 	rules := []nft.Rule{
 		rule(nft.PriorityBitsAre(toServerMask, toServer), nft.Return()).Comment("IPVS has redirected it"),
 	}
@@ -125,7 +125,7 @@ func (r *ruleset) services(fe nft.Value) []nft.Rule {
 // internal chooses the virtual server for traffic of this node and its Pods, if it differs from
 // the server for other traffic.
 func (r *ruleset) internal(fe nft.Value) []nft.Rule {
-	rules := []nft.Rule{rule(nft.SetMark(markOf(fe, internalMarks)), nft.GoTo("server-by-mark"))}
+	rules := []nft.Rule{rule(nft.SetMark(lookUpMark(fe, internalMarks)), nft.GoTo("server-by-mark"))}
 	for _, match := range r.ToNodePortAddrs() {
 		rules = append(rules, rule(append(match, nft.Jump("internal-nodeports"))...))
 	}
@@ -138,8 +138,8 @@ func (r *ruleset) internal(fe nft.Value) []nft.Rule {
 // a Service are rejected, so that no daemon of the node is reachable there.
 func (r *ruleset) external(fe nft.Value) []nft.Rule {
 	rules := []nft.Rule{
-		rule(in(fe, plainServers), nft.GoTo("server-by-address")),
-		rule(nft.SetMark(markOf(fe, marks)), nft.GoTo("server-by-mark")),
+		rule(in(fe, serversByAddress), nft.GoTo("server-by-address")),
+		rule(nft.SetMark(lookUpMark(fe, marks)), nft.GoTo("server-by-mark")),
 		rule(in(fe, rejected), nft.GoTo("reject")),
 		rule(in(fe, dropped), nft.GoTo("drop")),
 		rule(in(fe, healthChecks), nft.ClearPriority(), nft.Return()),
@@ -174,9 +174,9 @@ func (r *ruleset) sourceRules(key nft.Value, masquerade nft.SetID, server uint32
 	}
 }
 
-// refuse ends a connection without endpoints. A packet of the node to another of its own
-// addresses is refused at the input hook, because a reject at the output hook gives the
-// process EPERM instead of ECONNREFUSED.
+// refuse ends a connection without endpoints. If a process of the node connects to an address
+// of another device, its packet is refused at the input hook: a reject at the output hook
+// gives the process EPERM instead of ECONNREFUSED.
 func (r *ruleset) refuse(verdict nft.Statement) []nft.Rule {
 	return []nft.Rule{
 		rule(in(r.Daddr(), vips), verdict),
@@ -188,9 +188,9 @@ func (r *ruleset) refuse(verdict nft.Statement) []nft.Rule {
 // noEndpoints refuses internal traffic of a frontend that has endpoints for other traffic.
 func (r *ruleset) noEndpoints() []nft.Rule {
 	fe := r.Frontend()
-	clear := nft.SetMark(nft.ConstantMark(0))
+	clearMark := nft.SetMark(nft.ConstantMark(0))
 	return []nft.Rule{
-		rule(clear, in(fe, rejected), nft.GoTo("reject")),
+		rule(clearMark, in(fe, rejected), nft.GoTo("reject")),
 		rule(in(fe, dropped), nft.GoTo("drop")),
 		rule(in(access.NodePort, rejectedNodePorts), nft.GoTo("reject")),
 		rule(in(access.NodePort, droppedNodePorts), nft.GoTo("drop")),
@@ -229,7 +229,7 @@ func (r *ruleset) affinityChains() []nft.Chain {
 			name := fmt.Sprintf("affinity-lookup-%ds-%d", int(timeout/time.Second), v)
 			isEndpoint := nft.MarkIs(endpointFlag, endpointFlag)
 			chains = append(chains, nft.NewChain(name, nil,
-				rule(nft.SetMark(markOf(client, affinity))),
+				rule(nft.SetMark(lookUpMark(client, affinity))),
 				rule(in(nft.Mark, affinityMembers+nft.SetID(v)), nft.Remember(setNames[affinity], client, nft.Mark, timeout), nft.Return()),
 				rule(isEndpoint, nft.Forget(setNames[affinity], client, nft.Mark)).Comment("its endpoint is gone"),
 				rule(nft.SetMark(nft.MarkBits(rangeMask|low, low)))))
@@ -237,7 +237,7 @@ func (r *ruleset) affinityChains() []nft.Chain {
 		}
 		name := fmt.Sprintf("affinity-store-%ds", int(timeout/time.Second))
 		chains = append(chains, nft.NewChain(name, nil,
-			rule(nft.SetMark(markOf(nft.Join(first, r.Daddr(), nft.DPort), affinityMarks)),
+			rule(nft.SetMark(lookUpMark(nft.Join(first, r.Daddr(), nft.DPort), affinityMarks)),
 				nft.Remember(setNames[affinity], client, nft.Mark, timeout))))
 		store = append(store, rule(nft.MarkIs(^rangeMask&^(maxEndpointSets-1), uint32(i)<<setIndexBits), nft.GoTo(name)))
 	}

@@ -12,8 +12,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestSchedulerOf checks which scheduler Services have with a kernel that lacks
-// some, and how often it is asked.
+// TestSchedulerOf checks the scheduler of Service ports on a kernel that lacks some, and how
+// often the kernel is asked.
 func TestSchedulerOf(t *testing.T) {
 	w := world{plan.IPv4}
 	kernel := []string{"lc", "wrr", "sh"}
@@ -76,10 +76,10 @@ func TestSchedulerOf(t *testing.T) {
 	}
 }
 
-// TestMissingSchedulerIsAProblem checks that a Service port has a Problem for as
-// long as it asks for a scheduler that the kernel has not got.
+// TestMissingSchedulerIsAProblem checks that a Service port has a Problem while the kernel
+// lacks its scheduler.
 func TestMissingSchedulerIsAProblem(t *testing.T) {
-	k := play(t)
+	k := newFakeIPVS(t)
 	p := k.proxier(t, time.Now)
 	has := map[string]bool{}
 	p.schedulers = newSchedulerChoice("lc", func(name string) (bool, error) { return has[name], nil })

@@ -14,7 +14,7 @@ const tableName = "signalbox-ipvs"
 // The sets and maps of the table, by their place in newSets.
 const (
 	vips = access.FirstOwn + iota
-	plainServers
+	serversByAddress
 	marks
 	internalMarks
 	nodePortMarks
@@ -104,6 +104,6 @@ func setsOf(fe *plan.Frontend) frontendSets {
 
 func in(v nft.Value, set nft.SetID) nft.Statement    { return nft.In(v, setNames[set]) }
 func notIn(v nft.Value, set nft.SetID) nft.Statement { return nft.NotIn(v, setNames[set]) }
-func markOf(v nft.Value, set nft.SetID) nft.Value {
+func lookUpMark(v nft.Value, set nft.SetID) nft.Value {
 	return nft.MarkLookedUp(v, setNames[set])
 }

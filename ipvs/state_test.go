@@ -82,8 +82,8 @@ func TestDiff(t *testing.T) {
 	}
 }
 
-// model is a kernel that follows every message, and refuses what the real one
-// would.
+// model is a kernel that executes each message, and fails the test where the real kernel would
+// refuse.
 type model struct {
 	t        *testing.T
 	servers  map[kernel.ServerKey]*server
@@ -145,8 +145,8 @@ func (m *model) apply(st *state, b *batch) {
 	st.commit(b, time.Time{})
 }
 
-// inUse is what new connections meet, whatever marks it goes by.
-func (m *model) inUse() string {
+// reachable lists what new connections meet, without the numbers of marks.
+func (m *model) reachable() string {
 	var lines []string
 	for key, s := range m.servers {
 		if key.Mark != 0 {
@@ -174,7 +174,7 @@ func (m *model) inUse() string {
 	return strings.Join(lines, "\n")
 }
 
-// randomService is one of few shapes, with few endpoints.
+// randomService makes one of a few kinds of Service, with few endpoints.
 func (w world) randomService(r *rand.Rand, n int) *plan.ServicePort {
 	some := func() *plan.EndpointSet {
 		var numbers []int
@@ -202,8 +202,8 @@ func (w world) randomService(r *rand.Rand, n int) *plan.ServicePort {
 	return sp
 }
 
-// TestChangesEndAsAFreshStart makes many random changes, and compares what they
-// lead to with what one sync of the last plan makes.
+// TestChangesEndAsAFreshStart makes many random changes. The result must equal that of one sync
+// of the last plan.
 func TestChangesEndAsAFreshStart(t *testing.T) {
 	for _, family := range plan.Families {
 		for seed := range uint64(20) {
@@ -227,7 +227,7 @@ func TestChangesEndAsAFreshStart(t *testing.T) {
 				fresh := &model{t, map[kernel.ServerKey]*server{}, map[nft.ElementID]nft.Element{}}
 				anew := w.state()
 				step(t, anew, desired, slices.Collect(maps.Keys(desired.Services)), fresh)
-				if diff := cmp.Diff(fresh.inUse(), grown.inUse()); diff != "" {
+				if diff := cmp.Diff(fresh.reachable(), grown.reachable()); diff != "" {
 					t.Errorf("-fresh +grown:\n%s", diff)
 				}
 				compareStates(t, anew, st)
@@ -269,8 +269,7 @@ func compileBatch(t *testing.T, st *state, desired *plan.Plan, names []plan.Serv
 	return b
 }
 
-// compareStates compares what two states, which came to the same plan by
-// different ways, keep for it.
+// compareStates compares two states that came to the same plan on different ways.
 func compareStates(t *testing.T, want, got *state) {
 	t.Helper()
 	if want.elementCount != got.elementCount {
@@ -311,7 +310,7 @@ func compareStates(t *testing.T, want, got *state) {
 			}
 		}
 	}
-	// Each allocation is held by its record and by the servers under it, and no other.
+	// The record and each server under a mark hold its allocation, and nothing else does.
 	allocated := make(map[uint32]int)
 	for _, r := range got.records {
 		for _, mark := range r.allocated {
@@ -333,8 +332,8 @@ func compareStates(t *testing.T, want, got *state) {
 	}
 }
 
-// TestMarksStay checks that a change of endpoints keeps the marks: open
-// connections are under them.
+// TestMarksStay checks that a change of endpoints keeps the marks, because open connections
+// belong to them.
 func TestMarksStay(t *testing.T) {
 	w := world{plan.IPv4}
 	st := w.state()
@@ -356,7 +355,7 @@ func TestMarksStay(t *testing.T) {
 	}
 }
 
-// TestMarkPool checks that a range is in use for as long as a server is under it.
+// TestMarkPool checks that a range is in use while it has a server.
 func TestMarkPool(t *testing.T) {
 	p := newMarkPool()
 	first, err := p.ranges.Take()
@@ -384,8 +383,8 @@ func TestMarkPool(t *testing.T) {
 	}
 }
 
-// TestMarksPartWays checks that two Service ports which come by frontends of one
-// do not share its mark.
+// TestMarksPartWays checks that two Service ports which get the frontends of one do not share
+// its mark.
 func TestMarksPartWays(t *testing.T) {
 	w := world{plan.IPv4}
 	set := w.pods(1)

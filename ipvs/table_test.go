@@ -30,8 +30,7 @@ func inNamespace(tb testing.TB) {
 	tb.Cleanup(func() { ns.Close() })
 }
 
-// TestKernelTakesRules writes each chain by itself, so that a rule that the
-// kernel refuses is named.
+// TestKernelTakesRules writes each chain alone, so that the error names a refused one.
 func TestKernelTakesRules(t *testing.T) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
@@ -69,8 +68,7 @@ func routeSources(f plan.Family) []plan.RouteSource {
 	}
 }
 
-// TestListing compares what the kernel holds, as nft lists it, with what Render
-// prints.
+// TestListing compares the listing of nft with the text of Render.
 func TestListing(t *testing.T) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
@@ -96,7 +94,7 @@ func TestListing(t *testing.T) {
 					t.Errorf("-rendered +listed:\n%s", diff)
 				}
 			}
-			// Over a table that is there: the second time the map of clients stays.
+			// The second write keeps the map of clients.
 			for range 2 {
 				if err := p.writeTable(st, b); err != nil {
 					t.Fatal(err)
@@ -117,8 +115,8 @@ func TestListing(t *testing.T) {
 	}
 }
 
-// words sorts what is listed, for the kernel keeps elements in an order of its
-// own. Where there is no /etc/protocols, nft lists numbers.
+// words sorts the lines of a listing, because the kernel keeps elements in its own order.
+// Without /etc/protocols, nft lists numbers.
 func words(listing string) []string {
 	var lines []string
 	for line := range strings.Lines(strings.NewReplacer("elements = {", "\n", ",", "\n", " }", "\n",

@@ -16,7 +16,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestTuning checks what an operator can choose.
+// TestTuning checks the options.
 func TestTuning(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		desired := w.example()
@@ -65,9 +65,8 @@ func TestTuning(t *testing.T) {
 	})
 }
 
-// TestSchedulersAndWeights checks that what annotations say reaches the kernel,
-// a change of it alone too, and that a Service that asks for what the kernel has
-// not got is served all the same, like all others.
+// TestSchedulersAndWeights checks that annotations reach the kernel, also after a change. A
+// Service that asks for a missing scheduler is served like all others.
 func TestSchedulersAndWeights(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		web := func(scheduler string, weights ...uint16) *plan.ServicePort {
@@ -124,7 +123,7 @@ func TestSchedulersAndWeights(t *testing.T) {
 	})
 }
 
-// TestShares checks that connections are spread by weight.
+// TestShares checks that weights spread connections.
 func TestShares(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		own := w.addr("192.0.2.200", "2001:db8::200")

@@ -12,9 +12,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestAddedAddressesAreLocal checks with the kernel that what has settled is the
-// node's own: a connection to a port there at which nobody listens is refused,
-// and not unreachable.
+// TestAddedAddressesAreLocal checks that AwaitLocal is sufficient: the kernel refuses a
+// connection to a closed port of an added address.
 func TestAddedAddressesAreLocal(t *testing.T) {
 	for _, family := range plan.Families {
 		d := loopback(t, family)
@@ -51,8 +50,8 @@ func TestAddedAddressesAreLocal(t *testing.T) {
 	}
 }
 
-// TestSettlingIsNotQuadratic compares the processor time that it takes to ask
-// for an address of few and of many.
+// TestSettlingIsNotQuadratic compares the processor time of AwaitLocal on a device with few and
+// with many addresses.
 func TestSettlingIsNotQuadratic(t *testing.T) {
 	d := loopback(t, plan.IPv6)
 	addrs := world{plan.IPv6}.addresses(10_000)
@@ -78,7 +77,7 @@ func TestSettlingIsNotQuadratic(t *testing.T) {
 	}
 }
 
-// processorTime is what the calling thread, which the test has locked, has used.
+// processorTime is the processor time of the calling thread, which the test has locked.
 func processorTime(t *testing.T) time.Duration {
 	var used unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_THREAD, &used); err != nil {

@@ -14,8 +14,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// loopback is the device lo of a network namespace of its own in the place of
-// the mode's, which not every kernel can make.
+// loopback is a Device with lo of a new network namespace. Not every kernel has dummy devices.
 func loopback(t *testing.T, family plan.Family) *Device {
 	t.Helper()
 	inNamespace(t)
@@ -33,8 +32,8 @@ func loopback(t *testing.T, family plan.Family) *Device {
 	return d
 }
 
-// TestManyAddresses adds and removes more addresses than are on their way at a
-// time, some of which are there already, or not.
+// TestManyAddresses adds and removes more addresses than a window has. Some exist already, or
+// do not exist.
 func TestManyAddresses(t *testing.T) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
@@ -67,8 +66,8 @@ func TestManyAddresses(t *testing.T) {
 	}
 }
 
-// TestRefusalIsItsRequests checks that a refusal is told of the request that it
-// is to, and that after it no more than the rest of the window is sent.
+// TestRefusalIsItsRequests checks that a refusal reaches the callback of its request, and that
+// send stops after the window.
 func TestRefusalIsItsRequests(t *testing.T) {
 	w := world{plan.IPv4}
 	d := loopback(t, w.family)
@@ -92,8 +91,8 @@ func TestRefusalIsItsRequests(t *testing.T) {
 	}
 }
 
-// TestLostAnswers checks that answers for which there is no room are noticed,
-// and that what comes after is not mistaken for them.
+// TestLostAnswers checks that lost answers cause an error, and that later answers are not
+// mistaken for them.
 func TestLostAnswers(t *testing.T) {
 	w := world{plan.IPv4}
 	d := loopback(t, w.family)
@@ -116,7 +115,7 @@ func TestLostAnswers(t *testing.T) {
 	}
 }
 
-// TestEncoding compares requests with what <linux/ip_vs.h> asks for.
+// TestEncoding compares requests with <linux/ip_vs.h>.
 func TestEncoding(t *testing.T) {
 	w := world{plan.IPv4}
 	key := ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.SCTP}
@@ -162,8 +161,7 @@ func TestEncoding(t *testing.T) {
 	}
 }
 
-// TestNoConnection checks that a pipe which cannot be opened again says so, and
-// works when it can.
+// TestNoConnection checks that a pipe that cannot be opened returns an error, and works later.
 func TestNoConnection(t *testing.T) {
 	w := world{plan.IPv4}
 	d := loopback(t, w.family)
@@ -181,8 +179,8 @@ func TestNoConnection(t *testing.T) {
 	}
 }
 
-// TestPipeNeedsNoCapability opens one as a container without CAP_SYS_ADMIN does,
-// where other modes look for what IPVS has left.
+// TestPipeNeedsNoCapability opens a pipe without CAP_SYS_ADMIN, as in a container. Other modes
+// do so to look for virtual servers.
 func TestPipeNeedsNoCapability(t *testing.T) {
 	opened := make(chan error)
 	go func() {

@@ -14,8 +14,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// lockSysctls makes /proc/sys read-only to the test, as it is in a container
-// without all privileges, and returns what ends that.
+// lockSysctls makes /proc/sys read-only for the test, as in an unprivileged container. unlock
+// ends that.
 func lockSysctls(t *testing.T) (unlock func()) {
 	t.Helper()
 	const path = "/proc/sys"
@@ -31,11 +31,11 @@ func lockSysctls(t *testing.T) (unlock func()) {
 	return func() { must(unix.Unmount(path, unix.MNT_DETACH)) }
 }
 
-// TestServesWithoutSettings checks that a kernel setting that cannot be made is
-// told of, until it is made, and costs nothing that needs it not.
+// TestServesWithoutSettings checks that a kernel setting that cannot be made is reported, and
+// that Services are served.
 func TestServesWithoutSettings(t *testing.T) {
 	const name = "net/ipv4/ip_forward"
-	k := play(t)
+	k := newFakeIPVS(t)
 	p := k.proxier(t, time.Now)
 	if p := node.SetSysctl(name, "0", ""); p != nil {
 		t.Fatal(p)

@@ -10,11 +10,10 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestPauseEndsNothing checks that a process which another one has taken over
-// from removes nothing that the other has in use again, and that it finds the
-// other's marks when it serves again.
+// TestPauseEndsNothing checks that a paused process removes nothing that its successor uses,
+// and that it finds the marks of its successor when it serves again.
 func TestPauseEndsNothing(t *testing.T) {
-	k, w := play(t), world{plan.IPv4}
+	k, w := newFakeIPVS(t), world{plan.IPv4}
 	old, next := k.proxier(t, time.Now), k.proxier(t, time.Now)
 	key := kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.TCP}
 	dest := w.pods(1).Endpoints[0].AddrPort
