@@ -3,9 +3,9 @@ package ipvs
 import (
 	"encoding/json"
 	"net/netip"
-	"os/exec"
 	"testing"
 
+	"signalbox/internal/nstest"
 	"signalbox/ipvs/internal/kernel"
 
 	"github.com/google/go-cmp/cmp"
@@ -94,16 +94,13 @@ func heldAddrs(t *testing.T, family plan.Family) (held []netip.Addr) {
 func elements(t *testing.T, p *Proxier) (n int) {
 	t.Helper()
 	word := map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[p.Family]
-	out, err := exec.Command("nft", "-j", "list", "table", word, tableName).Output()
-	if err != nil {
-		t.Fatal(err)
-	}
+	out := nstest.NFT(t, "", "-j", "list", "table", word, tableName)
 	type set struct {
 		Name string
 		Elem []json.RawMessage
 	}
 	var listing struct{ Nftables []struct{ Set, Map *set } }
-	if err := json.Unmarshal(out, &listing); err != nil {
+	if err := json.Unmarshal([]byte(out), &listing); err != nil {
 		t.Fatal(err)
 	}
 	for _, object := range listing.Nftables {

@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/nstest"
 	"signalbox/ipvs/internal/kernel"
 
 	"github.com/vishvananda/netlink"
@@ -84,7 +85,7 @@ func (k *fakeIPVS) has(key kernel.ServerKey, d netip.AddrPort) bool {
 // which not every kernel has.
 func newFakeIPVS(t *testing.T) *fakeIPVS {
 	t.Helper()
-	inNamespace(t)
+	nstest.Enter(t)
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = kernel.DeviceName
 	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -16,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/nstest"
 	"signalbox/ipvs/internal/kernel"
 
 	"github.com/google/go-cmp/cmp"
@@ -33,7 +33,7 @@ import (
 func eachFamily(t *testing.T, test func(t *testing.T, w world)) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
-			inNamespace(t)
+			nstest.Enter(t)
 			if err := (Dataplane{}).Supported(family); err != nil {
 				if os.Getenv("SIGNALBOX_VM_RELEASE") != "" {
 					t.Fatal(err)
@@ -230,8 +230,8 @@ func TestOthersStay(t *testing.T) {
 			t.Errorf("%s is left after the cleanup", kernel.DeviceName)
 		}
 		word := map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[w.family]
-		if out, err := exec.Command("nft", "list", "tables", word).CombinedOutput(); err != nil || strings.Contains(string(out), tableName) {
-			t.Errorf("tables after the cleanup: %s (%v)", out, err)
+		if out := nstest.NFT(t, "", "list", "tables", word); strings.Contains(out, tableName) {
+			t.Errorf("tables after the cleanup: %s", out)
 		}
 	})
 }

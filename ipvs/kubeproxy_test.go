@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"signalbox/internal/nstest"
 	"signalbox/ipvs/internal/kernel"
 
 	"github.com/google/go-cmp/cmp"
@@ -81,7 +82,7 @@ func TestSetNames(t *testing.T) {
 
 // kube-proxy's ipsets of the family are removed, and others stay.
 func TestKubeProxySets(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	hasIPSet(t)
 	save := func() []netlink.IPSetResult {
 		all, err := netlink.IpsetListAll()

@@ -24,7 +24,7 @@ func lockSysctls(t *testing.T) (unlock func()) {
 			t.Fatal(err)
 		}
 	}
-	must(unix.Unshare(unix.CLONE_NEWNS)) // the thread, which inNamespace has locked, ends with the test
+	must(unix.Unshare(unix.CLONE_NEWNS)) // the thread, which nstest.Enter has locked, ends with the test
 	must(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	must(unix.Mount(path, path, "", unix.MS_BIND, ""))
 	must(unix.Mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""))

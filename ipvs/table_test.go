@@ -1,40 +1,26 @@
 package ipvs
 
 import (
-	"os/exec"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"signalbox/internal/nstest"
 	"signalbox/nft/access"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/vishvananda/netns"
 
 	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
-// inNamespace moves the test to a network namespace of its own until it ends.
-// The thread is not unlocked: it ends with the test's goroutine.
-func inNamespace(tb testing.TB) {
-	tb.Helper()
-	runtime.LockOSThread()
-	ns, err := netns.New()
-	if err != nil {
-		tb.Fatalf("new network namespace (this test needs root): %v", err)
-	}
-	tb.Cleanup(func() { ns.Close() })
-}
-
 // TestKernelTakesRules writes each chain alone, so that the error names a refused one.
 func TestKernelTakesRules(t *testing.T) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
-			inNamespace(t)
+			nstest.Enter(t)
 			f := nft.FamilyOf(family)
 			table, err := nft.Open(f, tableName, newSets())
 			if err != nil {
@@ -72,7 +58,7 @@ func routeSources(f plan.Family) []plan.RouteSource {
 func TestListing(t *testing.T) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
-			inNamespace(t)
+			nstest.Enter(t)
 			desired := world{family}.example()
 			f := nft.FamilyOf(family)
 			table, err := nft.Open(f, tableName, newSets())
@@ -85,12 +71,9 @@ func TestListing(t *testing.T) {
 			b := compileBatch(t, st, desired, sortedNames(desired))
 			b.all = true
 			compare := func(t *testing.T) {
-				out, err := exec.Command("nft", "list", "table", f.Word, tableName).CombinedOutput()
-				if err != nil {
-					t.Fatalf("nft: %v\n%s", err, out)
-				}
+				out := nstest.NFT(t, "", "list", "table", f.Word, tableName)
 				_, want, _ := strings.Cut(render(t, family, desired), "# nft -f\n")
-				if diff := cmp.Diff(words(want), words(string(out))); diff != "" {
+				if diff := cmp.Diff(words(want), words(out)); diff != "" {
 					t.Errorf("-rendered +listed:\n%s", diff)
 				}
 			}

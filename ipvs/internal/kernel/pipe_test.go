@@ -11,13 +11,14 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
 
 // loopback is a Device with lo of a new network namespace. Not every kernel has dummy devices.
 func loopback(t *testing.T, family plan.Family) *Device {
 	t.Helper()
-	inNamespace(t)
+	nstest.Enter(t)
 	d, err := OpenDevice(family)
 	if err != nil {
 		t.Fatal(err)

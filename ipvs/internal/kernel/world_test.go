@@ -3,25 +3,9 @@ package kernel
 import (
 	"fmt"
 	"net/netip"
-	"runtime"
-	"testing"
-
-	"github.com/vishvananda/netns"
 
 	"signalbox/proxier/plan"
 )
-
-// inNamespace moves the test to a network namespace of its own until it ends.
-// The thread is not unlocked: it ends with the test's goroutine.
-func inNamespace(tb testing.TB) {
-	tb.Helper()
-	runtime.LockOSThread()
-	ns, err := netns.New()
-	if err != nil {
-		tb.Fatalf("new network namespace (this test needs root): %v", err)
-	}
-	tb.Cleanup(func() { ns.Close() })
-}
 
 // world has addresses of one family.
 type world struct{ family plan.Family }
