@@ -20,8 +20,8 @@ import (
 	"signalbox/proxier/syncer"
 )
 
-// tell gives a loop Services of ten endpoints each, as a source does that has
-// them in its cache.
+// send applies Services of ten endpoints each, as a source does that has them in its
+// cache.
 func send(l *syncer.Loop, services int) {
 	port, protocol := int32(8080), corev1.ProtocolTCP
 	for i := range services {

@@ -173,8 +173,8 @@ func (k FrontendKind) String() string {
 	return fmt.Sprintf("frontend-kind-%d", uint8(k))
 }
 
-// Verdict says what happens to a new connection for which the endpoint set
-// chosen by its origin is empty.
+// Verdict says what happens to a new connection if the endpoint set for its traffic
+// source is empty.
 type Verdict uint8
 
 const (
@@ -242,10 +242,10 @@ type Frontend struct {
 	// those FromOutside go. Both are always set and are the same pointer
 	// unless the external traffic policy tells them apart.
 	Internal, External *EndpointSet
-	// WhenEmpty applies where the set chosen by the origin is empty.
+	// WhenEmpty applies if the set for the traffic source is empty.
 	WhenEmpty Verdict
-	// Masquerade is the set of origins whose source address is rewritten to
-	// the node's. A hairpin connection (source address equal to the chosen
+	// Masquerade has the traffic sources whose source address is rewritten to the
+	// node's. A hairpin connection (source address equal to the chosen
 	// endpoint's) is always rewritten, whatever this says.
 	Masquerade TrafficSources
 	// Sources, where not nil, are the only source addresses that may use this
@@ -271,20 +271,20 @@ type ServicePort struct {
 	// Frontends in the order cluster IP, external IPs, load-balancer IPs,
 	// node port.
 	Frontends []Frontend
-	// Serving holds every endpoint that still answers, whatever policy,
-	// topology or termination say: the flows to these must not be cut.
+	// Usable holds every endpoint that still answers, whatever policy, topology or
+	// termination say. Flows to these must not be cut.
 	Usable *EndpointSet
-	// HealthCheckNodePort is the TCP port on which a load balancer asks
-	// whether this node has local endpoints; 0 for none. One port of a Service
-	// carries it for the whole of the Service.
+	// HealthCheckNodePort is the TCP port on which a load balancer asks whether
+	// this node has local endpoints; 0 for none. One Service port has it for the
+	// whole Service.
 	HealthCheckNodePort uint16
-	// Scheduler is the kernel's name of what chooses among endpoints, in a
-	// mode that has schedulers; "" for the mode's own.
-	Scheduler string
-	// LocalEndpoints is what it is told there: the number of addresses of ready
-	// endpoints on this node, over all ports of the Service. 0 without a
+	// LocalEndpoints is the answer on HealthCheckNodePort: the number of addresses
+	// of ready endpoints on this node, over all ports of the Service. 0 without a
 	// HealthCheckNodePort.
 	LocalEndpoints int
+	// Scheduler is the kernel's name of the scheduler, in a mode that has
+	// schedulers; "" for the mode's default.
+	Scheduler string
 }
 
 // LocalPods tells connections of this node's Pods from others. The zero value
@@ -392,8 +392,8 @@ func (c Change) Empty() bool { return !c.All && !c.Node && len(c.Services) == 0 
 type FlowOwner struct {
 	// Frontends are of protocol UDP.
 	Frontends []FrontendKey
-	// Serving is empty where the Service has nobody left, and for frontends
-	// that a Service had and nobody has taken over.
+	// Usable is empty if the Service has no endpoint left, and for frontends that
+	// no Service has any more.
 	Usable *EndpointSet
 }
 
@@ -409,8 +409,8 @@ func (p *ServicePort) Keys() []FrontendKey {
 	return keys
 }
 
-// HealthCheck is what a load balancer that asks this node about a Service is
-// to be told (spec.healthCheckNodePort).
+// HealthCheck is the answer to a load balancer that asks this node about a Service
+// (spec.healthCheckNodePort).
 type HealthCheck struct {
 	// Port is the TCP port on which it asks.
 	Port uint16
@@ -419,7 +419,7 @@ type HealthCheck struct {
 	LocalEndpoints int
 }
 
-// NoEndpoints is every empty set, so that emptiness never tells two apart.
+// NoEndpoints is the only empty set, so that two empty sets have one pointer.
 var NoEndpoints = &EndpointSet{}
 
 // AnyContains says whether one of the prefixes holds an address.

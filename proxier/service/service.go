@@ -14,11 +14,10 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// service is what a Service object says, checked and in a form that is small
-// to hold and cheap to compare.
+// svc is a checked Service object, in a form that is small and cheap to compare.
 type svc struct {
 	name                plan.ServiceName
-	created             int64 // Unix seconds, 0 where unknown: decides who has a frontend that two claim
+	created             int64 // Unix seconds, 0 where unknown: decides who owns a frontend that two request
 	clusterIPs          []netip.Addr
 	externalIPs         []netip.Addr
 	loadBalancerIPs     []netip.Addr

@@ -7,22 +7,22 @@ import (
 )
 
 const (
-	// smallService is up to how many changed entries a Service is written
-	// together with other Services.
+	// smallService is the largest number of changed entries with which a Service is
+	// written together with other Services.
 	smallService = 512
 	// sliceEntries is how many entries of a larger Service are written at once.
 	// The slowest mode takes some tenths of a second for them.
 	sliceEntries = 4096
 )
 
-// backlog holds the changes that are due, by how they are written. Changes that
-// a search holds are not among them.
+// backlog has the changes that are due, by the way they are written. Suspects of a
+// search are not in it.
 type backlog struct {
 	// small are the changes of small Services. One sync writes all of them,
 	// before anything else.
 	small []plan.ServicePortName
 	// slices are changes of large Services, and changes of quarantined Services
-	// that the kernel never refused. A slice is of one Service, but for links.
+	// that the kernel never refused. A slice has one Service and what is linked to it.
 	slices [][]plan.ServicePortName
 	// altered are quarantined Service ports that have changed since the kernel
 	// refused them.
@@ -31,8 +31,8 @@ type backlog struct {
 
 func (b *backlog) empty() bool { return len(b.small)+len(b.slices)+len(b.altered) == 0 }
 
-// lane is how a Service port is written. Linked Service ports go by the highest
-// of their lanes.
+// lane is the way in which a Service port is written. Linked Service ports use the
+// highest of their lanes.
 type lane uint8
 
 const (
@@ -43,7 +43,7 @@ const (
 	laneAltered
 )
 
-// backlog sorts what changed.
+// backlog sorts the changes.
 func (f *familyLoop) backlog() (b backlog) {
 	names := f.changed()
 	entries := map[plan.ServiceName]int{}
@@ -85,8 +85,8 @@ func (f *familyLoop) lanes(names []plan.ServicePortName, entries map[plan.Servic
 	return lanes
 }
 
-// sort puts linked Service ports into one lane. Those that wait for a refused
-// one make it another change than the one that was refused.
+// sort puts linked Service ports into one lane. A quarantined Service port with a new
+// link is another change than the one that the kernel refused.
 func (f *familyLoop) sort(names []plan.ServicePortName, lanes []lane, entries map[plan.ServiceName]int) (b backlog) {
 	of := make(map[plan.ServicePortName]lane, len(names))
 	for i, name := range names {
@@ -112,7 +112,7 @@ func (f *familyLoop) sort(names []plan.ServicePortName, lanes []lane, entries ma
 	return b
 }
 
-// pack joins neighbours of one Service to slices.
+// pack joins successive parts of one Service into slices.
 func (f *familyLoop) pack(parts [][]plan.ServicePortName) (packed [][]plan.ServicePortName) {
 	room := 0
 	for _, part := range parts {
@@ -128,7 +128,7 @@ func (f *familyLoop) pack(parts [][]plan.ServicePortName) (packed [][]plan.Servi
 	return packed
 }
 
-// entries is how much a mode has to write for changed Service ports.
+// entries is the number of entries that a mode writes for changed Service ports.
 func (f *familyLoop) entries(names ...plan.ServicePortName) (n int) {
 	for _, name := range names {
 		n += max(1, entriesOf(f.planner.changed[name]), entriesOf(f.planner.plan.Services[name]))
@@ -136,8 +136,8 @@ func (f *familyLoop) entries(names ...plan.ServicePortName) (n int) {
 	return n
 }
 
-// entriesOf is how much a mode has to write for a Service port: its frontends,
-// their source ranges and its endpoints.
+// entriesOf counts the frontends of a Service port, their source ranges and its
+// endpoints.
 func entriesOf(p *plan.ServicePort) int {
 	if p == nil {
 		return 0
@@ -153,8 +153,7 @@ func entriesOf(p *plan.ServicePort) int {
 // the root of its set.
 type links map[plan.ServicePortName]plan.ServicePortName
 
-// newLinks joins the changed Service ports between which a frontend changes
-// hands.
+// newLinks joins the changed Service ports between which a frontend moves.
 func newLinks(p *planner) links {
 	l := links{}
 	for name, was := range p.changed {
@@ -162,9 +161,9 @@ func newLinks(p *planner) links {
 			continue
 		}
 		for i := range was.Frontends {
-			heir := p.owners.owners[was.Frontends[i].Key(name.Protocol)].by
-			if _, changed := p.changed[heir]; changed && heir != name {
-				l.join(name, heir)
+			newOwner := p.ownership.owners[was.Frontends[i].Key(name.Protocol)].by
+			if _, changed := p.changed[newOwner]; changed && newOwner != name {
+				l.join(name, newOwner)
 			}
 		}
 	}
@@ -220,8 +219,8 @@ func (l links) services(names []plan.ServicePortName) [][]plan.ServicePortName {
 	return joined.parts(names)
 }
 
-// close adds to names the changed Service ports that are joined to them.
-func (l links) close(p *planner, names []plan.ServicePortName) []plan.ServicePortName {
+// addLinked adds to names the changed Service ports that are joined to them.
+func (l links) addLinked(p *planner, names []plan.ServicePortName) []plan.ServicePortName {
 	if len(l) == 0 {
 		return names
 	}

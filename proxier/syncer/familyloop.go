@@ -14,9 +14,9 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// familyLoop brings one family's kernel state to its plan. What fails stays
-// due. A Service that the kernel refuses is quarantined; finding it takes turns,
-// and each turn writes the other changes first.
+// familyLoop writes one family's plan into the kernel. What fails is tried again. A
+// Service that the kernel refuses is quarantined. The search for it takes several
+// turns, and each turn writes the other changes first.
 type familyLoop struct {
 	family  plan.Family
 	proxier proxier.Proxier
@@ -25,12 +25,12 @@ type familyLoop struct {
 	log     *slog.Logger
 
 	all bool // the kernel's state is unknown
-	// allFailed counts the tries in a row to write everything that failed.
+	// allFailed counts how often in a row writing everything failed.
 	allFailed int
 	// suspects are groups of changes that failed together; the last is next.
 	suspects [][]plan.ServicePortName
-	// proven says that the kernel took something since the search began: its
-	// state is not to blame for a failure.
+	// kernelAccepts says that the kernel accepted a change since the search began,
+	// so its state is not the cause of a failure.
 	kernelAccepts bool
 	failedAlone   int       // suspects that failed alone since the search began
 	rewrittenAt   time.Time // when everything was last written anew to find out
@@ -38,43 +38,42 @@ type familyLoop struct {
 	retryAt time.Time // zero: nothing is due
 	backoff time.Duration
 
-	// said is what the mode last said of Service ports, says what the modes of
-	// all families do. See Reporter.
+	// problemOf has what the mode last reported about each Service port. problems
+	// counts the reports of all families.
 	problemOf map[plan.ServicePortName]plan.Problem
 	problems  problemCounts
 
-	written  bool // everything was written at least once
-	asked    bool // all is set because the Loop was asked to, not after a failure
+	written  bool // everything was written once or more
+	asked    bool // all is set on request, not after a failure
 	repaired bool // in this sync; see SyncReport
 	wroteAll bool // in this sync, or it was tried
-	more     bool // after this sync the next one is due at once
+	more     bool // the next sync is due at once
 	current  bool // see SyncReport
-	// since is when the oldest update came in that is not in the kernel;
-	// triggers are what the slices among them tell.
+	// since is the time of the oldest update that is not in the kernel. triggers
+	// are the trigger times of the EndpointSlices among these updates.
 	since    time.Time
 	triggers []time.Time
 }
 
 const (
 	firstRetry = 100 * time.Millisecond
-	// patience is how often writing everything may fail before Services are
-	// looked at for the reason. The kernel goes on with what it has in the
-	// meantime, and a lock that somebody holds for a moment costs no Service.
+	// maxFullSyncFailures is how often writing everything may fail before the
+	// search for a Service begins. Until then the kernel keeps what it has, and
+	// a lock that another program holds for a moment costs no Service.
 	maxFullSyncFailures = 3
 )
 
-func newFamilyLoop(family plan.Family, p proxier.Proxier, opts *LoopOptions, says problemCounts, quarantined map[plan.ServiceName]int) *familyLoop {
+func newFamilyLoop(family plan.Family, p proxier.Proxier, opts *LoopOptions, problems problemCounts, quarantined map[plan.ServiceName]int) *familyLoop {
 	return &familyLoop{
 		family: family, proxier: p, planner: newPlanner(family), opts: opts,
 		log: opts.Logger.With("family", family.String()),
-		all: true, quarantine: newQuarantine(quarantined), problemOf: map[plan.ServicePortName]plan.Problem{}, problems: says,
+		all: true, quarantine: newQuarantine(quarantined), problemOf: map[plan.ServicePortName]plan.Problem{}, problems: problems,
 	}
 }
 
-// sync takes one turn: it writes what changed, what failed before and is due,
-// or everything, and says whether there was anything to write. Unless it is
-// urgent, a family whose kernel state is unknown waits for its next try however
-// much changes in between.
+// sync runs one turn: it writes the changes and the retries that are due, or
+// everything. It says whether there was anything to write. Unless it is urgent, a
+// family whose kernel state is unknown waits for its next try, however much changes.
 func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 	due := urgent || f.retryAt.IsZero() || !time.Now().Before(f.retryAt)
 	if f.all && !due {
@@ -85,8 +84,8 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 	retry := due && len(f.quarantinedPorts) > 0
 	if !f.all && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
 		f.schedule(due, false)
-		f.since, f.triggers = time.Time{}, nil // these changed nothing that counts
-		f.lookAtRest()
+		f.since, f.triggers = time.Time{}, nil // these events changed nothing in the plan
+		f.checkBacklog()
 		return false, nil
 	}
 	report := SyncReport{Family: f.family, Services: f.count(b)}
@@ -100,7 +99,7 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 	return true, err
 }
 
-// count is how many Service ports a turn is about.
+// count returns the number of Service ports in a turn.
 func (f *familyLoop) count(b backlog) int {
 	n := len(b.small)
 	for _, groups := range [][][]plan.ServicePortName{b.slices, b.altered, f.suspects} {
@@ -111,9 +110,8 @@ func (f *familyLoop) count(b backlog) int {
 	return n
 }
 
-// turn writes everything where that is due, then the small changes together,
-// then some of the rest. The order matters: nobody waits for a search or for a
-// large Service.
+// turn writes everything if that is due, then the small changes together, then a part
+// of the rest. In this order nobody waits for a search or for a large Service.
 func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error {
 	f.wroteAll, f.searchesPorts = false, false
 	if len(f.suspects) == 0 {
@@ -140,7 +138,7 @@ func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error
 	if retry || f.searchesPorts {
 		progress = f.retry(ctx, a)
 	}
-	err := f.takeFailures()
+	err := f.drainFailures()
 	if f.all && ctx.Err() == nil { // the other Services need a known state
 		err = errors.Join(err, f.writeAll(ctx))
 	}
@@ -151,8 +149,8 @@ func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error
 	return err
 }
 
-// schedule decides when what is left is tried again. Other Services' successes
-// and failures do not put a retry off.
+// schedule sets the time of the next retry. Successes and failures of other Services
+// do not delay it.
 func (f *familyLoop) schedule(due, progress bool) {
 	now := time.Now()
 	switch {
@@ -168,8 +166,8 @@ func (f *familyLoop) schedule(due, progress bool) {
 	}
 }
 
-// rest looks at what a sync has left.
-func (f *familyLoop) lookAtRest() {
+// checkBacklog finds out whether changes wait after a sync.
+func (f *familyLoop) checkBacklog() {
 	b := f.backlog()
 	waits := f.planner.node || len(f.suspects)+len(b.small)+len(b.altered) > 0
 	f.current = !f.all && !waits
@@ -185,7 +183,7 @@ func (f *familyLoop) writeSmall(ctx context.Context, names []plan.ServicePortNam
 	err := f.try(ctx, p.plan, plan.Change{Node: p.node, Services: names})
 	if err == nil {
 		p.node, f.kernelAccepts = false, true
-		f.done(names)
+		f.commit(names)
 		return nil
 	}
 	if ctx.Err() != nil {
@@ -204,19 +202,18 @@ func (f *familyLoop) writeSmall(ctx context.Context, names []plan.ServicePortNam
 	return nil
 }
 
-// writeAll writes the whole plan but for quarantined and suspect Service ports,
-// which stay what the kernel last took of them. After some failures it writes
-// only what the kernel took before. Where the kernel refuses even that, this is
-// no Service at all: whatever the kernel still had goes, and each Service that
-// can be served comes back at once.
+// writeAll writes the whole plan. Quarantined and suspect Service ports keep the form
+// that the kernel last accepted. After some failures it writes only what the kernel
+// accepted before. If the kernel refuses even that, it writes a plan without Services,
+// and the next turns add each Service that the kernel accepts.
 func (f *familyLoop) writeAll(ctx context.Context) error {
 	p := f.planner
 	names := f.unsuspected()
 	f.wroteAll = true
 	err := f.try(ctx, p.asWritten(names), plan.Change{All: true})
 	if err == nil {
-		f.tookAll()
-		f.done(names)
+		f.acceptedAll()
+		f.commit(names)
 		return nil
 	}
 	f.allFailed++
@@ -230,15 +227,15 @@ func (f *familyLoop) writeAll(ctx context.Context) error {
 	if err := f.try(ctx, p.asWritten(nil), plan.Change{All: true}); err != nil {
 		return f.failed(ctx, err)
 	}
-	f.tookAll()
+	f.acceptedAll()
 	return nil
 }
 
-func (f *familyLoop) tookAll() {
+func (f *familyLoop) acceptedAll() {
 	f.planner.node, f.allFailed, f.kernelAccepts = false, 0, true
 }
 
-// unsuspected returns the changes that neither failed nor were refused, sorted.
+// unsuspected returns the changes that are neither suspect nor quarantined, sorted.
 func (f *familyLoop) unsuspected() []plan.ServicePortName {
 	names := f.changed()
 	if len(f.suspects)+len(f.quarantinedPorts) == 0 {
@@ -246,17 +243,17 @@ func (f *familyLoop) unsuspected() []plan.ServicePortName {
 	}
 	out := map[plan.ServicePortName]struct{}{}
 	for _, group := range f.suspects {
-		for _, name := range f.closed(group) {
+		for _, name := range f.withLinked(group) {
 			out[name] = struct{}{}
 		}
 	}
-	for _, name := range f.closed(slices.Collect(maps.Keys(f.quarantinedPorts))) {
+	for _, name := range f.withLinked(slices.Collect(maps.Keys(f.quarantinedPorts))) {
 		out[name] = struct{}{}
 	}
 	return slices.DeleteFunc(names, func(name plan.ServicePortName) bool { _, left := out[name]; return left })
 }
 
-// try runs one Sync; a panic in a mode costs that sync, not the daemon.
+// try runs one Sync. A panic in a mode ends that sync, not the daemon.
 func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Change) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
@@ -284,11 +281,11 @@ func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Chang
 	return nil
 }
 
-// slowSync is after how long a sync is worth a line in the log.
+// slowSync is the time after which the log reports that a sync still runs.
 const slowSync = 10 * time.Second
 
-// done notes what is in the kernel now.
-func (f *familyLoop) done(names []plan.ServicePortName) {
+// commit records that the kernel has these Service ports as planned.
+func (f *familyLoop) commit(names []plan.ServicePortName) {
 	owners := f.planner.flowOwners(names)
 	f.planner.markWritten(names)
 	for _, name := range names {
@@ -299,15 +296,14 @@ func (f *familyLoop) done(names []plan.ServicePortName) {
 	}
 }
 
-// changed returns every Service port that is not in the kernel as planned,
-// sorted.
+// changed returns the Service ports whose planned form is not in the kernel, sorted.
 func (f *familyLoop) changed() []plan.ServicePortName {
 	return slices.SortedFunc(maps.Keys(f.planner.changed), plan.ServicePortName.Compare)
 }
 
 func (f *familyLoop) failed(ctx context.Context, err error) error {
 	err = fmt.Errorf("sync of %s: %w", f.family, err)
-	if ctx.Err() == nil { // else it was told to stop
+	if ctx.Err() == nil { // otherwise the daemon is stopping
 		f.log.Error("sync failed", "error", err, "everythingIsWrittenAnew", f.all)
 	}
 	return err

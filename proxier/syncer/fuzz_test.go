@@ -341,7 +341,7 @@ func touches(l *Loop, family plan.Family, name plan.ServicePortName, bad []strin
 		if f.family != family {
 			continue
 		}
-		together := f.closed([]plan.ServicePortName{name})
+		together := f.withLinked([]plan.ServicePortName{name})
 		return slices.ContainsFunc(together, func(n plan.ServicePortName) bool { return slices.Contains(bad, n.Name) })
 	}
 	return false

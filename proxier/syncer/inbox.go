@@ -12,20 +12,20 @@ import (
 	"signalbox/proxier/service"
 )
 
-// inbox is the side of a Loop that other goroutines see: what they told it,
-// until it is taken.
+// inbox is the part of a Loop that other goroutines may use. It queues their events
+// until a sync reads them.
 type inbox struct {
-	wake chan struct{} // holds one token while there is something to take
+	wake chan struct{} // holds one token while events wait
 
 	mu     sync.Mutex // guards what follows
 	events []event
 	addrs  []netip.Addr
 	routes []plan.RouteSource
-	moved  bool // addrs or routes changed since they were last taken
+	moved  bool // addrs or routes changed since the last sync read them
 	resync bool
 	synced bool
-	// progress has nothing wait before synced: until then there is nothing to
-	// do.
+	// progress counts no event as waiting before synced, because no sync runs
+	// until then.
 	progress progress
 }
 
@@ -49,8 +49,7 @@ func (b *inbox) Synced() {
 	b.wakeUp()
 }
 
-// SetLocalAddrs tells the addresses that the node's interfaces have, of both
-// families.
+// SetLocalAddrs sets the addresses of the node's interfaces, of both families.
 func (b *inbox) SetLocalAddrs(addrs []netip.Addr) {
 	b.mu.Lock()
 	if !slices.Equal(b.addrs, addrs) {
@@ -61,7 +60,7 @@ func (b *inbox) SetLocalAddrs(addrs []netip.Addr) {
 	b.wakeUp()
 }
 
-// SetRouteSources tells the sources that the node's routes name, of both families.
+// SetRouteSources sets the source addresses in the node's routes, of both families.
 func (b *inbox) SetRouteSources(sources []plan.RouteSource) {
 	b.mu.Lock()
 	if !slices.Equal(b.routes, sources) {
@@ -72,15 +71,15 @@ func (b *inbox) SetRouteSources(sources []plan.RouteSource) {
 	b.wakeUp()
 }
 
-// LocalAddrs returns what SetLocalAddrs was last told.
+// LocalAddrs returns the addresses of the last SetLocalAddrs.
 func (b *inbox) LocalAddrs() []netip.Addr {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return slices.Clone(b.addrs)
 }
 
-// Resync has everything written anew: somebody else may have changed what is
-// in the kernel.
+// Resync requests that everything is written anew, because another program may have
+// changed the kernel's state.
 func (b *inbox) Resync() {
 	b.mu.Lock()
 	b.resync = true
@@ -116,15 +115,15 @@ func (b *inbox) finish(held service.ObjectCounts, done []plan.Family) {
 	b.progress.finish(held, done)
 }
 
-// resume notes that a family's Proxier goes on with what its last sync has left.
-// Each sync of slices is progress: only one that hangs keeps the family pending.
+// resume records that a family's Proxier continues with the rest of its last sync.
+// Each sync of slices is progress, so only one that hangs keeps the family pending.
 func (b *inbox) resume(family plan.Family) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.progress.pending[family] = earliest(b.progress.pending[family], time.Now())
 }
 
-// delivery is what an inbox held.
+// batch is what an inbox had queued.
 type batch struct {
 	events []event
 	addrs  []netip.Addr
@@ -132,13 +131,13 @@ type batch struct {
 	moved  bool
 	resync bool
 	synced bool
-	since  time.Time // when the oldest of it came in; zero for nothing
+	since  time.Time // time of the oldest event; zero for none
 }
 
 func (b *inbox) drain() batch {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	d := batch{b.events, b.addrs, b.routes, b.moved, b.resync, b.synced, b.progress.take()}
+	d := batch{b.events, b.addrs, b.routes, b.moved, b.resync, b.synced, b.progress.startSync()}
 	b.events, b.moved, b.resync = nil, false, false
 	return d
 }

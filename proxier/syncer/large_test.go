@@ -176,7 +176,7 @@ func TestLargeServicesThatAreServed(t *testing.T) {
 	}
 }
 
-// Two large Services claim the same addresses: that is a few lines and not one
+// Two large Services request the same addresses: that is a few lines and not one
 // for each frontend.
 func TestConflictsOfLargeServicesAreToldBriefly(t *testing.T) {
 	b := newRig(t)

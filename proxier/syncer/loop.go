@@ -39,13 +39,13 @@ type LoopOptions struct {
 	RetryPeriod time.Duration
 	// Logger is slog.Default() when nil.
 	Logger *slog.Logger
-	// Report is told what in an object cannot be served; by default it is
+	// Report gets each part of an object that cannot be served. By default it is
 	// logged as a warning.
 	Report func(plan.Problem)
-	// Synced is told of every Sync; may be nil.
+	// Synced gets the report of every Sync; it may be nil.
 	Synced func(SyncReport)
-	// NodeMissing is told when, with a source that has synced, a Node object named
-	// NodeName begins or ceases to be missing, and the sorted names of other Node
+	// NodeMissing is called when the Node object of NodeName begins or ceases to be
+	// missing after the source has synced. It gets the sorted names of other Node
 	// objects. It may be nil.
 	NodeMissing func(missing bool, others []string)
 	// NodeOptional says that no Node object need exist: it is missing only where
@@ -92,15 +92,15 @@ type Loop struct {
 	*inbox
 	opts LoopOptions
 
-	tracker        *service.Tracker
-	local          []netip.Addr
-	routes         []plan.RouteSource
-	sourceSynced   bool                          // the source has synced and its objects were taken
-	resolved       int                           // how often a Service was resolved, over all families
-	warnedOfSpread map[plan.ServiceName]struct{} // see warnOfEvenSpread
-	families       []*familyLoop
+	tracker         *service.Tracker
+	local           []netip.Addr
+	routes          []plan.RouteSource
+	sourceSynced    bool                          // the source has synced and its objects were taken
+	resolved        int                           // how often a Service was resolved, over all families
+	warnedOfWeights map[plan.ServiceName]struct{} // see warnOfIgnoredWeights
+	families        []*familyLoop
 
-	nodeMissing bool // as NodeMissing was told
+	nodeMissing bool // as in the last call of NodeMissing
 }
 
 // NewLoop returns a Loop that waits for its source's Synced.
@@ -114,13 +114,13 @@ func NewLoop(opts LoopOptions) *Loop {
 	if opts.RetryPeriod == 0 {
 		opts.RetryPeriod = 30 * time.Second
 	}
-	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: service.NewTracker(opts.NodeName), warnedOfSpread: map[plan.ServiceName]struct{}{}}
+	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: service.NewTracker(opts.NodeName), warnedOfWeights: map[plan.ServiceName]struct{}{}}
 	l.progress.pending = map[plan.Family]time.Time{}
-	says, quarantined := problemCounts{}, map[plan.ServiceName]int{}
+	problems, quarantined := problemCounts{}, map[plan.ServiceName]int{}
 	for _, family := range plan.Families {
 		if p := opts.Proxiers[family]; p != nil {
 			l.progress.pending[family] = time.Time{}
-			l.families = append(l.families, newFamilyLoop(family, p, &l.opts, says, quarantined))
+			l.families = append(l.families, newFamilyLoop(family, p, &l.opts, problems, quarantined))
 		}
 	}
 	return l
@@ -164,8 +164,7 @@ func every(period time.Duration) (<-chan time.Time, func()) {
 	return t.C, t.Stop
 }
 
-// nextRetry is when something that failed is due again, or what did not fit into
-// the last sync.
+// nextRetry is the time of the next retry, or now if the last sync left a rest.
 func (l *Loop) nextRetry() (due time.Time, ok bool) {
 	for _, f := range l.families {
 		if f.more {
@@ -178,14 +177,14 @@ func (l *Loop) nextRetry() (due time.Time, ok bool) {
 	return due, ok
 }
 
-// more says whether the last sync has left what is due at once.
+// more says whether the last sync left a rest, which is due at once.
 func (l *Loop) more() bool {
 	return slices.ContainsFunc(l.families, func(f *familyLoop) bool { return f.more })
 }
 
-// SyncNow takes all that is queued and makes every family's Proxier do it,
-// whatever waiting periods say. It returns what failed, joined; each failure
-// was also reported, and stays due.
+// SyncNow syncs all queued events in every family at once, whatever the waiting
+// periods are. It returns the joined failures. Each was also reported and is tried
+// again.
 func (l *Loop) SyncNow(ctx context.Context) error {
 	_, err := l.sync(ctx, true)
 	for l.more() && ctx.Err() == nil {
@@ -261,7 +260,7 @@ func (l *Loop) update() bool {
 	return true
 }
 
-// checkNode tells whether this node's Node object is missing.
+// checkNode reports a change of whether this node's Node object is missing.
 func (l *Loop) checkNode() {
 	exists, others := l.tracker.NodeExists()
 	missing := !exists && (!l.opts.NodeOptional || len(others) > 0)
@@ -271,8 +270,7 @@ func (l *Loop) checkNode() {
 	l.nodeMissing = missing
 }
 
-// plan resolves the named Services and those that gain or lose a frontend by
-// it.
+// plan resolves the named Services, and those that gain or lose a frontend then.
 func (l *Loop) plan(f *familyLoop, names []plan.ServiceName) {
 	r := service.NewResolver(&l.opts.Settings, l.tracker, f.family)
 	for len(names) > 0 {
@@ -285,7 +283,7 @@ func (l *Loop) plan(f *familyLoop, names []plan.ServiceName) {
 			for _, other := range others {
 				affected[other] = struct{}{}
 			}
-			for _, p := range append(found, f.noteSize(name, s.DeclaredPorts, s.TooLarge)...) {
+			for _, p := range append(found, f.checkSize(name, s.DeclaredPorts, s.TooLarge)...) {
 				l.opts.Report(p)
 			}
 		}
@@ -293,8 +291,8 @@ func (l *Loop) plan(f *familyLoop, names []plan.ServiceName) {
 	}
 }
 
-// Plan returns the plan of a family as the last SyncNow left it, or nil for a
-// family that is not served. It is the Loop's own: to be read between calls.
+// Plan returns the plan of a family after the last SyncNow, or nil for a family that
+// is not served. It belongs to the Loop: read it only between calls.
 func (l *Loop) Plan(family plan.Family) *plan.Plan {
 	for _, f := range l.families {
 		if f.family == family {
@@ -304,28 +302,28 @@ func (l *Loop) Plan(family plan.Family) *plan.Plan {
 	return nil
 }
 
-// LogProblems returns what logs each Problem as a warning. It has the form of
-// LoopOptions.Report.
+// LogProblems returns a function for LoopOptions.Report, which logs each Problem as a
+// warning.
 func LogProblems(log *slog.Logger) func(plan.Problem) {
 	return func(p plan.Problem) {
 		log.Warn("cannot serve part of an object", "kind", p.Kind, "object", p.Object, "field", p.Field, "reason", p.Reason)
 	}
 }
 
-// warnOfEvenSpread says once for each Service that its annotations do less here
-// than they ask for.
+// warnOfIgnoredWeights warns once for each Service whose annotations have no effect in
+// this mode.
 func (l *Loop) warnOfIgnoredWeights(names []plan.ServiceName) {
 	if l.opts.Settings.HasSchedulers {
 		return
 	}
 	for _, name := range names {
-		if _, told := l.warnedOfSpread[name]; told == l.tracker.SpreadsUnevenly(name) {
+		if _, told := l.warnedOfWeights[name]; told == l.tracker.SpreadsUnevenly(name) {
 			continue
 		} else if told {
-			delete(l.warnedOfSpread, name)
+			delete(l.warnedOfWeights, name)
 			continue
 		}
-		l.warnedOfSpread[name] = struct{}{}
+		l.warnedOfWeights[name] = struct{}{}
 		l.opts.Logger.Warn("annotations for a scheduler or weights have no effect in this mode: new connections are spread evenly; only the mode ipvs has schedulers, and the weight 0 counts everywhere",
 			"service", name.String())
 	}

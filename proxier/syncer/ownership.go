@@ -9,38 +9,38 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// claims says which Service port serves each frontend of a Plan. Two can claim
-// one: a NodePort or an external IP in manifests, or an address in the moment
-// in which it passes from one Service to the next. The best claim has it, and
-// that follows from the claims alone, not from the order they came in.
+// ownership says which Service port serves each frontend of a Plan. Two can request
+// one: a NodePort or an external IP in manifests, or an address while it moves from
+// one Service to the next. The best request owns it. The owner depends on the
+// requests alone, not on their order.
 type ownership struct {
-	owners  map[plan.FrontendKey]claimant    // frontend -> who serves it
-	waiting map[plan.FrontendKey][]*claimant // frontend -> who else claims it, best first; few frontends have any
+	owners  map[plan.FrontendKey]requester    // the Service port that serves a frontend
+	waiting map[plan.FrontendKey][]*requester // the other requests for a frontend, best first; few frontends have any
 	// See compact.Map.
 	mostOwners, mostWaiting int
 }
 
-// claim is a Service port's wish to serve one frontend.
-type claimant struct {
+// requester is a Service port that requests a frontend.
+type requester struct {
 	by    plan.ServicePortName
 	kind  plan.FrontendKind
 	since int64 // creation of the Service in Unix seconds; 0 where unknown
 }
 
-// wish is a claim and what it is for.
+// request asks for one frontend.
 type request struct {
-	key      plan.FrontendKey
-	claimant claimant
+	key       plan.FrontendKey
+	requester requester
 }
 
 func newOwnership() ownership {
-	return ownership{owners: map[plan.FrontendKey]claimant{}, waiting: map[plan.FrontendKey][]*claimant{}}
+	return ownership{owners: map[plan.FrontendKey]requester{}, waiting: map[plan.FrontendKey][]*requester{}}
 }
 
-// compare puts the better claim first. Cluster IPs are given out by the API
-// server, so that nobody can take another's by naming it as an external IP;
-// then the older Service has it, then the name that sorts first.
-func (c claimant) compare(o claimant) int {
+// compare puts the better request first. The API server assigns cluster IPs, so
+// nobody can seize one by naming it as an external IP. Then the older Service is
+// better, then the name that sorts first.
+func (c requester) compare(o requester) int {
 	return cmp.Or(
 		cmp.Compare(min(c.kind, plan.ExternalIP), min(o.kind, plan.ExternalIP)),
 		cmp.Compare(c.since, o.since),
@@ -49,31 +49,30 @@ func (c claimant) compare(o claimant) int {
 	)
 }
 
-func (c *ownership) has(w request) bool { return c.owners[w.key] == w.claimant }
+func (o *ownership) has(r request) bool { return o.owners[r.key] == r.requester }
 
-// exchange replaces the wishes of a Service. It returns the other Services
-// that gained or lost a frontend by it, sorted. These wish for what they did
-// before, so that exchanging their wishes affects nobody: a change of claims
-// is settled after one step, whoever claims what.
-func (c *ownership) replace(name plan.ServiceName, before, after []request) (affected []plan.ServiceName) {
+// replace replaces the requests of a Service. It returns the other Services that
+// gained or lost a frontend, sorted. Their own requests stay the same, so replacing
+// those affects no further Service: one step is enough.
+func (o *ownership) replace(name plan.ServiceName, before, after []request) (affected []plan.ServiceName) {
 	if slices.Equal(before, after) {
 		return nil
 	}
 	was := make(map[plan.FrontendKey]plan.ServicePortName, len(after))
-	for _, wishes := range [][]request{before, after} {
-		for _, w := range wishes {
-			was[w.key] = c.owners[w.key].by
+	for _, requests := range [][]request{before, after} {
+		for _, r := range requests {
+			was[r.key] = o.owners[r.key].by
 		}
 	}
-	for _, w := range before {
-		c.remove(w)
+	for _, r := range before {
+		o.remove(r)
 	}
-	for _, w := range after {
-		c.add(w)
+	for _, r := range after {
+		o.add(r)
 	}
-	c.owners, c.waiting = compact.Map(c.owners, &c.mostOwners), compact.Map(c.waiting, &c.mostWaiting)
+	o.owners, o.waiting = compact.Map(o.owners, &o.mostOwners), compact.Map(o.waiting, &o.mostWaiting)
 	for key, previous := range was {
-		now := c.owners[key].by
+		now := o.owners[key].by
 		if now == previous {
 			continue
 		}
@@ -87,62 +86,62 @@ func (c *ownership) replace(name plan.ServiceName, before, after []request) (aff
 	return slices.Compact(affected)
 }
 
-func (c *ownership) add(w request) {
-	owner, taken := c.owners[w.key]
+func (o *ownership) add(r request) {
+	owner, taken := o.owners[r.key]
 	switch {
 	case !taken:
-		c.owners[w.key] = w.claimant
+		o.owners[r.key] = r.requester
 		return
-	case w.claimant.compare(owner) < 0:
-		c.owners[w.key] = w.claimant
-		w.claimant = owner
+	case r.requester.compare(owner) < 0:
+		o.owners[r.key] = r.requester
+		r.requester = owner
 	}
-	queue := c.waiting[w.key]
-	i, _ := findClaimant(queue, w.claimant)
-	c.waiting[w.key] = slices.Insert(queue, i, &w.claimant)
+	queue := o.waiting[r.key]
+	i, _ := findRequester(queue, r.requester)
+	o.waiting[r.key] = slices.Insert(queue, i, &r.requester)
 }
 
-func (c *ownership) remove(w request) {
-	queue := c.waiting[w.key]
+func (o *ownership) remove(r request) {
+	queue := o.waiting[r.key]
 	i, found := 0, false
 	switch {
-	case !c.has(w):
-		if i, found = findClaimant(queue, w.claimant); !found {
+	case !o.has(r):
+		if i, found = findRequester(queue, r.requester); !found {
 			return
 		}
 	case len(queue) == 0:
-		delete(c.owners, w.key)
+		delete(o.owners, r.key)
 		return
 	default:
-		c.owners[w.key] = *queue[0]
+		o.owners[r.key] = *queue[0]
 	}
 	if len(queue) == 1 {
-		delete(c.waiting, w.key)
+		delete(o.waiting, r.key)
 		return
 	}
-	c.waiting[w.key] = slices.Delete(queue, i, i+1)
+	o.waiting[r.key] = slices.Delete(queue, i, i+1)
 }
 
-func findClaimant(queue []*claimant, c claimant) (int, bool) {
-	return slices.BinarySearchFunc(queue, c, func(x *claimant, y claimant) int { return x.compare(y) })
+func findRequester(queue []*requester, c requester) (int, bool) {
+	return slices.BinarySearchFunc(queue, c, func(x *requester, y requester) int { return x.compare(y) })
 }
 
-// wishOf is what a frontend asks for on behalf of its Service port.
+// requestOf returns the request of a Service port for a frontend.
 func requestOf(f *plan.Frontend, port plan.ServicePortName, since int64) request {
-	return request{f.Key(port.Protocol), claimant{port, f.Kind, since}}
+	return request{f.Key(port.Protocol), requester{port, f.Kind, since}}
 }
 
-// healthCheckWish is for the port that answers load balancers: a NodePort of
-// the same number would take its connections. It belongs to the Service as a
-// whole, hence to a port without protocol.
+// healthCheckRequest requests the port that answers load balancers, because a
+// NodePort of the same number would get its connections. It belongs to the Service
+// as a whole, so its Service port has no protocol.
 func healthCheckRequest(p *plan.ServicePort, since int64) request {
 	return request{
 		plan.FrontendKey{Addr: netip.Addr{}, Port: p.HealthCheckNodePort, Protocol: plan.TCP},
-		claimant{plan.ServicePortName{ServiceName: p.Name.ServiceName}, plan.NodePort, since},
+		requester{plan.ServicePortName{ServiceName: p.Name.ServiceName}, plan.NodePort, since},
 	}
 }
 
-// wishesOf returns what resolved ports want to serve.
+// requestsOf returns the requests of resolved ports.
 func requestsOf(since int64, ports []*plan.ServicePort) []request {
 	var out []request
 	for _, sp := range ports {
@@ -156,7 +155,7 @@ func requestsOf(since int64, ports []*plan.ServicePort) []request {
 	return out
 }
 
-// wishesOf returns what a Service wanted when it was planned.
+// requestsOf returns the requests of a Service that is in the plan.
 func (p *planner) requestsOf(s *plannedService) []request {
 	ports := make([]*plan.ServicePort, len(s.ports))
 	for i, name := range s.ports {
@@ -165,27 +164,27 @@ func (p *planner) requestsOf(s *plannedService) []request {
 	return append(requestsOf(s.since, ports), s.waiting...)
 }
 
-func (w request) compare(o request) int {
+func (r request) compare(o request) int {
 	return cmp.Or(
-		w.key.Addr.Compare(o.key.Addr), cmp.Compare(w.key.Port, o.key.Port), cmp.Compare(w.key.Protocol, o.key.Protocol),
-		w.claimant.compare(o.claimant),
+		r.key.Addr.Compare(o.key.Addr), cmp.Compare(r.key.Port, o.key.Port), cmp.Compare(r.key.Protocol, o.key.Protocol),
+		r.requester.compare(o.requester),
 	)
 }
 
-// findWish looks in sorted wishes.
-func findRequest(sorted []request, w request) (int, bool) {
-	return slices.BinarySearchFunc(sorted, w, request.compare)
+// findRequest looks in sorted requests.
+func findRequest(sorted []request, r request) (int, bool) {
+	return slices.BinarySearchFunc(sorted, r, request.compare)
 }
 
-// conflict says that a wish is not granted.
-func (p *planner) conflict(found *plan.Problems, w request) {
+// conflict reports a request for a frontend that another Service port owns.
+func (p *planner) conflict(found *plan.Problems, r request) {
 	field := map[plan.FrontendKind]string{
 		plan.ClusterIP: "spec.clusterIPs", plan.ExternalIP: "spec.externalIPs", plan.LoadBalancerIP: "status.loadBalancer.ingress", plan.NodePort: "spec.ports[].nodePort",
-	}[w.claimant.kind]
-	claimant := "port \"" + w.claimant.by.Port + "\""
-	if w.claimant.by.Protocol == 0 {
-		field, claimant = "spec.healthCheckNodePort", "the health check"
+	}[r.requester.kind]
+	who := "port \"" + r.requester.by.Port + "\""
+	if r.requester.by.Protocol == 0 {
+		field, who = "spec.healthCheckNodePort", "the health check"
 	}
 	found.Add(field, "%s claims %s (%s), which Service %s has; it is not served there until that Service gives it up",
-		claimant, w.key, p.plan.Family, p.owners.owners[w.key].by)
+		who, r.key, p.plan.Family, p.ownership.owners[r.key].by)
 }

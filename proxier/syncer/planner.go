@@ -6,40 +6,40 @@ import (
 	"slices"
 )
 
-// planner keeps the Plan of one family up to date, one Service at a time, and
-// remembers what changed until it is told that a mode has written it.
+// planner keeps the Plan of one family up to date, one Service at a time. It
+// remembers each change until a mode has written it.
 type planner struct {
 	plan      *plan.Plan
 	services  map[plan.ServiceName]*plannedService
-	owners    ownership
+	ownership ownership
 	totals    totals
 	mostPorts int // see compact.Map
 
-	// changed holds the Service ports that are not in the kernel as the plan
-	// has them -> what the kernel holds of them instead, nil for nothing.
+	// changed has the Service ports whose form in the plan is not in the kernel,
+	// with the form that the kernel has instead; nil for none.
 	changed map[plan.ServicePortName]*plan.ServicePort
-	node    bool // Plan.Node is not in the kernel as it is
+	node    bool // Plan.Node changed and is not in the kernel yet
 }
 
-// plannedService is what a Service has in the plan and would have.
+// plannedService has the requests of a Service, granted and waiting.
 type plannedService struct {
-	since   int64                  // as in claim
+	since   int64                  // as in requester
 	ports   []plan.ServicePortName // in the plan, sorted
-	waiting []request              // for frontends that better claims have
+	waiting []request              // for frontends that better requests own
 }
 
 func newPlanner(family plan.Family) *planner {
 	return &planner{
-		plan:     &plan.Plan{Family: family, Services: map[plan.ServicePortName]*plan.ServicePort{}},
-		services: map[plan.ServiceName]*plannedService{},
-		owners:   newOwnership(),
-		totals:   newTotals(),
-		changed:  map[plan.ServicePortName]*plan.ServicePort{},
+		plan:      &plan.Plan{Family: family, Services: map[plan.ServicePortName]*plan.ServicePort{}},
+		services:  map[plan.ServiceName]*plannedService{},
+		ownership: newOwnership(),
+		totals:    newTotals(),
+		changed:   map[plan.ServicePortName]*plan.ServicePort{},
 	}
 }
 
 // setNode says whether Services must be resolved again: masquerading depends
-// on whether local Pods can be told apart.
+// on whether this node can recognise its own Pods.
 func (p *planner) setNode(n plan.Node) (resolveAll bool) {
 	if p.plan.Node.Equal(&n) {
 		return false
@@ -49,26 +49,26 @@ func (p *planner) setNode(n plan.Node) (resolveAll bool) {
 	return resolveAll
 }
 
-// update replaces what the plan has of one Service by its newly resolved
-// ports, sorted by name. It returns the other Services that must be resolved
-// again, because they lost a frontend to this one or inherit one from it.
+// update replaces a Service's ports in the plan by its newly resolved ports, sorted
+// by name. It returns the other Services that must be resolved again, because they
+// lost a frontend to this one or got one from it.
 func (p *planner) update(name plan.ServiceName, since int64, ports []*plan.ServicePort) (affected []plan.ServiceName, conflicts []plan.Problem) {
 	old := p.services[name]
 	if old == nil {
 		old = &plannedService{}
 	}
-	wishes := requestsOf(since, ports)
-	affected = p.owners.replace(name, p.requestsOf(old), wishes)
+	requests := requestsOf(since, ports)
+	affected = p.ownership.replace(name, p.requestsOf(old), requests)
 
 	next := &plannedService{since: since}
 	found := plan.Problems{Kind: "Service", Object: name.String()}
-	for _, w := range wishes {
-		if p.owners.has(w) {
+	for _, r := range requests {
+		if p.ownership.has(r) {
 			continue
 		}
-		next.waiting = append(next.waiting, w)
-		if _, waited := findRequest(old.waiting, w); !waited {
-			p.conflict(&found, w)
+		next.waiting = append(next.waiting, r)
+		if _, waited := findRequest(old.waiting, r); !waited {
+			p.conflict(&found, r)
 		}
 	}
 	slices.SortFunc(next.waiting, request.compare)
@@ -83,11 +83,11 @@ func (p *planner) update(name plan.ServiceName, since int64, ports []*plan.Servi
 	return affected, found.All()
 }
 
-// grant puts the ports into the plan with those frontends that they have.
+// grant puts the ports into the plan, with the frontends that they own.
 func (p *planner) grant(next *plannedService, ports []*plan.ServicePort) {
 	for _, sp := range ports {
-		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f plan.Frontend) bool { return !p.owners.has(requestOf(&f, sp.Name, next.since)) })
-		if sp.HealthCheckNodePort != 0 && !p.owners.has(healthCheckRequest(sp, next.since)) {
+		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f plan.Frontend) bool { return !p.ownership.has(requestOf(&f, sp.Name, next.since)) })
+		if sp.HealthCheckNodePort != 0 && !p.ownership.has(healthCheckRequest(sp, next.since)) {
 			sp.HealthCheckNodePort, sp.LocalEndpoints = 0, 0
 		}
 		if len(sp.Frontends) > 0 || sp.HealthCheckNodePort != 0 {
@@ -97,7 +97,7 @@ func (p *planner) grant(next *plannedService, ports []*plan.ServicePort) {
 	}
 }
 
-// remove takes those ports out of the plan that are no longer there.
+// remove removes the ports that a Service no longer has from the plan.
 func (p *planner) remove(old, next []plan.ServicePortName) {
 	for _, name := range old {
 		if _, stays := slices.BinarySearchFunc(next, name, plan.ServicePortName.Compare); !stays {
@@ -106,8 +106,8 @@ func (p *planner) remove(old, next []plan.ServicePortName) {
 	}
 }
 
-// set puts a Service port into the plan, or with nil takes it out. What is
-// equal to what is there, or to what the kernel holds, is no change.
+// set puts a Service port into the plan, or removes it if sp is nil. A Service port
+// that equals the one in the plan or in the kernel is no change.
 func (p *planner) set(name plan.ServicePortName, sp *plan.ServicePort) {
 	old := p.plan.Services[name]
 	written, pending := p.changed[name]
@@ -133,7 +133,7 @@ func (p *planner) set(name plan.ServicePortName, sp *plan.ServicePort) {
 	}
 }
 
-// written notes that the kernel holds these Service ports as the plan does.
+// markWritten says that the kernel has these Service ports as the plan does.
 func (p *planner) markWritten(names []plan.ServicePortName) {
 	for _, name := range names {
 		delete(p.changed, name)
@@ -144,8 +144,8 @@ func (p *planner) markWritten(names []plan.ServicePortName) {
 	}
 }
 
-// asWritten is the plan with what the kernel last took in the place of every
-// changed Service port but those given.
+// asWritten returns the plan, in which each changed Service port but those named has
+// the form that the kernel has.
 func (p *planner) asWritten(but []plan.ServicePortName) *plan.Plan {
 	if len(but) == len(p.changed) {
 		return p.plan
@@ -171,8 +171,7 @@ func (p *planner) asWritten(but []plan.ServicePortName) *plan.Plan {
 	return plan
 }
 
-// forgetKernel takes everything as still to be written, into a kernel that
-// holds nothing.
+// forgetKernel makes every Service port a change, as if the kernel had none.
 func (p *planner) forgetKernel() {
 	p.changed = make(map[plan.ServicePortName]*plan.ServicePort, len(p.plan.Services))
 	for name := range p.plan.Services {
@@ -180,19 +179,17 @@ func (p *planner) forgetKernel() {
 	}
 }
 
-// FlowCleaner removes connection-tracking flows that point at what is gone.
-// The kernel decides where a connection goes once, at its first packet: a UDP
-// client that keeps its source port would otherwise send to a removed endpoint
-// for as long as it sends at all.
+// FlowCleaner removes connection-tracking flows to removed endpoints. The kernel
+// chooses the endpoint at the first packet of a flow. A UDP client that keeps its
+// source port would otherwise send to the removed endpoint forever.
 type FlowCleaner interface {
-	// Clean queues the work and returns at once. For each owner, every UDP
-	// flow to one of its Frontends is removed unless it is answered by an
-	// endpoint in Serving.
+	// Clean queues the work and returns at once. It removes every UDP flow to the
+	// Frontends of an owner, unless an endpoint in Usable answers it.
 	Clean(family plan.Family, owners []plan.FlowOwner)
 }
 
-// flowOwners says who may answer the UDP flows that writing these Service
-// ports could have changed. It is asked before they are noted as written.
+// flowOwners says which endpoints may answer the UDP flows that writing these
+// Service ports could have changed. Call it before markWritten.
 func (p *planner) flowOwners(names []plan.ServicePortName) []plan.FlowOwner {
 	var owners []plan.FlowOwner
 	gone := plan.FlowOwner{Usable: plan.NoEndpoints}
@@ -204,8 +201,8 @@ func (p *planner) flowOwners(names []plan.ServicePortName) []plan.FlowOwner {
 		now := p.plan.Services[name]
 		before, after := was.Keys(), now.Keys()
 		for _, key := range before {
-			// Who has taken a frontend over has changed and is an owner too.
-			if _, taken := p.owners.owners[key]; !taken {
+			// A Service port that got the frontend has changed, so it is in owners too.
+			if _, taken := p.ownership.owners[key]; !taken {
 				gone.Frontends = append(gone.Frontends, key)
 			}
 		}

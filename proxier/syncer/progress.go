@@ -11,41 +11,41 @@ import (
 	"signalbox/proxier/service"
 )
 
-// Progress says what a Loop was told and how far it has come with it.
+// Progress says what a Loop got from its source, and what of it is synced.
 type Progress struct {
-	// Held are the objects that count at present.
+	// Objects counts the objects that exist now.
 	Objects service.ObjectCounts
-	// Services and EndpointSlices are what the source told of these kinds.
+	// Services and EndpointSlices count the events of these kinds.
 	Services, EndpointSlices EventCounts
-	// LastQueued is when something to do last came in; zero for never.
+	// LastQueued is the time of the last event; zero for never.
 	LastQueued time.Time
-	// Pending is for each family that is served since when the oldest update
-	// waits that is not in its kernel state; zero where none does. A Service
-	// port that the mode refuses holds nothing up.
+	// Pending has, for each served family, the time of the oldest update that is
+	// not in the kernel; zero if all are. A quarantined Service port does not
+	// count.
 	Pending map[plan.Family]time.Time
 }
 
-// EventCounts counts what came in about objects of one kind.
+// EventCounts counts the events about objects of one kind.
 type EventCounts struct {
 	// Total counts additions, changes and deletions since the start.
 	Total uint64
-	// Pending are those of them that no sync has taken up and ended yet.
+	// Pending counts the events that no finished sync has read.
 	Pending int
 }
 
-// progress is Progress as it is kept; its inbox's lock guards it.
+// progress is the state behind Progress. The inbox's lock guards it.
 type progress struct {
-	objects       service.ObjectCounts
-	services      EventCounts
-	slices        EventCounts
-	lastQueued    time.Time
-	waitsSince    time.Time                 // the oldest that was not taken; zero for none
-	pending       map[plan.Family]time.Time // of what was taken; a key for each family that is served
-	takenServices int
-	takenSlices   int
+	objects        service.ObjectCounts
+	services       EventCounts
+	slices         EventCounts
+	lastQueued     time.Time
+	waitsSince     time.Time                 // the oldest event that no sync has read; zero for none
+	pending        map[plan.Family]time.Time // of the events that a sync has read; a key for each served family
+	servicesInSync int
+	slicesInSync   int
 }
 
-// told is called with each object that comes in.
+// count counts an event.
 func (p *progress) count(obj runtime.Object) {
 	switch obj.(type) {
 	case *corev1.Service:
@@ -57,29 +57,29 @@ func (p *progress) count(obj runtime.Object) {
 	}
 }
 
-// queue notes that there is something to do now.
+// queue records that an event waits for a sync.
 func (p *progress) queue(now time.Time) {
 	p.lastQueued = now
 	p.waitsSince = earliest(p.waitsSince, now)
 }
 
-// take notes that all that waits is being worked on, and returns since when it
-// has waited.
-func (p *progress) take() (since time.Time) {
+// startSync records that a sync has read all events. It returns the time of the
+// oldest.
+func (p *progress) startSync() (since time.Time) {
 	since, p.waitsSince = p.waitsSince, time.Time{}
 	for family, pending := range p.pending {
 		p.pending[family] = earliest(pending, since)
 	}
-	p.takenServices, p.takenSlices = p.services.Pending, p.slices.Pending
+	p.servicesInSync, p.slicesInSync = p.services.Pending, p.slices.Pending
 	return since
 }
 
-// settle notes how a sync left things.
+// finish records the result of a sync.
 func (p *progress) finish(held service.ObjectCounts, done []plan.Family) {
 	p.objects = held
-	p.services.Pending -= p.takenServices
-	p.slices.Pending -= p.takenSlices
-	p.takenServices, p.takenSlices = 0, 0
+	p.services.Pending -= p.servicesInSync
+	p.slices.Pending -= p.slicesInSync
+	p.servicesInSync, p.slicesInSync = 0, 0
 	for _, family := range done {
 		p.pending[family] = time.Time{}
 	}

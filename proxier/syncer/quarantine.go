@@ -10,42 +10,42 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// refusals are the Service ports of one family that the kernel refuses.
-// Syncs of other changes leave them out. They are tried again when they change,
-// and after growing pauses.
+// quarantine has the Service ports of one family that the kernel refuses. Syncs of
+// other changes leave them out. They are tried again when they change, and after
+// growing pauses.
 type quarantine struct {
 	quarantinedPorts map[plan.ServicePortName]failure
-	// quarantined counts the refused ports of each Service.
+	// portCounts counts the quarantined ports of each Service.
 	portCounts map[plan.ServiceName]int
-	// retries are groups of refused ports that are to be tried; the first is next.
+	// retries are groups of quarantined ports to try; the first is next.
 	retries [][]plan.ServicePortName
-	// searchesPorts says that a Service was refused as a whole just now, and that
-	// its ports have not been tried in smaller groups.
+	// searchesPorts says that in this turn the kernel refused a whole Service, whose
+	// ports have not been tried in smaller groups.
 	searchesPorts bool
-	// told counts for each Service the families of the Loop in which it is in
-	// quarantine. All families share it: one report is enough.
+	// familyCounts counts, for each Service, the families in which it is in
+	// quarantine. All families share it, because one report is enough.
 	familyCounts map[plan.ServiceName]int
-	// oversized are the Services that are too large, with their numbers of ports.
+	// oversized has the number of ports of each Service that is too large.
 	oversized map[plan.ServiceName]int
-	// failures are the first errors of Services in the present turn.
+	// failures has the first error of each Service in this turn.
 	failures map[plan.ServiceName]error
 }
 
-// refusal is the kernel's answer to one Service port, or to a group with it.
+// failure is the kernel's answer to one Service port, or to a group with it.
 type failure struct {
 	port *plan.ServicePort // what was refused; nil for its removal
 	err  error
 }
 
-func newQuarantine(told map[plan.ServiceName]int) quarantine {
+func newQuarantine(familyCounts map[plan.ServiceName]int) quarantine {
 	return quarantine{
-		quarantinedPorts: map[plan.ServicePortName]failure{}, portCounts: map[plan.ServiceName]int{}, familyCounts: told, oversized: map[plan.ServiceName]int{},
+		quarantinedPorts: map[plan.ServicePortName]failure{}, portCounts: map[plan.ServiceName]int{}, familyCounts: familyCounts, oversized: map[plan.ServiceName]int{},
 		failures: map[plan.ServiceName]error{},
 	}
 }
 
-// quarantine notes that the kernel refuses a group. A Service is reported when
-// its first port is refused.
+// putInQuarantine quarantines a group that the kernel refused. A Service is reported
+// with its first port.
 func (f *familyLoop) putInQuarantine(group []plan.ServicePortName, err error) {
 	for _, name := range group {
 		service := name.ServiceName
@@ -64,7 +64,7 @@ func (f *familyLoop) putInQuarantine(group []plan.ServicePortName, err error) {
 	}
 }
 
-// tell reports a Service that the kernel refuses.
+// reportQuarantined reports a Service, unless another family has reported it.
 func (f *familyLoop) reportQuarantined(service plan.ServiceName, err error) {
 	if !f.enter(service) {
 		return
@@ -75,8 +75,8 @@ func (f *familyLoop) reportQuarantined(service plan.ServiceName, err error) {
 	})
 }
 
-// enter counts a family in which a Service is in quarantine. It says whether
-// this is the first, of which there is a report.
+// enter counts a family in which a Service is in quarantine. It says whether this is
+// the first.
 func (r *quarantine) enter(service plan.ServiceName) (first bool) {
 	r.familyCounts[service]++
 	return r.familyCounts[service] == 1
@@ -91,7 +91,7 @@ func (r *quarantine) leave(service plan.ServiceName) (last bool) {
 	return true
 }
 
-// release forgets that the kernel refused a Service port.
+// release ends the quarantine of a Service port.
 func (f *familyLoop) release(name plan.ServicePortName) {
 	if _, refused := f.quarantinedPorts[name]; !refused {
 		return
@@ -107,7 +107,7 @@ func (f *familyLoop) release(name plan.ServicePortName) {
 	}
 }
 
-// prune releases what is no change any more.
+// prune releases Service ports that are no longer changed.
 func (f *familyLoop) prune() {
 	for name := range f.quarantinedPorts {
 		if _, changed := f.planner.changed[name]; !changed {
@@ -116,14 +116,14 @@ func (f *familyLoop) prune() {
 	}
 }
 
-// retry tries refused Service ports again: all together, then by halves for as
-// long as the turn allows. The next retry goes on there.
+// retry tries quarantined Service ports again: all together, then by halves for as
+// long as the turn allows. The next retry continues there.
 func (f *familyLoop) retry(ctx context.Context, a *allowance) (progress bool) {
 	f.each(ctx, a, func() bool {
 		if len(f.retries) == 0 {
 			return false
 		}
-		group := f.closed(slices.DeleteFunc(f.retries[0], func(name plan.ServicePortName) bool { _, refused := f.quarantinedPorts[name]; return !refused }))
+		group := f.withLinked(slices.DeleteFunc(f.retries[0], func(name plan.ServicePortName) bool { _, refused := f.quarantinedPorts[name]; return !refused }))
 		f.retries = f.retries[1:]
 		if len(group) == 0 {
 			return true
@@ -145,7 +145,7 @@ func (f *familyLoop) retry(ctx context.Context, a *allowance) (progress bool) {
 	return progress
 }
 
-// setAside counts the Service ports in quarantine.
+// portCount returns the number of Service ports in quarantine.
 func (r *quarantine) portCount() int {
 	n := len(r.quarantinedPorts)
 	for _, ports := range r.oversized {
@@ -154,8 +154,8 @@ func (r *quarantine) portCount() int {
 	return n
 }
 
-// takeFailures is the error of a turn that had to leave Services out.
-func (f *familyLoop) takeFailures() error {
+// drainFailures returns the failures of this turn as one error.
+func (f *familyLoop) drainFailures() error {
 	var failed []error
 	for _, name := range slices.SortedFunc(maps.Keys(f.failures), plan.ServiceName.Compare) {
 		failed = append(failed, f.failures[name])
@@ -164,9 +164,9 @@ func (f *familyLoop) takeFailures() error {
 	return errors.Join(failed...)
 }
 
-// noteSize remembers which Services of a family are too large, and returns the
-// report about one unless it is too large in another family already.
-func (f *familyLoop) noteSize(s plan.ServiceName, ports int, tooLarge string) (found []plan.Problem) {
+// checkSize quarantines a Service that is too large. It returns a report, unless the
+// Service is too large in another family already.
+func (f *familyLoop) checkSize(s plan.ServiceName, ports int, tooLarge string) (found []plan.Problem) {
 	_, was := f.oversized[s]
 	switch {
 	case tooLarge == "" && was:

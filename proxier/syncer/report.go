@@ -36,11 +36,11 @@ func (f *familyLoop) collectProblems(desired *plan.Plan, change plan.Change) {
 	}
 }
 
-// problemCounts counts by Problem for how many Service ports modes say it.
+// problemCounts counts the Service ports for which modes report each Problem.
 type problemCounts map[plan.Problem]int
 
-// replace counts p, where found, in the place of old, which may be none. It says
-// whether p is new.
+// replace counts p, if found, instead of old, which may be none. It says whether p is
+// new.
 func (s problemCounts) replace(old, p plan.Problem, found bool) (isNew bool) {
 	if found {
 		s[p]++
@@ -52,11 +52,11 @@ func (s problemCounts) replace(old, p plan.Problem, found bool) (isNew bool) {
 	return isNew
 }
 
-// maxTriggers bounds what is remembered while the kernel takes nothing.
+// maxTriggers bounds the memory for trigger times while all syncs fail.
 const maxTriggers = 10000
 
-// queued notes what was taken in: since when the oldest of it has waited, and
-// what its slices say of the time of their change.
+// queued records the time of the oldest event that a sync has read, and the trigger
+// times of its EndpointSlices.
 func (f *familyLoop) queued(since time.Time, triggers []time.Time) {
 	f.since = earliest(f.since, since)
 	f.triggers = append(f.triggers, triggers...)
@@ -65,9 +65,9 @@ func (f *familyLoop) queued(since time.Time, triggers []time.Time) {
 	}
 }
 
-// report completes a report and hands it out.
+// report completes a report and delivers it.
 func (f *familyLoop) report(r SyncReport) {
-	f.lookAtRest()
+	f.checkBacklog()
 	r.All, r.Quarantined, r.Totals, r.NodePortAddrs = f.wroteAll, f.portCount(), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
 	r.Repaired, f.repaired = f.repaired, false
 	if r.Current = f.current; r.Current {

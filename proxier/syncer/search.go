@@ -8,18 +8,18 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// What a turn may spend beside writing small changes and one group of each
-// kind. The search goes on in the next turn, so that new changes go in first.
+// Bounds of a turn, beside its small changes and one group of each kind. The search
+// continues in the next turn, after new changes.
 const (
 	maxTries = 16
 	maxTurn  = 100 * time.Millisecond
 )
 
-// maxAccused is how many Services may fail one after the other before the
-// kernel's state is doubted and not they.
+// maxFailedAlone is how many Services may fail one after the other before the kernel's
+// state is the suspected cause.
 const maxFailedAlone = 8
 
-// allowance is what is left of a turn.
+// allowance is the rest of a turn.
 type allowance struct {
 	tries int
 	until time.Time
@@ -29,9 +29,8 @@ func newAllowance() *allowance { return &allowance{maxTries, time.Now().Add(maxT
 
 func (a *allowance) left() bool { return a.tries > 0 && time.Now().Before(a.until) }
 
-// each calls step until there is nothing to do, or the turn is over. It calls it
-// once at least, so that no kind of work starves. A kernel state that is unknown
-// ends the turn.
+// each calls step until there is nothing to do, or the turn is over. It calls step at
+// least once, so that no kind of work starves. An unknown kernel state ends the turn.
 func (f *familyLoop) each(ctx context.Context, a *allowance, step func() (more bool)) {
 	for first := true; !f.all && ctx.Err() == nil && (first || a.left()); first = false {
 		if !step() {
@@ -47,7 +46,7 @@ func (f *familyLoop) write(ctx context.Context, a *allowance, group []plan.Servi
 		return err
 	}
 	f.kernelAccepts, f.failedAlone = true, 0
-	f.done(group)
+	f.commit(group)
 	return nil
 }
 
@@ -82,11 +81,11 @@ func (f *familyLoop) search(ctx context.Context, a *allowance) {
 	})
 }
 
-// nextSuspects takes a group that is small enough to be written at once.
+// nextSuspects removes and returns a group that is small enough for one sync.
 func (f *familyLoop) nextSuspects() []plan.ServicePortName {
 	for len(f.suspects) > 0 {
 		last := len(f.suspects) - 1
-		group := f.closed(f.suspects[last])
+		group := f.withLinked(f.suspects[last])
 		f.suspects = f.suspects[:last]
 		halves, _ := f.halves(group)
 		if len(halves) == 0 || f.entries(group...) <= sliceEntries {
@@ -100,17 +99,17 @@ func (f *familyLoop) nextSuspects() []plan.ServicePortName {
 	return nil
 }
 
-// suspect has groups searched, the first of them first.
+// suspect adds groups to the search; the first is next.
 func (f *familyLoop) suspect(groups [][]plan.ServicePortName) {
 	for _, group := range slices.Backward(groups) {
 		f.suspects = append(f.suspects, group)
 	}
 }
 
-// failedTogether draws the consequence of a failure. Among several Services the
-// search goes on. A single one is quarantined; but while nothing else has gone
-// in, the kernel's state may be to blame. Then others are tried first, and where
-// that does not help everything is written anew.
+// failedTogether handles the failure of a group. Among several Services the search
+// continues. A single Service is quarantined. But if the kernel has accepted nothing
+// else, its state may be the cause. Then other Services are tried first, and if they
+// fail too, everything is written anew.
 func (f *familyLoop) failedTogether(group []plan.ServicePortName, err error) {
 	halves, severalServices := f.halves(group)
 	switch {
@@ -133,16 +132,15 @@ func (f *familyLoop) failedTogether(group []plan.ServicePortName, err error) {
 	}
 }
 
-// inDoubt says whether the kernel's state may be the reason of a Service's
-// failure. To write everything anew costs everybody time: once in a while must
-// do.
+// inDoubt says whether the kernel's state may be the cause of a Service's failure.
+// Writing everything anew delays all Services, so it happens once per RetryPeriod.
 func (f *familyLoop) inDoubt(name plan.ServiceName) bool {
 	return !f.kernelAccepts && f.portCounts[name] == 0 && (f.rewrittenAt.IsZero() || time.Since(f.rewrittenAt) >= f.opts.RetryPeriod)
 }
 
-// halves divides a group in two, smaller Services first. While it holds several
-// Services these stay whole. A Service port that cannot be written without
-// another goes with it; what cannot be divided has no halves.
+// halves divides a group in two, smaller Services first. If it has several Services,
+// these stay whole. Linked Service ports stay together. A group that cannot be divided
+// has no halves.
 func (f *familyLoop) halves(group []plan.ServicePortName) (halves [][]plan.ServicePortName, severalServices bool) {
 	linked := f.links()
 	parts := linked.services(group)
@@ -158,16 +156,16 @@ func (f *familyLoop) halves(group []plan.ServicePortName) (halves [][]plan.Servi
 	return [][]plan.ServicePortName{slices.Concat(parts[:half]...), slices.Concat(parts[half:]...)}, severalServices
 }
 
-// closed leaves out of a group what is no change any more, and adds what can
-// only be written with it.
-func (f *familyLoop) closed(group []plan.ServicePortName) []plan.ServicePortName {
+// withLinked removes Service ports that are no longer changed from a group, and adds
+// those that are linked to it.
+func (f *familyLoop) withLinked(group []plan.ServicePortName) []plan.ServicePortName {
 	var names []plan.ServicePortName
 	for _, name := range group {
 		if _, changed := f.planner.changed[name]; changed {
 			names = append(names, name)
 		}
 	}
-	return f.links().close(f.planner, names)
+	return f.links().addLinked(f.planner, names)
 }
 
 func (f *familyLoop) links() links { return newLinks(f.planner) }

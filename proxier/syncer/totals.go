@@ -17,19 +17,18 @@ type Totals struct {
 	NoLocalInternal, NoLocalExternal int
 }
 
-// totals follow a plan as Service ports come and go, so that nobody has to walk
-// it.
+// totals changes with each Service port of a plan, so nobody has to walk the plan.
 type totals struct {
 	Totals
-	health        map[plan.ServicePortName]plan.HealthCheck // by the port that carries it
-	healthChanged bool                                      // since takeHealth was last asked
+	health        map[plan.ServicePortName]plan.HealthCheck // by the Service port that has it
+	healthChanged bool                                      // since the last call of changedHealthChecks
 }
 
 func newTotals() totals {
 	return totals{health: map[plan.ServicePortName]plan.HealthCheck{}, healthChanged: true}
 }
 
-// exchange counts next in the place of old; either may be nil.
+// replace counts next instead of old; either may be nil.
 func (t *totals) replace(old, next *plan.ServicePort) {
 	t.count(old, -1)
 	t.count(next, 1)
@@ -58,8 +57,8 @@ func (t *totals) count(p *plan.ServicePort, by int) {
 	}
 }
 
-// takeHealth returns the health checks of the plan, or nil where they are what
-// they were at the last call.
+// changedHealthChecks returns the health checks of the plan, or nil if they have not
+// changed since the last call.
 func (t *totals) changedHealthChecks() map[plan.ServiceName]plan.HealthCheck {
 	if !t.healthChanged {
 		return nil

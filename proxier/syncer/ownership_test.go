@@ -11,10 +11,10 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// TestManyClaimants lets ten thousand Services claim one node port, each
+// TestManyRequesters lets ten thousand Services request one node port, each
 // better than all before, which is the worst order. What it checks is the
 // number of Services resolved: it must stay in proportion to the changes.
-func TestManyClaimants(t *testing.T) {
+func TestManyRequesters(t *testing.T) {
 	const n = 10_000
 	resolved := 0
 	b := newRig(t)
@@ -30,7 +30,7 @@ func TestManyClaimants(t *testing.T) {
 		})
 	}
 	key := plan.FrontendKey{Port: 30001, Protocol: plan.TCP}
-	owner := func() string { return b.families[0].planner.owners.owners[key].by.Name }
+	owner := func() string { return b.families[0].planner.ownership.owners[key].by.Name }
 
 	b.Synced()
 	for i := range n {
@@ -64,8 +64,8 @@ func TestManyClaimants(t *testing.T) {
 	if resolved > 2*n {
 		t.Errorf("%d Services resolved for %d removed", resolved, n)
 	}
-	if len(b.families[0].planner.owners.waiting) != 0 || len(b.families[0].planner.services) != 1 {
-		t.Errorf("claims of Services that are gone are kept: %v", b.families[0].planner.owners)
+	if len(b.families[0].planner.ownership.waiting) != 0 || len(b.families[0].planner.services) != 1 {
+		t.Errorf("requests of removed Services are kept: %v", b.families[0].planner.ownership)
 	}
 	checkPlan(t, b.Plan(plan.IPv4))
 }
