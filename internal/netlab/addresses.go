@@ -12,12 +12,14 @@ func prefixes(v4, v6 string) PrefixPair {
 	return PrefixPair{netip.MustParsePrefix(v4), netip.MustParsePrefix(v6)}
 }
 
-// nth is the address n after the first of the range, in both families. n is
-// less than 256.
-func (p PrefixPair) nth(n int) Pair {
+// Nth is the address n after the first of the range, in both families. n is less than
+// 65,536, and the range is aligned to 16 bits or larger than n.
+func (p PrefixPair) Nth(n int) Pair {
 	v4, v6 := p.V4.Addr().As4(), p.V6.Addr().As16()
-	v4[3] += byte(n)
-	v6[15] += byte(n)
+	for i, b := range []byte{byte(n >> 8), byte(n)} {
+		v4[2+i] += b
+		v6[14+i] += b
+	}
 	return Pair{netip.AddrFrom4(v4), netip.AddrFrom16(v6)}
 }
 

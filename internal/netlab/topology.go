@@ -48,7 +48,7 @@ var bridgeNetfilter = [][2]string{
 var everywhere = prefixes("0.0.0.0/0", "::/0")
 
 func (l *Lab) router() error {
-	r, err := l.newHost("router", NodeNetwork.nth(1), forwarding...)
+	r, err := l.newHost("router", NodeNetwork.Nth(1), forwarding...)
 	if err != nil {
 		return err
 	}
@@ -100,7 +100,7 @@ func plug(h *Host, port, bridge string) error {
 func (l *Lab) nodes() error {
 	r := l.hosts["router"]
 	for i, name := range l.nodeNames() {
-		n, err := l.newHost(name, NodeNetwork.nth(11+i), forwarding...)
+		n, err := l.newHost(name, NodeNetwork.Nth(11+i), forwarding...)
 		if err != nil {
 			return err
 		}
@@ -114,7 +114,7 @@ func (l *Lab) nodes() error {
 			return err
 		}
 		if l.options.PodLink == Bridged {
-			if err := addBridge(n, "cni0", podNetworks[i].at(podNetworks[i].nth(1))); err != nil {
+			if err := addBridge(n, "cni0", podNetworks[i].at(podNetworks[i].Nth(1))); err != nil {
 				return err
 			}
 			if err := n.sysctls(bridgeNetfilter); errors.Is(err, fs.ErrNotExist) {
@@ -146,14 +146,14 @@ func (l *Lab) clients() error {
 	r := l.hosts["router"]
 	for i, network := range []PrefixPair{ClientNetwork, ClientNetwork2} {
 		name := fmt.Sprintf("client%d", i+1)
-		c, err := l.newHost(name, network.nth(10))
+		c, err := l.newHost(name, network.Nth(10))
 		if err != nil {
 			return err
 		}
 		if err := l.connect(r, "to-"+name, c, "eth0", 1500); err != nil {
 			return err
 		}
-		gateway := network.nth(1)
+		gateway := network.Nth(1)
 		for _, p := range network.at(gateway).each() {
 			if err := r.addr("to-"+name, p); err != nil {
 				return err
@@ -178,7 +178,7 @@ func (l *Lab) pods() error {
 			return fmt.Errorf("Pod %s: there is no node %q", spec.Name, spec.Node)
 		}
 		network := NodePodNetwork(spec.Node)
-		pod, err := l.newHost(spec.Name, network.nth(10+used[spec.Node]))
+		pod, err := l.newHost(spec.Name, network.Nth(10+used[spec.Node]))
 		if err != nil {
 			return err
 		}
@@ -211,12 +211,12 @@ func joinBridge(node, pod *Host, network PrefixPair) error {
 	if err := node.nl.LinkSetHairpin(p, true); err != nil {
 		return fmt.Errorf("%s: hairpin mode of %s: %w", node.Name, port, err)
 	}
-	return attach(pod, network.at(pod.Addr), network.nth(1))
+	return attach(pod, network.at(pod.Addr), network.Nth(1))
 }
 
 // joinRouted makes the node the Pod's gateway on the link between the two.
 func joinRouted(node, pod *Host, network PrefixPair) error {
-	gateway := network.nth(1)
+	gateway := network.Nth(1)
 	for _, p := range gateway.host().each() {
 		if err := node.addr("veth-"+pod.Name, p); err != nil {
 			return err
@@ -295,7 +295,7 @@ func addTunnel(n *Host, network PrefixPair) error {
 	if err := n.up(tunnelName); err != nil {
 		return err
 	}
-	for _, p := range network.nth(0).host().each() {
+	for _, p := range network.Nth(0).host().each() {
 		if err := n.addr(tunnelName, p); err != nil {
 			return err
 		}
@@ -318,7 +318,7 @@ func tunnelTo(n, peer *Host, network PrefixPair) error {
 		return err
 	}
 	index, mac := dev.Attrs().Index, tunnelMAC(peer)
-	end := network.nth(0)
+	end := network.Nth(0)
 	entries := []*netlink.Neigh{
 		{LinkIndex: index, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT, IP: end.V4.AsSlice(), HardwareAddr: mac},
 		{LinkIndex: index, Family: netlink.FAMILY_V6, State: netlink.NUD_PERMANENT, IP: end.V6.AsSlice(), HardwareAddr: mac},
