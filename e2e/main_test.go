@@ -4,9 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"testing"
-	"time"
 
 	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
@@ -28,26 +26,6 @@ func TestMain(m *testing.M) {
 		}
 		return err
 	})
-}
-
-// neverCached keeps `go test` from taking this run's result for the next one's:
-// it does not see that the program under test, which it did not build, has
-// changed. It trusts no file that looks newer than its own clock.
-func neverCached() error {
-	dir, err := os.Getwd()
-	if err != nil {
-		return err
-	}
-	mark := filepath.Join(dir, ".cache", "never-cached")
-	if err := os.WriteFile(mark, nil, 0o644); err != nil {
-		return err
-	}
-	future := time.Now().Add(24 * time.Hour)
-	if err := os.Chtimes(mark, future, future); err != nil {
-		return err
-	}
-	_, err = os.Stat(mark) // what a test looks at, its result depends on; TestMain is not a test
-	return err
 }
 
 // clusterOptions make a dual-stack cluster whose cluster IPs the lab's router

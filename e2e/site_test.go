@@ -51,7 +51,7 @@ func inEachMode(t *testing.T, test func(s *site)) {
 // newSite makes the lab with both Nodes in the API; signalbox does not run yet.
 func newSite(t *testing.T, c *cluster.Cluster, mode string) *site {
 	t.Helper()
-	if err := neverCached(); err != nil {
+	if err := cluster.NeverCached(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	lab, err := netlab.New(netlab.Options{})

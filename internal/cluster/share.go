@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
+	"time"
 )
 
 // Share runs a package's tests with one control plane for all of them, and ends
@@ -42,4 +44,25 @@ func share(m interface{ Run() int }, opts Options, before func(context.Context, 
 		return 0, err
 	}
 	return m.Run(), nil
+}
+
+// NeverCached keeps `go test` from reusing this result for the next run. It does not see
+// that the program under test has changed, which a test builds or starts. It trusts no
+// file that looks newer than its own clock. A test calls this, not a TestMain.
+func NeverCached(ctx context.Context) error {
+	_, cache, unlock, err := openCache(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	mark := filepath.Join(cache, "never-cached")
+	if err := os.WriteFile(mark, nil, 0o644); err != nil {
+		return err
+	}
+	future := time.Now().Add(24 * time.Hour)
+	if err := os.Chtimes(mark, future, future); err != nil {
+		return err
+	}
+	_, err = os.Stat(mark) // go test records the files that a test looks at
+	return err
 }
