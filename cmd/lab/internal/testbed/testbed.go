@@ -105,7 +105,8 @@ func (b *Bed) Close() error {
 func (b *Bed) Start(p Proxy) (*cluster.Process, error) {
 	args := p.args(b.kubeconfig)
 	cmd := exec.Command(args[0], args[1:]...)
-	cmd.Env = os.Environ()
+	// The lock of the iptables tools is for one network namespace: the lab has its own.
+	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+filepath.Join(b.dir, "xtables.lock"))
 	if p.Tools != "" {
 		dir, err := toolsDir(b.dir, p.Tools)
 		if err != nil {
