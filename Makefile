@@ -77,7 +77,7 @@ contract: deps ## every mode against the contract suite, with real packets
 # The first run builds Kubernetes, half an hour on two cores.
 .PHONY: e2e
 e2e: deps build ## the real binary and manifests against a real kube-apiserver and etcd
-	cd e2e && $(GO) test -timeout 70m . ./cluster/... ./configuration ./manifests/...
+	cd e2e && $(GO) test -timeout 70m . ./cluster/... ./compare ./configuration ./manifests/...
 
 .PHONY: vm
 vm: PACKAGES += qemu-system-x86 ipset
@@ -110,6 +110,17 @@ bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services; the relay
 .PHONY: bench-side-by-side
 bench-side-by-side: deps build lab ## signalbox beside kube-proxy: starts, changes, memory, connections; writes docs/performance.md
 	bin/lab bench --kube-proxy --out docs/bench --document docs/performance.md
+
+# The modes to compare, and how many random Services each gets.
+COMPARE_MODES ?= nftables iptables-nft iptables-legacy userspace
+COMPARE_CASES ?= 500
+SEED ?= 1
+
+.PHONY: compare
+compare: deps build lab ## kube-proxy and signalbox side by side, on COMPARE_CASES random Services in each mode
+	@for mode in $(COMPARE_MODES); do \
+		bin/lab compare --signalbox $(BIN) --mode $$mode --random $(COMPARE_CASES) --seed $(SEED) --out bin || failed=1; \
+	done; [ -z "$$failed" ]
 
 .PHONY: demo
 demo: deps build lab ## a lab on this machine, every mode, real connections

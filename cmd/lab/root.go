@@ -10,6 +10,6 @@ func rootCommand() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(demoCommand(), benchCommand())
+	root.AddCommand(demoCommand(), compareCommand(), benchCommand())
 	return root
 }
