@@ -77,6 +77,9 @@ func answer(request netlink.Message, found [][]byte) (list []netlink.Message) {
 
 func isDump(m netlink.Message) bool { return m.Header.Flags&netlink.Dump == netlink.Dump }
 
+// isListing says whether messages of a kind ask for what is there: every third does.
+func isListing(kind int) bool { return kind%3 == unix.NFT_MSG_GETTABLE }
+
 // kindOf is the message's number within nf_tables.
 func kindOf(m netlink.Message) int { return int(m.Header.Type) & 0xff }
 
