@@ -62,9 +62,10 @@ func TestFailedTransaction(t *testing.T) {
 				desired.Services[sp.Name] = sp
 				return sp
 			}
-			late(0)
-			syncAll(t, p, desired)
-			sp := late(7 * time.Minute) // needs chains of its own
+			sync(desired, plan.Change{All: true})
+			sp := late(0)
+			sync(desired, plan.Change{Services: []plan.ServicePortName{sp.Name}}) // brings an address
+			late(7 * time.Minute)                                                 // needs chains of its own
 			sync(desired, plan.Change{Services: []plan.ServicePortName{sp.Name}})
 		})
 	}

@@ -156,7 +156,7 @@ func checkKernel(t *testing.T, p *Proxier) {
 	t.Helper()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	read, _, err := p.read(&ruleset{})
+	read, _, err := p.read(&ruleset{}, &plan.Plan{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -142,7 +142,7 @@ func (p *Proxier) syncAll(desired *plan.Plan) error {
 		return err
 	}
 	p.schedulers.kernel.ForgetMissing()
-	st, others, err := p.read(newRuleset(p.IPFamily, p.mark, desired.Node, affinityTimeouts(nil, desired.Services)))
+	st, others, err := p.read(newRuleset(p.IPFamily, p.mark, desired.Node, affinityTimeouts(nil, desired.Services)), desired)
 	if err != nil {
 		return err
 	}

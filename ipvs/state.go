@@ -54,9 +54,10 @@ func newState(rules *ruleset) *state {
 }
 
 // read makes a state from the kernel: virtual servers at addresses of the device or with a mark
-// of this mode, whoever added them. What drained before keeps its time. others are the
-// addresses of other devices.
-func (p *Proxier) read(rules *ruleset) (st *state, others map[netip.Addr]bool, err error) {
+// of this mode, whoever added them. Servers of the plan at other addresses are there if a
+// Sync failed before it added the address. What drained before keeps its time. others are
+// the addresses of other devices.
+func (p *Proxier) read(rules *ruleset, desired *plan.Plan) (st *state, others map[netip.Addr]bool, err error) {
 	st = newState(rules)
 	old := cmp.Or(p.state, st)
 	if st.onDevice, others, err = p.device.Addresses(); err != nil {
@@ -77,9 +78,15 @@ func (p *Proxier) read(rules *ruleset) (st *state, others map[netip.Addr]bool, e
 			"family", p.Family.String(), "error", err)
 		listed = nil
 	}
+	planned := make(map[kernel.ServerKey]bool)
+	for name, sp := range desired.Services {
+		for i := range sp.Frontends {
+			planned[kernel.ServerKey{Addr: sp.Frontends[i].Addr, Port: sp.Frontends[i].Port, Protocol: name.Protocol}] = true
+		}
+	}
 	now := p.now()
 	for key, scheduler := range all {
-		if !isOurs(key.Mark) && !st.onDevice[key.Addr] {
+		if !isOurs(key.Mark) && !st.onDevice[key.Addr] && (others[key.Addr] || !planned[key]) {
 			continue
 		}
 		dests := listed[key]
