@@ -144,11 +144,7 @@ func (c *portCompiler) frontend(fe *plan.Frontend) error {
 		}
 	}
 	if fe.External.Len() == 0 || fe.Internal.Len() == 0 {
-		set := sets.rejected
-		if fe.WhenEmpty == plan.Drop {
-			set = sets.dropped
-		}
-		c.emit(set, key, "")
+		c.out.elements = append(c.out.elements, access.RejectElement(fe, protocol, fe.WhenEmpty == plan.Drop, ""))
 	}
 	access.SourceElements(fe, protocol, func(e nft.Element) { c.out.elements = append(c.out.elements, e) })
 	if fe.Kind == plan.LoadBalancerIP && c.port.HealthCheckNodePort != 0 {

@@ -97,8 +97,8 @@ func (r *ruleset) nodeChains() []nft.Chain {
 		chain("nodeport-server-by-mark", nil, r.serverByMark(access.NodePort, nodePortMasquerade)...),
 		chain("nodeports", nil,
 			rule(nft.SetMark(lookUpMark(access.NodePort, nodePortMarks)), nft.GoTo("nodeport-server-by-mark")),
-			rule(in(access.NodePort, rejectedNodePorts), nft.GoTo("reject")),
-			rule(in(access.NodePort, droppedNodePorts), nft.GoTo("drop"))),
+			rule(in(access.NodePort, access.RejectedNodePorts), nft.GoTo("reject")),
+			rule(in(access.NodePort, access.DroppedNodePorts), nft.GoTo("drop"))),
 		chain("internal-nodeports", nil,
 			rule(nft.SetMark(lookUpMark(access.NodePort, internalNodePortMarks)), nft.GoTo("nodeport-server-by-mark"))),
 		chain("external", nil, r.external(fe)...),
@@ -140,8 +140,8 @@ func (r *ruleset) external(fe nft.Value) []nft.Rule {
 	rules := []nft.Rule{
 		rule(in(fe, serversByAddress), nft.GoTo("server-by-address")),
 		rule(nft.SetMark(lookUpMark(fe, marks)), nft.GoTo("server-by-mark")),
-		rule(in(fe, rejected), nft.GoTo("reject")),
-		rule(in(fe, dropped), nft.GoTo("drop")),
+		rule(in(fe, access.Rejected), nft.GoTo("reject")),
+		rule(in(fe, access.Dropped), nft.GoTo("drop")),
 		rule(in(fe, healthChecks), nft.ClearPriority(), nft.Return()),
 	}
 	for _, p := range plan.Protocols {
@@ -190,10 +190,10 @@ func (r *ruleset) noEndpoints() []nft.Rule {
 	fe := r.Frontend()
 	clearMark := nft.SetMark(nft.ConstantMark(0))
 	return []nft.Rule{
-		rule(clearMark, in(fe, rejected), nft.GoTo("reject")),
-		rule(in(fe, dropped), nft.GoTo("drop")),
-		rule(in(access.NodePort, rejectedNodePorts), nft.GoTo("reject")),
-		rule(in(access.NodePort, droppedNodePorts), nft.GoTo("drop")),
+		rule(clearMark, in(fe, access.Rejected), nft.GoTo("reject")),
+		rule(in(fe, access.Dropped), nft.GoTo("drop")),
+		rule(in(access.NodePort, access.RejectedNodePorts), nft.GoTo("reject")),
+		rule(in(access.NodePort, access.DroppedNodePorts), nft.GoTo("drop")),
 	}
 }
 

@@ -21,10 +21,6 @@ const (
 	internalNodePortMarks
 	masquerade
 	nodePortMasquerade
-	rejected
-	dropped
-	rejectedNodePorts
-	droppedNodePorts
 	healthChecks
 	hairpin
 	affinity
@@ -71,10 +67,6 @@ func newSets() []*nft.Set {
 		toMark("internal-nodeport-marks", nodePort, ""),
 		set("masqueraded", fields{addr, proto, port, mark}, "frontend . traffic source"),
 		set("nodeport-masquerade", fields{proto, port, mark}, "node port . traffic source"),
-		set("rejected", frontend, "frontends without endpoints"),
-		set("dropped", frontend, "frontends without endpoints that may be used here"),
-		set("rejected-nodeports", nodePort, ""),
-		set("dropped-nodeports", nodePort, ""),
 		shared("health-checks", frontend, "answered by a daemon of this node"),
 		shared("hairpin", fields{addr, addr}, "endpoints that may be their own clients"),
 		toMark("affinity", fields{addr, mark}, "client . Service port : endpoint").Remembering(affinitySize),
@@ -88,11 +80,11 @@ func newSets() []*nft.Set {
 
 // frontendSets are the sets with elements of a frontend. NodePorts have sets of their own, whose
 // keys lack the address.
-type frontendSets struct{ marks, internal, masquerade, rejected, dropped nft.SetID }
+type frontendSets struct{ marks, internal, masquerade nft.SetID }
 
 var (
-	addressedSets = frontendSets{marks, internalMarks, masquerade, rejected, dropped}
-	nodePortSets  = frontendSets{nodePortMarks, internalNodePortMarks, nodePortMasquerade, rejectedNodePorts, droppedNodePorts}
+	addressedSets = frontendSets{marks, internalMarks, masquerade}
+	nodePortSets  = frontendSets{nodePortMarks, internalNodePortMarks, nodePortMasquerade}
 )
 
 func setsOf(fe *plan.Frontend) frontendSets {

@@ -66,7 +66,7 @@ func TestAdoptDamaged(t *testing.T) {
 		"a chain is new":         {"add", "chain", "ip", tableName, "mine"},
 		"a set is new":           {"add", "set", "ip", tableName, "mine", "{ type ipv4_addr; }"},
 		"all frontends are gone": {"flush", "map", "ip", tableName, "frontends"},
-		"an element is new":      {"add", "element", "ip", tableName, "refused", "{ 10.0.0.99 . tcp . 80 }"},
+		"an element is new":      {"add", "element", "ip", tableName, "rejected", "{ 10.0.0.99 . tcp . 80 }"},
 		"all endpoints are gone": {"flush", "map", "ip", tableName, "endpoints"},
 		"a pick chain is empty":  {"flush", "chain", "ip", tableName, "pick-2"},
 		"the chains' map":        {"flush", "map", "ip", tableName, "pick-chains"},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -234,7 +235,7 @@ func TestLargeAffinity(t *testing.T) {
 
 // TestAffinityOutlivesTheProcess: another Proxier that writes everything anew
 // keeps the clients at their endpoints, though other Services came meanwhile
-// and would be numbered first.
+// and would be numbered first. In the last round the sets are those of an older release.
 func TestAffinityOutlivesTheProcess(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
 		s := newSticky(l, plan.TCP, time.Hour, 2, 3, 4)
@@ -247,6 +248,14 @@ func TestAffinityOutlivesTheProcess(t *testing.T) {
 					Addr: l.vip(50 + round*2 + int(name[0]-'a')), Port: 80, Internal: set, External: set})
 			}
 			s.fill(l.set(1, 2, 3, 4), nil)
+			if round == 2 {
+				table := "ip signalbox"
+				if l.family == plan.IPv6 {
+					table = "ip6 signalbox"
+				}
+				runNft(t, "-f", "-", strings.ReplaceAll("flush chain TABLE check-local; flush chain TABLE check-remote; "+
+					"delete set TABLE rejected; add set TABLE refused { type inet_service; };", "TABLE", table))
+			}
 			s.proxier = l.synced(s.plan)
 			// The same process writes everything anew too.
 			l.must(s.proxier.Sync(context.Background(), s.plan, plan.Change{All: true}))

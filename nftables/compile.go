@@ -77,15 +77,13 @@ func compile(p *programmedPort, emit func(nft.Element)) {
 
 // frontendSets are the sets in which a frontend has elements. The keys of NodePorts
 // lack the address, so NodePorts have sets of their own.
-type frontendSets struct {
-	external, internal, masquerade, refused, dropped nft.SetID
-}
+type frontendSets struct{ external, internal, masquerade nft.SetID }
 
 func setsOf(fe *plan.Frontend) frontendSets {
 	if fe.Addr.IsValid() {
-		return frontendSets{frontends, internalFrontends, masquerade, refused, dropped}
+		return frontendSets{frontends, internalFrontends, masquerade}
 	}
-	return frontendSets{nodePorts, internalNodePorts, nodePortMasquerade, refusedNodePorts, droppedNodePorts}
+	return frontendSets{nodePorts, internalNodePorts, nodePortMasquerade}
 }
 
 func compileFrontend(p *programmedPort, fe *plan.Frontend, comment string, emit func(nft.Element)) {
@@ -97,10 +95,7 @@ func compileFrontend(p *programmedPort, fe *plan.Frontend, comment string, emit 
 	}
 	emit(nft.Element{Set: sets.masquerade, Key: key, Data: nft.MarkData(uint32(fe.Masquerade))})
 	if external == noSet || internal == noSet {
-		emit(nft.Element{Set: sets.refused, Key: key, Comment: comment})
-		if fe.WhenEmpty == plan.Drop {
-			emit(nft.Element{Set: sets.dropped, Key: key})
-		}
+		emit(access.RejectElement(fe, p.port.Name.Protocol, fe.WhenEmpty == plan.Drop, comment))
 	}
 	access.SourceElements(fe, p.port.Name.Protocol, emit)
 	if fe.Kind == plan.ClusterIP && fe.Addr.IsValid() {

@@ -19,7 +19,7 @@ var notRelayed = []plan.Protocol{plan.UDP, plan.SCTP}
 // kube-proxy's.
 func rejectedCounter(p plan.Protocol) string { return "localhost-nodeport-rejected-" + p.String() }
 
-const rejectOnLocalhost = "refuse-on-localhost"
+const rejectOnLocalhost = "reject-on-localhost"
 
 // toLocalhost sends packets to NodePorts on loopback to the chain of localhostChains. As
 // with kube-proxy, they do not reach a program that listens there.

@@ -85,8 +85,6 @@ func (r ruleset) postrouting() nft.Chain {
 // nodeChains depend on the node. A chain stands before those that jump to it.
 func (r ruleset) nodeChains() []nft.Chain {
 	chains := append(append(r.localhostChains(), access.SourceChains(r.IPFamily, r.Node)...), []nft.Chain{
-		{Name: "refuse", Rules: r.refuse(r.Frontend(), dropped)},
-		{Name: "refuse-nodeport", Rules: r.refuse(access.NodePort, droppedNodePorts)},
 		{Name: "between-nodes", Rules: r.betweenNodes()},
 		{Name: "check-sources", Rules: r.CheckSources()},
 		{Name: "check-local", Rules: r.checkLocal()},
@@ -179,24 +177,14 @@ func (r ruleset) markRules(sources plan.TrafficSources) []nft.Rule {
 // an endpoint needs no check.
 func withoutDNAT() []nft.Rule {
 	return []nft.Rule{
-		nft.NewRule(nft.PriorityBitsAre(idSpaceMask, idSpace), nft.ClearPriority()).Comment("the id has served"),
+		nft.NewRule(nft.PriorityBitsAre(idSpaceMask, idSpace), nft.ClearPriority()).Comment("the id is not needed any more"),
 		nft.NewRule(nft.IsDNATed(), nft.Return()),
 	}
 }
 
-// refuse drops or rejects a connection to a frontend without endpoints.
-func (r ruleset) refuse(key nft.Value, dropped nft.SetID) []nft.Rule {
-	return []nft.Rule{nft.NewRule(in(key, dropped), nft.Drop()), nft.NewRule(r.Reject())}
-}
-
 // checkLocal rejects or drops packets to this node for a frontend without endpoints.
 func (r ruleset) checkLocal() []nft.Rule {
-	rules := append(withoutDNAT(),
-		nft.NewRule(in(r.Frontend(), refused), nft.GoTo("refuse")))
-	for _, match := range r.ToNodePortAddrs() {
-		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{in(access.NodePort, refusedNodePorts)}, match, []nft.Statement{nft.GoTo("refuse-nodeport")})...))
-	}
-	return append(rules, r.toLocalhost()...)
+	return slices.Concat(withoutDNAT(), r.RejectFrontends(), r.RejectNodePorts(), r.toLocalhost())
 }
 
 // checkRemote does the same with packets to other hosts. It also rejects packets to
@@ -206,8 +194,7 @@ func (r ruleset) checkLocal() []nft.Rule {
 // packets to an address that the node has, such as that of a local DNS server, reach the
 // program there.
 func (r ruleset) checkRemote() []nft.Rule {
-	return append(withoutDNAT(),
-		nft.NewRule(in(r.Frontend(), refused), nft.DaddrIsNotLocal(), nft.GoTo("refuse")),
+	return append(append(withoutDNAT(), r.RejectFrontends(nft.DaddrIsNotLocal())...),
 		nft.NewRule(in(r.Daddr(), clusterIPs), nft.DaddrIsNotLocal(), r.Reject()).Comment("no such port"),
 		r.Unallocated())
 }

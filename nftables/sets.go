@@ -13,10 +13,6 @@ const (
 	masquerade
 	nodePortMasquerade
 	markChains
-	refused
-	dropped
-	refusedNodePorts
-	droppedNodePorts
 	clusterIPs
 	hairpin
 	pickChains
@@ -60,12 +56,6 @@ func makeSets() []*nft.Set {
 			Comment: "all frontends, and whose source is rewritten: 1 Pods here, 2 this node, 4 others"},
 		{Name: "nodeport-masquerade-origins", Key: access.NodePortKey, Data: idData},
 		{Name: "mark-chains", Key: idOnly, Verdicts: true},
-		{Name: "refused", Key: access.FrontendKey,
-			Comment: "frontends without endpoints"},
-		{Name: "dropped", Key: access.FrontendKey,
-			Comment: "those of them that have endpoints elsewhere"},
-		{Name: "refused-nodeports", Key: access.NodePortKey},
-		{Name: "dropped-nodeports", Key: access.NodePortKey},
 		{Name: "cluster-ips", Key: []nft.Field{nft.AddrField}, Shared: true},
 		{Name: "hairpin", Key: []nft.Field{nft.AddrField, nft.AddrField}, Shared: true,
 			Comment: "endpoints that may be their own clients"},

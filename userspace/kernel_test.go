@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -187,7 +188,7 @@ func TestSCTPIsRefused(t *testing.T) {
 		}
 		f := nft.FamilyOf(plan.IPv4)
 		for _, e := range compile(f, sp, nil) {
-			if e.Set != rejected && e.Set != clusterIPs {
+			if e.Set != access.Rejected && e.Set != clusterIPs {
 				t.Errorf("an SCTP port is in %s", setNames[e.Set])
 			}
 		}

@@ -136,16 +136,7 @@ func (r ruleset) checkLocal() []nft.Rule {
 		rules = append(rules, nft.NewRule(nft.ProtocolIs(p),
 			nft.DPortsBetween(r.ports.of(0), r.ports.of(originCount-1)), r.Reject()))
 	}
-	rules = append(rules,
-		nft.NewRule(nft.In(r.Frontend(), setNames[rejected]), r.Reject()),
-		nft.NewRule(nft.In(r.Frontend(), setNames[dropped]), nft.Drop()))
-	for _, match := range r.ToNodePortAddrs() {
-		inSet := func(set nft.SetID, verdict nft.Statement) nft.Rule {
-			return nft.NewRule(slices.Concat([]nft.Statement{nft.In(access.NodePort, setNames[set])}, match, []nft.Statement{verdict})...)
-		}
-		rules = append(rules, inSet(rejectedNodePorts, r.Reject()), inSet(droppedNodePorts, nft.Drop()))
-	}
-	return rules
+	return slices.Concat(rules, r.RejectFrontends(), r.RejectNodePorts())
 }
 
 // checkRemote rejects or drops likewise what leaves for other hosts, and answers for
@@ -154,11 +145,8 @@ func (r ruleset) checkLocal() []nft.Rule {
 // in place of ECONNREFUSED. So an address that the node itself holds, as a local DNS
 // server's, is left to what listens there.
 func (r ruleset) checkRemote() []nft.Rule {
-	return []nft.Rule{
-		nft.NewRule(nft.IsDNATed(), nft.Return()),
-		nft.NewRule(nft.In(r.Frontend(), setNames[rejected]), nft.DaddrIsNotLocal(), r.Reject()),
-		nft.NewRule(nft.In(r.Frontend(), setNames[dropped]), nft.DaddrIsNotLocal(), nft.Drop()),
+	rules := append([]nft.Rule{nft.NewRule(nft.IsDNATed(), nft.Return())}, r.RejectFrontends(nft.DaddrIsNotLocal())...)
+	return append(rules,
 		nft.NewRule(nft.In(r.Daddr(), setNames[clusterIPs]), nft.DaddrIsNotLocal(), r.Reject()).Comment("no such port"),
-		r.Unallocated(),
-	}
+		r.Unallocated())
 }

@@ -22,10 +22,6 @@ const (
 	noExternalEndpoints
 	nodePortsNoInternalEndpoints
 	nodePortsNoExternalEndpoints
-	rejected
-	dropped
-	rejectedNodePorts
-	droppedNodePorts
 	clusterIPs
 	setCount
 )
@@ -33,12 +29,12 @@ const (
 // frontendSets are the sets in which a frontend has elements; NodePorts have
 // their own, whose keys lack the address.
 type frontendSets struct {
-	redirected, noInternalEndpoints, noExternalEndpoints, rejected, dropped nft.SetID
+	redirected, noInternalEndpoints, noExternalEndpoints nft.SetID
 }
 
 var (
-	addressedSets = frontendSets{frontends, noInternalEndpoints, noExternalEndpoints, rejected, dropped}
-	nodePortSets  = frontendSets{nodePorts, nodePortsNoInternalEndpoints, nodePortsNoExternalEndpoints, rejectedNodePorts, droppedNodePorts}
+	addressedSets = frontendSets{frontends, noInternalEndpoints, noExternalEndpoints}
+	nodePortSets  = frontendSets{nodePorts, nodePortsNoInternalEndpoints, nodePortsNoExternalEndpoints}
 )
 
 // setNames holds every set's name by its number.
@@ -58,10 +54,6 @@ func makeSets() []*nft.Set {
 		nft.NewSet("no-external-endpoints", byFrontend, nil, "frontends without endpoints for others"),
 		nft.NewSet("nodeports-no-internal-endpoints", byNodePort, nil, ""),
 		nft.NewSet("nodeports-no-external-endpoints", byNodePort, nil, ""),
-		nft.NewSet("rejected", byFrontend, nil, "frontends without endpoints"),
-		nft.NewSet("dropped", byFrontend, nil, "frontends without endpoints that may be used here"),
-		nft.NewSet("rejected-nodeports", byNodePort, nil, ""),
-		nft.NewSet("dropped-nodeports", byNodePort, nil, ""),
 		&nft.Set{Name: "cluster-ips", Key: addr, Shared: true},
 	)
 }
@@ -109,11 +101,7 @@ func (c *compiler) frontend(fe *plan.Frontend, k plan.FrontendKey, ids map[plan.
 		}
 	}
 	if !inside || !outside {
-		set := sets.rejected
-		if fe.WhenEmpty == plan.Drop && open {
-			set = sets.dropped
-		}
-		c.add(set, key, "", c.comment)
+		c.list = append(c.list, access.RejectElement(fe, k.Protocol, fe.WhenEmpty == plan.Drop && open, c.comment))
 	}
 	access.SourceElements(fe, k.Protocol, func(e nft.Element) { c.list = append(c.list, e) })
 	if fe.Kind == plan.ClusterIP && fe.Addr.IsValid() {

@@ -22,6 +22,19 @@ func SourceElements(fe *plan.Frontend, p plan.Protocol, emit func(nft.Element)) 
 	emitRanges(allowed, key, fe.Sources, emit)
 }
 
+// RejectElement is the element of a frontend without endpoints for RejectFrontends and
+// RejectNodePorts.
+func RejectElement(fe *plan.Frontend, p plan.Protocol, drop bool, comment string) nft.Element {
+	e := nft.Element{Set: Rejected, Key: FrontendBytes(fe.Key(p)), Comment: comment}
+	if !fe.Addr.IsValid() {
+		e.Set = RejectedNodePorts
+	}
+	if drop {
+		e.Set++
+	}
+	return e
+}
+
 // NodeElements are the elements that the node's facts make.
 func (r Rules) NodeElements() (list []nft.Element) {
 	emit := func(e nft.Element) { list = append(list, e) }

@@ -37,6 +37,28 @@ func (r Rules) CheckSources() []nft.Rule {
 	return rules
 }
 
+// RejectFrontends rejects or drops packets to frontends without endpoints that also
+// match.
+func (r Rules) RejectFrontends(match ...nft.Statement) []nft.Rule {
+	return r.reject(r.Frontend(), Rejected, match)
+}
+
+// RejectNodePorts does the same for NodePorts.
+func (r Rules) RejectNodePorts() (rules []nft.Rule) {
+	for _, match := range r.ToNodePortAddrs() {
+		rules = append(rules, r.reject(NodePort, RejectedNodePorts, match)...)
+	}
+	return rules
+}
+
+// reject takes a set of keys to reject. The next set has those to drop.
+func (r Rules) reject(key nft.Value, rejected nft.SetID, match []nft.Statement) []nft.Rule {
+	rule := func(set nft.SetID, verdict nft.Statement) nft.Rule {
+		return nft.NewRule(slices.Concat([]nft.Statement{in(key, set)}, match, []nft.Statement{verdict})...)
+	}
+	return []nft.Rule{rule(rejected, r.Reject()), rule(rejected+1, nft.Drop())}
+}
+
 // FromPods are the ways to tell packets of local Pods; any one that matches will do.
 func (r Rules) FromPods() []nft.Statement {
 	var ways []nft.Statement

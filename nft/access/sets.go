@@ -8,6 +8,10 @@ const (
 	AllowedSources
 	restrictedNodePorts
 	allowedNodePortSources
+	Rejected
+	Dropped
+	RejectedNodePorts
+	DroppedNodePorts
 	localPods
 	ownPods
 	nodePortAddrs
@@ -30,6 +34,10 @@ func Sets() []*nft.Set {
 		AllowedSources:         {Name: "allowed-sources", Key: append(FrontendKey[:3:3], nft.AddrField), Interval: true},
 		restrictedNodePorts:    {Name: "restricted-nodeports", Key: NodePortKey},
 		allowedNodePortSources: {Name: "allowed-nodeport-sources", Key: append(NodePortKey[:2:2], nft.AddrField), Interval: true},
+		Rejected:               {Name: "rejected", Key: FrontendKey, Comment: "frontends without endpoints"},
+		Dropped:                {Name: "dropped", Key: FrontendKey, Comment: "frontends without endpoints that may be used here"},
+		RejectedNodePorts:      {Name: "rejected-nodeports", Key: NodePortKey},
+		DroppedNodePorts:       {Name: "dropped-nodeports", Key: NodePortKey},
 		localPods:              {Name: "local-pods", Key: addr, Interval: true},
 		ownPods:                {Name: "own-pods", Key: addr, Interval: true, Comment: "of these, the ones on this node"},
 		nodePortAddrs:          {Name: "nodeport-addrs", Key: addr},
