@@ -12,17 +12,20 @@ import (
 )
 
 // SetPriorityFrom sets the priority to a value.
-func SetPriorityFrom(v Value) Statement {
-	return Statement{"meta priority set " + v.text, append(v.load(0),
-		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)})}
-}
+func SetPriorityFrom(v Value) Statement { return setMeta("priority", expr.MetaKeyPRIORITY, v) }
+
+// SetPriority sets the priority to a constant.
+func SetPriority(id uint32) Statement { return SetPriorityFrom(constant(ClassIDText(id), id)) }
 
 // ClearPriority sets the priority to 0.
-func ClearPriority() Statement {
-	return Statement{"meta priority set none", []expr.Any{
-		&expr.Immediate{Register: reg32(0), Data: host32(0)},
-		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)},
-	}}
+func ClearPriority() Statement { return SetPriority(0) }
+
+// SetMark sets the whole packet mark.
+func SetMark(v Value) Statement { return setMeta("mark", expr.MetaKeyMARK, v) }
+
+func setMeta(field string, key expr.MetaKey, v Value) Statement {
+	return Statement{"meta " + field + " set " + v.text, append(v.load(0),
+		&expr.Meta{Key: key, SourceRegister: true, Register: reg32(0)})}
 }
 
 // dynsetDelete is NFT_DYNSET_OP_DELETE (Linux 5.4), which x/sys lacks.
@@ -67,7 +70,7 @@ func Drop() Statement {
 	return Statement{"drop", []expr.Any{&expr.Verdict{Kind: expr.VerdictDrop}}}
 }
 
-// Return ends the chain and goes on after the rule that jumped here.
+// Return ends the chain and continues after the rule that jumped here.
 func Return() Statement {
 	return Statement{"return", []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}}}
 }
@@ -77,33 +80,30 @@ func Jump(chain string) Statement {
 	return Statement{"jump " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: chain}}}
 }
 
-// GoTo evaluates a chain, and does not come back to this one.
+// GoTo evaluates a chain and does not return to this one.
 func GoTo(chain string) Statement {
 	return Statement{"goto " + chain, []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}}
 }
 
-// SetMarkBit sets or clears the mark's bit and leaves the others, which are
-// other software's.
+// SetMarkBit sets or clears one bit of the mark. The other bits belong to other
+// software.
 func SetMarkBit(bit uint32, on bool) Statement {
-	text, xor := fmt.Sprintf("meta mark set meta mark & 0x%08x", ^bit), uint32(0)
+	v, set := MarkBits(^bit, 0), uint32(0)
 	if on {
-		text, xor = fmt.Sprintf("meta mark set meta mark | 0x%08x", bit), bit
+		v.text, set = fmt.Sprintf("meta mark | 0x%08x", bit), bit
 	}
-	return Statement{text, []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg32(0)},
-		bitwise(0, ^bit, xor),
-		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg32(0)},
-	}}
+	v.load = func(reg uint32) []expr.Any { return append(Mark.load(reg), bitwise(reg, ^bit, set)) }
+	return SetMark(v)
 }
 
-// VerdictOf goes where the verdict map says, or on if it says nothing.
+// VerdictOf jumps to the chain that the verdict map has for v, if any.
 func VerdictOf(v Value, m string) Statement {
 	return Statement{v.text + " vmap @" + m, append(v.load(0), &expr.Lookup{
 		SourceRegister: reg32(0), DestRegister: unix.NFT_REG_VERDICT, IsDestRegSet: true, SetName: m,
 	})}
 }
 
-// CountedBy counts packets in a counter of the table's.
+// CountedBy counts packets in a named counter of the table.
 func CountedBy(name string) Statement {
 	return Statement{fmt.Sprintf("counter name %q", name), []expr.Any{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: name}}}
 }
@@ -128,28 +128,13 @@ func (f *IPFamily) DNATToPort(v Value, port uint16) Statement {
 	)}
 }
 
-// SetMark sets the whole mark.
-func SetMark(v Value) Statement {
-	return Statement{"meta mark set " + v.text, append(v.load(0),
-		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg32(0)})}
-}
-
-// SetPriority sets the priority.
-func SetPriority(id uint32) Statement {
-	return Statement{"meta priority set " + ClassIDText(id), []expr.Any{
-		&expr.Immediate{Register: reg32(0), Data: host32(id)},
-		&expr.Meta{Key: expr.MetaKeyPRIORITY, SourceRegister: true, Register: reg32(0)},
-	}}
-}
-
-// Remember records key -> mark in a map made by Remembering, for the given
-// time. Where the key is known already the kernel only starts its time again.
+// Remember puts key -> mark into a map of NewSet(...).Remembering, for the given time.
+// If the map has the key, the kernel only restarts its time.
 func Remember(m string, key, mark Value, timeout time.Duration) Statement {
 	return changeMap(m, key, mark, timeout, unix.NFT_DYNSET_OP_UPDATE)
 }
 
-// Forget removes the key from a map made by Remembering. The kernel wants a
-// datum all the same.
+// Forget removes the key from such a map. The kernel wants a datum too.
 func Forget(m string, key, mark Value) Statement { return changeMap(m, key, mark, 0, dynsetDelete) }
 
 func changeMap(m string, key, mark Value, timeout time.Duration, op uint32) Statement {

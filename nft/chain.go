@@ -23,15 +23,14 @@ type Hook struct {
 	text     string // as nft writes it
 }
 
-// Statement is one part of a rule, as the kernel's expressions and as the text
-// in which nft lists them. The two are made side by side, and a test compares
-// the text with what nft makes of the expressions.
+// Statement is one part of a rule: the kernel's expressions, and the text in which nft
+// lists them. A test compares the text with what nft makes of the expressions.
 type Statement struct {
 	text  string
 	exprs []expr.Any
 }
 
-// Rule is a list of statements; a packet that fails one leaves the rule.
+// Rule is a list of statements. A packet that does not match one leaves the rule.
 type Rule struct {
 	statements []Statement
 	comment    string
@@ -66,18 +65,17 @@ func (r Rule) exprs() []expr.Any {
 	return list
 }
 
-// NewHook makes a hook at which filter chains are run; text is what nft lists
-// for it.
+// NewHook makes a hook for filter chains. The text is what nft lists for it.
 func NewHook(num *nftables.ChainHook, priority nftables.ChainPriority, text string) *Hook {
 	return &Hook{nftables.ChainTypeFilter, num, priority, text}
 }
 
-// NewNATHook makes a hook at which destinations are rewritten.
+// NewNATHook makes a hook for chains that rewrite addresses.
 func NewNATHook(num *nftables.ChainHook, priority nftables.ChainPriority, text string) *Hook {
 	return &Hook{nftables.ChainTypeNAT, num, priority, text}
 }
 
-// NewChain makes a chain; hook is nil for one that is only jumped to.
+// NewChain makes a chain. Without a hook it is only jumped to.
 func NewChain(name string, hook *Hook, rules ...Rule) Chain {
 	return Chain{Name: name, Hook: hook, Rules: rules}
 }

@@ -19,8 +19,8 @@ type Contents struct {
 	Counters []string
 }
 
-// Inspect lists what the kernel has in the table, but no rules and no elements; nil
-// if there is no table.
+// Inspect lists what the kernel has in the table, except rules and elements. It returns
+// nil if there is no table.
 func (t *Table) Inspect() (*Contents, error) {
 	if exists, err := t.Exists(); err != nil || !exists {
 		return nil, err
@@ -50,8 +50,8 @@ func (t *Table) Inspect() (*Contents, error) {
 	return &c, nil
 }
 
-// HasDynamicMap says whether the kernel has a map that packets fill in the form in
-// which it would be made today.
+// HasDynamicMap says whether the kernel has the map, which packets fill, in the same
+// form as Open declared it.
 func (t *Table) HasDynamicMap(c *Contents, id SetID) bool {
 	want := t.declared[id]
 	return c != nil && slices.ContainsFunc(c.Sets, func(s *nftables.Set) bool {
@@ -60,8 +60,8 @@ func (t *Table) HasDynamicMap(c *Contents, id SetID) bool {
 	})
 }
 
-// ReplaceContents replaces all chains and sets of a table that exists, but for one map
-// that packets fill: it stays with what is in it.
+// ReplaceContents replaces all chains and sets of an existing table, except one map that
+// packets fill. The map keeps its elements.
 func (t *Table) ReplaceContents(c *Contents, kept SetID) {
 	t.conn.FlushTable(t.table)
 	for _, s := range c.Sets {
@@ -87,7 +87,7 @@ func (t *Table) RuleCount(chain string) (int, error) {
 	return len(rules), nil
 }
 
-// Read lists a set's elements in the kernel; none if there is no such set.
+// Read lists a set's elements in the kernel. It lists none if there is no such set.
 func (t *Table) Read(id SetID) ([]nftables.SetElement, error) { return t.read(t.conn, id) }
 
 // ReadAll hands out the elements of each set that packets do not fill, set by set.
@@ -136,10 +136,10 @@ func (t *Table) CounterPackets(name string) (uint64, error) {
 	return 0, fmt.Errorf("read counter %s: the kernel answered with another object", name)
 }
 
-// dialForReading opens a connection for long listings. The kernel walks a map
-// from its begin for every page of a listing, and makes pages as large as the
-// largest buffer that it was ever asked to fill, up to 32 KiB. The library asks
-// with 4 KiB; to list 100,000 elements takes six times as long with these.
+// dialForReading opens a connection for long listings. The kernel walks a map from its
+// beginning for each page of a listing. A page is as large as the largest buffer that
+// the socket ever offered, up to 32 KiB. The library offers 4 KiB: a listing of 100,000
+// elements takes six times as long with such pages.
 func dialForReading(options []nftables.ConnOption) (*nftables.Conn, error) {
 	conn, err := dial(append(slices.Clip(options), nftables.WithSockOptions(largePages))...)
 	if err != nil {
@@ -148,7 +148,7 @@ func dialForReading(options []nftables.ConnOption) (*nftables.Conn, error) {
 	return conn, nil
 }
 
-// largePages has one answer of the kernel's read into a large buffer.
+// largePages offers a large buffer for one answer of the kernel.
 func largePages(c *netlink.Conn) error {
 	raw, err := c.SyscallConn()
 	if err != nil {
@@ -157,8 +157,8 @@ func largePages(c *netlink.Conn) error {
 	return errors.Join(raw.Control(func(fd uintptr) { err = askGeneration(int(fd)) }), err)
 }
 
-// askGeneration asks for the number of transactions, whose answer is there
-// before the question's system call returns.
+// askGeneration asks for the number of transactions. The kernel answers before the
+// system call of the question returns.
 func askGeneration(fd int) error {
 	const size = unix.SizeofNlMsghdr + 4 // and struct nfgenmsg
 	b := binary.NativeEndian.AppendUint32(nil, size)

@@ -10,15 +10,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The library waits for answers with select(2), which cannot wait for file
-// descriptors from 1024 on, and panics there. A process that relays connections
-// has many more files open; so a few low descriptors are kept back for it.
+// The library waits for answers with select(2). It panics with file descriptors from 1024
+// on, for which select cannot wait. A process that relays connections has many more files
+// open, so a few low descriptors are reserved for the library.
 
 // selectLimit is FD_SETSIZE.
 const selectLimit = 1024
 
-// keptFiles is how many descriptors are kept back. A process has two or three
-// connections for each family and mode; the contract suite has many at once.
+// keptFiles is how many descriptors are reserved. A process has two or three connections
+// for each family and mode; the contract suite has many at once.
 const keptFiles = 64
 
 var spare struct {
@@ -28,7 +28,7 @@ var spare struct {
 
 func init() { keepSpare() }
 
-// keepSpare fills up what is kept back, from low descriptors only.
+// keepSpare reserves low descriptors until there are enough.
 func keepSpare() {
 	for len(spare.files) < keptFiles {
 		f, err := os.Open(os.DevNull)
@@ -43,8 +43,7 @@ func keepSpare() {
 	}
 }
 
-// dial opens a lasting connection with a descriptor that the library can
-// wait for.
+// dial opens a lasting connection with a descriptor for which the library can wait.
 func dial(opts ...nftables.ConnOption) (*nftables.Conn, error) {
 	opts = append(opts, nftables.AsLasting())
 	spare.Lock()
@@ -65,8 +64,8 @@ func dial(opts ...nftables.ConnOption) (*nftables.Conn, error) {
 	}
 }
 
-// freeLow returns the descriptor that the kernel gives next, which is the lowest
-// that is free. Where that is too high, one of those kept back becomes free.
+// freeLow returns the descriptor that the kernel assigns next, which is the lowest free
+// one. If it is too high, a reserved descriptor becomes free.
 func freeLow() (int, error) {
 	low, err := os.Open(os.DevNull)
 	if err != nil {
@@ -87,8 +86,8 @@ func freeLow() (int, error) {
 	return next, f.Close()
 }
 
-// isOf says whether a descriptor is that of a connection, which the library does
-// not tell. The kernel's number of the socket in its network namespace does.
+// isOf says whether a descriptor is that of a connection. The library does not tell it,
+// but the kernel's number of the socket in its network namespace does.
 func isOf(conn *nftables.Conn, fd int) bool {
 	port, err := conn.GetPortID()
 	if err != nil {
@@ -103,8 +102,8 @@ func isOf(conn *nftables.Conn, fd int) bool {
 	return err == nil && isNetlink && at.Pid == port && isHere(fd)
 }
 
-// isHere says whether a socket is in the network namespace of the calling thread,
-// as far as the kernel tells (5.14).
+// isHere says whether a socket is in the network namespace of the calling thread, if the
+// kernel can tell (5.14).
 func isHere(fd int) bool {
 	namespace, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
 	if err != nil {
@@ -119,7 +118,7 @@ func isHere(fd int) bool {
 	return err == nil && here == namespace
 }
 
-// refill keeps back again what a closed connection has freed.
+// refill reserves the descriptor that a closed connection had.
 func refill() {
 	spare.Lock()
 	defer spare.Unlock()

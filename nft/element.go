@@ -12,8 +12,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// Element is one element of a set or map, as the bytes that the kernel keeps.
-// The zero end means that the element is not an interval.
+// Element is one element of a set or map, in the kernel's bytes. Without End it is no
+// interval.
 type Element struct {
 	Set      SetID
 	Key, End string
@@ -22,7 +22,7 @@ type Element struct {
 	Comment  string
 }
 
-// ElementID is what no two elements of the table share.
+// ElementID identifies an element in its table.
 type ElementID struct {
 	Set      SetID
 	Key, End string
@@ -84,8 +84,8 @@ func (s *Set) ElementText(e *Element, f *IPFamily) string {
 	return b.String()
 }
 
-// FieldsText prints concatenated fields. Where end is not empty, addresses
-// that differ from those in end are printed as the prefix they bound.
+// FieldsText prints concatenated fields. With an end, it prints an address that differs
+// in end as the prefix between the two.
 func FieldsText(f *IPFamily, fields []Field, value, end string) string {
 	parts := make([]string, len(fields))
 	for i, field := range fields {
@@ -102,7 +102,7 @@ func FieldsText(f *IPFamily, fields []Field, value, end string) string {
 	return strings.Join(parts, " . ")
 }
 
-// prefixText prints the range from start to end, which come from a prefix.
+// prefixText prints a prefix by its first and last address.
 func prefixText(start, end string) string {
 	bits := 0
 	for i := range len(start) {
@@ -162,8 +162,8 @@ func MarkData(id uint32) string {
 // maxComment is the longest comment that nft itself would write.
 const maxComment = 127
 
-// CommentText makes a name fit to be a comment: a file may hold names that the
-// API server would refuse, and a listing must stay readable.
+// CommentText makes a comment of a name. A file may have names that the API server would
+// refuse, and a listing must stay readable.
 func CommentText(name string) string {
 	clean := strings.Map(func(c rune) rune {
 		if c < ' ' || c > '~' || c == '"' || c == '\\' {

@@ -45,8 +45,8 @@ func FamilyOf(f plan.Family) *IPFamily {
 // rejectType is ICMP destination unreachable with the family's own code.
 const rejectType = unix.NFT_REJECT_ICMP_UNREACH
 
-// Holds says whether an address is one of this family: a valid address of its
-// length. An IPv4-mapped IPv6 address belongs to neither.
+// Holds says whether the address is a valid address of this family. An IPv4-mapped IPv6
+// address belongs to neither family.
 func (f *IPFamily) Holds(a netip.Addr) bool {
 	return a.IsValid() && a.BitLen() == f.HostBits() && !a.Is4In6() && a.Zone() == ""
 }
@@ -65,12 +65,11 @@ func AppendPort(b []byte, port uint16) []byte {
 // AppendProto appends a protocol field.
 func AppendProto(b []byte, p plan.Protocol) []byte { return append(b, byte(p), 0, 0, 0) }
 
-// AppendID appends a value that the kernel holds in the machine's byte order:
-// an id or a slot.
+// AppendID appends a value in the machine's byte order: an id, a mark or a slot.
 func AppendID(b []byte, id uint32) []byte { return binary.NativeEndian.AppendUint32(b, id) }
 
-// Disjoint drops the prefixes that lie in others of the list: nf_tables refuses
-// intervals that overlap. The result is sorted.
+// Disjoint sorts the prefixes and drops those that lie in others: nf_tables refuses
+// intervals that overlap.
 func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
 	sorted := make([]netip.Prefix, 0, len(prefixes))
 	for _, p := range prefixes {

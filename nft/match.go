@@ -13,13 +13,15 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// PriorityBitsAre matches packets whose priority has exactly those of the bits in
-// mask set that id has.
+// PriorityBitsAre matches packets whose priority has, of the bits in mask, exactly those
+// of id.
 func PriorityBitsAre(mask, id uint32) Statement {
-	return Statement{
-		fmt.Sprintf("meta priority & %s == %s", ClassIDText(mask), ClassIDText(id)),
-		append(PriorityBits(mask, 0).load(0), &expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(id)}),
-	}
+	v := PriorityBits(mask, 0)
+	return equals(v.text+" == "+ClassIDText(id), v, host32(id))
+}
+
+func equals(text string, v Value, data []byte) Statement {
+	return Statement{text, append(v.load(0), &expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: data})}
 }
 
 // StateNew matches packets that open a connection.
@@ -27,7 +29,7 @@ func StateNew() Statement {
 	return ctBit("ct state new", expr.CtKeySTATE, expr.CtStateBitNEW)
 }
 
-// IsDNATed matches connections whose destination was rewritten, by whomever.
+// IsDNATed matches connections whose destination is rewritten, by this table or another.
 func IsDNATed() Statement {
 	const ipsDstNAT = 1 << 5 // enum ip_conntrack_status
 	return ctBit("ct status dnat", expr.CtKeySTATUS, ipsDstNAT)
@@ -88,8 +90,8 @@ func LeavesNotBy(name string) Statement {
 	return interfaceName("oifname", expr.MetaKeyOIFNAME, expr.CmpOpNeq, name, whole(name))
 }
 
-// whole is the name with the zeros that end it: the kernel compares as many bytes as
-// it gets.
+// whole is the name with the zeros after it: the kernel compares as many bytes as it
+// gets.
 func whole(name string) []byte {
 	data := make([]byte, unix.IFNAMSIZ)
 	copy(data, name)
@@ -111,13 +113,10 @@ func operator(op expr.CmpOp) string {
 	return ""
 }
 
-// MarkHas matches packets that bear the mark's bit.
+// MarkHas matches packets whose mark has the bit.
 func MarkHas(bit uint32) Statement {
-	return Statement{fmt.Sprintf("meta mark & 0x%08x == 0x%08x", bit, bit), []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg32(0)},
-		bitwise(0, bit, 0),
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(bit)},
-	}}
+	v := MarkBits(bit, 0)
+	return equals(v.text+" == "+markText(bit), v, host32(bit))
 }
 
 // DaddrIs matches packets to the address.
@@ -153,12 +152,11 @@ func NotIn(v Value, set string) Statement {
 
 // PriorityIs matches packets of exactly this priority.
 func PriorityIs(id uint32) Statement {
-	return Statement{"meta priority " + ClassIDText(id), append(Priority.load(0),
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(id)})}
+	return equals("meta priority "+ClassIDText(id), Priority, host32(id))
 }
 
-// TransparentSocket matches packets for an open socket of this node that is
-// bound to an address which is not the node's.
+// TransparentSocket matches packets for a socket of this node that is bound to an
+// address of another host.
 func TransparentSocket() Statement {
 	return Statement{"socket transparent 1", []expr.Any{
 		&expr.Socket{Key: expr.SocketKeyTransparent, Register: reg32(0)},
@@ -168,8 +166,7 @@ func TransparentSocket() Statement {
 
 // ProtocolIs matches packets of a transport protocol.
 func ProtocolIs(p plan.Protocol) Statement {
-	return Statement{"meta l4proto " + p.String(), append(L4Proto.load(0),
-		&expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: []byte{byte(p)}})}
+	return equals("meta l4proto "+p.String(), L4Proto, []byte{byte(p)})
 }
 
 // DPortsBetween matches packets to the ports from first to last.
@@ -179,23 +176,20 @@ func DPortsBetween(first, last uint16) Statement {
 			FromData: binary.BigEndian.AppendUint16(nil, first), ToData: binary.BigEndian.AppendUint16(nil, last)})}
 }
 
-// MarkIs matches packets whose mark has exactly those of the bits in mask set
-// that mark has.
+// MarkIs matches packets whose mark has, of the bits in mask, exactly those of mark.
 func MarkIs(mask, mark uint32) Statement {
-	text := fmt.Sprintf("meta mark & 0x%08x == 0x%08x", mask, mark)
+	v := MarkBits(mask, 0)
+	text := v.text + " == " + markText(mark)
 	if ones := bits.LeadingZeros32(^mask); ones == 32 {
-		text = fmt.Sprintf("meta mark 0x%08x", mark)
+		text = "meta mark " + markText(mark)
 	} else if ones == bits.OnesCount32(mask) && ones > 0 {
-		text = fmt.Sprintf("meta mark 0x%08x/%d", mark, ones)
+		text = fmt.Sprintf("meta mark %s/%d", markText(mark), ones)
 	}
-	return Statement{
-		text,
-		append(MarkBits(mask, 0).load(0), &expr.Cmp{Op: expr.CmpOpEq, Register: reg32(0), Data: host32(mark)}),
-	}
+	return equals(text, v, host32(mark))
 }
 
-// HasEntered matches packets that came in by an interface, which those at the
-// output hook did not.
+// HasEntered matches packets that came in by an interface. Packets at the output hook
+// did not.
 func HasEntered() Statement {
 	return Statement{"iif != 0", []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyIIF, Register: reg32(0)},

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Value is something of a packet that can be loaded into registers. Registers
-// are the 32-bit ones, counted from 0.
+// Value is something of a packet that can be loaded into registers. The registers are
+// the 32-bit ones, counted from 0.
 type Value struct {
 	text string
 	regs uint32
@@ -63,7 +63,7 @@ var DPort = Value{text: "th dport", regs: 1, load: func(reg uint32) []expr.Any {
 	return []expr.Any{&expr.Payload{DestRegister: reg32(reg), Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}}
 }}
 
-// Priority is skb->priority, the scratch field for ids.
+// Priority is skb->priority.
 var Priority = metaValue("meta priority", expr.MetaKeyPRIORITY)
 
 func metaValue(text string, key expr.MetaKey) Value {
@@ -79,15 +79,19 @@ func Random(n int) Value {
 	}}
 }
 
-// PriorityBits is the priority with only the bits in mask kept, and then those
-// in set set.
+// PriorityBits is the priority with only the bits in mask, and with the bits in set
+// added.
 func PriorityBits(mask, set uint32) Value {
-	text := "meta priority & " + ClassIDText(mask|set)
+	return bitsOf(Priority, ClassIDText, mask, set)
+}
+
+func bitsOf(v Value, format func(uint32) string, mask, set uint32) Value {
+	text := v.text + " & " + format(mask|set)
 	if set != 0 {
-		text += " | " + ClassIDText(set)
+		text += " | " + format(set)
 	}
 	return Value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
-		return append(Priority.load(reg), bitwise(reg, mask&^set, set))
+		return append(v.load(reg), bitwise(reg, mask&^set, set))
 	}}
 }
 
@@ -105,8 +109,7 @@ func byteSwapped(v Value, op expr.ByteorderOp) Value {
 	}}
 }
 
-// LookedUp is the datum that the map holds for v. A packet for which it holds
-// none leaves the rule.
+// LookedUp is the datum that the map has for v. Without one the packet leaves the rule.
 func LookedUp(v Value, m string) Value {
 	return Value{text: v.text + " map @" + m, regs: 1, load: func(reg uint32) []expr.Any {
 		return append(v.load(reg), &expr.Lookup{
@@ -118,25 +121,22 @@ func LookedUp(v Value, m string) Value {
 // Mark is the packet mark.
 var Mark = metaValue("meta mark", expr.MetaKeyMARK)
 
-// MarkBits is the mark with only the bits in mask kept, and then those in set
-// set.
+// MarkBits is the mark with only the bits in mask, and with the bits in set added.
 func MarkBits(mask, set uint32) Value {
-	text := fmt.Sprintf("meta mark & 0x%08x", mask|set)
-	if set != 0 {
-		text += fmt.Sprintf(" | 0x%08x", set)
-	}
-	return Value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
-		return append(Mark.load(reg), bitwise(reg, mask&^set, set))
-	}}
+	return bitsOf(Mark, markText, mask, set)
 }
 
-// MarkLookedUp is the mark that the map holds for v, whose data are MarkDatum.
+func markText(mark uint32) string { return fmt.Sprintf("0x%08x", mark) }
+
+// MarkLookedUp is the mark that a map with MarkDatum has for v.
 func MarkLookedUp(v Value, m string) Value { return byteSwapped(LookedUp(v, m), expr.ByteorderNtoh) }
 
 // ConstantMark is a mark to set.
-func ConstantMark(mark uint32) Value {
-	return Value{text: fmt.Sprintf("0x%08x", mark), regs: 1, load: func(reg uint32) []expr.Any {
-		return []expr.Any{&expr.Immediate{Register: reg32(reg), Data: host32(mark)}}
+func ConstantMark(mark uint32) Value { return constant(markText(mark), mark) }
+
+func constant(text string, v uint32) Value {
+	return Value{text: text, regs: 1, load: func(reg uint32) []expr.Any {
+		return []expr.Any{&expr.Immediate{Register: reg32(reg), Data: host32(v)}}
 	}}
 }
 
