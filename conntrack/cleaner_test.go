@@ -41,7 +41,7 @@ func (w *world) cleaner(opts Options) *Cleaner {
 func (w *world) clean(c *Cleaner, serving *plan.EndpointSet, frontends ...plan.FrontendKey) {
 	w.t.Helper()
 	c.Clean(w.family, []plan.FlowOwner{{Frontends: frontends, Usable: serving}})
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), hangTimeout)
 	defer cancel()
 	if err := c.Flush(ctx); err != nil {
 		w.t.Fatal(err)

@@ -16,9 +16,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// patience is how long a test waits for what must happen; it ends a test that
-// hangs and decides nothing else.
-const patience = 30 * time.Second
+// hangTimeout ends a test that hangs and decides nothing else.
+const hangTimeout = 30 * time.Second
 
 // world is a network namespace whose loopback interface holds the node's
 // address and two endpoints, and out of which the virtual IPs are routed.
@@ -176,7 +175,7 @@ func (c *client) ask() string {
 	c.w.t.Helper()
 	c.send()
 	buf := make([]byte, 64)
-	if err := c.conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+	if err := c.conn.SetReadDeadline(time.Now().Add(hangTimeout)); err != nil {
 		c.w.t.Fatal(err)
 	}
 	n, err := c.conn.Read(buf)

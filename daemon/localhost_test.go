@@ -63,7 +63,7 @@ func TestLocalhostOutlivesConfiguration(t *testing.T) {
 	for i, change := range []string{"mode: nftables\niptables: {masqueradeBit: 15}\n", "mode: userspace\n", "mode: nftables\n", "mode: iptables\niptables: {localhostNodePorts: false}\n"} {
 		mounted.write(observed + change)
 		eventually(t, "the change takes effect: "+change, func() bool { return log.count("msg=starting") == i+2 && log.count("msg=synced family=IPv4") == i+2 })
-		if i < 3 && !answers(t, host, web, patience) {
+		if i < 3 && !answers(t, host, web, hangTimeout) {
 			t.Errorf("%q: a new connection is not answered", change)
 		}
 		if _, err := open.Ask(t.Context()); err != nil {

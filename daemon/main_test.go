@@ -10,11 +10,10 @@ import (
 	"time"
 )
 
-// patience is how long a test waits for what must come; a machine that is
-// merely slow does not reach it.
+// hangTimeout ends a test that hangs. It is longer than a slow machine needs.
 const (
-	patience = 2 * time.Minute
-	soon     = time.Second
+	hangTimeout = 2 * time.Minute
+	soon        = time.Second
 )
 
 var programDir string // removed after the tests

@@ -28,7 +28,7 @@ func TestServiceManagerIsNotified(t *testing.T) {
 	defer cmd.Process.Kill()
 	hear := func(want string) {
 		t.Helper()
-		manager.SetReadDeadline(time.Now().Add(patience))
+		manager.SetReadDeadline(time.Now().Add(hangTimeout))
 		b := make([]byte, 4096)
 		n, err := manager.Read(b)
 		if got := string(b[:max(n, 0)]); err != nil || got != want {

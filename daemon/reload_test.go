@@ -133,7 +133,7 @@ func TestConfigurationChanges(t *testing.T) {
 		})
 		return err == nil && !strings.Contains(string(tables), "signalbox")
 	})
-	if !answers(t, client, web, patience) || !answers(t, outside, nodePort, patience) {
+	if !answers(t, client, web, hangTimeout) || !answers(t, outside, nodePort, hangTimeout) {
 		t.Error("the Service does not answer any more")
 	}
 	asked, failed := traffic()
@@ -190,7 +190,7 @@ func TestRelayDrainsAfterConfiguration(t *testing.T) {
 		mounted.write(off + "mode: " + mode + "\n")
 		eventually(t, "mode "+mode+" serves", func() bool { return log.count("msg=synced family=IPv4") == i+2 })
 		for range 20 {
-			if !answers(t, client, web, patience) {
+			if !answers(t, client, web, hangTimeout) {
 				t.Errorf("mode %s: a new connection is not answered", mode)
 			}
 		}

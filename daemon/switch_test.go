@@ -100,7 +100,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(patience)
+	deadline := time.After(hangTimeout)
 	for !ok() {
 		select {
 		case <-tick.C:

@@ -521,7 +521,7 @@ func (e *exchange) waitFor(s *step, share int) {
 			return
 		}
 		if dead == nil || name != slowest || n != made {
-			slowest, made, dead = name, n, time.After(patience)
+			slowest, made, dead = name, n, time.After(hangTimeout)
 		}
 		select {
 		case <-moved:
@@ -529,7 +529,7 @@ func (e *exchange) waitFor(s *step, share int) {
 			e.Fatalf("%s: only %d of %d new connections in %s", name, n, share, s.name)
 		case <-dead:
 			e.end()
-			e.Fatalf("%s: %d of %d new connections in %s, and no more for %v", name, n, share, s.name, patience)
+			e.Fatalf("%s: %d of %d new connections in %s, and no more for %v", name, n, share, s.name, hangTimeout)
 		}
 	}
 }

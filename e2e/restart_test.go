@@ -40,7 +40,7 @@ func askAll(s *site, conns []*netlab.Conn) []string {
 	s.Helper()
 	var servers []string
 	for _, c := range conns {
-		ctx, cancel := context.WithTimeout(s.Context(), patience)
+		ctx, cancel := context.WithTimeout(s.Context(), hangTimeout)
 		a, err := c.Ask(ctx)
 		cancel()
 		if err != nil {

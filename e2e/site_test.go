@@ -22,9 +22,8 @@ import (
 	"signalbox/internal/netlab"
 )
 
-// patience is how long a test waits for what must come; a machine that is
-// merely slow does not reach it.
-const patience = 3 * time.Minute
+// hangTimeout ends a test that hangs. It is longer than a slow machine needs.
+const hangTimeout = 3 * time.Minute
 
 // site is a lab whose node1 runs signalbox in one mode, and the objects that a
 // test has made in its cluster.
@@ -115,7 +114,7 @@ func (s *site) start(flags ...string) {
 // terminate ends signalbox as a supervisor does, and wants it to agree.
 func (s *site) terminate() {
 	s.Helper()
-	if err := s.proxy.Stop(patience); err != nil {
+	if err := s.proxy.Stop(hangTimeout); err != nil {
 		s.Errorf("signalbox did not end well on SIGTERM: %v", err)
 	}
 	s.proxy = nil
@@ -132,7 +131,7 @@ func (s *site) crash() {
 func (s *site) eventually(what string, check func() error) {
 	s.Helper()
 	var last error
-	err := wait.PollUntilContextTimeout(s.Context(), 20*time.Millisecond, patience, true, func(context.Context) (bool, error) {
+	err := wait.PollUntilContextTimeout(s.Context(), 20*time.Millisecond, hangTimeout, true, func(context.Context) (bool, error) {
 		if s.proxy != nil {
 			select {
 			case <-s.proxy.Done():

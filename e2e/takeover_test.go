@@ -147,7 +147,7 @@ func (s *site) servesAlone(p *program) {
 // terminated ends a program as a supervisor does.
 func (s *site) terminated(p *program) {
 	s.Helper()
-	if err := p.Stop(patience); err != nil && p.name == "signalbox" {
+	if err := p.Stop(hangTimeout); err != nil && p.name == "signalbox" {
 		s.Errorf("%s in mode %s did not end well: %v", p.name, p.mode, err)
 	}
 }

@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// patience ends a test that hangs and decides nothing else.
-const patience = 30 * time.Second
+// hangTimeout ends a test that hangs and decides nothing else.
+const hangTimeout = 30 * time.Second
 
 // emptyNode moves the test to a network namespace with a loopback interface.
 func emptyNode(t *testing.T) (*netlink.Handle, netlink.Link) {
@@ -127,7 +127,7 @@ func following[T any](t *testing.T, watch func(context.Context, func(T)) error) 
 // await waits until something is told that is as it should be.
 func await[T any](t *testing.T, told <-chan T, what string, ok func(T) bool) {
 	t.Helper()
-	deadline := time.After(patience)
+	deadline := time.After(hangTimeout)
 	for {
 		select {
 		case got := <-told:

@@ -114,7 +114,7 @@ func (w *world) bulk(to netip.AddrPort, connections int) float64 {
 	var sent int
 	start := time.Now()
 	for range connections {
-		c, err := net.DialTimeout("tcp", to.String(), patience)
+		c, err := net.DialTimeout("tcp", to.String(), hangTimeout)
 		w.must(err)
 		group.Go(func() error {
 			defer c.Close()
@@ -155,7 +155,7 @@ func (w *world) newConnections(to netip.AddrPort) float64 {
 		group.Go(func() error {
 			b := make([]byte, 1)
 			for time.Since(start) < roundTime {
-				c, err := net.DialTimeout("tcp", to.String(), patience)
+				c, err := net.DialTimeout("tcp", to.String(), hangTimeout)
 				if err != nil {
 					return err
 				}

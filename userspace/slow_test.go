@@ -153,7 +153,7 @@ func (w *world) askOnce(c net.Conn) {
 	w.t.Helper()
 	_, err := c.Write([]byte("?"))
 	w.must(err)
-	w.must(c.SetReadDeadline(time.Now().Add(patience)))
+	w.must(c.SetReadDeadline(time.Now().Add(hangTimeout)))
 	if _, err := c.Read(make([]byte, 2048)); err != nil {
 		w.t.Fatalf("while another flow is slow: %v", err)
 	}

@@ -43,7 +43,7 @@ func (w *world) arrive(at ports, n int) {
 	to := netip.AddrPortFrom(w.endpoint(0).Addr(), at.of(fromNode)).String()
 	for range n {
 		for _, network := range []string{"tcp", "udp"} {
-			c, err := net.DialTimeout(network, to, patience)
+			c, err := net.DialTimeout(network, to, hangTimeout)
 			w.must(err)
 			w.t.Cleanup(func() { c.Close() })
 			_, err = c.Write([]byte("?"))
@@ -55,7 +55,7 @@ func (w *world) arrive(at ports, n int) {
 // take takes as many of each from sockets.
 func (w *world) take(l *listeners, n int) {
 	w.t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(hangTimeout)
 	l.tcp[fromNode].SetDeadline(deadline)
 	l.udp[fromNode].SetReadDeadline(deadline)
 	for i := range n {
@@ -77,11 +77,11 @@ func TestQuestionIsAnsweredAfterPause(t *testing.T) {
 		slow, err := net.ListenPacket("udp", w.endpoint(0).String())
 		w.must(err)
 		defer slow.Close()
-		slow.SetDeadline(time.Now().Add(patience))
+		slow.SetDeadline(time.Now().Add(hangTimeout))
 		w.p.relay.handoverTime = time.Hour
 		w.serve(0, 0, 0)
 		client := w.dialUDP(0)
-		client.SetDeadline(time.Now().Add(patience))
+		client.SetDeadline(time.Now().Add(hangTimeout))
 		_, err = client.Write([]byte("?"))
 		w.must(err)
 		_, from, err := slow.ReadFrom(make([]byte, 1))

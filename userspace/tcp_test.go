@@ -245,7 +245,7 @@ func TestNoFilesLeft(t *testing.T) {
 		return w.p.relay.stats().AcceptFailures > 1
 	})
 	w.must(unix.Setrlimit(unix.RLIMIT_NOFILE, &before))
-	w.must(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(patience / time.Second)}))
+	w.must(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(hangTimeout / time.Second)}))
 	b := make([]byte, 2)
 	if n, err := unix.Read(fd, b); err != nil || string(b[:n]) != "0\n" {
 		t.Errorf("the connection that waited got %d bytes, %q, error %v", n, b, err)
@@ -315,7 +315,7 @@ func TestRelayPortsAreHidden(t *testing.T) {
 		w.sync()
 		for o := range originCount {
 			at := w.endpoint(0).Addr()
-			c, err := net.DialTimeout("tcp", net.JoinHostPort(at.String(), "1036"+string('1'+rune(o))), patience)
+			c, err := net.DialTimeout("tcp", net.JoinHostPort(at.String(), "1036"+string('1'+rune(o))), hangTimeout)
 			if !errors.Is(err, unix.ECONNREFUSED) {
 				t.Errorf("port for traffic from %s: %v, want refused", o, err)
 			}

@@ -63,7 +63,7 @@ func TestFlowMovesFromUnreachableEndpoint(t *testing.T) {
 			c := w.dialUDP(0)
 			_, err := c.Write([]byte("?"))
 			w.must(err)
-			c.SetReadDeadline(time.Now().Add(patience))
+			c.SetReadDeadline(time.Now().Add(hangTimeout))
 			if _, err := c.Read(make([]byte, 1)); err != nil {
 				t.Fatalf("the first datagram is not answered: %v", err)
 			}
@@ -205,7 +205,7 @@ func TestLargeDatagram(t *testing.T) {
 		if n := <-size; n != len(b) {
 			t.Errorf("endpoint got %d bytes of %d", n, len(b))
 		}
-		u.SetReadDeadline(time.Now().Add(patience))
+		u.SetReadDeadline(time.Now().Add(hangTimeout))
 		if n, err := u.Read(make([]byte, maxDatagram)); n != len(b) || err != nil {
 			t.Errorf("client got %d bytes of %d, error %v", n, len(b), err)
 		}

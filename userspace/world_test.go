@@ -22,8 +22,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// patience is how long something that must come may take.
-const patience = 30 * time.Second
+// hangTimeout ends a test that hangs and decides nothing else.
+const hangTimeout = 30 * time.Second
 
 // world is a node without Pods: a network namespace of the test's own, with
 // endpoints and clients in it.
@@ -216,10 +216,10 @@ func (w *world) connect(n int) *client {
 // before or after the connection counts as made.
 func (w *world) mustReset(n int) {
 	w.t.Helper()
-	c, err := net.DialTimeout("tcp", w.vip(n).String(), patience)
+	c, err := net.DialTimeout("tcp", w.vip(n).String(), hangTimeout)
 	if err == nil {
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(patience))
+		c.SetDeadline(time.Now().Add(hangTimeout))
 		_, err = c.Read(make([]byte, 1))
 	}
 	if !errors.Is(err, unix.ECONNRESET) {
@@ -230,10 +230,10 @@ func (w *world) mustReset(n int) {
 // dial is connect without waiting for the endpoint's number.
 func (w *world) dial(n int) *client {
 	w.t.Helper()
-	conn, err := net.DialTimeout("tcp", w.vip(n).String(), patience)
+	conn, err := net.DialTimeout("tcp", w.vip(n).String(), hangTimeout)
 	w.must(err)
 	w.t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(patience))
+	conn.SetDeadline(time.Now().Add(hangTimeout))
 	return &client{t: w.t, TCPConn: conn.(*net.TCPConn), in: bufio.NewReader(conn)}
 }
 
@@ -257,7 +257,7 @@ func (c *client) ask(text string) {
 func (w *world) askUDP(c net.Conn) string {
 	w.t.Helper()
 	b := make([]byte, 2048)
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(hangTimeout); time.Now().Before(deadline); {
 		if _, err := c.Write([]byte("?")); err != nil {
 			continue // a datagram before was refused
 		}
@@ -281,7 +281,7 @@ func (w *world) dialUDP(n int) net.Conn {
 // await waits until something has come true.
 func (w *world) await(what string, done func() bool) {
 	w.t.Helper()
-	for deadline := time.Now().Add(patience); !done(); runtime.Gosched() {
+	for deadline := time.Now().Add(hangTimeout); !done(); runtime.Gosched() {
 		if time.Now().After(deadline) {
 			w.t.Fatalf("%s never came true", what)
 		}

@@ -50,8 +50,8 @@ type input struct {
 
 const none = "none"
 
-// patience ends a test that hangs and decides nothing else.
-const patience = 5 * time.Minute
+// hangTimeout ends a test that hangs and decides nothing else.
+const hangTimeout = 5 * time.Minute
 
 // apiPort is the API server's, on the loopback interface of each proxy's own
 // network namespace.
@@ -187,7 +187,7 @@ func start(t *testing.T, command []string) *proxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = p.process.Stop(patience) })
+	t.Cleanup(func() { _ = p.process.Stop(hangTimeout) })
 	return p
 }
 
@@ -201,7 +201,7 @@ func (p *proxy) settle() {
 		if p.process.Err() == nil {
 			p.Errorf("it ended with code 0: %s", p.refusal)
 		}
-	case <-time.After(patience):
+	case <-time.After(hangTimeout):
 		p.Fatalf("it neither serves nor ends:\n%s", p.process.Log())
 	}
 }
@@ -211,7 +211,7 @@ func (p *proxy) settle() {
 func (in *input) compare(t *testing.T, theirs, ours *proxy) {
 	t.Helper()
 	var want, got deeds
-	err := wait.PollUntilContextTimeout(t.Context(), 100*time.Millisecond, patience/10, true, func(context.Context) (bool, error) {
+	err := wait.PollUntilContextTimeout(t.Context(), 100*time.Millisecond, hangTimeout/10, true, func(context.Context) (bool, error) {
 		want, got = theirs.does(), ours.does()
 		if want.configz == "" {
 			return false, nil // its ports are not open yet

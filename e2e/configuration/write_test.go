@@ -53,7 +53,7 @@ func written(t *testing.T, program string, args []string) (file string, refusal 
 	out := filepath.Join(t.TempDir(), "out.yaml")
 	args = append(slices.Clone(args), "--write-config-to="+out)
 	// A program that takes the words for its daemon's would run for ever.
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), hangTimeout)
 	defer cancel()
 	said, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
 	if ctx.Err() != nil {

@@ -25,9 +25,8 @@ import (
 	"signalbox/e2e/manifests"
 )
 
-// patience is how long a test waits for what must come; a machine that is
-// merely slow does not reach it.
-const patience = 5 * time.Minute
+// hangTimeout ends a test that hangs. It is longer than a slow machine needs.
+const hangTimeout = 5 * time.Minute
 
 // site is a cluster as a test sees it.
 type site struct {
@@ -158,7 +157,7 @@ func (s *site) run(name string, test func(s *site)) {
 func (s *site) eventually(what string, check func(context.Context) error) {
 	s.Helper()
 	var last error
-	err := wait.PollUntilContextTimeout(s.Context(), 200*time.Millisecond, patience, true, func(ctx context.Context) (bool, error) {
+	err := wait.PollUntilContextTimeout(s.Context(), 200*time.Millisecond, hangTimeout, true, func(ctx context.Context) (bool, error) {
 		last = check(ctx)
 		var never *neverError
 		if errors.As(last, &never) {

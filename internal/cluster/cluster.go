@@ -29,9 +29,8 @@ import (
 // system:node-proxier: what a service proxy may do, and no more.
 const ProxyUser = "system:kube-proxy"
 
-// patience bounds what can only fail by hanging. A machine that is merely slow
-// must not reach it.
-const patience = 5 * time.Minute
+// hangTimeout ends what hangs. It is longer than a slow machine needs.
+const hangTimeout = 5 * time.Minute
 
 // Options say how a cluster is made.
 type Options struct {
@@ -198,7 +197,7 @@ func (c *Cluster) ready(ctx context.Context) error {
 }
 
 // StopAPIServer ends the API server; etcd and its data stay.
-func (c *Cluster) StopAPIServer() error { return c.apiserver.Stop(patience) }
+func (c *Cluster) StopAPIServer() error { return c.apiserver.Stop(hangTimeout) }
 
 // Stop ends everything.
 func (c *Cluster) Stop() error {
@@ -209,7 +208,7 @@ func (c *Cluster) Stop() error {
 		}
 		// etcd ends by the signal itself, which Wait calls an error.
 		var exit *exec.ExitError
-		if err := p.Stop(patience); err != nil && !errors.As(err, &exit) {
+		if err := p.Stop(hangTimeout); err != nil && !errors.As(err, &exit) {
 			errs = append(errs, err)
 		}
 	}
@@ -305,7 +304,7 @@ func do(client *http.Client, req *http.Request) error {
 // has ended.
 func (p *Process) waitUntil(ctx context.Context, ready func(context.Context) error) error {
 	var last error
-	err := wait.PollUntilContextTimeout(ctx, 50*time.Millisecond, patience, true, func(ctx context.Context) (bool, error) {
+	err := wait.PollUntilContextTimeout(ctx, 50*time.Millisecond, hangTimeout, true, func(ctx context.Context) (bool, error) {
 		select {
 		case <-p.done:
 			return false, errors.New("it ended")

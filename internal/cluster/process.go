@@ -70,15 +70,15 @@ func (p *Process) Pid() int { return p.cmd.Process.Pid }
 // Signal sends a signal to the program; one that has ended gets nothing.
 func (p *Process) Signal(s os.Signal) { _ = p.cmd.Process.Signal(s) }
 
-// Stop asks the program to end, makes it end after patience, and returns what
+// Stop asks the program to end, kills it after the timeout, and returns what
 // Wait said: nil for exit code 0.
-func (p *Process) Stop(patience time.Duration) error {
+func (p *Process) Stop(timeout time.Duration) error {
 	p.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
-	case <-time.After(patience):
+	case <-time.After(timeout):
 		p.Kill()
-		return fmt.Errorf("%s did not end within %v of SIGTERM; its log ends with\n%s", p.name, patience, p.Tail(20))
+		return fmt.Errorf("%s did not end within %v of SIGTERM; its log ends with\n%s", p.name, timeout, p.Tail(20))
 	}
 	return p.err
 }

@@ -15,7 +15,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-const patience = 10 * time.Second
+const hangTimeout = 10 * time.Second
 
 // bench is NodePorts on a lab's node1.
 type bench struct {
@@ -70,7 +70,7 @@ func (b *bench) sync(change plan.Change) {
 }
 
 func (b *bench) ask(number uint16) error {
-	ctx, cancel := context.WithTimeout(b.Context(), patience)
+	ctx, cancel := context.WithTimeout(b.Context(), hangTimeout)
 	defer cancel()
 	_, err := b.node.Ask(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(plan.Localhost(b.family), number))
 	return err
@@ -200,7 +200,7 @@ func TestOpenConnections(t *testing.T) {
 		b.serves("switched off")
 		goesOn("switched off")
 		open.Close()
-		ctx, cancel := context.WithTimeout(b.Context(), patience)
+		ctx, cancel := context.WithTimeout(b.Context(), hangTimeout)
 		defer cancel()
 		b.Drain(ctx)
 		if ctx.Err() != nil || b.Relays() {

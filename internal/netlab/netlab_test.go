@@ -14,8 +14,8 @@ import (
 	"signalbox/internal/netlab"
 )
 
-// patience bounds what must happen; nothing waits for it to pass.
-const patience = 20 * time.Second
+// hangTimeout ends a test that hangs and decides nothing else.
+const hangTimeout = 20 * time.Second
 
 func newLab(t *testing.T, o netlab.Options) *netlab.Lab {
 	t.Helper()
@@ -32,7 +32,7 @@ func newLab(t *testing.T, o netlab.Options) *netlab.Lab {
 }
 
 func ask(lab *netlab.Lab, from, network string, source netip.Addr, target netip.AddrPort) (netlab.Answer, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), hangTimeout)
 	defer cancel()
 	return lab.Host(from).Ask(ctx, network, netip.AddrPortFrom(source, 0), target)
 }
@@ -150,7 +150,7 @@ func TestOutcomes(t *testing.T) {
 	} {
 		for _, network := range []string{"tcp", "udp"} {
 			t.Run(c.name+" "+network, func(t *testing.T) {
-				wait := patience
+				wait := hangTimeout
 				if c.want == netlab.Silent {
 					wait = 300 * time.Millisecond // a late answer could only be missed, and there is none
 				}
@@ -169,7 +169,7 @@ func TestOutcomes(t *testing.T) {
 // over several questions.
 func TestConnectionKeepsItsServer(t *testing.T) {
 	lab := newLab(t, netlab.Options{})
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), hangTimeout)
 	defer cancel()
 	for _, network := range []string{"tcp", "udp"} {
 		c, err := lab.Host("pod-x").Open(ctx, network, netip.AddrPort{}, netip.AddrPortFrom(lab.Host("pod-d").Addr.V6, 8080))
@@ -191,7 +191,7 @@ func TestConnectionSeesItsServerGo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), hangTimeout)
 	defer cancel()
 	c, err := lab.Host("client1").Open(ctx, "tcp", netip.AddrPort{}, netip.AddrPortFrom(lab.Host("node1").Addr.V4, 8080))
 	if err != nil {

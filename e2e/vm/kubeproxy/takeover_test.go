@@ -21,9 +21,8 @@ import (
 	"signalbox/internal/netlab"
 )
 
-// patience is how long a test waits for what must come, on an emulated
-// processor.
-const patience = 10 * time.Minute
+// hangTimeout ends a test that hangs. It is longer than an emulated processor needs.
+const hangTimeout = 10 * time.Minute
 
 // The programs under test, which the machine was given.
 var (
@@ -57,12 +56,12 @@ func handOver(t *testing.T, mode string, overlap bool) {
 	lost := s.keepConnecting()
 
 	if !overlap {
-		_ = old.Stop(patience) // kube-proxy lets the signal end it
+		_ = old.Stop(hangTimeout) // kube-proxy lets the signal end it
 	}
 	next := s.launchSignalbox(mode)
 	s.eventually("signalbox takes over", func() error { return says(next, `IPVS servers, addresses and ipsets" family=`) })
 	if overlap {
-		_ = old.Stop(patience)
+		_ = old.Stop(hangTimeout)
 	}
 	s.still(early, "the change to signalbox")
 	s.must(s.serves())
@@ -70,7 +69,7 @@ func handOver(t *testing.T, mode string, overlap bool) {
 
 	// kube-proxy starts on an emulated processor for longer than signalbox lets
 	// one that served before write, so they cannot overlap on the way back.
-	s.must(next.Stop(patience))
+	s.must(next.Stop(hangTimeout))
 	back := s.launchKubeProxy()
 	s.eventually("kube-proxy has its rules", func() error { return says(back, `"syncProxyRules complete" ipFamily="`) })
 	s.still(early, "kube-proxy's start")
@@ -183,7 +182,7 @@ func says(p *cluster.Process, text string) error {
 func (s *site) eventually(what string, check func() error) {
 	s.Helper()
 	var last error
-	err := wait.PollUntilContextTimeout(s.Context(), 100*time.Millisecond, patience, true, func(context.Context) (bool, error) {
+	err := wait.PollUntilContextTimeout(s.Context(), 100*time.Millisecond, hangTimeout, true, func(context.Context) (bool, error) {
 		last = check()
 		return last == nil, nil
 	})
