@@ -29,7 +29,7 @@ func (c *configRun) serve(ctx context.Context) error {
 		if err := c.nodeLock.handOver(next); err != nil {
 			c.log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
-		c.log.Info("another signalbox was started and serves this node; this one is passive until the other ends")
+		c.log.Info("another signalbox was started and serves this node; this one is paused until the other ends")
 	}
 	return nil
 }
