@@ -2,19 +2,18 @@ package nft
 
 import (
 	"os"
-	"runtime"
 	"testing"
 
 	"github.com/google/nftables"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
 
 // TestManyOpenFiles writes a table in a process whose low file descriptors are taken.
 func TestManyOpenFiles(t *testing.T) {
-	ownNamespace(t)
+	nstest.Enter(t)
 	var limit unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
@@ -48,7 +47,7 @@ func TestManyOpenFiles(t *testing.T) {
 // A connection is told from other sockets of the process, so that one whose low
 // descriptor another goroutine took is not used.
 func TestDescriptorOfConnection(t *testing.T) {
-	ownNamespace(t)
+	nstest.Enter(t)
 	socket := func(domain, kind, protocol int) int {
 		fd, err := unix.Socket(domain, kind|unix.SOCK_CLOEXEC, protocol)
 		if err != nil {
@@ -94,16 +93,4 @@ func TestDescriptorOfConnection(t *testing.T) {
 			t.Errorf("%d is taken for its descriptor", fd)
 		}
 	}
-}
-
-// ownNamespace moves the test to a network namespace of its own until it ends.
-// The thread is not unlocked: it ends with the test's goroutine.
-func ownNamespace(t *testing.T) {
-	t.Helper()
-	runtime.LockOSThread()
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatalf("new network namespace (this test needs root): %v", err)
-	}
-	t.Cleanup(func() { ns.Close() })
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
 
@@ -18,7 +19,7 @@ import (
 func TestRenderTable(t *testing.T) {
 	for _, family := range plan.Families {
 		t.Run(family.String(), func(t *testing.T) {
-			ownNamespace(t)
+			nstest.Enter(t)
 			f := FamilyOf(family)
 			const ranges, ids, verdicts = 0, 1, 2
 			id := []Field{MarkDatum}

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
 
@@ -26,7 +27,7 @@ func adopted(t *testing.T, desired *plan.Plan) *Proxier {
 func TestAdopt(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
-			inNamespace(t)
+			nstest.Enter(t)
 			g := generator{rand.New(rand.NewPCG(1, uint64(f))), f}
 			plan := &plan.Plan{Family: f, Node: g.node(), Services: map[plan.ServicePortName]*plan.ServicePort{}}
 			for range 40 {
@@ -40,17 +41,17 @@ func TestAdopt(t *testing.T) {
 					}
 				}
 				p.Close()
-				before := generation(t)
+				before := nstest.Generation(t)
 				p = adopted(t, plan)
-				if now := generation(t); now != before {
+				if now := nstest.Generation(t); now != before {
 					t.Errorf("round %d: with nothing changed, %d transactions", round, now-before)
 				}
 				// This one ends too, and misses a change.
 				p.Close()
 				g.step(plan)
-				before = generation(t)
+				before = nstest.Generation(t)
 				p = adopted(t, plan)
-				if now := generation(t); now > before+1 {
+				if now := nstest.Generation(t); now > before+1 {
 					t.Errorf("round %d: %d transactions for what changed meanwhile, want one", round, now-before)
 				}
 			}
@@ -73,7 +74,7 @@ func TestAdoptDamaged(t *testing.T) {
 		"nothing is left":        {"flush", "ruleset"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			inNamespace(t)
+			nstest.Enter(t)
 			plan := examplePlan(plan.IPv4)
 			adopted(t, plan)
 			runNft(t, damage...)
@@ -85,7 +86,7 @@ func TestAdoptDamaged(t *testing.T) {
 // Clients of a Service with affinity keep their endpoints when a process goes
 // on with the table, and when it has other rules to write.
 func TestAdoptAfterNodeChange(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	desired := examplePlan(plan.IPv4)
 	adopted(t, desired)
 	desired.Node.LocalPods.Interface = "cni0"
@@ -95,9 +96,9 @@ func TestAdoptAfterNodeChange(t *testing.T) {
 		t.Fatal(err)
 	}
 	compareKernel(t, p, desired.Node)
-	before := generation(t)
+	before := nstest.Generation(t)
 	adopted(t, desired)
-	if now := generation(t); now != before {
+	if now := nstest.Generation(t); now != before {
 		t.Errorf("%d transactions after a change of the node's facts, want none", now-before)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
 
@@ -277,7 +278,7 @@ func TestForeignTable(t *testing.T) {
 		"other affinity map": `table ip signalbox { map affinity { type ipv4_addr : ipv4_addr; }; chain c { type filter hook input priority 0; }; }`,
 	} {
 		t.Run(name, func(t *testing.T) {
-			inNamespace(t)
+			nstest.Enter(t)
 			runNft(t, "-f", "-", table)
 			desired := examplePlan(plan.IPv4)
 			p := newProxier(t, plan.IPv4)

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/nstest"
 	"signalbox/nft"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
@@ -60,7 +61,7 @@ func BenchmarkCompile(b *testing.B) {
 // BenchmarkSyncCold writes a whole plan into a kernel that has no table.
 func BenchmarkSyncCold(b *testing.B) {
 	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
-		inNamespace(b)
+		nstest.Enter(b)
 		forgetPeak(b)
 		for b.Loop() {
 			b.StopTimer()
@@ -85,7 +86,7 @@ func BenchmarkSyncCold(b *testing.B) {
 // back first.
 func BenchmarkSyncAgain(b *testing.B) {
 	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
-		inNamespace(b)
+		nstest.Enter(b)
 		for _, sp := range desired.Services {
 			sp.AffinityTimeout = 3 * time.Hour
 		}
@@ -163,7 +164,7 @@ func fleetSources(n int) []netip.Prefix {
 // benchmarkChange measures Syncs of one Service port; one without frontends is
 // removed.
 func benchmarkChange(b *testing.B, desired *plan.Plan, next func(round int) *plan.ServicePort) {
-	inNamespace(b)
+	nstest.Enter(b)
 	p := newProxier(b, desired.Family)
 	desired = &plan.Plan{Family: desired.Family, Node: desired.Node, Services: maps.Clone(desired.Services)}
 	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {

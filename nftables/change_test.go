@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier"
 
 	"signalbox/nft"
@@ -257,7 +258,7 @@ func TestRefused(t *testing.T) {
 
 // TestSwap: two Services exchange their cluster IPs in one change.
 func TestSwap(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 2, 3)
 	p := newProxier(t, plan.IPv4)
 	sync := func(change plan.Change) {
@@ -282,7 +283,7 @@ func TestSwap(t *testing.T) {
 // TestTableLost: when somebody else takes the table away, the next Sync says
 // that the state is unknown, and one with All mends it.
 func TestTableLost(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 5, 3)
 	p := newProxier(t, plan.IPv4)
 	if err := p.Sync(context.Background(), desired, plan.Change{}); err != nil {
@@ -308,7 +309,7 @@ func TestTableLost(t *testing.T) {
 // TestKernelRefuses: the kernel refuses a whole change, and the same without
 // what it refused goes in.
 func TestKernelRefuses(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 5, 3)
 	p := newProxier(t, plan.IPv4)
 	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
@@ -331,7 +332,7 @@ func TestKernelRefuses(t *testing.T) {
 
 // TestIdleChains: chains that no set needs any more do not pile up.
 func TestIdleChains(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 2, 3)
 	p := newProxier(t, plan.IPv4)
 	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
@@ -353,7 +354,7 @@ func TestIdleChains(t *testing.T) {
 
 // TestContext: a Sync whose context has ended does nothing.
 func TestContext(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	p := newProxier(t, plan.IPv4)

@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
 
@@ -47,7 +48,7 @@ const podPort = 8080
 const clientAddrs = 8
 
 func newLab(t testing.TB, f plan.Family) *lab {
-	l := &lab{t: t, family: f, node: inNamespace(t)}
+	l := &lab{t: t, family: f, node: nstest.Enter(t)}
 	forwarding := "/proc/sys/net/ipv4/ip_forward"
 	if f == plan.IPv6 {
 		forwarding = "/proc/sys/net/ipv6/conf/all/forwarding"

@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"signalbox/internal/nstest"
 	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/conformance"
@@ -193,7 +194,7 @@ func (g generator) step(desired *plan.Plan) plan.Change {
 func TestKernelFollows(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
-			inNamespace(t)
+			nstest.Enter(t)
 			g := generator{rand.New(rand.NewPCG(1, uint64(f))), f}
 			desired := &plan.Plan{Family: f, Node: g.node(), Services: map[plan.ServicePortName]*plan.ServicePort{}}
 			p := newProxier(t, f)
@@ -388,7 +389,7 @@ func TestRender(t *testing.T) {
 			if diff := cmp.Diff(string(want), got); diff != "" {
 				t.Errorf("rendered (- %s, +):\n%s", golden, diff)
 			}
-			inNamespace(t)
+			nstest.Enter(t)
 			p := newProxier(t, f)
 			if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
 				t.Fatal(err)
@@ -413,7 +414,7 @@ func TestRenderRefused(t *testing.T) {
 
 // TestNothingIsLost counts in the kernel what a large plan makes.
 func TestNothingIsLost(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 10_000, 10)
 	p := newProxier(t, plan.IPv4)
 	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
@@ -442,7 +443,7 @@ func TestNothingIsLost(t *testing.T) {
 // TestLongNames: names that no API server lets through reach the listing as
 // something readable.
 func TestLongNames(t *testing.T) {
-	inNamespace(t)
+	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 0, 0)
 	set := &plan.EndpointSet{Endpoints: []plan.Endpoint{{AddrPort: netip.MustParseAddrPort("10.0.0.1:80")}}}
 	for i, name := range []string{"", strings.Repeat("long", 100), "quote\" \\ new\nline \xff ü", "{ }, ; # $x"} {

@@ -37,10 +37,11 @@ func NFT(t testing.TB, input string, args ...string) string {
 	return string(out)
 }
 
-// Generation is the kernel's count of nf_tables transactions in the namespace.
-func Generation(t testing.TB) uint32 {
+// Generation is the count of nf_tables transactions in the namespace. Options can
+// name another kernel, as nfttest plays one.
+func Generation(t testing.TB, options ...nftables.ConnOption) uint32 {
 	t.Helper()
-	conn, err := nftables.New()
+	conn, err := nftables.New(options...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,15 +2,12 @@ package access
 
 import (
 	"errors"
-	"runtime"
 	"strings"
 	"testing"
 
-	"github.com/google/nftables"
-	"github.com/vishvananda/netns"
-
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/nstest"
 	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -21,12 +18,12 @@ import (
 func TestSupported(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
-			inNamespace(t)
-			before := generation(t)
+			nstest.Enter(t)
+			before := nstest.Generation(t)
 			if err := Supported("a mode", f, Sets(), []nft.Chain{nft.NewChain("check", FilterForward, Rules{IPFamily: nft.FamilyOf(f)}.CheckSources()...)}); err != nil {
 				t.Fatal(err)
 			}
-			if now := generation(t); now != before {
+			if now := nstest.Generation(t); now != before {
 				t.Errorf("the kernel counted %d transactions, so somebody was told of rules", now-before)
 			}
 			w, err := nft.Open(nft.FamilyOf(f), probeTable, probeSets())
@@ -76,30 +73,4 @@ func TestDiagnose(t *testing.T) {
 			t.Errorf("error %v, want an UnsupportedError that names %q", err, test.want)
 		}
 	}
-}
-
-// inNamespace moves the test to a network namespace of its own until it ends.
-// The thread is not unlocked: it ends with the test's goroutine.
-func inNamespace(t *testing.T) {
-	t.Helper()
-	runtime.LockOSThread()
-	ns, err := netns.New()
-	if err != nil {
-		t.Fatalf("new network namespace (this test needs root): %v", err)
-	}
-	t.Cleanup(func() { ns.Close() })
-}
-
-// generation is the kernel's count of transactions.
-func generation(t *testing.T) uint32 {
-	t.Helper()
-	conn, err := nftables.New()
-	if err != nil {
-		t.Fatal(err)
-	}
-	gen, err := conn.GetGen()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return gen.ID
 }

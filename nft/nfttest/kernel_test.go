@@ -196,7 +196,7 @@ func TestAgreesWithLinux(t *testing.T) {
 					}
 					var names []string
 					results := map[*nft.Table]string{}
-					before := map[*nft.Table]uint32{linux: generation(t), fake: generation(t, kernel.Connection())}
+					before := map[*nft.Table]uint32{linux: nstest.Generation(t), fake: nstest.Generation(t, kernel.Connection())}
 					for _, table := range []*nft.Table{linux, fake} {
 						names = nil
 						for _, o := range operations {
@@ -206,8 +206,8 @@ func TestAgreesWithLinux(t *testing.T) {
 						results[table] = fmt.Sprintln("error:", table.Commit())
 					}
 					done = append(done, strings.Join(names, "\n and "))
-					results[linux] += fmt.Sprintln("changed:", generation(t) != before[linux]) + contents(t, linux)
-					results[fake] += fmt.Sprintln("changed:", generation(t, kernel.Connection()) != before[fake]) + contents(t, fake, kernel.Connection())
+					results[linux] += fmt.Sprintln("changed:", nstest.Generation(t) != before[linux]) + contents(t, linux)
+					results[fake] += fmt.Sprintln("changed:", nstest.Generation(t, kernel.Connection()) != before[fake]) + contents(t, fake, kernel.Connection())
 					if diff := cmp.Diff(results[linux], results[fake]); diff != "" {
 						t.Fatalf("after %s (-Linux +fake):\n%s", strings.Join(done[max(0, len(done)-3):], "\n then "), diff)
 					}
@@ -249,17 +249,4 @@ func open(t *testing.T, f *nft.IPFamily, options ...nftables.ConnOption) *nft.Ta
 	}
 	t.Cleanup(func() { table.Close() })
 	return table
-}
-
-func generation(t *testing.T, options ...nftables.ConnOption) uint32 {
-	t.Helper()
-	conn, err := nftables.New(options...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	gen, err := conn.GetGen()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return gen.ID
 }
