@@ -292,9 +292,6 @@ func (c pickChain) compare(o pickChain) int {
 // in matches a packet whose value is an element of the set.
 func in(v nft.Value, set nft.SetID) nft.Statement { return nft.In(v, allSets[set].Name) }
 
-// notIn matches a packet whose value is no element of the set.
-func notIn(v nft.Value, set nft.SetID) nft.Statement { return nft.NotIn(v, allSets[set].Name) }
-
 // lookedUp is the datum that the map has for v. Without one the packet leaves the rule.
 func lookedUp(v nft.Value, m nft.SetID) nft.Value { return nft.LookedUp(v, allSets[m].Name) }
 
