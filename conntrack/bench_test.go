@@ -31,7 +31,7 @@ func BenchmarkScan(b *testing.B) {
 				b.Fatal(err)
 			}
 			defer t.close()
-			d := tasks{key("10.96.0.10:53"): {serving: endpoints("10.0.0.1:53")}}
+			d := tasks{key("10.96.0.10:53"): {usable: endpoints("10.0.0.1:53")}}
 			seen := 0
 			b.ResetTimer()
 			for b.Loop() {

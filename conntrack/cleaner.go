@@ -124,7 +124,7 @@ func (c *Cleaner) Clean(family plan.Family, owners []plan.FlowOwner) {
 	}
 	for _, o := range owners {
 		for _, key := range o.Frontends {
-			queued[key] = task{serving: o.Usable}
+			queued[key] = task{usable: o.Usable}
 		}
 	}
 	c.calls++

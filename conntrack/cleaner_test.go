@@ -38,9 +38,9 @@ func (w *world) cleaner(opts Options) *Cleaner {
 	return c
 }
 
-func (w *world) clean(c *Cleaner, serving *plan.EndpointSet, frontends ...plan.FrontendKey) {
+func (w *world) clean(c *Cleaner, usable *plan.EndpointSet, frontends ...plan.FrontendKey) {
 	w.t.Helper()
-	c.Clean(w.family, []plan.FlowOwner{{Frontends: frontends, Usable: serving}})
+	c.Clean(w.family, []plan.FlowOwner{{Frontends: frontends, Usable: usable}})
 	ctx, cancel := context.WithTimeout(context.Background(), hangTimeout)
 	defer cancel()
 	if err := c.Flush(ctx); err != nil {
@@ -90,13 +90,13 @@ func TestFlowToServingEndpointStays(t *testing.T) {
 }
 
 func TestFlowsOfNobodyGo(t *testing.T) {
-	for name, serving := range map[string]*plan.EndpointSet{"no endpoint left": set(), "Service gone": nil} {
+	for name, usable := range map[string]*plan.EndpointSet{"no endpoint left": set(), "Service gone": nil} {
 		t.Run(name, func(t *testing.T) {
 			inBothFamilies(t, func(t *testing.T, w *world) {
 				w.rules([2]netip.AddrPort{w.vip, w.a})
 				gone := w.client(w.vip)
 				gone.ask()
-				w.clean(w.cleaner(Options{}), serving, vipKey(w.vip))
+				w.clean(w.cleaner(Options{}), usable, vipKey(w.vip))
 				gone.wantTracked(false, name)
 			})
 		})

@@ -5,9 +5,9 @@
 // that as long as packets follow. TCP notices that the other end is gone. A UDP
 // client that keeps its source port goes on sending to an endpoint that is gone.
 // So after every change that reached the kernel, the Cleaner compares the flows of
-// the changed Services with their serving endpoints.
+// the changed Services with their usable endpoints.
 //
-// The rule: a UDP flow to a frontend of a Service is removed unless a serving
+// The rule: a UDP flow to a frontend of a Service is removed unless a usable
 // endpoint of the Service answers it. That includes Services without endpoints,
 // deleted Services, and new Services: clients may have flows from before the
 // Service existed, which are not translated.

@@ -20,9 +20,9 @@ type flow struct {
 
 func (f *flow) translated() bool { return f.from != f.to }
 
-// task is to remove the flows to one frontend that no serving endpoint answers.
+// task is to remove the flows to one frontend that no usable endpoint answers.
 type task struct {
-	serving *plan.EndpointSet
+	usable *plan.EndpointSet
 	// recheck is when the second and last scan is due; zero before the first.
 	recheck time.Time
 }
@@ -45,9 +45,9 @@ func (t tasks) stale(f *flow, local, relay func(netip.Addr) bool) bool {
 	return !task.keeps(f, relay)
 }
 
-// keeps reports whether a serving endpoint or a relay answers the flow.
+// keeps reports whether a usable endpoint or a relay answers the flow.
 func (t task) keeps(f *flow, relay func(netip.Addr) bool) bool {
-	return contains(t.serving, f.from) || t.serving.Len() > 0 && relay(f.from.Addr())
+	return contains(t.usable, f.from) || t.usable.Len() > 0 && relay(f.from.Addr())
 }
 
 // contains searches a set of endpoints, which is sorted by address and port.

@@ -25,14 +25,14 @@ func nodePort(port uint16) plan.FrontendKey {
 }
 
 func TestStale(t *testing.T) {
-	serving := endpoints("10.0.0.1:53", "10.0.0.2:53", "10.0.0.2:5353", "10.0.0.9:53")
+	usable := endpoints("10.0.0.1:53", "10.0.0.2:53", "10.0.0.2:5353", "10.0.0.9:53")
 	d := tasks{
-		key("10.96.0.10:53"):   {serving: serving},
-		key("10.96.0.11:53"):   {serving: endpoints()},
+		key("10.96.0.10:53"):   {usable: usable},
+		key("10.96.0.11:53"):   {usable: endpoints()},
 		key("10.96.0.12:53"):   {},
-		key("[fd00::10]:53"):   {serving: endpoints("[fd01::1]:53")},
-		key("192.0.2.1:30053"): {serving: endpoints("10.0.0.7:53")},
-		nodePort(30053):        {serving: serving},
+		key("[fd00::10]:53"):   {usable: endpoints("[fd01::1]:53")},
+		key("192.0.2.1:30053"): {usable: endpoints("10.0.0.7:53")},
+		nodePort(30053):        {usable: usable},
 	}
 	local := func(a netip.Addr) bool {
 		return a == netip.MustParseAddr("192.0.2.1") || a == netip.MustParseAddr("192.0.2.2")
@@ -43,11 +43,11 @@ func TestStale(t *testing.T) {
 		answered bool
 		want     bool
 	}{
-		"answered by a serving endpoint":              {"10.96.0.10:53", "10.0.0.1:53", true, false},
-		"not yet answered by a serving endpoint":      {"10.96.0.10:53", "10.0.0.2:5353", false, false},
-		"the last of the serving endpoints":           {"10.96.0.10:53", "10.0.0.9:53", true, false},
+		"answered by a usable endpoint":               {"10.96.0.10:53", "10.0.0.1:53", true, false},
+		"not yet answered by a usable endpoint":       {"10.96.0.10:53", "10.0.0.2:5353", false, false},
+		"the last of the usable endpoints":            {"10.96.0.10:53", "10.0.0.9:53", true, false},
 		"answered by an endpoint that is gone":        {"10.96.0.10:53", "10.0.0.3:53", true, true},
-		"another port of a serving endpoint":          {"10.96.0.10:53", "10.0.0.1:54", true, true},
+		"another port of a usable endpoint":           {"10.96.0.10:53", "10.0.0.1:54", true, true},
 		"made before the Service existed":             {"10.96.0.10:53", "10.96.0.10:53", false, true},
 		"made before, and answered by the way":        {"10.96.0.10:53", "10.96.0.10:53", true, true},
 		"another port of the virtual IP":              {"10.96.0.10:54", "10.0.0.3:53", true, false},
@@ -56,9 +56,9 @@ func TestStale(t *testing.T) {
 		"taken in by a relay, nobody left to serve":   {"10.96.0.11:53", "251.0.0.1:10363", true, true},
 		"nobody left to serve":                        {"10.96.0.11:53", "10.0.0.1:53", true, true},
 		"no set at all":                               {"10.96.0.12:53", "10.0.0.1:53", true, true},
-		"IPv6, serving":                               {"[fd00::10]:53", "[fd01::1]:53", true, false},
+		"IPv6, usable":                                {"[fd00::10]:53", "[fd01::1]:53", true, false},
 		"IPv6, gone":                                  {"[fd00::10]:53", "[fd01::2]:53", true, true},
-		"node port, serving":                          {"192.0.2.2:30053", "10.0.0.1:53", true, false},
+		"node port, usable":                           {"192.0.2.2:30053", "10.0.0.1:53", true, false},
 		"node port, gone":                             {"192.0.2.2:30053", "10.0.0.3:53", true, true},
 		"node port, a daemon of the host":             {"192.0.2.2:30053", "192.0.2.2:30053", true, false},
 		"node port, made before and never answered":   {"192.0.2.2:30053", "192.0.2.2:30053", false, true},
@@ -79,7 +79,7 @@ func TestStale(t *testing.T) {
 }
 
 func TestMatchingDoesNotAllocate(t *testing.T) {
-	d := tasks{key("10.96.0.10:53"): {serving: endpoints("10.0.0.1:53")}, nodePort(30053): {}}
+	d := tasks{key("10.96.0.10:53"): {usable: endpoints("10.0.0.1:53")}, nodePort(30053): {}}
 	flows := []*flow{
 		{to: netip.MustParseAddrPort("10.96.0.10:53"), from: netip.MustParseAddrPort("10.0.0.1:53")},
 		{to: netip.MustParseAddrPort("192.0.2.1:30053"), from: netip.MustParseAddrPort("10.0.0.1:53")},

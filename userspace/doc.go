@@ -8,7 +8,7 @@
 // number (ids.go), and two routes with a rule (routes.go). A Proxier
 // (proxier.go, state.go) writes them and gives the relay its targets.
 //
-// The relay (relay.go) has a socket for each protocol and origin (sockets.go). It
+// The relay (relay.go) has a socket for each protocol and traffic source (sockets.go). It
 // finds the target by the number and forwards datagrams (udp.go). For TCP,
 // internal/tcprelay chooses an endpoint and forwards bytes.
 package userspace

@@ -159,7 +159,7 @@ func TestSupported(t *testing.T) {
 func TestProbeLeavesThePortsAlone(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		for n := range portTries {
-			port := (firstPorts + ports(n)*ports(originCount)).of(0)
+			port := (firstPorts + ports(n)*ports(trafficSourceCount)).of(0)
 			l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 			w.must(err)
 			defer l.Close()

@@ -75,7 +75,7 @@ func (r *relay) start() error {
 		return err
 	}
 	r.listeners = l
-	for o := range originCount {
+	for o := range trafficSourceCount {
 		r.tcp.Accept(l.tcp[o], func(c *net.TCPConn) (tcprelay.Route, bool) { return r.route(o, c) })
 		r.done.Go(func() { r.receiveAll(l, o) })
 	}
@@ -158,8 +158,8 @@ func (r *relay) maintain() {
 	}
 }
 
-// route finds out where a connection of an origin goes.
-func (r *relay) route(o origin, client *net.TCPConn) (tcprelay.Route, bool) {
+// route finds out where a connection of a traffic source goes.
+func (r *relay) route(o trafficSource, client *net.TCPConn) (tcprelay.Route, bool) {
 	id, ok := idOf(r.family, client.LocalAddr().(*net.TCPAddr).AddrPort().Addr())
 	if !ok {
 		return tcprelay.Route{}, false
@@ -185,7 +185,7 @@ func (r *relay) setNode(n plan.Node) { r.node.Store(&n) }
 // sourceFor is the source address of a connection to an endpoint: the client's,
 // where the plan keeps it and the answers pass through this node, or the zero one,
 // which stands for the node's.
-func (r *relay) sourceFor(t *target, o origin, client, endpoint netip.Addr) netip.Addr {
+func (r *relay) sourceFor(t *target, o trafficSource, client, endpoint netip.Addr) netip.Addr {
 	if o == fromNode || t.masquerade&o.bit() != 0 || r.node.Load().BetweenNodes(client, endpoint) || !r.routes.onDifferentLinks(client, endpoint) {
 		return netip.Addr{}
 	}

@@ -15,25 +15,25 @@ import (
 // have seen it.
 const ownTraffic = 0x53420001
 
-// origin is where a connection came from. The relay has one port for each, so
+// trafficSource is where a connection comes from. The relay has one port for each, so
 // that it learns from the kernel what only rules can tell: the interface that a
 // packet entered by, for example.
-type origin uint8
+type trafficSource uint8
 
 const (
-	fromPods origin = iota
+	fromPods trafficSource = iota
 	fromNode
 	fromOutside
-	originCount
+	trafficSourceCount
 )
 
-// bit is the origin as the plan names it.
-func (o origin) bit() plan.TrafficSources { return plan.FromPods << o }
+// bit is the traffic source as the plan names it.
+func (o trafficSource) bit() plan.TrafficSources { return plan.FromPods << o }
 
 // inside says whether connections go to Frontend.Internal.
-func (o origin) inside() bool { return o != fromOutside }
+func (o trafficSource) inside() bool { return o != fromOutside }
 
-func (o origin) String() string { return [...]string{"pods", "node", "outside"}[o] }
+func (o trafficSource) String() string { return [...]string{"pods", "node", "outside"}[o] }
 
 // ruleset makes the chains. Their number does not depend on Services.
 type ruleset struct {
@@ -83,7 +83,7 @@ func (r ruleset) nodeChains() []nft.Chain {
 		nft.NewChain("check-remote", nil, r.checkRemote()...),
 		nft.NewChain("localhost", nil, r.localhost()...),
 	}
-	for o := range originCount {
+	for o := range trafficSourceCount {
 		chains = append(chains,
 			nft.NewChain("nodeports-from-"+o.String(), nil, r.redirect(access.NodePort, nodePortSets, o)...),
 			nft.NewChain("services-from-"+o.String(), nil, r.services(o)...))
@@ -97,7 +97,7 @@ func (r ruleset) nodeChains() []nft.Chain {
 		nft.NewRule(nft.GoTo("services-from-outside")))...))
 }
 
-func (r ruleset) services(o origin) []nft.Rule {
+func (r ruleset) services(o trafficSource) []nft.Rule {
 	rules := r.redirect(r.Frontend(), addressedSets, o)
 	for _, match := range r.ToNodePortAddrs() {
 		rules = append(rules, nft.NewRule(append(match, nft.GoTo("nodeports-from-"+o.String()))...))
@@ -105,8 +105,8 @@ func (r ruleset) services(o origin) []nft.Rule {
 	return rules
 }
 
-// redirect sends what is for a frontend to the relay's port for its origin.
-func (r ruleset) redirect(key nft.Value, sets frontendSets, o origin) []nft.Rule {
+// redirect sends what is for a frontend to the relay's port for its traffic source.
+func (r ruleset) redirect(key nft.Value, sets frontendSets, o trafficSource) []nft.Rule {
 	noEndpoints := sets.noExternalEndpoints
 	if o.inside() {
 		noEndpoints = sets.noInternalEndpoints
@@ -134,7 +134,7 @@ func (r ruleset) checkLocal() []nft.Rule {
 	rules := []nft.Rule{nft.NewRule(nft.IsDNATed(), nft.Return())}
 	for _, p := range []plan.Protocol{plan.TCP, plan.UDP} {
 		rules = append(rules, nft.NewRule(nft.ProtocolIs(p),
-			nft.DPortsBetween(r.ports.of(0), r.ports.of(originCount-1)), r.Reject()))
+			nft.DPortsBetween(r.ports.of(0), r.ports.of(trafficSourceCount-1)), r.Reject()))
 	}
 	return slices.Concat(rules, r.RejectFrontends(), r.RejectNodePorts())
 }

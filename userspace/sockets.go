@@ -18,10 +18,10 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// ports are the relay's ports, one for each origin, from this number on.
+// ports are the relay's ports, one for each traffic source, from this number on.
 type ports uint16
 
-func (p ports) of(o origin) uint16 { return uint16(p) + uint16(o) }
+func (p ports) of(o trafficSource) uint16 { return uint16(p) + uint16(o) }
 
 // firstPorts are tried first. They lie below the ports that the kernel gives to
 // connections and outside of those for NodePorts. A relay that starts while
@@ -35,12 +35,12 @@ const portTries = 32
 // listeners are the sockets that redirected traffic arrives at.
 type listeners struct {
 	ports ports
-	tcp   [originCount]*net.TCPListener
-	udp   [originCount]*net.UDPConn
+	tcp   [trafficSourceCount]*net.TCPListener
+	udp   [trafficSourceCount]*net.UDPConn
 }
 
 func (l *listeners) close() {
-	for o := range originCount {
+	for o := range trafficSourceCount {
 		if l.tcp[o] != nil {
 			tcprelay.CloseListener(l.tcp[o])
 		}
@@ -54,7 +54,7 @@ func (l *listeners) close() {
 func listen(f plan.Family) (*listeners, error) {
 	var err error
 	for n := range portTries {
-		l := &listeners{ports: firstPorts + ports(n)*ports(originCount)}
+		l := &listeners{ports: firstPorts + ports(n)*ports(trafficSourceCount)}
 		if err = l.open(f); err == nil {
 			return l, nil
 		}
@@ -67,7 +67,7 @@ func listen(f plan.Family) (*listeners, error) {
 }
 
 func (l *listeners) open(f plan.Family) (err error) {
-	for o := range originCount {
+	for o := range trafficSourceCount {
 		at := netip.AddrPortFrom(unspecified(f), l.ports.of(o))
 		if l.tcp[o], err = tcprelay.ListenTCP(at); err != nil {
 			return err
@@ -115,7 +115,7 @@ func (l *listeners) selectAny() error {
 
 // each calls fn for all sockets, up to the first error.
 func (l *listeners) each(fn func(fd int) error) error {
-	for o := range originCount {
+	for o := range trafficSourceCount {
 		for _, s := range []syscall.Conn{l.tcp[o], l.udp[o]} {
 			raw, err := s.SyscallConn()
 			if err != nil {

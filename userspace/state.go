@@ -142,7 +142,7 @@ func (s *stage) targets() []*target {
 			fe := &sp.Frontends[i]
 			list = append(list, &target{
 				id: s.state.ids[fe.Key(sp.Name.Protocol)], name: sp.Name, timeout: sp.AffinityTimeout,
-				internal: fe.Internal, external: fe.External, serving: sp.Usable, masquerade: fe.Masquerade,
+				internal: fe.Internal, external: fe.External, usable: sp.Usable, masquerade: fe.Masquerade,
 			})
 		}
 	}

@@ -16,20 +16,20 @@ type target struct {
 	timeout    time.Duration // of affinity; 0 without
 	internal   *plan.EndpointSet
 	external   *plan.EndpointSet
-	serving    *plan.EndpointSet
+	usable     *plan.EndpointSet
 	masquerade plan.TrafficSources
 }
 
-// endpoints is the set for connections of an origin.
-func (t *target) endpoints(o origin) *plan.EndpointSet {
+// endpoints is the set for connections of a traffic source.
+func (t *target) endpoints(o trafficSource) *plan.EndpointSet {
 	if o.inside() {
 		return t.internal
 	}
 	return t.external
 }
 
-// choice are the endpoints for a client of an origin.
-func (t *target) choice(o origin) tcprelay.Choice {
+// choice are the endpoints for a client of a traffic source.
+func (t *target) choice(o trafficSource) tcprelay.Choice {
 	return tcprelay.Choice{Name: t.name, Affinity: t.timeout, Endpoints: t.endpoints(o)}
 }
 

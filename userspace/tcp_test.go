@@ -313,7 +313,7 @@ func TestPause(t *testing.T) {
 func TestRelayPortsAreHidden(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.sync()
-		for o := range originCount {
+		for o := range trafficSourceCount {
 			at := w.endpoint(0).Addr()
 			c, err := net.DialTimeout("tcp", net.JoinHostPort(at.String(), "1036"+string('1'+rune(o))), hangTimeout)
 			if !errors.Is(err, unix.ECONNREFUSED) {

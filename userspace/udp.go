@@ -39,9 +39,9 @@ var datagrams = sync.Pool{New: func() any { b := make([]byte, maxDatagram); retu
 
 // flowKey is one client at one frontend.
 type flowKey struct {
-	client netip.AddrPort
-	id     frontendID
-	origin origin
+	client        netip.AddrPort
+	id            frontendID
+	trafficSource trafficSource
 	// at is the socket that its datagrams arrive at and answers leave from. After
 	// a handover back, a relay has flows at old and new sockets.
 	at *net.UDPConn
@@ -50,7 +50,7 @@ type flowKey struct {
 // flow is a client's connected socket to an endpoint.
 type flow struct {
 	key      flowKey
-	target   *target // only for the origin's receiving goroutine
+	target   *target // only for the traffic source's receiving goroutine
 	endpoint netip.AddrPort
 	socket   *net.UDPConn
 	raw      syscall.RawConn // of socket
@@ -131,7 +131,7 @@ func (ft *flowTable) remove(f *flow) {
 func (ft *flowTable) endAt(l *listeners) {
 	ft.mu.Lock()
 	defer ft.mu.Unlock()
-	ft.end(func(k flowKey) bool { return l.udp[k.origin] == k.at })
+	ft.end(func(k flowKey) bool { return l.udp[k.trafficSource] == k.at })
 }
 
 // closeAll ends all flows, and accepts none after.
@@ -152,8 +152,8 @@ func (ft *flowTable) end(which func(flowKey) bool) {
 	}
 }
 
-// receiveAll forwards the datagrams of an origin until the socket is closed.
-func (r *relay) receiveAll(from *listeners, o origin) {
+// receiveAll forwards the datagrams of a traffic source until the socket is closed.
+func (r *relay) receiveAll(from *listeners, o trafficSource) {
 	socket := from.udp[o]
 	buffer, oob := make([]byte, maxDatagram), make([]byte, 128)
 	overflow := uint32(0)
@@ -243,7 +243,7 @@ func (r *relay) keeps(f *flow, t *target) bool {
 	if f.target == t {
 		return true
 	}
-	if f.target.name != t.name || !tcprelay.Has(t.serving, f.endpoint) && !tcprelay.Has(t.endpoints(f.key.origin), f.endpoint) {
+	if f.target.name != t.name || !tcprelay.Has(t.usable, f.endpoint) && !tcprelay.Has(t.endpoints(f.key.trafficSource), f.endpoint) {
 		return false
 	}
 	f.target = t
@@ -276,12 +276,12 @@ func (r *relay) newFlow(k flowKey, t *target, tried []netip.AddrPort) (made *flo
 }
 
 func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) (opened *flow, silent netip.AddrPort) {
-	at, ok := r.tcp.Chooser.Choose(t.choice(k.origin), k.client.Addr(), tried, time.Now())
+	at, ok := r.tcp.Chooser.Choose(t.choice(k.trafficSource), k.client.Addr(), tried, time.Now())
 	if !ok {
 		r.tcp.Counts.NoEndpoint.Add(1)
 		return nil, netip.AddrPort{}
 	}
-	source := r.sourceFor(t, k.origin, k.client.Addr(), at.Addr())
+	source := r.sourceFor(t, k.trafficSource, k.client.Addr(), at.Addr())
 	c, err := r.dialer.dial(context.Background(), "udp", source, at)
 	if err != nil {
 		r.tcp.DialFailed(t.name, at, err)

@@ -73,7 +73,7 @@ func (c candidate) draining() bool { return c.from.serving && c.from.terminating
 type selection struct {
 	cluster *plan.EndpointSet // for traffic policy Cluster
 	local   *plan.EndpointSet // for traffic policy Local
-	serving *plan.EndpointSet // all that still answer
+	usable  *plan.EndpointSet // all that still answer
 	// exists says that some node has an endpoint for new connections.
 	exists bool
 }
@@ -114,7 +114,7 @@ func (l locality) choose(all []candidate, remoteHairpins bool) selection {
 		return set(chosen)
 	}
 	s.local = share(local)
-	s.serving = share(filter(all, func(c candidate) bool { return c.from.serving || c.from.ready }))
+	s.usable = share(filter(all, func(c candidate) bool { return c.from.serving || c.from.ready }))
 	return s
 }
 

@@ -81,7 +81,7 @@ func (r *Resolver) resolve(s *svc, filed []*endpointSlice) (ports []*plan.Servic
 			Name:            plan.ServicePortName{ServiceName: s.name, Port: port.name, Protocol: port.protocol},
 			AffinityTimeout: s.affinity,
 			Frontends:       r.frontends(s, port, addrs, chosen),
-			Usable:          chosen.serving,
+			Usable:          chosen.usable,
 			Scheduler:       r.scheduler(s),
 		})
 	}
