@@ -10,8 +10,8 @@ import (
 
 // usage is what a process has used so far.
 type usage struct {
-	// processor is its processor time and that of the programs that it ran and waited
-	// for, such as iptables-restore. The kernel counts hundredths of a second.
+	// processor is its processor time in nanoseconds, and that of the programs that it
+	// ran and waited for, such as iptables-restore, in hundredths of a second.
 	processor time.Duration
 	resident  float64 // bytes now
 	peak      float64 // bytes at most
@@ -33,8 +33,18 @@ func usageOf(pid int) (usage, error) {
 	if err != nil {
 		return fail(err)
 	}
-	ticks := time.Duration(stat.UTime) + time.Duration(stat.STime) + time.Duration(stat.CUTime) + time.Duration(stat.CSTime)
-	return usage{processor: ticks * clockTick, resident: float64(status.VmRSS), peak: float64(status.VmHWM)}, nil
+	threads, err := procfs.AllThreads(pid)
+	if err != nil {
+		return fail(err)
+	}
+	used := time.Duration(stat.CUTime+stat.CSTime) * clockTick
+	for _, thread := range threads {
+		// A thread can end meanwhile. Threads of the Go runtime do not.
+		if s, err := thread.Schedstat(); err == nil {
+			used += time.Duration(s.RunningNanoseconds)
+		}
+	}
+	return usage{processor: used, resident: float64(status.VmRSS), peak: float64(status.VmHWM)}, nil
 }
 
 const (
