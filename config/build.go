@@ -67,7 +67,7 @@ func (f *Flags) build(r *rawConfig) (*Config, error) {
 		MasqueradeMark: 1 << *section.masqueradeBit, IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),
 		BindAddress: bindAddress(k), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
 		BindAddressHardFail: k.BindAddressHardFail, EnableProfiling: k.EnableProfiling,
-		SyncPeriod: section.syncPeriod.Duration, MinSyncPeriod: r.minSyncPeriod,
+		SyncPeriod: section.syncPeriod.Duration, MinSyncPeriod: r.minSyncPeriod, MaxProcessor: float64(f.signalbox.maxCPU) / 100,
 		Conntrack: conntrack(k), OOMScoreAdj: k.OOMScoreAdj,
 		Cleanup: f.cleanup, InitOnly: f.initOnly, WriteTo: f.writeTo,
 		Logging:   Logging{Format: k.Logging.Format, Verbosity: int(k.Logging.Verbosity)},

@@ -68,6 +68,9 @@ type Config struct {
 	// MinSyncPeriod is the least time between two syncs; 0 for none. A single
 	// change never waits for it.
 	MinSyncPeriod time.Duration
+	// MaxProcessor is the share of one processor that the process and the programs it
+	// runs may take on average; 0 for no limit.
+	MaxProcessor float64
 
 	Conntrack node.Conntrack
 	// OOMScoreAdj is this process's own, -1000 to 1000; nil leaves it.

@@ -66,6 +66,20 @@ func TestIPVSFlags(t *testing.T) {
 	}
 }
 
+func TestMaxCPU(t *testing.T) {
+	for text, want := range map[string]float64{"0": 0, "10": 0.1, "2.5%": 0.025, "150": 1.5} {
+		c, err := parse(t, "--hostname-override=n", "--max-cpu="+text)
+		if err != nil || c.MaxProcessor != want {
+			t.Errorf("--max-cpu=%s: %v (%v), want %v", text, c, err, want)
+		}
+	}
+	for _, text := range []string{"", "x", "-1", "0.01", "NaN", "Inf"} {
+		if _, err := parse(t, "--hostname-override=n", "--max-cpu="+text); err == nil || !strings.Contains(err.Error(), "at least 0.1") {
+			t.Errorf("--max-cpu=%s: %v", text, err)
+		}
+	}
+}
+
 func TestWhatFlagsSet(t *testing.T) {
 	c, err := parse(t, "--hostname-override=n", "--proxy-mode=iptables", "--cluster-cidr=10.244.1.2/16,fd00:244::/56",
 		"--nodeport-addresses=192.168.0.0/16,fd00::/8", "--masquerade-all", "--iptables-masquerade-bit=31", "--iptables-localhost-nodeports=false",

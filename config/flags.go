@@ -1,6 +1,9 @@
 package config
 
 import (
+	"errors"
+	"math"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -34,6 +37,7 @@ type signalboxFlags struct {
 	mode                  string
 	source                string
 	kubeProxyIPVSPolicies bool
+	maxCPU                percent
 	version               Version
 }
 
@@ -67,7 +71,23 @@ func (o *signalboxFlags) add(fs *pflag.FlagSet) {
 	fs.StringVar(&o.source, "source", "", "serve the objects in the YAML and JSON files of this directory, and watch it, instead of asking an API server: Services, EndpointSlices, Nodes and ServiceCIDRs")
 	fs.Var(&o.version, "version", "print the version and exit; raw prints all details. With a release such as v1.36.3, kubernetes_build_info reports that release instead of the API server's")
 	fs.Lookup("version").NoOptDefVal = "true"
+	fs.Var(&o.maxCPU, "max-cpu", "percent of one processor that signalbox and the programs it runs may take on average; 0 means no limit. In a storm of changes, each sync then has more changes and comes later. A lone change never waits")
 	fs.BoolVar(&o.kubeProxyIPVSPolicies, "ipvs-kube-proxy-policies", false, "ipvs mode: apply traffic policies as kube-proxy's ipvs mode does. Policy Local without an endpoint on this node uses endpoints on other nodes, and externalTrafficPolicy also applies to this node's Pods and processes")
+}
+
+// percent is a flag of at least 0.1, or 0 for no limit.
+type percent float64
+
+func (p *percent) String() string { return strconv.FormatFloat(float64(*p), 'g', -1, 64) }
+func (p *percent) Type() string   { return "percent" }
+
+func (p *percent) Set(text string) error {
+	v, err := strconv.ParseFloat(strings.TrimSuffix(text, "%"), 64)
+	if err != nil || v != 0 && v < 0.1 || math.IsNaN(v) || math.IsInf(v, 0) {
+		return errors.New("want a percentage of at least 0.1, or 0 for no limit")
+	}
+	*p = percent(v)
+	return nil
 }
 
 func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {

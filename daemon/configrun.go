@@ -201,7 +201,7 @@ const fullSyncPeriod = time.Hour
 func (c *configRun) loopOptions() syncer.LoopOptions {
 	logProblem := syncer.LogProblems(c.log)
 	opts := syncer.LoopOptions{
-		NodeName: c.cfg.NodeName, Settings: c.cfg.ForMode(c.choice.Mode), MinSyncPeriod: c.cfg.MinSyncPeriod,
+		NodeName: c.cfg.NodeName, Settings: c.cfg.ForMode(c.choice.Mode), MinSyncPeriod: c.cfg.MinSyncPeriod, MaxProcessor: c.cfg.MaxProcessor,
 		Proxiers: c.proxiers, Logger: c.log, SyncPeriod: fullSyncPeriod, RetryPeriod: c.cfg.SyncPeriod,
 		Report: func(p plan.Problem) {
 			logProblem(p)

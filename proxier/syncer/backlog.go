@@ -2,8 +2,9 @@ package syncer
 
 import (
 	"cmp"
-	"signalbox/proxier/plan"
 	"slices"
+
+	"signalbox/proxier/plan"
 )
 
 const (

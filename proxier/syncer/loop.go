@@ -31,6 +31,9 @@ type LoopOptions struct {
 	// took, so that a storm of changes is taken in ever larger batches while a
 	// single change never waits).
 	MinSyncPeriod time.Duration
+	// MaxProcessor is the share of one processor that the process may take on average;
+	// 0 for no limit. Syncs then wait, and take more changes each.
+	MaxProcessor float64
 	// SyncPeriod is how often everything is written anew, whatever is known to
 	// have changed; 0 for never.
 	SyncPeriod time.Duration
@@ -134,6 +137,7 @@ func (l *Loop) Run(ctx context.Context) error {
 	defer retry.Stop()
 	resync, stop := every(l.opts.SyncPeriod)
 	defer stop()
+	processor := newBudget(l.opts.MaxProcessor)
 	for {
 		select {
 		case <-ctx.Done():
@@ -149,7 +153,7 @@ func (l *Loop) Run(ctx context.Context) error {
 		if due, ok := l.nextRetry(); ok {
 			retry.Reset(time.Until(due))
 		}
-		if worked && !wait.For(ctx, max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second))) {
+		if worked && !wait.For(ctx, max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second), processor.pause())) {
 			return nil
 		}
 	}

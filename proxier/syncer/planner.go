@@ -1,9 +1,10 @@
 package syncer
 
 import (
+	"slices"
+
 	"signalbox/internal/compact"
 	"signalbox/proxier/plan"
-	"slices"
 )
 
 // planner keeps the Plan of one family up to date, one Service at a time. It

@@ -2,6 +2,7 @@ package syncer
 
 import (
 	"maps"
+
 	"signalbox/proxier/plan"
 )
 
