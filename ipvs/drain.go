@@ -48,6 +48,9 @@ func (st *state) commitAddrs(b *batch, now time.Time) {
 		delete(st.drainingAddrs, a)
 	}
 	for _, r := range b.old {
+		if r == nil || len(servers) == 0 {
+			continue
+		}
 		for _, a := range r.virtualAddrs() {
 			if _, starts := servers[a]; starts {
 				for i := range r.servers {
@@ -61,11 +64,8 @@ func (st *state) commitAddrs(b *batch, now time.Time) {
 	}
 }
 
-// virtualAddrs lists the addresses of the device that a record, which may be nil, uses.
+// virtualAddrs lists the addresses of the device that a record uses.
 func (r *record) virtualAddrs() []netip.Addr {
-	if r == nil {
-		return nil
-	}
 	_, addrs := cutAddrs(slices.Clone(r.elements))
 	return addrs
 }

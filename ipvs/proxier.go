@@ -24,6 +24,9 @@ type Proxier struct {
 	*nft.IPFamily
 	mark   uint32
 	tuning proxier.IPVSTuning
+	// problems are those of the last Sync of everything. Only the goroutine that calls Sync
+	// uses them.
+	problems []*node.KernelProblem
 
 	// mu guards all fields below against the goroutine of drainLoop.
 	mu         sync.Mutex
@@ -34,9 +37,8 @@ type Proxier struct {
 	// state is nil before the first Sync and after Pause.
 	state *state
 	// stale: a failed Sync may have changed the kernel, so the next Sync reads it.
-	stale    bool
-	now      func() time.Time
-	problems []*node.KernelProblem // of the last Sync of everything
+	stale bool
+	now   func() time.Time
 
 	wake chan struct{} // holds one token if something may drain
 	stop chan struct{}
