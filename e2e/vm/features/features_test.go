@@ -9,9 +9,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
 	"testing"
+
+	"signalbox/internal/nstest"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -124,19 +125,9 @@ func exchange(addr unix.Sockaddr) error {
 	return nil
 }
 
-// ownNamespace moves the rest of a test, but not its subtests, into a network
-// namespace that ends with it: hooks and rules that stay change other tests.
-func ownNamespace(t *testing.T) {
-	t.Helper()
-	runtime.LockOSThread() // for good: the thread ends with the goroutine
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // TestIPVS makes a virtual server with each scheduler of the kernel.
 func TestIPVS(t *testing.T) {
-	ownNamespace(t)
+	nstest.Enter(t) // rules that stay would change other tests
 	servers := fmt.Sprintf("/proc/self/task/%d/net/ip_vs", unix.Gettid())
 	if _, err := netlink.GenlFamilyGet("IPVS"); err != nil {
 		t.Errorf("generic netlink family IPVS: %v", err)
@@ -229,14 +220,8 @@ table inet features {
 `
 
 func TestNFT(t *testing.T) {
-	cmd := exec.Command("nft", "-f", "-")
-	cmd.Stdin = strings.NewReader(ruleset)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("nft: %v\n%s", err, out)
-	}
-	if out, err := exec.Command("nft", "delete", "table", "inet", "features").CombinedOutput(); err != nil {
-		t.Fatalf("nft: %v\n%s", err, out)
-	}
+	nstest.NFT(t, ruleset, "-f", "-")
+	nstest.NFT(t, "", "delete", "table", "inet", "features")
 }
 
 // TestIPTables loads rules with the matches and targets that modes use, by
@@ -245,7 +230,7 @@ func TestIPTables(t *testing.T) {
 	for _, kind := range []string{"nft", "legacy"} {
 		for program, addr := range map[string]string{"iptables": "10.0.0.1", "ip6tables": "fd00::1"} {
 			t.Run(program+"-"+kind, func(t *testing.T) {
-				ownNamespace(t)
+				nstest.Enter(t)
 				command := program + "-" + kind
 				load := exec.Command(command+"-restore", "--noflush", "-w", "5")
 				load.Stdin = strings.NewReader(fmt.Sprintf(tables, addr, at(addr)))

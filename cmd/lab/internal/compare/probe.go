@@ -51,8 +51,6 @@ var (
 	allClients = []string{"pod-x", "pod-a", "pod-c", "node1", "node2", "client1"}
 	// someClients try what it never has.
 	someClients = []string{"pod-x", "node1", "client1"}
-	// manyAddresses are the clients with a source address for each connection.
-	manyAddresses = []string{"client1", "client2"}
 )
 
 // unusedPort is in no Service.
