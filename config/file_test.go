@@ -14,7 +14,6 @@ import (
 
 	"signalbox/modes"
 	"signalbox/node"
-
 	"signalbox/proxier/service"
 )
 

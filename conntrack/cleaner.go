@@ -14,7 +14,6 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"signalbox/internal/wait"
-
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
 )

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"signalbox/modes"
-
 	"signalbox/proxier/plan"
 )
 

@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"signalbox/internal/httpserve"
-
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
 )

@@ -20,7 +20,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/internal/netlab"
-
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
 )

@@ -7,7 +7,6 @@ import (
 
 	"signalbox/internal/nstest"
 	"signalbox/proxier"
-
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )

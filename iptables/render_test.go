@@ -12,7 +12,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/proxier"
-
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )

@@ -10,9 +10,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"signalbox/proxier"
-
 	"signalbox/internal/xtables"
+	"signalbox/proxier"
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )

@@ -9,11 +9,11 @@ import (
 	"testing"
 	"time"
 
-	"signalbox/internal/nstest"
-
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"signalbox/internal/nstest"
 )
 
 // hangTimeout ends a test that hangs and decides nothing else.

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
-
 	"signalbox/proxier/plan"
 )
 

@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"signalbox/internal/tcprelay"
-
 	"signalbox/proxier/plan"
 )
 

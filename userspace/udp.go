@@ -16,7 +16,6 @@ import (
 
 	"signalbox/internal/tcprelay"
 	"signalbox/internal/wait"
-
 	"signalbox/proxier/plan"
 )
 

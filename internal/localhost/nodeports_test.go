@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"signalbox/internal/netlab"
-
 	"signalbox/proxier/plan"
 )
 

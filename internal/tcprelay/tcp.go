@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/wait"
-
 	"signalbox/proxier/plan"
 )
 

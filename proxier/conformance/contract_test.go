@@ -19,7 +19,6 @@ import (
 	"signalbox/ipvs"
 	"signalbox/nftables"
 	"signalbox/proxier"
-
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"

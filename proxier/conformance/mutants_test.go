@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"signalbox/proxier"
-
 	"signalbox/proxier/conformance"
 	"signalbox/proxier/plan"
 )

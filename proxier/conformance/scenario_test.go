@@ -5,7 +5,6 @@ import (
 	"testing"
 
 	"signalbox/internal/netlab"
-
 	"signalbox/proxier/plan"
 )
 

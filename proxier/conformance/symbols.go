@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"signalbox/internal/netlab"
-
 	"signalbox/proxier/plan"
 )
 

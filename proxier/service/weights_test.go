@@ -2,12 +2,13 @@ package service
 
 import (
 	"fmt"
-	"signalbox/proxier/plan"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"signalbox/proxier/plan"
 )
 
 // TestManyWeights checks that what each endpoint is compared with is bounded.

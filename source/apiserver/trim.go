@@ -3,12 +3,13 @@ package apiserver
 import (
 	"fmt"
 	"maps"
-	"signalbox/proxier/plan"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"signalbox/proxier/plan"
 )
 
 // The labels and annotations that a proxy reads.

@@ -1,7 +1,6 @@
 package apiserver
 
 import (
-	"signalbox/proxier/plan"
 	"testing"
 	"time"
 
@@ -11,6 +10,8 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
+
+	"signalbox/proxier/plan"
 )
 
 var (

@@ -12,10 +12,10 @@ import (
 	"strings"
 	"testing"
 
-	"signalbox/internal/nstest"
-
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"signalbox/internal/nstest"
 )
 
 func TestRelease(t *testing.T) {
