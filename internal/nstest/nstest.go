@@ -3,7 +3,6 @@
 package nstest
 
 import (
-	"bytes"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -26,17 +25,14 @@ func Enter(t testing.TB) netns.NsHandle {
 	return ns
 }
 
-// NFT runs nft in the namespace of the calling thread and returns its output, without the
-// warnings of nft.
+// NFT runs nft in the namespace of the calling thread and returns its output.
 func NFT(t testing.TB, input string, args ...string) string {
 	t.Helper()
 	cmd := exec.Command("nft", args...)
 	cmd.Stdin = strings.NewReader(input)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
+	out, err := cmd.CombinedOutput()
 	if err != nil {
-		t.Fatalf("%s: %v: %s%s\n%s", cmd, err, out, stderr.Bytes(), input)
+		t.Fatalf("%s: %v: %s\n%s", cmd, err, out, input)
 	}
 	return string(out)
 }

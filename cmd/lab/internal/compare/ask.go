@@ -16,13 +16,14 @@ import (
 
 // effort says how hard a probe is tried.
 type effort struct {
-	// stream and datagram are the time for one connection. Linux does not tell a TCP
-	// socket that is still in connect(2) about an ICMP error; it tells after the
-	// second SYN, a second later.
-	stream, datagram time.Duration
+	// timeout is for one connection. Linux does not tell a TCP socket that is still in
+	// connect(2) about an ICMP error; it tells after the second SYN, a second later.
+	timeout time.Duration
 	// quiet is the number of tries without news that end a probe, and per further
 	// endpoint.
 	quiet, perEndpoint int
+	// failures end a probe, also if some tries were answered: silence takes time.
+	failures int
 	// round picks the source addresses of the clients that have many.
 	round int
 	// parallel is how many probes run at once in a lab.
@@ -31,8 +32,8 @@ type effort struct {
 
 // Rounds of a comparison: a quick one, and three to confirm each difference.
 var (
-	quick   = effort{stream: 1600 * time.Millisecond, datagram: 400 * time.Millisecond, quiet: 2, perEndpoint: 3, parallel: 256}
-	careful = effort{stream: 3500 * time.Millisecond, datagram: time.Second, quiet: 6, perEndpoint: 8, parallel: 64}
+	quick   = effort{timeout: 1600 * time.Millisecond, quiet: 2, perEndpoint: 3, failures: 3, parallel: 256}
+	careful = effort{timeout: 3500 * time.Millisecond, quiet: 6, perEndpoint: 8, failures: 8, parallel: 64}
 )
 
 const (
@@ -111,13 +112,15 @@ type tally struct {
 	servers           map[netip.AddrPort]bool
 	// last is who answered each source address last.
 	last map[netip.Addr]netip.AddrPort
+	// failed counts the tries that failed.
+	failed int
 	// moved says that one source address met several endpoints.
 	moved bool
 }
 
 // ask tries a probe until it brings no news.
 func ask(ctx context.Context, host *netlab.Host, p Probe, e effort) Outcome {
-	t := tally{map[string]bool{}, map[string]bool{}, map[netip.AddrPort]bool{}, map[netip.Addr]netip.AddrPort{}, false}
+	t := tally{answers: map[string]bool{}, failures: map[string]bool{}, servers: map[netip.AddrPort]bool{}, last: map[netip.Addr]netip.AddrPort{}}
 	sources := e.sources(p)
 	patience := e.quiet + e.perEndpoint*p.most
 	if len(sources) > 1 {
@@ -129,7 +132,7 @@ func ask(ctx context.Context, host *netlab.Host, p Probe, e effort) Outcome {
 		if quiet++; len(t.answers)+len(t.failures) > before {
 			quiet = 0
 		}
-		if t.complete(p, try+1) {
+		if t.failed == e.failures || t.complete(p, try+1) {
 			break
 		}
 	}
@@ -146,15 +149,12 @@ func (t *tally) complete(p Probe, tries int) bool {
 }
 
 func (t *tally) try(ctx context.Context, host *netlab.Host, p Probe, e effort, source netip.AddrPort) {
-	limit := e.stream
-	if p.Network == "udp" {
-		limit = e.datagram
-	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeout(ctx, e.timeout)
 	defer cancel()
 	a, err := host.Ask(ctx, p.Network, source, p.Target)
 	if err != nil {
 		t.failures[failure(err)] = true
+		t.failed++
 		return
 	}
 	if last, ok := t.last[source.Addr()]; ok && last != a.At {

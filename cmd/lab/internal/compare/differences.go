@@ -35,8 +35,8 @@ type Pattern struct {
 	Frontends      []string `json:"frontends,omitempty"`
 	// SourceRanges means only Services with source ranges.
 	SourceRanges bool `json:"sourceRanges,omitempty"`
-	// Targets, KubeProxy and Signalbox are regular expressions for the address that is
-	// tried, and for the outcomes.
+	// Targets is a regular expression for the address that is tried. KubeProxy and
+	// Signalbox are for the parts of an outcome that the other outcome does not have.
 	Targets   string `json:"targets,omitempty"`
 	KubeProxy string `json:"kubeProxy"`
 	Signalbox string `json:"signalbox"`
@@ -81,11 +81,11 @@ func (r *Rule) explains(cfg Config, d Difference) bool {
 
 func (p *Pattern) matches(cfg Config, d Difference) bool {
 	allows := func(wanted []string, value string) bool { return len(wanted) == 0 || slices.Contains(wanted, value) }
-	if p.SourceRanges && len(d.Case.States[d.State].Service.Spec.LoadBalancerSourceRanges) == 0 {
+	if p.SourceRanges && !d.Case.States[d.State].restricted() {
 		return false
 	}
 	return allows(p.KubeProxyModes, cfg.KubeProxyMode) && allows(p.Modes, cfg.Mode) &&
 		allows(p.Clients, d.Probe.Client) && allows(p.Networks, d.Probe.Network) && allows(p.Frontends, d.Probe.Frontend) &&
 		p.targets.MatchString(d.Probe.Target.Addr().String()) &&
-		p.kubeProxy.MatchString(d.KubeProxy.String()) && p.signalbox.MatchString(d.Signalbox.String())
+		p.kubeProxy.MatchString(d.KubeProxy.without(d.Signalbox).String()) && p.signalbox.MatchString(d.Signalbox.without(d.KubeProxy).String())
 }

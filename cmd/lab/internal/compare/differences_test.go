@@ -98,3 +98,20 @@ func TestPattern(t *testing.T) {
 		}
 	}
 }
+
+// TestPatternSeesDifferingParts: endpoints that answer in both labs do not matter.
+func TestPatternSeesDifferingParts(t *testing.T) {
+	p := Pattern{KubeProxy: "silent", Signalbox: "pod-c .*"}
+	if err := p.compile(); err != nil {
+		t.Fatal(err)
+	}
+	same := "pod-a 10.244.1.10:8080 sees its client"
+	d := Difference{KubeProxy: Outcome{same, "silent"}, Signalbox: Outcome{same, "pod-c 10.244.2.10:8080 sees its client"}}
+	if !p.matches(Config{}, d) {
+		t.Error("a common part prevents the match")
+	}
+	d.KubeProxy = Outcome{"silent"}
+	if p.matches(Config{}, d) {
+		t.Error("the pattern matches although another endpoint differs, too")
+	}
+}

@@ -109,7 +109,7 @@ func (c Case) probes(n int) []Probe {
 				nodePorts[f.port] = true
 			}
 		}
-		b.restricted = b.restricted || s.Service != nil && len(s.Service.Spec.LoadBalancerSourceRanges) > 0
+		b.restricted = b.restricted || s.restricted()
 	}
 	numbers, protocols := c.ports()
 	for a := range addrs {
@@ -195,6 +195,11 @@ func (b *probeBuilder) addTarget(f frontend, a netip.Addr, clients []string) {
 	}
 }
 
+// restricted says that the Service has source ranges.
+func (s State) restricted() bool {
+	return s.Service != nil && len(s.Service.Spec.LoadBalancerSourceRanges) > 0
+}
+
 // endpoints counts the endpoints of a family.
 func (s State) endpoints(v4 bool) int {
 	n := 0
@@ -212,3 +217,8 @@ type Outcome []string
 
 // String joins the parts.
 func (o Outcome) String() string { return strings.Join(o, ", ") }
+
+// without are the parts that another outcome does not have.
+func (o Outcome) without(other Outcome) Outcome {
+	return slices.DeleteFunc(slices.Clone(o), func(part string) bool { return slices.Contains(other, part) })
+}
