@@ -21,9 +21,9 @@ const (
 	PortField
 	ClassIDField
 	MarkField
-	// MarkDatum is a mark as the datum of a map. nft takes such data for
-	// big-endian unless a set says otherwise, which the library cannot make it
-	// say. So marks are big-endian here, and rules swap their bytes.
+	// MarkDatum is a mark as the datum of a map. nft reads such data as big-endian
+	// unless the set says otherwise, which the library cannot write. So these marks are
+	// big-endian, and rules swap their bytes.
 	MarkDatum
 )
 
@@ -34,10 +34,10 @@ type Set struct {
 	Data     []Field // nil for a set and for a verdict map
 	Verdicts bool
 	Interval bool
-	Dynamic  bool   // filled by the packet path: the affinity map
+	Dynamic  bool   // packets fill it
 	Shared   bool   // an element may have several holders, and has no data
-	Size     uint32 // the most elements that packets may add; 0 for a set that they do not fill
-	Comment  string // for whoever reads a listing
+	Size     uint32 // how many elements packets can add, if Dynamic
+	Comment  string // for readers of a listing
 }
 
 // declaration is the library's form of the set.
@@ -80,10 +80,9 @@ func datatype(f *IPFamily, fields []Field) nftables.SetDatatype {
 	return nftables.MustConcatSetType(types...)
 }
 
-// datatype returns the nft type. An id is a "classid" because that is the type
-// of the priority field that carries it; nft prints it as two hexadecimal
-// numbers with a colon between. A slot is a "mark" for want of a plain integer
-// that nft can print within a concatenation.
+// datatype returns the nft type. An id is a "classid", the type of the priority field
+// that carries it. nft prints it as two hexadecimal numbers with a colon between them. A
+// slot is a "mark", because nft cannot print a plain integer in a concatenation.
 func (t Field) datatype(f *IPFamily) nftables.SetDatatype {
 	switch t {
 	case ProtoField:
@@ -113,14 +112,13 @@ func NewSet(name string, key, data []Field, comment string) *Set {
 	return &Set{Name: name, Key: key, Data: data, Comment: comment}
 }
 
-// OfRanges makes the set one of ranges.
+// OfRanges makes it a set of ranges.
 func (s *Set) OfRanges() *Set {
 	s.Interval = true
 	return s
 }
 
-// Remembering makes the map one that packets fill with up to size elements: see
-// Remember.
+// Remembering makes it a map that packets fill with up to size elements: see Remember.
 func (s *Set) Remembering(size uint32) *Set {
 	s.Dynamic, s.Size = true, size
 	return s

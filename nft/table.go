@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Table is a connection to the kernel for one table. Changes gather in it until
-// Commit sends them as one transaction.
+// Table is a connection to the kernel for one table. It gathers changes until Commit
+// sends them as one transaction.
 type Table struct {
 	*IPFamily
 	conn  *nftables.Conn
@@ -27,8 +27,8 @@ type Table struct {
 	failed   error                 // the first error of gathering
 }
 
-// BatchElements is how many elements go to the library at once. It makes
-// messages of at most 64 KiB of them; a batch of its size fits into one.
+// BatchElements is how many elements the library gets at once. They fit into one of its
+// messages, which have at most 64 KiB.
 const BatchElements = 512
 
 var (
@@ -58,9 +58,9 @@ func (t *Table) Close() error {
 	return t.conn.CloseLasting()
 }
 
-// Commit sends what has gathered, as one transaction. Whether it succeeds or not,
-// nothing stays behind. The error wraps ErrUnknownState or ErrTableChanged unless the
-// kernel is sure to hold what it held before and that is what was expected.
+// Commit sends the gathered changes as one transaction. After that nothing is gathered,
+// also after an error. The error wraps ErrUnknownState or ErrTableChanged, unless the
+// kernel is sure to have what it had before and that is what was expected.
 func (t *Table) Commit() error {
 	failed := t.failed
 	t.failed = nil
@@ -80,9 +80,8 @@ func (t *Table) Commit() error {
 	return err
 }
 
-// isRefusal says whether the transaction was not sent, or was answered with an
-// error number and so undone by the kernel. What is left is that the answer
-// could not be read.
+// isRefusal says whether the transaction was not sent, or the kernel answered with an
+// error number and undid it. Otherwise the answer could not be read.
 func isRefusal(err error) bool {
 	var op *netlink.OpError
 	if !errors.As(err, &op) {
@@ -92,29 +91,29 @@ func isRefusal(err error) bool {
 	return op.Op != "receive" || !errors.As(err, &call)
 }
 
-// isForeignChange recognises answers that can only mean that the table is not
-// as it was left: what is to go is not there, or what is to come is there
-// already. To send less of the same would not help; to write all anew does.
+// isForeignChange recognises answers that mean that other software changed the table:
+// what the transaction removes is not there, or what it adds is there already. A smaller
+// transaction would fail too. A full write helps.
 func isForeignChange(err error) bool {
 	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EBUSY)
 }
 
-// deleteTable deletes the table if it exists: to add one that exists is no
-// error, and kernels before 6.3 cannot be asked to delete one that may not.
+// deleteTable deletes the table if it exists. Kernels before 6.3 cannot be asked to
+// delete a table that may not exist. To add a table that exists is no error.
 func (t *Table) deleteTable() {
 	t.conn.AddTable(t.table)
 	t.conn.DelTable(t.table)
 }
 
-// ReplaceTable deletes the table if it exists and makes it anew, with its sets.
+// ReplaceTable deletes the table if it exists, and adds it with its sets.
 func (t *Table) ReplaceTable() {
 	t.deleteTable()
 	t.conn.AddTable(t.table)
 	t.AddSets()
 }
 
-// DeleteTable deletes the table if it exists, which it says. If not, there is
-// nothing to Commit.
+// DeleteTable deletes the table and says whether it exists. If not, there is nothing to
+// commit.
 func (t *Table) DeleteTable() (exists bool) {
 	exists, err := t.Exists()
 	switch {
@@ -126,9 +125,9 @@ func (t *Table) DeleteTable() (exists bool) {
 	return exists
 }
 
-// Try has the kernel look at what write gathers, in a table that does not exist, and
-// undo it: the transaction ends with a request that must fail. So nothing is written,
-// and other software that watches the rules is not woken.
+// Try has the kernel check what write gathers, in a table that does not exist, and undo
+// it: the transaction ends with a request that must fail. So nothing is written, and
+// software that watches the rules is not notified.
 func (t *Table) Try(write func()) error {
 	t.conn.AddTable(t.table)
 	write()
@@ -152,7 +151,7 @@ func (t *Table) Exists() (bool, error) {
 	return slices.ContainsFunc(tables, func(found *nftables.Table) bool { return found.Name == t.table.Name }), nil
 }
 
-// AddSets adds all sets but those that are there already.
+// AddSets adds all sets except those that are present.
 func (t *Table) AddSets(present ...SetID) {
 	for i := range t.declared {
 		if !slices.Contains(present, SetID(i)) {
@@ -175,7 +174,7 @@ func (t *Table) check(err error, set *nftables.Set) {
 	}
 }
 
-// AddChain adds a chain without its rules. One that is there already stays.
+// AddChain adds a chain without its rules. An existing chain stays.
 func (t *Table) AddChain(c Chain) {
 	out := &nftables.Chain{Name: c.Name, Table: t.table}
 	if c.Hook != nil {
@@ -223,7 +222,7 @@ func (t *Table) DeleteChain(name string) {
 // FlushSet deletes the elements of a set.
 func (t *Table) FlushSet(id SetID) { t.conn.FlushSet(t.declared[id]) }
 
-// put hands elements to the library, many of one set at a time.
+// put hands elements to the library in batches of one set.
 func (t *Table) put(list []Element, op func(*nftables.Set, []nftables.SetElement) error) {
 	for len(list) > 0 {
 		set, n := list[0].Set, 1
@@ -239,13 +238,13 @@ func (t *Table) put(list []Element, op func(*nftables.Set, []nftables.SetElement
 	}
 }
 
-// AddElements adds elements; those of one set should stand together.
+// AddElements adds elements. Elements of one set should be adjacent.
 func (t *Table) AddElements(list []Element) { t.put(list, t.conn.SetAddElements) }
 
-// RemoveElements removes elements; those of one set should stand together.
+// RemoveElements removes elements. Elements of one set should be adjacent.
 func (t *Table) RemoveElements(list []Element) { t.put(list, t.conn.SetDeleteElements) }
 
-// AddCounter adds a named counter. One that is there goes on counting.
+// AddCounter adds a named counter. An existing counter keeps its value.
 func (t *Table) AddCounter(name string) { t.conn.AddObj(t.counter(name)) }
 
 // DeleteCounter deletes a named counter, to which no rule may refer.
@@ -255,12 +254,12 @@ func (t *Table) counter(name string) *nftables.NamedObj {
 	return &nftables.NamedObj{Table: t.table, Name: name, Type: nftables.ObjTypeCounter, Obj: &expr.Counter{}}
 }
 
-// AddRead adds elements in the library's form, in which they are read.
+// AddRead adds elements in the form in which the library reads them.
 func (t *Table) AddRead(id SetID, list []nftables.SetElement) {
 	t.inBatches(id, list, t.conn.SetAddElements)
 }
 
-// RemoveRead removes elements in the library's form.
+// RemoveRead removes elements in that form.
 func (t *Table) RemoveRead(id SetID, list []nftables.SetElement) {
 	t.inBatches(id, list, t.conn.SetDeleteElements)
 }

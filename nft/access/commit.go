@@ -8,8 +8,8 @@ import (
 	"signalbox/proxier"
 )
 
-// Commit sends what has gathered in a table. Where the kernel may not hold what it
-// held before, the error wraps proxier.ErrUnknownState too.
+// Commit sends the changes of a table. If the kernel may not have what it had before,
+// the error wraps proxier.ErrUnknownState too.
 func Commit(t *nft.Table) error {
 	err := t.Commit()
 	if errors.Is(err, nft.ErrUnknownState) || errors.Is(err, nft.ErrTableChanged) {

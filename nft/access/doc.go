@@ -1,5 +1,5 @@
-// Package access is what every mode with a table of nf_tables has in common: the keys by
-// which packets find a frontend, the hooks, the check of a node's facts, and the rules
-// that rewrite sources. It gives lists of rules and elements, and never calls back into
-// a mode.
+// Package access has what all modes with an nf_tables table share: source ranges,
+// frontends without endpoints, the keys by which packets find a frontend, hooks,
+// validation, number pools, counts of shared elements, and rules that rewrite sources.
+// It returns rules and elements, and never calls back into a mode.
 package access

@@ -7,8 +7,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// SourceElements hands out the elements by which CheckSources knows who may use a
-// frontend; none where everybody may.
+// SourceElements hands out the source ranges of a frontend for CheckSources. A frontend
+// for everybody has none.
 func SourceElements(fe *plan.Frontend, p plan.Protocol, emit func(nft.Element)) {
 	if fe.Sources == nil {
 		return
@@ -35,7 +35,7 @@ func RejectElement(fe *plan.Frontend, p plan.Protocol, drop bool, comment string
 	return e
 }
 
-// NodeElements are the elements that the node's facts make.
+// NodeElements are the elements that follow from the node's facts.
 func (r Rules) NodeElements() (list []nft.Element) {
 	emit := func(e nft.Element) { list = append(list, e) }
 	emitRanges(localPods, "", r.Node.LocalPods.Prefixes, emit)
@@ -49,7 +49,7 @@ func (r Rules) NodeElements() (list []nft.Element) {
 	return list
 }
 
-// RewriteNodeElements replaces the elements that the node's facts make.
+// RewriteNodeElements replaces them.
 func (r Rules) RewriteNodeElements(t *nft.Table) {
 	for set := localPods; set < FirstOwn; set++ {
 		t.FlushSet(set)

@@ -6,13 +6,13 @@ import (
 	"signalbox/nft"
 )
 
-// The hooks at which Services are handled. The priorities are those that kube-proxy
-// documents, so that other software's chains keep their place before or after. Other
-// modes than nftables rewrite destinations at priorities of their own.
+// The hooks at which Services are handled. kube-proxy documents these priorities, so
+// other software's chains keep their place before or after. Modes other than nftables
+// rewrite destinations at other priorities.
 //
-// NATPrerouting and NATOutput come one later than kube-proxy's. While rules of
-// kube-proxy are there too, kube-proxy's choose the endpoint, because nobody may keep
-// this table up to date. At equal priorities the kernel runs the newest chain first.
+// NATPrerouting and NATOutput come one later than kube-proxy's. While the node has rules
+// of kube-proxy too, those choose the endpoint, because this table may be out of date.
+// At equal priorities the kernel runs the newest chain first.
 var (
 	PreDNATPrerouting = nft.NewHook(nftables.ChainHookPrerouting, -110, "type filter hook prerouting priority dstnat - 10")
 	PreDNATOutput     = nft.NewHook(nftables.ChainHookOutput, -110, "type filter hook output priority -110")

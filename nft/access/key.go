@@ -8,8 +8,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// FrontendBytes is the key of a map by frontend, or, for a node port, of one by node
-// port.
+// FrontendBytes is the key of a frontend in sets and maps. NodePorts have no address.
 func FrontendBytes(k plan.FrontendKey) string {
 	b := make([]byte, 0, 24)
 	if k.Addr.IsValid() {
@@ -18,7 +17,7 @@ func FrontendBytes(k plan.FrontendKey) string {
 	return string(nft.AppendPort(nft.AppendProto(b, k.Protocol), k.Port))
 }
 
-// frontendOf reads a key of a map by frontend or node port.
+// frontendOf reads a key.
 func frontendOf(f *nft.IPFamily, fields []nft.Field, key []byte) plan.FrontendKey {
 	var k plan.FrontendKey
 	for _, field := range fields {
@@ -39,8 +38,7 @@ func frontendOf(f *nft.IPFamily, fields []nft.Field, key []byte) plan.FrontendKe
 	return k
 }
 
-// FrontendOfBytes reads what FrontendBytes writes; byNodePort says that there is
-// no address in it.
+// FrontendOfBytes reads what FrontendBytes writes, for a NodePort without the address.
 func FrontendOfBytes(f *nft.IPFamily, key []byte, byNodePort bool) plan.FrontendKey {
 	if byNodePort {
 		return frontendOf(f, NodePortKey, key)

@@ -2,8 +2,8 @@ package access
 
 import "fmt"
 
-// Pool gives out numbers in turn, so that one given back is not soon given out again: a
-// packet, a connection or a conntrack entry may still carry it.
+// Pool assigns numbers in turn. A released number is assigned late, because a packet, a
+// connection or a conntrack entry may still have it.
 type Pool struct {
 	first, last, step uint32
 	next              uint32
@@ -15,10 +15,10 @@ func NewPool(first, last, step uint32) *Pool {
 	return &Pool{first: first, last: last, step: step, next: first, uses: map[uint32]int32{}}
 }
 
-// StartAt makes n the number that is given out next.
+// StartAt makes n the next number.
 func (p *Pool) StartAt(n uint32) { p.next = n }
 
-// Next is the number that is given out next if nothing uses it.
+// Next is the next number, if nothing uses it.
 func (p *Pool) Next() uint32 { return p.next }
 
 // InUse counts the numbers that something uses.
@@ -27,7 +27,7 @@ func (p *Pool) InUse() int { return len(p.uses) }
 // Uses counts the uses of a number.
 func (p *Pool) Uses(n uint32) int { return int(p.uses[n]) }
 
-// Take gives out a number that nothing uses. It has one use then.
+// Take assigns a number that nothing uses. The number has one use then.
 func (p *Pool) Take() (uint32, error) {
 	room := int((p.last-p.first)/p.step) + 1
 	if len(p.uses) >= room {
@@ -43,8 +43,7 @@ func (p *Pool) Take() (uint32, error) {
 	}
 }
 
-// Claim takes a certain number, and goes on giving out those after it. It fails if
-// something uses the number.
+// Claim takes the number n, unless something uses it. Take continues after n.
 func (p *Pool) Claim(n uint32) bool {
 	if p.uses[n] > 0 {
 		return false
@@ -56,10 +55,10 @@ func (p *Pool) Claim(n uint32) bool {
 	return true
 }
 
-// Hold counts one more use of a number.
+// Hold adds one use of a number.
 func (p *Pool) Hold(n uint32) { p.uses[n]++ }
 
-// Release counts one use less. After the last one the number is free.
+// Release ends one use. After the last one the number is free.
 func (p *Pool) Release(n uint32) {
 	if p.uses[n]--; p.uses[n] <= 0 {
 		delete(p.uses, n)

@@ -11,13 +11,11 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// probeTable is a table that never comes to be: the transaction that adds it
-// fails.
+// probeTable never exists: the transaction that adds it fails.
 const probeTable = "signalbox-probe"
 
-// Supported says whether this node's kernel takes the table of a mode, by asking it to
-// look at the sets and chains and to undo them. The error is a
-// *proxier.UnsupportedError that names the feature which is missing.
+// Supported asks the kernel to check the sets and chains of a mode and to undo them. The
+// error is a *proxier.UnsupportedError that names the missing feature.
 func Supported(mode string, f plan.Family, sets []*nft.Set, chains []nft.Chain) error {
 	whole := func() error {
 		t, err := nft.Open(nft.FamilyOf(f), probeTable, sets)
@@ -38,19 +36,19 @@ func Supported(mode string, f plan.Family, sets []*nft.Set, chains []nft.Chain) 
 	return diagnose(mode, f, whole, func(feature feature) error { return t.Try(func() { feature.write(t) }) })
 }
 
-// Unsupported is the error of a mode for a node whose kernel lacks something.
+// unsupported is the error for a node whose kernel lacks something.
 func unsupported(mode string, f plan.Family, missing, remedy string, err error) error {
 	return &proxier.UnsupportedError{Mode: mode, Family: f, Missing: missing, Remedy: remedy, Err: err}
 }
 
-// feature is something of the kernel that rules are made of.
+// feature is something of the kernel that rules use.
 type feature struct {
 	missing, remedy string
 	write           func(t *nft.Table)
 }
 
-// diagnose tries the whole, and only if that fails one feature after the other, to name
-// the one that is missing.
+// diagnose tries everything together. If that fails, it tries the features one by one,
+// to name the missing one.
 func diagnose(mode string, f plan.Family, whole func() error, try func(feature) error) error {
 	err := whole()
 	if err == nil {

@@ -12,19 +12,19 @@ import (
 type Rules struct {
 	*nft.IPFamily
 	Node plan.Node
-	// VirtualAddrs names a set of addresses that this node holds and that serve no
-	// NodePorts; "" for none.
+	// VirtualAddrs names a set of the node's addresses that serve no NodePorts; "" for
+	// none.
 	VirtualAddrs string
 }
 
 // Frontend is the key by which a packet finds its frontend.
 func (r Rules) Frontend() nft.Value { return nft.Join(r.Daddr(), nft.L4Proto, nft.DPort) }
 
-// NodePort is the key by which a packet to one of the node's addresses finds its
-// frontend.
+// NodePort is the key by which a packet to an address of the node finds its frontend.
 var NodePort = nft.Join(nft.L4Proto, nft.DPort)
 
-// CheckSources drops packets that may not use a frontend: see plan.Frontend.Sources.
+// CheckSources drops packets whose source may not use the frontend: see
+// plan.Frontend.Sources.
 func (r Rules) CheckSources() []nft.Rule {
 	fe := r.Frontend()
 	rules := []nft.Rule{
@@ -59,7 +59,7 @@ func (r Rules) reject(key nft.Value, rejected nft.SetID, match []nft.Statement) 
 	return []nft.Rule{rule(rejected, r.Reject()), rule(rejected+1, nft.Drop())}
 }
 
-// FromPods are the ways to tell packets of local Pods; any one that matches will do.
+// FromPods are alternative matches for packets of local Pods.
 func (r Rules) FromPods() []nft.Statement {
 	var ways []nft.Statement
 	if len(r.Node.LocalPods.Prefixes) > 0 {
@@ -74,8 +74,8 @@ func (r Rules) FromPods() []nft.Statement {
 	return ways
 }
 
-// BetweenNodes matches what a Pod of another node sends to an endpoint of another node:
-// see plan.Node.OwnPods. It is nil where this node's Pods cannot be told apart.
+// BetweenNodes matches packets from a Pod of another node to an endpoint of another
+// node: see plan.Node.OwnPods. It is nil if this node's Pods cannot be told apart.
 func (r Rules) BetweenNodes() []nft.Statement {
 	if len(r.Node.OwnPods) == 0 {
 		return nil
@@ -83,8 +83,8 @@ func (r Rules) BetweenNodes() []nft.Statement {
 	return []nft.Statement{in(r.Saddr(), localPods), notIn(r.Saddr(), ownPods), notIn(r.Daddr(), ownPods)}
 }
 
-// ToNodePortAddrs are the ways to tell packets to addresses that serve NodePorts; there
-// may be none.
+// ToNodePortAddrs are alternative matches for packets to addresses that serve NodePorts.
+// There may be none.
 func (r Rules) ToNodePortAddrs() [][]nft.Statement {
 	switch {
 	case !r.Node.NodePortAddrs.All && len(r.nodePortAddrs()) == 0:
@@ -97,16 +97,16 @@ func (r Rules) ToNodePortAddrs() [][]nft.Statement {
 	return [][]nft.Statement{{nft.DaddrIsLocal(), r.NotLoopback()}}
 }
 
-// nodePortAddrs leaves loopback addresses out: the kernel does not route what comes from
+// nodePortAddrs leaves out loopback addresses: the kernel does not route packets from
 // there to a Pod.
 func (r Rules) nodePortAddrs() []netip.Addr {
 	return slices.DeleteFunc(slices.Clone(r.Node.NodePortAddrs.Addrs), netip.Addr.IsLoopback)
 }
 
-// Unallocated drops packets to addresses of the Service ranges. The mode says by except
-// which addresses have a Service, or has led packets to these elsewhere before. An
-// address that the node itself holds, as a local DNS server's, is left to what listens
-// there.
+// Unallocated drops packets to addresses of the Service ranges. The caller handles
+// packets to addresses that have a Service before this rule, or excludes them with
+// except. Packets to an address of the node itself, such as that of a local DNS server,
+// pass.
 func (r Rules) Unallocated(except ...nft.Statement) nft.Rule {
 	match := append([]nft.Statement{in(r.Daddr(), ServiceCIDRs)}, except...)
 	return nft.NewRule(append(match, nft.DaddrIsNotLocal(), nft.Drop())...).Comment("no such Service")

@@ -5,8 +5,8 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// sourceChain rewrites sources to the addresses that the node's routes name. There is
-// one only where they name others than masquerade takes.
+// sourceChain rewrites sources to the addresses that the node's routes name. It exists
+// only if they differ from those that masquerade takes.
 const sourceChain = "new-source"
 
 // NewSource rewrites the source to an address of this node, and the port to any.
@@ -17,7 +17,7 @@ func NewSource(n plan.Node) nft.Statement {
 	return nft.GoTo(sourceChain)
 }
 
-// SourceChains are what NewSource goes to.
+// SourceChains has the chain that NewSource goes to.
 func SourceChains(f *nft.IPFamily, n plan.Node) []nft.Chain {
 	if len(n.RouteSources) == 0 {
 		return nil
@@ -37,11 +37,11 @@ func SourceChains(f *nft.IPFamily, n plan.Node) []nft.Chain {
 	return []nft.Chain{{Name: sourceChain, Rules: append(rules, nft.NewRule(nft.MasqueradeRandom()))}}
 }
 
-// RewriteNodeChains replaces the rules of chains that depend on the node, and makes or
+// RewriteNodeChains replaces the rules of chains that depend on the node. It adds or
 // removes the chain of NewSource.
 func RewriteNodeChains(w *nft.Table, chains []nft.Chain, before, now plan.Node) {
 	if len(now.RouteSources) > 0 {
-		w.AddChain(nft.Chain{Name: sourceChain}) // one that is there stays
+		w.AddChain(nft.Chain{Name: sourceChain}) // an existing one stays
 	}
 	w.RewriteChains(chains)
 	if len(before.RouteSources) > 0 && len(now.RouteSources) == 0 {

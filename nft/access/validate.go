@@ -9,7 +9,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// ValidateNode refuses facts that could not be written as rules.
+// ValidateNode returns an error if the facts cannot be written as rules.
 func ValidateNode(f *nft.IPFamily, n plan.Node) error {
 	for _, p := range slices.Concat(n.LocalPods.Prefixes, n.OwnPods, n.ServiceCIDRs) {
 		if !p.IsValid() || !f.Holds(p.Addr()) {
@@ -29,8 +29,8 @@ func ValidateNode(f *nft.IPFamily, n plan.Node) error {
 	return nil
 }
 
-// ValidatePort refuses a Service port that could not be written, and names what is wrong
-// with it.
+// ValidatePort returns an error if the Service port cannot be written. The error names
+// the fault.
 func ValidatePort(f *nft.IPFamily, port *plan.ServicePort) error {
 	if port.AffinityTimeout < 0 || port.AffinityTimeout%time.Second != 0 {
 		return fmt.Errorf("session affinity timeout %v is not in whole seconds", port.AffinityTimeout)
