@@ -10,7 +10,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-// resumed is a Proxier of a new process, after its first Sync.
+// adopted is a Proxier of a new process, after its first Sync.
 func adopted(t *testing.T, desired *plan.Plan) *Proxier {
 	t.Helper()
 	p := newProxier(t, desired.Family)
@@ -22,8 +22,8 @@ func adopted(t *testing.T, desired *plan.Plan) *Proxier {
 	return p
 }
 
-// A new process that finds what it would write writes nothing, whatever the
-// table went through before. What changed in between it corrects.
+// TestAdopt: a new process that finds the table it would write writes nothing. If the
+// plan changed meanwhile, it writes the change.
 func TestAdopt(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
@@ -59,7 +59,7 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
-// A table that is not quite what an earlier process left is put right.
+// TestAdoptDamaged: a table that other software changed is corrected.
 func TestAdoptDamaged(t *testing.T) {
 	for name, damage := range map[string][]string{
 		"a rule is gone":         {"flush", "chain", "ip", tableName, "nat-prerouting"},
@@ -83,8 +83,7 @@ func TestAdoptDamaged(t *testing.T) {
 	}
 }
 
-// Clients of a Service with affinity keep their endpoints when a process goes
-// on with the table, and when it has other rules to write.
+// TestAdoptAfterNodeChange: the digest of the rules follows the node's facts.
 func TestAdoptAfterNodeChange(t *testing.T) {
 	nstest.Enter(t)
 	desired := examplePlan(plan.IPv4)

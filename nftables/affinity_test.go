@@ -33,8 +33,7 @@ func newSticky(l *lab, proto plan.Protocol, timeout time.Duration, pods ...int) 
 	return s
 }
 
-// fill puts the Service port into the plan; the node port's external set is
-// another where given.
+// fill puts the Service port into the plan. The node port can have another external set.
 func (s *sticky) fill(all, external *plan.EndpointSet) plan.ServicePortName {
 	if external == nil {
 		external = all
@@ -127,9 +126,8 @@ func followEndpoints(s *sticky) {
 	s.mustFail(s.client, s.proto, s.cluster, errRefused)
 }
 
-// TestAffinityAcrossSets: where a client's endpoint is not in the set of the
-// frontend that it uses, it gets one that is, and that is its endpoint from
-// then on wherever it is allowed.
+// TestAffinityAcrossSets: a client whose endpoint is not in the set of the frontend gets
+// one of the set. That one is its endpoint in all sets that have it.
 func TestAffinityAcrossSets(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
 		s := newSticky(l, plan.TCP, time.Hour, 1)
@@ -150,7 +148,7 @@ func TestAffinityAcrossSets(t *testing.T) {
 	})
 }
 
-// TestAffinityRace: connections of one client that come at the same time agree.
+// TestAffinityRace: concurrent connections of one client go to one endpoint.
 func TestAffinityRace(t *testing.T) {
 	l := newLab(t, plan.IPv4)
 	s := newSticky(l, plan.TCP, time.Hour, 1, 2, 3, 4)
@@ -175,8 +173,8 @@ func TestAffinityRace(t *testing.T) {
 	}
 }
 
-// TestAffinityEnds: a client is remembered for the time-out after its last
-// connection, not its first.
+// TestAffinityEnds: the timeout starts with the client's last connection, not with its
+// first.
 func TestAffinityEnds(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
 		s := newSticky(l, plan.TCP, 100*time.Second, 1, 2, 3, 4)
@@ -212,8 +210,8 @@ func TestAffinityEnds(t *testing.T) {
 	})
 }
 
-// TestLargeAffinity: a Service port that outgrows a small range of ids, and
-// shrinks again, stays sticky.
+// TestLargeAffinity: a Service port that outgrows a small range of ids, and shrinks
+// again, keeps its affinity.
 func TestLargeAffinity(t *testing.T) {
 	l := newLab(t, plan.IPv4)
 	s := newSticky(l, plan.TCP, time.Hour, 1, 2, 3, 4)
@@ -271,7 +269,7 @@ func TestAffinityOutlivesTheProcess(t *testing.T) {
 	})
 }
 
-// TestForeignTable: a table of our name that is none of ours is replaced.
+// TestForeignTable: a table with our name that another program wrote is replaced.
 func TestForeignTable(t *testing.T) {
 	for name, table := range map[string]string{
 		"other sets":         `table ip signalbox { set x { type ipv4_addr; elements = { 1.2.3.4 }; }; chain c { ip saddr @x drop; }; }`,

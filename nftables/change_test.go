@@ -84,8 +84,8 @@ func FuzzChange(f *testing.F) {
 	})
 }
 
-// stealFrontend gives a changed Service port a frontend that an unchanged one
-// holds, if there are such.
+// stealFrontend gives a changed Service port a frontend of an unchanged one, if there is
+// one.
 func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
 	thief := desired.Services[changed[0]]
 	if thief == nil {
@@ -104,8 +104,7 @@ func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
 	return false
 }
 
-// apply does to a model of the kernel what a change asks for, and fails where
-// the kernel would.
+// apply makes the change in a model of the kernel, and fails where the kernel would.
 func apply(t *testing.T, st *state, kernel map[nft.ElementID]nft.Element, s *pendingChange) {
 	t.Helper()
 	for _, e := range s.Remove {
@@ -200,8 +199,8 @@ func TestSyncOneAllocations(t *testing.T) {
 	}
 }
 
-// TestRefused: what cannot be written is refused with the name of the Service
-// and of the object, and leaves no trace.
+// TestRefused: the error for a Service that cannot be written names the Service and the
+// object. It changes nothing.
 func TestRefused(t *testing.T) {
 	v6 := netip.MustParseAddr("fd00::1")
 	for _, test := range []struct {
@@ -280,8 +279,8 @@ func TestSwap(t *testing.T) {
 	compareMeaning(t, p.state, desired)
 }
 
-// TestTableLost: when somebody else takes the table away, the next Sync says
-// that the state is unknown, and one with All mends it.
+// TestTableLost: after other software deleted the table, the next Sync says that the
+// state is unknown. One with All writes the table again.
 func TestTableLost(t *testing.T) {
 	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 5, 3)
@@ -306,8 +305,8 @@ func TestTableLost(t *testing.T) {
 	compareKernel(t, p, desired.Node)
 }
 
-// TestKernelRefuses: the kernel refuses a whole change, and the same without
-// what it refused goes in.
+// TestKernelRefuses: the kernel refuses a change as a whole. The same change without the
+// refused part succeeds.
 func TestKernelRefuses(t *testing.T) {
 	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 5, 3)
@@ -330,8 +329,8 @@ func TestKernelRefuses(t *testing.T) {
 	compareKernel(t, p, desired.Node)
 }
 
-// TestIdleChains: chains that no set needs any more do not pile up.
-func TestIdleChains(t *testing.T) {
+// TestUnusedChains: chains that no endpoint set uses are deleted.
+func TestUnusedChains(t *testing.T) {
 	nstest.Enter(t)
 	desired := conformance.Fleet(plan.IPv4, 2, 3)
 	p := newProxier(t, plan.IPv4)

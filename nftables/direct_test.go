@@ -57,8 +57,8 @@ var directWays = []struct {
 	}},
 }
 
-// hookOnly writes the base chains without their rules, in the lab's node. One rule
-// that nothing leads to has the kernel track connections.
+// hookOnly writes the base chains without their rules, in the lab's node. One rule in a
+// chain without jumps makes the kernel track connections.
 func (l *lab) hookOnly() {
 	l.must(netns.Set(l.node))
 	f := nft.FamilyOf(l.family)

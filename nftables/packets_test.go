@@ -73,42 +73,42 @@ func TestHairpin(t *testing.T) {
 	})
 }
 
-// TestMasqueradeOrigins tries every set of origins from every origin.
-func TestMasqueradeOrigins(t *testing.T) {
+// TestMasqueradeSources tries each set of traffic sources from each source.
+func TestMasqueradeSources(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
 		desired := l.plan()
 		set := l.set(1)
-		for origins := range plan.AnySource + 1 {
-			put(desired, "web-"+string('0'+rune(origins)), plan.TCP, 0, plan.Frontend{
-				Kind: plan.NodePort, Port: 30000 + uint16(origins), Internal: set, External: set, Masquerade: origins,
+		for sources := range plan.AnySource + 1 {
+			put(desired, "web-"+string('0'+rune(sources)), plan.TCP, 0, plan.Frontend{
+				Kind: plan.NodePort, Port: 30000 + uint16(sources), Internal: set, External: set, Masquerade: sources,
 			})
 		}
 		l.synced(desired)
-		for origins := range plan.AnySource + 1 {
-			to := netip.AddrPortFrom(l.client.nodeAddr, 30000+uint16(origins))
-			for origin, from := range map[plan.TrafficSources]*peer{plan.FromPods: l.pods[1], plan.FromOutside: l.client} {
+		for sources := range plan.AnySource + 1 {
+			to := netip.AddrPortFrom(l.client.nodeAddr, 30000+uint16(sources))
+			for source, from := range map[plan.TrafficSources]*peer{plan.FromPods: l.pods[1], plan.FromOutside: l.client} {
 				want := from.addr
-				if origins&origin != 0 {
+				if sources&source != 0 {
 					want = l.pods[0].nodeAddr
 				}
 				if a := l.mustAnswer(from, plan.TCP, to); a.from != want {
-					t.Errorf("masquerade %03b, from %s: the endpoint saw %s, want %s", origins, from.name, a.from, want)
+					t.Errorf("masquerade %03b, from %s: the endpoint saw %s, want %s", sources, from.name, a.from, want)
 				}
 			}
 			// The node's own source is that of the address it connected to.
 			want := l.client.nodeAddr
-			if origins&plan.FromNode != 0 {
+			if sources&plan.FromNode != 0 {
 				want = l.pods[0].nodeAddr
 			}
 			if a := l.mustAnswer(nil, plan.TCP, to); a.from != want {
-				t.Errorf("masquerade %03b, from the node: the endpoint saw %s, want %s", origins, a.from, want)
+				t.Errorf("masquerade %03b, from the node: the endpoint saw %s, want %s", sources, a.from, want)
 			}
 		}
 	})
 }
 
-// TestInternalAndExternal: where the sets differ, the origin decides, and an
-// empty one rejects or drops for its origin only.
+// TestInternalAndExternal: where the sets differ, the source decides, and an
+// empty one rejects or drops for its source only.
 func TestInternalAndExternal(t *testing.T) {
 	eachFamily(t, func(t *testing.T, l *lab) {
 		desired := l.plan()

@@ -119,7 +119,7 @@ func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	}
 	st := newState(f)
 	st.pool.StartAt(0)
-	s, err := st.stage(plan, sortedNames(plan))
+	s, err := st.prepare(plan, sortedNames(plan))
 	if err != nil {
 		return "", err
 	}

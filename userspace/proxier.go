@@ -109,7 +109,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 		st.pool.StartAt(p.state.pool.Next())
 	}
 	p.adopt(st, plan, p.table.Read)
-	s, err := st.stage(plan, sortedNames(plan))
+	s, err := st.prepare(plan, sortedNames(plan))
 	if err != nil {
 		return err
 	}
@@ -146,7 +146,7 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 			return err
 		}
 	}
-	s, err := p.state.stage(plan, change.Services)
+	s, err := p.state.prepare(plan, change.Services)
 	if err != nil {
 		return err
 	}

@@ -35,8 +35,8 @@ func newState(f *nft.IPFamily) *state {
 	}
 }
 
-// stage is a change on its way to the kernel; commit or undo ends it.
-type stage struct {
+// pendingChange is a change before the kernel has it. commit or undo ends it.
+type pendingChange struct {
 	*access.Difference
 	state *state
 	names []plan.ServicePortName
@@ -44,10 +44,10 @@ type stage struct {
 	taken []plan.FrontendKey  // frontends that got a number
 }
 
-// stage works out what changes in the table when the named Service ports become
+// prepare finds what changes in the table when the named Service ports become
 // what plan says. On error the state is as it was.
-func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, error) {
-	s := &stage{state: st, names: names}
+func (st *state) prepare(plan *plan.Plan, names []plan.ServicePortName) (*pendingChange, error) {
+	s := &pendingChange{state: st, names: names}
 	var before, after []nft.Element
 	for _, name := range names {
 		sp := plan.Services[name]
@@ -69,7 +69,7 @@ func (st *state) stage(plan *plan.Plan, names []plan.ServicePortName) (*stage, e
 }
 
 // number gives every frontend of a Service port a number that has none.
-func (s *stage) number(sp *plan.ServicePort) error {
+func (s *pendingChange) number(sp *plan.ServicePort) error {
 	if err := access.ValidatePort(s.state.family, sp); err != nil {
 		return fmt.Errorf("%s: %w", sp.Name, err)
 	}
@@ -88,8 +88,8 @@ func (s *stage) number(sp *plan.ServicePort) error {
 	return nil
 }
 
-// undo forgets the stage.
-func (s *stage) undo() {
+// undo gives back the numbers that the change took.
+func (s *pendingChange) undo() {
 	for _, k := range s.taken {
 		s.state.pool.Release(uint32(s.state.ids[k]))
 		delete(s.state.ids, k)
@@ -98,7 +98,7 @@ func (s *stage) undo() {
 
 // commit makes the state remember what the kernel has now, and returns the
 // numbers of frontends that are gone.
-func (s *stage) commit() (gone []frontendID) {
+func (s *pendingChange) commit() (gone []frontendID) {
 	st := s.state
 	var released []plan.FrontendKey
 	for i, name := range s.names {
@@ -131,8 +131,8 @@ func (s *stage) commit() (gone []frontendID) {
 	return gone
 }
 
-// targets are what the relay has to know of the stage's Service ports.
-func (s *stage) targets() []*target {
+// targets are what the relay must know of the changed Service ports.
+func (s *pendingChange) targets() []*target {
 	var list []*target
 	for _, sp := range s.now {
 		if sp == nil || !relayed(sp.Name.Protocol) {
