@@ -290,7 +290,7 @@ func same(have, want *nftables.SetElement) bool {
 	return string(have.Val) == string(want.Val) && have.Comment == want.Comment && have.IntervalOpen == want.IntervalOpen
 }
 
-// parseChainName reads what sizedChain.name writes.
+// parseChainName reads what pickChain.name writes.
 func parseChainName(name string) (c pickChain, ok bool) {
 	rest, large := strings.CutSuffix(name, "-large")
 	c.large = large

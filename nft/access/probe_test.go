@@ -24,7 +24,7 @@ func TestSupported(t *testing.T) {
 				t.Fatal(err)
 			}
 			if now := nstest.Generation(t); now != before {
-				t.Errorf("the kernel counted %d transactions, so somebody was told of rules", now-before)
+				t.Errorf("the kernel counted %d transactions, so it notified others of rules", now-before)
 			}
 			w, err := nft.Open(nft.FamilyOf(f), probeTable, probeSets())
 			if err != nil {
