@@ -49,6 +49,6 @@ func TestBudget(t *testing.T) {
 
 func TestProcessorTime(t *testing.T) {
 	before := processorTime()
-	for processorTime() == before { // this very loop takes some
+	for processorTime() == before { //nolint:revive // this very loop takes some
 	}
 }
