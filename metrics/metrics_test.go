@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/alloctest"
+
 	"github.com/google/go-cmp/cmp"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
@@ -353,6 +355,12 @@ func TestScrape(t *testing.T) {
 			t.Errorf("%q is not exposed", line)
 		}
 	}
+}
+
+// TestAllocationsOfOneScrape guards what every scrape of every node costs.
+func TestAllocationsOfOneScrape(t *testing.T) {
+	mux := exercised("iptables").Mux(Pages{Mode: "iptables"})
+	alloctest.Check(t, 5530, func() { ask(mux, "GET", "/metrics", "") })
 }
 
 // A scrape costs the same whatever a node holds: what is exposed does not grow.

@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
+	"signalbox/internal/alloctest"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -64,6 +65,18 @@ func BenchmarkEvent(b *testing.B) {
 			}
 		})
 	}
+}
+
+// TestAllocationsOfOneEvent guards the way from an event to the changed plan.
+func TestAllocationsOfOneEvent(t *testing.T) {
+	l := fleet(100)
+	forms := []*discoveryv1.EndpointSlice{slicesOf(7, 10, 1), slicesOf(7, 10, 2)}
+	n := 0
+	alloctest.Check(t, 66, func() {
+		n++
+		l.Apply(forms[n%2])
+		_ = l.SyncNow(t.Context())
+	})
 }
 
 // TestAnEventCostsTheSameAmongMany is what BenchmarkEvent measures, as a test.
