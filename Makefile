@@ -100,27 +100,16 @@ soak: deps build ## for hours: the tests of traffic again and again, to find wha
 	cd e2e && $(GO) test -count $(SOAK) -timeout 24h -run '^(TestTakeover|TestKubeProxyLingers|TestKilledInAStorm|TestUpgrade|TestProxyRestart)$$' .
 	cd e2e && $(GO) test -v -timeout 24h ./vm -soak
 
-.PHONY: bench
-bench: PACKAGES += haproxy
-bench: deps ## compile and apply at 1,000, 10,000 and 50,000 Services; the relay beside haproxy
-	$(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./proxier/syncer ./nftables ./iptables
-	$(GO) test -run '^$$' -bench BenchmarkRelay -benchtime 1x ./userspace
-
 # The first run builds Kubernetes.
-.PHONY: bench-side-by-side
-bench-side-by-side: deps build lab ## signalbox beside kube-proxy: starts, changes, memory, connections; writes docs/performance.md
+.PHONY: bench
+bench: deps build lab ## signalbox beside kube-proxy: starts, changes, memory, connections; writes docs/performance.md
 	bin/lab bench --kube-proxy --out docs/bench --document docs/performance.md
 
-# The modes to compare, and how many random Services each gets.
-COMPARE_MODES ?= nftables iptables-nft iptables-legacy userspace
-COMPARE_CASES ?= 500
-SEED ?= 1
-
-.PHONY: compare
-compare: deps build lab ## kube-proxy and signalbox side by side, on COMPARE_CASES random Services in each mode
-	@for mode in $(COMPARE_MODES); do \
-		bin/lab compare --signalbox $(BIN) --mode $$mode --random $(COMPARE_CASES) --seed $(SEED) --out bin || failed=1; \
-	done; [ -z "$$failed" ]
+.PHONY: bench-parts
+bench-parts: PACKAGES += haproxy
+bench-parts: deps ## single parts: compile and apply at 1,000, 10,000 and 50,000 Services; the relay beside haproxy
+	$(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./proxier/syncer ./nftables ./iptables
+	$(GO) test -run '^$$' -bench BenchmarkRelay -benchtime 1x ./userspace
 
 .PHONY: demo
 demo: deps build lab ## a lab on this machine, every mode, real connections

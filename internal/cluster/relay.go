@@ -17,6 +17,7 @@ type Relay struct {
 	target string
 
 	accepted atomic.Int64
+	answered countWriter // what the API server sent
 
 	mu       sync.Mutex
 	listener net.Listener          // nil while cut
@@ -70,6 +71,18 @@ func (r *Relay) Addr() string {
 // API server was there to take them.
 func (r *Relay) Accepted() int { return int(r.accepted.Load()) }
 
+// Answered counts the bytes that the API server has sent through the Relay, encrypted as
+// they were.
+func (r *Relay) Answered() int64 { return r.answered.Load() }
+
+// countWriter counts what is written to it.
+type countWriter struct{ atomic.Int64 }
+
+func (c *countWriter) Write(b []byte) (int, error) {
+	c.Add(int64(len(b)))
+	return len(b), nil
+}
+
 func (r *Relay) accept(l net.Listener) {
 	for {
 		client, err := l.Accept()
@@ -98,9 +111,10 @@ func (r *Relay) carry(client net.Conn) {
 	}
 	defer r.remove(client, server)
 	var both sync.WaitGroup
-	for _, way := range [][2]net.Conn{{client, server}, {server, client}} {
+	answers := io.TeeReader(server, &r.answered)
+	for to, from := range map[net.Conn]io.Reader{client: answers, server: client} {
 		both.Go(func() {
-			_, _ = io.Copy(way[0], way[1])
+			_, _ = io.Copy(to, from)
 			// Whichever side ends first ends both: nothing that talks to an
 			// API server half-closes.
 			client.Close()

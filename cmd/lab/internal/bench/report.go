@@ -22,6 +22,9 @@ const (
 func (u unit) text(v float64) string {
 	switch u {
 	case bytes:
+		if v < 10<<20 {
+			return fmt.Sprintf("%.0f KiB", v/(1<<10))
+		}
 		return fmt.Sprintf("%.0f MiB", v/(1<<20))
 	case share:
 		return fmt.Sprintf("%.1f %%", 100*v)
@@ -49,6 +52,8 @@ var shownFigures = []struct {
 	{"storm_p50", "a move during 100 changes a second, median", seconds},
 	{"storm_p99", "the same, 99th percentile", seconds},
 	{"storm_cpu", "processor during 100 changes a second", share},
+	{"cold_bytes", "from the API server at cold start", bytes},
+	{"storm_bytes", "from the API server in a second of the storm", bytes},
 	{"rest_cpu", "processor time in a minute at rest", seconds},
 	{"memory_peak", "memory of the process, peak at start", bytes},
 	{"memory_settled", "memory of the process, settled", bytes},

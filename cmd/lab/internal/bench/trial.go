@@ -137,6 +137,7 @@ func (t *trial) coldStart(ctx context.Context) error {
 	t.figures["cold_wall"] = time.Since(began).Seconds()
 	used, err := settle(ctx, t.process.Pid())
 	t.figures["cold_cpu"], t.figures["memory_peak"] = used.processor.Seconds(), used.peak
+	t.figures["cold_bytes"] = float64(t.bed.Answered())
 	return err
 }
 
@@ -244,6 +245,7 @@ func (t *trial) storm(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	received := t.bed.Answered()
 	storm, stop := context.WithTimeout(ctx, stormTime)
 	defer stop()
 	changed := make(chan error, 1)
@@ -277,6 +279,7 @@ func (t *trial) storm(ctx context.Context) error {
 	}
 	used, err := settle(ctx, t.process.Pid())
 	t.figures["storm_cpu"] = (used.processor - before.processor).Seconds() / stormTime.Seconds()
+	t.figures["storm_bytes"] = float64(t.bed.Answered()-received) / stormTime.Seconds()
 	t.figures["storm_p50"], t.figures["storm_p99"] = measure.Quantile(took, 0.5).Seconds(), measure.Quantile(took, 0.99).Seconds()
 	return err
 }

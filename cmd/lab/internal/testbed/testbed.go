@@ -102,6 +102,9 @@ func (b *Bed) Close() error {
 	return b.Lab.Close()
 }
 
+// Answered counts the bytes that the API server has sent to the lab's node.
+func (b *Bed) Answered() int64 { return b.relay.Answered() }
+
 // Start runs a proxy on node1. Its output goes to LogPath.
 func (b *Bed) Start(p Proxy) (*cluster.Process, error) {
 	args := p.args(b.kubeconfig)
