@@ -34,7 +34,9 @@ const (
 	// stormRate is how many endpoints change in a second of a storm.
 	stormRate = 100
 	stormTime = 10 * time.Second
-	restTime  = 10 * time.Second
+	// tidyTime is for what a proxy does once, some time after its start.
+	tidyTime = 10 * time.Second
+	restTime = 20 * time.Second
 )
 
 // movingPods are those between which the moving Service's endpoint goes to and fro.
@@ -179,6 +181,9 @@ func (t *trial) alive(ctx context.Context) error {
 }
 
 func (t *trial) rest(ctx context.Context) error {
+	if err := sleep(ctx, tidyTime); err != nil {
+		return err
+	}
 	before, err := usageOf(t.process.Pid())
 	if err != nil {
 		return err
