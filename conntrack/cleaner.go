@@ -62,7 +62,7 @@ const (
 // counts as failed.
 const maxInterrupted = 5
 
-// Cleaner implements proxier.FlowCleaner in the network namespace in which it
+// Cleaner implements syncer.FlowCleaner in the network namespace in which it
 // was made. Its goroutine lists a family's UDP flows once for each batch of
 // changes. Changes that are queued meanwhile are the next batch.
 type Cleaner struct {
@@ -113,7 +113,7 @@ func New(opts Options) (*Cleaner, error) {
 	return c, nil
 }
 
-// Clean implements proxier.FlowCleaner.
+// Clean implements syncer.FlowCleaner.
 func (c *Cleaner) Clean(family plan.Family, owners []plan.FlowOwner) {
 	c.mu.Lock()
 	queued := c.queued[family]

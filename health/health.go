@@ -102,7 +102,7 @@ func (h *Health) ConfigurationRejected(err error) {
 }
 
 // Synced records when the kernel was last up to date. It has the form of
-// proxier.LoopOptions.Synced.
+// syncer.LoopOptions.Synced.
 func (h *Health) Synced(r syncer.SyncReport) {
 	if !r.Current {
 		return

@@ -94,7 +94,7 @@ func NewServices(opts ServiceOptions) *Services {
 }
 
 // Synced takes the health checks of a plan that is in the kernel. It does not wait
-// for sockets. It has the form of proxier.LoopOptions.Synced.
+// for sockets. It has the form of syncer.LoopOptions.Synced.
 func (s *Services) Synced(r syncer.SyncReport) {
 	if !r.Current {
 		return

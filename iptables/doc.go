@@ -7,7 +7,7 @@
 //   - proxier.go: the mode and its Proxier; Sync compiles, compares, applies and
 //     commits
 //   - compile.go: a ServicePort becomes chains of its own and entries of trees
-//   - access.go: traffic sources, source ranges, reject and drop
+//   - restrict.go: traffic sources, source ranges, reject and drop
 //   - static.go: what depends on no Service: jumps, masquerade, root rules
 //   - change.go: the difference to the state becomes a script for iptables-restore
 //   - state.go: what the kernel holds, and how a new process recognises it

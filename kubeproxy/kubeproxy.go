@@ -1,9 +1,9 @@
 // Package kubeproxy recognises and removes what kube-proxy leaves on a node, in any
 // of its modes.
 //
-// The table of its nftables mode is recognised here. What it has in iptables and in
-// IPVS takes the tools of the mode that writes there, which knows it: see
-// proxier.Mode's KubeProxy.
+// This package knows the table of kube-proxy's nftables mode. Our iptables and ipvs modes
+// know kube-proxy's chains, sets and virtual servers, because they have the tools for them;
+// see KubeProxy of proxier.Mode.
 package kubeproxy
 
 import (

@@ -8,12 +8,12 @@
 //
 // A Table gathers changes, and Commit sends them as one transaction. If Commit fails, the
 // kernel holds what it held before, unless the error wraps ErrUnknownState. An error that
-// wraps ErrTableChanged says that other software changed the table. To write the table anew
-// helps after both. A Table is for one goroutine at a time.
+// wraps ErrTableChanged says that other software changed the table. After either error,
+// write the table anew. A Table is for one goroutine at a time.
 //
 // Keys and data are bytes in the kernel's form, of which the Append functions make one field
-// after the other. Addresses, ports and MarkDatum are big-endian; other marks and ids have
-// the machine's byte order. Rules take timeouts in whole seconds.
+// after the other. Addresses, ports and the value of MarkDatum are
+// big-endian. All other marks and ids have the machine's byte order. Rules take timeouts in whole seconds.
 //
 // Package nfttest plays nf_tables for tests. Read chain.go, value.go, match.go and action.go
 // for rules; set.go and element.go for sets; table.go for transactions; contents.go for what

@@ -25,8 +25,8 @@
 // # Session affinity
 //
 // The map affinity has client . Service port -> endpoint, with a timeout that each new
-// connection restarts. An endpoint is an id here: the Service port's number in the upper
-// bits, the endpoint's number in the lower bits. So one more lookup tells whether the
+// connection restarts. It holds an endpoint as an id: the Service port's number
+// in the upper bits, the endpoint's number in the lower bits. So one more lookup tells whether the
 // endpoint is in the set, and an endpoint goes with its element. A client whose endpoint
 // is gone gets another one and keeps it; other clients notice nothing. See stickyRules. A
 // Service port that outgrows 1024 endpoints gets a new number, and its clients are
@@ -45,7 +45,8 @@
 //	write.go    one transaction
 //	state.go    what the kernel has now
 //
-// ruleset.go makes the rules. Only adopt.go and write.go use the kernel.
+// ruleset.go makes the rules, sets.go lists the sets, ids.go the ranges of ids, and
+// localhost.go counts packets to NodePorts on loopback. Only adopt.go and write.go use the kernel.
 package nftables
 
 import (

@@ -3,9 +3,9 @@
 // endpoint. docs/userspace.md describes behaviour and limits, docs/design.md the
 // alternatives.
 //
-// On the kernel's side are a table (ruleset.go, sets.go, compile.go), in which
+// On the kernel's side are a table (ruleset.go, sets.go), in which
 // each frontend is a map element that leads to an address with the frontend's
-// number (ids.go), and two routes with a rule (routes.go). A Proxier
+// number, and two routes with a rule (routes.go). A Proxier
 // (proxier.go, state.go) writes them and gives the relay its targets.
 //
 // The relay (relay.go) has a socket for each protocol and traffic source (sockets.go). It
