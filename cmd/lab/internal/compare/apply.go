@@ -109,21 +109,6 @@ func (a api) namespaces(ctx context.Context, cases []Case) error {
 	return nil
 }
 
-// addZones labels the Nodes with their zones.
-func (a api) addZones(ctx context.Context, names []string) error {
-	for _, name := range names {
-		node, err := a.client.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
-		if err != nil {
-			return err
-		}
-		node.Labels[corev1.LabelTopologyZone] = zones[name]
-		if _, err := a.client.CoreV1().Nodes().Update(ctx, node, metav1.UpdateOptions{}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // marker is a Service that a proxy serves once it serves all that was written before:
 // it comes last in the watches of Services and of EndpointSlices.
 func marker(n int) State {

@@ -33,7 +33,7 @@ type effort struct {
 // Rounds of a comparison: a quick one, and three to confirm each difference.
 var (
 	quick   = effort{timeout: 1600 * time.Millisecond, quiet: 2, perEndpoint: 3, failures: 3, parallel: 256}
-	careful = effort{timeout: 3500 * time.Millisecond, quiet: 6, perEndpoint: 8, failures: 8, parallel: 64}
+	careful = effort{timeout: 2400 * time.Millisecond, quiet: 6, perEndpoint: 8, failures: 6, parallel: 64}
 )
 
 const (
@@ -132,7 +132,7 @@ func ask(ctx context.Context, host *netlab.Host, p Probe, e effort) Outcome {
 		if quiet++; len(t.answers)+len(t.failures) > before {
 			quiet = 0
 		}
-		if t.failed == e.failures || t.complete(p, try+1) {
+		if t.failed == e.failures || t.complete(p, e, try+1) {
 			break
 		}
 	}
@@ -141,9 +141,9 @@ func ask(ctx context.Context, host *netlab.Host, p Probe, e effort) Outcome {
 
 // complete says that further tries bring no news: nobody answers, or everybody has, and
 // once more.
-func (t *tally) complete(p Probe, tries int) bool {
+func (t *tally) complete(p Probe, e effort, tries int) bool {
 	if len(t.servers) == 0 {
-		return true
+		return tries >= e.failures/2
 	}
 	return !p.sticky && len(t.failures) == 0 && len(t.servers) == p.most && tries > p.most
 }

@@ -72,10 +72,11 @@ func Run(ctx context.Context, cfg Config, out io.Writer) (err error) {
 	if err := c.setUp(ctx, control, dir); err != nil {
 		return err
 	}
-	if err := c.runBatches(ctx); err != nil {
-		return err
+	interrupted := c.runBatches(ctx)
+	if interrupted != nil && ctx.Err() == nil {
+		return interrupted
 	}
-	return c.finish(out)
+	return errors.Join(interrupted, c.finish(out))
 }
 
 func (c *comparison) setUp(ctx context.Context, control *cluster.Cluster, dir string) error {
@@ -89,11 +90,10 @@ func (c *comparison) setUp(ctx context.Context, control *cluster.Cluster, dir st
 			return err
 		}
 	}
-	nodes := []string{"node1", "node2"}
-	if err := testbed.CreateNodes(ctx, control, c.sides[0].bed.Lab, nodes...); err != nil {
+	if err := testbed.CreateNodes(ctx, control, c.sides[0].bed.Lab, "node1", "node2"); err != nil {
 		return err
 	}
-	if err := errors.Join(c.api.addZones(ctx, nodes), c.api.namespaces(ctx, c.cfg.Cases)); err != nil {
+	if err := c.api.namespaces(ctx, c.cfg.Cases); err != nil {
 		return err
 	}
 	for _, s := range c.sides {
@@ -148,7 +148,6 @@ func (c *comparison) converge(ctx context.Context) error {
 
 func (c *comparison) runBatches(ctx context.Context) error {
 	var before []Case
-	done := 0
 	for batch := range slices.Chunk(c.cfg.Cases, batchSize) {
 		// A batch is removed together with the creation of the next: both proxies
 		// have removed it when they serve the next marker.
@@ -159,8 +158,8 @@ func (c *comparison) runBatches(ctx context.Context) error {
 		if err := c.runBatch(ctx, batch); err != nil {
 			return err
 		}
-		done += len(batch)
-		c.cfg.Progress("%d of %d cases: %s", done, len(c.cfg.Cases), c.report.counts())
+		c.report.Cases += len(batch)
+		c.cfg.Progress("%d of %d cases: %s", c.report.Cases, len(c.cfg.Cases), c.report.counts())
 		before = batch
 	}
 	return nil
@@ -212,6 +211,9 @@ func (c *comparison) compare(ctx context.Context, cases []Case, n int) error {
 		c.cfg.Progress("state %d: %d probes", n, len(probes))
 	}
 	outcomes := c.ask(ctx, probes, quick)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	c.report.Probes += len(probes)
 	var open []Difference
 	confirmed := map[string]int{}
@@ -230,10 +232,15 @@ func (c *comparison) compare(ctx context.Context, cases []Case, n int) error {
 			c.report.Unconfirmed++
 		}
 	}
-	for _, d := range c.confirm(ctx, open) {
+	open = c.confirm(ctx, open)
+	if ctx.Err() != nil {
+		return ctx.Err() // an interrupt ends probes early, and makes differences
+	}
+	for _, d := range open {
+		c.cfg.Progress("%s in state %d: %s: kube-proxy: %s; signalbox: %s", d.Case.Name, d.State, d.Probe, d.KubeProxy, d.Signalbox)
 		c.report.add(d)
 	}
-	return ctx.Err()
+	return nil
 }
 
 // maxConfirmed is how many differences of a case in one state are confirmed.
@@ -259,6 +266,9 @@ func (c *comparison) confirm(ctx context.Context, open []Difference) []Differenc
 			probes[i] = d.Probe
 		}
 		outcomes := c.ask(ctx, probes, e)
+		if ctx.Err() != nil {
+			return nil
+		}
 		var still []Difference
 		for i, d := range open {
 			if slices.Equal(outcomes[0][i], outcomes[1][i]) {
@@ -269,7 +279,10 @@ func (c *comparison) confirm(ctx context.Context, open []Difference) []Differenc
 				continue
 			}
 			d.KubeProxy, d.Signalbox = outcomes[0][i], outcomes[1][i]
-			d.Rule = c.explain(d)
+			if d.Rule = c.explain(d); d.Rule != nil {
+				c.report.add(d)
+				continue
+			}
 			still = append(still, d)
 		}
 		open = still

@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/netlab"
 )
 
@@ -395,7 +396,7 @@ func (d *draft) slices() []*discoveryv1.EndpointSlice {
 func (e *endpointDraft) endpoint(f corev1.IPFamily) discoveryv1.Endpoint {
 	out := discoveryv1.Endpoint{Addresses: []string{ofFamily(hostAddr(e.host), f).String()}, Conditions: e.conditions}
 	node := nodeOf(e.host)
-	zone := zones[node]
+	zone := testbed.ZoneOf(node)
 	out.Zone = &zone
 	if !e.noNode {
 		out.NodeName = &node

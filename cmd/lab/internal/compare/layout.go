@@ -7,9 +7,6 @@ import (
 	"signalbox/internal/netlab"
 )
 
-// zones are those of the nodes.
-var zones = map[string]string{"node1": "zone-1", "node2": "zone-2"}
-
 // ports are those on which Pods and nodes answer. Generated Services use the first two.
 var serverPorts = []uint16{8080, 8081, 8082, 8083, 8084, 8085, 8086, 8087}
 

@@ -94,7 +94,7 @@ func TestAsk(t *testing.T) {
 }
 
 func TestReport(t *testing.T) {
-	r := Report{Probes: 7, Fleeting: 1}
+	r := Report{Cases: 1, Probes: 7, Fleeting: 1}
 	rule := &Rule{KubeProxy: "drops", Signalbox: "refuses", Reason: "It is faster."}
 	at := netip.MustParseAddrPort("10.96.0.9:80")
 	add := func(client string, rule *Rule) {
@@ -109,7 +109,7 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"signalbox (nftables) beside kube-proxy (nftables), 1 cases: 7 probes, 1 deliberate differences, 2 others, 1 seen once\n",
+		"signalbox (nftables) beside kube-proxy (nftables), 1 of 1 cases: 7 probes, 1 deliberate differences, 2 others, 1 seen once\n",
 		"1 times: kube-proxy: drops; signalbox: refuses.\n  Reason: It is faster.\n",
 		"== small\nin state 0, kube-proxy: silent; signalbox: refused\n" +
 			"  pod-x to tcp 10.96.0.9:80 (cluster IP)\n  pod-a to tcp 10.96.0.9:80 (cluster IP)\n--- # state 0\n",

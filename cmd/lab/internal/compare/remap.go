@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/yaml"
 
+	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/netlab"
 )
 
@@ -99,7 +100,7 @@ func (m *remapper) mapNodes(objects []runtime.Object, thisNode string) error {
 		return fmt.Errorf("the objects have no Node %s", thisNode)
 	}
 	m.note("%s becomes node1, and the %d others node2", nodes[first].Name, len(nodes)-1)
-	m.zones[nodes[first].Labels[corev1.LabelTopologyZone]] = zones["node1"]
+	m.zones[nodes[first].Labels[corev1.LabelTopologyZone]] = testbed.ZoneOf("node1")
 	for i, n := range nodes {
 		name := "node2"
 		if i == first {
@@ -119,7 +120,7 @@ func (m *remapper) zone(dumped string) string {
 	if z, ok := m.zones[dumped]; ok && dumped != "" {
 		return z
 	}
-	return zones["node2"]
+	return testbed.ZoneOf("node2")
 }
 
 // endpointMap maps the endpoints of one Service.

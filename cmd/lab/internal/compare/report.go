@@ -20,7 +20,7 @@ type Difference struct {
 
 // Report is what a comparison has found.
 type Report struct {
-	Probes int
+	Cases, Probes int
 	// Fleeting counts differences that a repetition did not show. Unconfirmed counts
 	// further differences of a case with many, which were not repeated.
 	Fleeting, Unconfirmed int
@@ -54,7 +54,7 @@ func (r *Report) counts() string {
 // others and its objects.
 func (r *Report) write(out io.Writer, cfg Config) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "signalbox (%s) beside kube-proxy (%s), %d cases: %s\n", cfg.Mode, cfg.KubeProxyMode, len(cfg.Cases), r.counts())
+	fmt.Fprintf(&b, "signalbox (%s) beside kube-proxy (%s), %d of %d cases: %s\n", cfg.Mode, cfg.KubeProxyMode, r.Cases, len(cfg.Cases), r.counts())
 	if r.Unconfirmed > 0 {
 		fmt.Fprintf(&b, "%d further differences in these cases were not repeated\n", r.Unconfirmed)
 	}

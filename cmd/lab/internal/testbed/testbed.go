@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -49,13 +50,16 @@ func StartCluster(ctx context.Context, dir string, log func(format string, args 
 	return c, nil
 }
 
+// ZoneOf is the zone of a node: zone-1 for node1.
+func ZoneOf(node string) string { return "zone-" + strings.TrimPrefix(node, "node") }
+
 // CreateNodes creates the Nodes of a lab in the API. It plays the kubelets, and the
 // controller that assigns Pod ranges.
 func CreateNodes(ctx context.Context, c *cluster.Cluster, lab *netlab.Lab, names ...string) error {
 	for _, name := range names {
 		pods, host := netlab.NodePodNetwork(name), lab.Host(name)
 		node := &corev1.Node{
-			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelHostname: name}},
+			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelHostname: name, corev1.LabelTopologyZone: ZoneOf(name)}},
 			Spec:       corev1.NodeSpec{PodCIDR: pods.V4.String(), PodCIDRs: []string{pods.V4.String(), pods.V6.String()}},
 			Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
 				{Type: corev1.NodeInternalIP, Address: host.Addr.V4.String()}, {Type: corev1.NodeInternalIP, Address: host.Addr.V6.String()},
