@@ -92,7 +92,7 @@ func (o *objects) create(ctx context.Context, lab *netlab.Lab) error {
 			})
 		}
 		moving := o.emptySlice(f, o.services, movingPort)
-		moving.Endpoints = []discoveryv1.Endpoint{endpointAt(podAddr(lab, f, movingPods[0]))}
+		moving.Endpoints = []discoveryv1.Endpoint{endpointAt(podAddr(lab, f, movingPods[0]), "node1")}
 		var err error
 		if o.moving[f], err = o.client.DiscoveryV1().EndpointSlices(namespace).Create(ctx, moving, metav1.CreateOptions{}); err != nil {
 			return err
@@ -142,14 +142,19 @@ func (o *objects) emptySlice(f plan.Family, n, port int) *discoveryv1.EndpointSl
 func (o *objects) slice(f plan.Family, n int) *discoveryv1.EndpointSlice {
 	s := o.emptySlice(f, n, bulkPort)
 	for i := range o.perSlice {
-		s.Endpoints = append(s.Endpoints, endpointAt(nth(endpointRanges[f], uint32(n*o.perSlice+i+1))))
+		number := n*o.perSlice + i
+		s.Endpoints = append(s.Endpoints, endpointAt(nth(endpointRanges[f], uint32(number+1)), nodeOf(number)))
 	}
 	return s
 }
 
-func endpointAt(a netip.Addr) discoveryv1.Endpoint {
+// nodeOf spreads endpoints over a hundred nodes. A node with a hundred thousand Pods does
+// not exist.
+func nodeOf(endpoint int) string { return fmt.Sprintf("node%d", 1+endpoint%100) }
+
+func endpointAt(a netip.Addr, node string) discoveryv1.Endpoint {
 	return discoveryv1.Endpoint{
-		Addresses: []string{a.String()}, NodeName: ptr.To("node1"),
+		Addresses: []string{a.String()}, NodeName: &node,
 		Conditions: discoveryv1.EndpointConditions{Ready: ptr.To(true), Serving: ptr.To(true), Terminating: ptr.To(false)},
 	}
 }
@@ -157,7 +162,7 @@ func endpointAt(a netip.Addr) discoveryv1.Endpoint {
 // move sends the moving Service of a family to a Pod.
 func (o *objects) move(ctx context.Context, f plan.Family, to netip.Addr) error {
 	s := o.moving[f].DeepCopy()
-	s.Endpoints[0] = endpointAt(to)
+	s.Endpoints[0] = endpointAt(to, "node1")
 	s, err := o.client.DiscoveryV1().EndpointSlices(namespace).Update(ctx, s, metav1.UpdateOptions{})
 	if err == nil {
 		o.moving[f] = s
@@ -171,7 +176,7 @@ func (o *objects) churn(ctx context.Context) error {
 	s := o.slices[f][n].DeepCopy()
 	o.spare++
 	a := nth(endpointRanges[f], uint32(o.services*o.perSlice)+o.spare)
-	s.Endpoints[o.random.IntN(len(s.Endpoints))] = endpointAt(a)
+	s.Endpoints[o.random.IntN(len(s.Endpoints))] = endpointAt(a, nodeOf(int(o.spare)))
 	s, err := o.client.DiscoveryV1().EndpointSlices(namespace).Update(ctx, s, metav1.UpdateOptions{})
 	if err == nil {
 		o.slices[f][n] = s
