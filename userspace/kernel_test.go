@@ -31,7 +31,7 @@ func TestCleanupLeavesNothing(t *testing.T) {
 		}
 		w.p.routes.stopRestoring() // or what is cleaned up is added again
 		for i := range 2 {         // also where nothing is there any more
-			removed, err := Cleanup(w.family)
+			removed, _, err := Dataplane{}.Cleanup(w.family, false)
 			w.must(err)
 			if removed != (i == 0) {
 				t.Errorf("Cleanup number %d says %v", i+1, removed)
@@ -77,7 +77,7 @@ func TestRulesOfOtherMarks(t *testing.T) {
 		w.p.routes.mark = old
 		w.must(w.p.routes.ensure()) // a second rule
 		w.p.routes.stopRestoring()  // or what is cleaned up is added again
-		_, err := Cleanup(w.family)
+		_, _, err := Dataplane{}.Cleanup(w.family, false)
 		w.must(err)
 		if after := w.kernel(); after != before {
 			t.Errorf("cleanup leaves %+v, there were %+v", after, before)
@@ -144,10 +144,10 @@ func TestSourceMarksForbidClientAddresses(t *testing.T) {
 
 func TestSupported(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
-		w.must(Supported(w.family))
+		w.must(Dataplane{}.Supported(w.family))
 		w.serve(0, 0, 0)
 		before := w.kernel()
-		w.must(Supported(w.family)) // while one is at work
+		w.must(Dataplane{}.Supported(w.family)) // while one is at work
 		if after := w.kernel(); after != before {
 			t.Errorf("the probe left %+v, there were %+v", after, before)
 		}
@@ -164,7 +164,7 @@ func TestProbeLeavesThePortsAlone(t *testing.T) {
 			w.must(err)
 			defer l.Close()
 		}
-		w.must(Supported(w.family))
+		w.must(Dataplane{}.Supported(w.family))
 	})
 }
 
@@ -174,7 +174,7 @@ func TestUnsupportedSaysWhatIsMissing(t *testing.T) {
 		w.must(os.WriteFile("/proc/sys/net/ipv6/conf/"+conf+"/disable_ipv6", []byte("1"), 0o644))
 	}
 	var missing *proxier.UnsupportedError
-	if err := Supported(plan.IPv6); !errors.As(err, &missing) || missing.Family != plan.IPv6 || missing.Mode != Mode {
+	if err := (Dataplane{}).Supported(plan.IPv6); !errors.As(err, &missing) || missing.Family != plan.IPv6 || missing.Mode != Mode {
 		t.Errorf("without IPv6 Supported answers %v, want an UnsupportedError for it", err)
 	}
 }

@@ -20,30 +20,16 @@ var _ proxier.Mode = Dataplane{}
 // Name implements proxier.Mode.
 func (Dataplane) Name() string { return Mode }
 
-// Supported implements proxier.Mode.
-func (Dataplane) Supported(f plan.Family) error { return Supported(f) }
-
 // New implements proxier.Mode.
 func (Dataplane) New(o proxier.Options) (proxier.Proxier, error) { return New(o) }
-
-// Render implements proxier.Mode.
-func (Dataplane) Render(o proxier.Options, p *plan.Plan) (string, error) { return Render(o, p) }
-
-// Cleanup implements proxier.Mode. Connections end with the relay, and not with
-// its rules; see proxier.Traits.RelaysByRules.
-func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err error) {
-	removed, err = Cleanup(f)
-	return removed, 0, err
-}
 
 // Traits implements proxier.Mode.
 func (Dataplane) Traits() proxier.Traits {
 	return proxier.Traits{Localhost: proxier.LocalhostByRelay, RelaysByRules: true}
 }
 
-// Supported has this node's kernel try all that the mode needs. The error is a
-// *proxier.UnsupportedError.
-func Supported(f plan.Family) error {
+// Supported implements proxier.Mode. This node's kernel tries all that the mode needs.
+func (Dataplane) Supported(f plan.Family) error {
 	missing := func(what, remedy string, err error) error {
 		return &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: what, Remedy: remedy, Err: err}
 	}
@@ -84,34 +70,33 @@ func trySockets(f plan.Family) error {
 	return u.Close()
 }
 
-// Cleanup removes this mode's table, routes and rule of the family, and nothing
-// else. It is no error if there are none, and then removed is false.
-func Cleanup(f plan.Family) (removed bool, err error) {
+// Cleanup implements proxier.Mode. It removes the table, the routes and their rule.
+// Connections end with the relay, and not with its rules; see
+// proxier.Traits.RelaysByRules.
+func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err error) {
 	t, err := nft.Open(nft.FamilyOf(f), tableName, makeSets())
 	if err != nil {
-		return false, err
+		return false, 0, err
 	}
 	defer t.Close()
 	table := t.DeleteTable()
 	if err := access.Commit(t); err != nil {
-		return false, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
+		return false, 0, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
 	}
 	r, err := newRoutes(f, 0)
 	if err != nil {
-		return table, err
+		return table, 0, err
 	}
 	defer r.close()
 	routes, err := r.remove()
 	if err != nil {
-		return table || routes, fmt.Errorf("remove the relay's routes of %s: %w", f, err)
+		return table || routes, 0, fmt.Errorf("remove the relay's routes of %s: %w", f, err)
 	}
-	return table || routes, nil
+	return table || routes, 0, nil
 }
 
-// Render prints the table that New and one Sync would make of plan on a node
-// that has none yet, in the form of `nft list table`. Frontends are numbered
-// from 0. It touches no kernel.
-func Render(opts proxier.Options, plan *plan.Plan) (string, error) {
+// Render implements proxier.Mode. It numbers frontends from 0.
+func (Dataplane) Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	f := nft.FamilyOf(opts.Family)
 	rules := ruleset{access.Rules{IPFamily: f, Node: plan.Node}, answersMark(opts.MasqueradeMark), firstPorts}
 	if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {

@@ -72,7 +72,7 @@ func examplePlan(f plan.Family) *plan.Plan {
 func TestRender(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
-			got, err := Render(proxier.Options{Family: f, MasqueradeMark: proxier.DefaultMasqueradeMark}, examplePlan(f))
+			got, err := Dataplane{}.Render(proxier.Options{Family: f, MasqueradeMark: proxier.DefaultMasqueradeMark}, examplePlan(f))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -115,7 +115,7 @@ func TestChangesAddUp(t *testing.T) {
 			w.must(w.p.Sync(t.Context(), w.plan, plan.Change{Services: []plan.ServicePortName{name}, Node: random.IntN(20) == 0}))
 		}
 		grown := w.contents()
-		_, err := Cleanup(w.family)
+		_, _, err := Dataplane{}.Cleanup(w.family, false)
 		w.must(err)
 		w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
 		if fresh := w.contents(); grown != fresh {

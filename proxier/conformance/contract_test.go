@@ -125,7 +125,7 @@ func TestUserspace(t *testing.T) { conformance.Run(t, userspaceMode) }
 var userspaceMode = conformance.Mode{
 	Name:      userspace.Mode,
 	New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
-	Supported: userspace.Supported,
+	Supported: userspace.Dataplane{}.Supported,
 
 	LocalhostNodePorts: service.LocalhostNamed,
 	Flows: func(localAddrs func() ([]netip.Addr, error)) (conformance.Flows, error) {
