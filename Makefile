@@ -77,7 +77,7 @@ contract: deps ## every mode against the contract suite, with real packets
 # The first run builds Kubernetes, half an hour on two cores.
 .PHONY: e2e
 e2e: deps build ## the real binary and manifests against a real kube-apiserver and etcd
-	cd e2e && $(GO) test -timeout 70m . ./cluster/... ./compare ./configuration ./manifests/...
+	cd e2e && $(GO) test -timeout 70m . ./cluster/... ./configuration ./lab ./manifests/...
 
 .PHONY: vm
 vm: PACKAGES += qemu-system-x86 ipset
