@@ -43,7 +43,7 @@ func cleanupKubeProxy(f plan.Family, sharesDevice, drain bool) (removed bool, dr
 	if len(c.sets) == 0 && (!d.Exists() || sharesDevice) {
 		return false, 0, nil
 	}
-	draining = c.removeServers(f, c.isKubeProxys)
+	draining = c.removeServers(f, c.belongsToKubeProxy)
 	// The ipsets show which servers at the node's own addresses are kube-proxy's. So they
 	// go with the last server.
 	if draining == 0 {
@@ -118,8 +118,8 @@ func (c *cleanup) classify(k ipvsClient, remove func(kernel.ServerKey) bool) (id
 	return idle, busy
 }
 
-// isKubeProxys says whether a virtual server is kube-proxy's.
-func (c *cleanup) isKubeProxys(key kernel.ServerKey) bool {
+// belongsToKubeProxy says whether a virtual server is kube-proxy's.
+func (c *cleanup) belongsToKubeProxy(key kernel.ServerKey) bool {
 	switch {
 	case key.Mark != 0:
 		return false

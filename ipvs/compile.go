@@ -285,7 +285,7 @@ func affinityTimeouts(known []time.Duration, ports map[plan.ServicePortName]*pla
 // defaultScheduler chooses in turn. A virtual server with one destination always has it.
 const defaultScheduler = "rr"
 
-// weightedVariants replace the mode's own scheduler for a Service port with weights.
+// weightedVariants replace the scheduler of the flag for a Service port with weights.
 var weightedVariants = map[string]string{"rr": "wrr", "lc": "wlc"}
 
 // schedulerChoice chooses the scheduler of each Service port.
@@ -305,7 +305,7 @@ func anyScheduler(string) (bool, error) { return true, nil }
 func (s schedulerChoice) has(name string) bool { return name == defaultScheduler || s.kernel.Has(name) }
 
 // of returns the scheduler of a Service port. If the kernel lacks the scheduler that the
-// Service asks for, missing is its name, and the Service gets the mode's own.
+// Service asks for, missing is its name, and the Service gets the scheduler of the flag.
 func (s schedulerChoice) of(port *plan.ServicePort) (name, missing string) {
 	if port.Scheduler != "" && s.has(port.Scheduler) {
 		return port.Scheduler, ""

@@ -40,10 +40,10 @@ func TestCounts(t *testing.T) {
 func compareCounts(t *testing.T, p *Proxier) {
 	t.Helper()
 	p.mu.Lock()
+	defer p.mu.Unlock() // also after a failure, or Close would wait for ever
 	want := map[string]int{"virtual-server": 0, "real-server": 0, "address": len(heldAddrs(t, p.Family)), "element": elements(t, p)}
 	countServers(t, p, want)
 	counted := p.current().counts()
-	p.mu.Unlock()
 	got := map[string]int{}
 	for _, k := range counted {
 		got[k.Kind] = k.Count

@@ -127,11 +127,11 @@ func (p *Proxier) drainOnce(now time.Time) bool {
 	}
 	for _, key := range slices.SortedFunc(maps.Keys(st.draining), kernel.ServerKey.Compare) {
 		if err := p.drainServer(st, key, now); err != nil {
-			slog.Warn("ipvs: cannot end what has drained; trying again", "server", key.String(), "error", err)
+			slog.Warn("ipvs: cannot remove drained destinations; trying again", "server", key.String(), "error", err)
 		}
 	}
 	if err := p.removeAddrs(st, now); err != nil {
-		slog.Warn("ipvs: cannot give up an address; trying again", "device", kernel.DeviceName, "error", err)
+		slog.Warn("ipvs: cannot remove unused addresses; trying again", "device", kernel.DeviceName, "error", err)
 	}
 	return len(st.draining) > 0 || len(st.drainingAddrs) > 0
 }

@@ -260,7 +260,7 @@ func TestServersWithConnectionsStay(t *testing.T) {
 		foreign: {{Addr: a, Weight: 1, Connections: 1}},
 	}}
 	c := cleanup{onDevice: map[netip.Addr]bool{vip: true}, drain: true}
-	gone, left := c.classify(k, c.isKubeProxys)
+	gone, left := c.classify(k, c.belongsToKubeProxy)
 	if !slices.Equal(gone, []kernel.ServerKey{idle}) || !slices.Equal(left, []kernel.ServerKey{busy}) || len(c.failed) > 0 {
 		t.Errorf("%v go and %v stay, errors %v", gone, left, c.failed)
 	}

@@ -100,7 +100,7 @@ func (c *portCompiler) newMark(i int, k markKey) (uint32, error) {
 		}
 		timeout := slices.Index(c.rules.timeouts, c.port.AffinityTimeout)
 		if timeout >= maxTimeouts {
-			return 0, fmt.Errorf("Services can have %d different affinity time-outs", maxTimeouts)
+			return 0, fmt.Errorf("Services can have %d different affinity timeouts", maxTimeouts)
 		}
 		return c.out.allocated[0] | uint32(timeout)<<setIndexBits | uint32(i), nil
 	}

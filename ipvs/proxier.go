@@ -242,7 +242,7 @@ func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	if st == nil || st.records[name] == nil || st.records[name].missingScheduler == "" {
 		return plan.Problem{}, false
 	}
-	reason := fmt.Sprintf("%v, or name another; the Service has the mode's own, %s, and the kernel is asked again when everything is written anew",
+	reason := fmt.Sprintf("%v, or choose another; the Service has the scheduler of --ipvs-scheduler, %s, and the next full write asks the kernel again",
 		kernel.ErrNoScheduler(st.records[name].missingScheduler), p.schedulers.own)
 	return plan.Problem{
 		Kind: "Service", Object: name.ServiceName.String(), Field: plan.AnnotationField(plan.AnnotationScheduler), Reason: reason,

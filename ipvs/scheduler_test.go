@@ -107,7 +107,7 @@ func TestMissingSchedulerIsAProblem(t *testing.T) {
 	syncAll(t, p, desired)
 	problem("nobody asks for any", "")
 	ask("mh")
-	problem("one asks for what is missing", "no scheduler mh: load the module ip_vs_mh (modprobe ip_vs_mh), or name another; the Service has the mode's own, lc,")
+	problem("one asks for what is missing", "no scheduler mh: load the module ip_vs_mh (modprobe ip_vs_mh), or choose another; the Service has the scheduler of --ipvs-scheduler, lc,")
 	ask("sed")
 	problem("for another", "no scheduler sed")
 	ask("")

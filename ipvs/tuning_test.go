@@ -46,7 +46,7 @@ func TestTuning(t *testing.T) {
 		defer h.Close()
 		config, err := h.GetConfig()
 		if err != nil || config.TimeoutTCP != 5*time.Minute || config.TimeoutTCPFin != 2*time.Minute || config.TimeoutUDP != time.Minute {
-			t.Errorf("the time-outs are %+v (%v); that of a half-closed connection should be the kernel's", config, err)
+			t.Errorf("the timeouts are %+v (%v); that of a half-closed connection should be the kernel's", config, err)
 		}
 		o := options(w.family)
 		o.IPVS.Scheduler = "nonsense"

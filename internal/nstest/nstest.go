@@ -3,6 +3,7 @@
 package nstest
 
 import (
+	"bytes"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -25,14 +26,17 @@ func Enter(t testing.TB) netns.NsHandle {
 	return ns
 }
 
-// NFT runs nft in the namespace of the calling thread and returns its output.
+// NFT runs nft in the namespace of the calling thread and returns its output, without the
+// warnings of nft.
 func NFT(t testing.TB, input string, args ...string) string {
 	t.Helper()
 	cmd := exec.Command("nft", args...)
 	cmd.Stdin = strings.NewReader(input)
-	out, err := cmd.CombinedOutput()
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("%s: %v: %s\n%s", cmd, err, out, input)
+		t.Fatalf("%s: %v: %s%s\n%s", cmd, err, out, stderr.Bytes(), input)
 	}
 	return string(out)
 }

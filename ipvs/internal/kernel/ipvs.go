@@ -217,7 +217,7 @@ func (h *IPVS) SetTimeouts(tcp, tcpFin, udp time.Duration) error {
 		return lib.SetConfig(&lvs.Config{TimeoutTCP: tcp, TimeoutTCPFin: tcpFin, TimeoutUDP: udp})
 	})
 	if err != nil {
-		return fmt.Errorf("set the time-outs of IPVS: %w", err)
+		return fmt.Errorf("set the timeouts of IPVS: %w", err)
 	}
 	return nil
 }
