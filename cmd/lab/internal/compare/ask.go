@@ -22,7 +22,9 @@ type effort struct {
 	// quiet is the number of tries without news that end a probe, and per further
 	// endpoint.
 	quiet, perEndpoint int
-	// failures end a probe, also if some tries were answered: silence takes time.
+	// failures end a probe, also if some tries were answered, and half of them if none was:
+	// silence takes time. If half of the endpoints are silent, 16 tries miss the others in
+	// one of 65,536 probes; three tries missed them in one of eight.
 	failures int
 	// round picks the source addresses of the clients that have many.
 	round int
@@ -33,7 +35,7 @@ type effort struct {
 // Rounds of a comparison: a quick one, and three to confirm each difference.
 var (
 	quick   = effort{timeout: 1600 * time.Millisecond, quiet: 2, perEndpoint: 3, failures: 3, parallel: 256}
-	careful = effort{timeout: 2400 * time.Millisecond, quiet: 6, perEndpoint: 8, failures: 6, parallel: 64}
+	careful = effort{timeout: 2400 * time.Millisecond, quiet: 6, perEndpoint: 8, failures: 32, parallel: 256}
 )
 
 const (
