@@ -17,17 +17,20 @@ func main() {
 		os.Exit(7)
 	case "panic": // of the kernel
 		tell("/proc/sysrq-trigger", "c")
-	case "stall": // as the kernel reports it
-		tell("/dev/kmsg", "<3>rcu: INFO: rcu_sched self-detected stall on CPU")
+		hang()
+	case "stall": // as the kernel reports it, again and again
+		for {
+			tell("/dev/kmsg", "<3>rcu: INFO: rcu_sched self-detected stall on CPU")
+			time.Sleep(time.Second)
+		}
 	}
 }
 
-// tell writes to a file of the kernel and waits for the end of the machine.
+// tell writes to a file of the kernel.
 func tell(file, text string) {
 	if err := os.WriteFile(file, []byte(text), 0); err != nil {
 		fmt.Println(err)
 	}
-	hang()
 }
 
 // hang is no select without cases, which ends a program without other goroutines.
