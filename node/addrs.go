@@ -15,12 +15,17 @@ import (
 // loopback address is one whose addresses could not be seen.
 var errNoAddrs = errors.New("the kernel named no address at all")
 
+// ServiceDevice is the dummy device on which the ipvs modes of kube-proxy and signalbox
+// hold the addresses of Services.
+const ServiceDevice = "kube-ipvs0"
+
 // Addrs returns the addresses of this node's interfaces in both families, each
 // once, loopback included: those of the interface that has the default route
 // come first, then the kernel's order of interfaces. Temporary and
 // deprecated IPv6 addresses come last: they are the node's, and nobody should
 // be sent to them. IPv6 link-local addresses are left out: they mean nothing
-// without an interface beside them. The list is never empty without an error.
+// without an interface beside them. Addresses of ServiceDevice are left out, too: they are
+// those of Services. The list is never empty without an error.
 func Addrs() ([]netip.Addr, error) {
 	h, err := openRoute()
 	if err != nil {
@@ -34,6 +39,9 @@ func addrs(h *netlink.Handle) ([]netip.Addr, error) {
 	list, err := whole(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("listing this node's addresses: %w", err)
+	}
+	if d, err := h.LinkByName(ServiceDevice); err == nil {
+		list = slices.DeleteFunc(list, func(a netlink.Addr) bool { return a.LinkIndex == d.Attrs().Index })
 	}
 	out := ordered(list, defaultLink(h))
 	if len(out) == 0 {

@@ -66,6 +66,38 @@ func TestAddrs(t *testing.T) {
 	}
 }
 
+// TestServiceDevice: the addresses of Services on kube-ipvs0 are not the node's.
+func TestServiceDevice(t *testing.T) {
+	h, lo := emptyNode(t)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = ServiceDevice
+	// Not every kernel has dummy devices.
+	if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+		t.Fatal(err)
+	}
+	device, err := h.LinkByName(ServiceDevice)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// An address that a real interface holds as well stays the node's.
+	for _, text := range []string{"10.96.0.1/32", "192.0.2.7/32", "fd00:96::1/128"} {
+		if err := h.AddrAdd(device, address(text, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := h.AddrAdd(lo, address("192.0.2.7/24", 0)); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Addrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("192.0.2.7"), netip.IPv6Loopback()}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
 func TestOrder(t *testing.T) {
 	got := ordered([]netlink.Addr{
 		*address("127.0.0.1/8", 0), *address("2001:db8::2/64", unix.IFA_F_TEMPORARY), *address("2001:db8::3/64", unix.IFA_F_DEPRECATED),

@@ -11,12 +11,13 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"signalbox/node"
 	"signalbox/proxier/plan"
 )
 
 // DeviceName is the dummy device with the virtual addresses. The name is kube-proxy's: other
 // software on a node ignores this device.
-const DeviceName = "kube-ipvs0"
+const DeviceName = node.ServiceDevice
 
 // Device is the dummy device in one IP family.
 type Device struct {
