@@ -1,9 +1,7 @@
 package conntrack
 
 import (
-	"cmp"
 	"net/netip"
-	"slices"
 	"time"
 
 	"signalbox/proxier/plan"
@@ -47,18 +45,7 @@ func (t tasks) stale(f *flow, local, relay func(netip.Addr) bool) bool {
 
 // keeps reports whether a usable endpoint or a relay answers the flow.
 func (t task) keeps(f *flow, relay func(netip.Addr) bool) bool {
-	return contains(t.usable, f.from) || t.usable.Len() > 0 && relay(f.from.Addr())
-}
-
-// contains searches a set of endpoints, which is sorted by address and port.
-func contains(set *plan.EndpointSet, a netip.AddrPort) bool {
-	if set == nil {
-		return false
-	}
-	_, found := slices.BinarySearchFunc(set.Endpoints, a, func(e plan.Endpoint, a netip.AddrPort) int {
-		return cmp.Or(e.Addr().Compare(a.Addr()), cmp.Compare(e.Port(), a.Port()))
-	})
-	return found
+	return t.usable.Contains(f.from) || t.usable.Len() > 0 && relay(f.from.Addr())
 }
 
 // haveNodePorts reports whether any of the frontends is a NodePort.

@@ -1,7 +1,6 @@
 package ipvs
 
 import (
-	"cmp"
 	"net/netip"
 	"slices"
 
@@ -117,7 +116,7 @@ func (b *batch) compareServer(key kernel.ServerKey, have *server, want *desiredS
 		if _, found := slices.BinarySearchFunc(want.dests, d, func(d kernel.Destination, a netip.AddrPort) int { return d.Addr.Compare(a) }); found {
 			continue
 		}
-		if key.Protocol == plan.UDP && !contains(want.usable, d) {
+		if key.Protocol == plan.UDP && !want.usable.Contains(d) {
 			remove(kernel.Op{Verb: kernel.RemoveDestination, Destination: d})
 			continue
 		}
@@ -171,15 +170,4 @@ func sortedDests(dests map[netip.AddrPort]int) []netip.AddrPort {
 	}
 	slices.SortFunc(list, netip.AddrPort.Compare)
 	return list
-}
-
-// contains says whether a set, which may be nil, has an endpoint.
-func contains(set *plan.EndpointSet, a netip.AddrPort) bool {
-	if set == nil {
-		return false
-	}
-	_, found := slices.BinarySearchFunc(set.Endpoints, a, func(e plan.Endpoint, a netip.AddrPort) int {
-		return cmp.Or(e.Addr().Compare(a.Addr()), cmp.Compare(e.Port(), a.Port()))
-	})
-	return found
 }

@@ -165,7 +165,7 @@ func (st *state) mustEnd(key kernel.ServerKey, dest netip.AddrPort) bool {
 		return false
 	}
 	r := st.records[name]
-	return r == nil || !contains(r.port.Usable, dest)
+	return r == nil || !r.port.Usable.Contains(dest)
 }
 
 // removeAddrs removes addresses that no connection needs. Their elements are removed last,

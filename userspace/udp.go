@@ -242,7 +242,7 @@ func (r *relay) keeps(f *flow, t *target) bool {
 	if f.target == t {
 		return true
 	}
-	if f.target.name != t.name || !tcprelay.Has(t.usable, f.endpoint) && !tcprelay.Has(t.endpoints(f.key.trafficSource), f.endpoint) {
+	if f.target.name != t.name || !t.usable.Contains(f.endpoint) && !t.endpoints(f.key.trafficSource).Contains(f.endpoint) {
 		return false
 	}
 	f.target = t

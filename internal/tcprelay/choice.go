@@ -18,15 +18,6 @@ type Choice struct {
 	Endpoints *plan.EndpointSet
 }
 
-// Has says whether an endpoint is one of a set.
-func Has(s *plan.EndpointSet, at netip.AddrPort) bool {
-	if s == nil {
-		return false
-	}
-	_, found := slices.BinarySearchFunc(s.Endpoints, at, func(e plan.Endpoint, at netip.AddrPort) int { return e.AddrPort.Compare(at) })
-	return found
-}
-
 // clients holds the endpoint of each client of a Service port with session affinity.
 type clients struct {
 	mu      sync.Mutex
@@ -158,7 +149,7 @@ func (c *Chooser) Choose(from Choice, client netip.Addr, tried []netip.AddrPort,
 	defer c.clients.mu.Unlock()
 	key := clientKey{from.Name, client}
 	e := c.clients.entries[key]
-	if e != nil && now.Before(e.until) && Has(from.Endpoints, e.endpoint) && !slices.Contains(tried, e.endpoint) && !c.health.unhealthy(Peer{from.Name.Protocol, e.endpoint}, now) {
+	if e != nil && now.Before(e.until) && from.Endpoints.Contains(e.endpoint) && !slices.Contains(tried, e.endpoint) && !c.health.unhealthy(Peer{from.Name.Protocol, e.endpoint}, now) {
 		e.until = now.Add(from.Affinity)
 		return e.endpoint, true
 	}

@@ -145,6 +145,15 @@ func (s *EndpointSet) Len() int {
 	return len(s.Endpoints)
 }
 
+// Contains says whether an endpoint is at an address and port; a nil set has none.
+func (s *EndpointSet) Contains(a netip.AddrPort) bool {
+	if s == nil {
+		return false
+	}
+	_, found := slices.BinarySearchFunc(s.Endpoints, a, func(e Endpoint, a netip.AddrPort) int { return e.AddrPort.Compare(a) })
+	return found
+}
+
 // FrontendKind says which field of a Service a frontend comes from. It serves
 // messages and layout (kube-proxy's chains differ by kind); no policy follows
 // from it that the Frontend does not say itself.
