@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"signalbox/internal/netlab"
+	"signalbox/internal/wait"
 )
 
 // step is one line of a script.
@@ -266,12 +267,8 @@ func parseNode(words []string) (func(context.Context, *world) error, error) {
 // idle lets time pass where the kernel's own clock is what is tested: there is
 // no event to wait for, and asking would wind it up again.
 func idle(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
+	if !wait.For(ctx, d) {
 		return ctx.Err()
 	}
+	return nil
 }

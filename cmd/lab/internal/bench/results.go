@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/cmd/lab/internal/measure"
 	"signalbox/cmd/lab/internal/testbed"
 )
 
@@ -97,17 +98,7 @@ func Read(path string) (*Report, error) {
 }
 
 // median is the middle of the rounds' values. has is false without values.
-func median(values []float64) (m float64, has bool) {
-	if len(values) == 0 {
-		return 0, false
-	}
-	sorted := slices.Sorted(slices.Values(values))
-	half := len(sorted) / 2
-	if len(sorted)%2 == 1 {
-		return sorted[half], true
-	}
-	return (sorted[half-1] + sorted[half]) / 2, true
-}
+func median(values []float64) (m float64, has bool) { return measure.Median(values), len(values) > 0 }
 
 // noisySpread is the spread of a figure over the rounds, as a share of its median, from
 // which on the figure tells nothing.

@@ -18,6 +18,7 @@ import (
 	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
+	"signalbox/internal/wait"
 	"signalbox/proxier/plan"
 )
 
@@ -181,15 +182,15 @@ func (t *trial) alive(ctx context.Context) error {
 }
 
 func (t *trial) rest(ctx context.Context) error {
-	if err := sleep(ctx, tidyTime); err != nil {
-		return err
+	if !wait.For(ctx, tidyTime) {
+		return ctx.Err()
 	}
 	before, err := usageOf(t.process.Pid())
 	if err != nil {
 		return err
 	}
-	if err := sleep(ctx, restTime); err != nil {
-		return err
+	if !wait.For(ctx, restTime) {
+		return ctx.Err()
 	}
 	after, err := usageOf(t.process.Pid())
 	t.figures["rest_cpu"] = (after.processor - before.processor).Seconds() * float64(time.Minute/restTime)
@@ -277,7 +278,7 @@ func (t *trial) storm(ctx context.Context) error {
 			return err
 		}
 		took = append(took, d)
-		_ = sleep(storm, 100*time.Millisecond)
+		wait.For(storm, 100*time.Millisecond)
 	}
 	if err := <-changed; err != nil {
 		return err

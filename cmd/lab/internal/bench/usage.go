@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"signalbox/internal/wait"
+
 	"github.com/prometheus/procfs"
 )
 
@@ -61,8 +63,8 @@ func settle(ctx context.Context, pid int) (usage, error) {
 		return before, err
 	}
 	for quiet, last := 0, before; ; {
-		if err := sleep(ctx, quietWindow); err != nil {
-			return before, err
+		if !wait.For(ctx, quietWindow) {
+			return before, ctx.Err()
 		}
 		now, err := usageOf(pid)
 		if err != nil {
@@ -76,16 +78,5 @@ func settle(ctx context.Context, pid int) (usage, error) {
 		if last = now; quiet == 2 {
 			return before, nil
 		}
-	}
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }

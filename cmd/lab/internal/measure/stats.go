@@ -19,8 +19,8 @@ func Quantile(values []time.Duration, q float64) time.Duration {
 	return sorted[min(max(i, 0), len(sorted)-1)]
 }
 
-// Median is the middle value, or the mean of the two in the middle.
-func Median(values []time.Duration) time.Duration {
+// Median is the middle value, or the mean of the two in the middle; 0 without values.
+func Median[T ~int64 | ~float64](values []T) T {
 	if len(values) == 0 {
 		return 0
 	}

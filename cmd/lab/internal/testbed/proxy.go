@@ -1,9 +1,7 @@
 package testbed
 
 import (
-	"context"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 
@@ -61,22 +59,6 @@ func KubeProxy(binary, mode string) Proxy {
 		"--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0",
 		"--nodeport-addresses=primary", "--oom-score-adj=0",
 	}}
-}
-
-func get(ctx context.Context, client *http.Client, url string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s", url, resp.Status)
-	}
-	return nil
 }
 
 // CheckModes says which of the names that a flag was given is none of Modes.

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -161,14 +160,4 @@ func toolsDir(parent, variant string) (string, error) {
 		}
 	}
 	return dir, nil
-}
-
-// HealthPort answers /healthz of signalbox and of kube-proxy on node1.
-const HealthPort = 10256
-
-// Healthy asks a proxy's /healthz. It is nil when the proxy is healthy.
-func (b *Bed) Healthy(ctx context.Context) error {
-	node := b.Lab.Host("node1")
-	url := "http://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(HealthPort)) + "/healthz"
-	return get(ctx, node.Client(), url)
 }
