@@ -12,6 +12,19 @@ import (
 	"signalbox/proxier/plan"
 )
 
+// findDevice opens the device of a family, which need not exist, without making it.
+func findDevice(f plan.Family) (*kernel.Device, error) {
+	d, err := kernel.OpenDevice(f)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.Find(); err != nil {
+		d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
 // cleanupKubeProxy removes what kube-proxy's ipvs mode leaves besides its iptables rules: its
 // virtual servers, the device with their addresses, and its ipsets. The iptables rules must
 // be gone already, because they use the ipsets. Servers of kube-proxy are those at addresses
@@ -23,14 +36,11 @@ import (
 // With drain, a virtual server with connections stays with its address, and gets no new
 // connections. draining is the number of these servers; the caller calls again later.
 func cleanupKubeProxy(f plan.Family, sharesDevice, drain bool) (removed bool, draining int, err error) {
-	d, err := kernel.OpenDevice(f)
+	d, err := findDevice(f)
 	if err != nil {
 		return false, 0, err
 	}
 	defer d.Close()
-	if err := d.Find(); err != nil {
-		return false, 0, err
-	}
 	c := cleanup{device: d, sharesDevice: sharesDevice, drain: drain}
 	if c.sets, err = kernel.ReadKubeProxySets(f); err != nil {
 		return false, 0, err

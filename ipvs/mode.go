@@ -131,14 +131,11 @@ func (Dataplane) Render(opts proxier.Options, desired *plan.Plan) (string, error
 // ipsets show that kube-proxy serves in its ipvs mode, the device and the servers at its
 // addresses stay, too. A connection ends with its virtual server.
 func (Dataplane) Cleanup(f plan.Family, drain bool) (removed bool, draining int, err error) {
-	d, err := kernel.OpenDevice(f)
+	d, err := findDevice(f)
 	if err != nil {
 		return false, 0, err
 	}
 	defer d.Close()
-	if err := d.Find(); err != nil {
-		return false, 0, err
-	}
 	c := cleanup{device: d, drain: drain}
 	if kernel.HasKubeProxySets(f) {
 		c.sharesDevice = true

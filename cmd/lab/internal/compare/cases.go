@@ -75,21 +75,13 @@ func WriteCase(w io.Writer, c Case) error {
 // ReadCase reads what WriteCase has written.
 func ReadCase(r io.Reader, name string) (Case, error) {
 	c := Case{Name: name}
-	lists := yaml.NewYAMLReader(bufio.NewReader(r))
-	for {
-		text, err := lists.Read()
-		if errors.Is(err, io.EOF) {
-			return c, nil
-		}
-		if err != nil {
-			return c, err
-		}
+	err := eachDocument(r, func(text []byte) error {
 		if len(bytes.TrimSpace(text)) == 0 {
-			continue
+			return nil
 		}
 		objects, err := decodeList(text)
 		if err != nil {
-			return c, err
+			return err
 		}
 		var s State
 		for _, o := range objects {
@@ -101,6 +93,25 @@ func ReadCase(r io.Reader, name string) (Case, error) {
 			}
 		}
 		c.States = append(c.States, s)
+		return nil
+	})
+	return c, err
+}
+
+// eachDocument visits the documents of a YAML stream, until one fails.
+func eachDocument(r io.Reader, visit func(text []byte) error) error {
+	documents := yaml.NewYAMLReader(bufio.NewReader(r))
+	for {
+		text, err := documents.Read()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err == nil {
+			err = visit(text)
+		}
+		if err != nil {
+			return err
+		}
 	}
 }
 

@@ -1,7 +1,6 @@
 package compare
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -12,7 +11,6 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/util/yaml"
 
 	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/netlab"
@@ -56,23 +54,13 @@ func Dump(r io.Reader, thisNode string) (cases []Case, notes []string, err error
 	return cases, m.notes, nil
 }
 
-func readObjects(r io.Reader) ([]runtime.Object, error) {
-	var all []runtime.Object
-	documents := yaml.NewYAMLReader(bufio.NewReader(r))
-	for {
-		text, err := documents.Read()
-		if errors.Is(err, io.EOF) {
-			return all, nil
-		}
-		if err != nil {
-			return nil, err
-		}
+func readObjects(r io.Reader) (all []runtime.Object, err error) {
+	err = eachDocument(r, func(text []byte) error {
 		objects, err := decodeList(text)
-		if err != nil {
-			return nil, err
-		}
 		all = append(all, objects...)
-	}
+		return err
+	})
+	return all, err
 }
 
 type remapper struct {
