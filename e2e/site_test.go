@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,6 +18,7 @@ import (
 
 	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 )
 
 // hangTimeout ends a test that hangs. It is longer than a slow machine needs.
@@ -53,29 +52,17 @@ func newSite(t *testing.T, c *cluster.Cluster, mode string) *site {
 	if err := cluster.NeverCached(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	lab, err := netlab.New(netlab.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lab.Close() })
-	s := &site{T: t, mode: mode, objects: newObjects(t, c, lab)}
 	dir := t.TempDir()
-	s.kubeconfig, s.log = filepath.Join(dir, "kubeconfig"), filepath.Join(dir, "signalbox.log")
-	s.entrance = netip.AddrPortFrom(routerAddr, uint16(c.Port())).String()
-	if err := c.WriteKubeconfig(s.kubeconfig, s.entrance, cluster.ProxyUser); err != nil {
-		t.Fatal(err)
-	}
-	s.relay, err = cluster.NewRelay(c.Addr(), func() (l net.Listener, err error) {
-		err = lab.Host("router").Do(func() error {
-			l, err = net.Listen("tcp", s.entrance)
-			return err
-		})
-		return l, err
-	})
+	bed, err := testbed.New(c, netlab.Options{}, dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(s.relay.Cut)
+	t.Cleanup(func() { bed.Close() })
+	lab := bed.Lab
+	s := &site{
+		T: t, mode: mode, objects: newObjects(t, c, lab), relay: bed.Relay, entrance: bed.APIServer,
+		kubeconfig: bed.Kubeconfig, log: filepath.Join(dir, "signalbox.log"),
+	}
 	s.createNode("node1", lab.Host("node1").Addr, netlab.NodePodNetwork("node1"))
 	s.createNode("node2", lab.Host("node2").Addr, netlab.NodePodNetwork("node2"))
 	t.Cleanup(s.report)

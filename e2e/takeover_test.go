@@ -14,6 +14,7 @@ import (
 
 	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 )
 
 // kubeProxyModes are kube-proxy's, and for iptables the variant of the tools
@@ -51,15 +52,12 @@ func (s *site) launchSignalbox(mode string) *program {
 		"--cluster-cidr", netlab.PodNetwork.V4.String()+","+netlab.PodNetwork.V6.String(), "-v", "2")
 }
 
-// launchKubeProxy starts the real kube-proxy. Kernel settings that a network
-// namespace may not change are left alone.
+// launchKubeProxy starts the real kube-proxy.
 func (s *site) launchKubeProxy(mode string) *program {
 	s.Helper()
-	name, variant, _ := strings.Cut(mode, "-")
-	return s.launch("kube-proxy", mode, s.toolsFirst(variant), binaries.KubeProxy, "--kubeconfig", s.kubeconfig, "--hostname-override", "node1",
-		"--proxy-mode", name, "--cluster-cidr", netlab.PodNetwork.V4.String()+","+netlab.PodNetwork.V6.String(), "--detect-local-mode", "ClusterCIDR",
-		"--conntrack-max-per-core", "0", "--conntrack-min", "0", "--conntrack-tcp-timeout-established", "0", "--conntrack-tcp-timeout-close-wait", "0",
-		"--nodeport-addresses", "primary", "--oom-score-adj", "0", "-v", "2")
+	p := testbed.KubeProxy(binaries.KubeProxy, mode)
+	args := append(p.Args(s.kubeconfig), "-v", "2")
+	return s.launch("kube-proxy", mode, s.toolsFirst(p.Tools), args[0], args[1:]...)
 }
 
 // toolsFirst is the environment in which the plain names of the iptables tools
@@ -69,14 +67,8 @@ func (s *site) toolsFirst(variant string) []string {
 	if variant == "" {
 		return nil
 	}
-	dir := s.TempDir()
-	for _, family := range []string{"iptables", "ip6tables"} {
-		for _, tool := range []string{"", "-save", "-restore"} {
-			path, err := exec.LookPath(family + "-" + variant + tool)
-			s.must(err)
-			s.must(os.Symlink(path, filepath.Join(dir, family+tool)))
-		}
-	}
+	dir, err := testbed.ToolsDir(s.TempDir(), variant)
+	s.must(err)
 	return []string{"PATH=" + dir + ":" + os.Getenv("PATH")}
 }
 

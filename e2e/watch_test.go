@@ -13,6 +13,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"signalbox/internal/cluster"
+	"signalbox/internal/testbed"
 )
 
 // changeUnseen changes, deletes and creates Services while signalbox cannot
@@ -79,7 +80,7 @@ func TestWatchExpires(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	options := clusterOptions()
+	options := testbed.ClusterOptions()
 	options.Dir = dir
 	options.Uncached = []string{"services", "endpointslices.discovery.k8s.io"}
 	c, err := cluster.Start(t.Context(), binaries, options)

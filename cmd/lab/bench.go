@@ -10,8 +10,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"signalbox/cmd/lab/internal/bench"
-	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/cluster"
+	"signalbox/internal/testbed"
 )
 
 // benchFlags are what `lab bench` is told.

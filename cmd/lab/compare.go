@@ -11,8 +11,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"signalbox/cmd/lab/internal/compare"
-	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 )
 
 func compareCommand() *cobra.Command {

@@ -15,9 +15,9 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"signalbox/cmd/lab/internal/measure"
-	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 	"signalbox/proxier/plan"
 )
 

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/cmd/lab/internal/measure"
-	"signalbox/cmd/lab/internal/testbed"
+	"signalbox/internal/testbed"
 )
 
 // Report is everything that one run measured. Times are in seconds, memory in bytes.

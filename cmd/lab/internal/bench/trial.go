@@ -15,9 +15,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/cmd/lab/internal/measure"
-	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 	"signalbox/internal/wait"
 	"signalbox/proxier/plan"
 )
@@ -140,7 +140,7 @@ func (t *trial) coldStart(ctx context.Context) error {
 	t.figures["cold_wall"] = time.Since(began).Seconds()
 	used, err := settle(ctx, t.process.Pid())
 	t.figures["cold_cpu"], t.figures["memory_peak"] = used.processor.Seconds(), used.peak
-	t.figures["cold_bytes"] = float64(t.bed.Answered())
+	t.figures["cold_bytes"] = float64(t.bed.Relay.Answered())
 	return err
 }
 
@@ -251,7 +251,7 @@ func (t *trial) storm(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	received := t.bed.Answered()
+	received := t.bed.Relay.Answered()
 	storm, stop := context.WithTimeout(ctx, stormTime)
 	defer stop()
 	changed := make(chan error, 1)
@@ -285,7 +285,7 @@ func (t *trial) storm(ctx context.Context) error {
 	}
 	used, err := settle(ctx, t.process.Pid())
 	t.figures["storm_cpu"] = (used.processor - before.processor).Seconds() / stormTime.Seconds()
-	t.figures["storm_bytes"] = float64(t.bed.Answered()-received) / stormTime.Seconds()
+	t.figures["storm_bytes"] = float64(t.bed.Relay.Answered()-received) / stormTime.Seconds()
 	t.figures["storm_p50"], t.figures["storm_p99"] = measure.Quantile(took, 0.5).Seconds(), measure.Quantile(took, 0.99).Seconds()
 	return err
 }

@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/rest"
 
-	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/cluster"
+	"signalbox/internal/testbed"
 )
 
 // Config says what is compared.

@@ -12,8 +12,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
-	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 )
 
 // kind is the type of a Service, with headless as one of its own.

@@ -12,8 +12,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
-	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 )
 
 // Dump makes cases of the Services of a cluster, as `kubectl get

@@ -8,9 +8,9 @@ import (
 	"path/filepath"
 	"time"
 
-	"signalbox/cmd/lab/internal/testbed"
 	"signalbox/internal/cluster"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 )
 
 // side is a lab with one of the two proxies.

@@ -29,6 +29,15 @@ const stopTimeout = 30 * time.Second
 // routerAddr is where the nodes of a lab reach the API server.
 var routerAddr = netlab.NodeNetwork.V4.Addr().Next()
 
+// ClusterOptions make a dual-stack cluster whose cluster IPs the lab's router sends to
+// node1, and whose API server is behind that router.
+func ClusterOptions() cluster.Options {
+	return cluster.Options{
+		ServiceCIDRs: []netip.Prefix{netlab.ServiceNetwork.V4, netlab.ServiceNetwork.V6},
+		Advertise:    routerAddr,
+	}
+}
+
 // StartCluster builds what a control plane needs, unless an earlier run has built it, and
 // starts it in dir.
 func StartCluster(ctx context.Context, dir string, log func(format string, args ...any)) (*cluster.Cluster, error) {
@@ -37,12 +46,9 @@ func StartCluster(ctx context.Context, dir string, log func(format string, args 
 		return nil, err
 	}
 	log("starting etcd and the API server")
-	c, err := cluster.Start(ctx, programs, cluster.Options{
-		Dir:          dir,
-		ServiceCIDRs: []netip.Prefix{netlab.ServiceNetwork.V4, netlab.ServiceNetwork.V6},
-		Advertise:    routerAddr,
-		Unaudited:    true,
-	})
+	options := ClusterOptions()
+	options.Dir, options.Unaudited = dir, true
+	c, err := cluster.Start(ctx, programs, options)
 	if err != nil {
 		return nil, fmt.Errorf("start the control plane: %w", err)
 	}
@@ -73,10 +79,12 @@ func CreateNodes(ctx context.Context, c *cluster.Cluster, lab *netlab.Lab, names
 
 // Bed is a lab with a way to the API server.
 type Bed struct {
-	Lab        *netlab.Lab
-	dir        string
-	kubeconfig string
-	relay      *cluster.Relay
+	Lab *netlab.Lab
+	// Relay carries the node's connections to the API server.
+	Relay *cluster.Relay
+	// APIServer is where the node reaches it, as HOST:PORT, and Kubeconfig the file for it.
+	APIServer, Kubeconfig string
+	dir                   string
 }
 
 // New builds a lab for a control plane. Logs and configuration files go to dir.
@@ -85,13 +93,15 @@ func New(c *cluster.Cluster, opts netlab.Options, dir string) (*Bed, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &Bed{Lab: lab, dir: dir, kubeconfig: filepath.Join(dir, "kubeconfig")}
-	at := netip.AddrPortFrom(routerAddr, uint16(c.Port())).String()
-	if err := c.WriteKubeconfig(b.kubeconfig, at, cluster.ProxyUser); err != nil {
+	b := &Bed{
+		Lab: lab, dir: dir, Kubeconfig: filepath.Join(dir, "kubeconfig"),
+		APIServer: netip.AddrPortFrom(routerAddr, uint16(c.Port())).String(),
+	}
+	if err := c.WriteKubeconfig(b.Kubeconfig, b.APIServer, cluster.ProxyUser); err != nil {
 		return nil, errors.Join(err, lab.Close())
 	}
-	b.relay, err = cluster.NewRelay(c.Addr(), func() (net.Listener, error) {
-		return lab.Host("router").Listen("tcp", at)
+	b.Relay, err = cluster.NewRelay(c.Addr(), func() (net.Listener, error) {
+		return lab.Host("router").Listen("tcp", b.APIServer)
 	})
 	if err != nil {
 		return nil, errors.Join(err, lab.Close())
@@ -101,21 +111,18 @@ func New(c *cluster.Cluster, opts netlab.Options, dir string) (*Bed, error) {
 
 // Close takes the lab apart.
 func (b *Bed) Close() error {
-	b.relay.Cut()
+	b.Relay.Cut()
 	return b.Lab.Close()
 }
 
-// Answered counts the bytes that the API server has sent to the lab's node.
-func (b *Bed) Answered() int64 { return b.relay.Answered() }
-
 // Start runs a proxy on node1. Its output goes to LogPath.
 func (b *Bed) Start(p Proxy) (*cluster.Process, error) {
-	args := p.args(b.kubeconfig)
+	args := p.Args(b.Kubeconfig)
 	cmd := exec.Command(args[0], args[1:]...)
 	// The lock of the iptables tools is for one network namespace: the lab has its own.
 	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+filepath.Join(b.dir, "xtables.lock"))
 	if p.Tools != "" {
-		dir, err := toolsDir(b.dir, p.Tools)
+		dir, err := ToolsDir(b.dir, p.Tools)
 		if err != nil {
 			return nil, err
 		}
@@ -140,9 +147,9 @@ func Stop(p *cluster.Process) error {
 	}
 }
 
-// toolsDir makes a directory in which the plain names of the iptables tools are those of
+// ToolsDir makes a directory in which the plain names of the iptables tools are those of
 // a variant, nft or legacy.
-func toolsDir(parent, variant string) (string, error) {
+func ToolsDir(parent, variant string) (string, error) {
 	dir := filepath.Join(parent, "tools-"+variant)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err

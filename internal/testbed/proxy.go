@@ -27,7 +27,8 @@ func (p Proxy) Name() string {
 	return p.Program + "-" + p.Mode
 }
 
-func (p Proxy) args(kubeconfig string) []string {
+// Args is the command line with what stands for the lab filled in.
+func (p Proxy) Args(kubeconfig string) []string {
 	replace := strings.NewReplacer("{kubeconfig}", kubeconfig, "{node}", "node1",
 		"{cluster-cidr}", netlab.PodNetwork.V4.String()+","+netlab.PodNetwork.V6.String())
 	args := make([]string, len(p.Command))
