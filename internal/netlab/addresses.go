@@ -1,6 +1,11 @@
 package netlab
 
-import "net/netip"
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"signalbox/proxier/plan"
+)
 
 // Pair is the same thing in both IP families: an address of each.
 type Pair struct{ V4, V6 netip.Addr }
@@ -12,16 +17,34 @@ func prefixes(v4, v6 string) PrefixPair {
 	return PrefixPair{netip.MustParsePrefix(v4), netip.MustParsePrefix(v6)}
 }
 
-// Nth is the address n after the first of the range, in both families. n is less than
-// 65,536, and the range is aligned to 16 bits or larger than n.
-func (p PrefixPair) Nth(n int) Pair {
-	v4, v6 := p.V4.Addr().As4(), p.V6.Addr().As16()
-	for i, b := range []byte{byte(n >> 8), byte(n)} {
-		v4[2+i] += b
-		v6[14+i] += b
+// Of is the address of a family.
+func (p Pair) Of(f plan.Family) netip.Addr {
+	if f == plan.IPv6 {
+		return p.V6
 	}
-	return Pair{netip.AddrFrom4(v4), netip.AddrFrom16(v6)}
+	return p.V4
 }
+
+// Of is the range of a family.
+func (p PrefixPair) Of(f plan.Family) netip.Prefix {
+	if f == plan.IPv6 {
+		return p.V6
+	}
+	return p.V4
+}
+
+// Nth is the address n after the first of a range. The range lies within the last 32 bits
+// of an address.
+func Nth(p netip.Prefix, n int) netip.Addr {
+	b := p.Addr().AsSlice()
+	last := b[len(b)-4:]
+	binary.BigEndian.PutUint32(last, binary.BigEndian.Uint32(last)+uint32(n))
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// Nth is the address n after the first of the range, in both families.
+func (p PrefixPair) Nth(n int) Pair { return Pair{Nth(p.V4, n), Nth(p.V6, n)} }
 
 // at is the address with the prefix length of the range.
 func (p PrefixPair) at(a Pair) PrefixPair {

@@ -329,3 +329,17 @@ func TestGiveRange(t *testing.T) {
 		}
 	}
 }
+
+func TestNth(t *testing.T) {
+	for _, c := range []struct {
+		n    int
+		p, a string
+	}{
+		{0, "10.0.0.0/10", "10.0.0.0"}, {255, "10.0.0.0/10", "10.0.0.255"}, {256, "10.0.0.0/10", "10.0.1.0"},
+		{1<<16 + 3, "10.0.0.0/10", "10.1.0.3"}, {4096, "fd00:10:96::/112", "fd00:10:96::1000"},
+	} {
+		if got := netlab.Nth(netip.MustParsePrefix(c.p), c.n); got != netip.MustParseAddr(c.a) {
+			t.Errorf("address %d of %s is %s, not %s", c.n, c.p, got, c.a)
+		}
+	}
+}

@@ -147,7 +147,7 @@ func runTrial(ctx context.Context, cfg Config, o *objects, c *cluster.Cluster, p
 	t := &trial{objects: o, bed: bed, proxy: p, moves: cfg.Moves, figures: map[string]float64{}, log: cfg.Log}
 	// Earlier trials left the moving endpoint anywhere.
 	for _, f := range o.families {
-		if err := o.move(ctx, f, podAddr(bed.Lab, f, movingPods[0])); err != nil {
+		if err := o.move(ctx, f, bed.Lab.Host(movingPods[0]).Addr.Of(f)); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -160,7 +160,7 @@ func runTrial(ctx context.Context, cfg Config, o *objects, c *cluster.Cluster, p
 
 // plainConnect times connections to a Pod while the node has no rules.
 func (t *trial) plainConnect(ctx context.Context) error {
-	direct := netip.AddrPortFrom(podAddr(t.bed.Lab, t.families[0], movingPods[0]), movingPort)
+	direct := netip.AddrPortFrom(t.bed.Lab.Host(movingPods[0]).Addr.Of(t.families[0]), movingPort)
 	lat, err := connects(ctx, t.bed.Lab.Host(clientPod), direct, direct)
 	t.figures["connect_plain"] = measure.Median(lat.Through).Seconds()
 	return err

@@ -7,22 +7,9 @@ import (
 	"strings"
 	"testing"
 
+	"signalbox/internal/netlab"
 	"signalbox/proxier/plan"
 )
-
-func TestNth(t *testing.T) {
-	for _, c := range []struct {
-		n    uint32
-		p, a string
-	}{
-		{0, "10.0.0.0/10", "10.0.0.0"}, {255, "10.0.0.0/10", "10.0.0.255"}, {256, "10.0.0.0/10", "10.0.1.0"},
-		{1<<16 + 3, "10.0.0.0/10", "10.1.0.3"}, {4096, "fd00:10:96::/112", "fd00:10:96::1000"},
-	} {
-		if got := nth(netip.MustParsePrefix(c.p), c.n); got != netip.MustParseAddr(c.a) {
-			t.Errorf("address %d of %s is %s, not %s", c.n, c.p, got, c.a)
-		}
-	}
-}
 
 // No endpoint is at an address that a lab uses for something else, and no two share one.
 func TestObjectsAreDistinct(t *testing.T) {
@@ -44,7 +31,7 @@ func TestObjectsAreDistinct(t *testing.T) {
 		}
 	}
 	for _, f := range plan.Families {
-		if !serviceRange(f).Contains(o.clusterIP(f, MaxServices)) {
+		if !netlab.ServiceNetwork.Of(f).Contains(o.clusterIP(f, MaxServices)) {
 			t.Errorf("%s has no room for %d Services", f, MaxServices)
 		}
 	}

@@ -89,7 +89,7 @@ func writeElements(f plan.Family, n int) (cost, error) {
 		table.ReplaceTable()
 		batch := make([]nft.Element, 0, nft.BatchElements)
 		for i := range n {
-			addr := nth(endpointRanges[f], uint32(i+1))
+			addr := netlab.Nth(endpointRanges[f], i+1)
 			batch = append(batch, nft.Element{
 				Key:  nft.MarkKey(uint32(i/16)) + nft.MarkKey(uint32(i%16)),
 				Data: string(addr.AsSlice()) + string([]byte{bulkPort >> 8, bulkPort & 0xff, 0, 0}),
@@ -118,7 +118,7 @@ func (o *objects) watchLatency(ctx context.Context) (time.Duration, error) {
 	var took []time.Duration
 	for i := range writes {
 		began := time.Now()
-		if err := o.move(ctx, f, nth(endpointRanges[f], uint32(i+1))); err != nil {
+		if err := o.move(ctx, f, netlab.Nth(endpointRanges[f], i+1)); err != nil {
 			return 0, err
 		}
 		if _, open := <-w.ResultChan(); !open {

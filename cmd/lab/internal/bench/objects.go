@@ -47,31 +47,13 @@ type objects struct {
 	slices map[plan.Family][]*discoveryv1.EndpointSlice
 	// moving are the slices of the Service whose endpoint moves between two Pods.
 	moving map[plan.Family]*discoveryv1.EndpointSlice
-	spare  uint32 // addresses given to endpoints that moved
+	spare  int // addresses given to endpoints that moved
 	random *rand.Rand
-}
-
-// nth is the address number n of a range.
-func nth(p netip.Prefix, n uint32) netip.Addr {
-	b := p.Addr().AsSlice()
-	for i := len(b) - 1; n > 0; i-- {
-		n += uint32(b[i])
-		b[i], n = byte(n), n>>8
-	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
-}
-
-func serviceRange(f plan.Family) netip.Prefix {
-	if f == plan.IPv6 {
-		return netlab.ServiceNetwork.V6
-	}
-	return netlab.ServiceNetwork.V4
 }
 
 // clusterIP is the address of Service number n; the moving Service comes after the others.
 func (o *objects) clusterIP(f plan.Family, n int) netip.Addr {
-	return nth(serviceRange(f), uint32(firstService+n))
+	return netlab.Nth(netlab.ServiceNetwork.Of(f), firstService+n)
 }
 
 func (o *objects) create(ctx context.Context, lab *netlab.Lab) error {
@@ -92,7 +74,7 @@ func (o *objects) create(ctx context.Context, lab *netlab.Lab) error {
 			})
 		}
 		moving := o.emptySlice(f, o.services, movingPort)
-		moving.Endpoints = []discoveryv1.Endpoint{endpointAt(podAddr(lab, f, movingPods[0]), "node1")}
+		moving.Endpoints = []discoveryv1.Endpoint{endpointAt(lab.Host(movingPods[0]).Addr.Of(f), "node1")}
 		var err error
 		if o.moving[f], err = o.client.DiscoveryV1().EndpointSlices(namespace).Create(ctx, moving, metav1.CreateOptions{}); err != nil {
 			return err
@@ -143,7 +125,7 @@ func (o *objects) slice(f plan.Family, n int) *discoveryv1.EndpointSlice {
 	s := o.emptySlice(f, n, bulkPort)
 	for i := range o.perSlice {
 		number := n*o.perSlice + i
-		s.Endpoints = append(s.Endpoints, endpointAt(nth(endpointRanges[f], uint32(number+1)), nodeOf(number)))
+		s.Endpoints = append(s.Endpoints, endpointAt(netlab.Nth(endpointRanges[f], number+1), nodeOf(number)))
 	}
 	return s
 }
@@ -175,8 +157,8 @@ func (o *objects) churn(ctx context.Context) error {
 	f, n := o.families[o.random.IntN(len(o.families))], o.random.IntN(o.services)
 	s := o.slices[f][n].DeepCopy()
 	o.spare++
-	a := nth(endpointRanges[f], uint32(o.services*o.perSlice)+o.spare)
-	s.Endpoints[o.random.IntN(len(s.Endpoints))] = endpointAt(a, nodeOf(int(o.spare)))
+	a := netlab.Nth(endpointRanges[f], o.services*o.perSlice+o.spare)
+	s.Endpoints[o.random.IntN(len(s.Endpoints))] = endpointAt(a, nodeOf(o.spare))
 	s, err := o.client.DiscoveryV1().EndpointSlices(namespace).Update(ctx, s, metav1.UpdateOptions{})
 	if err == nil {
 		o.slices[f][n] = s

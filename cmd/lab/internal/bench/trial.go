@@ -56,13 +56,6 @@ type trial struct {
 	log     func(format string, args ...any)
 }
 
-func podAddr(lab *netlab.Lab, f plan.Family, pod string) netip.Addr {
-	if f == plan.IPv6 {
-		return lab.Host(pod).Addr.V6
-	}
-	return lab.Host(pod).Addr.V4
-}
-
 func (t *trial) run(ctx context.Context) error {
 	if err := t.answerEverywhere(); err != nil {
 		return err
@@ -205,7 +198,7 @@ func (t *trial) moveOnce(ctx context.Context, f plan.Family) (time.Duration, err
 	defer cancel()
 	t.at = 1 - t.at
 	began := time.Now()
-	if err := t.objects.move(ctx, f, podAddr(t.bed.Lab, f, movingPods[t.at])); err != nil {
+	if err := t.objects.move(ctx, f, t.bed.Lab.Host(movingPods[t.at]).Addr.Of(f)); err != nil {
 		return 0, err
 	}
 	return time.Since(began) + t.awaitMove(ctx, f), t.alive(ctx)
@@ -321,7 +314,7 @@ func (t *trial) restartChanged(ctx context.Context) error {
 	}
 	f := t.families[0]
 	t.at = 1 - t.at
-	if err := t.objects.move(ctx, f, podAddr(t.bed.Lab, f, movingPods[t.at])); err != nil {
+	if err := t.objects.move(ctx, f, t.bed.Lab.Host(movingPods[t.at]).Addr.Of(f)); err != nil {
 		return err
 	}
 	began, err := t.start()
@@ -391,7 +384,7 @@ func (t *trial) connect(ctx context.Context) error {
 	}
 	f := t.families[0]
 	virtual := netip.AddrPortFrom(t.clusterIP(f, t.services), 80)
-	direct := netip.AddrPortFrom(podAddr(t.bed.Lab, f, movingPods[0]), movingPort)
+	direct := netip.AddrPortFrom(t.bed.Lab.Host(movingPods[0]).Addr.Of(f), movingPort)
 	for host, prefix := range map[string]string{clientPod: "connect", "node1": "node_connect"} {
 		lat, err := connects(ctx, t.bed.Lab.Host(host), virtual, direct)
 		if err != nil {

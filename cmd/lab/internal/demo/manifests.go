@@ -2,7 +2,6 @@ package demo
 
 import (
 	"bytes"
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"os"
@@ -59,32 +58,9 @@ func (s *service) at(kind plan.FrontendKind, f plan.Family, node netip.Addr) net
 	case plan.NodePort:
 		return netip.AddrPortFrom(node, uint16(s.nodePort))
 	case plan.LoadBalancerIP:
-		return netip.AddrPortFrom(nth(netlab.ExternalNetwork, f, s.number), servicePort)
+		return netip.AddrPortFrom(netlab.Nth(netlab.ExternalNetwork.Of(f), s.number), servicePort)
 	}
-	return netip.AddrPortFrom(nth(netlab.ServiceNetwork, f, s.number), servicePort)
-}
-
-// nth is the address n after the first of a range.
-func nth(p netlab.PrefixPair, f plan.Family, n int) netip.Addr {
-	b := ofPrefix(p, f).Addr().AsSlice()
-	last := b[len(b)-4:]
-	binary.BigEndian.PutUint32(last, binary.BigEndian.Uint32(last)+uint32(n))
-	a, _ := netip.AddrFromSlice(b)
-	return a
-}
-
-func ofPrefix(p netlab.PrefixPair, f plan.Family) netip.Prefix {
-	if f == plan.IPv6 {
-		return p.V6
-	}
-	return p.V4
-}
-
-func ofPair(p netlab.Pair, f plan.Family) netip.Addr {
-	if f == plan.IPv6 {
-		return p.V6
-	}
-	return p.V4
+	return netip.AddrPortFrom(netlab.Nth(netlab.ServiceNetwork.Of(f), s.number), servicePort)
 }
 
 // cluster is what the manifests must know about the lab.
@@ -152,7 +128,7 @@ func (c *cluster) node(name string) *corev1.Node {
 		ObjectMeta: metav1.ObjectMeta{Name: name},
 	}
 	for _, f := range c.families {
-		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: ofPair(c.nodes[name], f).String()})
+		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: c.nodes[name].Of(f).String()})
 	}
 	return n
 }
@@ -163,7 +139,7 @@ func (c *cluster) serviceCIDR() *networkingv1.ServiceCIDR {
 		ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"},
 	}
 	for _, f := range c.families {
-		s.Spec.CIDRs = append(s.Spec.CIDRs, ofPrefix(netlab.ServiceNetwork, f).String())
+		s.Spec.CIDRs = append(s.Spec.CIDRs, netlab.ServiceNetwork.Of(f).String())
 	}
 	return s
 }
@@ -185,7 +161,7 @@ func (c *cluster) serviceAt(s *service, network netlab.PrefixPair, number int) *
 		},
 	}
 	for _, f := range c.families {
-		o.Spec.ClusterIPs = append(o.Spec.ClusterIPs, nth(network, f, number).String())
+		o.Spec.ClusterIPs = append(o.Spec.ClusterIPs, netlab.Nth(network.Of(f), number).String())
 		o.Spec.IPFamilies = append(o.Spec.IPFamilies, corev1.IPFamily(f.String()))
 	}
 	o.Spec.ClusterIP = o.Spec.ClusterIPs[0]
@@ -210,7 +186,7 @@ func (c *cluster) loadBalance(s *service, o *corev1.Service) {
 	}
 	for _, f := range c.families {
 		o.Status.LoadBalancer.Ingress = append(o.Status.LoadBalancer.Ingress,
-			corev1.LoadBalancerIngress{IP: nth(netlab.ExternalNetwork, f, s.number).String()})
+			corev1.LoadBalancerIngress{IP: netlab.Nth(netlab.ExternalNetwork.Of(f), s.number).String()})
 	}
 }
 
@@ -230,7 +206,7 @@ func (c *cluster) slice(s *service, f plan.Family) *discoveryv1.EndpointSlice {
 	for _, name := range s.pods {
 		p := c.pods[name]
 		o.Endpoints = append(o.Endpoints, discoveryv1.Endpoint{
-			Addresses:  []string{ofPair(p.addr, f).String()},
+			Addresses:  []string{p.addr.Of(f).String()},
 			NodeName:   ptr.To(p.node),
 			Conditions: discoveryv1.EndpointConditions{Ready: ptr.To(true)},
 		})

@@ -18,14 +18,14 @@ import (
 func testCluster(families ...plan.Family) cluster {
 	c := cluster{families: families, nodes: map[string]netlab.Pair{}, pods: map[string]pod{}}
 	for i, name := range []string{"node1", "node2"} {
-		c.nodes[name] = netlab.Pair{V4: nth(netlab.NodeNetwork, plan.IPv4, 11+i), V6: nth(netlab.NodeNetwork, plan.IPv6, 11+i)}
+		c.nodes[name] = netlab.Pair{V4: netlab.Nth(netlab.NodeNetwork.Of(plan.IPv4), 11+i), V6: netlab.Nth(netlab.NodeNetwork.Of(plan.IPv6), 11+i)}
 	}
 	for i, name := range allPods {
 		node := "node1"
 		if i > 1 {
 			node = "node2"
 		}
-		c.pods[name] = pod{node, netlab.Pair{V4: nth(netlab.PodNetwork, plan.IPv4, i+1), V6: nth(netlab.PodNetwork, plan.IPv6, i+1)}}
+		c.pods[name] = pod{node, netlab.Pair{V4: netlab.Nth(netlab.PodNetwork.Of(plan.IPv4), i+1), V6: netlab.Nth(netlab.PodNetwork.Of(plan.IPv6), i+1)}}
 	}
 	return c
 }
@@ -72,7 +72,7 @@ func TestAddressesAreUnique(t *testing.T) {
 					t.Fatal(err)
 				}
 				f := plan.Families[i]
-				if !ofPrefix(netlab.ServiceNetwork, f).Contains(a) && !ofPrefix(netlab.ServiceNetwork2, f).Contains(a) {
+				if !netlab.ServiceNetwork.Of(f).Contains(a) && !netlab.ServiceNetwork2.Of(f).Contains(a) {
 					t.Fatalf("%s: %s is not routed to the node", s.Name, a)
 				}
 				if other, taken := seen[ip]; taken {

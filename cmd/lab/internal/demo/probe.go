@@ -132,7 +132,7 @@ func (t *trial) probe(ctx context.Context, f *familyResult) error {
 
 func (t *trial) visit(ctx context.Context, p *place, f plan.Family) (row, error) {
 	node := t.lab.Host(nodeUnderTest)
-	r := row{place: *p, at: p.service.at(p.kind, f, ofPair(node.Addr, f)), tallies: map[string]*tally{}}
+	r := row{place: *p, at: p.service.at(p.kind, f, node.Addr.Of(f)), tallies: map[string]*tally{}}
 	owner := node
 	if p.source == own {
 		owner = t.lab.Host(p.from)

@@ -66,7 +66,7 @@ func (t *trial) awaitAnswerOf(ctx context.Context, pod string, at netip.AddrPort
 // meet the same machine.
 func (t *trial) timeConnects(ctx context.Context, f *familyResult) error {
 	through := single.at(plan.ClusterIP, f.family, netip.Addr{})
-	direct := netip.AddrPortFrom(ofPair(t.lab.Host(single.pods[0]).Addr, f.family), podPort)
+	direct := netip.AddrPortFrom(t.lab.Host(single.pods[0]).Addr.Of(f.family), podPort)
 	err := t.lab.Host(clientPod).Do(func() error {
 		return recovered(func() (err error) {
 			f.connects, err = measure.TakeTurns(ctx, through, direct)
