@@ -45,7 +45,7 @@ stand for what the lab provides:
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			cfg.Log = func(format string, args ...any) { fmt.Fprintf(cmd.ErrOrStderr(), format+"\n", args...) }
-			if cfg.Families, err = demoFamilies(flags.families); err != nil {
+			if cfg.Families, err = familiesNamed(flags.families); err != nil {
 				return err
 			}
 			if cfg.Sizes, err = benchSizes(flags.sizes, flags.endpoints); err != nil {

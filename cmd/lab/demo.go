@@ -30,7 +30,7 @@ leaves the machine as it was. It fails if a result is wrong.`,
 			if cfg.Modes, err = demoModes(modeNames); err != nil {
 				return err
 			}
-			if cfg.Families, err = demoFamilies(families); err != nil {
+			if cfg.Families, err = familiesNamed(families); err != nil {
 				return err
 			}
 			if cfg.Binary, err = findSignalbox(signalbox); err != nil {
@@ -67,7 +67,7 @@ func demoModes(names []string) ([]demo.Mode, error) {
 	return shown, nil
 }
 
-func demoFamilies(names []string) ([]plan.Family, error) {
+func familiesNamed(names []string) ([]plan.Family, error) {
 	if len(names) == 0 {
 		return plan.Families, nil
 	}

@@ -21,7 +21,7 @@ func TestDemoFamilies(t *testing.T) {
 		{[]string{"IPv6", "IPv4", "ipv6"}, []plan.Family{plan.IPv6, plan.IPv4}, ""},
 		{[]string{"IPv4", "ipx"}, nil, "--family=ipx"},
 	} {
-		got, err := demoFamilies(c.words)
+		got, err := familiesNamed(c.words)
 		if !slices.Equal(got, c.want) || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
 			t.Errorf("%v: got %v and error %v, want %v and %q", c.words, got, err, c.want, c.err)
 		}

@@ -42,10 +42,13 @@ func (p Proxy) Args(kubeconfig string) []string {
 // the variant of the tools.
 var Modes = []string{"nftables", "iptables-nft", "iptables-legacy", "ipvs", "userspace"}
 
+// SignalboxProgram is the Program of Signalbox.
+const SignalboxProgram = "signalbox"
+
 // Signalbox is signalbox in a mode of Modes.
 func Signalbox(binary, mode string) Proxy {
 	name, variant, _ := strings.Cut(mode, "-")
-	return Proxy{Program: "signalbox", Mode: mode, Tools: variant, Command: []string{
+	return Proxy{Program: SignalboxProgram, Mode: mode, Tools: variant, Command: []string{
 		binary, "--kubeconfig={kubeconfig}", "--hostname-override={node}", "--mode=" + name, "--cluster-cidr={cluster-cidr}",
 	}}
 }

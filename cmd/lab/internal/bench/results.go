@@ -113,13 +113,13 @@ func noisy(values []float64) bool {
 // reference is the proxy that p is compared with: kube-proxy in the same mode, or else
 // the first kube-proxy, or else the first other program. It is nil for that proxy itself.
 func (s *SizeResult) reference(p *ProxyResult) *ProxyResult {
-	if p.Program != signalboxProgram {
+	if p.Program != testbed.SignalboxProgram {
 		return nil
 	}
 	var other *ProxyResult
 	for i := range s.Proxies {
 		q := &s.Proxies[i]
-		if q.Program == signalboxProgram || q.Failed != "" {
+		if q.Program == testbed.SignalboxProgram || q.Failed != "" {
 			continue
 		}
 		if q.Mode == p.Mode {
@@ -131,5 +131,3 @@ func (s *SizeResult) reference(p *ProxyResult) *ProxyResult {
 	}
 	return other
 }
-
-var signalboxProgram = testbed.Signalbox("", "").Program
