@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package config
 
 import (
@@ -60,9 +62,10 @@ func (f *Flags) build(r *rawConfig) (*Config, error) {
 		return nil, err
 	}
 	client := &k.ClientConnection
+	f.kubeconfig, f.digest = client.Kubeconfig, digestOf(client.Kubeconfig)
 	return &Config{
 		Mode: string(k.Mode), ModeReason: r.modeReason, ModeUnset: r.modeUnset, NodeName: name,
-		SourceDir: f.signalbox.source, Kubeconfig: client.Kubeconfig, Master: f.master,
+		SourceDir: f.signalbox.source, RunDir: f.signalbox.runDir, StateDir: f.signalbox.stateDir, StatusPage: f.signalbox.statusPage, Kubeconfig: client.Kubeconfig, KubeconfigDigest: f.digest, Master: f.master,
 		ContentType: client.ContentType, AcceptContentTypes: client.AcceptContentTypes, QPS: client.QPS, Burst: int(client.Burst),
 		MasqueradeMark: 1 << *section.masqueradeBit, IPVS: ipvsTuning(k), Settings: f.settings(k), LocalhostRelay: localhostRelay(k),
 		BindAddress: bindAddress(k), HealthzBindAddress: listener(k.HealthzBindAddress), MetricsBindAddress: listener(k.MetricsBindAddress),
@@ -83,6 +86,8 @@ func (f *Flags) settings(k *v1alpha1.KubeProxyConfiguration) service.Settings {
 		PodBridgeInterface: k.DetectLocal.BridgeInterface, PodInterfaceNamePrefix: k.DetectLocal.InterfaceNamePrefix,
 		IgnoreExternalIPs:     !gateOn(k, gateAllowServiceExternalIPs),
 		KubeProxyIPVSPolicies: f.signalbox.kubeProxyIPVSPolicies,
+		ExternalIPCIDRs:       f.signalbox.externalIPCIDRs,
+		ResetRemovedEndpoints: f.signalbox.resetRemovedEndpoints,
 	}
 	if k.ClusterCIDR != "" {
 		s.ClusterCIDRs = prefixes(strings.Split(k.ClusterCIDR, ","))

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package config turns the command line and kube-proxy's configuration file into
 // one validated Config. Apart from the host name, nothing depends on the kernel or
 // the network: the same input gives the same Config.
@@ -8,6 +10,7 @@
 package config
 
 import (
+	"crypto/sha256"
 	"net/netip"
 	"time"
 
@@ -33,9 +36,18 @@ type Config struct {
 
 	// SourceDir is a directory of manifests; empty means the API server.
 	SourceDir string
+	// RunDir is the directory of the local socket; empty means none.
+	RunDir string
+	// StateDir is a directory for the last known objects; empty means that nothing is
+	// saved.
+	StateDir string
+	// StatusPage serves a page about Services beside the metrics.
+	StatusPage bool
 	// Kubeconfig and Master say where the API server is; both empty means the
 	// Pod's own service account.
 	Kubeconfig, Master string
+	// KubeconfigDigest makes a Config of a changed kubeconfig another one.
+	KubeconfigDigest [sha256.Size]byte
 	// ContentType is for requests to the API server, AcceptContentTypes for its
 	// answers; empty means the same as ContentType.
 	ContentType, AcceptContentTypes string

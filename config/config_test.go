@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package config
 
 import (
@@ -76,6 +78,19 @@ func TestMaxCPU(t *testing.T) {
 	for _, text := range []string{"", "x", "-1", "0.01", "NaN", "Inf"} {
 		if _, err := parse(t, "--hostname-override=n", "--max-cpu="+text); err == nil || !strings.Contains(err.Error(), "at least 0.1") {
 			t.Errorf("--max-cpu=%s: %v", text, err)
+		}
+	}
+}
+
+func TestExternalIPCIDRs(t *testing.T) {
+	c, err := parse(t, "--hostname-override=n", "--external-ip-cidrs=203.0.113.7/24,2001:db8::/64", "--external-ip-cidrs=198.51.100.0/24")
+	want := []netip.Prefix{netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("2001:db8::/64"), netip.MustParsePrefix("198.51.100.0/24")}
+	if err != nil || !slices.Equal(c.Settings.ExternalIPCIDRs, want) {
+		t.Errorf("got %v, %v", c, err)
+	}
+	for _, text := range []string{"", "203.0.113.7", "a/8", "203.0.113.0/24,"} {
+		if _, err := parse(t, "--hostname-override=n", "--external-ip-cidrs="+text); err == nil || !strings.Contains(err.Error(), "is not a CIDR such as") {
+			t.Errorf("--external-ip-cidrs=%s: %v", text, err)
 		}
 	}
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package config
 
 import (
@@ -68,7 +70,7 @@ func TestKubeadmFile(t *testing.T) {
 	}
 	c.OOMScoreAdj, c.KubeProxy = nil, nil
 	want := &Config{
-		Mode: "iptables", ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", ModeUnset: true, NodeName: "node-1", Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
+		Mode: "iptables", ModeReason: "the file of --config names no mode, which means iptables as with kube-proxy", ModeUnset: true, NodeName: "node-1", RunDir: DefaultRunDir, Kubeconfig: "/var/lib/kube-proxy/kubeconfig.conf",
 		ContentType: "application/vnd.kubernetes.protobuf", QPS: 5, Burst: 10, MasqueradeMark: 0x4000, LocalhostRelay: true,
 		Settings: service.Settings{
 			DetectLocal: service.DetectLocalClusterCIDR, ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}, LocalhostNodePorts: service.LocalhostCovered,

@@ -1,8 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package config
 
 import (
+	"crypto/sha256"
 	"errors"
 	"math"
+	"net/netip"
 	"strconv"
 	"strings"
 
@@ -29,6 +33,10 @@ type Flags struct {
 
 	// text is the content of the file when it was last read.
 	text []byte
+	// kubeconfig is the path of the kubeconfig, and digest that of its content, when they
+	// were last read.
+	kubeconfig string
+	digest     [sha256.Size]byte
 }
 
 // signalboxFlags are the settings that kube-proxy does not have. They are not in
@@ -36,10 +44,18 @@ type Flags struct {
 type signalboxFlags struct {
 	mode                  string
 	source                string
+	runDir                string
 	kubeProxyIPVSPolicies bool
 	maxCPU                percent
+	externalIPCIDRs       prefixList
+	resetRemovedEndpoints bool
+	stateDir              string
+	statusPage            bool
 	version               Version
 }
+
+// DefaultRunDir is the default of --run-dir.
+const DefaultRunDir = "/run/signalbox"
 
 // The groups of flags, in the order in which help shows them.
 const (
@@ -69,9 +85,14 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 func (o *signalboxFlags) add(fs *pflag.FlagSet) {
 	fs.StringVar(&o.mode, "mode", "", "how Services are served: "+strings.Join(modes.Names(), ", ")+". It overrides --proxy-mode and the mode in --config. auto, the default, uses the first of "+modes.AutomaticNames()+" that works on this node")
 	fs.StringVar(&o.source, "source", "", "serve the objects in the YAML and JSON files of this directory, and watch it, instead of asking an API server: Services, EndpointSlices, Nodes and ServiceCIDRs")
+	fs.StringVar(&o.runDir, "run-dir", DefaultRunDir, "directory of the local socket that signalbox explain and status ask; no other user may enter it. An empty value means no socket")
+	fs.StringVar(&o.stateDir, "state-dir", "", "save the known objects in files of this directory, which only root may enter. If the API server does not answer within 5 s of a start, they are served until it does. Without the flag, nothing is saved")
+	fs.BoolVar(&o.statusPage, "status-page", false, "serve /services on the metrics server: a page for browsers with the Services of this node, their endpoints and reasons. Whoever reaches the server can read it")
 	fs.Var(&o.version, "version", "print the version and exit; raw prints all details. With a release such as v1.36.3, kubernetes_build_info reports that release instead of the API server's")
 	fs.Lookup("version").NoOptDefVal = "true"
 	fs.Var(&o.maxCPU, "max-cpu", "percent of one processor that signalbox and the programs it runs may take on average; 0 means no limit. In a storm of changes, each sync then has more changes and comes later. A lone change never waits")
+	fs.Var(&o.externalIPCIDRs, "external-ip-cidrs", "serve spec.externalIPs in these ranges only; other external IPs are left out, with an Event. By default all are served, and whoever may create a Service can take over any address (CVE-2020-8554)")
+	fs.BoolVar(&o.resetRemovedEndpoints, "reset-removed-endpoints", false, "once an endpoint has left all EndpointSlices of its Service, answer the next packet of a client's TCP connection to it with a reset. Connections to endpoints that only terminate go on")
 	fs.BoolVar(&o.kubeProxyIPVSPolicies, "ipvs-kube-proxy-policies", false, "ipvs mode: apply traffic policies as kube-proxy's ipvs mode does. Policy Local without an endpoint on this node uses endpoints on other nodes, and externalTrafficPolicy also applies to this node's Pods and processes")
 }
 
@@ -87,6 +108,29 @@ func (p *percent) Set(text string) error {
 		return errors.New("want a percentage of at least 0.1, or 0 for no limit")
 	}
 	*p = percent(v)
+	return nil
+}
+
+// prefixList is a flag of address ranges with commas between them, which can be given
+// several times.
+type prefixList []netip.Prefix
+
+func (l *prefixList) Type() string { return "CIDRs" }
+
+func (l *prefixList) String() string {
+	texts := make([]string, len(*l))
+	for i, p := range *l {
+		texts[i] = p.String()
+	}
+	return strings.Join(texts, ",")
+}
+
+func (l *prefixList) Set(text string) error {
+	list := strings.Split(text, ",")
+	if wrong := cidrs(list); wrong != "" {
+		return errors.New(wrong)
+	}
+	*l = append(*l, prefixes(list)...)
 	return nil
 }
 
@@ -121,7 +165,7 @@ func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {
 	fs.BoolVar(&k.IPTables.MasqueradeAll, "masquerade-all", false, "masquerade all traffic to cluster IPs")
 	fs.BoolVar(k.IPTables.LocalhostNodePorts, "iptables-localhost-nodeports", true, "iptables mode: serve NodePorts on 127.0.0.1 too")
 	fs.DurationVar(&k.IPTables.SyncPeriod.Duration, "iptables-sync-period", k.IPTables.SyncPeriod.Duration, "every mode but ipvs: longest wait before a failed sync is tried again. An update that waits for twice this time makes the node unhealthy")
-	fs.DurationVar(&k.IPTables.MinSyncPeriod.Duration, "iptables-min-sync-period", k.IPTables.MinSyncPeriod.Duration, "every mode but ipvs: shortest time between two syncs. A lone change never waits. Without this flag, signalbox batches many changes by the time that their syncs take")
+	fs.DurationVar(&k.IPTables.MinSyncPeriod.Duration, "iptables-min-sync-period", k.IPTables.MinSyncPeriod.Duration, "every mode but ipvs: shortest time between two syncs. A lone change never waits. Without this flag, it is 50ms during many changes, or longer if syncs take longer")
 	fs.DurationVar(&k.IPVS.SyncPeriod.Duration, "ipvs-sync-period", k.IPVS.SyncPeriod.Duration, "ipvs mode: see --iptables-sync-period")
 	fs.DurationVar(&k.IPVS.MinSyncPeriod.Duration, "ipvs-min-sync-period", k.IPVS.MinSyncPeriod.Duration, "ipvs mode: see --iptables-min-sync-period")
 	fs.StringVar(&k.IPVS.Scheduler, "ipvs-scheduler", "", "ipvs mode: the kernel's scheduler, which chooses endpoints, for example rr, wrr, lc, wlc, sed, nq, sh, dh or mh (default rr)")

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package config
 
 import (
@@ -7,9 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/spf13/pflag"
+
+	"signalbox/internal/wait"
 )
 
 // seen is what Watch calls out.
@@ -96,5 +101,74 @@ func TestWatch(t *testing.T) {
 	}
 	if len(changes) > 0 {
 		t.Errorf("%d more changes than there were", len(changes))
+	}
+}
+
+// TestKubeconfigIsWatched: a kubeconfig that changes makes another Config, with and without
+// a configuration file, at the path that the file names then, and beside a file that
+// changes all the time.
+func TestKubeconfigIsWatched(t *testing.T) {
+	dir, other := t.TempDir(), t.TempDir()
+	write := func(path, text string) {
+		t.Helper()
+		if err := errors.Join(os.WriteFile(path+".new", []byte(text), 0o600), os.Rename(path+".new", path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file, first, second := filepath.Join(dir, "config.conf"), filepath.Join(dir, "kubeconfig"), filepath.Join(other, "kubeconfig")
+	naming := func(kubeconfig string) string { return fileHead + "clientConnection: {kubeconfig: " + kubeconfig + "}" }
+	write(first, "1")
+	write(second, "2")
+	write(file, naming(first))
+	noise, quiet := context.WithCancel(t.Context())
+	var noisy sync.WaitGroup
+	noisy.Go(func() {
+		for wait.For(noise, quietTime/5) {
+			_ = os.WriteFile(filepath.Join(dir, "other"), []byte("noise"), 0o600)
+		}
+	})
+	defer noisy.Wait()
+	defer quiet()
+	for _, test := range []struct {
+		args  []string
+		moves bool // the file then names the second kubeconfig
+	}{
+		{args: []string{"--kubeconfig=" + first, "--hostname-override=n"}},
+		{args: []string{"--config=" + file, "--hostname-override=n"}, moves: true},
+	} {
+		var flags Flags
+		fs := pflag.NewFlagSet("", pflag.ContinueOnError)
+		flags.Add(fs)
+		if err := fs.Parse(test.args); err != nil {
+			t.Fatal(err)
+		}
+		before, err := flags.Config()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		changes, ended := make(chan seen, 100), make(chan struct{})
+		go func() {
+			defer close(ended)
+			flags.Watch(ctx, slog.New(slog.NewTextHandler(t.Output(), nil)), func(c *Config, err error) { changes <- seen{c, err} })
+		}()
+		differs := func(what string) {
+			t.Helper()
+			s := <-changes
+			if s.err != nil || s.config.KubeconfigDigest == before.KubeconfigDigest {
+				t.Fatalf("%q: %s: %+v", test.args, what, s)
+			}
+			before = s.config
+		}
+		write(first, "changed for "+test.args[0])
+		differs("a changed kubeconfig")
+		if test.moves {
+			write(file, naming(second))
+			differs("another kubeconfig")
+			write(second, "changed")
+			differs("a change of another kubeconfig")
+		}
+		cancel()
+		<-ended
 	}
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conntrack
 
 import (
@@ -36,7 +38,7 @@ func BenchmarkScan(b *testing.B) {
 			b.ResetTimer()
 			for b.Loop() {
 				seen = 0
-				if err := t.each(plan.IPv4, func(f *flow) {
+				if err := t.each(plan.IPv4, plan.UDP, func(f *flow) {
 					seen++
 					if d.stale(f, func(netip.Addr) bool { return true }, func(netip.Addr) bool { return false }) {
 						b.Fatal("a flow is stale")

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conntrack
 
 import (
@@ -5,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -64,7 +65,8 @@ const maxInterrupted = 5
 
 // Cleaner implements syncer.FlowCleaner in the network namespace in which it
 // was made. Its goroutine lists a family's UDP flows once for each batch of
-// changes. Changes that are queued meanwhile are the next batch.
+// changes, and its TCP flows if endpoints were removed. Changes that are queued
+// meanwhile are the next batch.
 type Cleaner struct {
 	opts   Options
 	table  *table
@@ -123,7 +125,7 @@ func (c *Cleaner) Clean(family plan.Family, owners []plan.FlowOwner) {
 	}
 	for _, o := range owners {
 		for _, key := range o.Frontends {
-			queued[key] = task{usable: o.Usable}
+			queued.put(key, task{usable: o.Usable, removed: o.Removed})
 		}
 	}
 	c.calls++
@@ -222,7 +224,9 @@ func (c *Cleaner) drain() uint64 {
 		if c.tasks[family] == nil {
 			c.tasks[family] = queued
 		} else {
-			maps.Copy(c.tasks[family], queued)
+			for key, task := range queued {
+				c.tasks[family].put(key, task)
+			}
 		}
 	}
 	clear(c.queued)
@@ -247,9 +251,9 @@ func (c *Cleaner) scan(ctx context.Context, family plan.Family, t tasks) error {
 	log := c.opts.Logger.With("family", family.String())
 	switch {
 	case err != nil && ctx.Err() == nil && c.retry == 0:
-		log.Warn("stale UDP flows could not be removed; trying again", "error", err)
+		log.Warn("stale flows could not be removed; trying again", "error", err)
 	case deleted > 0:
-		log.Debug("stale UDP flows removed", "flows", deleted, "frontends", result.Frontends, "took", result.Took)
+		log.Debug("stale flows removed", "flows", deleted, "frontends", result.Frontends, "took", result.Took)
 	}
 	if c.opts.Scanned != nil {
 		c.opts.Scanned(result)
@@ -263,11 +267,14 @@ func (c *Cleaner) removeStale(ctx context.Context, family plan.Family, t tasks) 
 	}
 	var handles [][]byte
 	for range maxInterrupted {
-		err = c.table.each(family, func(f *flow) {
-			if t.stale(f, c.isLocal, c.isRelay) {
-				handles = append(handles, slices.Clone(f.handle))
-			}
-		})
+		err = nil
+		for _, protocol := range t.protocols() {
+			err = errors.Join(err, c.table.each(family, protocol, func(f *flow) {
+				if t.stale(f, c.isLocal, c.isRelay) {
+					handles = append(handles, slices.Clone(f.handle))
+				}
+			}))
+		}
 		// Flows that an interrupted listing found are removed at once.
 		for _, h := range handles {
 			if ctx.Err() != nil {

@@ -1,5 +1,7 @@
-// Package conntrack removes stale UDP flows from the kernel's connection tracking
-// table.
+// SPDX-License-Identifier: Apache-2.0
+
+// Package conntrack removes stale flows from the kernel's connection tracking
+// table. It also lists the table's connections (List), and follows them (Follow).
 //
 // The kernel decides at a flow's first packet where the flow goes, and keeps to
 // that as long as packets follow. TCP notices that the other end is gone. A UDP
@@ -11,6 +13,10 @@
 // endpoint of the Service answers it. That includes Services without endpoints,
 // deleted Services, and new Services: clients may have flows from before the
 // Service existed, which are not translated.
+//
+// TCP flows to endpoints that no EndpointSlice has any more are removed too, if
+// plan.ServicePort.Listed asks for that. The rules answer the client's next packet with
+// a reset, because it belongs to no connection that the kernel knows.
 //
 // A daemon of the host may use the number of a NodePort on other addresses, and
 // may have clients from before the Service existed. So at a NodePort only flows to

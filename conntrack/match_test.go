@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conntrack
 
 import (
@@ -70,7 +72,7 @@ func TestStale(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			f := &flow{to: netip.MustParseAddrPort(tt.to), from: netip.MustParseAddrPort(tt.from), answered: tt.answered}
+			f := &flow{to: netip.MustParseAddrPort(tt.to), from: netip.MustParseAddrPort(tt.from), protocol: plan.UDP, answered: tt.answered}
 			if got := d.stale(f, local, relay); got != tt.want {
 				t.Errorf("stale = %v, want %v", got, tt.want)
 			}
@@ -78,11 +80,50 @@ func TestStale(t *testing.T) {
 	}
 }
 
+// TestStaleTCP: of TCP connections, only those to removed endpoints end. An endpoint that
+// was removed in an earlier change still is, unless it came back.
+func TestStaleTCP(t *testing.T) {
+	d := tasks{}
+	frontend, node := key("10.96.0.10:53"), nodePort(30053)
+	frontend.Protocol, node.Protocol = plan.TCP, plan.TCP
+	at := func(list ...string) (out []netip.AddrPort) {
+		for _, a := range list {
+			out = append(out, netip.MustParseAddrPort(a))
+		}
+		return out
+	}
+	for _, k := range []plan.FrontendKey{frontend, node} {
+		d.put(k, task{usable: endpoints("10.0.0.1:53"), removed: at("10.0.0.3:53", "10.0.0.2:53")})
+		d.put(k, task{usable: endpoints("10.0.0.2:53"), removed: at("10.0.0.1:53")})
+	}
+	for _, tt := range []struct {
+		to, from string
+		protocol plan.Protocol
+		want     bool
+	}{
+		{"10.96.0.10:53", "10.0.0.1:53", plan.TCP, true},
+		{"10.96.0.10:53", "10.0.0.2:53", plan.TCP, false}, // it came back
+		{"10.96.0.10:53", "10.0.0.3:53", plan.TCP, true},
+		{"10.96.0.10:53", "10.0.0.3:54", plan.TCP, false},
+		{"10.96.0.10:53", "10.0.0.4:53", plan.TCP, false}, // another Service's
+		{"10.96.0.10:53", "10.96.0.10:53", plan.TCP, false},
+		{"10.96.0.10:53", "10.0.0.3:53", plan.UDP, false},
+		{"192.0.2.1:30053", "10.0.0.3:53", plan.TCP, true},
+		{"198.51.100.1:30053", "10.0.0.3:53", plan.TCP, false},
+	} {
+		f := &flow{to: netip.MustParseAddrPort(tt.to), from: netip.MustParseAddrPort(tt.from), protocol: tt.protocol, answered: true}
+		if got := d.stale(f, func(a netip.Addr) bool { return a == netip.MustParseAddr("192.0.2.1") }, func(netip.Addr) bool { return false }); got != tt.want {
+			t.Errorf("%s to %s, answered by %s: stale = %v, want %v", tt.protocol, tt.to, tt.from, got, tt.want)
+		}
+	}
+}
+
 func TestMatchingDoesNotAllocate(t *testing.T) {
 	d := tasks{key("10.96.0.10:53"): {usable: endpoints("10.0.0.1:53")}, nodePort(30053): {}}
 	flows := []*flow{
-		{to: netip.MustParseAddrPort("10.96.0.10:53"), from: netip.MustParseAddrPort("10.0.0.1:53")},
-		{to: netip.MustParseAddrPort("192.0.2.1:30053"), from: netip.MustParseAddrPort("10.0.0.1:53")},
+		{to: netip.MustParseAddrPort("10.96.0.10:53"), from: netip.MustParseAddrPort("10.0.0.1:53"), protocol: plan.UDP},
+		{to: netip.MustParseAddrPort("192.0.2.1:30053"), from: netip.MustParseAddrPort("10.0.0.1:53"), protocol: plan.UDP},
+		{to: netip.MustParseAddrPort("192.0.2.1:30080"), from: netip.MustParseAddrPort("10.0.0.1:80"), protocol: plan.TCP},
 	}
 	local := func(netip.Addr) bool { return true }
 	if n := testing.AllocsPerRun(100, func() {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conntrack
 
 import (
@@ -12,6 +14,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/netlab"
 	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
@@ -68,7 +71,7 @@ func newWorld(t *testing.T, family plan.Family) *world {
 		t.Fatal(err)
 	}
 	for _, a := range []netip.Addr{w.node, w.a.Addr(), w.b.Addr()} {
-		if err := w.handle.AddrAdd(lo, &netlink.Addr{IPNet: hostNet(a), Flags: unix.IFA_F_NODAD}); err != nil {
+		if err := netlab.AddAddr(w.handle, lo, netip.PrefixFrom(a, a.BitLen())); err != nil {
 			t.Fatalf("adding %s: %v", a, err)
 		}
 	}
@@ -211,5 +214,27 @@ func (c *client) wantTracked(want bool, when string) {
 	c.w.t.Helper()
 	if got := c.tracked(); got != want {
 		c.w.t.Errorf("%s: flow to %s tracked = %v, want %v", when, c.to, got, want)
+	}
+}
+
+// List finds a translated flow with both of its sides.
+func TestList(t *testing.T) {
+	for _, family := range plan.Families {
+		t.Run(family.String(), func(t *testing.T) {
+			w := newWorld(t, family)
+			w.rules([2]netip.AddrPort{w.vip, w.a})
+			c := w.client(w.vip)
+			if got := c.ask(); got != "a" {
+				t.Fatalf("%s answers", got)
+			}
+			client := netip.AddrPortFrom(w.node, c.conn.LocalAddr().(*net.UDPAddr).AddrPort().Port())
+			found := false
+			if err := List(family, plan.UDP, func(f Flow) { found = found || f == Flow{client, w.vip, w.a, client} }); err != nil || !found {
+				t.Errorf("the flow is listed: %v, %v", found, err)
+			}
+			if err := List(family, plan.TCP, func(f Flow) { t.Errorf("%v is listed as TCP", f) }); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conntrack
 
 import (
@@ -17,6 +19,7 @@ import (
 // Message types, attributes and flags of <linux/netfilter/nfnetlink_conntrack.h>
 // and <linux/netfilter/nf_conntrack_common.h>.
 const (
+	msgNew      = unix.NFNL_SUBSYS_CTNETLINK << 8
 	msgGet      = unix.NFNL_SUBSYS_CTNETLINK<<8 | 1
 	msgDelete   = unix.NFNL_SUBSYS_CTNETLINK<<8 | 2
 	msgGetStats = unix.NFNL_SUBSYS_CTNETLINK<<8 | 5
@@ -24,6 +27,7 @@ const (
 	ctaTupleOrig       = 1
 	ctaTupleReply      = 2
 	ctaStatus          = 3
+	ctaProtoInfo       = 4
 	ctaID              = 12
 	ctaZone            = 18
 	ctaFilter          = 25
@@ -41,7 +45,12 @@ const (
 	ctaProtoSrcPort = 2
 	ctaProtoDstPort = 3
 
+	ctaProtoInfoTCP   = 1
+	ctaProtoInfoSCTP  = 3
+	ctaProtoInfoState = 1 // of either
+
 	statusSeenReply = 1 << 1 // IPS_SEEN_REPLY
+	statusAssured   = 1 << 2 // IPS_ASSURED
 
 	filterProtoNum = 1 << 3 // compare the protocol number of the tuple
 
@@ -55,7 +64,7 @@ const (
 // table reads the few attributes that it needs, over the library's sockets.
 type table struct {
 	socket *nl.SocketHandle
-	// unfiltered is set after the kernel has refused to list UDP alone.
+	// unfiltered is set after the kernel has refused to list one protocol alone.
 	unfiltered bool
 }
 
@@ -99,14 +108,14 @@ func (t *table) request(message, flags int, family plan.Family) *nl.NetlinkReque
 	return req
 }
 
-// each calls fn with every UDP flow of a family. fn must copy a handle that it
-// keeps, and must not use the table. After netlink.ErrDumpInterrupted some flows
+// each calls fn with every flow of a family and a protocol. fn must copy a handle that
+// it keeps, and must not use the table. After netlink.ErrDumpInterrupted some flows
 // may be missing.
-func (t *table) each(family plan.Family, fn func(*flow)) error {
-	err := t.dump(family, fn)
+func (t *table) each(family plan.Family, protocol plan.Protocol, fn func(*flow)) error {
+	err := t.dump(family, protocol, fn)
 	if !t.unfiltered && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP)) {
 		t.unfiltered = true
-		err = t.dump(family, fn)
+		err = t.dump(family, protocol, fn)
 	}
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return fmt.Errorf("listing the %s flows: %w", family, err)
@@ -114,12 +123,12 @@ func (t *table) each(family plan.Family, fn func(*flow)) error {
 	return err
 }
 
-func (t *table) dump(family plan.Family, fn func(*flow)) error {
+func (t *table) dump(family plan.Family, protocol plan.Protocol, fn func(*flow)) error {
 	req := t.request(msgGet, unix.NLM_F_DUMP, family)
 	if !t.unfiltered {
 		// Kernels before 5.8 do not know the filter and list everything.
 		proto := nl.NewRtAttr(unix.NLA_F_NESTED|ctaTupleProto, nil)
-		proto.AddRtAttr(ctaProtoNum, nl.Uint8Attr(unix.IPPROTO_UDP))
+		proto.AddRtAttr(ctaProtoNum, nl.Uint8Attr(uint8(protocol)))
 		tuple := nl.NewRtAttr(unix.NLA_F_NESTED|ctaTupleOrig, nil)
 		tuple.AddChild(proto)
 		filter := nl.NewRtAttr(unix.NLA_F_NESTED|ctaFilter, nil)
@@ -129,7 +138,7 @@ func (t *table) dump(family plan.Family, fn func(*flow)) error {
 	}
 	var f flow
 	return req.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(msg []byte) bool {
-		if f.parse(msg) {
+		if f.parse(msg) && f.protocol == protocol {
 			fn(&f)
 		}
 		return true
@@ -148,22 +157,30 @@ func (t *table) remove(family plan.Family, handle []byte) error {
 }
 
 // parse reads one message of a dump. It returns false for anything but a complete
-// UDP flow.
+// flow with ports.
 func (f *flow) parse(msg []byte) bool {
 	*f = flow{handle: f.handle[:0]}
 	if len(msg) < nl.SizeofNfgenmsg {
 		return false
 	}
-	var to, from, reverse netip.AddrPort
-	var udp, reverseUDP bool
+	var reply plan.Protocol
 	for attrs := attributes(msg[nl.SizeofNfgenmsg:]); attrs.next(); {
 		switch attrs.kind {
 		case ctaTupleOrig:
-			_, to, udp = parseTuple(attrs.value)
+			f.client, f.to, f.protocol = parseTuple(attrs.value)
 		case ctaTupleReply:
-			from, reverse, reverseUDP = parseTuple(attrs.value)
+			f.from, f.source, reply = parseTuple(attrs.value)
 		case ctaStatus:
-			f.answered = len(attrs.value) == 4 && binary.BigEndian.Uint32(attrs.value)&statusSeenReply != 0
+			if len(attrs.value) == 4 {
+				status := binary.BigEndian.Uint32(attrs.value)
+				f.answered, f.assured = status&statusSeenReply != 0, status&statusAssured != 0
+			}
+		case ctaProtoInfo:
+			f.state = stateOf(attrs.value)
+		case ctaID:
+			if len(attrs.value) == 4 {
+				f.id = binary.BigEndian.Uint32(attrs.value)
+			}
 		}
 		switch attrs.kind {
 		// The id distinguishes the flow from a later one between the same ports.
@@ -171,11 +188,10 @@ func (f *flow) parse(msg []byte) bool {
 			f.handle = append(f.handle, attrs.whole...)
 		}
 	}
-	f.to, f.from = to, from
-	return udp && reverseUDP && to.IsValid() && from.IsValid() && reverse.IsValid()
+	return f.protocol != 0 && f.protocol == reply && f.to.IsValid() && f.from.IsValid() && f.source.IsValid()
 }
 
-func parseTuple(b []byte) (src, dst netip.AddrPort, udp bool) {
+func parseTuple(b []byte) (src, dst netip.AddrPort, protocol plan.Protocol) {
 	var addrs [2]netip.Addr
 	var ports [2]uint16
 	for attrs := attributes(b); attrs.next(); {
@@ -194,7 +210,7 @@ func parseTuple(b []byte) (src, dst netip.AddrPort, udp bool) {
 			for proto := attributes(attrs.value); proto.next(); {
 				switch {
 				case proto.kind == ctaProtoNum && len(proto.value) == 1:
-					udp = proto.value[0] == unix.IPPROTO_UDP
+					protocol = plan.Protocol(proto.value[0])
 				case proto.kind == ctaProtoSrcPort && len(proto.value) == 2:
 					ports[0] = binary.BigEndian.Uint16(proto.value)
 				case proto.kind == ctaProtoDstPort && len(proto.value) == 2:
@@ -203,7 +219,7 @@ func parseTuple(b []byte) (src, dst netip.AddrPort, udp bool) {
 			}
 		}
 	}
-	return netip.AddrPortFrom(addrs[0], ports[0]), netip.AddrPortFrom(addrs[1], ports[1]), udp
+	return netip.AddrPortFrom(addrs[0], ports[0]), netip.AddrPortFrom(addrs[1], ports[1]), protocol
 }
 
 // attrReader iterates over netlink attributes without allocating.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon_test
 
 import (
@@ -7,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -150,6 +153,42 @@ func TestCleanupCommand(t *testing.T) {
 	}
 	if diff := cmp.Diff(before, n.rules()); diff != "" {
 		t.Errorf("(-before +after cleanup --kube-proxy)\n%s", diff)
+	}
+}
+
+// A process that was killed while it wrote its first rules leaves nothing that cleanup
+// does not know.
+func TestCleanupAfterKill(t *testing.T) {
+	t.Parallel()
+	binary, source := build(t), manifests(t)
+	n := node{t, newLab(t).Host("node1")}
+	for _, tool := range []string{"legacy", "nft"} {
+		n.must(neighboursOf(false), "iptables-"+tool+"-restore")
+		n.must(neighboursOf(true), "ip6tables-"+tool+"-restore")
+	}
+	before := n.rules()
+	// What it writes first, in the order in which it appears.
+	for _, sign := range []string{":KUBE-SVC-PROBE", ":KUBE-EXTERNAL-SERVICES", "-j KUBE-SERVICES", "-j KUBE-MARK-MASQ"} {
+		cmd := exec.Command(binary, "run", "--source", source, "--mode", "iptables", "--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16")
+		if err := n.host.Start(cmd); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(hangTimeout); !strings.Contains(n.must("", "iptables-nft-save"), sign); {
+			if time.Now().After(end) {
+				t.Fatalf("the process never wrote %s", sign)
+			}
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Wait()
+		// A tool that the process started may still write.
+		eventually(t, "no iptables tool of the killed process", func() bool {
+			return n.must("", binary, "cleanup") == "nothing of signalbox was there\n"
+		})
+		if diff := cmp.Diff(before, n.rules()); diff != "" {
+			t.Fatalf("killed after %s appeared (-before +after cleanup)\n%s", sign, diff)
+		}
 	}
 }
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon
 
 import (
@@ -15,12 +17,13 @@ const (
 	nodeName = iota
 	manifests
 	routeSources
+	savedState
 	subjects // their number
 )
 
 // conditions are the faults with which the daemon serves on: a manifest that cannot be
-// used, a Node object that is missing, routes whose source is not used. Health and
-// `signalbox ready` list them; no status follows from them.
+// used, a Node object that is missing, routes whose source is not used, a saved state in
+// place of the API server's. Health and `signalbox ready` list them; no status follows from them.
 type conditions struct {
 	mu    sync.Mutex // guards texts
 	texts [subjects][]string

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon
 
 import (
@@ -39,6 +41,8 @@ type configRun struct {
 	source Source
 	// client is nil without an API server.
 	client kubernetes.Interface
+	// servers are those to which client connects.
+	servers apiserver.Servers
 	// events is nil without an API server.
 	events   *events.Recorder
 	sysctls  *sysctlProblems
@@ -75,8 +79,9 @@ func newConfigRun(ctx context.Context, p *daemonState, cfg *config.Config, log *
 	g.makeFlowCleaner()
 	g.initialSync = newInitialSync(len(choice.Families), func() { g.pool.closeUnused(log) })
 	g.loop = syncer.NewLoop(g.loopOptions())
+	g.servers.Follow(g.loop.SetAPIServers)
 	g.foreignRules = newForeignRules(foreignRulesOptions{
-		choice: choice, proxiers: g.proxiers, resync: g.loop.Resync, drained: g.pool.waitDrained, present: g.observer.metrics.ForeignRules, log: log,
+		choice: choice, proxiers: g.proxiers, resync: g.loop.Resync, drained: g.pool.waitDrained, present: g.observer.foreignRules, log: log,
 	})
 	g.observer.follow(g)
 	return g, nil
@@ -132,20 +137,22 @@ func (c *configRun) connect(ctx context.Context) (err error) {
 		return nil
 	}
 	apiserver.LogTo(c.log)
-	if c.client, err = apiserver.Client(clientOptions(c.cfg)); err != nil {
+	if c.client, err = apiserver.Client(clientOptions(c.cfg, &c.servers)); err != nil {
 		return err
 	}
 	source := apiserver.New(c.client, c.cfg.NodeName, c.log)
-	source.OnRequest = c.observer.metrics.Source
+	source.OnRequest = c.observer.requested
+	source.StateDir, source.OnStale = c.cfg.StateDir, c.observer.reportStale
 	c.source = source
 	c.events = events.New(ctx, events.Options{Client: c.client, NodeName: c.cfg.NodeName, Log: c.log, Counted: c.observer.metrics.Event})
 	return nil
 }
 
-func clientOptions(cfg *config.Config) apiserver.ClientOptions {
+// clientOptions returns the options of a client. servers may be nil.
+func clientOptions(cfg *config.Config, servers *apiserver.Servers) apiserver.ClientOptions {
 	return apiserver.ClientOptions{
 		Kubeconfig: cfg.Kubeconfig, Master: cfg.Master, QPS: cfg.QPS, Burst: cfg.Burst,
-		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes,
+		ContentType: cfg.ContentType, AcceptContentTypes: cfg.AcceptContentTypes, Servers: servers,
 	}
 }
 
@@ -172,7 +179,7 @@ func (c *configRun) makeFlowCleaner() {
 	}
 	flows, err := conntrack.New(conntrack.Options{Logger: c.log, LocalAddrs: node.Addrs, Relays: relays, Scanned: c.observer.metrics.FlowsScanned})
 	if err != nil {
-		c.log.Warn("stale UDP flows are not removed", "reason", err)
+		c.log.Warn("stale UDP flows, and TCP connections to removed endpoints, are not removed", "reason", err)
 		c.observer.metrics.ConntrackUnavailable()
 		return
 	}

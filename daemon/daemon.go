@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package daemon joins the parts of signalbox into a process: a source of objects, the
 // loop that turns them into plans, and one mode that programs each IP family.
 //
@@ -17,6 +19,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"signalbox/config"
+	"signalbox/daemon/nodelock"
 	"signalbox/internal/buildinfo"
 	"signalbox/internal/wait"
 	"signalbox/modes"
@@ -30,7 +33,7 @@ type daemonState struct {
 	// log writes as the configuration in force asks for.
 	log      *swappableHandler
 	pool     *proxierPool
-	nodeLock *nodeLock
+	nodeLock *nodelock.Lock
 	observer *observer
 	// startedEvent sends the Event about the start once.
 	startedEvent sync.Once
@@ -43,7 +46,7 @@ func newDaemonState() *daemonState {
 	p.log.set(slog.Default())
 	log := slog.New(p.log)
 	p.observer = newObserver(log)
-	p.nodeLock = newNodeLock(log, p.observer.conditions.list)
+	p.nodeLock = nodelock.New(log, p.observer.conditions.list)
 	p.observer.metrics.ReadRelays(p.pool.relays)
 	p.observer.metrics.ReadLocalhost(p.pool.localhost)
 	return p
@@ -68,7 +71,7 @@ func (p *daemonState) close(log *slog.Logger) {
 	if err := p.pool.close(); err != nil {
 		log.Warn("closing", "error", err)
 	}
-	p.nodeLock.release()
+	p.nodeLock.Release()
 }
 
 // run serves until ctx ends.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon
 
 import (
@@ -10,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"signalbox/daemon/nodelock"
 	"signalbox/kubeproxy"
 	"signalbox/modes"
 	"signalbox/proxier"
@@ -77,14 +80,14 @@ const (
 )
 
 // run removes all foreign rules, and then those that come back, until ctx ends.
-func (f *foreignRules) run(ctx context.Context, s *nodeLock) {
+func (f *foreignRules) run(ctx context.Context, s *nodelock.Lock) {
 	f.removeAll(ctx)
 	f.reportPresent()
 	returnMemory()
 	var late sync.WaitGroup
 	defer late.Wait()
 	late.Go(func() {
-		if s.waitForPredecessors(ctx) && f.drained(ctx) {
+		if s.WaitForPredecessors(ctx) && f.drained(ctx) {
 			f.removeRelay()
 		}
 	})
@@ -175,12 +178,12 @@ func (f *foreignRules) remove(family plan.Family, todo []removal) {
 		removed, draining, err := r.do(family)
 		f.recordDraining(family, r, draining)
 		if removed {
-			f.log.Info("removed what others had written", "what", r.what, "family", family.String())
+			f.log.Info("foreign rules removed", "what", r.what, "family", family.String())
 		} else if err == nil {
-			f.log.Debug("nothing of others is there to remove", "what", r.what, "family", family.String())
+			f.log.Debug("no foreign rules to remove", "what", r.what, "family", family.String())
 		}
 		if known := f.recordFailure(family, r, err); err != nil && !known {
-			f.log.Warn("what others wrote could not be removed and may still be obeyed; trying again", "family", family.String(), "error", err)
+			f.log.Warn("foreign rules cannot be removed and may still be obeyed; trying again", "family", family.String(), "error", err)
 		}
 	}
 }

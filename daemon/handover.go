@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon
 
 import (
@@ -6,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"signalbox/daemon/nodelock"
 	"signalbox/internal/wait"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
@@ -14,7 +17,7 @@ import (
 // serve runs the loop until ctx ends, except while a signalbox that started later
 // serves the node. An error is about a port; see servers.open.
 func (c *configRun) serve(ctx context.Context) error {
-	for again := false; c.nodeLock.waitWhileHandedOver(ctx); again = true {
+	for again := false; c.nodeLock.WaitWhileHandedOver(ctx); again = true {
 		if again {
 			c.log.Warn("the other signalbox has ended; this one serves the node again")
 			c.initialSync.reset()
@@ -26,7 +29,7 @@ func (c *configRun) serve(ctx context.Context) error {
 		}
 		c.observer.servers.close() // the other needs the ports
 		c.pool.pause()             // before the contender learns that nothing is written any more
-		if err := c.nodeLock.handOver(next); err != nil {
+		if err := c.nodeLock.HandOver(next); err != nil {
 			c.log.Warn("the signalbox that takes over has ended before it could", "error", err)
 		}
 		c.log.Info("another signalbox was started and serves this node; this one is paused until the other ends")
@@ -36,10 +39,10 @@ func (c *configRun) serve(ctx context.Context) error {
 
 // serveUntilContender serves until another process requests the node lock, and returns
 // that process; nil when ctx ends. When it returns, nothing is being written.
-func (c *configRun) serveUntilContender(ctx context.Context) (*contender, error) {
+func (c *configRun) serveUntilContender(ctx context.Context) (*nodelock.Contender, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if err := c.observer.servers.open(c, c.nodeLock.held()); err != nil {
+	if err := c.observer.servers.open(c, c.nodeLock.Held()); err != nil {
 		return nil, err
 	}
 	var work sync.WaitGroup
@@ -52,32 +55,32 @@ func (c *configRun) serveUntilContender(ctx context.Context) (*contender, error)
 
 // acquireNodeLock acquires the node lock once everything is served, and returns the
 // next contender; nil when ctx ends.
-func (c *configRun) acquireNodeLock(ctx context.Context, work *sync.WaitGroup) *contender {
+func (c *configRun) acquireNodeLock(ctx context.Context, work *sync.WaitGroup) *nodelock.Contender {
 	if !c.initialSync.wait(ctx) {
 		return nil
 	}
 	c.flushFlows(ctx)
-	err := c.nodeLock.acquire(ctx)
+	err := c.nodeLock.Acquire(ctx, c.cfg.RunDir)
 	if !c.rewriteAfterTakeover(ctx) {
 		return nil
 	}
 	work.Go(func() { c.foreignRules.run(ctx, c.nodeLock) })
-	for ; err != nil && ctx.Err() == nil; err = c.nodeLock.acquire(ctx) {
+	for ; err != nil && ctx.Err() == nil; err = c.nodeLock.Acquire(ctx, c.cfg.RunDir) {
 		c.log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
-		wait.For(ctx, c.nodeLock.handoverTimeout)
+		wait.For(ctx, nodelock.HandoverTimeout)
 	}
 	if err != nil {
 		return nil
 	}
 	c.observer.servers.predecessorGone()
-	return c.nodeLock.nextContender(ctx)
+	return c.nodeLock.NextContender(ctx)
 }
 
 // rewriteAfterTakeover has a mode with RewriteAfterTakeover mend what an earlier
 // process may have changed before it handed over. It returns before anything is
 // removed that serves meanwhile; false if ctx ends first.
 func (c *configRun) rewriteAfterTakeover(ctx context.Context) bool {
-	if !c.choice.Mode.Traits().RewriteAfterTakeover || !c.nodeLock.tookOver() {
+	if !c.choice.Mode.Traits().RewriteAfterTakeover || !c.nodeLock.TookOver() {
 		return true
 	}
 	c.initialSync.reset()
@@ -107,14 +110,14 @@ const drainTimeout = 25 * time.Second
 
 // drain waits for the end of connections that pass through this process. Meanwhile it
 // hands the node lock over on request.
-func drain(pool *proxierPool, lock *nodeLock, log *slog.Logger) {
+func drain(pool *proxierPool, lock *nodelock.Lock, log *slog.Logger) {
 	ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	var asked, drained sync.WaitGroup
 	defer asked.Wait()
 	defer cancel()
 	asked.Go(func() {
-		if next := lock.nextContender(ctx); next != nil {
-			if err := lock.handOver(next); err != nil {
+		if next := lock.NextContender(ctx); next != nil {
+			if err := lock.HandOver(next); err != nil {
 				log.Warn("the signalbox that takes over has ended before it could", "error", err)
 				return
 			}

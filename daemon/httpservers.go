@@ -1,36 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/netip"
-	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
-	"time"
 
-	"golang.org/x/sys/unix"
-
+	"signalbox/explain"
 	"signalbox/health"
 	"signalbox/internal/httpserve"
 	"signalbox/internal/wait"
 	"signalbox/metrics"
 )
 
-// servers have the ports of health, metrics and the health checks of Services, while
+// servers have the local socket, and the ports of health, metrics and the health checks of Services, while
 // this process serves the node. Another configuration changes their answers. A port is
 // closed only if its address changes, so that no probe finds a closed port because a
 // file has changed.
 type servers struct {
 	services         *health.Services
 	healthz, metrics *page
+	socket           explain.Socket
 	// failed takes the error of a page that does not try again.
 	failed chan error
 
@@ -74,6 +69,7 @@ func (s *servers) open(g *configRun, alone bool) error {
 	cfg := g.cfg
 	s.healthz.serve(cfg.HealthzBindAddress, cfg.BindAddressHardFail, g.observer.health.Handler(), s.free)
 	s.metrics.serve(cfg.MetricsBindAddress, cfg.BindAddressHardFail, g.metricsPages(), s.free)
+	s.socket.Open(cfg.RunDir, g.observer.explain.Handler(), g.log)
 	select {
 	case err := <-s.failed:
 		g.events.Flush(flushFor)
@@ -84,14 +80,19 @@ func (s *servers) open(g *configRun, alone bool) error {
 }
 
 func (c *configRun) metricsPages() http.Handler {
+	more := map[string]http.Handler{}
+	if c.cfg.StatusPage {
+		more[explain.PagePath] = c.observer.explain.Page()
+	}
 	return c.observer.metrics.Mux(metrics.Pages{
-		Mode: c.choice.Mode.Name(), Config: c.cfg.KubeProxy, Flags: c.cfg.Flags, Profiling: c.cfg.EnableProfiling,
+		Mode: c.choice.Mode.Name(), Config: c.cfg.KubeProxy, Flags: c.cfg.Flags, Profiling: c.cfg.EnableProfiling, More: more,
 		SetVerbosity: c.cfg.Logging.SetVerbosity, Started: started,
 	})
 }
 
 // close returns when all ports are free.
 func (s *servers) close() {
+	s.socket.Close()
 	s.healthz.close()
 	s.metrics.close()
 	if s.stop != nil {
@@ -190,61 +191,4 @@ func (p *page) tried(hardFail bool, free <-chan struct{}) func(error) {
 			}
 		}
 	}
-}
-
-// readyTimeout bounds the wait for the conditions. The holder of the node lock may be
-// busy with another process for a second. That the node is served is known without
-// them.
-const readyTimeout = 2 * time.Second
-
-// Ready returns nil if a signalbox of this PID namespace, and so of this container,
-// holds the node lock: then all Services are in the kernel, and no earlier process
-// writes there. Otherwise the error says who holds it. /healthz cannot tell: while two
-// processes run on a node, the earlier one answers. conditions are the faults with
-// which the holder serves on.
-func Ready() (conditions []string, err error) { return ready(nodeLockName) }
-
-func ready(name string) (conditions []string, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
-	defer cancel()
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", name)
-	if errors.Is(err, unix.ECONNREFUSED) {
-		return nil, errors.New("not ready: no signalbox serves this node yet")
-	}
-	if err != nil {
-		return nil, fmt.Errorf("not ready: cannot ask which signalbox serves this node: %w", err)
-	}
-	defer conn.Close()
-	holder, err := peer(conn.(*net.UnixConn))
-	if err != nil {
-		return nil, fmt.Errorf("not ready: cannot tell which signalbox serves this node: %w", err)
-	}
-	if err := ours(holder); err != nil {
-		return nil, err
-	}
-	return askConditions(ctx, conn), nil
-}
-
-// askConditions returns what the signalbox that serves the node answers in time.
-func askConditions(ctx context.Context, conn net.Conn) []string {
-	deadline, _ := ctx.Deadline()
-	conn.SetDeadline(deadline)
-	if err := send(conn.(*net.UnixConn), wordConditions); err != nil {
-		return nil
-	}
-	text, _ := io.ReadAll(conn) // what came before an error is an answer, too
-	return slices.Collect(strings.Lines(string(text)))
-}
-
-// ours returns nil if a peer is in this PID namespace. The kernel gives 0 for a
-// process that has no number there (unix(7), pid_namespaces(7)).
-func ours(holder *syscall.Ucred) error {
-	if err := trustedUser(holder); err != nil {
-		return fmt.Errorf("not ready: the process that holds the node lock is not signalbox: %w", err)
-	}
-	if holder.Pid == 0 {
-		return errors.New("not ready: a signalbox of another container serves this node yet")
-	}
-	return nil
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon_test
 
 import (
@@ -5,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -29,9 +32,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+var buildFlags []string
+
 var buildOnce = sync.OnceValues(func() (string, error) {
+	if path := os.Getenv("SIGNALBOX"); path != "" { // in the virtual machine
+		return path, nil
+	}
 	path := filepath.Join(programDir, "signalbox")
-	out, err := exec.Command("go", "build", "-o", path, "signalbox/cmd/signalbox").CombinedOutput()
+	args := slices.Concat([]string{"build"}, buildFlags, []string{"-o", path, "signalbox/cmd/signalbox"})
+	out, err := exec.Command("go", args...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon
 
 import (
@@ -7,8 +9,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"signalbox/conntrack"
 	"signalbox/events"
+	"signalbox/explain"
 	"signalbox/health"
+	"signalbox/internal/buildinfo"
 	"signalbox/metrics"
 	"signalbox/node"
 	"signalbox/proxier/plan"
@@ -24,6 +29,7 @@ type observer struct {
 	health   *health.Health
 	services *health.Services
 	servers  *servers
+	explain  *explain.Daemon
 	// conditions are those of the configuration run at work.
 	conditions conditions
 
@@ -38,7 +44,7 @@ type observer struct {
 var started = time.Now()
 
 func newObserver(log *slog.Logger) *observer {
-	o := &observer{metrics: metrics.New()}
+	o := &observer{metrics: metrics.New(), explain: explain.NewDaemon(buildinfo.Version, started)}
 	o.health = health.New(health.Options{Healthz: o.metrics.Healthz, Livez: o.metrics.Livez})
 	o.services = health.NewServices(health.ServiceOptions{
 		Healthy: func() bool { return !o.offersHealthz.Load() || o.health.Healthy() },
@@ -67,17 +73,22 @@ func (o *observer) follow(g *configRun) {
 		o.conditions.set(subject)
 	}
 	o.health.Follow(health.Subject{
-		Progress: g.loop.Progress, Degraded: g.sysctls.names, Conditions: o.conditions.list, SyncPeriod: g.cfg.SyncPeriod, NodeName: g.cfg.NodeName, NodeOptional: g.cfg.SourceDir != "",
+		Progress: g.loop.Progress, Degraded: g.sysctls.names, Conditions: func() []string { return append(o.conditions.list(), g.loop.Drift()...) }, SyncPeriod: g.cfg.SyncPeriod, NodeName: g.cfg.NodeName, NodeOptional: g.cfg.SourceDir != "",
+	})
+	o.explain.Follow(explain.Subject{
+		Environment: explain.Environment{Node: g.cfg.NodeName, Mode: g.choice.Mode.Name(), Origin: origin(g.cfg), Live: true, Link: node.LinkTo},
+		Loop:        g.loop, ModeReason: g.modeReason(), Flows: conntrack.List, Problems: g.problems,
 	})
 	o.services.Serve(g.choice.Families)
 	o.events.Store(g.events)
 	o.offersHealthz.Store(g.cfg.HealthzBindAddress.IsValid())
 }
 
-// reportRejection reports why the configuration file is not in force; nil: it is.
+// reportRejection reports why the changed configuration is not in force; nil: it is.
 func (o *observer) reportRejection(err error) {
 	o.metrics.ConfigurationRejected(err != nil)
 	o.health.ConfigurationRejected(err)
+	o.explain.ConfigurationRejected(err)
 }
 
 // reportNode reports whether no Node object has the name of this node, and what other
@@ -122,10 +133,43 @@ func (o *observer) reportRouteSources(log *slog.Logger, s node.RouteSources) {
 		"leftOut", n, "among them", s.LeftOut[0].String(), "used", len(s.Served), "limitOfFamily", node.MaxRouteSources)
 }
 
+// reportStale reports since when the state of the cluster that is served was not changed,
+// because the API server does not answer; the zero time if it answers.
+func (o *observer) reportStale(since time.Time) {
+	o.metrics.SavedState(since)
+	if since.IsZero() {
+		o.conditions.set(savedState)
+		return
+	}
+	o.conditions.set(savedState, fmt.Sprintf("the API server does not answer; this node serves the saved state of the cluster, whose last change was at %s", since.Format(time.RFC3339)))
+}
+
 func (o *observer) synced(r syncer.SyncReport) {
 	o.metrics.Synced(r)
 	o.health.Synced(r)
 	o.services.Synced(r)
+	o.explain.Synced(r)
+}
+
+// requested reports the end of a request to the API server.
+func (o *observer) requested(resource string, err error) {
+	o.metrics.Source(resource, err)
+	o.explain.Requested(resource, err)
+}
+
+// foreignRules reports whether rules of another service proxy may be in force.
+func (o *observer) foreignRules(family plan.Family, present bool) {
+	o.metrics.ForeignRules(family, present)
+	o.explain.ForeignRules(family, present)
+}
+
+// problems has a line for each fault with which the daemon serves on.
+func (c *configRun) problems() []string {
+	lines := c.observer.conditions.list()
+	for _, name := range c.sysctls.names() {
+		lines = append(lines, "the kernel setting "+name+" is not as it should be")
+	}
+	return lines
 }
 
 // swappableHandler is the log of what outlives a configuration. It writes as the

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon_test
 
 import (
@@ -121,11 +123,14 @@ func TestObservedWithoutAPIServer(t *testing.T) {
 	}
 	write("balanced.yaml", balancedManifest)
 	for range 2 { // the ports are free at once when the program has ended
-		d := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0", "--profiling", "--bind-address-hard-fail")
+		d := startDaemon(t, host, binary, source, "--nodeport-addresses=0.0.0.0/0", "--profiling", "--bind-address-hard-fail", "--status-page")
 		d.answers("http://127.0.0.1:31900/", 200, `"localEndpoints": 1`, `"name": "balanced"`)
 		d.answers("http://127.0.0.1:10256/healthz", 200, `"nodeEligible":true`, `"IPv4":{"lastUpdated"`, `"IPv6":{"lastUpdated"`)
 		d.answers("http://[::1]:10256/livez", 200)
 		d.answers("http://127.0.0.1:10249/proxyMode", 200, "nftables")
+		d.answers("http://127.0.0.1:10249/services", 200, "default/balanced", "<code>10.96.0.20:80/tcp</code>")
+		d.answers("http://127.0.0.1:10249/services/default/balanced", 200, "10.244.2.5:8080")
+		d.answers("http://127.0.0.1:10249/statusz", 200, " /services")
 		d.answers("http://127.0.0.1:10249/flagz", 200, "source="+source, "profiling=true")
 		d.answers("http://127.0.0.1:10249/configz", 200, `"kubeproxy.config.k8s.io":{"kind":"KubeProxyConfiguration"`, `"enableProfiling":true`)
 		d.answers("http://127.0.0.1:10249/debug/pprof/goroutine?debug=1", 200, "health.(*Services).Run")
@@ -180,6 +185,10 @@ func TestUnhealthyDataplane(t *testing.T) {
 	balanced := filepath.Join(source, "balanced.yaml")
 	if err := os.WriteFile(balanced, []byte(balancedManifest), 0o600); err != nil {
 		t.Fatal(err)
+	}
+	// The legacy variant needs the tools for every change.
+	for _, restore := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore"} {
+		node{t, host}.must("*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n", restore)
 	}
 	path, broken := brokenTools(t)
 	d := startDaemonOn(t, path, host, binary, source, "--mode=iptables", "--iptables-sync-period=1s", "--iptables-min-sync-period=1s")

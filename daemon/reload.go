@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon
 
 import (
@@ -11,7 +13,7 @@ import (
 	"signalbox/source/apiserver"
 )
 
-// Change is a changed configuration file: a configuration, or why it is none.
+// Change is a changed configuration file or kubeconfig: a configuration, or why it is none.
 type Change struct {
 	Config *config.Config
 	Err    error
@@ -70,17 +72,17 @@ func (p *daemonState) runUntilChanged(ctx context.Context, cfg *config.Config, c
 			switch {
 			case c.Err != nil:
 				p.reportRejection(c.Err)
-				log.Error("the configuration file has changed and cannot be used; what was in force before stays so", "error", c.Err)
-			case rejected && reflect.DeepEqual(c.Config.KubeProxy, cfg.KubeProxy):
+				log.Error("the configuration has changed and cannot be used; what was in force before stays so", "error", c.Err)
+			case rejected && same(c.Config, cfg):
 				p.observer.reportRejection(nil)
-				log.Info("the configuration file says again what is in force")
+				log.Info("the configuration says again what is in force")
 			default:
 				trial, stop := context.WithCancel(ctx)
 				works, giveUp = p.awaitServable(trial, c.Config, log), stop
 			}
 			rejected = c.Err != nil || works != nil
 		case next := <-works:
-			log.Info("the configuration file has changed and takes effect")
+			log.Info("the configuration has changed and takes effect")
 			p.observer.reportRejection(nil)
 			cancel()
 			if err := <-ended; err != nil {
@@ -89,6 +91,11 @@ func (p *daemonState) runUntilChanged(ctx context.Context, cfg *config.Config, c
 			return next, nil
 		}
 	}
+}
+
+// same says whether two configurations ask for the same, of the same API server.
+func same(a, b *config.Config) bool {
+	return reflect.DeepEqual(a.KubeProxy, b.KubeProxy) && a.KubeconfigDigest == b.KubeconfigDigest
 }
 
 // reportRejection reports that a changed file is not in force: in metrics, health and
@@ -124,7 +131,7 @@ func (p *daemonState) awaitServable(ctx context.Context, cfg *config.Config, log
 			}
 			if time.Since(said) >= repeatAfter {
 				said = time.Now()
-				log.Error("the configuration file has changed and cannot be served; what was in force before stays so, and it is tried again", "error", err)
+				log.Error("the configuration has changed and cannot be served; what was in force before stays so, and it is tried again", "error", err)
 			}
 			if !wait.For(ctx, pause) {
 				return
@@ -140,7 +147,7 @@ func servable(ctx context.Context, cfg *config.Config) error {
 	if _, err := choose(cfg, slog.New(slog.DiscardHandler)); err != nil || cfg.SourceDir != "" {
 		return err
 	}
-	client, err := apiserver.Client(clientOptions(cfg))
+	client, err := apiserver.Client(clientOptions(cfg, nil))
 	if err != nil {
 		return err
 	}

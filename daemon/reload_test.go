@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon_test
 
 import (
@@ -271,6 +273,13 @@ func answers(t *testing.T, from *netlab.Host, at netip.AddrPort, within time.Dur
 // start runs a program until the test ends, and hears what it logs.
 func start(t *testing.T, on *netlab.Host, program string, args ...string) *heard {
 	t.Helper()
+	_, log := startProcess(t, on, program, args...)
+	return log
+}
+
+// startProcess is start, and returns the process as well.
+func startProcess(t *testing.T, on *netlab.Host, program string, args ...string) (*os.Process, *heard) {
+	t.Helper()
 	var log heard
 	cmd := exec.Command(program, args...)
 	cmd.Stderr = &log
@@ -286,7 +295,7 @@ func start(t *testing.T, on *netlab.Host, program string, args ...string) *heard
 			t.Logf("it logged:\n%s", log.text.String())
 		}
 	})
-	return &log
+	return cmd.Process, &log
 }
 
 const deadServer = `apiVersion: v1

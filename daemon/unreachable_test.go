@@ -1,12 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package daemon_test
 
 import (
 	"bytes"
+	"encoding/base64"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,6 +25,10 @@ import (
 // node1 and to take Events.
 type apiServer struct {
 	rejections atomic.Int32 // Events that say that a configuration is not in force
+	// token is the only one that is accepted; nil accepts everybody.
+	token   atomic.Pointer[string]
+	refused atomic.Int32
+	watches atomic.Int32 // that were accepted
 }
 
 var apiLists = map[string]string{
@@ -34,6 +43,12 @@ var apiLists = map[string]string{
 }
 
 func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if token := a.token.Load(); token != nil && r.Header.Get("Authorization") != "Bearer "+*token {
+		a.refused.Add(1)
+		w.WriteHeader(http.StatusUnauthorized)
+		_, _ = io.WriteString(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Unauthorized","code":401}`)
+		return
+	}
 	if r.Method == http.MethodPost {
 		body, _ := io.ReadAll(r.Body)
 		if bytes.Contains(body, []byte("ConfigurationRejected")) {
@@ -54,6 +69,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusBadRequest)
 		_, _ = io.WriteString(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"BadRequest","code":400}`)
 	case q.Get("watch") != "":
+		a.watches.Add(1)
 		w.WriteHeader(http.StatusOK)
 		_ = http.NewResponseController(w).Flush()
 		<-r.Context().Done()
@@ -76,6 +92,22 @@ func (a *apiServer) at(t *testing.T, on *netlab.Host, addr string) {
 		}
 	}()
 	t.Cleanup(func() { s.Close() })
+}
+
+// securelyAt is at with TLS, without which a client does not send its token. It returns the
+// certificate that clients must trust, for a kubeconfig.
+func (a *apiServer) securelyAt(t *testing.T, on *netlab.Host, addr string) (ca string) {
+	t.Helper()
+	l, err := on.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewUnstartedServer(a)
+	s.Listener.Close()
+	s.Listener = l
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return base64.StdEncoding.EncodeToString(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}))
 }
 
 // A changed file that names an API server that does not answer costs nothing
@@ -140,6 +172,47 @@ func TestUnreachableAPIServer(t *testing.T) {
 	second.at(t, node, "127.0.0.1:6444")
 	rejected(false)
 	eventually(t, "the change takes effect", func() bool { return log.count("level=INFO msg=synced family=IPv4") == 3 })
+	if asked, failed := end(); len(failed) > 0 {
+		t.Errorf("of %d probes %d were not answered with 200: %v", asked, len(failed), errors.Join(failed[:min(5, len(failed))]...))
+	}
+}
+
+// TestKubeconfigIsReadAgain: the token in a kubeconfig is replaced. A wrong one changes
+// nothing. The right one takes effect without a restart, and probes notice nothing.
+func TestKubeconfigIsReadAgain(t *testing.T) {
+	t.Parallel()
+	node := newNode(t)
+	var api apiServer
+	api.token.Store(new("first"))
+	ca := api.securelyAt(t, node, "127.0.0.1:6443")
+	path := filepath.Join(t.TempDir(), "kubeconfig")
+	write := func(token string) {
+		t.Helper()
+		text := strings.NewReplacer(`"http://127.0.0.1:1"`, `"https://127.0.0.1:6443", certificate-authority-data: `+ca, "user: {}", "user: {token: "+token+"}").Replace(deadServer)
+		if err := errors.Join(os.WriteFile(path+".new", []byte(text), 0o600), os.Rename(path+".new", path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("first")
+	log := start(t, node, build(t), "--kubeconfig", path, "--mode=nftables", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16",
+		"--nodeport-addresses=0.0.0.0/0", "--conntrack-max-per-core=0", "--oom-score-adj=0")
+	const healthz, check = "http://127.0.0.1:10256/healthz", "http://127.0.0.1:31900/"
+	eventually(t, "it serves", func() bool {
+		return log.count("level=INFO msg=synced") == 2 && strings.Contains(page(node, check), `"localEndpoints": 1`) && strings.Contains(page(node, healthz), `"healthy":true`)
+	})
+	end := probe(t, node, healthz, check)
+
+	api.token.Store(new("second"))
+	write("wrong")
+	eventually(t, "the wrong token is rejected", func() bool { return strings.Contains(page(node, healthz), "the credentials are not accepted") })
+	if n := log.count("msg=starting"); n != 1 || api.refused.Load() == 0 {
+		t.Errorf("it started %d times, and %d requests were refused", n, api.refused.Load())
+	}
+	watches := api.watches.Load()
+	write("second")
+	eventually(t, "the right token takes effect", func() bool {
+		return log.count("level=INFO msg=synced family=IPv4") == 2 && api.watches.Load() >= watches+4 && !strings.Contains(page(node, healthz), "configurationRejected")
+	})
 	if asked, failed := end(); len(failed) > 0 {
 		t.Errorf("of %d probes %d were not answered with 200: %v", asked, len(failed), errors.Join(failed[:min(5, len(failed))]...))
 	}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package events writes Kubernetes Events (events.k8s.io/v1) about Services and
 // this node. It uses kube-proxy's reasons where kube-proxy has some, and needs no
 // right that kube-proxy does not have.
@@ -137,9 +139,9 @@ func (r *Recorder) MetricsFailed(err error) {
 	r.node(corev1.EventTypeWarning, "FailedToStartMetricServer", err.Error())
 }
 
-// ConfigurationRejected reports that a changed configuration file is not in force.
+// ConfigurationRejected reports that a changed configuration file or kubeconfig is not in force.
 func (r *Recorder) ConfigurationRejected(err error) {
-	r.node(corev1.EventTypeWarning, "ConfigurationRejected", fmt.Sprintf("the changed configuration file is not in force, what it said before is: %v", err))
+	r.node(corev1.EventTypeWarning, "ConfigurationRejected", fmt.Sprintf("the changed configuration is not in force, the one before is: %v", err))
 }
 
 // HealthCheckFailed reports that a Service's healthCheckNodePort cannot be

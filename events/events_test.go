@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package events
 
 import (
@@ -155,7 +157,7 @@ func TestEvents(t *testing.T) {
 		}},
 		{"the configuration", func(r *Recorder) { r.ConfigurationRejected(errors.New("no")) }, "default", eventsv1.Event{
 			Type: "Warning", Reason: "ConfigurationRejected", Action: "StartKubeProxy",
-			Note:      "the changed configuration file is not in force, what it said before is: no",
+			Note:      "the changed configuration is not in force, the one before is: no",
 			Regarding: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: "node1", UID: "node1"},
 		}},
 		{"a health check", func(r *Recorder) { r.HealthCheckFailed(web, 31000, errors.New("in use")) }, "shop", eventsv1.Event{

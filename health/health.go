@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package health
 
 import (
@@ -51,7 +53,7 @@ type Health struct {
 	subject Subject
 	updated map[plan.Family]time.Time
 	node    nodeState
-	// rejected is the reason why the configuration file is not in force.
+	// rejected is the reason why the changed configuration is not in force.
 	rejected string
 }
 
@@ -90,7 +92,7 @@ func (h *Health) Follow(s Subject) {
 	h.subject = s
 }
 
-// ConfigurationRejected sets the reason why the configuration file is not in force;
+// ConfigurationRejected sets the reason why the changed configuration is not in force;
 // nil clears it. It does not change the status: the configuration in force works.
 func (h *Health) ConfigurationRejected(err error) {
 	h.mu.Lock()

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -50,18 +52,26 @@ func moved(desired *plan.Plan, n int) plan.Change {
 	return plan.Change{Services: []plan.ServicePortName{sp.Name}}
 }
 
+// writers are what writes rules: the tools of a variant, or netlink.
+var writers = []struct {
+	name    string
+	backend Backend
+	netlink bool
+}{{"legacy", Legacy, false}, {"nft", NFT, true}, {"nft-tools", NFT, false}}
+
 // kernelSizes are numbers of Services.
 var kernelSizes = []int{1000, 10000}
 
 func BenchmarkSyncCold(b *testing.B) {
-	for _, backend := range []Backend{Legacy, NFT} {
+	for _, w := range writers {
 		for _, services := range kernelSizes {
-			b.Run(fmt.Sprintf("%s/%d", backend, services), func(b *testing.B) {
+			b.Run(fmt.Sprintf("%s/%d", w.name, services), func(b *testing.B) {
 				desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
 				for b.Loop() {
 					b.StopTimer()
 					nstest.Enter(b)
-					p := newProxier(b, plan.IPv4, backend)
+					p := newProxier(b, plan.IPv4, w.backend)
+					p.triedNetlink = !w.netlink
 					b.StartTimer()
 					mustSync(b, p, desired, plan.Change{All: true})
 				}
@@ -71,12 +81,13 @@ func BenchmarkSyncCold(b *testing.B) {
 }
 
 func BenchmarkSyncOne(b *testing.B) {
-	for _, backend := range []Backend{Legacy, NFT} {
+	for _, w := range writers {
 		for _, services := range kernelSizes {
-			b.Run(fmt.Sprintf("%s/%d", backend, services), func(b *testing.B) {
+			b.Run(fmt.Sprintf("%s/%d", w.name, services), func(b *testing.B) {
 				nstest.Enter(b)
 				desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
-				p := newProxier(b, plan.IPv4, backend)
+				p := newProxier(b, plan.IPv4, w.backend)
+				p.triedNetlink = !w.netlink
 				mustSync(b, p, desired, plan.Change{All: true})
 				b.ResetTimer()
 				for n := 0; b.Loop(); n++ {
@@ -103,5 +114,29 @@ func BenchmarkCounts(b *testing.B) {
 				p.Counts()
 			}
 		})
+	}
+}
+
+// BenchmarkCompare compares the kernel with the rules of one Service port, as `signalbox
+// explain` does, and with all, as `signalbox diff` does.
+func BenchmarkCompare(b *testing.B) {
+	for _, backend := range []Backend{Legacy, NFT} {
+		for _, services := range kernelSizes {
+			desired := conformance.Fleet(plan.IPv4, services, endpointsEach)
+			one := conformance.FleetService(plan.IPv4, 7, 0, endpointsEach).Name
+			for name, about := range map[string][]plan.ServicePortName{"one": {one}, "all": nil} {
+				b.Run(fmt.Sprintf("%s/%d/%s", backend, services, name), func(b *testing.B) {
+					nstest.Enter(b)
+					p := newProxier(b, plan.IPv4, backend)
+					mustSync(b, p, desired, plan.Change{All: true})
+					for b.Loop() {
+						c, err := p.Compare(context.Background(), about...)
+						if err != nil || len(c.Differences) > 0 || (len(c.Holds) > 0) != (about != nil) {
+							b.Fatalf("compared %+v, %v", c, err)
+						}
+					}
+				})
+			}
+		}
 	}
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -21,8 +23,8 @@ var stepTables = [3]table{filter, nat, filter}
 
 // change compares what was compiled with the state, and changes the trees.
 //
-// The two tables cannot change at the same time, and no packet may pass
-// between them. So first the filter table refuses what the old or the new state
+// With iptables-restore the two tables cannot change at the same time, and no
+// packet may pass between them. So first the filter table refuses what the old or the new state
 // refuses. Then the nat table changes. Then the filter table refuses what the
 // new state refuses. Its rules take no packet that has an endpoint. Most changes
 // need only one of the three steps.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -23,6 +25,9 @@ type ownedChains struct {
 	// keepUsed keeps the rules of chains that other software uses; otherwise
 	// such a chain is emptied.
 	keepUsed bool
+	// names has the chains that the jumps need, if their names are known: a table
+	// without any of them has nothing to remove.
+	names []string
 }
 
 var nothing = ownedChains{has: func(_, _ string) bool { return false }}
@@ -43,6 +48,7 @@ var uniquelyOurs = ownedChains{
 			return false
 		}
 		return chain == externalPortsChain || chain == hairpinChain || chain == routeSourcesChain || strings.HasPrefix(chain, digestPrefix) ||
+			strings.HasPrefix(chain, probeChain) || // of a process that was killed
 			slices.ContainsFunc(treeShapes[:], func(shape treeShape) bool { return strings.HasPrefix(chain, shape.prefix) })
 	},
 	keepUsed: true,
@@ -52,18 +58,19 @@ var uniquelyOurs = ownedChains{
 // kube-proxy notices by its absence that somebody flushed its rules.
 const canaryChain = "KUBE-PROXY-CANARY"
 
+var chainsOfOtherModes = []string{
+	canaryChain,
+	// ipvs mode
+	"KUBE-LOAD-BALANCER", "KUBE-NODE-PORT", "KUBE-SOURCE-RANGES-FIREWALL", "KUBE-IPVS-FILTER", "KUBE-IPVS-OUT-FILTER",
+	// userspace mode, up to Kubernetes 1.25
+	"KUBE-PORTALS-CONTAINER", "KUBE-PORTALS-HOST", "KUBE-NODEPORT-CONTAINER", "KUBE-NODEPORT-HOST", "KUBE-NODEPORT-NON-LOCAL",
+}
+
 // otherModes is what kube-proxy has in the tables in any mode, and this mode
 // never has.
 var otherModes = ownedChains{
-	has: func(_, chain string) bool {
-		return slices.Contains([]string{
-			canaryChain,
-			// ipvs mode
-			"KUBE-LOAD-BALANCER", "KUBE-NODE-PORT", "KUBE-SOURCE-RANGES-FIREWALL", "KUBE-IPVS-FILTER", "KUBE-IPVS-OUT-FILTER",
-			// userspace mode, up to Kubernetes 1.25
-			"KUBE-PORTALS-CONTAINER", "KUBE-PORTALS-HOST", "KUBE-NODEPORT-CONTAINER", "KUBE-NODEPORT-HOST", "KUBE-NODEPORT-NON-LOCAL",
-		}, chain)
-	},
+	has:   func(_, chain string) bool { return slices.Contains(chainsOfOtherModes, chain) },
+	names: chainsOfOtherModes,
 	jumps: []jump{
 		{filter, "INPUT", proxyFirewallChain, false, "kube-proxy firewall rules"},
 		{filter, "FORWARD", proxyFirewallChain, false, "kube-proxy firewall rules"},
@@ -93,11 +100,14 @@ var markerRules = []string{
 
 // wrote says whether the rules of Services are this mode's.
 func wrote(ctx context.Context, t *xtables.Tools) (bool, error) {
-	if !slices.Contains(t.Tables(), filter.String()) {
+	if !t.HasChain(ctx, filter.String(), servicesChain) {
 		return false, nil
 	}
-	l, err := t.List(ctx, filter.String(), isOurs, markerRules...)
-	return err == nil && l.Marked, err
+	rules, err := t.ListChain(ctx, filter.String(), servicesChain)
+	if err != nil {
+		return false, fmt.Errorf("find out who wrote the rules: %w", err)
+	}
+	return slices.ContainsFunc(markerRules, func(marker string) bool { return slices.Contains(rules, marker) }), nil
 }
 
 // KubeProxy implements proxier.Mode. Rules of kube-proxy's ipvs mode use its ipsets,
@@ -118,11 +128,21 @@ func (Dataplane) KubeProxy() []proxier.Remnant {
 // HasKubeProxy says whether kube-proxy has written rules since they were last
 // removed. A running kube-proxy writes changes at once, and its canaries half a
 // minute later. In the active backend the names of the other chains do not tell.
+//
+// The daemon asks every minute. So the kernel is asked first, and the tools only
+// about a chain that it names.
 func HasKubeProxy(ctx context.Context, f plan.Family, active Backend) bool {
 	return slices.ContainsFunc(xtables.Backends, func(b Backend) bool {
-		t, err := xtables.Find(f, b)
-		return err == nil && (t.HasChain(ctx, "mangle", canaryChain) || b != active && t.HasChain(ctx, nat.String(), servicesChain))
+		return hasChain(ctx, f, b, "mangle", canaryChain) || b != active && hasChain(ctx, f, b, nat.String(), servicesChain)
 	})
+}
+
+func hasChain(ctx context.Context, f plan.Family, b Backend, table, chain string) bool {
+	if !xtables.MayHaveChain(f, b, table, chain) {
+		return false
+	}
+	t, err := xtables.Find(f, b)
+	return err == nil && t.HasChain(ctx, table, chain)
 }
 
 // Cleanup removes from both variants what this mode wrote: the jumps and the
@@ -224,7 +244,7 @@ func withoutTools(f plan.Family) error {
 func remove(ctx context.Context, t *xtables.Tools, o ownedChains) (removed bool, err error) {
 	var script xtables.Script
 	for _, table := range []string{"mangle", nat.String(), filter.String()} {
-		if !slices.Contains(t.Tables(), table) {
+		if !slices.Contains(t.Tables(), table) || !o.mayBeIn(t, table) {
 			continue
 		}
 		l, err := t.List(ctx, table, func(chain string) bool { return o.has(table, chain) })
@@ -236,6 +256,14 @@ func remove(ctx context.Context, t *xtables.Tools, o ownedChains) (removed bool,
 		script.Add(table, chains, builtin...)
 	}
 	return removed, t.Apply(ctx, script)
+}
+
+// mayBeIn asks the kernel for chains with known names. A listing by the tools takes seconds
+// where there are thousands of Services.
+func (o *ownedChains) mayBeIn(t *xtables.Tools, table string) bool {
+	return o.names == nil || slices.ContainsFunc(o.names, func(name string) bool {
+		return xtables.MayHaveChain(t.Family, t.Backend, table, name)
+	})
 }
 
 // removal removes the owned chains from a table, or empties those that other

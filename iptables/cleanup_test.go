@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -9,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"signalbox/internal/nstest"
+	"signalbox/internal/xtables"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -151,6 +154,23 @@ func TestCleanupKubeProxyInUse(t *testing.T) {
 	})
 }
 
+// TestCleanupKubeProxyReadsNothing: beside this mode's rules no table is listed, unless the
+// kernel has a chain of kube-proxy. A listing reads all rules.
+func TestCleanupKubeProxyReadsNothing(t *testing.T) {
+	eachFamilyOfNFT(t, func(t *testing.T, p *Proxier) {
+		mustSync(t, p, newWorld(p.opts.Family, 5).plan(30), plan.Change{All: true})
+		whileNoToolStarts(p, func() {
+			if removed, err := remove(t.Context(), p.tools, otherModes); removed || err != nil {
+				t.Errorf("without kube-proxy: %v, %v", removed, err)
+			}
+		})
+		run(t, "*filter\n:KUBE-NODE-PORT - [0:0]\nCOMMIT\n", p.tools.Restore, "--noflush")
+		if removed, err := remove(t.Context(), p.tools, otherModes); !removed || err != nil {
+			t.Errorf("with a chain of kube-proxy: %v, %v", removed, err)
+		}
+	})
+}
+
 // Without the tools, rules that are there are not taken for none.
 func TestCleanupWithoutTools(t *testing.T) {
 	for _, f := range plan.Families {
@@ -176,6 +196,26 @@ func TestCleanupAfterEarlierVersions(t *testing.T) {
 			t.Fatalf("something was removed: %v, %v", removed, err)
 		}
 		if after := wholeSave(t, p); strings.Contains(after, "KUBE-SVC") || strings.Contains(after, servicesChain) {
+			t.Errorf("Cleanup leaves\n%s", after)
+		}
+	})
+}
+
+// A process that was killed while it asked the kernel leaves chains that nothing else
+// tells from kube-proxy's.
+func TestCleanupAfterProbe(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		var left xtables.Script
+		for table, rules := range ruleForms(p.opts.Family) {
+			left.Add(table, []chain{{Name: probeChain}, {Name: probeChain + "-T", Level: 1, Rules: rules}})
+		}
+		if err := p.tools.Apply(t.Context(), left); err != nil {
+			t.Fatal(err)
+		}
+		if removed, err := Cleanup(p.opts.Family); err != nil || !removed {
+			t.Fatalf("something was removed: %v, %v", removed, err)
+		}
+		if after := wholeSave(t, p); strings.Contains(after, probeChain) {
 			t.Errorf("Cleanup leaves\n%s", after)
 		}
 	})

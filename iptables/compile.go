@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -14,6 +16,7 @@ import (
 
 // serviceRules is all that one ServicePort puts into the kernel.
 type serviceRules struct {
+	port    *plan.ServicePort // nil in noRules
 	chains  [tableCount][]chain
 	entries []*entry
 	digests [tableCount]digest
@@ -42,7 +45,7 @@ type compiled struct {
 type nodeRules struct {
 	node   plan.Node
 	static [tableCount][]chain
-	roots  [treeCount][]string // see rootRules
+	roots  [treeCount]rootRules
 }
 
 // noRules are those of a Service port that is not there.
@@ -59,14 +62,15 @@ type compiler struct {
 	packetMark  uint32
 	pods        []podMatch
 	dropInvalid bool // see staticChains
+	resetStrays bool // see plan.Node
 }
 
-func newCompiler(opts proxier.Options, pods plan.LocalPods, dropInvalid bool) (*compiler, error) {
-	matches, err := podMatches(pods)
+func newCompiler(opts proxier.Options, node *plan.Node, dropInvalid bool) (*compiler, error) {
+	matches, err := podMatches(node.LocalPods)
 	if opts.MasqueradeMark == 0 {
 		opts.MasqueradeMark = proxier.DefaultMasqueradeMark
 	}
-	return &compiler{opts.Family, opts.MasqueradeMark, matches, dropInvalid}, err
+	return &compiler{opts.Family, opts.MasqueradeMark, matches, dropInvalid, node.ResetStrays}, err
 }
 
 // compile compiles what the change names.
@@ -80,7 +84,7 @@ func (c *compiler) compile(desired *plan.Plan, change plan.Change) compiled {
 	}
 	if change.Node {
 		node := cloneNode(desired.Node)
-		out.node = &nodeRules{node, c.staticChains(&node), rootRules(c.family, &node)}
+		out.node = &nodeRules{node, c.staticChains(&node), rootRulesOf(c.family, &node)}
 	}
 	return out
 }
@@ -90,6 +94,7 @@ func cloneNode(n plan.Node) plan.Node {
 	n.OwnPods = slices.Clone(n.OwnPods)
 	n.NodePortAddrs.Addrs = slices.Clone(n.NodePortAddrs.Addrs)
 	n.RouteSources = slices.Clone(n.RouteSources)
+	n.Bypass = slices.Clone(n.Bypass)
 	n.ServiceCIDRs = nil // no rule depends on them
 	return n
 }
@@ -99,7 +104,7 @@ func cloneNode(n plan.Node) plan.Node {
 func needsFull(old, next *plan.Node) bool {
 	a, b := &old.LocalPods, &next.LocalPods
 	return !slices.Equal(a.Prefixes, b.Prefixes) || a.Interface != b.Interface || a.InterfacePrefix != b.InterfacePrefix ||
-		!slices.Equal(old.OwnPods, next.OwnPods)
+		!slices.Equal(old.OwnPods, next.OwnPods) || old.ResetStrays != next.ResetStrays
 }
 
 // maxRun is the number of endpoints up to which a chain holds them one after
@@ -109,7 +114,7 @@ const maxRun = 128
 
 func (c *compiler) servicePort(sp *plan.ServicePort) *serviceRules {
 	b := builder{
-		compiler: c, serviceRules: &serviceRules{}, sp: sp, name: sp.Name.String(), proto: sp.Name.Protocol.String(), owners: []string{sp.Name.String()},
+		compiler: c, serviceRules: &serviceRules{port: sp}, sp: sp, name: sp.Name.String(), proto: sp.Name.Protocol.String(), owners: []string{sp.Name.String()},
 		dispatchers: map[dispatcher]string{}, endpoints: map[netip.AddrPort]bool{}, hairpins: map[netip.Addr]bool{},
 	}
 	b.nameSets()

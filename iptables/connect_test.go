@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -12,7 +14,9 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
+	"signalbox/internal/netlab"
 	"signalbox/proxier/plan"
 )
 
@@ -35,8 +39,10 @@ func loneHost(t *testing.T, family plan.Family, ports ...uint16) netip.Addr {
 	must(t, err)
 	link, err := netlink.LinkByName("out")
 	must(t, err)
-	ip := &net.IPNet{IP: host.AsSlice(), Mask: net.CIDRMask(bits, bits)}
-	must(t, netlink.AddrAdd(lo, &netlink.Addr{IPNet: ip, Flags: syscall.IFA_F_NODAD}))
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	must(t, err)
+	defer nl.Close()
+	must(t, netlab.AddAddr(nl, lo, netip.PrefixFrom(host, bits)))
 	dst, err := netlink.ParseIPNet(route)
 	must(t, err)
 	must(t, netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: dst, Scope: netlink.SCOPE_LINK}))

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package iptables is the mode that programs Services as iptables rules, with
 // the legacy or the nft variant of the tools, whichever the node uses.
 //
@@ -9,7 +11,7 @@
 //   - compile.go: a ServicePort becomes chains of its own and entries of trees
 //   - restrict.go: traffic sources, source ranges, reject and drop
 //   - static.go: what depends on no Service: jumps, masquerade, root rules
-//   - change.go: the difference to the state becomes a script for iptables-restore
+//   - change.go: the difference to the state becomes a script of chains
 //   - state.go: what the kernel holds, and how a new process recognises it
 //   - tree.go, treechains.go: the dispatch trees lead a new connection to the
 //     chains of its Service in a number of steps that grows with the logarithm
@@ -18,7 +20,8 @@
 //   - kernel.go: what the kernel can do, and the settings that it needs
 //   - cleanup.go: the removal of what this mode and kube-proxy wrote
 //
-// Package internal/xtables runs the tools.
+// Package internal/xtables writes the script: with iptables-restore or, in the nft variant,
+// through netlink.
 //
 // The chains that hang on the kernel's hooks, and the rules that jump to them,
 // are kube-proxy's, name by name and comment by comment. All other chains have

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -6,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -86,10 +89,15 @@ func probe(t *xtables.Tools, all []feature) error {
 			continue
 		}
 		unsupported.Missing, unsupported.Remedy, unsupported.Err = f.name, "load the module or choose another mode", err
-		if errors.Is(err, xtables.ErrNotPermitted) {
+		switch {
+		case errors.Is(err, xtables.ErrNotPermitted):
 			unsupported.Missing, unsupported.Remedy = "the capability CAP_NET_ADMIN", "run as root or give it to the container"
-		} else if err := tryRules(ctx, t, feature{table: f.table, rule: " -j RETURN"}); err != nil {
-			unsupported.Missing, unsupported.Err = fmt.Sprintf("the table %s of the %s variant", f.table, t.Backend), err
+		case errors.Is(err, xtables.ErrNoLock):
+			unsupported.Missing, unsupported.Remedy = "the lock /run/xtables.lock", "mount the host's file into the container, or let this process write to /run"
+		default:
+			if err := tryRules(ctx, t, feature{table: f.table, rule: " -j RETURN"}); err != nil {
+				unsupported.Missing, unsupported.Err = fmt.Sprintf("the table %s of the %s variant", f.table, t.Backend), err
+			}
 		}
 		break
 	}
@@ -114,6 +122,50 @@ func tryRules(ctx context.Context, t *xtables.Tools, tried ...feature) error {
 		err = removeErr
 	}
 	return err
+}
+
+// tryNetlink lets changes of chains go to the kernel without the tools, if it can.
+func (p *Proxier) tryNetlink(ctx context.Context) {
+	if err := p.tools.UseNetlink(ctx, p.log, probeChain, ruleForms(p.opts.Family)); err != nil {
+		p.log.DebugContext(ctx, "The iptables tools write all changes, not netlink", "family", p.opts.Family.String(), "err", err)
+	}
+}
+
+// ruleForms are examples of all rules that this mode writes. The match on ports of SCTP
+// is not among them: a kernel without it serves the other protocols.
+func ruleForms(f plan.Family) map[string][]string {
+	address, prefix, wholeBytes, digit, endpoint := "192.0.2.1", "192.0.2.0/23", "192.0.2.0/24", "0.0.0.3/0.0.0.15", "192.0.2.1:8080"
+	if f == plan.IPv6 {
+		address, prefix, wholeBytes, digit, endpoint = "2001:db8::1", "2001:db8::/33", "2001:db8::/64", "::3/::f", "[2001:db8::1]:8080"
+	}
+	const toChain = " -j " + probeChain
+	single := netip.MustParseAddr(address)
+	recent := " -m recent --name " + probeChain
+	dnat := " -j DNAT --to-destination " + endpoint
+	return map[string][]string{
+		nat.String(): {
+			fromNode + " -j RETURN", notFromNode + toChain, " -m addrtype ! --dst-type LOCAL" + toChain,
+			destination(single) + " -p tcp -m tcp --dport 80" + comment("two words") + toChain,
+			" -d " + digit + " -p udp -m udp --dport 4096:8191 -g " + probeChain,
+			" -s " + prefix + " -j RETURN", " ! -s " + wholeBytes + " -j RETURN",
+			" -i eth0 -j RETURN", " ! -i eth0 -j RETURN", " -i veth+ -j RETURN", " ! -i veth+ -j RETURN",
+			" -o eth0 -d " + prefix + " -j SNAT --to-source " + address + randomFully,
+			" -p tcp" + chance(1, 3) + dnat,
+			recent + " --rcheck --seconds 10800 --reap --rsource" + toChain,
+			" -p udp" + recent + " --set --rsource" + dnat,
+			" -j MARK --or-mark 0x4000", " -m mark ! --mark 0x4000/0x4000 -j RETURN", " -j MARK --xor-mark 0x4000",
+			source(single) + " ! -d " + prefix + comment("word") + " -m conntrack --ctstate DNAT ! --ctorigsrc " + wholeBytes + " -j MASQUERADE" + randomFully,
+		},
+		filter.String(): {
+			" -m conntrack --ctstate INVALID -j DROP",
+			comment("two words") + " -m mark --mark 0x4000/0x4000 -j ACCEPT",
+			comment("two words") + " -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+			" -m conntrack --ctstate DNAT --ctstatus CONFIRMED -j ACCEPT",
+			" -m addrtype --dst-type LOCAL" + toChain,
+			" -j REJECT",
+			destination(single) + " -p tcp -m tcp --dport 80" + midStream + comment("word") + rejectReset,
+		},
+	}
 }
 
 // dropInvalid asks the kernel: see staticChains.
@@ -176,7 +228,7 @@ const routeLocalnet = "net/ipv4/conf/all/route_localnet"
 // and Pods, if these are wanted. It is never undone: other software may need
 // it by then. If the setting cannot be made, everything else is served.
 func (p *Proxier) prepareNode(wanted *plan.Node) error {
-	if !wanted.LocalhostNodePorts || p.opts.Family != plan.IPv4 {
+	if !p.opensLoopback(wanted) {
 		p.problems = nil
 		return nil
 	}
@@ -185,7 +237,9 @@ func (p *Proxier) prepareNode(wanted *plan.Node) error {
 		return err
 	}
 	// Before the kernel is opened.
-	if err := addLocalnetFirewall(client); err != nil {
+	written, err := addLocalnetFirewall(client)
+	p.tools.Wrote(written)
+	if err != nil {
 		return err
 	}
 	p.problems = nil
@@ -193,6 +247,11 @@ func (p *Proxier) prepareNode(wanted *plan.Node) error {
 		p.problems = []*node.KernelProblem{problem}
 	}
 	return nil
+}
+
+// opensLoopback says whether the kernel routes packets of other hosts to 127.0.0.1.
+func (p *Proxier) opensLoopback(n *plan.Node) bool {
+	return n.LocalhostNodePorts && p.opts.Family == plan.IPv4
 }
 
 // firewallRule keeps other hosts from talking to 127.0.0.1, which the kernel
@@ -204,25 +263,48 @@ var firewallRule = []string{
 	"-m", "conntrack", "!", "--ctstate", "RELATED,ESTABLISHED,DNAT", "-j", "DROP",
 }
 
-// addLocalnetFirewall adds firewallRule to the chain shared with the kubelet.
-func addLocalnetFirewall(client *iptables.IPTables) error {
+// addLocalnetFirewall adds firewallRule to the chain shared with the kubelet. It returns the
+// number of chains and rules that it added.
+func addLocalnetFirewall(client *iptables.IPTables) (added int, err error) {
 	table := filter.String()
-	exists, err := client.ChainExists(table, firewallChain)
-	if err == nil && !exists {
-		err = client.NewChain(table, firewallChain)
+	add := func(exists bool, checked error, write func() error) {
+		if err = checked; err == nil && !exists {
+			added++
+			err = write()
+		}
 	}
+	exists, checked := client.ChainExists(table, firewallChain)
+	add(exists, checked, func() error { return client.NewChain(table, firewallChain) })
 	if err == nil {
-		err = client.AppendUnique(table, firewallChain, firewallRule...)
+		exists, checked = client.Exists(table, firewallChain, firewallRule...)
+		add(exists, checked, func() error { return client.Append(table, firewallChain, firewallRule...) })
 	}
 	for _, from := range []string{"OUTPUT", "INPUT"} {
 		if err == nil {
-			err = client.InsertUnique(table, from, 1, "-j", firewallChain)
+			exists, checked = client.Exists(table, from, "-j", firewallChain)
+			add(exists, checked, func() error { return client.Insert(table, from, 1, "-j", firewallChain) })
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("chain %s: %w", firewallChain, err)
+		return added, fmt.Errorf("chain %s: %w", firewallChain, err)
 	}
-	return nil
+	return added, nil
+}
+
+// hasLocalnetFirewall says whether the rules of addLocalnetFirewall are there.
+func hasLocalnetFirewall(client *iptables.IPTables) (bool, error) {
+	table := filter.String()
+	exists, err := client.ChainExists(table, firewallChain)
+	if err != nil || !exists {
+		return false, err
+	}
+	exists, err = client.Exists(table, firewallChain, firewallRule...)
+	for _, from := range []string{"OUTPUT", "INPUT"} {
+		if err == nil && exists {
+			exists, err = client.Exists(table, from, "-j", firewallChain)
+		}
+	}
+	return exists, err
 }
 
 // KernelProblems implements proxier.Proxier. The next Sync that writes everything

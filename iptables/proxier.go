@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -5,10 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
+	"sync"
+	"time"
 
 	"github.com/coreos/go-iptables/iptables"
 
+	"signalbox/internal/wait"
 	"signalbox/internal/xtables"
 	"signalbox/node"
 	"signalbox/proxier"
@@ -38,7 +44,7 @@ func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err
 // Render implements proxier.Mode. It returns the input of iptables-restore,
 // without the jumps from built-in chains.
 func (Dataplane) Render(opts proxier.Options, plan *plan.Plan) (string, error) {
-	c, err := newCompiler(opts, plan.Node.LocalPods, true)
+	c, err := newCompiler(opts, &plan.Node, true)
 	if err != nil {
 		return "", fmt.Errorf("render %s rules: %w", Mode, err)
 	}
@@ -82,6 +88,7 @@ type Proxier struct {
 	proxier.Defaults
 	opts  proxier.Options
 	tools *xtables.Tools
+	log   *slog.Logger
 	// state is what the kernel holds, and compiler makes rules for it; nil while
 	// that is not known.
 	state    *state
@@ -93,6 +100,20 @@ type Proxier struct {
 	problems []*node.KernelProblem
 	// started says that this process has written, or found, its rules once.
 	started bool
+	// triedNetlink says that this process has found out whether netlink can write.
+	triedNetlink bool
+
+	// observer is nil if the kernel cannot be asked.
+	observer *xtables.Observer
+
+	mu sync.Mutex // guards what follows against Watch
+	// seen are the changes by other software that Watch has reported.
+	seen int
+	// compareTook is how long the last Repair took.
+	compareTook time.Duration
+	// intact is the answer of the last Intact, after so many changes by other software.
+	intact      bool
+	intactAfter int
 }
 
 // New chooses the variant of the tools. It writes nothing.
@@ -109,7 +130,11 @@ func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
 		return nil, err
 	}
 	tune.Logger.Info("iptables backend", "family", opts.Family.String(), "backend", string(t.Backend), "reason", why, "program", t.Restore)
-	return &Proxier{opts: opts, tools: t}, nil
+	p := &Proxier{opts: opts, tools: t, log: tune.Logger}
+	if p.observer, err = t.Observe(); err != nil {
+		tune.Logger.Warn("changes of the rules by other software are not noticed for a minute", "family", opts.Family.String(), "error", err)
+	}
+	return p, nil
 }
 
 // TakenOver implements proxier.Proxier.
@@ -117,28 +142,48 @@ func (p *Proxier) TakenOver() proxier.TakenOver {
 	return proxier.TakenOver{IPTables: string(p.tools.Backend)}
 }
 
-// Intact implements proxier.Proxier.
-func (p *Proxier) Intact(ctx context.Context) (bool, error) { return wrote(ctx, p.tools) }
+// Intact implements proxier.Proxier. It reads the table again only after a change by other
+// software.
+func (p *Proxier) Intact(ctx context.Context) (bool, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	changes, counted := 0, false
+	if p.observer != nil {
+		n, _, err := p.observer.Changes()
+		changes, counted = n, err == nil
+	}
+	if counted && p.intact && changes == p.intactAfter {
+		return true, nil
+	}
+	var err error
+	p.intact, err = wrote(ctx, p.tools)
+	p.intactAfter = changes
+	return p.intact, err
+}
 
 // Close implements proxier.Proxier.
-func (p *Proxier) Close() error { return nil }
+func (p *Proxier) Close() error {
+	if p.observer == nil {
+		return nil
+	}
+	return p.observer.Close()
+}
 
 // Sync implements proxier.Proxier. The rules of nearly every Service tell local
 // Pods from others: a change of these writes everything anew, as change.All does.
-func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
-	if err := plan.For(ctx, Mode, p.opts.Family); err != nil {
+func (p *Proxier) Sync(ctx context.Context, desired *plan.Plan, change plan.Change) error {
+	if err := desired.For(ctx, Mode, p.opts.Family); err != nil {
 		return err
 	}
-	if change.All || p.state == nil || change.Node && needsFull(&p.state.node, &plan.Node) {
-		return p.full(ctx, plan)
+	if change.All || p.state == nil || change.Node && needsFull(&p.state.node, &desired.Node) {
+		return p.full(ctx, desired)
 	}
+	var node *plan.Node
 	if change.Node {
-		if err := p.prepareNode(&plan.Node); err != nil {
-			return err
-		}
+		node = &desired.Node
 	}
-	t := p.state.change(p.compiler.compile(plan, change))
-	if err := p.apply(ctx, t.script()); err != nil {
+	t := p.state.change(p.compiler.compile(desired, change))
+	if err := p.write(ctx, node, t.script()); err != nil {
 		t.rollback()
 		return err
 	}
@@ -150,25 +195,12 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 // missing jumps: existing ones keep their place. If an earlier process left the
 // tables as they should be, it writes no chain.
 func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
-	client, err := p.tools.Client()
+	_, kernel, missing, err := p.list(ctx)
 	if err != nil {
 		return err
 	}
-	var kernel [tableCount]*xtables.Listing
-	for t := range tableCount {
-		if kernel[t], err = p.tools.List(ctx, t.String(), isOurs); err != nil {
-			return err
-		}
-	}
-	missing, err := missingJumps(client, kernel)
+	compiler, err := newCompiler(p.opts, &plan.Node, dropInvalid())
 	if err != nil {
-		return err
-	}
-	compiler, err := newCompiler(p.opts, plan.Node.LocalPods, dropInvalid())
-	if err != nil {
-		return err
-	}
-	if err := p.prepareNode(&plan.Node); err != nil {
 		return err
 	}
 	next := newState(p.opts.Family)
@@ -180,14 +212,179 @@ func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
 			script.Add(table.String(), nil, jumpLines(table, missing)...)
 		}
 	} else {
+		if !slices.Contains(kernel[filter].Chains, servicesChain) {
+			if err := p.writeMarker(ctx); err != nil {
+				return err
+			}
+		}
 		script = t.fullScript(kernel, missing)
 	}
-	if err := p.apply(ctx, script); err != nil {
+	if err := p.write(ctx, &plan.Node, script); err != nil {
 		return err
 	}
 	t.commit()
 	p.state, p.compiler, p.started = next, compiler, true
 	return nil
+}
+
+// writeMarker comes before all other rules on a node without any. If the process is
+// killed before it has written these, cleanup knows whose chains it finds.
+func (p *Proxier) writeMarker(ctx context.Context) error {
+	var s xtables.Script
+	s.Add(filter.String(), []chain{{Name: externalServicesChain}, {Name: servicesChain, Level: 1, Rules: []string{toExternalServices}}})
+	return p.write(ctx, nil, &s)
+}
+
+// list reads the tables, and finds the jumps that they lack.
+func (p *Proxier) list(ctx context.Context) (client *iptables.IPTables, kernel [tableCount]*xtables.Listing, missing []jump, err error) {
+	if client, err = p.tools.Client(); err != nil {
+		return nil, kernel, nil, err
+	}
+	for t := range tableCount {
+		if kernel[t], err = p.tools.List(ctx, t.String(), isOurs, markerRules...); err != nil {
+			return nil, kernel, nil, err
+		}
+	}
+	missing, err = missingJumps(client, kernel)
+	return client, kernel, missing, err
+}
+
+// observePeriod is the time between two looks at whether the tables may have changed.
+const observePeriod = time.Second
+
+// Watch implements proxier.Proxier. After a change by other software it leaves them alone
+// for 20 times as long as the comparison took: some software writes all the time.
+func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) {
+	for pause := observePeriod; wait.For(ctx, pause); {
+		by, changed, took := p.observe()
+		pause = observePeriod
+		if changed {
+			drifted(by)
+			pause = max(pause, 20*took)
+		}
+	}
+}
+
+// observe says whether other software may have changed the tables since the last call.
+func (p *Proxier) observe() (by proxier.Writer, changed bool, compareTook time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.observer == nil {
+		return by, false, 0
+	}
+	n, by, err := p.observer.Changes()
+	changed = err == nil && n != p.seen
+	if changed {
+		p.seen = n
+	}
+	return by, changed, p.compareTook
+}
+
+// Repair implements proxier.Proxier. It only compares: a full write is one restore.
+func (p *Proxier) Repair(ctx context.Context) (found proxier.Difference, err error) {
+	if p.state == nil {
+		return found, nil
+	}
+	began := time.Now()
+	client, kernel, missing, err := p.list(ctx)
+	if err != nil {
+		return found, err
+	}
+	if !kernel[filter].Marked {
+		// If another proxy wrote the chain, the daemon decides who serves.
+		if rules, err := client.List(filter.String(), servicesChain); err == nil && len(rules) > 1 {
+			return found, nil
+		}
+	}
+	for t := range tableCount {
+		if !p.state.match(t, kernel[t]) {
+			found.Objects = append(found.Objects, "chains or rules of table "+t.String()+" differ")
+		}
+	}
+	for _, j := range missing {
+		found.Objects = append(found.Objects, fmt.Sprintf("table %s: the jump from %s to %s is missing", j.table, j.from, j.target))
+	}
+	exposed, err := p.exposesLoopback(client)
+	if err != nil {
+		return found, err
+	}
+	found.Objects = append(found.Objects, exposed...)
+	found.Rewrite = len(found.Objects) > 0
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.compareTook = time.Since(began)
+	return found, nil
+}
+
+// exposesLoopback says so if the rules are missing that keep other hosts from 127.0.0.1.
+func (p *Proxier) exposesLoopback(client *iptables.IPTables) ([]string, error) {
+	if !p.opensLoopback(&p.state.node) {
+		return nil, nil
+	}
+	if complete, err := hasLocalnetFirewall(client); err != nil || complete {
+		return nil, err
+	}
+	return []string{"the chain " + firewallChain + " does not keep other hosts from 127.0.0.1"}, nil
+}
+
+// Compare implements proxier.Proxier.
+func (p *Proxier) Compare(ctx context.Context, about ...plan.ServicePortName) (c proxier.Comparison, err error) {
+	if p.state == nil {
+		return c, nil
+	}
+	client, err := p.tools.Client()
+	if err != nil {
+		return c, err
+	}
+	kernel, err := p.compare(ctx, &c, about)
+	if err != nil {
+		return c, err
+	}
+	missing, err := missingJumps(client, kernel)
+	if err != nil {
+		return c, err
+	}
+	for _, j := range missing {
+		c.Differences = append(c.Differences, fmt.Sprintf("-%s -t %s -A %s%s", xtables.CommandName(p.opts.Family), j.table, j.from, j.rule()))
+	}
+	exposed, err := p.exposesLoopback(client)
+	c.Differences = append(c.Differences, exposed...)
+	return c, err
+}
+
+// compare compares the chains, or with about those of some Service ports.
+func (p *Proxier) compare(ctx context.Context, c *proxier.Comparison, about []plan.ServicePortName) (kernel [tableCount]*xtables.Listing, err error) {
+	if len(about) == 0 {
+		wanted := p.state.rules(p.compiler)
+		for t := range tableCount {
+			var have map[string][]string
+			if have, kernel[t], err = p.tools.Rules(ctx, t.String(), isOurs); err != nil {
+				return kernel, err
+			}
+			p.tools.Compare(c, t.String(), wanted[t], have, nil)
+		}
+		return kernel, nil
+	}
+	s := p.state.subject(p.compiler, about)
+	for t := range tableCount {
+		var have map[string][]string
+		if have, kernel[t], err = p.tools.RulesOf(ctx, t.String(), isOurs, slices.Collect(maps.Keys(s.rules[t])), jumpsOf(t)); err != nil {
+			return kernel, err
+		}
+		p.tools.Compare(c, t.String(), s.rules[t], have, s.has)
+	}
+	return kernel, nil
+}
+
+// jumpsOf are the jumps of a table: the chains to which they lead, by built-in chain.
+func jumpsOf(t table) map[string][]string {
+	targets := map[string][]string{}
+	for _, j := range jumps {
+		if j.table == t {
+			targets[j.from] = append(targets[j.from], j.target)
+		}
+	}
+	return targets
 }
 
 // missingJumps are those of jumps that the kernel does not have. Versions of the
@@ -215,13 +412,40 @@ func missingJumps(client *iptables.IPTables, kernel [tableCount]*xtables.Listing
 	return missing, nil
 }
 
+// write makes the node's settings, unless node is nil, and applies a script. Watch does not
+// report that. Changes by other software before the first write are not reported either.
+func (p *Proxier) write(ctx context.Context, node *plan.Node, s *xtables.Script) error {
+	if !p.started {
+		p.observe()
+	}
+	return p.unseen(func() error {
+		if node != nil {
+			if err := p.prepareNode(node); err != nil {
+				return err
+			}
+		}
+		return p.apply(ctx, s)
+	})
+}
+
+func (p *Proxier) unseen(write func() error) error {
+	if p.observer == nil {
+		return write()
+	}
+	return p.observer.Write(p.tools, write)
+}
+
 // apply forgets the state if the kernel may hold another one.
 func (p *Proxier) apply(ctx context.Context, s *xtables.Script) error {
+	if len(*s) > 0 && !p.triedNetlink && p.tools.Backend == NFT {
+		p.triedNetlink = true // not before: a restart without a change writes nothing
+		p.tryNetlink(ctx)
+	}
 	if err := p.tools.Apply(ctx, *s); err != nil {
 		if errors.Is(err, proxier.ErrUnknownState) {
 			p.state = nil
 		}
-		return fmt.Errorf("%s: %w", p.tools.Restore, err)
+		return err
 	}
 	for t := range tableCount {
 		p.written[t] = s.Rules(t.String())

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -73,6 +75,9 @@ func (b *builder) refuse(f *plan.Frontend, key plan.FrontendKey, match, ranges s
 		}
 	}
 	if f.Internal.Len() == 0 || f.External.Len() == 0 {
+		if b.resetStrays && b.sp.Name.Protocol == plan.TCP {
+			rules = append(rules, match+midStream+comment(b.name+" without a connection")+rejectReset)
+		}
 		rules = append(rules, b.withoutEndpoints(f, match))
 	}
 	if len(rules) == 0 {

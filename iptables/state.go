@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -64,7 +66,7 @@ func newState(family plan.Family) *state {
 	return s
 }
 
-func (s *state) setRootRules(roots *[treeCount][]string) {
+func (s *state) setRootRules(roots *[treeCount]rootRules) {
 	for id, rules := range roots {
 		t := s.trees[id]
 		t.rootRules = rules
@@ -77,6 +79,83 @@ func (s *state) rulesOf(name plan.ServicePortName) *serviceRules {
 		return rules
 	}
 	return noRules
+}
+
+// rules are those that the kernel should hold, by table and chain. They are compiled again,
+// because a state has no text of them.
+func (s *state) rules(c *compiler) (rules [tableCount]map[string][]string) {
+	desired := &plan.Plan{Family: c.family, Node: s.node, Services: map[plan.ServicePortName]*plan.ServicePort{}}
+	for name, r := range s.services {
+		desired.Services[name] = r.port
+	}
+	for table := range tableCount {
+		rules[table] = map[string][]string{}
+	}
+	t := newState(c.family).change(c.compile(desired, everything(desired)))
+	for i, table := range stepTables {
+		for _, chain := range t.steps[i] {
+			if !chain.Gone {
+				rules[table][chain.Name] = chain.Rules
+			}
+		}
+	}
+	return rules
+}
+
+// subject is the part of the rules that packets to some Service ports meet: the own chains of
+// these, and the chains of the dispatch trees that lead there.
+type subject struct {
+	rules    [tableCount]map[string][]string // by chain
+	own, way map[string]bool                 // names of chains
+	// matches are texts that a rule about a frontend has.
+	matches [][]string
+}
+
+func (s *state) subject(c *compiler, about []plan.ServicePortName) *subject {
+	out := &subject{own: map[string]bool{}, way: map[string]bool{}}
+	for t := range tableCount {
+		out.rules[t] = map[string][]string{}
+	}
+	for _, name := range about {
+		r := s.services[name]
+		if r == nil {
+			continue
+		}
+		for t, chains := range c.servicePort(r.port).chains {
+			for _, chain := range chains {
+				out.rules[t][chain.Name], out.own[chain.Name] = chain.Rules, true
+			}
+		}
+		for _, e := range r.entries {
+			tree := s.trees[e.tree]
+			for chain := range tree.way(e.key) {
+				out.rules[tree.table][chain.Name], out.way[chain.Name] = chain.Rules, true
+			}
+		}
+		port := func(number uint16) string { return fmt.Sprintf(" -p %s -m %[1]s --dport %d ", name.Protocol, number) }
+		for i := range r.port.Frontends {
+			f := &r.port.Frontends[i]
+			match := []string{port(f.Port)}
+			if f.Kind != plan.NodePort {
+				match = append(match, destination(f.Addr)+" ")
+			}
+			out.matches = append(out.matches, match)
+		}
+	}
+	return out
+}
+
+// has says whether a rule is about the Service ports. Chains of the trees have rules of others,
+// too. The rule of a chain itself is "".
+func (s *subject) has(chain, rule string) bool {
+	if rule == "" {
+		return s.own[chain] || s.way[chain]
+	}
+	rule = " " + strings.TrimSpace(rule) + " "
+	target := xtables.JumpTarget(rule)
+	return s.own[chain] || s.own[target] || s.way[target] || slices.ContainsFunc(s.matches, func(match []string) bool {
+		return !slices.ContainsFunc(match, func(part string) bool { return !strings.Contains(rule, part) })
+	})
 }
 
 // In each table an empty chain, the digest chain, has a name that is a digest
@@ -144,7 +223,8 @@ func (s *state) digestChain(t table, services digest, static []chain) string {
 	for _, tree := range s.trees {
 		if tree.table == t {
 			text.add(tree.root, tree.prefix)
-			text.add(tree.rootRules...)
+			text.add(tree.rootRules.first...)
+			text.add(tree.rootRules.last...)
 		}
 	}
 	whole := text.digest()

@@ -1,8 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -28,7 +31,7 @@ func (s *compiledState) change(desired *plan.Plan, change plan.Change) *transiti
 
 func stateOf(t testing.TB, plan *plan.Plan) (*compiledState, *model) {
 	t.Helper()
-	c, err := newCompiler(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, plan.Node.LocalPods, true)
+	c, err := newCompiler(proxier.Options{Family: plan.Family, MasqueradeMark: proxier.DefaultMasqueradeMark}, &plan.Node, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,38 +49,50 @@ func FuzzChanges(f *testing.F) {
 	for seed := range uint64(12) {
 		f.Add(seed, uint8(1+seed*seed%20))
 	}
-	f.Fuzz(func(t *testing.T, seed uint64, changes uint8) {
-		w := newWorld(plan.Families[seed%2], seed)
-		plan := w.plan(w.IntN(80))
-		s, kernel := stateOf(t, plan)
-		for range changes {
-			before := maps.Clone(plan.Services)
-			change := w.change(plan)
-			tr := s.change(plan, change)
-			if w.IntN(4) == 0 {
-				tr.rollback()
-				plan.Services, plan.Node = before, s.node
-				continue
+	f.Fuzz(changeByChange)
+}
+
+// TestRandomChanges is FuzzChanges with other seeds each time. `make soak` repeats it for
+// 10,000 sequences.
+func TestRandomChanges(t *testing.T) {
+	for range 10 {
+		seed, changes := rand.Uint64(), uint8(1+rand.IntN(12))
+		t.Run(fmt.Sprintf("%d,%d", seed, changes), func(t *testing.T) { changeByChange(t, seed, changes) })
+	}
+}
+
+// changeByChange makes as many changes of a seed.
+func changeByChange(t *testing.T, seed uint64, changes uint8) {
+	w := newWorld(plan.Families[seed%2], seed)
+	plan := w.plan(w.IntN(80))
+	s, kernel := stateOf(t, plan)
+	for range changes {
+		before := maps.Clone(plan.Services)
+		change := w.change(plan)
+		tr := s.change(plan, change)
+		if w.IntN(4) == 0 {
+			tr.rollback()
+			plan.Services, plan.Node = before, s.node
+			continue
+		}
+		kernel.mustApply(t, tr.script().String())
+		tr.commit()
+	}
+	fresh, want := stateOf(t, plan)
+	if diff := cmp.Diff(want.dump(), kernel.dump()); diff != "" {
+		t.Errorf("a full sync writes something else than %d changes (-full +changes):\n%s", changes, diff)
+	}
+	known := func(s *compiledState) []string {
+		return slices.Sorted(func(yield func(string) bool) {
+			for name := range s.services {
+				yield(name.String())
 			}
-			kernel.mustApply(t, tr.script().String())
-			tr.commit()
-		}
-		fresh, want := stateOf(t, plan)
-		if diff := cmp.Diff(want.dump(), kernel.dump()); diff != "" {
-			t.Errorf("a full sync writes something else than %d changes (-full +changes):\n%s", changes, diff)
-		}
-		known := func(s *compiledState) []string {
-			return slices.Sorted(func(yield func(string) bool) {
-				for name := range s.services {
-					yield(name.String())
-				}
-			})
-		}
-		if s.totals != fresh.totals || !maps.Equal(s.written[nat], fresh.written[nat]) || !maps.Equal(s.written[filter], fresh.written[filter]) ||
-			!slices.Equal(known(s), known(fresh)) {
-			t.Errorf("the state after %d changes is not that of a full sync: %+v, want %+v", changes, s.totals, fresh.totals)
-		}
-	})
+		})
+	}
+	if s.totals != fresh.totals || !maps.Equal(s.written[nat], fresh.written[nat]) || !maps.Equal(s.written[filter], fresh.written[filter]) ||
+		!slices.Equal(known(s), known(fresh)) {
+		t.Errorf("the state after %d changes is not that of a full sync: %+v, want %+v", changes, s.totals, fresh.totals)
+	}
 }
 
 // change replaces, removes and adds some Services.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -189,12 +191,37 @@ func masqueradeChains(pods []podMatch) []chain {
 // whose datagram OUTPUT rejects gets EPERM and not ECONNREFUSED.
 const toExternalServices = " -m addrtype ! --dst-type LOCAL -j " + externalServicesChain
 
-// rootRules are the rules at the end of the trees' root chains.
-func rootRules(family plan.Family, node *plan.Node) (rules [treeCount][]string) {
+// rootRules are rules of a tree's root chain before and after those of the tree.
+type rootRules struct{ first, last []string }
+
+// rootRulesOf returns the root rules of all trees.
+func rootRulesOf(family plan.Family, node *plan.Node) (rules [treeCount]rootRules) {
 	// After the addresses: one of the node's own may be an external IP.
-	rules[servicesTree] = nodePortRules(family, node, "kubernetes service nodeports; NOTE: this must be the last rule in this chain", nodePortsChain)
-	rules[emptyTree] = []string{toExternalServices}
-	rules[externalTree] = nodePortRules(family, node, "kubernetes service nodeports", externalPortsChain)
+	rules[servicesTree].last = nodePortRules(family, node, "kubernetes service nodeports; NOTE: this must be the last rule in this chain", nodePortsChain)
+	rules[emptyTree].last = []string{toExternalServices}
+	rules[externalTree].last = nodePortRules(family, node, "kubernetes service nodeports", externalPortsChain)
+	bypass := bypassRules(node)
+	for _, tree := range []treeID{servicesTree, emptyTree, externalTree, firewallTree} {
+		rules[tree].first = bypass
+	}
+	return rules
+}
+
+// midStream, in a match of TCP, matches packets that do not open a connection, and
+// rejectReset resets them: see plan.Node.ResetStrays. A rule for frontends without
+// endpoints is enough. At all others, the packet gets another endpoint, whose host resets
+// it. A rule would do so with a wrong source: of a packet that came in by a bridge, the
+// kernel sends the reset without translating it back.
+const (
+	midStream   = " ! --tcp-flags FIN,SYN,RST,ACK SYN"
+	rejectReset = " -j REJECT --reject-with tcp-reset"
+)
+
+// bypassRules let packets of this node to an API server pass: see plan.Node.Bypass.
+func bypassRules(node *plan.Node) (rules []string) {
+	for _, at := range node.Bypass {
+		rules = append(rules, fmt.Sprintf("%s -p tcp -m tcp --dport %d%s%s -j RETURN", destination(at.Addr()), at.Port(), comment("an API server"), fromNode))
+	}
 	return rules
 }
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
@@ -31,8 +33,8 @@ type tree struct {
 	treeShape
 	family plan.Family
 	top    *treeNode
-	// rootRules are at the end of the root chain, whatever is in the tree.
-	rootRules []string
+	// rootRules are in the root chain, whatever is in the tree.
+	rootRules rootRules
 	// uses counts how often an address was put, in a tree of addresses.
 	uses map[netip.Addr]int
 	// dirty holds the paths whose chains may have changed: see id.

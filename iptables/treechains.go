@@ -1,6 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package iptables
 
 import (
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -111,12 +114,36 @@ func (t *tree) takeChanges() []chain {
 	return chains
 }
 
+// way hands out the chains from the root to the leaf of a key.
+func (t *tree) way(key plan.FrontendKey) iter.Seq[chain] {
+	return func(yield func(chain) bool) {
+		digits := t.digits(key)
+		for n, leads := t.top, true; n != nil; {
+			if n == t.top || n.hasChain(leads) {
+				if !yield(t.render(n, leads)) {
+					return
+				}
+			}
+			if n.children == nil {
+				return
+			}
+			child := n.children[digits[len(n.path)]]
+			leads = child != nil && child.sizeClass() < n.sizeClass()
+			n = child
+		}
+	}
+}
+
 // render returns the chain of a node. The chain of a group's top node first
 // jumps to the other nodes of the group: those farther down come first, because
 // their keys match the nodes above them too.
 func (t *tree) render(n *treeNode, leads bool) chain {
 	path := t.id(n)
 	c := chain{Name: t.chain(path), Level: t.level(n, leads)}
+	if n == t.top {
+		c.Rules = append(c.Rules, t.rootRules.first...)
+		c.Owners = make([]string, len(c.Rules))
+	}
 	for _, e := range n.entries {
 		for _, rule := range e.rules {
 			c.Rules = append(c.Rules, rule)
@@ -144,7 +171,7 @@ func (t *tree) render(n *treeNode, leads bool) chain {
 		}
 	}
 	if n == t.top {
-		c.Rules = append(c.Rules, t.rootRules...)
+		c.Rules = append(c.Rules, t.rootRules.last...)
 	}
 	return c
 }

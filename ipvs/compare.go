@@ -1,12 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package ipvs
 
 import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
+	"sync"
+	"time"
 
+	"github.com/vishvananda/netlink"
+
+	"signalbox/internal/wait"
 	"signalbox/ipvs/internal/kernel"
 	"signalbox/nft"
 	"signalbox/nft/access"
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
@@ -116,7 +128,7 @@ func (b *batch) compareServer(key kernel.ServerKey, have *server, want *desiredS
 		if _, found := slices.BinarySearchFunc(want.dests, d, func(d kernel.Destination, a netip.AddrPort) int { return d.Addr.Compare(a) }); found {
 			continue
 		}
-		if key.Protocol == plan.UDP && !want.usable.Contains(d) {
+		if want.ends(key.Protocol, d) {
 			remove(kernel.Op{Verb: kernel.RemoveDestination, Destination: d})
 			continue
 		}
@@ -157,7 +169,7 @@ func (st *state) compareUnknown(b *batch) {
 		var want *desiredServer
 		if port := byAddress[key]; port != nil {
 			s.replacedBy = port.Name
-			want = &desiredServer{scheduler: s.scheduler, usable: port.Usable, replaced: true}
+			want = &desiredServer{scheduler: s.scheduler, usable: port.Usable, listed: port.Listed, replaced: true}
 		}
 		b.compareServer(key, s, want)
 	}
@@ -170,4 +182,272 @@ func sortedDests(dests map[netip.AddrPort]int) []netip.AddrPort {
 	}
 	slices.SortFunc(list, netip.AddrPort.Compare)
 	return list
+}
+
+const (
+	// comparePeriod is the time between two comparisons with IPVS, which notifies of
+	// nothing.
+	comparePeriod = 2 * time.Second
+	// comparePause is the pause for each moment of a comparison: comparisons take at most
+	// half a percent of one processor.
+	comparePause = 200
+)
+
+// Watch implements proxier.Proxier.
+func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) {
+	var others sync.WaitGroup
+	defer others.Wait()
+	others.Go(func() { p.watch.Run(ctx, drifted) })
+	others.Go(func() {
+		p.device.Watch(ctx, p.unexpected, func() error { return p.report("addresses", p.addrsDiffer, drifted) })
+	})
+	for took := time.Duration(0); wait.For(ctx, max(comparePeriod, comparePause*took)); {
+		began := time.Now()
+		_ = p.report("virtual servers", p.serversDiffer, drifted) // the next comparison is the retry
+		took = time.Since(began)
+	}
+}
+
+// report calls drifted if the kernel differs from the state.
+func (p *Proxier) report(what string, differ func() (bool, error), drifted func(proxier.Writer)) error {
+	differs, err := differ()
+	if err != nil {
+		slog.Debug("ipvs: cannot compare with the kernel; trying again", "compared", what, "family", p.Family.String(), "error", err)
+	}
+	if differs {
+		drifted(proxier.Writer{})
+	}
+	return err
+}
+
+// unexpected says whether a notification contradicts the state. Those of own changes do so
+// only if the address has changed again.
+func (p *Proxier) unexpected(u netlink.AddrUpdate) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.current()
+	a, isVirtual := p.device.VirtualAddr(u)
+	return st != nil && isVirtual && st.onDevice[a] != u.NewAddr
+}
+
+// addrsDiffer says whether the device has other addresses than the state.
+func (p *Proxier) addrsDiffer() (bool, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.current()
+	if st == nil {
+		return false, nil
+	}
+	onDevice, _, err := p.device.Addresses()
+	return err == nil && !maps.Equal(onDevice, st.onDevice), err
+}
+
+// serversDiffer says whether IPVS has other destinations than the state. It reads
+// destinations only if the digest of IPVS is another one than the last time. The list of all
+// destinations may lack servers, so these are asked for one by one.
+func (p *Proxier) serversDiffer() (differ bool, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.current()
+	if st == nil {
+		return false, nil
+	}
+	digest, err := p.ipvs.Digest()
+	if err != nil || digest != 0 && digest == p.digest {
+		return false, err
+	}
+	differ, err = p.destinationsDiffer(st)
+	if err == nil {
+		p.digest = digest
+	}
+	return differ, err
+}
+
+func (p *Proxier) destinationsDiffer(st *state) (bool, error) {
+	listed, err := p.ipvs.AllDestinations()
+	if err != nil {
+		return false, err
+	}
+	for key := range listed {
+		if st.servers[key] == nil && (isOurs(key.Mark) || st.onDevice[key.Addr]) {
+			return true, nil
+		}
+	}
+	for key, s := range st.servers {
+		if s.has(listed[key]) {
+			continue
+		}
+		dests, err := p.ipvs.Destinations(key)
+		if err != nil || !s.has(dests) {
+			return err == nil, err
+		}
+	}
+	return false, nil
+}
+
+// has says whether the server has these destinations and no other.
+func (s *server) has(dests []kernel.Destination) bool {
+	return len(dests) == len(s.dests) && !slices.ContainsFunc(dests, func(d kernel.Destination) bool {
+		weight, found := s.dests[d.Addr]
+		return !found || weight != d.Weight
+	})
+}
+
+// Repair implements proxier.Proxier. It only compares: a Sync of everything reads IPVS and
+// the addresses, and writes what differs. If kube-proxy's ipvs mode has started, the daemon
+// decides who serves.
+func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.current()
+	if st == nil || kernel.HasKubeProxySets(p.Family) {
+		return proxier.Difference{}, nil
+	}
+	found, err := p.watch.Compare(st.rules.chains(), st.tableElements)
+	if err != nil {
+		return proxier.Difference{}, err
+	}
+	have, err := p.readAgain(st)
+	if err != nil {
+		return proxier.Difference{Objects: found}, err
+	}
+	found = append(found, st.differences(have)...)
+	return proxier.Difference{Objects: found, Rewrite: len(found) > 0}, nil
+}
+
+// Compare implements proxier.Proxier.
+func (p *Proxier) Compare(_ context.Context, about ...plan.ServicePortName) (c proxier.Comparison, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	st := p.current()
+	if st == nil {
+		return c, nil
+	}
+	c, err = access.Compare(p.table, st.rules.chains(), st.tableElements, about, func(name plan.ServicePortName, emit func(nft.Element)) {
+		if r := st.records[name]; r != nil {
+			for _, e := range r.elements {
+				emit(e)
+			}
+		}
+	})
+	if err != nil {
+		return c, err
+	}
+	have, err := p.readAgain(st)
+	if err != nil {
+		return c, err
+	}
+	wanted, found := st.lines(st, about), st.lines(have, about)
+	for _, line := range slices.Sorted(maps.Keys(wanted)) {
+		switch {
+		case !found[line]:
+			c.Differences = append(c.Differences, "-"+line)
+		case len(about) > 0:
+			c.Holds = append(c.Holds, line)
+		}
+	}
+	for _, line := range slices.Sorted(maps.Keys(found)) {
+		if !wanted[line] {
+			c.Differences = append(c.Differences, "+"+line)
+		}
+	}
+	return c, nil
+}
+
+// readAgain reads virtual servers and addresses as a start would.
+func (p *Proxier) readAgain(st *state) (*state, error) {
+	desired := &plan.Plan{Family: p.Family, Services: make(map[plan.ServicePortName]*plan.ServicePort)}
+	for name, r := range st.records {
+		desired.Services[name] = r.port
+	}
+	have, _, err := p.read(st.rules, desired)
+	return have, err
+}
+
+// lines has the commands that make another state's virtual servers and addresses: all, or
+// those of the named Service ports.
+func (st *state) lines(of *state, about []plan.ServicePortName) map[string]bool {
+	keys, addrs := map[kernel.ServerKey]bool{}, map[netip.Addr]bool{}
+	for _, name := range about {
+		r := st.records[name]
+		if r == nil {
+			continue
+		}
+		for i := range r.servers {
+			keys[r.servers[i].key.ID()] = true
+		}
+		for i := range r.port.Frontends {
+			addrs[r.port.Frontends[i].Addr] = true
+		}
+	}
+	lines := make(map[string]bool)
+	add := func(o kernel.Op) { lines["ipvsadm "+o.String()] = true }
+	for key, s := range of.servers {
+		if len(about) > 0 && !keys[key.ID()] {
+			continue
+		}
+		add(kernel.Op{Verb: kernel.AddServer, Key: key, Scheduler: s.scheduler})
+		for addr, weight := range s.dests {
+			add(kernel.Op{Verb: kernel.AddDestination, Key: key, Destination: addr, Weight: weight})
+		}
+	}
+	for a := range of.onDevice {
+		if len(about) == 0 || addrs[a] {
+			lines[fmt.Sprintf("ip addr add %s/%d dev %s", a, a.BitLen(), kernel.DeviceName)] = true
+		}
+	}
+	return lines
+}
+
+// tableElements hands out the elements that the table should have.
+func (st *state) tableElements(emit func(nft.Element)) {
+	for _, e := range st.rules.NodeElements() {
+		emit(e)
+	}
+	for a := range st.onDevice {
+		emit(vipElement(a))
+	}
+	elements := access.NewElements(newSets())
+	for _, r := range st.records {
+		others, _ := cutAddrs(slices.Clone(r.elements))
+		for _, e := range others {
+			if elements.Add(&e) {
+				emit(e)
+			}
+		}
+	}
+}
+
+// differences says what of virtual servers and addresses the kernel lacks, and what it has
+// too much.
+func (st *state) differences(have *state) (texts []string) {
+	var servers, altered, addrs int
+	for key, s := range st.servers {
+		switch h := have.servers[key]; {
+		case h == nil:
+			servers++
+		case h.scheduler != s.scheduler || !maps.Equal(h.dests, s.dests):
+			altered++
+		}
+	}
+	for a := range st.onDevice {
+		if !have.onDevice[a] {
+			addrs++
+		}
+	}
+	for _, d := range []struct {
+		n    int
+		text string
+	}{
+		{servers, "%d virtual servers are missing"},
+		{altered, "%d virtual servers have another scheduler or other destinations"},
+		{len(have.servers) - len(st.servers) + servers, "%d virtual servers are not signalbox's"},
+		{addrs, "%d addresses of " + kernel.DeviceName + " are missing"},
+		{len(have.onDevice) - len(st.onDevice) + addrs, "%d addresses of " + kernel.DeviceName + " are not signalbox's"},
+	} {
+		if d.n > 0 {
+			texts = append(texts, fmt.Sprintf(d.text, d.n))
+		}
+	}
+	return texts
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package ipvs
 
 import (
@@ -35,9 +37,18 @@ type desiredServer struct {
 	// usable are the endpoints that still answer. A UDP destination that does not answer is
 	// removed immediately, because its clients do not notice.
 	usable *plan.EndpointSet
+	// listed are those of a TCP port that have not been removed; nil if connections to
+	// removed endpoints go on.
+	listed *plan.EndpointSet
 	// replaced: the Service port has another server for these endpoints now. This server is
 	// removed after its last connection.
 	replaced bool
+}
+
+// ends says whether connections to a destination end at once.
+func (s *desiredServer) ends(protocol plan.Protocol, destination netip.AddrPort) bool {
+	return protocol == plan.UDP && !s.usable.Contains(destination) ||
+		protocol == plan.TCP && s.listed != nil && !s.listed.Contains(destination)
 }
 
 // compiler compiles the Service ports of one batch.
@@ -131,7 +142,7 @@ func (c *portCompiler) emit(set nft.SetID, key, data string) {
 func (c *portCompiler) frontend(fe *plan.Frontend) error {
 	sets, protocol := setsOf(fe), c.port.Name.Protocol
 	key := access.FrontendBytes(fe.Key(protocol))
-	virtual := fe.Addr.IsValid() && !c.foreign(fe.Addr)
+	virtual := fe.Addr.IsValid() && !fe.ForeignAddr && !c.foreign(fe.Addr)
 	if virtual {
 		c.emit(vips, addrBytes(fe.Addr), "")
 	}
@@ -192,7 +203,7 @@ func (c *portCompiler) routeToServers(fe *plan.Frontend, key string, virtual boo
 
 func (c *portCompiler) addServer(key kernel.ServerKey, scheduler string, dests []kernel.Destination) {
 	key.Protocol = c.port.Name.Protocol
-	c.out.servers = append(c.out.servers, desiredServer{key: key, scheduler: scheduler, dests: dests, usable: c.port.Usable})
+	c.out.servers = append(c.out.servers, desiredServer{key: key, scheduler: scheduler, dests: dests, usable: c.port.Usable, listed: c.port.Listed})
 }
 
 // indexOf returns the place of an endpoint set in sets.

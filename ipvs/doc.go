@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package ipvs serves Services with virtual servers of the kernel's IPVS, whose schedulers
 // choose endpoints. A dummy device has the virtual addresses.
 //

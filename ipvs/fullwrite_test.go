@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package ipvs
 
 import (
@@ -13,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"signalbox/nft"
+	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -68,6 +71,7 @@ func (k *fakeIPVS) Send(ops []kernel.Op, done func(kernel.Op)) error {
 	return nil
 }
 
+func (k *fakeIPVS) Digest() (uint64, error)                 { return 0, nil }
 func (k *fakeIPVS) HasScheduler(string) (bool, error)       { return true, nil }
 func (k *fakeIPVS) SetTimeouts(_, _, _ time.Duration) error { return nil }
 func (k *fakeIPVS) Close()                                  {}
@@ -112,7 +116,7 @@ func (k *fakeIPVS) proxier(t *testing.T, now func() time.Time) *Proxier {
 	}
 	t.Cleanup(dev.Close)
 	return &Proxier{
-		IPFamily: f, mark: proxier.DefaultMasqueradeMark, table: table, ipvs: k, device: dev,
+		IPFamily: f, mark: proxier.DefaultMasqueradeMark, watch: access.NewWatch(table), table: table, ipvs: k, device: dev,
 		schedulers: newSchedulerChoice("", anyScheduler), now: now, wake: make(chan struct{}, 1),
 	}
 }
@@ -260,5 +264,23 @@ func TestFlowsOfAReplacedServerGoOn(t *testing.T) {
 	check("after the last flow", false, false)
 	if k.model.servers[key] != nil {
 		t.Error("the server outlives its flows")
+	}
+}
+
+// TestCleanupRemovesProbe: a process that is killed while it looks for dummy devices leaves one.
+func TestCleanupRemovesProbe(t *testing.T) {
+	nstest.Enter(t)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "signalbox-probe"
+	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil { // not every kernel has dummies
+		t.Fatal(err)
+	}
+	for _, found := range []bool{true, false} {
+		if removed, _, err := (Dataplane{}).Cleanup(plan.IPv4, false); removed != found || err != nil {
+			t.Errorf("removed %v, %v; want %v", removed, err, found)
+		}
+	}
+	if _, err := netlink.LinkByName(attrs.Name); !errors.As(err, new(netlink.LinkNotFoundError)) {
+		t.Errorf("the device is there after cleanup: %v", err)
 	}
 }

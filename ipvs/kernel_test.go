@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package ipvs
 
 import (
@@ -15,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"signalbox/internal/netlab"
 	"signalbox/internal/nstest"
 	"signalbox/ipvs/internal/kernel"
 
@@ -56,11 +59,12 @@ func eachFamily(t *testing.T, test func(t *testing.T, w world)) {
 
 func give(t *testing.T, link netlink.Link, a netip.Addr) {
 	t.Helper()
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.IP(a.AsSlice()), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}, Flags: unix.IFA_F_NODAD}
-	if a.Is4() {
-		addr.Flags = 0
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := netlink.AddrAdd(link, addr); err != nil {
+	defer nl.Close()
+	if err := netlab.AddAddr(nl, link, netip.PrefixFrom(a, a.BitLen())); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package ipvs
 
 import (
@@ -148,6 +150,9 @@ func (Dataplane) Cleanup(f plan.Family, drain bool) (removed bool, draining int,
 		return isOurs(key.Mark) || key.Mark == 0 && c.onDevice[key.Addr]
 	})
 	c.removeTable(f)
+	removedProbe, err := d.RemoveProbe()
+	c.removed = c.removed || removedProbe
+	c.fail(err)
 	return c.removed, draining, errors.Join(c.failed...)
 }
 

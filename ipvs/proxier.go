@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package ipvs
 
 import (
@@ -27,6 +29,7 @@ type Proxier struct {
 	// problems are those of the last Sync of everything. Only the goroutine that calls Sync
 	// uses them.
 	problems []*node.KernelProblem
+	watch    *access.Watch
 
 	// mu guards all fields below against the goroutine of drainLoop.
 	mu         sync.Mutex
@@ -38,7 +41,9 @@ type Proxier struct {
 	state *state
 	// stale: a failed Sync may have changed the kernel, so the next Sync reads it.
 	stale bool
-	now   func() time.Time
+	// digest is the one of IPVS in the last comparison; 0 before the first.
+	digest uint64
+	now    func() time.Time
 
 	wake chan struct{} // holds one token if something may drain
 	stop chan struct{}
@@ -52,6 +57,7 @@ type ipvsClient interface {
 	Servers() (map[kernel.ServerKey]string, error)
 	Destinations(kernel.ServerKey) ([]kernel.Destination, error)
 	AllDestinations() (map[kernel.ServerKey][]kernel.Destination, error)
+	Digest() (uint64, error)
 	Send(ops []kernel.Op, done func(kernel.Op)) error
 	HasScheduler(name string) (bool, error)
 	SetTimeouts(tcp, tcpFin, udp time.Duration) error
@@ -78,7 +84,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 		return fail(err)
 	}
 	p := &Proxier{
-		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, table: table, ipvs: ipvs, device: dev,
+		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, watch: access.NewWatch(table), table: table, ipvs: ipvs, device: dev,
 		schedulers: newSchedulerChoice(opts.IPVS.Scheduler, ipvs.HasScheduler), now: time.Now,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 	}
@@ -137,6 +143,7 @@ func (p *Proxier) current() *state {
 
 // syncAll reads the kernel and writes the difference from the whole plan.
 func (p *Proxier) syncAll(desired *plan.Plan) error {
+	p.watch.RulesChanged() // this write corrects them
 	if err := access.ValidateNode(p.IPFamily, desired.Node); err != nil {
 		return err
 	}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package ipvs
 
 import (
@@ -88,7 +90,7 @@ func (r *ruleset) nodeChains() []nft.Chain {
 	fe := r.Frontend()
 	return append(access.SourceChains(r.IPFamily, r.Node), []nft.Chain{
 		chain("check-cluster-ips", nil,
-			r.Unallocated(notIn(r.Daddr(), vips))),
+			append(r.Bypass(), r.Unallocated(notIn(r.Daddr(), vips)))...),
 		chain("reject", nil, r.refuse(r.Reject())...),
 		chain("drop", nil, r.refuse(nft.Drop())...),
 		chain("no-endpoints", nil, r.noEndpoints()...),
@@ -110,9 +112,8 @@ func (r *ruleset) nodeChains() []nft.Chain {
 
 // services finds the traffic source of a connection.
 func (r *ruleset) services() []nft.Rule {
-	rules := []nft.Rule{
-		rule(nft.PriorityBitsAre(toServerMask, toServer), nft.Return()).Comment("IPVS has redirected it"),
-	}
+	rules := append(r.Bypass(),
+		rule(nft.PriorityBitsAre(toServerMask, toServer), nft.Return()).Comment("IPVS has redirected it"))
 	rules = append(rules, r.CheckSources()...)
 	for _, match := range r.FromPods() {
 		rules = append(rules, rule(match, nft.SetPriority(fromPods), nft.GoTo("internal")))
@@ -178,11 +179,15 @@ func (r *ruleset) sourceRules(key nft.Value, masquerade nft.SetID, server uint32
 // of another device, its packet is refused at the input hook: a reject at the output hook
 // gives the process EPERM instead of ECONNREFUSED.
 func (r *ruleset) refuse(verdict nft.Statement) []nft.Rule {
-	return []nft.Rule{
+	var rules []nft.Rule
+	if r.Node.ResetStrays {
+		// At a frontend with endpoints, the node itself resets what IPVS does not take.
+		rules = append(rules, rule(nft.MidStream(), nft.Reset()))
+	}
+	return append(rules,
 		rule(in(r.Daddr(), vips), verdict),
 		rule(nft.HasEntered(), verdict),
-		rule(nft.ClearPriority()),
-	}
+		rule(nft.ClearPriority()))
 }
 
 // noEndpoints refuses internal traffic of a frontend that has endpoints for other traffic.

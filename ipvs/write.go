@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package ipvs
 
 import (
@@ -66,7 +68,7 @@ func (p *Proxier) replaceTable(st *state, b *batch) error {
 	if err != nil {
 		return err
 	}
-	if t.HasDynamicMap(old, affinity) {
+	if t.HasSet(old, affinity) {
 		t.ReplaceContents(old, affinity)
 	} else {
 		t.ReplaceTable()

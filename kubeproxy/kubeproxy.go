@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package kubeproxy recognises and removes what kube-proxy leaves on a node, in any
 // of its modes.
 //

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package metrics holds every series that signalbox exposes to Prometheus, and
 // their server.
 //

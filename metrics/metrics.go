@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package metrics
 
 import (
@@ -81,6 +83,7 @@ type own struct {
 	sysctlProblem                     *prometheus.GaugeVec
 	sourceFailing                     *prometheus.GaugeVec
 	nodeMissing, manifestProblems     *prometheus.GaugeVec
+	savedState                        *prometheus.GaugeVec
 	affinityListsFull                 *prometheus.GaugeVec
 	routeSourcesLeftOut               *prometheus.GaugeVec
 	foreignRules                      *prometheus.GaugeVec
@@ -97,7 +100,7 @@ func newOwn(r factory) own {
 			"scope", "result", ipFamily),
 		eventToKernel: r.histogram(signalbox, "event_to_kernel_duration_seconds", "Time from an update's arrival in this process until the kernel has it; of updates written together, the oldest counts.",
 			kernelBuckets, ipFamily),
-		repaired: r.counter(signalbox, "drift_repaired_total", "Full writes because the kernel's state was unknown or differed from what had been written.",
+		repaired: r.counter(signalbox, "drift_repaired_total", "Repairs because another program had changed what the mode has in the kernel, or because the kernel's state was unknown.",
 			ipFamily),
 		setAside: r.gauge(signalbox, "service_ports_set_aside", "Service ports in quarantine: the kernel refuses their rules, and what was served there before still is; or their Service is too large.",
 			ipFamily),
@@ -119,6 +122,7 @@ func newOwn(r factory) own {
 			"resource"),
 		nodeMissing:          r.gauge(signalbox, "node_missing", "1 while no Node object has the name of this node."),
 		manifestProblems:     r.gauge(signalbox, "manifest_problems", "Files of the --source directory that cannot be read or have a fault."),
+		savedState:           r.gauge(signalbox, "saved_state_timestamp_seconds", "Unix time of the last change in the saved state that is served because the API server does not answer; 0 if none is."),
 		affinityListsFull:    r.gauge(signalbox, "affinity_lists_full", "Mode iptables: endpoints with session affinity whose list of clients is full; a new client replaces another."),
 		routeSourcesLeftOut:  r.gauge(signalbox, "route_sources_left_out", "Source addresses of routes for which masquerade chooses instead: there are too many, or rules cannot name their interface."),
 		conntrackUnavailable: r.gauge(signalbox, "conntrack_unavailable", "1 if the connection-tracking table cannot be read, so that stale UDP flows are not removed."),
@@ -139,7 +143,7 @@ func newOwn(r factory) own {
 // conditions are the series without labels that begin at 0 with each
 // configuration.
 func (o *own) conditions() []*prometheus.GaugeVec {
-	return []*prometheus.GaugeVec{o.conntrackUnavailable, o.nodeMissing, o.manifestProblems, o.affinityListsFull, o.routeSourcesLeftOut}
+	return []*prometheus.GaugeVec{o.conntrackUnavailable, o.nodeMissing, o.manifestProblems, o.savedState, o.affinityListsFull, o.routeSourcesLeftOut}
 }
 
 // factory makes vectors and registers them.

@@ -1,7 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package metrics
 
 import (
 	"strconv"
+	"time"
 
 	"signalbox/conntrack"
 	"signalbox/proxier/plan"
@@ -78,7 +81,7 @@ func (m *Metrics) Sysctl(name string, err error) {
 	m.own.sysctlProblem.WithLabelValues(name).Set(oneIf(err != nil))
 }
 
-// ConfigurationRejected records whether the configuration file is not in force.
+// ConfigurationRejected records whether the changed configuration is not in force.
 func (m *Metrics) ConfigurationRejected(rejected bool) {
 	m.own.configurationRejected.WithLabelValues().Set(oneIf(rejected))
 }
@@ -94,6 +97,15 @@ func (m *Metrics) NodeMissing(missing bool) { m.own.nodeMissing.WithLabelValues(
 // ManifestProblems records how many files of the source directory have a fault.
 func (m *Metrics) ManifestProblems(files int) {
 	m.own.manifestProblems.WithLabelValues().Set(float64(files))
+}
+
+// SavedState records the last change of the saved state that is served; zero: none is.
+func (m *Metrics) SavedState(since time.Time) {
+	seconds := 0.0
+	if !since.IsZero() {
+		seconds = float64(since.Unix())
+	}
+	m.own.savedState.WithLabelValues().Set(seconds)
 }
 
 // FullAffinityLists records for how many endpoints the kernel's list of clients

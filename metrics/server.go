@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package metrics
 
 import (
@@ -28,6 +30,8 @@ type Pages struct {
 	// Flags are the values of the command line's flags, without dashes, for
 	// /flagz.
 	Flags map[string]string
+	// More are other pages, by path. Each serves what is below its path, too.
+	More map[string]http.Handler
 	// Profiling serves /debug.
 	Profiling bool
 	// SetVerbosity changes how much is logged (-v); nil: it cannot be changed.
@@ -46,6 +50,10 @@ func (m *Metrics) Mux(p Pages) http.Handler {
 	mux.HandleFunc("/configz", p.configz)
 	mux.HandleFunc("/statusz", p.statusz)
 	mux.HandleFunc("/flagz", p.flagz)
+	for path, page := range p.More {
+		mux.Handle(path, page)
+		mux.Handle(path+"/", page)
+	}
 	if p.Profiling {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
@@ -108,7 +116,7 @@ func (p *Pages) statusz(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (p *Pages) paths() []string {
-	paths := []string{"/configz", "/flagz", "/healthz", "/metrics", "/metrics/slis", "/proxyMode"}
+	paths := slices.AppendSeq([]string{"/configz", "/flagz", "/healthz", "/metrics", "/metrics/slis", "/proxyMode"}, maps.Keys(p.More))
 	if p.Profiling {
 		paths = append(paths, "/debug/flags/v", "/debug/pprof")
 	}

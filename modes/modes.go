@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package modes lists the ways in which signalbox can serve Services, so that
 // the daemon, the renderer, the demo and the contract suite know the same ones.
 package modes

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nft
 
 import (
@@ -63,6 +65,11 @@ func MasqueradeRandom() Statement {
 // Reject answers with ICMP port unreachable.
 func (f *IPFamily) Reject() Statement {
 	return Statement{"reject", []expr.Any{&expr.Reject{Type: rejectType, Code: f.rejectUnreach}}}
+}
+
+// Reset answers a TCP packet with a reset.
+func Reset() Statement {
+	return Statement{"reject with tcp reset", []expr.Any{&expr.Reject{Type: unix.NFT_REJECT_TCP_RST}}}
 }
 
 // Drop discards the packet.

@@ -1,11 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nft
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
 )
 
 // Chain is one chain with its rules.
@@ -63,6 +67,28 @@ func (r Rule) exprs() []expr.Any {
 		list = append(list, s.exprs...)
 	}
 	return list
+}
+
+// digestType is the type of a rule's digest in its user data. nft skips types that it does
+// not know.
+const digestType userdata.Type = 'S'
+
+// userData is what the kernel keeps for a rule without reading it: the comment for nft, and
+// a digest of the expressions. Nobody can change a rule, only replace it by another one. So a
+// rule with the digest says what signalbox wrote.
+func (r Rule) userData(f nftables.TableFamily) (data []byte, err error) {
+	if r.comment != "" {
+		data = userdata.AppendString(data, userdata.TypeComment, r.comment)
+	}
+	h := sha256.New()
+	for _, e := range r.exprs() {
+		text, err := expr.Marshal(byte(f), e)
+		if err != nil {
+			return nil, fmt.Errorf("digest of the rule %s: %w", r.text(), err)
+		}
+		h.Write(text)
+	}
+	return userdata.Append(data, digestType, h.Sum(nil)[:8]), nil
 }
 
 // NewHook makes a hook for filter chains. The text is what nft lists for it.

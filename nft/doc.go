@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package nft is a library for nf_tables over netlink, for programs that own a table and
 // change it often. No nft binary is needed. It knows nothing of Services.
 //

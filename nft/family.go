@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nft
 
 import (
@@ -16,8 +18,8 @@ type IPFamily struct {
 	plan.Family
 	Word          string // nft's name of the table family and of the header
 	AddrLen       int    // bytes of an address
-	saddrOff      uint32 // offset of the source address in the header
-	daddrOff      uint32
+	SaddrOffset   uint32 // of the source address in the header
+	DaddrOffset   uint32
 	Table         nftables.TableFamily
 	addrType      nftables.SetDatatype
 	loopback      netip.Prefix
@@ -28,14 +30,14 @@ type IPFamily struct {
 func FamilyOf(f plan.Family) *IPFamily {
 	if f == plan.IPv6 {
 		return &IPFamily{
-			Family: f, Word: "ip6", AddrLen: 16, saddrOff: 8, daddrOff: 24,
+			Family: f, Word: "ip6", AddrLen: 16, SaddrOffset: 8, DaddrOffset: 24,
 			Table: nftables.TableFamilyIPv6, addrType: nftables.TypeIP6Addr,
 			loopback:      netip.MustParsePrefix("::1/128"),
 			rejectUnreach: 4,
 		}
 	}
 	return &IPFamily{
-		Family: f, Word: "ip", AddrLen: 4, saddrOff: 12, daddrOff: 16,
+		Family: f, Word: "ip", AddrLen: 4, SaddrOffset: 12, DaddrOffset: 16,
 		Table: nftables.TableFamilyIPv4, addrType: nftables.TypeIPAddr,
 		loopback:      netip.MustParsePrefix("127.0.0.0/8"),
 		rejectUnreach: 3,

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nft
 
 import (
@@ -6,6 +8,7 @@ import (
 	"math/bits"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
@@ -167,6 +170,22 @@ func TransparentSocket() Statement {
 // ProtocolIs matches packets of a transport protocol.
 func ProtocolIs(p plan.Protocol) Statement {
 	return equals("meta l4proto "+p.String(), L4Proto, []byte{byte(p)})
+}
+
+// TCPPortIs matches TCP packets to the port.
+func TCPPortIs(port uint16) Statement {
+	isTCP := ProtocolIs(plan.TCP)
+	return Statement{fmt.Sprintf("tcp dport %d", port), append(isTCP.exprs, equals("", DPort, binary.BigEndian.AppendUint16(nil, port)).exprs...)}
+}
+
+// MidStream matches TCP packets that do not open a connection.
+func MidStream() Statement {
+	const fin, syn, rst, ack = 1 << 0, 1 << 1, 1 << 2, 1 << 4
+	const mask = fin | syn | rst | ack
+	return Statement{"tcp flags != syn / fin,syn,rst,ack", append(slices.Clone(ProtocolIs(plan.TCP).exprs),
+		&expr.Payload{DestRegister: reg32(0), Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: reg32(0), DestRegister: reg32(0), Len: 1, Mask: []byte{mask}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg32(0), Data: []byte{syn}})}
 }
 
 // DPortsBetween matches packets to the ports from first to last.

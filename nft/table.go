@@ -1,6 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nft
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,9 +11,10 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"signalbox/nft/notify"
 )
 
 // Table is a connection to the kernel for one table. It gathers changes until Commit
@@ -25,6 +29,9 @@ type Table struct {
 	options  []nftables.ConnOption
 	batch    []nftables.SetElement // reused from one batch to the next
 	failed   error                 // the first error of gathering
+	gathered int                   // elements since the last Commit
+	// changes is nil without Subscribe.
+	changes *notify.Subscription
 }
 
 // BatchElements is how many elements the library gets at once. They fit into one of its
@@ -52,8 +59,34 @@ func Open(f *IPFamily, table string, sets []*Set, options ...nftables.ConnOption
 	return t, nil
 }
 
+// Subscribe has NextChange report what other software does to the table. An
+// nfttest.Kernel notifies of nothing.
+func (t *Table) Subscribe() error {
+	if t.conn.TestDial != nil {
+		return nil
+	}
+	port, err := t.conn.GetPortID()
+	if err != nil {
+		return fmt.Errorf("subscribe to changes of table %s: %w", t.table.Name, err)
+	}
+	t.changes, err = notify.Subscribe(byte(t.IPFamily.Table), t.table.Name, port)
+	return err
+}
+
+// NextChange waits until other software has changed the table. It returns false when ctx
+// ends, or at once without Subscribe. Any goroutine may call it, one at a time.
+func (t *Table) NextChange(ctx context.Context) (notify.Change, bool) {
+	if t.changes == nil {
+		return notify.Change{}, false
+	}
+	return t.changes.Next(ctx)
+}
+
 // Close closes the connection. The table stays.
 func (t *Table) Close() error {
+	if t.changes != nil {
+		t.changes.Close()
+	}
 	defer refill()
 	return t.conn.CloseLasting()
 }
@@ -66,7 +99,7 @@ func (t *Table) Commit() error {
 	t.failed = nil
 	// After a failure the library holds its own error too and sends nothing,
 	// but forgets what has gathered.
-	err := t.conn.Flush()
+	err := t.flush()
 	switch {
 	case failed != nil:
 		return failed
@@ -78,6 +111,28 @@ func (t *Table) Commit() error {
 		return fmt.Errorf("%w: %w", ErrUnknownState, err)
 	}
 	return err
+}
+
+// mutedElements is how many elements a transaction has of which the kernel must not
+// notify: see notify.Subscription.Mute.
+const mutedElements = 1000
+
+func (t *Table) flush() error {
+	n := t.gathered
+	t.gathered = 0
+	if t.changes == nil || n < mutedElements {
+		return t.conn.Flush()
+	}
+	return t.changes.Mute(t.generation, t.conn.Flush)
+}
+
+// generation is the kernel's count of transactions.
+func (t *Table) generation() (uint32, error) {
+	gen, err := t.conn.GetGen()
+	if err != nil {
+		return 0, fmt.Errorf("count transactions: %w", err)
+	}
+	return gen.ID, nil
 }
 
 // isRefusal says whether the transaction was not sent, or the kernel answered with an
@@ -144,11 +199,22 @@ func (t *Table) Try(write func()) error {
 
 // Exists says whether the kernel has the table.
 func (t *Table) Exists() (bool, error) {
+	found, err := t.find()
+	return found != nil, err
+}
+
+// find returns the kernel's table; nil if there is none.
+func (t *Table) find() (*nftables.Table, error) {
 	tables, err := t.conn.ListTablesOfFamily(t.IPFamily.Table)
 	if err != nil {
-		return false, fmt.Errorf("list tables: %w", err)
+		return nil, fmt.Errorf("list tables: %w", err)
 	}
-	return slices.ContainsFunc(tables, func(found *nftables.Table) bool { return found.Name == t.table.Name }), nil
+	for _, found := range tables {
+		if found.Name == t.table.Name {
+			return found, nil
+		}
+	}
+	return nil, nil
 }
 
 // AddSets adds all sets except those that are present.
@@ -175,22 +241,25 @@ func (t *Table) check(err error, set *nftables.Set) {
 }
 
 // AddChain adds a chain without its rules. An existing chain stays.
-func (t *Table) AddChain(c Chain) {
+func (t *Table) AddChain(c Chain) { t.conn.AddChain(t.chain(c)) }
+
+// chain is the library's form of a chain.
+func (t *Table) chain(c Chain) *nftables.Chain {
 	out := &nftables.Chain{Name: c.Name, Table: t.table}
 	if c.Hook != nil {
 		policy := nftables.ChainPolicyAccept
 		out.Type, out.Hooknum, out.Priority, out.Policy = c.Hook.kind, c.Hook.num, &c.Hook.priority, &policy
 	}
-	t.conn.AddChain(out)
+	return out
 }
 
 func (t *Table) addRules(c Chain) {
 	for _, r := range c.Rules {
-		out := &nftables.Rule{Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: r.exprs()}
-		if r.comment != "" {
-			out.UserData = userdata.AppendString(nil, userdata.TypeComment, r.comment)
+		data, err := r.userData(t.table.Family)
+		if err != nil && t.failed == nil {
+			t.failed = err
 		}
-		t.conn.AddRule(out)
+		t.conn.AddRule(&nftables.Rule{Table: t.table, Chain: &nftables.Chain{Name: c.Name, Table: t.table}, Exprs: r.exprs(), UserData: data})
 	}
 }
 
@@ -234,6 +303,7 @@ func (t *Table) put(list []Element, op func(*nftables.Set, []nftables.SetElement
 			t.batch = t.sets[set].LibraryElements(&list[i], t.batch)
 		}
 		t.check(op(t.declared[set], t.batch), t.declared[set])
+		t.gathered += n
 		list = list[n:]
 	}
 }
@@ -267,5 +337,6 @@ func (t *Table) RemoveRead(id SetID, list []nftables.SetElement) {
 func (t *Table) inBatches(id SetID, list []nftables.SetElement, op func(*nftables.Set, []nftables.SetElement) error) {
 	for batch := range slices.Chunk(list, BatchElements) {
 		t.check(op(t.declared[id], batch), t.declared[id])
+		t.gathered += len(batch)
 	}
 }

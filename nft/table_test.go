@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nft_test
 
 import (
@@ -57,7 +59,11 @@ func chains(t *testing.T, table *nft.Table) []string {
 	if c == nil {
 		return nil
 	}
-	return c.Chains
+	var names []string
+	for _, chain := range c.Chains {
+		names = append(names, chain.Name)
+	}
+	return names
 }
 
 // refuse makes the kernel refuse every message of a kind.
@@ -165,7 +171,7 @@ func TestInspect(t *testing.T) {
 		sets = append(sets, s.Name)
 	}
 	want := [][]string{{"one", "two"}, {"packets"}, {"addresses", "clients"}}
-	if diff := cmp.Diff(want, [][]string{c.Chains, c.Counters, sets}); diff != "" {
+	if diff := cmp.Diff(want, [][]string{chains(t, table), c.Counters, sets}); diff != "" {
 		t.Errorf("chains, counters and sets (-want +got):\n%s", diff)
 	}
 	for kind, want := range map[int]string{
@@ -195,12 +201,12 @@ func TestReplaceContents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !table.HasDynamicMap(c, clients) || table.HasDynamicMap(c, addresses) || table.HasDynamicMap(nil, clients) {
-		t.Error("the map of clients is not told from others")
+	if !table.HasSet(c, clients) || table.HasSet(nil, clients) {
+		t.Error("the map of clients is not found, or found in no table")
 	}
 	i := slices.IndexFunc(c.Sets, func(s *nftables.Set) bool { return s.Name == "clients" })
 	c.Sets[i].Size++
-	if table.HasDynamicMap(c, clients) {
+	if table.HasSet(c, clients) {
 		t.Error("a map of another size is taken for today's")
 	}
 	table.ReplaceContents(c, clients)
@@ -263,4 +269,86 @@ func TestReadAll(t *testing.T) {
 	if err := table.ReadAll(func(nft.SetID, []nftables.SetElement) {}); !errors.Is(err, unix.EINTR) {
 		t.Errorf("error %v, want %v", err, unix.EINTR)
 	}
+}
+
+// TestCompare: what another program adds and removes is named, and Correct repairs
+// elements.
+func TestCompare(t *testing.T) {
+	var kernel nfttest.Kernel
+	table, other := open(t, &kernel, "example"), open(t, &kernel, "example")
+	ranges := func(from, to byte) (list []nft.Element) {
+		for n := from; n < to; n++ {
+			key := string([]byte{10, 0, n, 0})
+			list = append(list, nft.Element{Set: addresses, Key: key, End: key})
+		}
+		return list
+	}
+	wanted := ranges(1, 4)
+	own := []nft.Chain{nft.NewChain("a", nil, nft.NewRule(nft.Drop())), nft.NewChain("b", nil)}
+	table.ReplaceTable()
+	table.AddChains(own)
+	table.AddElements(wanted)
+	table.AddElements([]nft.Element{{Set: clients, Key: string([]byte{10, 0, 0, 1}), Data: nft.MarkData(1)}})
+	commit(t, table)
+	compare := func(want ...string) *nft.Difference {
+		t.Helper()
+		have, err := table.ReadElements()
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := table.Compare(have, func(emit func(nft.Element)) {
+			for _, e := range wanted {
+				emit(e)
+			}
+		})
+		if diff := cmp.Diff(want, d.Texts()); diff != "" {
+			t.Errorf("elements (-want +got)\n%s", diff)
+		}
+		return d
+	}
+	compareChains := func(want ...string) {
+		t.Helper()
+		c, err := table.Inspect()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := table.CompareChains(c, own)
+		if diff := cmp.Diff(want, got); diff != "" || err != nil {
+			t.Errorf("chains (-want +got), %v\n%s", err, diff)
+		}
+	}
+	compare()
+	compareChains()
+
+	other.RemoveElements(ranges(1, 2))
+	other.AddElements(ranges(10, 12))
+	commit(t, other)
+	table.Correct(compare("set addresses lacks 2 elements", "set addresses has 4 elements that signalbox did not write"))
+	commit(t, table)
+	compare()
+
+	other.RewriteChains([]nft.Chain{nft.NewChain("a", nil, nft.NewRule(nft.Return()))})
+	commit(t, other)
+	compareChains("chain a has another rule, with handle 0, in the place of: drop")
+	other.RewriteChains([]nft.Chain{nft.NewChain("a", nil, nft.NewRule(nft.Drop()).Comment("mine"))})
+	commit(t, other)
+	compareChains("chain a has another rule, with handle 0, in the place of: drop")
+
+	other.DeleteChain("b")
+	other.RewriteChains([]nft.Chain{nft.NewChain("a", nil)})
+	other.AddChain(nft.NewChain("c", nil))
+	commit(t, other)
+	compareChains("chain a has 0 rules instead of 1", "chain b is missing", "chain c is not signalbox's")
+	otherSets, err := nft.Open(nft.FamilyOf(plan.IPv4), "example", []*nft.Set{newSets()[0], nft.NewSet("clients", []nft.Field{nft.AddrField}, nil, "")}, kernel.Connection())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer otherSets.Close()
+	otherSets.ReplaceTable()
+	otherSets.AddChains([]nft.Chain{own[0], nft.NewChain("b", nft.NewHook(nftables.ChainHookOutput, 0, ""))})
+	commit(t, otherSets)
+	compareChains("set clients has another type", "chain b has another type, hook, priority or policy")
+	other.DeleteTable()
+	commit(t, other)
+	compareChains("the table is missing")
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nft
 
 import (
@@ -37,6 +39,8 @@ func TestRenderTable(t *testing.T) {
 					NewRule(StateNew(), SetPriorityFrom(MarkLookedUp(Join(f.Daddr(), DPort), "ids"))),
 					NewRule(Remember("clients", Join(f.Saddr(), Priority), Priority, 3*time.Hour+5*time.Second)),
 					NewRule(VerdictOf(Priority, "verdicts")),
+					NewRule(TCPPortIs(6443), Return()),
+					NewRule(MidStream(), Reset()),
 				),
 			}
 			prefix := netip.PrefixFrom(f.loopback.Addr(), f.HostBits()-4).Masked()

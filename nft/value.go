@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nft
 
 import (
@@ -43,10 +45,10 @@ func Join(values ...Value) Value {
 }
 
 // Saddr is the source address.
-func (f *IPFamily) Saddr() Value { return f.address("saddr", f.saddrOff) }
+func (f *IPFamily) Saddr() Value { return f.address("saddr", f.SaddrOffset) }
 
 // Daddr is the destination address.
-func (f *IPFamily) Daddr() Value { return f.address("daddr", f.daddrOff) }
+func (f *IPFamily) Daddr() Value { return f.address("daddr", f.DaddrOffset) }
 
 func (f *IPFamily) address(name string, offset uint32) Value {
 	n := uint32(f.AddrLen)

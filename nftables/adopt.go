@@ -1,28 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
+	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/google/nftables"
-	"github.com/mdlayher/netlink"
-	"golang.org/x/sys/unix"
-
 	"signalbox/nft"
 	"signalbox/nft/access"
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
 // A new process reads the table that an earlier process left, finds out which numbers
 // Service ports have in it, and writes only what differs from the plan.
 //
-// Rules are not read back one by one. An empty chain has the digest of all rules and
-// set declarations in its name. If the digest is another one, because the node's facts
-// or the release changed, the table is written anew.
+// If a rule, chain or set differs, because the node's facts or the release changed or other
+// software wrote, the table is written anew.
+//
+// The kernel walks a map from its beginning for each page of a listing, so that the time
+// grows with the square of the elements. A table of many endpoints is therefore written
+// anew, which is sooner done. Of it only the numbers of Service ports with affinity are read.
+
+// maxEndpointsRead is how many endpoints are read back. Up to about this number, a process
+// that finds nothing changed is as quick as one that writes everything.
+const maxEndpointsRead = 200_000
 
 // existingTable is what the kernel has at the start.
 type existingTable struct {
@@ -38,14 +47,18 @@ type existingTable struct {
 // existingTable reads nothing if this process wrote the table: it knows the numbers.
 func (p *Proxier) existingTable(rules ruleset, desired *plan.Plan) (existingTable, error) {
 	contents, err := p.table.Inspect()
-	if err != nil || !p.table.HasDynamicMap(contents, affinity) {
+	if err != nil || !p.table.HasSet(contents, affinity) {
 		return existingTable{}, err
 	}
 	if p.state != nil {
 		return existingTable{contents: contents, ports: p.state.ports}, nil
 	}
-	a := &adoption{Table: p.table, rules: rules, elements: make(kernelElements)}
-	if err := a.read(); err != nil {
+	var except []nft.SetID
+	if countEndpoints(maps.Values(desired.Services)) > p.maxEndpointsRead {
+		except = []nft.SetID{endpoints}
+	}
+	a := &adoption{Table: p.table, rules: rules}
+	if err := a.read(except...); err != nil {
 		return existingTable{}, err
 	}
 	old := existingTable{contents: contents, ports: make(map[plan.ServicePortName]*programmedPort)}
@@ -53,6 +66,9 @@ func (p *Proxier) existingTable(rules ruleset, desired *plan.Plan) (existingTabl
 		if read := a.readPort(port); read != nil {
 			old.ports[name] = read
 		}
+	}
+	if len(except) > 0 {
+		return old, nil
 	}
 	same, err := a.hasSameRules(contents)
 	if err != nil {
@@ -67,23 +83,19 @@ func (p *Proxier) existingTable(rules ruleset, desired *plan.Plan) (existingTabl
 	return old, nil
 }
 
-// elementPlace is where the kernel has an element.
-type elementPlace struct {
-	set      nft.SetID
-	key, end string
-	closes   bool // the end of an interval over one field
+// countEndpoints is how many elements the map of endpoints has for Service ports.
+func countEndpoints(ports iter.Seq[*plan.ServicePort]) (n int) {
+	for port := range ports {
+		for _, set := range distinctSets(port) {
+			n += len(set.Endpoints)
+		}
+	}
+	return n
 }
-
-func placeOf(set nft.SetID, e *nftables.SetElement) elementPlace {
-	return elementPlace{set, string(e.Key), string(e.KeyEnd), e.IntervalEnd}
-}
-
-// kernelElements are the elements of a table, except those that packets make.
-type kernelElements map[elementPlace]nftables.SetElement
 
 // datum is what the kernel has for a key.
-func (k kernelElements) datum(set nft.SetID, key string) (uint32, bool) {
-	e, ok := k[elementPlace{set: set, key: key}]
+func (a *adoption) datum(set nft.SetID, key string) (uint32, bool) {
+	e, ok := a.elements.Find(set, key)
 	if !ok || len(e.Val) != 4 {
 		return 0, false
 	}
@@ -94,56 +106,27 @@ func (k kernelElements) datum(set nft.SetID, key string) (uint32, bool) {
 type adoption struct {
 	*nft.Table
 	rules    ruleset
-	elements kernelElements
+	elements nft.KernelElements
 	chains   map[pickChain]uint32 // those in the kernel
 	byNumber map[uint32]pickChain
 }
 
-// read reads all elements, and the pick chains with their numbers.
-func (a *adoption) read() error {
-	err := a.ReadAll(func(set nft.SetID, elements []nftables.SetElement) {
-		for i := range elements {
-			a.elements[placeOf(set, &elements[i])] = elements[i]
-		}
-	})
+// read reads all elements but those of some sets, and the pick chains with their numbers.
+func (a *adoption) read(except ...nft.SetID) (err error) {
+	a.elements, err = a.ReadElements(except...)
 	a.chains, a.byNumber = make(map[pickChain]uint32), make(map[uint32]pickChain)
-	for place, e := range a.elements {
-		if place.set != pickChains || len(place.key) != 4 {
-			continue
-		}
-		if c, ok := parseChainName(verdictChain(e.Val)); ok {
-			n := binary.NativeEndian.Uint32([]byte(place.key))
+	for key, chain := range a.elements.Verdicts(pickChains) {
+		if c, ok := parseChainName(chain); ok && len(key) == 4 {
+			n := binary.NativeEndian.Uint32([]byte(key))
 			a.chains[c], a.byNumber[n] = n, c
 		}
 	}
 	return err
 }
 
-// verdictChain is the chain that a verdict leads to.
-func verdictChain(val []byte) string {
-	verdict, err := netlink.NewAttributeDecoder(val)
-	if err != nil {
-		return ""
-	}
-	for verdict.Next() {
-		if verdict.Type() == unix.NFTA_VERDICT_CHAIN {
-			return verdict.String()
-		}
-	}
-	return ""
-}
-
 // hasSameRules says whether the table has the rules, chains and sets that this process
 // would write.
 func (a *adoption) hasSameRules(old *nft.Contents) (bool, error) {
-	if len(old.Sets) != len(allSets) || !slices.Contains(old.Chains, a.rules.digest()) {
-		return false, nil
-	}
-	for _, s := range allSets {
-		if !slices.ContainsFunc(old.Sets, func(found *nftables.Set) bool { return found.Name == s.Name }) {
-			return false, nil
-		}
-	}
 	chains := slices.Concat(a.rules.fixedChains(), a.rules.nodeChains(), a.rules.baseChains())
 	for c, n := range a.chains {
 		if c.sizeIsNumber() && n != uint32(c.size) {
@@ -151,16 +134,8 @@ func (a *adoption) hasSameRules(old *nft.Contents) (bool, error) {
 		}
 		chains = append(chains, c.chain(a.IPFamily))
 	}
-	if len(old.Chains) != len(chains)+1 {
-		return false, nil
-	}
-	// Other software may have removed or added rules.
-	for _, c := range chains {
-		if n, err := a.RuleCount(c.Name); err != nil || n != len(c.Rules) {
-			return false, err
-		}
-	}
-	return true, nil
+	found, err := a.CompareChains(old, chains)
+	return len(found) == 0, err
 }
 
 // readPort returns the Service port with the endpoint sets that the table knows, up to
@@ -194,10 +169,10 @@ func (a *adoption) idOf(port *plan.ServicePort, set *plan.EndpointSet) (uint32, 
 		sets, key := setsOf(fe), access.FrontendBytes(fe.Key(port.Name.Protocol))
 		id, ok := uint32(0), false
 		if fe.Internal == set {
-			id, ok = a.elements.datum(sets.internal, key)
+			id, ok = a.datum(sets.internal, key)
 		}
 		if !ok && (fe.External == set || fe.Internal == set) {
-			id, ok = a.elements.datum(sets.external, key)
+			id, ok = a.datum(sets.external, key)
 		}
 		if ok && id >= plainFirst && id&idSpaceMask == idSpace && (id >= smallFirst) == (port.AffinityTimeout > 0) {
 			return id, true
@@ -220,7 +195,7 @@ func (a *adoption) readSet(i int, id uint32, sticky bool) (indexedSet, bool) {
 	for slot := range c.size {
 		from, key := nft.SetID(endpoints), slotKey(set.firstID, slot)
 		if sticky {
-			endpoint, ok := a.elements.datum(affinitySlots, slotKey(set.firstID|uint32(i), slot))
+			endpoint, ok := a.datum(affinitySlots, slotKey(set.firstID|uint32(i), slot))
 			if !ok {
 				return set, false
 			}
@@ -237,7 +212,7 @@ func (a *adoption) readSet(i int, id uint32, sticky bool) (indexedSet, bool) {
 }
 
 func (a *adoption) readEndpoint(set nft.SetID, key string) (netip.AddrPort, bool) {
-	e, ok := a.elements[elementPlace{set: set, key: key}]
+	e, ok := a.elements.Find(set, key)
 	if !ok || len(e.Val) != a.AddrLen+4 {
 		return netip.AddrPort{}, false
 	}
@@ -247,47 +222,69 @@ func (a *adoption) readEndpoint(set nft.SetID, key string) (netip.AddrPort, bool
 
 // tableDifference is what an adopted table lacks, and what it has too much.
 type tableDifference struct {
-	chains      []pickChain // to make
-	remove, add map[nft.SetID][]nftables.SetElement
+	chains []pickChain // to make
+	*nft.Difference
 }
 
 // compare uses up the elements that were read.
 func (a *adoption) compare(st *state) *tableDifference {
-	d := &tableDifference{remove: map[nft.SetID][]nftables.SetElement{}, add: map[nft.SetID][]nftables.SetElement{}}
+	d := &tableDifference{}
 	for c := range st.chains {
 		if _, present := a.chains[c]; !present {
 			d.chains = append(d.chains, c)
 		}
 	}
 	slices.SortFunc(d.chains, pickChain.compare)
-	var wanted []nftables.SetElement
-	emit := func(e nft.Element) {
-		wanted = allSets[e.Set].LibraryElements(&e, wanted[:0])
-		for i := range wanted {
-			place := placeOf(e.Set, &wanted[i])
-			if have, present := a.elements[place]; present && same(&have, &wanted[i]) {
-				delete(a.elements, place)
-				continue
-			}
-			d.add[e.Set] = append(d.add[e.Set], wanted[i])
+	d.Difference = a.Compare(a.elements, func(emit func(nft.Element)) {
+		for _, e := range a.rules.NodeElements() {
+			emit(e)
 		}
-	}
-	for _, e := range a.rules.NodeElements() {
-		emit(e)
-	}
-	st.elements = compileAll(st, emit)
-	for place, e := range a.elements {
-		d.remove[place.set] = append(d.remove[place.set], nftables.SetElement{Key: e.Key, KeyEnd: e.KeyEnd, IntervalEnd: e.IntervalEnd})
-	}
+		st.elements = compileAll(st, emit)
+	})
 	return d
 }
 
-// same compares what was read with what would be written.
-func same(have, want *nftables.SetElement) bool {
-	if want.VerdictData != nil {
-		return verdictChain(have.Val) == want.VerdictData.Chain
+// Compare implements proxier.Proxier.
+func (p *Proxier) Compare(_ context.Context, about ...plan.ServicePortName) (proxier.Comparison, error) {
+	if p.state == nil {
+		return proxier.Comparison{}, nil
 	}
-	return string(have.Val) == string(want.Val) && have.Comment == want.Comment && have.IntervalOpen == want.IntervalOpen
+	rules := rulesetOf(p.IPFamily, p.mark, p.state.node)
+	return access.Compare(p.table, rules.chains(p.state), func(emit func(nft.Element)) {
+		for _, e := range rules.NodeElements() {
+			emit(e)
+		}
+		compileAll(p.state, emit)
+	}, about, func(name plan.ServicePortName, emit func(nft.Element)) { compile(p.state.ports[name], emit) })
+}
+
+// Repair implements proxier.Proxier. It writes elements that differ. If chains, rules or
+// sets differ, or the table is too large to read, everything must be written.
+func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
+	if p.state == nil {
+		return proxier.Difference{}, nil
+	}
+	contents, err := p.table.Inspect()
+	if err != nil {
+		return proxier.Difference{}, err
+	}
+	a := &adoption{Table: p.table, rules: rulesetOf(p.IPFamily, p.mark, p.state.node)}
+	found, err := p.watch.CompareChains(contents, a.rules.chains(p.state))
+	if err != nil || len(found) > 0 {
+		return proxier.Difference{Objects: found, Rewrite: true}, err
+	}
+	if n := countEndpoints(p.state.servicePorts); n > p.maxEndpointsRead {
+		return proxier.Difference{Objects: []string{fmt.Sprintf("elements, which are not compared among %d endpoints", n)}, Rewrite: true}, nil
+	}
+	if err := a.read(); err != nil {
+		return proxier.Difference{}, err
+	}
+	d := a.compare(p.state)
+	d.chains = nil // CompareChains found them
+	if found = d.Texts(); len(found) == 0 {
+		return proxier.Difference{}, nil
+	}
+	return proxier.Difference{Objects: found}, writeDifference(p.table, d)
 }
 
 // parseChainName reads what pickChain.name writes.

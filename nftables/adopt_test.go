@@ -1,7 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
 	"context"
+	"maps"
 	"math/rand/v2"
 	"testing"
 	"time"
@@ -20,6 +23,15 @@ func adopted(t *testing.T, desired *plan.Plan) *Proxier {
 	compareKernel(t, p, desired.Node)
 	compareMeaning(t, p.state, desired)
 	return p
+}
+
+// rangesOf returns the range of numbers of each Service port with affinity.
+func rangesOf(p *Proxier) map[plan.ServicePortName]uint32 {
+	ranges := make(map[plan.ServicePortName]uint32)
+	for name, port := range stickyPorts(p.state.ports) {
+		ranges[name] = port.idRange
+	}
+	return ranges
 }
 
 // TestAdopt: a new process that finds the table it would write writes nothing. If the
@@ -59,6 +71,35 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
+// TestAdoptMany: a new process writes a table with too many endpoints to read anew.
+// Service ports with affinity keep their numbers, so that clients keep their endpoints.
+func TestAdoptMany(t *testing.T) {
+	for _, f := range plan.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			nstest.Enter(t)
+			desired := examplePlan(f)
+			before := rangesOf(adopted(t, desired))
+			if len(before) == 0 {
+				t.Fatal("no Service port has affinity")
+			}
+			p := newProxier(t, f)
+			p.maxEndpointsRead = 0
+			generation := nstest.Generation(t)
+			if err := p.Sync(t.Context(), desired, plan.Change{}); err != nil {
+				t.Fatal(err)
+			}
+			if n := nstest.Generation(t) - generation; n != 1 {
+				t.Errorf("%d transactions, want one", n)
+			}
+			compareKernel(t, p, desired.Node)
+			compareMeaning(t, p.state, desired)
+			if after := rangesOf(p); !maps.Equal(before, after) {
+				t.Errorf("ranges of numbers before %v, after %v", before, after)
+			}
+		})
+	}
+}
+
 // TestAdoptDamaged: a table that other software changed is corrected.
 func TestAdoptDamaged(t *testing.T) {
 	for name, damage := range map[string][]string{
@@ -72,6 +113,9 @@ func TestAdoptDamaged(t *testing.T) {
 		"a pick chain is empty":  {"flush", "chain", "ip", tableName, "pick-2"},
 		"the chains' map":        {"flush", "map", "ip", tableName, "pick-chains"},
 		"nothing is left":        {"flush", "ruleset"},
+		"a rule is another":      {"flush chain ip " + tableName + " filter-output; add rule ip " + tableName + " filter-output accept"},
+		"a policy is another":    {"add chain ip " + tableName + " filter-output { policy drop; }"},
+		"the table is dormant":   {"add table ip " + tableName + " { flags dormant; }"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			nstest.Enter(t)
@@ -83,7 +127,7 @@ func TestAdoptDamaged(t *testing.T) {
 	}
 }
 
-// TestAdoptAfterNodeChange: the digest of the rules follows the node's facts.
+// TestAdoptAfterNodeChange: rules of other facts of the node are replaced.
 func TestAdoptAfterNodeChange(t *testing.T) {
 	nstest.Enter(t)
 	desired := examplePlan(plan.IPv4)

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
@@ -7,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -58,6 +61,36 @@ func BenchmarkCompile(b *testing.B) {
 	})
 }
 
+// BenchmarkRepair reads the table back and writes the element that another program removed.
+func BenchmarkRepair(b *testing.B) {
+	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
+		nstest.Enter(b)
+		p, other := newProxier(b, desired.Family), newProxier(b, desired.Family)
+		if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
+			b.Fatal(err)
+		}
+		var frontend nft.Element
+		compileAll(p.state, func(e nft.Element) {
+			if e.Set == frontends {
+				frontend = e
+			}
+		})
+		forgetPeak(b)
+		for b.Loop() {
+			b.StopTimer()
+			other.table.RemoveElements([]nft.Element{frontend})
+			if err := other.table.Commit(); err != nil {
+				b.Fatal(err)
+			}
+			b.StartTimer()
+			if found, err := p.Repair(context.Background()); err != nil || len(found.Objects) != 1 {
+				b.Fatalf("found %+v, %v", found, err)
+			}
+		}
+		b.ReportMetric(memoryMiB(b, "VmHWM"), "MiB-peak")
+	})
+}
+
 // BenchmarkSyncCold writes a whole plan into a kernel that has no table.
 func BenchmarkSyncCold(b *testing.B) {
 	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
@@ -81,29 +114,37 @@ func BenchmarkSyncCold(b *testing.B) {
 	})
 }
 
-// BenchmarkSyncAgain writes a whole plan over the table that is there, as a
-// restarted process does; every Service has affinity, so all numbers are read
-// back first.
+// BenchmarkSyncSame starts a process over the table of another one, with nothing changed.
+func BenchmarkSyncSame(b *testing.B) {
+	eachFleet(b, benchmarkRestart)
+}
+
+// BenchmarkSyncAgain is the same where every Service has affinity: a process keeps the
+// numbers of Service ports and endpoints, whatever it writes.
 func BenchmarkSyncAgain(b *testing.B) {
 	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
-		nstest.Enter(b)
 		for _, sp := range desired.Services {
 			sp.AffinityTimeout = 3 * time.Hour
 		}
-		p := newProxier(b, desired.Family)
-		if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
+		benchmarkRestart(b, desired)
+	})
+}
+
+func benchmarkRestart(b *testing.B, desired *plan.Plan) {
+	nstest.Enter(b)
+	p := newProxier(b, desired.Family)
+	if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
+		b.Fatal(err)
+	}
+	forgetPeak(b)
+	for b.Loop() {
+		again := newProxier(b, desired.Family)
+		err := onAnyThread(func() error { return again.Sync(context.Background(), desired, plan.Change{All: true}) })
+		if err != nil {
 			b.Fatal(err)
 		}
-		forgetPeak(b)
-		for b.Loop() {
-			again := newProxier(b, desired.Family)
-			err := onAnyThread(func() error { return again.Sync(context.Background(), desired, plan.Change{All: true}) })
-			if err != nil {
-				b.Fatal(err)
-			}
-		}
-		b.ReportMetric(memoryMiB(b, "VmHWM"), "MiB-peak")
-	})
+	}
+	b.ReportMetric(memoryMiB(b, "VmHWM"), "MiB-peak")
 }
 
 // BenchmarkSyncOne writes the change of one Service: one of its ten endpoints
@@ -223,4 +264,26 @@ func memoryMiB(b *testing.B, name string) float64 {
 	}
 	b.Fatalf("no %s in /proc/self/status", name)
 	return 0
+}
+
+// BenchmarkCompare compares the kernel with the elements of one Service port, as `signalbox
+// explain` does, and with all, as `signalbox diff` does.
+func BenchmarkCompare(b *testing.B) {
+	eachFleet(b, func(b *testing.B, desired *plan.Plan) {
+		nstest.Enter(b)
+		p := newProxier(b, desired.Family)
+		if err := p.Sync(context.Background(), desired, plan.Change{All: true}); err != nil {
+			b.Fatal(err)
+		}
+		for name, about := range map[string][]plan.ServicePortName{"one": {slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)[7]}, "all": nil} {
+			b.Run(name, func(b *testing.B) {
+				for b.Loop() {
+					c, err := p.Compare(context.Background(), about...)
+					if err != nil || len(c.Differences) > 0 || (len(c.Holds) > 0) != (about != nil) {
+						b.Fatalf("compared %+v, %v", c, err)
+					}
+				}
+			})
+		}
+	})
 }

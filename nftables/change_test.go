@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
@@ -51,37 +53,49 @@ func FuzzChange(f *testing.F) {
 	for seed := range uint64(20) {
 		f.Add(seed, seed*7)
 	}
-	f.Fuzz(func(t *testing.T, a, b uint64) {
-		g := generator{rand.New(rand.NewPCG(a, b)), plan.Families[a%2]}
-		st := newState(nft.FamilyOf(g.family))
-		kernel := map[nft.ElementID]nft.Element{}
-		st.elements = compileAll(st, func(e nft.Element) { kernel[e.ID()] = e })
-		plan := &plan.Plan{Family: g.family, Services: map[plan.ServicePortName]*plan.ServicePort{}}
-		for range 30 {
-			before, old := expectedElements(st), maps.Clone(plan.Services)
-			change := g.step(plan)
-			conflict := g.chance(10) && stealFrontend(plan, change.Services)
-			s, err := st.prepare(plan, change.Services)
-			if (err != nil) != conflict {
-				t.Fatalf("prepare: error %v, conflict %v", err, conflict)
-			}
-			if err == nil && g.chance(20) {
-				st.undo(s)
-				err = errors.New("undone")
-			}
-			if err != nil {
-				if diff := cmp.Diff(before, expectedElements(st)); diff != "" {
-					t.Fatalf("after an error the state is another (- before, + after):\n%s", diff)
-				}
-				plan.Services = old
-				continue
-			}
-			apply(t, st, kernel, s)
-			st.commit(s)
-			compareModel(t, kernel, st)
-			compareMeaning(t, st, plan)
+	f.Fuzz(changeByChange)
+}
+
+// TestRandomChanges is FuzzChange with other seeds each time. `make soak` repeats it for
+// 10,000 sequences.
+func TestRandomChanges(t *testing.T) {
+	for range 50 {
+		a, b := rand.Uint64(), rand.Uint64()
+		t.Run(fmt.Sprintf("%d,%d", a, b), func(t *testing.T) { changeByChange(t, a, b) })
+	}
+}
+
+// changeByChange makes the changes of two seeds.
+func changeByChange(t *testing.T, a, b uint64) {
+	g := generator{rand.New(rand.NewPCG(a, b)), plan.Families[a%2]}
+	st := newState(nft.FamilyOf(g.family))
+	kernel := map[nft.ElementID]nft.Element{}
+	st.elements = compileAll(st, func(e nft.Element) { kernel[e.ID()] = e })
+	plan := &plan.Plan{Family: g.family, Services: map[plan.ServicePortName]*plan.ServicePort{}}
+	for range 30 {
+		before, old := expectedElements(st), maps.Clone(plan.Services)
+		change := g.step(plan)
+		conflict := g.chance(10) && stealFrontend(plan, change.Services)
+		s, err := st.prepare(plan, change.Services)
+		if (err != nil) != conflict {
+			t.Fatalf("prepare: error %v, conflict %v", err, conflict)
 		}
-	})
+		if err == nil && g.chance(20) {
+			st.undo(s)
+			err = errors.New("undone")
+		}
+		if err != nil {
+			if diff := cmp.Diff(before, expectedElements(st)); diff != "" {
+				t.Fatalf("after an error the state is another (- before, + after):\n%s", diff)
+			}
+			plan.Services = old
+			continue
+		}
+		apply(t, st, kernel, s)
+		st.commit(s)
+		compareModel(t, kernel, st)
+		compareMeaning(t, st, plan)
+	}
 }
 
 // stealFrontend gives a changed Service port a frontend of an unchanged one, if there is

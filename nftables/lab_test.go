@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
@@ -19,6 +21,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/netlab"
 	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 )
@@ -175,9 +178,10 @@ func (l *lab) up(name string, a netip.Addr) {
 	}
 	link := l.link(name)
 	l.must(netlink.LinkSetUp(link))
-	l.must(netlink.AddrAdd(link, &netlink.Addr{
-		IPNet: &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, l.family.HostBits())}, Flags: unix.IFA_F_NODAD,
-	}))
+	nl, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	l.must(err)
+	defer nl.Close()
+	l.must(netlab.AddAddr(nl, link, netip.PrefixFrom(a, bits)))
 }
 
 // inside runs f in the peer's namespace, on the test's own thread.
@@ -270,12 +274,11 @@ func (l *lab) probe(from *peer, source netip.Addr, proto plan.Protocol, to netip
 
 func connect(source netip.Addr, proto plan.Protocol, to netip.AddrPort, wait time.Duration) (answer, error) {
 	d := net.Dialer{Timeout: wait}
-	if source.IsValid() {
-		if proto == plan.UDP {
-			d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
-		} else {
-			d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
-		}
+	switch {
+	case proto == plan.UDP:
+		d.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(source, netlab.FreshPort()))
+	case source.IsValid():
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(source, 0))
 	}
 	c, err := d.DialContext(context.Background(), proto.String(), to.String())
 	if err != nil {

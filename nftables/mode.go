@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package nftables serves Services with the kernel's nf_tables, over netlink. It needs no
 // nft binary.
 //

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
@@ -26,6 +28,9 @@ type Proxier struct {
 	// localhost serves NodePorts on the loopback address.
 	localhost *localhost.NodePorts
 	counters  counterReader
+	watch     *access.Watch
+	// maxEndpointsRead bounds the endpoints of a table that is read back.
+	maxEndpointsRead int
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
@@ -37,8 +42,14 @@ func New(opts proxier.Options) (*Proxier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
 	}
-	return &Proxier{IPFamily: f, mark: opts.MasqueradeMark, table: t, localhost: localhost.New(opts.Family, Mode)}, nil
+	return &Proxier{
+		IPFamily: f, mark: opts.MasqueradeMark, table: t,
+		localhost: localhost.New(opts.Family, Mode), watch: access.NewWatch(t), maxEndpointsRead: maxEndpointsRead,
+	}, nil
 }
+
+// Watch implements proxier.Proxier.
+func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) { p.watch.Run(ctx, drifted) }
 
 // Close closes the connection to the kernel and ends connections that are relayed on
 // loopback. The table stays.
@@ -95,6 +106,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 // writes the table anew and keeps the affinity map with its clients. If other software
 // has changed the table so that this fails, the map goes too.
 func (p *Proxier) syncAll(rules ruleset, plan *plan.Plan, _ plan.Change) error {
+	p.watch.RulesChanged() // this write corrects them
 	old, err := p.existingTable(rules, plan)
 	if err != nil {
 		p.warn("cannot read the old table, clients lose their session affinity", err)
@@ -141,7 +153,7 @@ func (p *Proxier) warn(message string, err error) {
 
 // written makes st the state after a full write.
 func (p *Proxier) written(rules ruleset, st *state) {
-	st.digest, st.node, p.state = rules.digest(), rules.Node, st
+	st.node, p.state = rules.Node, st
 	p.countRules(rules)
 }
 
@@ -157,7 +169,7 @@ func (p *Proxier) syncChange(rules ruleset, plan *plan.Plan, change plan.Change)
 	}
 	p.state.commit(c)
 	if change.Node {
-		p.state.digest, p.state.node = rules.digest(), rules.Node
+		p.state.node = rules.Node
 	}
 	if change.Node || len(c.newChains)+len(c.oldChains) > 0 {
 		p.countRules(rules)

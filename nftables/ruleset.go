@@ -1,9 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
 	"cmp"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"slices"
 	"time"
@@ -25,28 +25,7 @@ func rulesetOf(f *nft.IPFamily, mark uint32, n plan.Node) ruleset {
 
 // chains are all chains of the table.
 func (r ruleset) chains(st *state) []nft.Chain {
-	return slices.Concat(r.fixedChains(), pickChainRules(r.IPFamily, st.sortedChains()), r.nodeChains(), r.baseChains(),
-		[]nft.Chain{{Name: r.digest()}})
-}
-
-// digestPrefix begins the name of the chain that tells which rules the table has.
-const digestPrefix = "written-by-"
-
-// digest names the rules and sets of a table. Tables with the same digest differ only in
-// elements and pick chains.
-func (r ruleset) digest() string {
-	h := sha256.New()
-	for _, s := range allSets {
-		h.Write([]byte(s.Text(r.IPFamily, nil)))
-	}
-	samples := []pickChain{{size: 2}, {size: 2, timeout: time.Second}, {size: 2, timeout: time.Second, setIndex: 1, large: true}}
-	for _, c := range samples {
-		h.Write([]byte(c.chain(r.IPFamily).Text()))
-	}
-	for _, c := range slices.Concat(r.fixedChains(), r.nodeChains(), r.baseChains()) {
-		h.Write([]byte(c.Text()))
-	}
-	return digestPrefix + hex.EncodeToString(h.Sum(nil)[:8])
+	return slices.Concat(r.fixedChains(), pickChainRules(r.IPFamily, st.sortedChains()), r.nodeChains(), r.baseChains())
 }
 
 // fixedChains do not depend on the node.
@@ -86,14 +65,15 @@ func (r ruleset) postrouting() nft.Chain {
 func (r ruleset) nodeChains() []nft.Chain {
 	chains := append(append(r.localhostChains(), access.SourceChains(r.IPFamily, r.Node)...), []nft.Chain{
 		{Name: "between-nodes", Rules: r.betweenNodes()},
-		{Name: "check-sources", Rules: r.CheckSources()},
+		{Name: "check-sources", Rules: append(r.CheckSources(), r.ResetStrays(
+			nft.SetPriorityFrom(idLookedUp(r.Frontend(), masquerade)), nft.SetPriorityFrom(idLookedUp(access.NodePort, nodePortMasquerade)))...)},
 		{Name: "check-local", Rules: r.checkLocal()},
 		{Name: "check-remote", Rules: r.checkRemote()},
 	}...)
 	for sources := plan.FromPods; sources <= plan.AnySource; sources++ {
 		chains = append(chains, nft.Chain{Name: markChain(sources), Rules: r.markRules(sources)})
 	}
-	services := []nft.Rule{nft.NewRule(nft.SetPriorityFrom(idLookedUp(r.Frontend(), masquerade)), nft.GoTo("service"))}
+	services := append(r.Bypass(), nft.NewRule(nft.SetPriorityFrom(idLookedUp(r.Frontend(), masquerade)), nft.GoTo("service")))
 	for _, match := range r.ToNodePortAddrs() {
 		services = append(services,
 			nft.NewRule(append(match, nft.SetPriorityFrom(idLookedUp(access.NodePort, nodePortMasquerade)), nft.GoTo("nodeport"))...))
@@ -184,7 +164,7 @@ func withoutDNAT() []nft.Rule {
 
 // checkLocal rejects or drops packets to this node for a frontend without endpoints.
 func (r ruleset) checkLocal() []nft.Rule {
-	return slices.Concat(withoutDNAT(), r.RejectFrontends(), r.RejectNodePorts(), r.toLocalhost())
+	return slices.Concat(withoutDNAT(), r.Bypass(), r.RejectFrontends(), r.RejectNodePorts(), r.toLocalhost())
 }
 
 // checkRemote does the same with packets to other hosts. It also rejects packets to
@@ -194,7 +174,7 @@ func (r ruleset) checkLocal() []nft.Rule {
 // packets to an address that the node has, such as that of a local DNS server, reach the
 // program there.
 func (r ruleset) checkRemote() []nft.Rule {
-	return append(append(withoutDNAT(), r.RejectFrontends(nft.DaddrIsNotLocal())...),
+	return append(slices.Concat(withoutDNAT(), r.Bypass(), r.RejectFrontends(nft.DaddrIsNotLocal())),
 		nft.NewRule(in(r.Daddr(), clusterIPs), nft.DaddrIsNotLocal(), r.Reject()).Comment("no such port"),
 		r.Unallocated())
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
@@ -21,7 +23,6 @@ type state struct {
 	chains map[pickChain]uint32
 	// setsPerChain counts the endpoint sets that use a pick chain.
 	setsPerChain map[pickChain]int32
-	digest       string // of the rules in the table
 	node         plan.Node
 }
 
@@ -87,6 +88,15 @@ func (st *state) countSets(p *programmedPort, by int32) {
 		chain := p.chainOf(i)
 		if st.setsPerChain[chain] += by; st.setsPerChain[chain] == 0 {
 			delete(st.setsPerChain, chain)
+		}
+	}
+}
+
+// servicePorts yields the Service ports of the table.
+func (st *state) servicePorts(yield func(*plan.ServicePort) bool) {
+	for _, p := range st.ports {
+		if !yield(p.port) {
+			return
 		}
 	}
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package nftables
 
 import (
@@ -51,20 +53,11 @@ func writeChange(t *nft.Table, rules ruleset, st *state, c *pendingChange, node 
 func writeNode(t *nft.Table, rules ruleset, st *state) {
 	access.RewriteNodeChains(t, append(rules.nodeChains(), rules.postrouting()), st.node, rules.Node)
 	rules.RewriteNodeElements(t)
-	if digest := rules.digest(); digest != st.digest {
-		t.AddChain(nft.Chain{Name: digest})
-		t.DeleteChain(st.digest)
-	}
 }
 
 // writeDifference completes the adoption of a table.
 func writeDifference(t *nft.Table, d *tableDifference) error {
 	t.AddChains(pickChainRules(t.IPFamily, d.chains))
-	for set := range setCount {
-		t.RemoveRead(set, d.remove[set])
-	}
-	for set := range setCount {
-		t.AddRead(set, d.add[set])
-	}
+	t.Correct(d.Difference)
 	return access.Commit(t)
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package node
 
 import (
@@ -99,17 +101,33 @@ func ordered(list []netlink.Addr, first int) []netip.Addr {
 // again. It is an error that the kernel offers no netlink socket at all.
 func Watch(ctx context.Context, changed func([]netip.Addr)) error {
 	var last []netip.Addr
-	return watch[netlink.AddrUpdate]{
-		subscribe: func(updates chan<- netlink.AddrUpdate, done <-chan struct{}) error {
-			return netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{ErrorCallback: func(error) {}})
-		},
-		read: func(h *netlink.Handle) error {
-			now, err := addrs(h)
-			if err == nil && (last == nil || !slices.Equal(now, last)) {
-				last = now
-				changed(slices.Clone(now))
-			}
-			return err
-		},
-	}.run(ctx)
+	return withRoute(func(h *netlink.Handle) {
+		Changes[netlink.AddrUpdate]{
+			Subscribe: func(updates chan<- netlink.AddrUpdate, done <-chan struct{}) error {
+				return netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{})
+			},
+			Read: func() error {
+				now, err := addrs(h)
+				if err == nil && (last == nil || !slices.Equal(now, last)) {
+					last = now
+					changed(slices.Clone(now))
+				}
+				return err
+			},
+		}.Follow(ctx)
+	})
+}
+
+// LinkTo returns the name of the interface by which this node reaches an address; empty
+// if no route leads there.
+func LinkTo(a netip.Addr) string {
+	routes, err := netlink.RouteGet(a.AsSlice())
+	if err != nil || len(routes) == 0 {
+		return ""
+	}
+	link, err := netlink.LinkByIndex(routes[0].LinkIndex)
+	if err != nil {
+		return ""
+	}
+	return link.Attrs().Name
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package node
 
 import (
@@ -55,21 +57,23 @@ const readPause = time.Second
 // fails changes nothing and is tried again.
 func WatchRouteSources(ctx context.Context, changed func(RouteSources)) error {
 	var last *RouteSources
-	return watch[netlink.RouteUpdate]{
-		// A new or lost address is a route of the local table, too.
-		subscribe: func(updates chan<- netlink.RouteUpdate, done <-chan struct{}) error {
-			return netlink.RouteSubscribeWithOptions(updates, done, netlink.RouteSubscribeOptions{ErrorCallback: func(error) {}})
-		},
-		read: func(h *netlink.Handle) error {
-			now, err := routeSources(h)
-			if err == nil && (last == nil || !now.equal(last)) {
-				last = &now
-				changed(now)
-			}
-			return err
-		},
-		pause: readPause,
-	}.run(ctx)
+	return withRoute(func(h *netlink.Handle) {
+		Changes[netlink.RouteUpdate]{
+			// A new or lost address is a route of the local table, too.
+			Subscribe: func(updates chan<- netlink.RouteUpdate, done <-chan struct{}) error {
+				return netlink.RouteSubscribeWithOptions(updates, done, netlink.RouteSubscribeOptions{})
+			},
+			Read: func() error {
+				now, err := routeSources(h)
+				if err == nil && (last == nil || !now.equal(last)) {
+					last = &now
+					changed(now)
+				}
+				return err
+			},
+			Pause: readPause,
+		}.Follow(ctx)
+	})
 }
 
 func routeSources(h *netlink.Handle) (s RouteSources, err error) {
@@ -280,4 +284,16 @@ func bounded(trees [][]hop, names map[int]string, limit int) (s RouteSources) {
 // at the end would stand for several.
 func isPlain(name string) bool {
 	return name != "" && !strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || strings.ContainsRune(`"'\*+`, r) })
+}
+
+// RouteType is the type of the entry of the routing table for an address, such as
+// unix.RTN_LOCAL; unix.RTN_UNSPEC if there is none. It asks for the entry itself
+// (RTM_F_FIB_MATCH, kernel 4.13). Otherwise IPv6 would also choose a source address, and
+// compare all addresses of the device for that.
+func RouteType(h *netlink.Handle, a netip.Addr) int {
+	routes, err := h.RouteGetWithOptions(a.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+	if err != nil || len(routes) == 0 {
+		return unix.RTN_UNSPEC
+	}
+	return routes[0].Type
 }

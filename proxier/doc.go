@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package proxier is the contract between the daemon and the modes. A Mode is a
 // way to serve Services, and a Proxier is a mode at work in one IP family.
 //

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package proxier
 
 import (
@@ -13,6 +15,9 @@ var ErrUnknownState = fmt.Errorf("the kernel may hold part of the change")
 // ErrUnknownOwner says that the kernel has objects whose names signalbox and
 // kube-proxy share, and that nothing on this node can tell who wrote them.
 var ErrUnknownOwner = fmt.Errorf("signalbox or kube-proxy may have written it")
+
+// ErrNotCompared says that a mode cannot compare the kernel with what it wrote.
+var ErrNotCompared = fmt.Errorf("this mode does not read back what it wrote")
 
 // UnsupportedError says why a mode cannot work on this node.
 type UnsupportedError struct {

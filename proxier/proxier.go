@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package proxier
 
 import (
@@ -22,6 +24,20 @@ type Proxier interface {
 	// that promise in some case returns an error that wraps ErrUnknownState,
 	// and the caller's next change has All set.
 	Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error
+	// Watch calls drifted when other software may have changed what the mode has in the
+	// kernel, until ctx ends. What Sync writes does not count. Any goroutine may call
+	// Watch, one at a time.
+	// Default: returns at once.
+	Watch(ctx context.Context, drifted func(Writer))
+	// Repair reads what the kernel has, compares it with what Sync wrote, and writes the
+	// difference, or asks for a Sync with change.All. Connections go on. After an error
+	// the caller's next change has All set. signalbox reads only after drifted.
+	// Default: nothing differs.
+	Repair(ctx context.Context) (Difference, error)
+	// Compare reads what the kernel has and compares it with what Sync wrote: all of it,
+	// or what is there for the named Service ports. It writes nothing.
+	// Default: an error that wraps ErrNotCompared.
+	Compare(ctx context.Context, about ...plan.ServicePortName) (Comparison, error)
 	// Close closes what the Proxier holds (sockets, buffers). The rules stay in
 	// the kernel and go on working.
 	Close() error
@@ -81,6 +97,17 @@ type Proxier interface {
 
 // Defaults are the answers of a mode that only writes rules. A Proxier embeds it.
 type Defaults struct{}
+
+// Watch implements Proxier.
+func (Defaults) Watch(context.Context, func(Writer)) {}
+
+// Repair implements Proxier.
+func (Defaults) Repair(context.Context) (Difference, error) { return Difference{}, nil }
+
+// Compare implements Proxier.
+func (Defaults) Compare(context.Context, ...plan.ServicePortName) (Comparison, error) {
+	return Comparison{}, ErrNotCompared
+}
 
 // Counts implements Proxier.
 func (Defaults) Counts() []KernelObjects { return nil }

@@ -1,23 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package userspace
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
+	"signalbox/internal/measure"
 	"signalbox/proxier/plan"
 )
 
@@ -43,24 +41,16 @@ func BenchmarkRelay(b *testing.B) {
 	}
 	for _, c := range []int{1, 64} {
 		b.Run(fmt.Sprintf("bulk/connections=%d", c), func(b *testing.B) {
-			// In large pieces, or reading at the endpoint is what takes longest.
-			drain := func(c *net.TCPConn) {
-				for b := make([]byte, 256<<10); ; {
-					if _, err := c.Read(b); err != nil {
-						break
-					}
-				}
-				c.Close()
-			}
-			compare(b, drain, func(w *world, to netip.AddrPort) float64 { return w.bulk(to, c) })
+			compare(b, measure.Discard, func(to netip.AddrPort) (float64, error) {
+				rate, err := measure.Bulk(measure.Here, to, c, roundTime)
+				return rate / 1e6, err
+			})
 		})
 	}
 	b.Run("new", func(b *testing.B) {
-		// Who ends first keeps the connection's ports for a minute. It is the
-		// endpoint, or the clients and relays would soon look for free ones
-		// more than anything else.
-		end := func(c *net.TCPConn) { c.Close() }
-		compare(b, end, (*world).newConnections)
+		compare(b, measure.End, func(to netip.AddrPort) (float64, error) {
+			return measure.NewConnections(measure.Here, to, 16, roundTime)
+		})
 	})
 }
 
@@ -75,9 +65,9 @@ const (
 )
 
 // compare measures a rate on all ways.
-func compare(b *testing.B, handle func(*net.TCPConn), rate func(*world, netip.AddrPort) float64) {
+func compare(b *testing.B, handle func(net.Conn), rate func(netip.AddrPort) (float64, error)) {
 	w := newWorld(b, plan.IPv4)
-	w.listen(0, handle)
+	w.listen(0, func(c *net.TCPConn) { handle(c) })
 	w.serve(0, 0, 0)
 	type way struct {
 		name string
@@ -94,7 +84,9 @@ func compare(b *testing.B, handle func(*net.TCPConn), rate func(*world, netip.Ad
 	for b.Loop() {
 		for range benchRounds {
 			for i := range ways {
-				ways[i].best = max(ways[i].best, rate(w, ways[i].to))
+				measured, err := rate(ways[i].to)
+				w.must(err)
+				ways[i].best = max(ways[i].best, measured)
 			}
 		}
 	}
@@ -105,75 +97,6 @@ func compare(b *testing.B, handle func(*net.TCPConn), rate func(*world, netip.Ad
 		}
 	}
 	b.ReportMetric(0, "ns/op")
-}
-
-// bulk returns how many megabytes a second so many connections carry.
-func (w *world) bulk(to netip.AddrPort, connections int) float64 {
-	var group errgroup.Group
-	var mu sync.Mutex
-	var sent int
-	start := time.Now()
-	for range connections {
-		c, err := net.DialTimeout("tcp", to.String(), hangTimeout)
-		w.must(err)
-		group.Go(func() error {
-			defer c.Close()
-			chunk := make([]byte, 256<<10)
-			n := 0
-			for time.Since(start) < roundTime {
-				m, err := c.Write(chunk)
-				n += m
-				if err != nil {
-					return err
-				}
-			}
-			// Bytes count when they have arrived, which the end shows.
-			if err := c.(*net.TCPConn).CloseWrite(); err != nil {
-				return err
-			}
-			if _, err := c.Read(chunk); !errors.Is(err, io.EOF) {
-				return fmt.Errorf("waiting for the end: %w", err)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			sent += n
-			return nil
-		})
-	}
-	w.must(group.Wait())
-	return float64(sent) / 1e6 / time.Since(start).Seconds()
-}
-
-// newConnections returns how many connections a second 16 clients make and end
-// one after the other, once the endpoint's end has come.
-func (w *world) newConnections(to netip.AddrPort) float64 {
-	const clients = 16
-	var group errgroup.Group
-	counts := make([]int, clients)
-	start := time.Now()
-	for i := range clients {
-		group.Go(func() error {
-			b := make([]byte, 1)
-			for time.Since(start) < roundTime {
-				c, err := net.DialTimeout("tcp", to.String(), hangTimeout)
-				if err != nil {
-					return err
-				}
-				if _, err := c.Read(b); !errors.Is(err, io.EOF) {
-					return fmt.Errorf("waiting for the end: %w", err)
-				}
-				c.Close()
-				counts[i]++
-			}
-			return nil
-		})
-	}
-	w.must(group.Wait())
-	total := 0
-	for _, n := range counts {
-		total += n
-	}
-	return float64(total) / time.Since(start).Seconds()
 }
 
 // translate makes a virtual address lead somewhere, as for a relay that serves
@@ -205,19 +128,7 @@ func (w *world) haproxy() (netip.AddrPort, bool) {
 	}
 	at := netip.AddrPortFrom(w.endpoint(1).Addr(), 9090)
 	file := filepath.Join(w.t.TempDir(), "haproxy.cfg")
-	w.must(os.WriteFile(file, fmt.Appendf(nil, `
-global
-	maxconn 4000
-defaults
-	mode tcp
-	option splice-auto
-	timeout connect 10s
-	timeout client 1m
-	timeout server 1m
-listen web
-	bind %s
-	server one %s
-`, at, w.endpoint(0)), 0o600))
+	w.must(os.WriteFile(file, measure.HAProxyConfig(map[netip.AddrPort]netip.AddrPort{at: w.endpoint(0)}), 0o600))
 	var said bytes.Buffer
 	cmd := exec.Command(program, "-db", "-f", file)
 	cmd.Stdout, cmd.Stderr = &said, &said

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package userspace serves Services with a relay: the kernel hands connections
 // and UDP datagrams for a Service to this process, which passes them on to an
 // endpoint. docs/userspace.md describes behaviour and limits, docs/design.md the

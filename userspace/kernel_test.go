@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package userspace
 
 import (
@@ -6,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/google/nftables"
@@ -81,6 +84,37 @@ func TestRulesOfOtherMarks(t *testing.T) {
 		w.must(err)
 		if after := w.kernel(); after != before {
 			t.Errorf("cleanup leaves %+v, there were %+v", after, before)
+		}
+	})
+}
+
+// TestCompareRoutes: Compare names the packets that do not take the relay's routes. The relay
+// restores what is missing every second, so it is removed until Compare came first.
+func TestCompareRoutes(t *testing.T) {
+	eachFamily(t, func(t *testing.T, w *world) {
+		w.serve(0, 0, 0)
+		own, answers, rule, err := w.p.routes.entries()
+		w.must(err)
+		finds := func(want ...string) bool {
+			c, err := w.p.Compare(t.Context())
+			w.must(err)
+			return slices.Equal(c.Differences, want)
+		}
+		toRelay := fmt.Sprintf("packets to %[1]s do not take the route local %[1]s dev lo table %[2]d", own.Dst, unix.RT_TABLE_LOCAL)
+		marked := fmt.Sprintf("packets with the mark %#x do not take the route local %s dev lo table %d", rule.Mark, answers.Dst, answersTable)
+		blackhole := *answers
+		blackhole.Type, blackhole.LinkIndex, blackhole.Scope = unix.RTN_BLACKHOLE, 0, 0
+		for _, damage := range []struct {
+			do   func() error
+			want string
+		}{
+			{func() error { return netlink.RouteDel(own) }, toRelay},
+			{func() error { return netlink.RouteDel(answers) }, marked},
+			{func() error { return netlink.RuleDel(rule) }, marked},
+			{func() error { return errors.Join(netlink.RouteDel(answers), netlink.RouteAdd(&blackhole)) }, marked},
+		} {
+			w.await("no difference", func() bool { return finds() })
+			w.await(damage.want, func() bool { _ = damage.do(); return finds(damage.want) })
 		}
 	})
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package userspace
 
 import (
@@ -23,6 +25,7 @@ type Proxier struct {
 	family *nft.IPFamily
 	mark   uint32
 	table  *nft.Table
+	watch  *access.Watch
 	routes *routes
 	relay  *relay
 	state  *state // nil until the first Sync
@@ -53,7 +56,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 		t.Close()
 		return fail(err)
 	}
-	return &Proxier{family: f, mark: answersMark(opts.MasqueradeMark), table: t, routes: routes, relay: relay,
+	return &Proxier{family: f, mark: answersMark(opts.MasqueradeMark), table: t, watch: access.NewWatch(t), routes: routes, relay: relay,
 		unrelayed: map[plan.ServicePortName]bool{}}, nil
 }
 
@@ -88,8 +91,60 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 	return p.syncChange(plan, change)
 }
 
-func (p *Proxier) rules(plan *plan.Plan) ruleset {
-	r := ruleset{Rules: access.Rules{IPFamily: p.family, Node: plan.Node}, mark: p.mark}
+// Watch implements proxier.Proxier. The relay itself restores its routes.
+func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) { p.watch.Run(ctx, drifted) }
+
+// elements hands out the elements that the table should have.
+func (p *Proxier) elements(rules ruleset) func(emit func(nft.Element)) {
+	return func(emit func(nft.Element)) {
+		for _, e := range rules.NodeElements() {
+			emit(e)
+		}
+		elements := access.NewElements(makeSets())
+		for _, sp := range p.state.services {
+			for _, e := range compile(p.family, sp, p.state.ids) {
+				if elements.Add(&e) {
+					emit(e)
+				}
+			}
+		}
+	}
+}
+
+// Compare implements proxier.Proxier.
+func (p *Proxier) Compare(_ context.Context, about ...plan.ServicePortName) (proxier.Comparison, error) {
+	if p.state == nil {
+		return proxier.Comparison{}, nil
+	}
+	rules := p.rules(*p.relay.node.Load())
+	c, err := access.Compare(p.table, rules.chains(), p.elements(rules), about, func(name plan.ServicePortName, emit func(nft.Element)) {
+		if sp := p.state.services[name]; sp != nil {
+			for _, e := range compile(p.family, sp, p.state.ids) {
+				emit(e)
+			}
+		}
+	})
+	if err != nil {
+		return c, err
+	}
+	routes, err := p.routes.differences()
+	c.Differences = append(c.Differences, routes...)
+	return c, err
+}
+
+// Repair implements proxier.Proxier. It only compares: one transaction replaces the whole
+// table, which has no state of connections.
+func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
+	if p.state == nil {
+		return proxier.Difference{}, nil
+	}
+	rules := p.rules(*p.relay.node.Load())
+	found, err := p.watch.Compare(rules.chains(), p.elements(rules))
+	return proxier.Difference{Objects: found, Rewrite: len(found) > 0}, err
+}
+
+func (p *Proxier) rules(node plan.Node) ruleset {
+	r := ruleset{Rules: access.Rules{IPFamily: p.family, Node: node}, mark: p.mark}
 	if p.relay.listeners != nil {
 		r.ports = p.relay.listeners.ports
 	}
@@ -98,7 +153,8 @@ func (p *Proxier) rules(plan *plan.Plan) ruleset {
 
 // syncAll replaces the table. Frontends keep their numbers.
 func (p *Proxier) syncAll(plan *plan.Plan) error {
-	if err := access.ValidateNode(p.rules(plan).IPFamily, plan.Node); err != nil {
+	p.watch.RulesChanged() // this write corrects them
+	if err := access.ValidateNode(p.rules(plan.Node).IPFamily, plan.Node); err != nil {
 		return err
 	}
 	if err := p.routes.ensure(); err != nil {
@@ -119,7 +175,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 		p.relay.targets.withdraw(added)
 		return err
 	}
-	rules := p.rules(plan)
+	rules := p.rules(plan.Node)
 	p.table.ReplaceTable()
 	p.table.AddChains(rules.chains())
 	p.table.AddElements(append(s.Add, rules.NodeElements()...))
@@ -129,6 +185,9 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 	}
 	s.commit()
 	p.relay.targets.replace(list, time.Now())
+	if p.state != nil {
+		p.relay.reset(s.removed(p.state.services))
+	}
 	p.relay.setNode(plan.Node)
 	p.state = st
 	if err := p.routes.removeOthers(); err != nil { // no packet gets such a mark any more
@@ -140,7 +199,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 
 // syncChange writes what change names.
 func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
-	rules := p.rules(plan)
+	rules := p.rules(plan.Node)
 	if change.Node {
 		if err := access.ValidateNode(rules.IPFamily, rules.Node); err != nil {
 			return err
@@ -163,7 +222,9 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 		s.undo()
 		return fmt.Errorf("write %d changed Service ports to table %s: %w", len(change.Services), tableName, err)
 	}
+	removed := s.removed(p.state.services)
 	p.relay.targets.put(list, s.commit(), time.Now())
+	p.relay.reset(removed)
 	p.relay.setNode(plan.Node)
 	p.report(plan, s.names)
 	return nil

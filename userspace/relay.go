@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package userspace
 
 import (
@@ -177,6 +179,15 @@ func (r *relay) route(o trafficSource, client *net.TCPConn) (tcprelay.Route, boo
 		}
 		return c, err
 	}}, true
+}
+
+// reset ends the TCP connections to removed endpoints.
+func (r *relay) reset(removed map[plan.ServicePortName][]netip.AddrPort) {
+	for name, endpoints := range removed {
+		if name.Protocol == plan.TCP {
+			r.tcp.Reset(name, endpoints)
+		}
+	}
 }
 
 // setNode sets the node's facts for later connections.

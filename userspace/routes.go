@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package userspace
 
 import (
@@ -157,6 +159,46 @@ func (r *routes) add() (added []string, err error) {
 	check(fmt.Sprintf("rule %d for marked packets", answersPriority), r.handle.RuleAdd(rule))
 	return added, errors.Join(failed...)
 }
+
+// elsewhere is an address of no host (RFC 5737, RFC 3849). Answers to all addresses have the
+// same route.
+var elsewhere = map[plan.Family]netip.Addr{plan.IPv4: netip.MustParseAddr("192.0.2.1"), plan.IPv6: netip.MustParseAddr("2001:db8::1")}
+
+// differences says which packets do not take the relay's routes. It asks the kernel as
+// packets do, so that rules of other programs count, too.
+func (r *routes) differences() (found []string, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.wanted {
+		return nil, nil
+	}
+	own, answers, _, err := r.entries()
+	if err != nil {
+		return nil, err
+	}
+	for _, packets := range []struct {
+		what string
+		to   netip.Addr
+		mark uint32
+		take *netlink.Route
+	}{
+		{fmt.Sprintf("packets to %s", own.Dst), relayPrefixes[r.family].Addr().Next(), 0, own},
+		{fmt.Sprintf("packets with the mark %#x", r.mark), elsewhere[r.family], r.mark, answers},
+	} {
+		have, err := r.handle.RouteGetWithOptions(packets.to.AsSlice(), &netlink.RouteGetOptions{Mark: packets.mark, FIBMatch: true})
+		if err != nil && !slices.ContainsFunc(noRoute, func(errno error) bool { return errors.Is(err, errno) }) {
+			return nil, fmt.Errorf("find the route of %s: %w", packets.what, err)
+		}
+		if len(have) == 0 || have[0].Type != packets.take.Type || have[0].Table != packets.take.Table || have[0].LinkIndex != packets.take.LinkIndex {
+			found = append(found, fmt.Sprintf("%s do not take the route local %s dev lo table %d", packets.what, packets.take.Dst, packets.take.Table))
+		}
+	}
+	return found, nil
+}
+
+// noRoute are the kernel's answers for no route, and for blackhole, prohibit and unreachable
+// routes.
+var noRoute = []error{unix.ENETUNREACH, unix.EINVAL, unix.EACCES, unix.EHOSTUNREACH}
 
 // removeOthers removes the rules for answers with another mark, of an earlier
 // configuration.

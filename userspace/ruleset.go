@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package userspace
 
 import (
@@ -92,7 +94,7 @@ func (r ruleset) nodeChains() []nft.Chain {
 	for _, match := range r.FromPods() {
 		byOrigin = append(byOrigin, nft.NewRule(match, nft.GoTo("services-from-pods")))
 	}
-	return append(chains, nft.NewChain("services", nil, append(byOrigin,
+	return append(chains, nft.NewChain("services", nil, append(append(r.Bypass(), byOrigin...),
 		nft.NewRule(nft.SaddrIsLocal(), nft.GoTo("services-from-node")),
 		nft.NewRule(nft.GoTo("services-from-outside")))...))
 }
@@ -124,14 +126,14 @@ func (r ruleset) localhost() []nft.Rule {
 	if !r.Node.LocalhostNodePorts {
 		return nil
 	}
-	return []nft.Rule{nft.NewRule(r.DaddrIs(plan.Localhost(r.Family)), nft.GoTo("nodeports-from-node"))}
+	return append(r.Bypass(), nft.NewRule(r.DaddrIs(plan.Localhost(r.Family)), nft.GoTo("nodeports-from-node")))
 }
 
 // checkLocal rejects or drops what has come to this node and was not redirected
 // because its endpoint set is empty. It also hides the relay's ports: only what was
 // redirected gets to them.
 func (r ruleset) checkLocal() []nft.Rule {
-	rules := []nft.Rule{nft.NewRule(nft.IsDNATed(), nft.Return())}
+	rules := append([]nft.Rule{nft.NewRule(nft.IsDNATed(), nft.Return())}, r.Bypass()...)
 	for _, p := range []plan.Protocol{plan.TCP, plan.UDP} {
 		rules = append(rules, nft.NewRule(nft.ProtocolIs(p),
 			nft.DPortsBetween(r.ports.of(0), r.ports.of(trafficSourceCount-1)), r.Reject()))
@@ -145,7 +147,7 @@ func (r ruleset) checkLocal() []nft.Rule {
 // in place of ECONNREFUSED. So an address that the node itself holds, as a local DNS
 // server's, is left to what listens there.
 func (r ruleset) checkRemote() []nft.Rule {
-	rules := append([]nft.Rule{nft.NewRule(nft.IsDNATed(), nft.Return())}, r.RejectFrontends(nft.DaddrIsNotLocal())...)
+	rules := slices.Concat([]nft.Rule{nft.NewRule(nft.IsDNATed(), nft.Return())}, r.Bypass(), r.RejectFrontends(nft.DaddrIsNotLocal()))
 	return append(rules,
 		nft.NewRule(nft.In(r.Daddr(), setNames[clusterIPs]), nft.DaddrIsNotLocal(), r.Reject()).Comment("no such port"),
 		r.Unallocated())

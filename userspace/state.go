@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package userspace
 
 import (
@@ -94,6 +96,17 @@ func (s *pendingChange) undo() {
 		s.state.pool.Release(uint32(s.state.ids[k]))
 		delete(s.state.ids, k)
 	}
+}
+
+// removed lists the endpoints that were removed from each changed Service port.
+func (s *pendingChange) removed(before map[plan.ServicePortName]*plan.ServicePort) map[plan.ServicePortName][]netip.AddrPort {
+	removed := map[plan.ServicePortName][]netip.AddrPort{}
+	for i, name := range s.names {
+		if list := before[name].Removed(s.now[i]); len(list) > 0 {
+			removed[name] = list
+		}
+	}
+	return removed
 }
 
 // commit makes the state remember what the kernel has now, and returns the

@@ -1,10 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -26,12 +26,13 @@ func compareCommand() *cobra.Command {
 		Long: `Builds two equal labs of network namespaces, kube-proxy in one and signalbox in the
 other. Both follow one kube-apiserver. Every client of a lab (Pods, nodes, outside
 hosts) connects to every address, port and protocol of each Service, also to those
-that must not answer. The report lists the connections with different outcomes: the
-deliberate ones with their reasons, all others with their objects. It fails if there
-are others, and writes each of their cases to a file for --replay.
+that must not answer, and to its health check node port. The report lists the
+connections with different outcomes: the deliberate ones with their reasons, all
+others with their objects. It fails if there are others, and writes each of their
+cases to a file for --replay.
 
 It needs root and Go. The first run builds etcd, kube-apiserver and kube-proxy, which
-takes minutes.`,
+takes minutes. With --kubernetes it needs no Go.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if cfg.Signalbox, err = findSignalbox(signalbox); err != nil {
@@ -67,8 +68,9 @@ takes minutes.`,
 	fs.StringVar(&objects, "objects", "", "Services of a cluster instead of random ones, as written by: kubectl get services,endpointslices,nodes -A -o yaml")
 	fs.StringVar(&node, "node", "", "the Node of --objects whose proxy is compared (default: the first)")
 	fs.StringVar(&replay, "replay", "", "a case that an earlier run has written")
+	fs.StringVar(&cfg.Kubernetes, "kubernetes", "", "directory with etcd, kube-apiserver and kube-proxy (default: they are built)")
 	fs.StringVar(&cfg.OutDir, "out", ".", "directory for failing cases")
-	fs.BoolVar(&cfg.Verbose, "verbose", false, "also show differences that a repetition does not show")
+	fs.BoolVar(&cfg.Verbose, "verbose", false, "also show each step, and differences that a repetition does not show")
 	return cmd
 }
 
@@ -79,15 +81,7 @@ func compareModes(cfg *compare.Config) error {
 			cfg.KubeProxyMode = "iptables-nft"
 		}
 	}
-	for _, mode := range []string{cfg.Mode, cfg.KubeProxyMode} {
-		if !slices.Contains(testbed.Modes, mode) {
-			return fmt.Errorf("there is no mode %q: choose one of %s", mode, strings.Join(testbed.Modes, ", "))
-		}
-	}
-	if cfg.KubeProxyMode == "userspace" {
-		return errors.New("kube-proxy has no userspace mode: name another with --kube-proxy-mode")
-	}
-	return nil
+	return checkModes([]string{cfg.Mode}, []string{cfg.KubeProxyMode})
 }
 
 func dumped(path, node string, note func(string, ...any)) ([]compare.Case, error) {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package main
 
 import "github.com/spf13/cobra"
@@ -10,6 +12,6 @@ func rootCommand() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(demoCommand(), compareCommand(), benchCommand())
+	root.AddCommand(demoCommand(), compareCommand(), benchCommand(), fleetCommand())
 	return root
 }

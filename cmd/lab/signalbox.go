@@ -1,13 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 
 	"github.com/spf13/pflag"
+
+	"signalbox/internal/testbed"
 )
+
+// checkModes checks the values of --mode and --kube-proxy-mode.
+func checkModes(signalbox, kubeProxy []string) error {
+	return errors.Join(
+		testbed.CheckModes("--mode", signalbox, testbed.Modes),
+		testbed.CheckModes("--kube-proxy-mode", kubeProxy, testbed.KubeProxyModes),
+	)
+}
 
 // addSignalboxFlag gives a command the flag that names the signalbox to run.
 func addSignalboxFlag(fs *pflag.FlagSet, path *string) {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package main
 
 import (
@@ -29,5 +31,24 @@ func TestFindSignalbox(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
 	if _, err := findSignalbox(""); err == nil || !strings.Contains(err.Error(), "name it with --signalbox") {
 		t.Errorf("got error %v, want one with a remedy", err)
+	}
+}
+
+func TestCheckModes(t *testing.T) {
+	for _, c := range []struct {
+		signalbox, kubeProxy []string
+		want                 string
+	}{
+		{[]string{"nftables", "userspace"}, []string{"ipvs"}, ""},
+		{[]string{"iptables"}, nil, "--mode=iptables: not one of nftables, iptables-nft, iptables-legacy, ipvs, userspace"},
+		{nil, []string{"userspace"}, "--kube-proxy-mode=userspace: not one of nftables, iptables-nft, iptables-legacy, ipvs"},
+	} {
+		got := ""
+		if err := checkModes(c.signalbox, c.kubeProxy); err != nil {
+			got = err.Error()
+		}
+		if got != c.want {
+			t.Errorf("%v and %v: got %q, want %q", c.signalbox, c.kubeProxy, got, c.want)
+		}
 	}
 }

@@ -1,9 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command signalbox makes Kubernetes Services work on a node, in the place of
 // kube-proxy.
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -28,7 +31,12 @@ func main() {
 	defer stop()
 	// Whoever asks twice does not want to wait for open connections.
 	context.AfterFunc(ctx, stop)
-	if err := rootCommand().ExecuteContext(ctx); err != nil {
+	err := rootCommand().ExecuteContext(ctx)
+	var status exitStatus
+	switch {
+	case errors.As(err, &status):
+		os.Exit(int(status))
+	case err != nil:
 		fmt.Fprintln(os.Stderr, "signalbox:", err)
 		os.Exit(1)
 	}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package main
 
 import (
@@ -20,7 +22,7 @@ func rootCommand() *cobra.Command {
 	root.SilenceUsage = true
 	root.SilenceErrors = true
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(runCommand(), renderCommand(), cleanupCommand(), readyCommand(), versionCommand())
+	root.AddCommand(runCommand(), renderCommand(), explainCommand(), statusCommand(), diffCommand(), traceCommand(), cleanupCommand(), readyCommand(), versionCommand(), licencesCommand())
 	return root
 }
 

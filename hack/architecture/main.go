@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Command architecture draws the imports between the packages into
 // docs/architecture.md. Its tests check the rules for imports, and that the
 // picture is up to date.

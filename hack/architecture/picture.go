@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package main
 
 import (
@@ -12,7 +14,7 @@ var layers = []struct {
 	packages []string
 }{
 	{"commands", []string{"cmd"}},
-	{"daemon", []string{"daemon", "config", "metrics", "health", "events"}},
+	{"daemon", []string{"daemon", "config", "metrics", "health", "events", "explain"}},
 	{"sources of objects", []string{"source"}},
 	{"policy and sync", []string{"proxier"}},
 	{"modes", []string{"modes", "nftables", "iptables", "ipvs", "userspace"}},

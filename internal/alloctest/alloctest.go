@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package alloctest guards hot paths: a test fails if the code allocates more often than a
 // baseline beside it says. Allocations, unlike seconds, do not depend on the machine.
 package alloctest

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package cluster
 
 import (
@@ -26,6 +28,15 @@ type Binaries struct {
 	KubeProxy string
 }
 
+// BinariesIn are the programs in a directory.
+func BinariesIn(dir string) Binaries {
+	return Binaries{
+		Etcd:      filepath.Join(dir, "etcd"),
+		APIServer: filepath.Join(dir, "kube-apiserver"),
+		KubeProxy: filepath.Join(dir, "kube-proxy"),
+	}
+}
+
 // Build builds etcd, kube-apiserver and kube-proxy from the module e2e/tools,
 // unless e2e/.cache holds them already. log is told before something that
 // takes minutes begins.
@@ -44,11 +55,7 @@ func Build(ctx context.Context, log func(format string, args ...any)) (Binaries,
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return Binaries{}, err
 	}
-	bin := Binaries{
-		Etcd:      filepath.Join(dir, "etcd"),
-		APIServer: filepath.Join(dir, "kube-apiserver"),
-		KubeProxy: filepath.Join(dir, "kube-proxy"),
-	}
+	bin := BinariesIn(dir)
 	for path, pkg := range map[string]string{
 		bin.Etcd:      "go.etcd.io/etcd/server/v3",
 		bin.APIServer: "k8s.io/kubernetes/cmd/kube-apiserver",
@@ -79,7 +86,7 @@ func BuildSignalbox(ctx context.Context) (string, error) {
 // openCache makes the directory that holds what is built, for one test binary
 // at a time: `go test ./...` runs several.
 func openCache(ctx context.Context) (root, cache string, unlock func(), err error) {
-	if root, err = rootDir(ctx); err != nil {
+	if root, err = RootDir(ctx); err != nil {
 		return "", "", nil, err
 	}
 	cache = filepath.Join(root, "e2e", ".cache")
@@ -90,9 +97,9 @@ func openCache(ctx context.Context) (root, cache string, unlock func(), err erro
 	return root, cache, unlock, err
 }
 
-// rootDir is the directory of the module signalbox, from wherever in the repository the
+// RootDir is the directory of the module signalbox, from wherever in the repository the
 // program runs.
-func rootDir(ctx context.Context) (string, error) {
+func RootDir(ctx context.Context) (string, error) {
 	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "signalbox").Output()
 	if err != nil {
 		return "", fmt.Errorf("find the repository of signalbox: run this inside it: go list -m signalbox: %w", err)

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package cluster
 
 import (
@@ -29,8 +31,9 @@ import (
 // system:node-proxier: what a service proxy may do, and no more.
 const ProxyUser = "system:kube-proxy"
 
-// hangTimeout ends what hangs. It is longer than a slow machine needs.
-const hangTimeout = 5 * time.Minute
+// hangTimeout ends what hangs. It is longer than a slow machine needs: an API server was
+// not ready after 5 minutes on an emulated processor.
+const hangTimeout = 15 * time.Minute
 
 // Options say how a cluster is made.
 type Options struct {
@@ -204,6 +207,9 @@ func (c *Cluster) ready(ctx context.Context) error {
 // StopAPIServer ends the API server; etcd and its data stay.
 func (c *Cluster) StopAPIServer() error { return c.apiserver.Stop(hangTimeout) }
 
+// APIServerPid is the API server's process id.
+func (c *Cluster) APIServerPid() int { return c.apiserver.Pid() }
+
 // Stop ends everything.
 func (c *Cluster) Stop() error {
 	var errs []error
@@ -273,15 +279,47 @@ func (c *Cluster) WriteKubeconfig(path, addr, user string) error {
 // watch that asks for older changes is told that they expired. kube-apiserver's
 // resource versions are etcd's revisions.
 func (c *Cluster) Compact(ctx context.Context, revision string) error {
-	body, err := json.Marshal(map[string]any{"revision": revision, "physical": true})
+	return c.askEtcd(ctx, "compaction", map[string]any{"revision": revision, "physical": true}, nil)
+}
+
+// MaxPut is how many values one transaction of Put can have.
+const MaxPut = 100
+
+// Put writes values straight to etcd, in one transaction. It returns the revision, which
+// is the resource version of the objects written. Keys are paths below /registry/.
+func (c *Cluster) Put(ctx context.Context, values map[string][]byte) (revision string, err error) {
+	type put struct {
+		Key   []byte `json:"key"`
+		Value []byte `json:"value"`
+	}
+	var puts []map[string]put
+	for key, value := range values {
+		puts = append(puts, map[string]put{"requestPut": {Key: []byte("/registry/" + key), Value: value}})
+	}
+	var answer struct {
+		Header struct {
+			Revision string `json:"revision"`
+		} `json:"header"`
+	}
+	err = c.askEtcd(ctx, "txn", map[string]any{"success": puts}, &answer)
+	return answer.Header.Revision, err
+}
+
+// askEtcd sends a request to etcd's JSON gateway.
+func (c *Cluster) askEtcd(ctx context.Context, method string, request, answer any) error {
+	body, err := json.Marshal(request)
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.etcdURL()+"/v3/kv/compaction", bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.etcdURL()+"/v3/kv/"+method, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
-	return do(http.DefaultClient, req)
+	text, err := do(http.DefaultClient, req)
+	if err != nil || answer == nil {
+		return err
+	}
+	return json.Unmarshal(text, answer)
 }
 
 func httpOK(ctx context.Context, client *http.Client, url string) error {
@@ -289,20 +327,21 @@ func httpOK(ctx context.Context, client *http.Client, url string) error {
 	if err != nil {
 		return err
 	}
-	return do(client, req)
+	_, err = do(client, req)
+	return err
 }
 
-func do(client *http.Client, req *http.Request) error {
+func do(client *http.Client, req *http.Request) (body []byte, err error) {
 	resp, err := client.Do(req)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
+	body, err = io.ReadAll(resp.Body)
 	if err == nil && resp.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s %s: %s: %s", req.Method, req.URL, resp.Status, body)
 	}
-	return err
+	return body, err
 }
 
 // waitUntil asks again and again whether the program is ready, until it is or

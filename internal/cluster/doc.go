@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package cluster runs a real control plane for tests and for cmd/lab: etcd and a
 // kube-apiserver on the loopback interface of the host, with certificates of
 // their own, and a Relay through which the hosts of a lab reach it.

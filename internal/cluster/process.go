@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package cluster
 
 import (
@@ -31,7 +33,9 @@ func StartProcess(cmd *exec.Cmd, log string, inside func(func() error) error) (*
 	}
 	defer out.Close()
 	cmd.Stdout, cmd.Stderr = out, out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// A process group of its own: Ctrl-C at the terminal is for the process that started
+	// the program, which then ends it in its own order.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	p := &Process{name: filepath.Base(cmd.Path), cmd: cmd, log: log, done: make(chan struct{})}
 	if inside == nil {
 		inside = func(run func() error) error { return run() }
@@ -93,6 +97,16 @@ func (p *Process) Kill() {
 func (p *Process) Err() error {
 	<-p.done
 	return p.err
+}
+
+// Ended is nil while the program runs, and then says how it ended.
+func (p *Process) Ended() error {
+	select {
+	case <-p.done:
+		return fmt.Errorf("%s ended: %s; its log ends with\n%s", p.name, p.cmd.ProcessState, p.Tail(20))
+	default:
+		return nil
+	}
 }
 
 // Log is everything the program has written so far.

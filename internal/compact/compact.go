@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package compact gives back memory that Go's maps keep.
 package compact
 

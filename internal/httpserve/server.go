@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package httpserve runs HTTP servers whose port may be taken when they start.
 package httpserve
 
@@ -103,24 +105,34 @@ func (s *Server) listen() (net.Listener, error) {
 	return listen("tcp", net.JoinHostPort(host, fmt.Sprint(s.Addr.Port())))
 }
 
-// The time-outs of a server that answers small questions of strangers: nobody
-// may hold a connection without asking anything.
+// The bounds of a server that answers small questions of strangers: nobody may hold a
+// connection without asking anything, or without reading the answer. A profile of
+// /debug/pprof takes as long as it is asked to, and must end before answerTimeout.
 const (
-	headerTimeout = 10 * time.Second
-	idleTimeout   = 2 * time.Minute
-	maxHeader     = 16 << 10
+	headerTimeout  = 10 * time.Second
+	requestTimeout = 30 * time.Second
+	answerTimeout  = 2 * time.Minute
+	idleTimeout    = 2 * time.Minute
+	maxHeader      = 16 << 10
+	maxBody        = 64 << 10
 )
 
-// Serve answers at l until ctx ends, and returns nil then with l and every
-// connection closed.
+// Serve answers at l until ctx ends, and returns nil then with l and every connection
+// closed. All servers of the process share a number of connections.
 func Serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger) error {
+	return serve(ctx, l, h, log, shared())
+}
+
+func serve(ctx context.Context, l net.Listener, h http.Handler, log *slog.Logger, limits *limits) error {
 	server := &http.Server{
-		Handler: h, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		Handler:           http.MaxBytesHandler(h, maxBody),
+		ReadHeaderTimeout: headerTimeout, ReadTimeout: requestTimeout, WriteTimeout: answerTimeout, IdleTimeout: idleTimeout,
+		MaxHeaderBytes: maxHeader, ConnState: limits.follow,
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
-	err := server.Serve(l)
+	err := server.Serve(listener{l, limits})
 	_ = server.Close() // after an error of Accept
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package localhost serves TCP NodePorts on 127.0.0.1 and ::1 in modes whose
 // rules cannot (KEP-6032): the kernel forwards nothing that comes from a loopback
 // address unless route_localnet is set, and never in IPv6. It listens at each
@@ -39,6 +41,8 @@ type NodePorts struct {
 	// serving says that NodePorts are wanted here.
 	serving bool
 	ports   map[plan.ServicePortName]*port
+	// listed are those of plan.ServicePort, if removed endpoints count.
+	listed map[plan.ServicePortName]*plan.EndpointSet
 	// loggedProtocol: the log has the line about protocols other than TCP.
 	loggedProtocol bool
 }
@@ -54,7 +58,7 @@ type port struct {
 // New returns NodePorts that listen nowhere. Nothing is opened before the first
 // Sync that asks for listeners.
 func New(f plan.Family, mode string) *NodePorts {
-	return &NodePorts{family: f, mode: mode, ports: map[plan.ServicePortName]*port{}}
+	return &NodePorts{family: f, mode: mode, ports: map[plan.ServicePortName]*port{}, listed: map[plan.ServicePortName]*plan.EndpointSet{}}
 }
 
 // Sync opens and closes listeners as the plan wants, and looks only at what change
@@ -81,6 +85,7 @@ func (n *NodePorts) Sync(plan *plan.Plan, change plan.Change) {
 	for _, name := range names {
 		sp := plan.Services[name]
 		n.logProtocol(sp)
+		n.resetRemoved(name, sp)
 		number := numberOf(n.family, sp)
 		if number == 0 {
 			continue
@@ -94,6 +99,19 @@ func (n *NodePorts) Sync(plan *plan.Plan, change plan.Change) {
 		if p.listener == nil {
 			n.open(p)
 		}
+	}
+}
+
+// resetRemoved ends the connections to endpoints that were removed.
+func (n *NodePorts) resetRemoved(name plan.ServicePortName, sp *plan.ServicePort) {
+	before := n.listed[name]
+	if sp == nil || sp.Listed == nil || nodePort(sp) == nil {
+		delete(n.listed, name)
+		return
+	}
+	n.listed[name] = sp.Listed
+	if n.relay != nil {
+		n.relay.Reset(name, plan.RemovedEndpoints(before, sp.Listed))
 	}
 }
 
@@ -129,7 +147,7 @@ func nodePort(sp *plan.ServicePort) *plan.Frontend {
 // port without endpoints, because nothing listens there.
 func numberOf(f plan.Family, sp *plan.ServicePort) uint16 {
 	fe := nodePort(sp)
-	if fe == nil || sp.Name.Protocol != plan.TCP || fe.External.Len() == 0 {
+	if fe == nil || sp.Name.Protocol != plan.TCP || fe.External.Len() == 0 || slices.Contains(fe.Bypass, plan.Localhost(f)) {
 		return 0
 	}
 	if fe.Sources != nil && !plan.AnyContains(fe.Sources, plan.Localhost(f)) {

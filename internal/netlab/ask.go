@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package netlab
 
 import (
@@ -49,15 +51,17 @@ const (
 	// Unreachable means that another ICMP error came back, for example of a
 	// routing loop or a missing route.
 	Unreachable
-	// Broken means that an open connection was reset or ended.
+	// Broken means that an open connection was reset.
 	Broken
+	// Ended means that the server ended an open connection.
+	Ended
 	// Failed means that the attempt itself went wrong; nothing can be concluded.
 	Failed
 )
 
 // String returns the word for messages.
 func (o Outcome) String() string {
-	return [...]string{"answered", "refused", "silent", "not permitted", "unreachable", "broken", "failed"}[o]
+	return [...]string{"answered", "refused", "silent", "not permitted", "unreachable", "broken", "ended", "failed"}[o]
 }
 
 // OutcomeOf sorts an error of Open, Ask or Conn.Ask.
@@ -75,8 +79,10 @@ func OutcomeOf(err error) Outcome {
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EACCES),
 		errors.Is(err, syscall.ENOPROTOOPT), errors.Is(err, syscall.EPROTO):
 		return Unreachable
-	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, errEnded):
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		return Broken
+	case errors.Is(err, errEnded):
+		return Ended
 	}
 	return Failed
 }
@@ -97,44 +103,46 @@ func newToken() string { return fmt.Sprintf("q%d", questions.Add(1)) }
 
 // Open connects to an address and port from a host. network is "tcp", "udp" or
 // "sctp"; source may be the zero AddrPort, or have port 0. A UDP flow sends nothing
-// before its first Ask.
+// before its first Ask, and has a FreshPort.
 func (h *Host) Open(ctx context.Context, network string, source, target netip.AddrPort) (*Conn, error) {
-	d := net.Dialer{KeepAlive: -1, Control: reportErrors}
-	if source.Addr().IsValid() {
-		switch network {
-		case "tcp":
-			d.LocalAddr = net.TCPAddrFromAddrPort(source)
-		case "udp":
-			d.LocalAddr = net.UDPAddrFromAddrPort(source)
-		}
-	}
-	var c net.Conn
-	err := h.Do(func() (err error) {
-		// With a literal address the socket is made on this thread, so inside
-		// the host.
-		if network == "sctp" {
-			c, err = dialSCTP(ctx, source, target)
-			return err
-		}
-		c, err = d.DialContext(ctx, network, target.String())
-		return err
-	})
+	c, err := h.dial(ctx, network, source, target)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", h.Name, err)
 	}
 	return &Conn{conn: c, in: bufio.NewReader(c), network: network, lab: h.lab}, nil
 }
 
+func (h *Host) dial(ctx context.Context, network string, source, target netip.AddrPort) (net.Conn, error) {
+	switch {
+	case network != "udp":
+		return h.dialStream(ctx, network, source, target)
+	case source.Port() != 0:
+		return h.dialUDP(ctx, source, target)
+	}
+	for {
+		c, err := h.dialUDP(ctx, netip.AddrPortFrom(source.Addr(), FreshPort()), target)
+		if !errors.Is(err, unix.EADDRINUSE) || ctx.Err() != nil {
+			return c, err
+		}
+	}
+}
+
+func (h *Host) dialUDP(ctx context.Context, source, target netip.AddrPort) (c net.Conn, err error) {
+	d := net.Dialer{Control: reportErrors, LocalAddr: net.UDPAddrFromAddrPort(source)}
+	err = h.makeSocket(func() error {
+		// With a literal address the socket is made on this thread, so inside the host.
+		c, err = d.DialContext(ctx, "udp", target.String())
+		return err
+	})
+	return c, err
+}
+
 // reportErrors makes a UDP socket report every ICMP error that comes back, not
 // only port unreachable.
 func reportErrors(network, _ string, c syscall.RawConn) error {
 	level, option := unix.SOL_IP, unix.IP_RECVERR
-	switch network {
-	case "udp4":
-	case "udp6":
+	if network == "udp6" {
 		level, option = unix.SOL_IPV6, unix.IPV6_RECVERR
-	default:
-		return nil
 	}
 	var err error
 	return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), level, option, 1) }), err)
@@ -147,6 +155,21 @@ func (h *Host) Ask(ctx context.Context, network string, source, target netip.Add
 		return Answer{}, err
 	}
 	defer c.Close()
+	return c.Ask(ctx)
+}
+
+// AskAndReset is Ask for those who ask without a pause. A TCP connection ends with a reset,
+// which leaves no socket in TIME-WAIT. Such a socket keeps its source port for a minute.
+// Once most ports are taken, each connect(2) searches milliseconds for a free one.
+func (h *Host) AskAndReset(ctx context.Context, network string, target netip.AddrPort) (Answer, error) {
+	c, err := h.Open(ctx, network, netip.AddrPort{}, target)
+	if err != nil {
+		return Answer{}, err
+	}
+	defer c.Close()
+	if tcp, ok := c.conn.(*net.TCPConn); ok {
+		tcp.SetLinger(0)
+	}
 	return c.Ask(ctx)
 }
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package netlab builds small networks out of network namespaces: a node under
 // test, a second node, Pods behind both, clients outside, and the routes
 // between them that a real cluster has. Real packets go through the real kernel

@@ -1,12 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package netlab
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // server is one listening socket that answers every line (TCP, SCTP) or datagram
@@ -59,6 +65,9 @@ func (h *Host) Serve(at netip.AddrPort) error {
 		if err != nil {
 			return err
 		}
+		if err := setReceiveBuffer(udp); err != nil {
+			return err
+		}
 		go serveUDP(h.Name, udp)
 		h.lab.servers = append(h.lab.servers, server{func() { udp.Close() }})
 		if SCTP() != nil {
@@ -75,6 +84,22 @@ func (h *Host) Serve(at netip.AddrPort) error {
 		return fmt.Errorf("serving on %s: %w", h.Name, err)
 	}
 	return nil
+}
+
+// receiveBuffer has room for thousands of small datagrams: lab compare sends as many at
+// once. The default is full after about 200.
+const receiveBuffer = 8 << 20
+
+func setReceiveBuffer(c *net.UDPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var set error
+	err = raw.Control(func(fd uintptr) {
+		set = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
+	})
+	return errors.Join(err, os.NewSyscallError("setsockopt SO_RCVBUFFORCE", set))
 }
 
 func (h *Host) serveStreams(listener net.Listener) {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package netlab
 
 import (
@@ -49,6 +51,9 @@ func (e *MissingError) Unwrap() error { return e.Err }
 // returning.
 var errAbandoned = errors.New("the function ended its goroutine")
 
+// errClosed is what Do returns after Lab.Close.
+var errClosed = errors.New("the lab is closed")
+
 // Do runs fn inside the host, on a thread of its own: sockets it opens and
 // programs it starts belong to the host, also after Do has returned. Goroutines
 // that fn starts do not run inside the host.
@@ -58,13 +63,13 @@ func (h *Host) Do(fn func() error) error {
 		err := errAbandoned
 		defer func() { done <- err }()
 		runtime.LockOSThread()
-		if err = netns.Set(h.ns); err != nil {
+		if err = h.lab.enter(&h.ns); err != nil {
 			err = fmt.Errorf("entering %s: %w", h.Name, err)
 			return // the thread, still locked, ends with the goroutine
 		}
 		err = errAbandoned
 		err = fn()
-		if netns.Set(h.lab.home) == nil {
+		if h.lab.enter(&h.lab.home) == nil {
 			runtime.UnlockOSThread()
 		}
 	}()
@@ -101,18 +106,7 @@ func (h *Host) AddAddr(a netip.Addr) error { return h.AddAddrTo("eth0", a) }
 // the kernel routes packets to that address to the host itself, which for IPv6 is a
 // moment after the kernel has added it.
 func (h *Host) AddAddrTo(link string, a netip.Addr) error {
-	if err := h.addr(link, netip.PrefixFrom(a, a.BitLen())); err != nil {
-		return err
-	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		routes, err := h.nl.RouteGet(a.AsSlice())
-		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
-			return nil
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("%s: packets to the added address %s are not routed to the host itself: %v %v", h.Name, a, routes, err)
-		}
-	}
+	return h.addr(link, netip.PrefixFrom(a, a.BitLen()))
 }
 
 // RemoveAddr takes an address given by AddAddr away.
@@ -153,7 +147,7 @@ func newHost(lab *Lab, name string, addr Pair) (*Host, error) {
 		runtime.LockOSThread()
 		ns, err := netns.New()
 		h.ns = ns
-		if err == nil && netns.Set(lab.home) == nil {
+		if err == nil && lab.enter(&lab.home) == nil {
 			runtime.UnlockOSThread()
 		}
 		made <- err
@@ -214,21 +208,43 @@ func (h *Host) up(name string) error {
 	return nil
 }
 
-// addr gives an interface an address that is usable at once: nobody else in a
-// lab can hold it, so duplicate address detection is left out.
+// addr gives an interface an address. Nobody else in a lab can hold it, so duplicate
+// address detection is left out.
 func (h *Host) addr(name string, p netip.Prefix) error {
 	l, err := h.link(name)
 	if err != nil {
 		return err
 	}
+	if err := AddAddr(h.nl, l, p); err != nil {
+		return fmt.Errorf("%s: giving %s the address %s: %w", h.Name, name, p, err)
+	}
+	return nil
+}
+
+// localTimeout is longer than a busy kernel needs for one route.
+const localTimeout = time.Minute
+
+// AddAddr gives an interface an address, and returns when packets to it arrive. The
+// interface must be up. The kernel adds the local route of an IPv6 address later, in a
+// work queue (addrconf_dad_work).
+func AddAddr(nl *netlink.Handle, l netlink.Link, p netip.Prefix) error {
 	a := &netlink.Addr{IPNet: ipNet(p)}
 	if p.Addr().Is6() {
 		a.Flags = unix.IFA_F_NODAD
 	}
-	if err := h.nl.AddrAdd(l, a); err != nil {
-		return fmt.Errorf("%s: giving %s the address %s: %w", h.Name, name, p, err)
+	if err := nl.AddrAdd(l, a); err != nil {
+		return err
 	}
-	return nil
+	for end := time.Now().Add(localTimeout); ; time.Sleep(time.Millisecond) {
+		kind := node.RouteType(nl, p.Addr())
+		// The first address of a network is that of every router, too: RTN_ANYCAST.
+		if kind == unix.RTN_LOCAL || kind == unix.RTN_ANYCAST {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("the kernel does not take it for local: its route has type %d", kind)
+		}
+	}
 }
 
 // route sends dst out of an interface: straight to the addressed host, or by a

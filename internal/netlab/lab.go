@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package netlab
 
 import (
@@ -5,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -81,11 +84,13 @@ const SilentPort = 514
 
 // Lab is a network of hosts. It is made by New and ends with Close.
 type Lab struct {
-	hosts   map[string]*Host
-	home    netns.NsHandle // the namespace of the process
-	options Options
-	servers []server
-	told    told
+	hosts map[string]*Host
+	home  netns.NsHandle // the namespace of the process
+	// namespaces is held while a thread moves to a namespace, and while Close closes them.
+	namespaces sync.RWMutex
+	options    Options
+	servers    []server
+	told       told
 }
 
 // New builds a lab. A kernel that cannot build it is reported as a
@@ -145,16 +150,30 @@ func (l *Lab) Hosts() []*Host {
 }
 
 // Close ends the servers and lets go of the namespaces, which the kernel then
-// takes apart. Connections still open keep theirs until they are closed.
+// takes apart. Connections still open keep theirs until they are closed. Functions that
+// still run inside a host go on; no new one can enter it.
 func (l *Lab) Close() error {
 	for _, s := range l.servers {
 		s.close()
 	}
+	l.namespaces.Lock()
+	defer l.namespaces.Unlock()
 	for _, h := range l.hosts {
 		h.close()
 	}
 	l.hosts = nil
 	return l.home.Close()
+}
+
+// enter moves the calling thread to a namespace of the lab. After Close it is an error:
+// the descriptor's number may belong to another file by then.
+func (l *Lab) enter(ns *netns.NsHandle) error {
+	l.namespaces.RLock()
+	defer l.namespaces.RUnlock()
+	if !ns.IsOpen() {
+		return errClosed
+	}
+	return netns.Set(*ns)
 }
 
 // RouteVIP makes clients reach the addresses of a range by the named node.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package netlab_test
 
 import (
@@ -10,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"signalbox/internal/netlab"
 )
@@ -165,6 +169,56 @@ func TestOutcomes(t *testing.T) {
 	}
 }
 
+// TestRejectedSYN: a client learns of the ICMP error that its first SYN meets, and sends
+// no second one.
+func TestRejectedSYN(t *testing.T) {
+	lab := newLab(t, netlab.Options{})
+	node1 := lab.Host("node1")
+	if err := node1.Do(func() error {
+		return nft("add table inet t; add counter inet t syns; add chain inet t c { type filter hook input priority 0; }; " +
+			"add rule inet t c tcp dport 9 counter name syns reject with icmpx type port-unreachable")
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, from := range []string{"node1", "pod-x", "client1"} {
+		for _, a := range []netip.Addr{node1.Addr.V4, node1.Addr.V6} {
+			if _, err := ask(lab, from, "tcp", netip.Addr{}, netip.AddrPortFrom(a, 9)); netlab.OutcomeOf(err) != netlab.Refused {
+				t.Errorf("%s to %s: %v, want refused", from, a, err)
+			}
+		}
+	}
+	var counter []byte
+	if err := node1.Do(func() (err error) {
+		counter, err = exec.Command("nft", "list", "counter", "inet", "t", "syns").Output()
+		return err
+	}); err != nil || !strings.Contains(string(counter), "packets 6 ") {
+		t.Errorf("6 connections sent other than 6 SYNs (%v):\n%s", err, counter)
+	}
+}
+
+// TestBurstOfDatagrams: a server loses none of many questions that come at once.
+func TestBurstOfDatagrams(t *testing.T) {
+	lab := newLab(t, netlab.Options{})
+	at := netip.AddrPortFrom(lab.Host("pod-c").Addr.V4, 8080)
+	ctx, cancel := context.WithTimeout(t.Context(), hangTimeout)
+	defer cancel()
+	var all errgroup.Group
+	for range 2000 {
+		c, err := lab.Host("client1").Open(ctx, "udp", netip.AddrPort{}, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		all.Go(func() error {
+			_, err := c.Ask(ctx)
+			return err
+		})
+	}
+	if err := all.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestConnectionKeepsItsServer holds one TCP connection and one UDP flow open
 // over several questions.
 func TestConnectionKeepsItsServer(t *testing.T) {
@@ -204,7 +258,7 @@ func TestConnectionSeesItsServerGo(t *testing.T) {
 	if err := lab.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Ask(ctx); netlab.OutcomeOf(err) != netlab.Broken {
+	if _, err := c.Ask(ctx); netlab.OutcomeOf(err) != netlab.Ended {
 		t.Errorf("the server is gone, and the question ended with %v", err)
 	}
 }
@@ -234,6 +288,43 @@ func TestRouteVIP(t *testing.T) {
 	}
 	if err := lab.RouteVIP(netip.PrefixFrom(vip, 32), "node9"); err == nil {
 		t.Error("a host that does not exist was accepted")
+	}
+}
+
+// An HTTP client may dial once more in the background when its test has ended.
+func TestDoAfterClose(t *testing.T) {
+	lab, err := netlab.Lone("node")
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := lab.Host("node")
+	inside, closed, ended := make(chan bool), make(chan bool), make(chan error)
+	go func() {
+		ended <- host.Do(func() error {
+			inside <- true
+			<-closed
+			return nil
+		})
+	}()
+	<-inside
+	go func() {
+		entered := true
+		for entered {
+			entered = host.Do(func() error { return nil }) == nil
+		}
+		ended <- nil
+	}()
+	if err := lab.Close(); err != nil {
+		t.Fatal(err)
+	}
+	close(closed)
+	for range 2 {
+		if err := <-ended; err != nil {
+			t.Errorf("the function that ran while the lab was closed failed: %v", err)
+		}
+	}
+	if err := host.Do(func() error { t.Error("a function runs after the lab was closed"); return nil }); err == nil {
+		t.Error("a closed lab's host can be entered")
 	}
 }
 
@@ -284,6 +375,46 @@ func TestBadOptions(t *testing.T) {
 		lab.Close()
 		t.Error("a Pod on a node that does not exist was accepted")
 	}
+}
+
+// Many connections in turn leave the host's source ports free if they are reset.
+func TestAskAndReset(t *testing.T) {
+	lab := newLab(t, netlab.Options{})
+	client, at := lab.Host("client1"), netip.AddrPortFrom(lab.Host("pod-a").Addr.V4, 8080)
+	ctx, cancel := context.WithTimeout(t.Context(), hangTimeout)
+	defer cancel()
+	if a, err := client.AskAndReset(ctx, "tcp", at); err != nil || a.Server != "pod-a" {
+		t.Fatalf("got %v (%v)", a, err)
+	}
+	if n := timeWait(t, client); n != 0 {
+		t.Errorf("a connection that was reset is in TIME-WAIT (%d)", n)
+	}
+	if _, err := client.Ask(ctx, "tcp", netip.AddrPort{}, at); err != nil {
+		t.Fatal(err)
+	}
+	for timeWait(t, client) != 1 { // the Pod ends the connection a moment later
+		if ctx.Err() != nil {
+			t.Fatal("a connection that was closed never was in TIME-WAIT: this test would not see one")
+		}
+	}
+}
+
+// timeWait counts the sockets of a host in TIME-WAIT.
+func timeWait(t *testing.T, h *netlab.Host) (n int) {
+	t.Helper()
+	err := h.Do(func() error {
+		text, err := os.ReadFile("/proc/thread-self/net/sockstat")
+		if err != nil {
+			return err
+		}
+		_, tw, _ := strings.Cut(string(text), " tw ")
+		_, err = fmt.Sscan(tw, &n)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 func nft(script string) error {

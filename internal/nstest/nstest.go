@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package nstest lets a test write to the kernel: in a network namespace of its own,
 // away from the machine's rules and addresses.
 package nstest

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package readfile says why a file that an operator named cannot be read.
 package readfile
 

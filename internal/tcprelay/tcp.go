@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package tcprelay forwards TCP connections to the endpoints of Services, for the
 // modes that serve some or all of them in this process. It also opens the sockets of
 // these modes.
@@ -8,6 +10,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -94,6 +97,26 @@ func (r *TCP) Close() {
 	r.done.Wait()
 }
 
+// Reset ends the connections of a Service port to removed endpoints, which are sorted, with
+// a reset to both sides.
+func (r *TCP) Reset(service plan.ServicePortName, removed []netip.AddrPort) {
+	if len(removed) == 0 {
+		return
+	}
+	r.conns.mu.Lock()
+	defer r.conns.mu.Unlock()
+	for c := range r.conns.open {
+		if c.endpoint == nil || c.service != service {
+			continue
+		}
+		at := c.endpoint.RemoteAddr().(*net.TCPAddr).AddrPort()
+		if _, found := slices.BinarySearchFunc(removed, netip.AddrPortFrom(at.Addr().Unmap(), at.Port()), netip.AddrPort.Compare); found {
+			reset(c.client)
+			reset(c.endpoint)
+		}
+	}
+}
+
 // Accept accepts and forwards the connections of a listener, in a goroutine, until
 // the listener is closed. It resets connections for which route returns false.
 func (r *TCP) Accept(l *net.TCPListener, route func(*net.TCPConn) (Route, bool)) {
@@ -152,7 +175,7 @@ func (r *TCP) serve(client *net.TCPConn, route func(*net.TCPConn) (Route, bool))
 		reset(client)
 		return
 	}
-	if !r.conns.complete(pair, endpoint) {
+	if !r.conns.complete(pair, endpoint, to.Name) {
 		reset(endpoint)
 		reset(client)
 		return
@@ -210,6 +233,7 @@ func isShortage(err error) bool {
 // conn is a client's connection and the one to its endpoint.
 type conn struct {
 	client, endpoint *net.TCPConn
+	service          plan.ServicePortName
 }
 
 // relay moves bytes in both directions. Between two TCP sockets ReadFrom lets the
@@ -260,10 +284,10 @@ func (s *connSet) add(c *conn) bool {
 }
 
 // complete adds the endpoint's side.
-func (s *connSet) complete(c *conn, endpoint *net.TCPConn) bool {
+func (s *connSet) complete(c *conn, endpoint *net.TCPConn, service plan.ServicePortName) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	c.endpoint = endpoint
+	c.endpoint, c.service = endpoint, service
 	return !s.closed
 }
 

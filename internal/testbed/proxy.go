@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package testbed
 
 import (
@@ -8,12 +10,13 @@ import (
 	"signalbox/internal/netlab"
 )
 
-// Proxy is a service proxy as a command line. In its arguments, {kubeconfig}, {node} and
-// {cluster-cidr} stand for what the lab provides.
+// Proxy is a service proxy as a command line. In its arguments, {kubeconfig}, {source},
+// {node} and {cluster-cidr} stand for what the lab provides.
 type Proxy struct {
-	// Program is what the proxy is called in reports, and Mode its mode.
-	Program, Mode string
-	Command       []string
+	// Program is what the proxy is called in reports, and Mode its mode. Variant is a flag
+	// that it has besides, if any.
+	Program, Mode, Variant string
+	Command                []string
 	// Tools is the variant of the iptables tools that the plain names are: nft, legacy,
 	// or nothing for the system's.
 	Tools string
@@ -27,9 +30,16 @@ func (p Proxy) Name() string {
 	return p.Program + "-" + p.Mode
 }
 
-// Args is the command line with what stands for the lab filled in.
-func (p Proxy) Args(kubeconfig string) []string {
-	replace := strings.NewReplacer("{kubeconfig}", kubeconfig, "{node}", "node1",
+// With is the proxy with one more flag.
+func (p Proxy) With(flag string) Proxy {
+	p.Variant, p.Command = flag, append(slices.Clone(p.Command), flag)
+	return p
+}
+
+// Args is the command line with what stands for the lab filled in. source is the directory
+// of manifests.
+func (p Proxy) Args(kubeconfig, source string) []string {
+	replace := strings.NewReplacer("{kubeconfig}", kubeconfig, "{source}", source, "{node}", "node1",
 		"{cluster-cidr}", netlab.PodNetwork.V4.String()+","+netlab.PodNetwork.V6.String())
 	args := make([]string, len(p.Command))
 	for i, a := range p.Command {
@@ -38,38 +48,48 @@ func (p Proxy) Args(kubeconfig string) []string {
 	return args
 }
 
-// Modes are the names that Signalbox and KubeProxy accept. Those of iptables also name
-// the variant of the tools.
-var Modes = []string{"nftables", "iptables-nft", "iptables-legacy", "ipvs", "userspace"}
+// KubeProxyModes are the names that KubeProxy accepts. Those of iptables also name the
+// variant of the tools.
+var KubeProxyModes = []string{"nftables", "iptables-nft", "iptables-legacy", "ipvs"}
+
+// Modes are the names that Signalbox accepts.
+var Modes = append(slices.Clone(KubeProxyModes), "userspace")
 
 // SignalboxProgram is the Program of Signalbox.
 const SignalboxProgram = "signalbox"
 
-// Signalbox is signalbox in a mode of Modes.
-func Signalbox(binary, mode string) Proxy {
+// The arguments that say where signalbox has its objects from.
+const (
+	FromAPIServer = "--kubeconfig={kubeconfig}"
+	FromDirectory = "--source={source}"
+)
+
+// Signalbox is signalbox in a mode of Modes, with its objects from an API server or a
+// directory.
+func Signalbox(binary, mode, from string) Proxy {
 	name, variant, _ := strings.Cut(mode, "-")
 	return Proxy{Program: SignalboxProgram, Mode: mode, Tools: variant, Command: []string{
-		binary, "--kubeconfig={kubeconfig}", "--hostname-override={node}", "--mode=" + name, "--cluster-cidr={cluster-cidr}",
+		binary, from, "--hostname-override={node}", "--mode=" + name, "--cluster-cidr={cluster-cidr}",
 	}}
 }
 
-// KubeProxy is kube-proxy in a mode of Modes. It leaves kernel settings alone that a
+// KubeProxy is kube-proxy in a mode of KubeProxyModes. It leaves kernel settings alone that a
 // network namespace may not change.
 func KubeProxy(binary, mode string) Proxy {
 	name, variant, _ := strings.Cut(mode, "-")
 	return Proxy{Program: "kube-proxy", Mode: mode, Tools: variant, Command: []string{
-		binary, "--kubeconfig={kubeconfig}", "--hostname-override={node}", "--proxy-mode=" + name, "--cluster-cidr={cluster-cidr}",
+		binary, FromAPIServer, "--hostname-override={node}", "--proxy-mode=" + name, "--cluster-cidr={cluster-cidr}",
 		"--detect-local-mode=ClusterCIDR", "--conntrack-max-per-core=0", "--conntrack-min=0",
 		"--conntrack-tcp-timeout-established=0", "--conntrack-tcp-timeout-close-wait=0",
 		"--nodeport-addresses=primary", "--oom-score-adj=0",
 	}}
 }
 
-// CheckModes says which of the names that a flag was given is none of Modes.
-func CheckModes(flag string, names []string) error {
+// CheckModes says which of the names that a flag was given is no mode.
+func CheckModes(flag string, names, modes []string) error {
 	for _, name := range names {
-		if !slices.Contains(Modes, name) {
-			return fmt.Errorf("%s=%s: not one of %s", flag, name, strings.Join(Modes, ", "))
+		if !slices.Contains(modes, name) {
+			return fmt.Errorf("%s=%s: not one of %s", flag, name, strings.Join(modes, ", "))
 		}
 	}
 	return nil

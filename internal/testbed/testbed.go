@@ -1,6 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package testbed runs a service proxy on node1 of a lab. The proxy follows a real
-// kube-apiserver, which package cluster builds and starts. Several labs can share one API
-// server: their nodes have the same names and addresses.
+// kube-apiserver, which package cluster builds and starts, or a directory of manifests.
+// Several labs can share one of these: their nodes have the same names and addresses.
 package testbed
 
 import (
@@ -39,15 +41,20 @@ func ClusterOptions() cluster.Options {
 }
 
 // StartCluster builds what a control plane needs, unless an earlier run has built it, and
-// starts it in dir.
-func StartCluster(ctx context.Context, dir string, log func(format string, args ...any)) (*cluster.Cluster, error) {
+// starts it in dir. audited is for Cluster.Requests.
+func StartCluster(ctx context.Context, dir string, audited bool, log func(format string, args ...any)) (*cluster.Cluster, error) {
 	programs, err := cluster.Build(ctx, log)
 	if err != nil {
 		return nil, err
 	}
+	return StartPrograms(ctx, programs, dir, audited, log)
+}
+
+// StartPrograms starts a control plane in dir. audited is for Cluster.Requests.
+func StartPrograms(ctx context.Context, programs cluster.Binaries, dir string, audited bool, log func(format string, args ...any)) (*cluster.Cluster, error) {
 	log("starting etcd and the API server")
 	options := ClusterOptions()
-	options.Dir, options.Unaudited = dir, true
+	options.Dir, options.Unaudited = dir, !audited
 	c, err := cluster.Start(ctx, programs, options)
 	if err != nil {
 		return nil, fmt.Errorf("start the control plane: %w", err)
@@ -58,33 +65,46 @@ func StartCluster(ctx context.Context, dir string, log func(format string, args 
 // ZoneOf is the zone of a node: zone-1 for node1.
 func ZoneOf(node string) string { return "zone-" + strings.TrimPrefix(node, "node") }
 
-// CreateNodes creates the Nodes of a lab in the API. It plays the kubelets, and the
-// controller that assigns Pod ranges.
+// Node is the Node of a host, as a kubelet and the controller that assigns Pod ranges
+// write it.
+func Node(host *netlab.Host) *corev1.Node {
+	name, pods := host.Name, netlab.NodePodNetwork(host.Name)
+	return &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelHostname: name, corev1.LabelTopologyZone: ZoneOf(name)}},
+		Spec:       corev1.NodeSpec{PodCIDR: pods.V4.String(), PodCIDRs: []string{pods.V4.String(), pods.V6.String()}},
+		Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
+			{Type: corev1.NodeInternalIP, Address: host.Addr.V4.String()}, {Type: corev1.NodeInternalIP, Address: host.Addr.V6.String()},
+		}},
+	}
+}
+
+// CreateNodes creates the Nodes of a lab in the API.
 func CreateNodes(ctx context.Context, c *cluster.Cluster, lab *netlab.Lab, names ...string) error {
 	for _, name := range names {
-		pods, host := netlab.NodePodNetwork(name), lab.Host(name)
-		node := &corev1.Node{
-			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelHostname: name, corev1.LabelTopologyZone: ZoneOf(name)}},
-			Spec:       corev1.NodeSpec{PodCIDR: pods.V4.String(), PodCIDRs: []string{pods.V4.String(), pods.V6.String()}},
-			Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{
-				{Type: corev1.NodeInternalIP, Address: host.Addr.V4.String()}, {Type: corev1.NodeInternalIP, Address: host.Addr.V6.String()},
-			}},
-		}
-		if _, err := c.Admin().CoreV1().Nodes().Create(ctx, node, metav1.CreateOptions{}); err != nil {
+		if _, err := c.Admin().CoreV1().Nodes().Create(ctx, Node(lab.Host(name)), metav1.CreateOptions{}); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// Bed is a lab with a way to the API server.
+// Bed is a lab with a way to the API server, or with a directory of manifests.
 type Bed struct {
 	Lab *netlab.Lab
-	// Relay carries the node's connections to the API server.
+	// Relay carries the node's connections to the API server. It is nil with a directory.
 	Relay *cluster.Relay
 	// APIServer is where the node reaches it, as HOST:PORT, and Kubeconfig the file for it.
 	APIServer, Kubeconfig string
-	dir                   string
+	source, dir           string
+}
+
+// NewFromDirectory builds a lab for a directory of manifests. Logs go to dir.
+func NewFromDirectory(d *Directory, opts netlab.Options, dir string) (*Bed, error) {
+	lab, err := netlab.New(opts)
+	if err != nil {
+		return nil, err
+	}
+	return &Bed{Lab: lab, source: d.Path, dir: dir}, nil
 }
 
 // New builds a lab for a control plane. Logs and configuration files go to dir.
@@ -111,16 +131,26 @@ func New(c *cluster.Cluster, opts netlab.Options, dir string) (*Bed, error) {
 
 // Close takes the lab apart.
 func (b *Bed) Close() error {
-	b.Relay.Cut()
+	if b.Relay != nil {
+		b.Relay.Cut()
+	}
 	return b.Lab.Close()
+}
+
+// Received is how many bytes came from the API server, encrypted as they were; 0 with a
+// directory.
+func (b *Bed) Received() int64 {
+	if b.Relay == nil {
+		return 0
+	}
+	return b.Relay.Answered()
 }
 
 // Start runs a proxy on node1. Its output goes to LogPath.
 func (b *Bed) Start(p Proxy) (*cluster.Process, error) {
-	args := p.Args(b.Kubeconfig)
+	args := p.Args(b.Kubeconfig, b.source)
 	cmd := exec.Command(args[0], args[1:]...)
-	// The lock of the iptables tools is for one network namespace: the lab has its own.
-	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+filepath.Join(b.dir, "xtables.lock"))
+	cmd.Env = b.Env()
 	if p.Tools != "" {
 		dir, err := ToolsDir(b.dir, p.Tools)
 		if err != nil {
@@ -129,6 +159,12 @@ func (b *Bed) Start(p Proxy) (*cluster.Process, error) {
 		cmd.Env = append(cmd.Env, "PATH="+dir+":"+os.Getenv("PATH"))
 	}
 	return cluster.StartProcess(cmd, b.LogPath(p), b.Lab.Host("node1").Do)
+}
+
+// Env is the environment for programs that run the iptables tools. Their lock is for one
+// network namespace: the lab has its own.
+func (b *Bed) Env() []string {
+	return append(os.Environ(), "XTABLES_LOCKFILE="+filepath.Join(b.dir, "xtables.lock"))
 }
 
 // LogPath is the file with the output of a proxy.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package xtables
 
 import (
@@ -137,16 +139,55 @@ var lineOfError = regexp.MustCompile(`\bline:? (\d+)\b`)
 // ErrNotPermitted is about the process, not about any rule.
 var ErrNotPermitted = errors.New("this process may not change rules")
 
+// ErrNoLock is about the file of the legacy tools' lock.
+var ErrNoLock = errors.New("the lock of iptables cannot be opened")
+
 // Apply makes the kernel take the script. An error wraps
 // proxier.ErrUnknownState if a table may have taken effect.
 func (t *Tools) Apply(ctx context.Context, s Script) error {
-	if err := ctx.Err(); err != nil || len(s) == 0 {
+	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if t.netlink == nil {
+		return t.restore(ctx, s)
+	}
+	// First jumps to chains without rules, then all rules at once.
+	chains, builtin := s.split()
+	if t.netlink.addTargets(builtin) != nil {
+		return t.restore(ctx, s)
+	}
+	if err := t.restore(ctx, builtin); err != nil {
+		return err
+	}
+	if done, err := t.netlink.apply(ctx, chains); done || err != nil {
+		return err
+	}
+	return t.restore(ctx, chains)
+}
+
+// split separates chains from lines about built-in chains.
+func (s Script) split() (chains, builtin Script) {
+	for _, section := range s {
+		if len(section.Chains) > 0 {
+			chains = append(chains, Section{Table: section.Table, Chains: section.Chains})
+		}
+		if len(section.Builtin) > 0 {
+			builtin = append(builtin, Section{Table: section.Table, Builtin: section.Builtin})
+		}
+	}
+	return chains, builtin
+}
+
+// restore gives the script to iptables-restore.
+func (t *Tools) restore(ctx context.Context, s Script) error {
+	if len(s) == 0 {
+		return nil
 	}
 	// --counters keeps the counters of chains that are not named.
 	cmd := exec.CommandContext(ctx, t.Restore, "--noflush", "--counters", "-w", strconv.Itoa(int(t.Wait/time.Second)))
 	var input, output bytes.Buffer
 	s.write(&input)
+	t.Wrote(len(s)) // at most: an error may have come before the last
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = &input, &output, &output
 	cmd.WaitDelay = time.Second
 	err := cmd.Run()
@@ -154,7 +195,7 @@ func (t *Tools) Apply(ctx context.Context, s Script) error {
 		return nil
 	}
 	if ctx.Err() != nil {
-		return fmt.Errorf("iptables-restore was stopped: %w: %w", context.Cause(ctx), proxier.ErrUnknownState)
+		return fmt.Errorf("%s was stopped: %w: %w", t.Restore, context.Cause(ctx), proxier.ErrUnknownState)
 	}
 	message := strings.TrimSpace(output.String())
 	line := 0
@@ -167,10 +208,12 @@ func (t *Tools) Apply(ctx context.Context, s Script) error {
 	if message != "" {
 		err = fmt.Errorf("%s; %w", strings.ReplaceAll(message, "\n", "; "), err)
 	}
-	err = fmt.Errorf("iptables-restore %s: %w", refused, err)
+	err = fmt.Errorf("%s %s: %w", t.Restore, refused, err)
 	switch {
 	case strings.Contains(message, "Permission denied"):
 		err = fmt.Errorf("%w: %w", ErrNotPermitted, err)
+	case strings.Contains(message, "can't open lock file"):
+		err = fmt.Errorf("%w: %w", ErrNoLock, err)
 	case locked:
 		err = fmt.Errorf("another program has held the lock of iptables (%s) for %s: %w", lockFile(), t.Wait, err)
 	}

@@ -1,13 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package xtables runs the iptables tools: it finds their variant (tools.go),
-// lists a table (list.go) and restores chains (restore.go). It knows no Service.
+// lists a table (list.go) and restores chains (restore.go). For the nft variant it
+// also writes chains itself (netlink.go, translate.go). It asks the kernel about tables
+// of the legacy variant (legacy.go). It knows no Service.
 package xtables
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -50,7 +52,14 @@ type Tools struct {
 	Command, Restore, Save string        // paths
 	Wait                   time.Duration // for the lock, in whole seconds
 	version                [3]int
+	netlink                *netlink // nil: the programs write everything
+	// transactions are those of the nft variant since the current Observer.Write began, at
+	// most.
+	transactions int
 }
+
+// Wrote counts transactions that a caller made with the programs in an Observer.Write.
+func (t *Tools) Wrote(transactions int) { t.transactions += transactions }
 
 // oldestVersion is the first whose iptables-restore waits for the lock, and
 // which knows --random-fully.
@@ -191,9 +200,10 @@ func choose(ctx context.Context, f plan.Family) (t *Tools, why string, err error
 			}
 		}
 	}
-	switch n, l := nft.countRules(ctx), legacy.countRules(ctx); {
+	l := legacy.countRules(ctx)
+	switch n := countNFTRules(f, l+1); {
 	case n > l:
-		return nft, fmt.Sprintf("%d rules there, %d in the other", n, l), nil
+		return nft, fmt.Sprintf("%d rules or more there, %d in the other", n, l), nil
 	case l > n:
 		return legacy, fmt.Sprintf("%d rules there, %d in the other", l, n), nil
 	}
@@ -218,26 +228,16 @@ func (t *Tools) Client() (*iptables.IPTables, error) {
 	return client, nil
 }
 
+// nftTables are the tables of the nft variant. The tools make the missing ones.
+var nftTables = []string{"mangle", "nat", "filter"}
+
 // Tables are the tables that exist. To ask the legacy tools for another would
 // create it, and load its module.
 func (t *Tools) Tables() []string {
 	if t.Backend == NFT {
-		return []string{"mangle", "nat", "filter"}
+		return nftTables
 	}
 	return LegacyTables(t.Family)
-}
-
-// LegacyTables are the tables of the legacy variant that exist.
-func LegacyTables(f plan.Family) (names []string) {
-	file, err := os.Open("/proc/thread-self/net/" + map[plan.Family]string{plan.IPv4: "ip", plan.IPv6: "ip6"}[f] + "_tables_names")
-	if err != nil {
-		return nil // the module is not loaded
-	}
-	defer file.Close()
-	for lines := bufio.NewScanner(file); lines.Scan(); {
-		names = append(names, lines.Text())
-	}
-	return names
 }
 
 // HasNFTChain asks nf_tables itself whether a table of the nft variant has the
@@ -251,14 +251,24 @@ func HasNFTChain(f plan.Family, table, chain string) bool {
 	if err != nil {
 		return false
 	}
-	chains, err := conn.ListChainsOfTableFamily(family)
-	return err == nil && slices.ContainsFunc(chains, func(c *nftables.Chain) bool { return c.Table.Name == table && c.Name == chain })
+	_, err = conn.ListChain(&nftables.Table{Name: table, Family: family}, chain)
+	return err == nil
+}
+
+// MayHaveChain asks the kernel, and starts no program. If it is false, the variant's table
+// does not have the chain. Of the legacy variant it can be true without the chain.
+func MayHaveChain(f plan.Family, b Backend, table, chain string) bool {
+	if b == NFT {
+		return HasNFTChain(f, table, chain)
+	}
+	return mayHaveLegacyChain(f, table, chain)
 }
 
 // HasChain says whether an existing table has the chain.
 func (t *Tools) HasChain(ctx context.Context, table, name string) bool {
-	if !slices.Contains(t.Tables(), table) {
-		return false
+	found := MayHaveChain(t.Family, t.Backend, table, name)
+	if !found || t.Backend == NFT {
+		return found
 	}
 	l, err := t.List(ctx, table, nil)
 	return err == nil && slices.Contains(l.Chains, name)

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package access
 
 import (
@@ -23,13 +25,33 @@ func (r Rules) Frontend() nft.Value { return nft.Join(r.Daddr(), nft.L4Proto, nf
 // NodePort is the key by which a packet to an address of the node finds its frontend.
 var NodePort = nft.Join(nft.L4Proto, nft.DPort)
 
+// Bypass ends a chain for packets of this node to an API server: see plan.Node.Bypass.
+func (r Rules) Bypass() (rules []nft.Rule) {
+	for _, at := range r.Node.Bypass {
+		rules = append(rules, nft.NewRule(r.DaddrIs(at.Addr()), nft.TCPPortIs(at.Port()), nft.SaddrIsLocal(), nft.Return()).Comment("an API server"))
+	}
+	return rules
+}
+
+// ResetStrays resets TCP packets to Services that belong to no known connection: see
+// plan.Node.ResetStrays. find matches packets with a key of a frontend or a NodePort.
+func (r Rules) ResetStrays(frontend, nodePort nft.Statement) []nft.Rule {
+	if !r.Node.ResetStrays {
+		return nil
+	}
+	rules := []nft.Rule{nft.NewRule(nft.MidStream(), frontend, nft.Reset())}
+	for _, match := range r.ToNodePortAddrs() {
+		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{nft.MidStream()}, match, []nft.Statement{nodePort, nft.Reset()})...))
+	}
+	return rules
+}
+
 // CheckSources drops packets whose source may not use the frontend: see
 // plan.Frontend.Sources.
 func (r Rules) CheckSources() []nft.Rule {
 	fe := r.Frontend()
-	rules := []nft.Rule{
-		nft.NewRule(in(fe, restricted), notIn(nft.Join(fe, r.Saddr()), AllowedSources), nft.Drop()),
-	}
+	rules := append(r.Bypass(),
+		nft.NewRule(in(fe, restricted), notIn(nft.Join(fe, r.Saddr()), AllowedSources), nft.Drop()))
 	for _, match := range r.ToNodePortAddrs() {
 		rules = append(rules, nft.NewRule(slices.Concat([]nft.Statement{in(NodePort, restrictedNodePorts)}, match,
 			[]nft.Statement{notIn(nft.Join(NodePort, r.Saddr()), allowedNodePortSources), nft.Drop()})...))

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package access
 
 import (
@@ -19,6 +21,11 @@ func ValidateNode(f *nft.IPFamily, n plan.Node) error {
 	for _, s := range n.RouteSources {
 		if !f.Holds(s.Destination.Addr()) || s.Source.IsValid() && !f.Holds(s.Source) {
 			return fmt.Errorf("node: the route source %s is not of %s", s, f.Family)
+		}
+	}
+	for _, at := range n.Bypass {
+		if !f.Holds(at.Addr()) {
+			return fmt.Errorf("node: address of an API server %s is not of %s", at, f.Family)
 		}
 	}
 	for _, a := range n.NodePortAddrs.Addrs {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package nfttest plays nf_tables in memory, for tests that need a kernel which fails, or
 // no network namespace. No program links it.
 //

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package conformance holds what tests of modes share: the contract suite that
 // every mode passes with real packets, and plans of any size to measure with.
 package conformance

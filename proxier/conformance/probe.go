@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conformance
 
 import (
@@ -211,9 +213,7 @@ func (w *world) servers(names []string) ([]string, error) {
 	return out, nil
 }
 
-// probeUnanswered makes its attempts side by side: a refused IPv6 connection
-// can take a second, as Linux passes over an ICMPv6 error that arrives before
-// connect(2) has returned, and only the next SYN's counts.
+// probeUnanswered makes its attempts side by side: silence takes time.
 func (w *world) probeUnanswered(ctx context.Context, r resolved, e expectation) error {
 	n, wait := 3, answerWait
 	if e.outcome == dropped || e.outcome == unanswered {

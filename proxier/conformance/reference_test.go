@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conformance_test
 
 import (
@@ -56,6 +58,13 @@ func (r *reference) Sync(ctx context.Context, desired *plan.Plan, _ plan.Change)
 			}
 			if f.Kind == plan.ClusterIP {
 				clusterIPs = append(clusterIPs, f.Addr.String())
+			}
+			if desired.Node.ResetStrays && name.Protocol == plan.TCP {
+				match := fmt.Sprintf("%s daddr %s", s.ip, f.Addr)
+				if f.Kind == plan.NodePort {
+					match = s.nodeAddrs(desired.Node)
+				}
+				s.rule("strays", "%s tcp dport %d reject with tcp reset", match, f.Port)
 			}
 			s.frontend(chain, desired.Node, sp, f)
 		}
@@ -125,6 +134,15 @@ func (s *script) base(n plan.Node) {
 	s.chains = append(s.chains, "services", "local-pods", "new-source",
 		"prerouting { type nat hook prerouting priority -100; }", "output { type nat hook output priority -100; }",
 		"input { type filter hook input priority 0; }", "postrouting { type nat hook postrouting priority 100; }")
+	if n.ResetStrays {
+		s.chains = append(s.chains, "before { type filter hook prerouting priority -110; }", "before-output { type filter hook output priority -110; }", "strays")
+		for _, from := range []string{"before", "before-output"} {
+			s.rule(from, "ct state new tcp flags & (fin | syn | rst | ack) != syn jump strays")
+		}
+	}
+	for _, at := range n.Bypass {
+		s.rule("services", "%s daddr %s tcp dport %d fib saddr type local return", s.ip, at.Addr(), at.Port())
+	}
 	s.rule("prerouting", "jump services")
 	s.rule("output", "jump services")
 	s.rule("input", "ct state new meta mark & 0x8000 == 0x8000 reject")

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conformance
 
 import (
@@ -47,6 +49,10 @@ type Setup struct {
 	ThreeNodes bool
 	// DropForwarded gives node1 a firewall that drops what it forwards.
 	DropForwarded bool
+	// APIServers are the addresses and ports of API servers.
+	APIServers []string
+	// ResetRemovedEndpoints is service.Settings'.
+	ResetRemovedEndpoints bool
 	// KubeProxyIPVSPolicies is proxier.Settings'.
 	KubeProxyIPVSPolicies bool
 }
@@ -146,6 +152,8 @@ func (s *Setup) set(key, value string) (err error) {
 		s.Why = value
 	case "nodeport-addresses":
 		s.NodePortAddresses, err = listOf(value)
+	case "api-servers":
+		s.APIServers, err = listOf(value)
 	case "cluster-cidr":
 		s.ClusterCIDR = value
 	case "masquerade-all":
@@ -158,6 +166,8 @@ func (s *Setup) set(key, value string) (err error) {
 		s.ThreeNodes, err = yes(value)
 	case "drop-forwarded":
 		s.DropForwarded, err = yes(value)
+	case "reset-removed-endpoints":
+		s.ResetRemovedEndpoints, err = yes(value)
 	case "kube-proxy-ipvs-policies":
 		s.KubeProxyIPVSPolicies, err = yes(value)
 	default:

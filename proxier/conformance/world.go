@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package conformance
 
 import (
@@ -145,6 +147,7 @@ func (w *world) configure(v variant) error {
 		IgnoreExternalIPs:      setup.IgnoreExternalIPs,
 		HasSchedulers:          w.mode.HasSchedulers,
 		KubeProxyIPVSPolicies:  setup.KubeProxyIPVSPolicies,
+		ResetRemovedEndpoints:  setup.ResetRemovedEndpoints,
 	}
 	if setup.LocalhostNodePorts {
 		w.settings.LocalhostNodePorts = w.mode.LocalhostNodePorts
@@ -452,8 +455,25 @@ func (w *world) tellNode() error {
 		}
 		w.loop.SetLocalAddrs(addrs)
 		w.loop.SetRouteSources(sources.Served)
-		return nil
+		servers, err := w.apiServers()
+		w.loop.SetAPIServers(servers)
+		return err
 	})
+}
+
+func (w *world) apiServers() (servers []netip.AddrPort, err error) {
+	for _, text := range w.scenario.Setup.APIServers {
+		text, err := w.symbols.expand(text)
+		if err != nil {
+			return nil, err
+		}
+		at, err := target(text)
+		if err != nil {
+			return nil, err
+		}
+		servers = append(servers, at)
+	}
+	return servers, nil
 }
 
 // reported takes the problems that contain a text from those that were

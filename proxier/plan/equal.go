@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package plan
 
 import "slices"
@@ -8,7 +10,8 @@ func (n *Node) Equal(o *Node) bool {
 		n.LocalPods.InterfacePrefix == o.LocalPods.InterfacePrefix &&
 		n.NodePortAddrs.All == o.NodePortAddrs.All && slices.Equal(n.NodePortAddrs.Addrs, o.NodePortAddrs.Addrs) &&
 		n.LocalhostNodePorts == o.LocalhostNodePorts && slices.Equal(n.ServiceCIDRs, o.ServiceCIDRs) &&
-		slices.Equal(n.OwnPods, o.OwnPods) && slices.Equal(n.RouteSources, o.RouteSources)
+		slices.Equal(n.OwnPods, o.OwnPods) && slices.Equal(n.RouteSources, o.RouteSources) && slices.Equal(n.Bypass, o.Bypass) &&
+		n.ResetStrays == o.ResetStrays
 }
 
 // Equal says whether two frontends are the same, with equal endpoint sets, and whether
@@ -17,12 +20,13 @@ func (f *Frontend) Equal(o *Frontend) bool {
 	return f.Kind == o.Kind && f.Addr == o.Addr && f.Port == o.Port && f.WhenEmpty == o.WhenEmpty && f.Masquerade == o.Masquerade &&
 		(f.Sources == nil) == (o.Sources == nil) && slices.Equal(f.Sources, o.Sources) &&
 		f.Internal.Equal(o.Internal) && f.External.Equal(o.External) &&
+		f.ForeignAddr == o.ForeignAddr && slices.Equal(f.Bypass, o.Bypass) &&
 		(f.Internal == f.External) == (o.Internal == o.External)
 }
 
-// Equal says whether two sets have the same endpoints.
+// Equal says whether two sets have the same endpoints; nil is equal to nil only.
 func (s *EndpointSet) Equal(o *EndpointSet) bool {
-	return s == o || slices.Equal(s.Endpoints, o.Endpoints)
+	return s == o || s != nil && o != nil && slices.Equal(s.Endpoints, o.Endpoints)
 }
 
 // Equal says whether two Service ports are the same; nil is equal to nil only.
@@ -31,7 +35,7 @@ func (p *ServicePort) Equal(o *ServicePort) bool {
 		return p == o
 	}
 	return p.Name == o.Name && p.AffinityTimeout == o.AffinityTimeout && p.HealthCheckNodePort == o.HealthCheckNodePort &&
-		p.Scheduler == o.Scheduler && p.LocalEndpoints == o.LocalEndpoints && p.Usable.Equal(o.Usable) &&
+		p.Scheduler == o.Scheduler && p.LocalEndpoints == o.LocalEndpoints && p.Usable.Equal(o.Usable) && p.Listed.Equal(o.Listed) &&
 		slices.EqualFunc(p.Frontends, o.Frontends, func(a, b Frontend) bool { return a.Equal(&b) })
 }
 
@@ -55,7 +59,7 @@ func (p *ServicePort) KeepSets(old *ServicePort) {
 	}
 }
 
-// sets returns each set of a Service port once. There are three at most.
+// sets returns each set of a Service port once. There are four at most.
 func (p *ServicePort) sets() []*EndpointSet {
 	var out []*EndpointSet
 	for _, ref := range p.setRefs() {
@@ -69,6 +73,9 @@ func (p *ServicePort) sets() []*EndpointSet {
 func (p *ServicePort) setRefs() []**EndpointSet {
 	refs := make([]**EndpointSet, 0, 1+2*len(p.Frontends))
 	refs = append(refs, &p.Usable)
+	if p.Listed != nil {
+		refs = append(refs, &p.Listed)
+	}
 	for i := range p.Frontends {
 		refs = append(refs, &p.Frontends[i].Internal, &p.Frontends[i].External)
 	}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package plan has the values that tell a Proxier what this node must do: Service
 // ports with their frontends and endpoint sets, and what changed since the last Sync.
 package plan
@@ -261,6 +263,12 @@ type Frontend struct {
 	// frontend, wherever they are; all others are dropped, before WhenEmpty is
 	// looked at. A set but empty slice admits nobody.
 	Sources []netip.Prefix
+	// Bypass has the addresses of this frontend at which processes of this node do
+	// not reach the Service but the API server: see Node.Bypass.
+	Bypass []netip.Addr
+	// ForeignAddr says that Addr is an API server's. A mode must not make it an
+	// address of the node, because the node could not reach the API server then.
+	ForeignAddr bool
 }
 
 // Key returns what packets to this frontend are matched by.
@@ -283,6 +291,9 @@ type ServicePort struct {
 	// Usable holds every endpoint that still answers, whatever policy, topology or
 	// termination say. Flows to these must not be cut.
 	Usable *EndpointSet
+	// Listed holds every endpoint that an EndpointSlice has, whatever its conditions. It
+	// is nil unless TCP connections to removed endpoints are reset.
+	Listed *EndpointSet
 	// HealthCheckNodePort is the TCP port on which a load balancer asks whether
 	// this node has local endpoints; 0 for none. One Service port has it for the
 	// whole Service.
@@ -356,6 +367,13 @@ type Node struct {
 	// those that masquerade takes: an address of the interface that a packet leaves
 	// by. The first that fits a packet counts. Where none does, masquerade chooses.
 	RouteSources []RouteSource
+	// Bypass has the addresses and TCP ports at which processes of this node reach
+	// the API server, although a Service has them too. Their packets pass as if that
+	// Service did not exist.
+	Bypass []netip.AddrPort
+	// ResetStrays has TCP packets to Services reset that belong to no connection the
+	// kernel knows, as after the end of their endpoint.
+	ResetStrays bool
 }
 
 // BetweenNodes says whether a connection to a Service is one from a Pod of another
@@ -397,13 +415,38 @@ type Change struct {
 // Empty says that there is nothing to do.
 func (c Change) Empty() bool { return !c.All && !c.Node && len(c.Services) == 0 }
 
-// FlowOwner says who may answer UDP flows to some frontends.
+// FlowOwner says who may answer flows to some frontends.
 type FlowOwner struct {
-	// Frontends are of protocol UDP.
+	// Frontends are of protocol UDP, or TCP if there are Removed endpoints.
 	Frontends []FrontendKey
 	// Usable is empty if the Service has no endpoint left, and for frontends that
 	// no Service has any more.
 	Usable *EndpointSet
+	// Removed are the only endpoints whose TCP connections end, unless they are Usable.
+	Removed []netip.AddrPort
+}
+
+// RemovedEndpoints lists what one set has and the next lacks, in order. It is empty if
+// one of them is nil.
+func RemovedEndpoints(old, next *EndpointSet) (removed []netip.AddrPort) {
+	if old == nil || next == nil || old == next {
+		return nil
+	}
+	for _, e := range old.Endpoints {
+		if !next.Contains(e.AddrPort) {
+			removed = append(removed, e.AddrPort)
+		}
+	}
+	return removed
+}
+
+// Removed lists the endpoints that no EndpointSlice of a Service port has any more, now
+// that it is next. If one of the two is nil, there are none.
+func (p *ServicePort) Removed(next *ServicePort) []netip.AddrPort {
+	if p == nil || next == nil {
+		return nil
+	}
+	return RemovedEndpoints(p.Listed, next.Listed)
 }
 
 // Keys are what packets to a Service port are matched by; none for nil.

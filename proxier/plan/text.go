@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package plan
 
 import (
@@ -62,6 +64,9 @@ func (n *Node) print(w io.Writer) {
 	for _, s := range n.RouteSources {
 		fmt.Fprintf(w, "  source by %s\n", s)
 	}
+	if len(n.Bypass) > 0 {
+		fmt.Fprintf(w, "  API servers past Services: %s\n", join(n.Bypass))
+	}
 }
 
 // String returns for example "eth0 to 10.0.0.0/8: 192.0.2.1".
@@ -90,10 +95,14 @@ func (p *ServicePort) print(w io.Writer) {
 		p.Frontends[i].print(w, &letters)
 	}
 	serving := letters.of(p.Usable)
+	listed := letters.of(p.Listed)
 	for i, set := range letters.sets {
 		fmt.Fprintf(w, "  %s: %s\n", letter(i), set)
 	}
 	fmt.Fprintf(w, "  serving: %s\n", serving)
+	if p.Listed != nil {
+		fmt.Fprintf(w, "  listed: %s\n", listed)
+	}
 }
 
 func (f *Frontend) print(w io.Writer, letters *setLetters) {
@@ -110,6 +119,12 @@ func (f *Frontend) print(w io.Writer, letters *setLetters) {
 	fmt.Fprintf(w, ", masquerade %s, else %s", f.Masquerade, f.WhenEmpty)
 	if f.Sources != nil {
 		fmt.Fprintf(w, ", only from %s", join(f.Sources))
+	}
+	if len(f.Bypass) > 0 {
+		fmt.Fprintf(w, ", not from node to %s", join(f.Bypass))
+	}
+	if f.ForeignAddr {
+		fmt.Fprint(w, ", address of an API server")
 	}
 	fmt.Fprintln(w)
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package service
 
 import (
@@ -20,21 +22,27 @@ type candidate struct {
 // an entry that is not terminating goes before one that is, a ready one before
 // one that is not, and otherwise the first slice by name wins. What no slice
 // says about weights is said by weights.
-func candidates(filed []*endpointSlice, family plan.Family, portName string, protocol plan.Protocol, weights weightRules) []candidate {
+func candidates(filed []*endpointSlice, family plan.Family, portName string, protocol plan.Protocol, weights weightRules, why *Reasons) []candidate {
 	var all []candidate
 	for _, s := range filed {
 		if s.family != family {
+			why.leaveOutSlice(s, plan.OtherFamily)
 			continue
 		}
+		found := false
 		for _, port := range s.ports {
 			if port.name != portName || port.protocol != protocol {
 				continue
 			}
+			found = true
 			all = slices.Grow(all, len(s.endpoints))
 			for i := range s.endpoints {
 				e := &s.endpoints[i]
 				all = append(all, candidate{netip.AddrPortFrom(e.addr, port.port), e.weightBy(weights), e})
 			}
+		}
+		if !found {
+			why.leaveOutSlice(s, plan.NoSuchPort)
 		}
 	}
 	slices.SortStableFunc(all, func(a, b candidate) int {
@@ -66,14 +74,29 @@ func (c candidate) rank() int {
 	return 0
 }
 
-// draining is an endpoint on its way out that still answers (KEP-1669).
-func (c candidate) draining() bool { return c.from.serving && c.from.terminating }
+// state is an endpoint's own part in the decision about new connections. One that is
+// terminating and still answers (KEP-1669) gets them where none is ready. One of
+// weight 0 gets none, and keeps what it has.
+func (c candidate) state() plan.Reason {
+	switch draining := c.from.serving && c.from.terminating; {
+	case c.weight == 0 && (c.from.ready || draining):
+		return plan.WeightZero
+	case c.from.ready:
+		return plan.Ready
+	case draining:
+		return plan.Terminating
+	case c.from.terminating:
+		return plan.NotServing
+	}
+	return plan.NotReady
+}
 
 // selection is what the endpoints of one Service port mean on one node.
 type selection struct {
 	cluster *plan.EndpointSet // for traffic policy Cluster
 	local   *plan.EndpointSet // for traffic policy Local
 	usable  *plan.EndpointSet // all that still answer
+	listed  *plan.EndpointSet // see plan.ServicePort.Listed
 	// exists says that some node has an endpoint for new connections.
 	exists bool
 }
@@ -84,29 +107,26 @@ type locality struct {
 	zone unique.Handle[string]
 	// weighs says that the mode gives endpoints different shares.
 	weighs bool
+	// lists says that all endpoints are wanted too.
+	lists bool
 }
 
 var unnamed = unique.Make("")
 
 func (l locality) isLocal(c candidate) bool { return c.from.node == l.node && l.node != unnamed }
 
-// choose applies readiness, termination and topology. An endpoint of weight 0
-// is none for new connections, and keeps what it has. Of other nodes' endpoints
+// choose applies readiness, termination and topology. Of other nodes' endpoints
 // remoteHairpins says whether they may hairpin.
-func (l locality) choose(all []candidate, remoteHairpins bool) selection {
-	ready := filter(all, func(c candidate) bool { return c.from.ready && c.weight > 0 })
-	draining := filter(all, func(c candidate) bool { return c.draining() && c.weight > 0 })
+func (l locality) choose(all []candidate, remoteHairpins bool, why *Reasons) selection {
+	cluster, ready := answering(all, why.cluster())
+	if ready {
+		cluster = l.closest(cluster, why)
+	}
+	why.local().addWithout(all, l.isLocal, plan.OtherNode)
+	local, _ := answering(filter(all, l.isLocal), why.local())
 
-	cluster := l.closest(ready)
-	if len(cluster) == 0 {
-		cluster = draining
-	}
-	local := filter(ready, l.isLocal)
-	if len(local) == 0 {
-		local = filter(draining, l.isLocal)
-	}
 	set := func(chosen []candidate) *plan.EndpointSet { return l.set(chosen, remoteHairpins) }
-	s := selection{cluster: set(cluster), exists: len(ready) > 0 || len(draining) > 0}
+	s := selection{cluster: set(cluster), exists: len(cluster) > 0}
 	share := func(chosen []candidate) *plan.EndpointSet {
 		if slices.Equal(chosen, cluster) {
 			return s.cluster
@@ -115,7 +135,21 @@ func (l locality) choose(all []candidate, remoteHairpins bool) selection {
 	}
 	s.local = share(local)
 	s.usable = share(filter(all, func(c candidate) bool { return c.from.serving || c.from.ready }))
+	if l.lists {
+		s.listed = share(all)
+	}
 	return s
+}
+
+// answering returns the endpoints that are ready, or if there are none, those that
+// drain.
+func answering(all []candidate, why EndpointReasons) (chosen []candidate, ready bool) {
+	chosen = filter(all, func(c candidate) bool { return c.state() == plan.Ready })
+	if ready = len(chosen) > 0; !ready {
+		chosen = filter(all, func(c candidate) bool { return c.state() == plan.Terminating })
+	}
+	why.addStates(all, ready)
+	return chosen, ready
 }
 
 // appendReady appends the addresses of this node's ready endpoints. One that
@@ -137,24 +171,35 @@ func distinct(addrs []netip.Addr) int {
 }
 
 // closest narrows ready endpoints down to those that hints name for this node,
-// else for its zone. A hint counts only where every ready endpoint carries one
-// of its kind: a slice without is still being updated, or too old for it.
-func (l locality) closest(ready []candidate) []candidate {
-	for _, near := range []struct {
-		hints func(candidate) []unique.Handle[string]
-		here  unique.Handle[string]
-	}{
-		{func(c candidate) []unique.Handle[string] { return c.from.hints.forNodes() }, l.node},
-		{func(c candidate) []unique.Handle[string] { return c.from.hints.forZones() }, l.zone},
+// else for its zone.
+func (l locality) closest(ready []candidate, why *Reasons) []candidate {
+	for _, near := range []place{
+		{"node", l.node, func(c candidate) []unique.Handle[string] { return c.from.hints.forNodes() }, plan.OtherNodeHint},
+		{"zone", l.zone, func(c candidate) []unique.Handle[string] { return c.from.hints.forZones() }, plan.OtherZoneHint},
 	} {
-		if near.here == unnamed || slices.ContainsFunc(ready, func(c candidate) bool { return len(near.hints(c)) == 0 }) {
-			continue
-		}
-		if chosen := filter(ready, func(c candidate) bool { return slices.Contains(near.hints(c), near.here) }); len(chosen) > 0 {
+		chosen, reason := near.narrow(ready)
+		why.tried(ready, near, reason)
+		if reason == plan.HintsUsed {
 			return chosen
 		}
 	}
 	return ready
+}
+
+// narrow keeps the endpoints that hints name for a place. A hint counts only where
+// every ready endpoint carries one of its kind: a slice without is still being
+// updated, or too old for it.
+func (p place) narrow(ready []candidate) ([]candidate, plan.Reason) {
+	switch {
+	case p.here == unnamed:
+		return nil, plan.PlaceUnknown
+	case slices.ContainsFunc(ready, func(c candidate) bool { return len(p.hints(c)) == 0 }):
+		return nil, plan.HintsMissing
+	}
+	if chosen := filter(ready, p.named); len(chosen) > 0 {
+		return chosen, plan.HintsUsed
+	}
+	return nil, plan.HintsElsewhere
 }
 
 // set takes an endpoint of which no slice says where it runs for one that may

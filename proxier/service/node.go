@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package service
 
 import (
@@ -86,8 +88,12 @@ func (t *Tracker) Node(settings *Settings, family plan.Family, local []netip.Add
 		NodePortAddrs:      addrs,
 		LocalhostNodePorts: settings.ServesLocalhost(family),
 		ServiceCIDRs:       t.cidrsOf(family),
+		ResetStrays:        settings.ResetRemovedEndpoints,
 	}
 }
+
+// NodeAddrs returns the addresses in this node's Node object.
+func (t *Tracker) NodeAddrs() []netip.Addr { return t.node.addresses }
 
 // ownPods returns the Node's Pod range where a local address shows that the network
 // plugin follows it: plugins that do, give a bridge, a tunnel or the node's end of a

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package service
 
 import (
@@ -30,7 +32,7 @@ func TestOwnPods(t *testing.T) {
 		{"the other family's", plan.IPv6, "", "10.244.1.1", ""},
 		{"Pods are known by the node's range", plan.IPv4, DetectLocalNodeCIDR, "10.244.1.1", ""},
 	} {
-		tracker := NewTracker("node1")
+		tracker := NewTracker("node1", &Settings{})
 		tracker.Apply(&corev1.Node{
 			ObjectMeta: metav1.ObjectMeta{Name: "node1"},
 			Spec:       corev1.NodeSpec{PodCIDRs: []string{"10.244.1.0/24", "fd00:244:0:1::/64"}},

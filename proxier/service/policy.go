@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package service
 
 import (
@@ -22,6 +24,8 @@ type Resolver struct {
 	knowsPods bool
 	// remotePodsCount says that Pods of other nodes are taken for this node's.
 	remotePodsCount bool
+	// apiServers are those of both families.
+	apiServers []apiServer
 }
 
 // NewResolver reads from the tracker what all Services depend on.
@@ -30,11 +34,12 @@ func NewResolver(settings *Settings, t *Tracker, family plan.Family) *Resolver {
 		tracker:   t,
 		settings:  settings,
 		family:    family,
-		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone), weighs: settings.HasSchedulers},
+		locality:  locality{node: unique.Make(t.nodeName), zone: unique.Make(t.node.zone), weighs: settings.HasSchedulers, lists: settings.ResetRemovedEndpoints},
 		primary:   settings.primary(family, &t.node),
 		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
 
 		remotePodsCount: settings.takesRemotePodsForLocal(family),
+		apiServers:      t.apiServers(),
 	}
 }
 
@@ -49,39 +54,51 @@ type Resolution struct {
 	DeclaredPorts int
 	// TooLarge says which bound the Service is beyond; "" for none.
 	TooLarge string
+	// NotServed says why there are no Ports; plan.NoReason where the Service is served.
+	NotServed plan.Reason
 }
 
 // Resolve decides what this node must do for a Service.
-func (r *Resolver) Resolve(name plan.ServiceName) Resolution {
+func (r *Resolver) Resolve(name plan.ServiceName) Resolution { return r.decide(name, nil) }
+
+// decide records the reasons where they are not nil.
+func (r *Resolver) decide(name plan.ServiceName, reasons map[plan.ServicePortName]*Reasons) Resolution {
 	s := r.tracker.services[name]
-	ports, tooLarge := r.resolve(s, r.tracker.slices[name])
-	return Resolution{ports, s.since(), s.portCount(), tooLarge}
+	if s == nil {
+		return Resolution{NotServed: r.tracker.notServed(name)}
+	}
+	d := Resolution{Created: s.created, DeclaredPorts: len(s.ports)}
+	if !slices.ContainsFunc(s.clusterIPs, r.serves) {
+		d.NotServed = plan.NoAddressOfFamily
+		return d
+	}
+	addrs, filed := r.addresses(s), r.tracker.slices[name]
+	if d.TooLarge = r.tooLarge(s, addrs, filed); d.TooLarge != "" {
+		d.NotServed = plan.TooLarge
+		return d
+	}
+	d.Ports = r.ports(s, addrs, filed, reasons)
+	return d
 }
 
-// resolve returns the Service's ports, sorted by name. A Service without a
-// cluster IP of the family has none there, and neither has one that is too
-// large: tooLarge says why.
-func (r *Resolver) resolve(s *svc, filed []*endpointSlice) (ports []*plan.ServicePort, tooLarge string) {
-	if s == nil || !slices.ContainsFunc(s.clusterIPs, r.serves) {
-		return nil, ""
-	}
-	addrs := r.addresses(s)
-	if tooLarge = r.tooLarge(s, addrs, filed); tooLarge != "" {
-		return nil, tooLarge
-	}
-	ports = make([]*plan.ServicePort, 0, len(s.ports))
+// ports returns the Service's ports, sorted by name.
+func (r *Resolver) ports(s *svc, addrs []serviceAddr, filed []*endpointSlice, reasons map[plan.ServicePortName]*Reasons) []*plan.ServicePort {
+	ports := make([]*plan.ServicePort, 0, len(s.ports))
 	var local []netip.Addr // of ready endpoints, for any port
 	for _, port := range s.ports {
-		all := candidates(filed, r.family, port.name, port.protocol, s.weights)
-		chosen := r.locality.choose(all, r.remoteHairpins(s))
+		name := plan.ServicePortName{ServiceName: s.name, Port: port.name, Protocol: port.protocol}
+		why := newReasons(reasons, name)
+		all := candidates(filed, r.family, port.name, port.protocol, s.weights, why)
+		chosen := r.locality.choose(all, r.remoteHairpins(s), why)
 		if s.healthCheckNodePort != 0 {
 			local = r.locality.appendReady(local, all)
 		}
 		ports = append(ports, &plan.ServicePort{
-			Name:            plan.ServicePortName{ServiceName: s.name, Port: port.name, Protocol: port.protocol},
+			Name:            name,
 			AffinityTimeout: s.affinity,
-			Frontends:       r.frontends(s, port, addrs, chosen),
+			Frontends:       r.frontends(s, port, addrs, chosen, why),
 			Usable:          chosen.usable,
+			Listed:          chosen.listed,
 			Scheduler:       r.scheduler(s),
 		})
 	}
@@ -89,7 +106,7 @@ func (r *Resolver) resolve(s *svc, filed []*endpointSlice) (ports []*plan.Servic
 	if len(ports) > 0 {
 		ports[0].HealthCheckNodePort, ports[0].LocalEndpoints = s.healthCheckNodePort, distinct(local)
 	}
-	return ports, ""
+	return ports
 }
 
 func (r *Resolver) scheduler(s *svc) string {
@@ -135,8 +152,11 @@ func (r *Resolver) addresses(s *svc) []serviceAddr {
 }
 
 // frontends of one port.
-func (r *Resolver) frontends(s *svc, port servicePort, addrs []serviceAddr, chosen selection) []plan.Frontend {
-	internal, external := r.internal(s, chosen), r.external(s, chosen)
+func (r *Resolver) frontends(s *svc, port servicePort, addrs []serviceAddr, chosen selection, why *Reasons) []plan.Frontend {
+	clusterIP := r.scope(s.internalLocal, chosen)
+	inside, outside := r.externalScopes(s, chosen)
+	why.scopes(clusterIP, inside, outside)
+	internal, external := r.internal(clusterIP, chosen), r.external(inside, outside, chosen)
 	out := make([]plan.Frontend, 0, len(addrs)+1)
 	for _, a := range addrs {
 		f := external
@@ -144,10 +164,12 @@ func (r *Resolver) frontends(s *svc, port servicePort, addrs []serviceAddr, chos
 			f = internal
 		}
 		f.Kind, f.Addr, f.Port, f.Sources = a.kind, a.addr, port.port, a.sources
+		r.bypass(s, port, &f, chosen)
 		out = append(out, f)
 	}
 	if port.nodePort != 0 {
 		external.Kind, external.Port = plan.NodePort, port.nodePort
+		r.bypass(s, port, &external, chosen)
 		out = append(out, external)
 	}
 	return out
@@ -156,12 +178,8 @@ func (r *Resolver) frontends(s *svc, port servicePort, addrs []serviceAddr, chos
 // internal is what internalTrafficPolicy makes of a cluster IP. Traffic that
 // is not from a Pod of this node is masqueraded, so that the answer comes back
 // this way; where Pods cannot be told apart, nothing is.
-func (r *Resolver) internal(s *svc, chosen selection) plan.Frontend {
-	f := plan.Frontend{Internal: chosen.cluster, External: chosen.cluster}
-	if r.keepsLocal(s.internalLocal, chosen) {
-		f.Internal, f.External = chosen.local, chosen.local
-		f.WhenEmpty = whenNoneLocal(chosen)
-	}
+func (r *Resolver) internal(all Scope, chosen selection) plan.Frontend {
+	f := chosen.frontend(all, all)
 	switch {
 	case r.settings.MasqueradeAll:
 		f.Masquerade = plan.AnySource
@@ -171,23 +189,55 @@ func (r *Resolver) internal(s *svc, chosen selection) plan.Frontend {
 	return f
 }
 
-// external is what externalTrafficPolicy makes of the other frontends. With
-// Local, this node's own Pods and processes take the short way to all
-// endpoints: the policy is for traffic that a load balancer sent here. The
-// node's own source is rewritten on that way, as it may be an address that
+// external is what externalTrafficPolicy makes of the other frontends. With Local the
+// node's own source is rewritten on the short way, as it may be an address that
 // endpoints cannot answer.
-func (r *Resolver) external(s *svc, chosen selection) plan.Frontend {
-	if r.keepsLocal(s.externalLocal, chosen) {
-		f := plan.Frontend{
-			Internal: chosen.cluster, External: chosen.local,
-			WhenEmpty: whenNoneLocal(chosen), Masquerade: plan.FromNode,
-		}
-		if r.settings.KubeProxyIPVSPolicies {
-			f.Internal = chosen.local
-		}
-		return f
+func (r *Resolver) external(inside, outside Scope, chosen selection) plan.Frontend {
+	f := chosen.frontend(inside, outside)
+	f.Masquerade = plan.AnySource
+	if outside.Local {
+		f.Masquerade = plan.FromNode
 	}
-	return plan.Frontend{Internal: chosen.cluster, External: chosen.cluster, Masquerade: plan.AnySource}
+	return f
+}
+
+// externalScopes applies externalTrafficPolicy. With Local, this node's own Pods and
+// processes take the short way to all endpoints: the policy is for traffic that a load
+// balancer sent here.
+func (r *Resolver) externalScopes(s *svc, chosen selection) (inside, outside Scope) {
+	outside = r.scope(s.externalLocal, chosen)
+	if outside.Local && !r.settings.KubeProxyIPVSPolicies {
+		return Scope{Reason: plan.ShortWay}, outside
+	}
+	return outside, outside
+}
+
+// scope is what a traffic policy means in effect.
+func (r *Resolver) scope(local bool, chosen selection) Scope {
+	switch {
+	case !local:
+		return Scope{Reason: plan.PolicyCluster}
+	case chosen.local.Len() == 0 && r.settings.KubeProxyIPVSPolicies:
+		return Scope{Reason: plan.LocalFallback}
+	}
+	return Scope{Local: true, Reason: plan.PolicyLocal}
+}
+
+// in returns the endpoints of a scope.
+func (s selection) in(scope Scope) *plan.EndpointSet {
+	if scope.Local {
+		return s.local
+	}
+	return s.cluster
+}
+
+// frontend sends traffic to the endpoints of its scope.
+func (s selection) frontend(inside, outside Scope) plan.Frontend {
+	f := plan.Frontend{Internal: s.in(inside), External: s.in(outside)}
+	if outside.Local && s.exists {
+		f.WhenEmpty = plan.Drop
+	}
+	return f
 }
 
 // remoteHairpins says whether an endpoint of another node may be the client of a
@@ -196,18 +246,6 @@ func (r *Resolver) external(s *svc, chosen selection) plan.Frontend {
 // node takes the short way. All other external traffic from other nodes is
 // masqueraded, or its endpoints are on this node.
 func (r *Resolver) remoteHairpins(s *svc) bool { return r.remotePodsCount && s.externalLocal }
-
-// keepsLocal says whether a traffic policy is Local in effect.
-func (r *Resolver) keepsLocal(local bool, chosen selection) bool {
-	return local && (chosen.local.Len() > 0 || !r.settings.KubeProxyIPVSPolicies)
-}
-
-func whenNoneLocal(chosen selection) plan.Verdict {
-	if chosen.exists {
-		return plan.Drop
-	}
-	return plan.Reject
-}
 
 // restrict gives load-balancer IPs their source ranges, sorted. Where they cover
 // the node, the IP itself is a source too: the node may use it as its own when

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package service turns API objects into Service ports of a plan. It alone knows
 // traffic policies, topology hints, termination, masquerade, reject and drop.
 package service
@@ -51,16 +53,16 @@ func (s *svc) equal(o *svc) bool {
 
 // readService returns nil for a Service that no proxy serves: headless,
 // ExternalName, without a cluster IP, or handed to another proxy by its label.
-func readService(obj *corev1.Service) (*svc, []plan.Problem) {
+func readService(obj *corev1.Service, externalIPCIDRs []netip.Prefix) (*svc, []plan.Problem) {
 	p := plan.Problems{Kind: "Service", Object: objectName(obj)}
-	if !servedByUs(obj) || !validNames(&p, obj, validation.IsDNS1123Label) {
+	if notServed(obj) != plan.NoReason || !validNames(&p, obj, validation.IsDNS1123Label) {
 		return nil, p.All()
 	}
 	s := &svc{
 		name:                plan.ServiceName{Namespace: obj.Namespace, Name: obj.Name},
 		created:             created(obj),
 		clusterIPs:          readClusterIPs(&p, obj),
-		externalIPs:         readExternalIPs(&p, obj.Spec.ExternalIPs),
+		externalIPs:         readExternalIPs(&p, obj.Spec.ExternalIPs, externalIPCIDRs),
 		loadBalancerIPs:     readIngressIPs(&p, obj.Status.LoadBalancer.Ingress),
 		ports:               readServicePorts(&p, obj.Spec.Ports),
 		affinity:            readAffinity(&p, obj),
@@ -74,21 +76,6 @@ func readService(obj *corev1.Service) (*svc, []plan.Problem) {
 	return s, p.All()
 }
 
-// since is when the Service was created, 0 for none.
-func (s *svc) since() int64 {
-	if s == nil {
-		return 0
-	}
-	return s.created
-}
-
-func (s *svc) portCount() int {
-	if s == nil {
-		return 0
-	}
-	return len(s.ports)
-}
-
 func created(obj *corev1.Service) int64 {
 	if obj.CreationTimestamp.IsZero() {
 		return 0
@@ -100,15 +87,24 @@ func created(obj *corev1.Service) int64 {
 // kube-proxy, leaves every Service alone that carries it.
 const LabelServiceProxyName = "service.kubernetes.io/service-proxy-name"
 
-func servedByUs(obj *corev1.Service) bool {
-	if _, other := obj.Labels[LabelServiceProxyName]; other {
-		return false
-	}
+// notServed says why no Service of this kind is served here; plan.NoReason if it is.
+func notServed(obj *corev1.Service) plan.Reason {
 	ip := obj.Spec.ClusterIP
 	if ip == "" && len(obj.Spec.ClusterIPs) > 0 {
 		ip = obj.Spec.ClusterIPs[0]
 	}
-	return obj.Spec.Type != corev1.ServiceTypeExternalName && ip != "" && ip != corev1.ClusterIPNone
+	_, otherProxy := obj.Labels[LabelServiceProxyName]
+	switch {
+	case otherProxy:
+		return plan.OtherProxy
+	case obj.Spec.Type == corev1.ServiceTypeExternalName:
+		return plan.ExternalName
+	case ip == corev1.ClusterIPNone:
+		return plan.Headless
+	case ip == "":
+		return plan.NoClusterIP
+	}
+	return plan.NoReason
 }
 
 // DefaultAffinityTimeout is the API's default of
@@ -185,7 +181,7 @@ func readClusterIPs(p *plan.Problems, obj *corev1.Service) []netip.Addr {
 	return out
 }
 
-func readExternalIPs(p *plan.Problems, texts []string) []netip.Addr {
+func readExternalIPs(p *plan.Problems, texts []string, allowed []netip.Prefix) []netip.Addr {
 	var out addrSet
 	for i, text := range texts {
 		field := indexed("spec.externalIPs", i)
@@ -194,6 +190,8 @@ func readExternalIPs(p *plan.Problems, texts []string) []netip.Addr {
 		case !ok:
 		case !routable(a):
 			p.Add(field, "%s is a link-local address; it is left out", a)
+		case len(allowed) > 0 && !plan.AnyContains(allowed, a):
+			p.Add(field, "%s is in no range of --external-ip-cidrs; it is left out", a)
 		default:
 			out.add(a)
 		}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package service
 
 import (
@@ -37,6 +39,12 @@ type Settings struct {
 	NodeAddress netip.Addr
 	// IgnoreExternalIPs leaves spec.externalIPs out (KEP-5707).
 	IgnoreExternalIPs bool
+	// ExternalIPCIDRs, where not empty, hold the external IPs that are served. Who may
+	// create a Service could otherwise take over any address (CVE-2020-8554).
+	ExternalIPCIDRs []netip.Prefix
+	// ResetRemovedEndpoints ends TCP connections to endpoints that no EndpointSlice of
+	// their Service has any more.
+	ResetRemovedEndpoints bool
 	// HasSchedulers says that the mode chooses endpoints by a scheduler and by
 	// weights, so that plan.AnnotationScheduler and weights above 1 count.
 	HasSchedulers bool

@@ -1,6 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package service
 
 import (
+	"cmp"
 	"maps"
 	"net/netip"
 	"slices"
@@ -14,13 +17,34 @@ import (
 	"signalbox/proxier/plan"
 )
 
+// Sink is told about objects by a source. The objects are *corev1.Service,
+// *discoveryv1.EndpointSlice, *corev1.Node and *networkingv1.ServiceCIDR; any
+// other is ignored. A source hands an object over and never changes it
+// afterwards. Calls may come from any goroutine and never block for long.
+type Sink interface {
+	// Apply says that the object exists in this form now.
+	Apply(obj runtime.Object)
+	// Delete says that the object is gone; only its kind, namespace and name
+	// are looked at.
+	Delete(obj runtime.Object)
+	// Synced says that everything that existed when the source started has
+	// been applied. Nothing is programmed before that, so that a node which
+	// restarts never serves half of its Services. Only the first call counts.
+	Synced()
+}
+
 // Tracker holds what the objects say and which Services are dirty: changed
 // since they were last taken. It knows no kernel and no policy. It belongs to
 // one goroutine.
 type Tracker struct {
-	nodeName string
+	nodeName        string
+	externalIPCIDRs []netip.Prefix // see Settings
 
 	services map[plan.ServiceName]*svc
+	// unserved says why the other Services that exist are not in services.
+	unserved map[plan.ServiceName]plan.Reason
+	// problems has the objects of which a part cannot be served.
+	problems map[objectKey]objectProblems
 	// slices holds the slices of each Service, also of one that does not
 	// exist (yet), sorted by name.
 	slices map[plan.ServiceName][]*endpointSlice
@@ -31,6 +55,8 @@ type Tracker struct {
 	nodeExists   bool                      // as far as is known
 	otherNodes   map[string]struct{}       // names of Node objects of other nodes
 	serviceCIDRs map[string][]netip.Prefix // by name of the ServiceCIDR
+	connections  []netip.AddrPort          // see SetAPIServers
+	localAddrs   []netip.Addr
 
 	dirty     map[plan.ServiceName]struct{}
 	dirtyNode bool // what Node values are made from changed
@@ -43,10 +69,12 @@ type Tracker struct {
 }
 
 // NewTracker returns a Tracker for the node of that name, knowing nothing.
-func NewTracker(nodeName string) *Tracker {
+func NewTracker(nodeName string, settings *Settings) *Tracker {
 	return &Tracker{
-		nodeName:     nodeName,
+		nodeName: nodeName, externalIPCIDRs: settings.ExternalIPCIDRs,
 		services:     map[plan.ServiceName]*svc{},
+		unserved:     map[plan.ServiceName]plan.Reason{},
+		problems:     map[objectKey]objectProblems{},
 		slices:       map[plan.ServiceName][]*endpointSlice{},
 		sliceOwners:  map[sliceName]plan.ServiceName{},
 		otherNodes:   map[string]struct{}{},
@@ -62,11 +90,19 @@ func NewTracker(nodeName string) *Tracker {
 func (t *Tracker) Apply(obj runtime.Object) []plan.Problem {
 	switch obj := obj.(type) {
 	case *corev1.Service:
-		s, found := readService(obj)
-		t.setService(plan.ServiceName{Namespace: obj.Namespace, Name: obj.Name}, s)
+		s, found := readService(obj, t.externalIPCIDRs)
+		name := plan.ServiceName{Namespace: obj.Namespace, Name: obj.Name}
+		delete(t.unserved, name)
+		if s == nil {
+			t.unserved[name] = cmp.Or(notServed(obj), plan.InvalidName)
+		}
+		t.keepProblems(objectKey{"Service", obj.Namespace, obj.Name}, name, found)
+		t.setService(name, s)
 		return found
 	case *discoveryv1.EndpointSlice:
 		s, found := readEndpointSlice(obj)
+		owner := plan.ServiceName{Namespace: obj.Namespace, Name: obj.Labels[discoveryv1.LabelServiceName]}
+		t.keepProblems(objectKey{"EndpointSlice", obj.Namespace, obj.Name}, owner, found)
 		t.setSlice(sliceName{obj.Namespace, obj.Name}, s)
 		return found
 	case *corev1.Node:
@@ -91,8 +127,12 @@ func (t *Tracker) Apply(obj runtime.Object) []plan.Problem {
 func (t *Tracker) Delete(obj runtime.Object) {
 	switch obj := obj.(type) {
 	case *corev1.Service:
-		t.setService(plan.ServiceName{Namespace: obj.Namespace, Name: obj.Name}, nil)
+		name := plan.ServiceName{Namespace: obj.Namespace, Name: obj.Name}
+		delete(t.unserved, name)
+		t.keepProblems(objectKey{"Service", obj.Namespace, obj.Name}, name, nil)
+		t.setService(name, nil)
 	case *discoveryv1.EndpointSlice:
+		t.keepProblems(objectKey{"EndpointSlice", obj.Namespace, obj.Name}, plan.ServiceName{}, nil)
 		t.setSlice(sliceName{obj.Namespace, obj.Name}, nil)
 	case *corev1.Node:
 		t.nodeExists = t.nodeExists && obj.Name != t.nodeName
@@ -100,6 +140,11 @@ func (t *Tracker) Delete(obj runtime.Object) {
 	case *networkingv1.ServiceCIDR:
 		t.setServiceCIDR(obj.Name, nil)
 	}
+}
+
+// notServed says why a Service is not in services.
+func (t *Tracker) notServed(name plan.ServiceName) plan.Reason {
+	return cmp.Or(t.unserved[name], plan.NoService)
 }
 
 func (t *Tracker) setService(name plan.ServiceName, s *svc) {
@@ -116,6 +161,9 @@ func (t *Tracker) setService(name plan.ServiceName, s *svc) {
 }
 
 func (t *Tracker) setSlice(name sliceName, s *endpointSlice) {
+	if t.sliceOwners[name] == apiServerService || s != nil && s.service == apiServerService {
+		defer t.changeAPIServers()()
+	}
 	if owner, filed := t.sliceOwners[name]; filed {
 		i, _ := t.findSlice(owner, name)
 		if s != nil && t.slices[owner][i].equal(s) {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package service
 
 import (
@@ -20,7 +22,7 @@ func TestManyWeights(t *testing.T) {
 	s, found := readService(&corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web", Annotations: map[string]string{plan.AnnotationWeights: text.String()}},
 		Spec:       corev1.ServiceSpec{ClusterIP: "10.96.0.1", ClusterIPs: []string{"10.96.0.1"}},
-	})
+	}, nil)
 	if len(s.weights) != maxWeightRules || len(found) != 1 || found[0].Field != "metadata.annotations[signalbox.dev/weights]" {
 		t.Errorf("%d rules, problems %v", len(s.weights), found)
 	}

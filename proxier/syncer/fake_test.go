@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
@@ -5,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -37,6 +40,13 @@ func (f *fakeProxier) setRefuse(refuse func(*plan.Plan, plan.Change) error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.refuse = refuse
+}
+
+// syncs may be called while a Loop runs.
+func (f *fakeProxier) syncs() []call {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.calls)
 }
 
 func (f *fakeProxier) Sync(ctx context.Context, desired *plan.Plan, change plan.Change) (err error) {

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
@@ -12,6 +14,7 @@ import (
 
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer/internal/drift"
 )
 
 // familyLoop writes one family's plan into the kernel. What fails is tried again. A
@@ -37,18 +40,21 @@ type familyLoop struct {
 	quarantine
 	retryAt time.Time // zero: nothing is due
 	backoff time.Duration
+	// repairs are those of what other software changes.
+	repairs *drift.Repairs
 
 	// problemOf has what the mode last reported about each Service port. problems
 	// counts the reports of all families.
 	problemOf map[plan.ServicePortName]plan.Problem
 	problems  problemCounts
 
-	written  bool // everything was written once or more
-	asked    bool // all is set on request, not after a failure
-	repaired bool // in this sync; see SyncReport
-	wroteAll bool // in this sync, or it was tried
-	more     bool // the next sync is due at once
-	current  bool // see SyncReport
+	written  bool          // everything was written once or more
+	asked    bool          // all is set on request, not after a failure
+	repaired bool          // in this sync; see SyncReport
+	wroteAll bool          // in this sync, or it was tried
+	took     time.Duration // of the last try
+	more     bool          // the next sync is due at once
+	current  bool          // see SyncReport
 	// since is the time of the oldest update that is not in the kernel. triggers
 	// are the trigger times of the EndpointSlices among these updates.
 	since    time.Time
@@ -67,7 +73,7 @@ func newFamilyLoop(family plan.Family, p proxier.Proxier, opts *LoopOptions, pro
 	return &familyLoop{
 		family: family, proxier: p, planner: newPlanner(family), opts: opts,
 		log: opts.Logger.With("family", family.String()),
-		all: true, quarantine: newQuarantine(quarantined), problemOf: map[plan.ServicePortName]plan.Problem{}, problems: problems,
+		all: true, quarantine: newQuarantine(quarantined), repairs: drift.New(), problemOf: map[plan.ServicePortName]plan.Problem{}, problems: problems,
 	}
 }
 
@@ -82,7 +88,8 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 	f.prune()
 	b := f.backlog()
 	retry := due && len(f.quarantinedPorts) > 0
-	if !f.all && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
+	worked = f.repair(ctx)
+	if !worked && !f.all && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
 		f.schedule(due, false)
 		f.since, f.triggers = time.Time{}, nil // these events changed nothing in the plan
 		f.checkBacklog()
@@ -97,6 +104,64 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 	report.Took, report.Err = time.Since(began), err
 	f.report(report)
 	return true, err
+}
+
+// repair has the mode repair what other software changed, if that is due. It says whether
+// something differed.
+func (f *familyLoop) repair(ctx context.Context) (differed bool) {
+	writer, due := f.repairs.Begin()
+	if !due || f.all {
+		return false
+	}
+	began := time.Now()
+	found, err := f.tryRepair(ctx)
+	if err != nil {
+		f.all = true
+		if ctx.Err() == nil { // otherwise the daemon is stopping
+			f.log.Error("what another program changed cannot be compared or repaired; everything is written anew", "process", writer.String(), "error", err)
+		}
+		return true
+	}
+	if len(found.Objects) == 0 {
+		return false
+	}
+	f.all, f.repaired = found.Rewrite, !found.Rewrite // try counts a rewrite
+	f.logRepair(writer, found, time.Since(began))
+	return true
+}
+
+func (f *familyLoop) tryRepair(ctx context.Context) (found proxier.Difference, err error) {
+	defer f.recoverPanic(&err)
+	defer f.repairs.End()
+	return f.proxier.Repair(ctx)
+}
+
+// recoverPanic makes an error of a panic in a mode, which ends a sync, not the daemon.
+func (f *familyLoop) recoverPanic(err *error) {
+	if r := recover(); r != nil {
+		f.opts.Logger.Error("a sync has panicked: this is a defect, please report it", "family", f.family.String(),
+			"panic", r, "stack", string(debug.Stack()))
+		*err = fmt.Errorf("panic: %v: %w", r, proxier.ErrUnknownState)
+	}
+}
+
+// maxDifferences is how many differences one log line names.
+const maxDifferences = 10
+
+// logRepair logs each repair, and that repairs are slowed down. In a fight it does not
+// log each repair.
+func (f *familyLoop) logRepair(writer proxier.Writer, found proxier.Difference, took time.Duration) {
+	pause, isNew := f.repairs.Repaired(writer)
+	level := slog.LevelWarn
+	if pause > 0 && !isNew {
+		level = slog.LevelDebug
+	}
+	f.log.Log(context.Background(), level, "another program has changed what signalbox has in the kernel; it is repaired", "process", writer.String(),
+		"differences", found.Objects[:min(len(found.Objects), maxDifferences)], "everythingIsWrittenAnew", found.Rewrite, "took", took)
+	if isNew {
+		f.log.Error("a program undoes what signalbox writes again and again; repairs wait, at most 30s; stop the program, or exclude signalbox's tables from it",
+			"program", writer.Program(), "pause", pause)
+	}
 }
 
 // count returns the number of Service ports in a turn.
@@ -253,14 +318,9 @@ func (f *familyLoop) unsuspected() []plan.ServicePortName {
 	return slices.DeleteFunc(names, func(name plan.ServicePortName) bool { _, left := out[name]; return left })
 }
 
-// try runs one Sync. A panic in a mode ends that sync, not the daemon.
+// try runs one Sync.
 func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Change) (err error) {
 	defer func() {
-		if r := recover(); r != nil {
-			f.opts.Logger.Error("a sync has panicked: this is a defect, please report it", "family", f.family.String(),
-				"panic", r, "stack", string(debug.Stack()))
-			err = fmt.Errorf("panic: %v: %w", r, proxier.ErrUnknownState)
-		}
 		switch {
 		case errors.Is(err, proxier.ErrUnknownState):
 			f.all = true
@@ -269,11 +329,17 @@ func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Chang
 			f.all, f.asked, f.written = false, false, true
 		}
 	}()
+	defer f.recoverPanic(&err)
 	slow := time.AfterFunc(slowSync, func() {
 		f.opts.Logger.Warn("a sync takes long; changes wait for it, what was served before still is",
 			"family", f.family.String(), "servicePorts", len(change.Services), "everything", change.All, "for", slowSync)
 	})
 	defer slow.Stop()
+	if change.All {
+		f.repairs.Cancel()
+	}
+	began := time.Now()
+	defer func() { f.took = time.Since(began) }()
 	if err := f.proxier.Sync(ctx, plan, change); err != nil {
 		return err
 	}
@@ -287,7 +353,7 @@ const slowSync = 10 * time.Second
 // commit records that the kernel has these Service ports as planned.
 func (f *familyLoop) commit(names []plan.ServicePortName) {
 	owners := f.planner.flowOwners(names)
-	f.planner.markWritten(names)
+	f.planner.markWritten(names, f.took)
 	for _, name := range names {
 		f.release(name)
 	}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
@@ -7,6 +9,9 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"signalbox/proxier/plan"
 )
 
 // text sorts the owners that were asked for and forgets them.
@@ -18,7 +23,11 @@ func (r *recorder) text() string {
 			keys[i] = k.String()
 		}
 		slices.Sort(keys)
-		lines = append(lines, fmt.Sprintf("%s: %s", strings.Join(keys, " "), o.Usable))
+		line := fmt.Sprintf("%s: %s", strings.Join(keys, " "), o.Usable)
+		if len(o.Removed) > 0 {
+			line += fmt.Sprintf(" without %s", o.Removed)
+		}
+		lines = append(lines, line)
 	}
 	r.owners = nil
 	slices.Sort(lines)
@@ -73,6 +82,49 @@ func TestFlowOwners(t *testing.T) {
 			b.mustSync()
 			if got, want := b.flows.text(), "10.96.0.1:53/udp node:30053/udp: 10.244.2.1:8080 10.244.2.2:8080"; got != want {
 				t.Errorf("at the start\n%s\nwant\n%s", got, want)
+			}
+			test.do(b)
+			b.mustSync()
+			if got := b.flows.text(); got != test.want {
+				t.Errorf("got\n%s\nwant\n%s", got, test.want)
+			}
+		})
+	}
+}
+
+// TestFlowsToRemovedEndpoints: TCP connections end when an endpoint leaves all slices,
+// whatever its conditions were, and not when the Service goes.
+func TestFlowsToRemovedEndpoints(t *testing.T) {
+	slice := func(n string, addresses ...string) *discoveryv1.EndpointSlice {
+		s := newSlice("web", addresses...)
+		s.Name += n
+		return s
+	}
+	terminating := slice("a", "10.244.2.1", "10.244.2.2")
+	terminating.Endpoints[0].Conditions = discoveryv1.EndpointConditions{Ready: new(false), Serving: new(false), Terminating: new(true)}
+	web := newService("web", "10.96.0.1", nodePort(30080))
+	const frontends = "10.96.0.1:80/tcp node:30080/tcp: "
+	for _, test := range []struct {
+		what string
+		do   func(b *rig)
+		want string
+	}{
+		{"one is removed", func(b *rig) { b.Apply(slice("a", "10.244.2.2")) }, frontends + "10.244.2.2:8080 without [10.244.2.1:8080]"},
+		{"one terminates", func(b *rig) { b.Apply(terminating) }, ""},
+		{"one terminates and is removed", func(b *rig) { b.Apply(terminating); b.mustSync(); b.Apply(slice("a", "10.244.2.2")) }, frontends + "10.244.2.2:8080 without [10.244.2.1:8080]"},
+		{"another slice has it", func(b *rig) { b.Apply(slice("b", "10.244.2.1")); b.mustSync(); b.Apply(slice("a", "10.244.2.2")) }, ""},
+		{"all are removed", func(b *rig) { b.Delete(slice("a")) }, frontends + "nobody without [10.244.2.1:8080 10.244.2.2:8080]"},
+		{"the frontend goes with it", func(b *rig) { b.Apply(newService("web", "10.96.0.1")); b.Apply(slice("a", "10.244.2.2")) }, frontends + "10.244.2.2:8080 without [10.244.2.1:8080]"},
+		{"the Service is deleted", func(b *rig) { b.Delete(web); b.Delete(slice("a")) }, ""},
+	} {
+		t.Run(test.what, func(t *testing.T) {
+			b := newRig(t, func(o *LoopOptions) { o.Settings.ResetRemovedEndpoints = true })
+			b.Apply(web)
+			b.Apply(slice("a", "10.244.2.1", "10.244.2.2"))
+			b.Synced()
+			b.mustSync()
+			if !b.Plan(plan.IPv4).Node.ResetStrays {
+				t.Error("the modes do not reset")
 			}
 			test.do(b)
 			b.mustSync()

@@ -1,8 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -220,6 +223,7 @@ func mustSyncBoth(t *testing.T, loop *Loop, modes []*fakeProxier) {
 	for i, family := range plan.Families {
 		plan := loop.Plan(family)
 		checkPlan(t, plan)
+		checkReasons(t, loop, family)
 		checkTotals(t, loop.families[i].planner)
 		if len(modes[i].broken) > 0 {
 			t.Fatal(modes[i].broken)
@@ -239,40 +243,59 @@ func mustSyncBoth(t *testing.T, loop *Loop, modes []*fakeProxier) {
 // is the one that the objects of the end make by themselves.
 func FuzzIncremental(f *testing.F) {
 	seed(f)
-	f.Fuzz(func(t *testing.T, data []byte) {
-		d := &dice{data}
-		settings := d.settings()
-		loop, modes := fuzzLoop(settings)
-		left := map[string]runtime.Object{}
-		for len(d.data) > 0 {
-			obj := d.object()
-			id := identity(obj)
-			if d.roll(4) == 3 {
-				loop.Delete(obj)
-				if _, node := obj.(*corev1.Node); !node { // a node that is gone is remembered
-					delete(left, id)
-				}
-			} else {
-				loop.Apply(obj)
-				left[id] = obj
-			}
-			if d.roll(3) == 2 {
-				mustSyncBoth(t, loop, modes)
-			}
-		}
-		mustSyncBoth(t, loop, modes)
+	f.Fuzz(changeByChange)
+}
 
-		fresh, freshModes := fuzzLoop(settings)
-		for _, obj := range left { // in any order
-			fresh.Apply(obj)
-		}
-		mustSyncBoth(t, fresh, freshModes)
-		for _, family := range plan.Families {
-			if got, want := loop.Plan(family).String(), fresh.Plan(family).String(); got != want {
-				t.Fatalf("one by one\n%s\nat once\n%s", got, want)
+// TestRandomSequences is FuzzIncremental with long random inputs. `make soak` repeats it
+// for 10,000 of them.
+func TestRandomSequences(t *testing.T) {
+	for range 500 {
+		seed := rand.Uint64()
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			random := rand.New(rand.NewPCG(seed, 0))
+			data := make([]byte, 200+random.IntN(2000))
+			for i := range data {
+				data[i] = byte(random.Uint32())
 			}
+			changeByChange(t, data)
+		})
+	}
+}
+
+// changeByChange makes the changes of an input one by one, and compares with all at once.
+func changeByChange(t *testing.T, data []byte) {
+	d := &dice{data}
+	settings := d.settings()
+	loop, modes := fuzzLoop(settings)
+	left := map[string]runtime.Object{}
+	for len(d.data) > 0 {
+		obj := d.object()
+		id := identity(obj)
+		if d.roll(4) == 3 {
+			loop.Delete(obj)
+			if _, node := obj.(*corev1.Node); !node { // a node that is gone is remembered
+				delete(left, id)
+			}
+		} else {
+			loop.Apply(obj)
+			left[id] = obj
 		}
-	})
+		if d.roll(3) == 2 {
+			mustSyncBoth(t, loop, modes)
+		}
+	}
+	mustSyncBoth(t, loop, modes)
+
+	fresh, freshModes := fuzzLoop(settings)
+	for _, obj := range left { // in any order
+		fresh.Apply(obj)
+	}
+	mustSyncBoth(t, fresh, freshModes)
+	for _, family := range plan.Families {
+		if got, want := loop.Plan(family).String(), fresh.Plan(family).String(); got != want {
+			t.Fatalf("one by one\n%s\nat once\n%s", got, want)
+		}
+	}
 }
 
 func identity(obj runtime.Object) string {

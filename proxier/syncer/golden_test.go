@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
@@ -53,6 +55,7 @@ type operator struct {
 	HasSchedulers         bool
 	KubeProxyIPVSPolicies bool
 	LocalAddrs            []netip.Addr
+	APIServers            []netip.AddrPort
 }
 
 func (o *operator) settings() service.Settings {
@@ -85,6 +88,7 @@ func runPlanArchive(t *testing.T, file string) {
 		Report:   func(p plan.Problem) { problems.WriteString(p.String() + "\n") },
 	})
 	loop.SetLocalAddrs(op.LocalAddrs)
+	loop.SetAPIServers(op.APIServers)
 	loop.Synced()
 	got := map[string]string{}
 	for step := 1; step == 1 || text["objects"+suffix(step)] != "" || text["delete"+suffix(step)] != ""; step++ {
@@ -100,6 +104,7 @@ func runPlanArchive(t *testing.T, file string) {
 		for _, family := range plan.Families {
 			plan := loop.Plan(family)
 			checkPlan(t, plan)
+			checkReasons(t, loop, family)
 			if _, wanted := text[family.String()+suffix(step)]; wanted || len(plan.Services) > 0 {
 				got[family.String()+suffix(step)] = plan.String()
 			}
@@ -190,6 +195,33 @@ func checkPlan(t testing.TB, desired *plan.Plan) {
 			}
 			checkSet(t, name, f.Internal)
 			checkSet(t, name, f.External)
+		}
+	}
+}
+
+// checkReasons checks that each endpoint of a plan has a reason to be in its set, and
+// each other endpoint one to be left out.
+func checkReasons(t testing.TB, loop *Loop, family plan.Family) {
+	t.Helper()
+	for name, sp := range loop.Plan(family).Services {
+		why := loop.Service(family, name.ServiceName).Reasons[name]
+		for i := range sp.Frontends {
+			f := &sp.Frontends[i]
+			for from, set := range map[plan.TrafficSources]*plan.EndpointSet{plan.FromPods: f.Internal, plan.FromOutside: f.External} {
+				used := 0
+				for _, e := range why.Endpoints(why.Scope(f.Kind, from)) {
+					takesPart := e.Reason == plan.Ready || e.Reason == plan.Terminating
+					if takesPart != set.Contains(e.Addr) || e.Reason.Text() == "" {
+						t.Fatalf("%s: %s has the reason %s, and %s goes to %s", name, e.Addr, e.Reason, f.Key(name.Protocol), set)
+					}
+					if takesPart {
+						used++
+					}
+				}
+				if used != set.Len() {
+					t.Fatalf("%s: %d endpoints have a reason to be in %s", name, used, set)
+				}
+			}
 		}
 	}
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
@@ -22,8 +24,11 @@ type inbox struct {
 	addrs  []netip.Addr
 	routes []plan.RouteSource
 	moved  bool // addrs or routes changed since the last sync read them
-	resync bool
-	synced bool
+	// servers are the addresses and ports to which this process connects for the API
+	// server.
+	servers []netip.AddrPort
+	resync  bool
+	synced  bool
 	// progress counts no event as waiting before synced, because no sync runs
 	// until then.
 	progress progress
@@ -65,6 +70,18 @@ func (b *inbox) SetRouteSources(sources []plan.RouteSource) {
 	b.mu.Lock()
 	if !slices.Equal(b.routes, sources) {
 		b.routes, b.moved = slices.Clone(sources), true
+		b.queue()
+	}
+	b.mu.Unlock()
+	b.wakeUp()
+}
+
+// SetAPIServers sets the addresses and ports to which this process connects for the API
+// server. Services that have them must not get these connections.
+func (b *inbox) SetAPIServers(servers []netip.AddrPort) {
+	b.mu.Lock()
+	if !slices.Equal(b.servers, servers) {
+		b.servers = slices.Clone(servers)
 		b.queue()
 	}
 	b.mu.Unlock()
@@ -125,19 +142,20 @@ func (b *inbox) resume(family plan.Family) {
 
 // batch is what an inbox had queued.
 type batch struct {
-	events []event
-	addrs  []netip.Addr
-	routes []plan.RouteSource
-	moved  bool
-	resync bool
-	synced bool
-	since  time.Time // time of the oldest event; zero for none
+	events  []event
+	addrs   []netip.Addr
+	routes  []plan.RouteSource
+	moved   bool
+	servers []netip.AddrPort
+	resync  bool
+	synced  bool
+	since   time.Time // time of the oldest event; zero for none
 }
 
 func (b *inbox) drain() batch {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	d := batch{b.events, b.addrs, b.routes, b.moved, b.resync, b.synced, b.progress.startSync()}
+	d := batch{b.events, b.addrs, b.routes, b.moved, b.servers, b.resync, b.synced, b.progress.startSync()}
 	b.events, b.moved, b.resync = nil, false, false
 	return d
 }

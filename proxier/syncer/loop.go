@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package syncer keeps each IP family's plan up to date and has a Proxier write it. It
 // decides who owns a frontend, quarantines Services that the kernel refuses, and
 // reports each sync.
@@ -10,8 +12,10 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
+	"signalbox/internal/budget"
 	"signalbox/internal/wait"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -28,8 +32,8 @@ type LoopOptions struct {
 	Flows FlowCleaner
 	// MinSyncPeriod is the least time from the end of one sync to the begin of
 	// the next; 0 for none (a sync is then followed by a pause as long as it
-	// took, so that a storm of changes is taken in ever larger batches while a
-	// single change never waits).
+	// took, or by stormPause in a storm, so that a storm of changes is taken in
+	// batches while a single change never waits).
 	MinSyncPeriod time.Duration
 	// MaxProcessor is the share of one processor that the process may take on average;
 	// 0 for no limit. Syncs then wait, and take more changes each.
@@ -67,7 +71,7 @@ type SyncReport struct {
 	// quarantined Services and for slices of large ones that are still to come.
 	Current bool
 	// Repaired says that the kernel's state had become unknown, or was not
-	// what had been written, and that everything was written anew.
+	// what had been written, and that it is now.
 	Repaired bool
 	// Queued is when the oldest update came in that is in the kernel now; zero
 	// where none is, as after a failure or where nothing but a retry was due.
@@ -88,8 +92,8 @@ type SyncReport struct {
 }
 
 // Loop feeds objects through Tracker and resolver into the Proxiers. It is a
-// Sink: Apply, Delete, Synced, SetLocalAddrs, SetRouteSources, LocalAddrs, Resync
-// and Progress may be called from any goroutine; everything else belongs to the
+// Sink: Apply, Delete, Synced, SetLocalAddrs, SetRouteSources, SetAPIServers, LocalAddrs,
+// Resync, Progress, Drift and Ask may be called from any goroutine; everything else belongs to the
 // one that calls Run or SyncNow.
 type Loop struct {
 	*inbox
@@ -104,6 +108,9 @@ type Loop struct {
 	families        []*familyLoop
 
 	nodeMissing bool // as in the last call of NodeMissing
+	processor   *budget.Budget
+
+	questions chan func() // see Ask
 }
 
 // NewLoop returns a Loop that waits for its source's Synced.
@@ -117,7 +124,7 @@ func NewLoop(opts LoopOptions) *Loop {
 	if opts.RetryPeriod == 0 {
 		opts.RetryPeriod = 30 * time.Second
 	}
-	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: service.NewTracker(opts.NodeName), warnedOfWeights: map[plan.ServiceName]struct{}{}}
+	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: service.NewTracker(opts.NodeName, &opts.Settings), warnedOfWeights: map[plan.ServiceName]struct{}{}, questions: make(chan func()), processor: budget.New(opts.MaxProcessor)}
 	l.progress.pending = map[plan.Family]time.Time{}
 	problems, quarantined := problemCounts{}, map[plan.ServiceName]int{}
 	for _, family := range plan.Families {
@@ -129,6 +136,11 @@ func NewLoop(opts LoopOptions) *Loop {
 	return l
 }
 
+// In a storm there is one sync for each stormPause: most of what a change costs is the
+// transaction, not what is in it. A sync belongs to a storm if it begins within stormPause
+// after the Loop could have begun it. So two changes in a row do not wait, and the third does.
+const stormPause = 50 * time.Millisecond
+
 // Run syncs until ctx is done and returns nil then. A change that arrives
 // while nothing else happens is synced at once.
 func (l *Loop) Run(ctx context.Context) error {
@@ -137,7 +149,8 @@ func (l *Loop) Run(ctx context.Context) error {
 	defer retry.Stop()
 	resync, stop := every(l.opts.SyncPeriod)
 	defer stop()
-	processor := newBudget(l.opts.MaxProcessor)
+	defer l.watch(ctx)()
+	var free time.Time // when the last pause ended
 	for {
 		select {
 		case <-ctx.Done():
@@ -146,6 +159,9 @@ func (l *Loop) Run(ctx context.Context) error {
 		case <-retry.C:
 		case <-resync:
 			l.Resync()
+		case answer := <-l.questions:
+			answer()
+			continue
 		}
 		began := time.Now()
 		worked, _ := l.sync(ctx, false) // each failure was reported where it happened
@@ -153,9 +169,37 @@ func (l *Loop) Run(ctx context.Context) error {
 		if due, ok := l.nextRetry(); ok {
 			retry.Reset(time.Until(due))
 		}
-		if worked && !wait.For(ctx, max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second), processor.pause())) {
+		if worked && !wait.For(ctx, l.pause(began, began.Sub(free) <= stormPause)) {
 			return nil
 		}
+		free = time.Now()
+	}
+}
+
+// pause is how long the Loop waits after a sync. The rest of a large Service is no storm.
+func (l *Loop) pause(began time.Time, storm bool) time.Duration {
+	pause := max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second), l.processor.Pause())
+	if storm && !l.more() {
+		pause = max(pause, stormPause)
+	}
+	return pause
+}
+
+// watch has the modes report what other software changes. It returns what ends that.
+func (l *Loop) watch(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var watches sync.WaitGroup
+	for _, f := range l.families {
+		watches.Go(func() {
+			f.proxier.Watch(ctx, func(w proxier.Writer) {
+				f.repairs.Request(w)
+				l.wakeUp()
+			})
+		})
+	}
+	return func() {
+		cancel()
+		watches.Wait()
 	}
 }
 
@@ -176,6 +220,9 @@ func (l *Loop) nextRetry() (due time.Time, ok bool) {
 		}
 		if !f.retryAt.IsZero() && (!ok || f.retryAt.Before(due)) {
 			due, ok = f.retryAt, true
+		}
+		if at, pending := f.repairs.Due(); pending && !f.all && (!ok || at.Before(due)) {
+			due, ok = at, true
 		}
 	}
 	return due, ok
@@ -235,6 +282,7 @@ func (l *Loop) update() bool {
 		}
 	}
 	l.local, l.routes = got.addrs, got.routes
+	l.tracker.SetAPIServers(got.servers, got.addrs)
 	if !got.synced {
 		return false
 	}
@@ -259,6 +307,7 @@ func (l *Loop) update() bool {
 		}
 		if len(todo) > 0 {
 			l.plan(f, todo)
+			f.planner.setBypass()
 		}
 	}
 	return true
@@ -304,6 +353,17 @@ func (l *Loop) Plan(family plan.Family) *plan.Plan {
 		}
 	}
 	return nil
+}
+
+// Drift says of each family, if other software has changed what signalbox has in the
+// kernel, what happens about it.
+func (l *Loop) Drift() (texts []string) {
+	for _, f := range l.families {
+		if text := f.repairs.Condition(); text != "" {
+			texts = append(texts, f.family.String()+": "+text)
+		}
+	}
+	return texts
 }
 
 // LogProblems returns a function for LoopOptions.Report, which logs each Problem as a

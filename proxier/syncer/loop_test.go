@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
@@ -7,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,6 +17,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
+	"signalbox/internal/budget"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -324,6 +328,98 @@ func TestPauseAfterASyncIsAsLongAsItTook(t *testing.T) {
 		if got := b.last().at.Sub(start); got != 120*time.Millisecond {
 			t.Errorf("the second sync ended after %v, want 120ms", got)
 		}
+	})
+}
+
+// TestStorm: in a storm there is one sync for each stormPause, and no change waits for
+// longer. Before and after it, a change is written at once, and so is the next.
+func TestStorm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newRig(t)
+		b.Synced()
+		b.run()
+		n := 0
+		change := func() { b.Apply(newService("web", clusterIP(n))); n++ }
+		atOnce := func(when string) {
+			t.Helper()
+			start := time.Now()
+			if change(); b.wait().at != start {
+				t.Errorf("%s: a change waits", when)
+			}
+		}
+		pair := func(when string) {
+			t.Helper()
+			time.Sleep(time.Minute)
+			atOnce(when)
+			time.Sleep(10 * time.Millisecond)
+			atOnce(when + ", the second")
+			time.Sleep(time.Second)
+		}
+		pair("before")
+		before := len(b.mode.syncs())
+		for range 200 { // two seconds
+			change()
+			time.Sleep(10 * time.Millisecond)
+		}
+		synctest.Wait()
+		syncs := b.mode.syncs()[before:]
+		if len(syncs) < 35 || len(syncs) > 42 {
+			t.Errorf("%d syncs in two seconds", len(syncs))
+		}
+		for i := range len(syncs) - 1 {
+			if d := syncs[i+1].at.Sub(syncs[i].at); d > stormPause+10*time.Millisecond {
+				t.Errorf("%v between two syncs", d)
+			}
+		}
+		pair("after")
+		b.wantInKernel()
+	})
+}
+
+// wait waits until the Loop sleeps, and returns the last call of Sync.
+func (b *rig) wait() call {
+	b.t.Helper()
+	synctest.Wait()
+	return b.last()
+}
+
+// TestMaxProcessor: a storm takes no more processor time than the limit allows. A lone
+// change before and after it is written at once.
+func TestMaxProcessor(t *testing.T) {
+	const share, each = 0.02, 30 * time.Millisecond
+	synctest.Test(t, func(t *testing.T) {
+		b := newRig(t)
+		var syncs atomic.Int64
+		b.processor = budget.Of(share, func() time.Duration { return each * time.Duration(syncs.Load()) })
+		b.mode.refuse = func(*plan.Plan, plan.Change) error { syncs.Add(1); return nil }
+		b.Synced()
+		b.run()
+		n := 0
+		lone := func(when string) {
+			t.Helper()
+			time.Sleep(time.Minute)
+			start := time.Now()
+			b.Apply(newService("web", clusterIP(n)))
+			if n++; b.wait().at != start {
+				t.Errorf("%s: a lone change waits", when)
+			}
+		}
+		lone("before the storm")
+		lone("before the storm, the second")
+		before, minute := syncs.Load(), 60
+		for range minute * 100 {
+			b.Apply(newService("web", clusterIP(n)))
+			n = (n + 1) % 200
+			time.Sleep(10 * time.Millisecond)
+		}
+		// What was saved in ten seconds may be spent.
+		used, most := time.Duration(syncs.Load()-before)*each, time.Duration(share*float64(70*time.Second))+each
+		if used > most || used < most/2 {
+			t.Errorf("the storm takes %v, want at most %v", used, most)
+		}
+		lone("after the storm")
+		lone("after the storm, the second")
+		b.wantInKernel()
 	})
 }
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
@@ -176,12 +178,14 @@ func findRequest(sorted []request, r request) (int, bool) {
 	return slices.BinarySearchFunc(sorted, r, request.compare)
 }
 
+// fieldOf names the field of a Service that frontends come from.
+var fieldOf = map[plan.FrontendKind]string{
+	plan.ClusterIP: "spec.clusterIPs", plan.ExternalIP: "spec.externalIPs", plan.LoadBalancerIP: "status.loadBalancer.ingress", plan.NodePort: "spec.ports[].nodePort",
+}
+
 // conflict reports a request for a frontend that another Service port owns.
 func (p *planner) conflict(found *plan.Problems, r request) {
-	field := map[plan.FrontendKind]string{
-		plan.ClusterIP: "spec.clusterIPs", plan.ExternalIP: "spec.externalIPs", plan.LoadBalancerIP: "status.loadBalancer.ingress", plan.NodePort: "spec.ports[].nodePort",
-	}[r.requester.kind]
-	who := "port \"" + r.requester.by.Port + "\""
+	field, who := fieldOf[r.requester.kind], "port \""+r.requester.by.Port+"\""
 	if r.requester.by.Protocol == 0 {
 		field, who = "spec.healthCheckNodePort", "the health check"
 	}

@@ -1,7 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
+	"maps"
+	"net/netip"
 	"slices"
+	"time"
 
 	"signalbox/internal/compact"
 	"signalbox/proxier/plan"
@@ -15,6 +20,9 @@ type planner struct {
 	ownership ownership
 	totals    totals
 	mostPorts int // see compact.Map
+	// bypasses counts the frontends in the plan that have an address and port of an
+	// API server: see plan.Node.Bypass.
+	bypasses map[netip.AddrPort]int
 
 	// changed has the Service ports whose form in the plan is not in the kernel,
 	// with the form that the kernel has instead; nil for none.
@@ -27,6 +35,9 @@ type plannedService struct {
 	since   int64                  // as in requester
 	ports   []plan.ServicePortName // in the plan, sorted
 	waiting []request              // for frontends that better requests own
+	// See ServiceState; written is in Unix nanoseconds.
+	written int64
+	took    time.Duration
 }
 
 func newPlanner(family plan.Family) *planner {
@@ -35,6 +46,7 @@ func newPlanner(family plan.Family) *planner {
 		services:  map[plan.ServiceName]*plannedService{},
 		ownership: newOwnership(),
 		totals:    newTotals(),
+		bypasses:  map[netip.AddrPort]int{},
 		changed:   map[plan.ServicePortName]*plan.ServicePort{},
 	}
 }
@@ -42,6 +54,7 @@ func newPlanner(family plan.Family) *planner {
 // setNode says whether Services must be resolved again: masquerading depends
 // on whether this node can recognise its own Pods.
 func (p *planner) setNode(n plan.Node) (resolveAll bool) {
+	n.Bypass = p.plan.Node.Bypass
 	if p.plan.Node.Equal(&n) {
 		return false
 	}
@@ -61,7 +74,7 @@ func (p *planner) update(name plan.ServiceName, since int64, ports []*plan.Servi
 	requests := requestsOf(since, ports)
 	affected = p.ownership.replace(name, p.requestsOf(old), requests)
 
-	next := &plannedService{since: since}
+	next := &plannedService{since: since, written: old.written, took: old.took}
 	found := plan.Problems{Kind: "Service", Object: name.String()}
 	for _, r := range requests {
 		if p.ownership.has(r) {
@@ -73,7 +86,7 @@ func (p *planner) update(name plan.ServiceName, since int64, ports []*plan.Servi
 		}
 	}
 	slices.SortFunc(next.waiting, request.compare)
-	p.grant(next, ports)
+	p.grant(next, ports, &found)
 	p.remove(old.ports, next.ports)
 	p.plan.Services = compact.Map(p.plan.Services, &p.mostPorts)
 	if len(next.ports) > 0 || len(next.waiting) > 0 {
@@ -85,13 +98,14 @@ func (p *planner) update(name plan.ServiceName, since int64, ports []*plan.Servi
 }
 
 // grant puts the ports into the plan, with the frontends that they own.
-func (p *planner) grant(next *plannedService, ports []*plan.ServicePort) {
+func (p *planner) grant(next *plannedService, ports []*plan.ServicePort, found *plan.Problems) {
 	for _, sp := range ports {
 		sp.Frontends = slices.DeleteFunc(sp.Frontends, func(f plan.Frontend) bool { return !p.ownership.has(requestOf(&f, sp.Name, next.since)) })
 		if sp.HealthCheckNodePort != 0 && !p.ownership.has(healthCheckRequest(sp, next.since)) {
 			sp.HealthCheckNodePort, sp.LocalEndpoints = 0, 0
 		}
 		if len(sp.Frontends) > 0 || sp.HealthCheckNodePort != 0 {
+			reportBypasses(found, p.plan.Services[sp.Name], sp)
 			p.set(sp.Name, sp)
 			next.ports = append(next.ports, sp.Name)
 		}
@@ -127,6 +141,8 @@ func (p *planner) set(name plan.ServicePortName, sp *plan.ServicePort) {
 		p.changed[name] = written
 	}
 	p.totals.replace(old, sp)
+	p.countBypasses(old, -1)
+	p.countBypasses(sp, 1)
 	if sp == nil {
 		delete(p.plan.Services, name)
 	} else {
@@ -134,10 +150,54 @@ func (p *planner) set(name plan.ServicePortName, sp *plan.ServicePort) {
 	}
 }
 
-// markWritten says that the kernel has these Service ports as the plan does.
-func (p *planner) markWritten(names []plan.ServicePortName) {
+func (p *planner) countBypasses(sp *plan.ServicePort, by int) {
+	if sp == nil {
+		return
+	}
+	for _, f := range sp.Frontends {
+		for _, a := range f.Bypass {
+			at := netip.AddrPortFrom(a, f.Port)
+			if p.bypasses[at] += by; p.bypasses[at] == 0 {
+				delete(p.bypasses, at)
+			}
+		}
+	}
+}
+
+// setBypass puts the bypasses of all frontends into the node's facts.
+func (p *planner) setBypass() {
+	if len(p.bypasses)+len(p.plan.Node.Bypass) == 0 {
+		return
+	}
+	if list := slices.SortedFunc(maps.Keys(p.bypasses), netip.AddrPort.Compare); !slices.Equal(list, p.plan.Node.Bypass) {
+		p.plan.Node.Bypass, p.node = list, true
+	}
+}
+
+// reportBypasses reports the frontends that the node's own processes have begun to
+// bypass.
+func reportBypasses(found *plan.Problems, old, sp *plan.ServicePort) {
+	for i := range sp.Frontends {
+		f := &sp.Frontends[i]
+		if len(f.Bypass) == 0 || old != nil && slices.ContainsFunc(old.Frontends, func(o plan.Frontend) bool {
+			return o.Addr == f.Addr && o.Port == f.Port && slices.Equal(o.Bypass, f.Bypass)
+		}) {
+			continue
+		}
+		found.Add(fieldOf[f.Kind], "an API server is at %s; processes of this node connect to it past the Service, and Pods and other hosts to the Service",
+			netip.AddrPortFrom(f.Bypass[0], f.Port))
+	}
+}
+
+// markWritten says that the kernel has these Service ports as the plan does, since a
+// sync that took some time.
+func (p *planner) markWritten(names []plan.ServicePortName, took time.Duration) {
+	now := time.Now().UnixNano()
 	for _, name := range names {
 		delete(p.changed, name)
+		if s := p.services[name.ServiceName]; s != nil {
+			s.written, s.took = now, took
+		}
 	}
 	if len(p.changed) == 0 {
 		// A map keeps the size it once had, and walking it costs that size.
@@ -185,21 +245,25 @@ func (p *planner) forgetKernel() {
 // source port would otherwise send to the removed endpoint forever.
 type FlowCleaner interface {
 	// Clean queues the work and returns at once. It removes every UDP flow to the
-	// Frontends of an owner, unless an endpoint in Usable answers it.
+	// Frontends of an owner, unless an endpoint in Usable answers it, and each TCP flow
+	// that one of Removed answers.
 	Clean(family plan.Family, owners []plan.FlowOwner)
 }
 
-// flowOwners says which endpoints may answer the UDP flows that writing these
-// Service ports could have changed. Call it before markWritten.
+// flowOwners says which endpoints may answer the flows that writing these Service
+// ports could have changed. Call it before markWritten.
 func (p *planner) flowOwners(names []plan.ServicePortName) []plan.FlowOwner {
 	var owners []plan.FlowOwner
 	gone := plan.FlowOwner{Usable: plan.NoEndpoints}
 	for _, name := range names {
 		was, changed := p.changed[name]
+		now := p.plan.Services[name]
+		if removed := was.Removed(now); name.Protocol == plan.TCP && len(removed) > 0 {
+			owners = append(owners, plan.FlowOwner{Frontends: was.Keys(), Usable: now.Listed, Removed: removed})
+		}
 		if !changed || name.Protocol != plan.UDP {
 			continue
 		}
-		now := p.plan.Services[name]
 		before, after := was.Keys(), now.Keys()
 		for _, key := range before {
 			// A Service port that got the frontend has changed, so it is in owners too.

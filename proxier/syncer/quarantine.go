@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package syncer
 
 import (
@@ -6,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"signalbox/proxier/plan"
 )
@@ -25,21 +28,29 @@ type quarantine struct {
 	// familyCounts counts, for each Service, the families in which it is in
 	// quarantine. All families share it, because one report is enough.
 	familyCounts map[plan.ServiceName]int
-	// oversized has the number of ports of each Service that is too large.
-	oversized map[plan.ServiceName]int
+	// oversized has the Services that are too large.
+	oversized map[plan.ServiceName]oversized
 	// failures has the first error of each Service in this turn.
 	failures map[plan.ServiceName]error
 }
 
 // failure is the kernel's answer to one Service port, or to a group with it.
 type failure struct {
-	port *plan.ServicePort // what was refused; nil for its removal
-	err  error
+	port  *plan.ServicePort // what was refused; nil for its removal
+	err   error
+	since time.Time // of the quarantine
+}
+
+// oversized is a Service beyond a bound.
+type oversized struct {
+	ports  int // that the object declares
+	reason string
+	since  time.Time
 }
 
 func newQuarantine(familyCounts map[plan.ServiceName]int) quarantine {
 	return quarantine{
-		quarantinedPorts: map[plan.ServicePortName]failure{}, portCounts: map[plan.ServiceName]int{}, familyCounts: familyCounts, oversized: map[plan.ServiceName]int{},
+		quarantinedPorts: map[plan.ServicePortName]failure{}, portCounts: map[plan.ServiceName]int{}, familyCounts: familyCounts, oversized: map[plan.ServiceName]oversized{},
 		failures: map[plan.ServiceName]error{},
 	}
 }
@@ -52,8 +63,8 @@ func (f *familyLoop) putInQuarantine(group []plan.ServicePortName, err error) {
 		if _, failed := f.failures[service]; !failed {
 			f.failures[service] = fmt.Errorf("Service %s: %w", name, err)
 		}
-		_, already := f.quarantinedPorts[name]
-		f.quarantinedPorts[name] = failure{f.planner.plan.Services[name], err}
+		before, already := f.quarantinedPorts[name]
+		f.quarantinedPorts[name] = failure{f.planner.plan.Services[name], err, earliest(before.since, time.Now())}
 		if already {
 			continue
 		}
@@ -148,8 +159,8 @@ func (f *familyLoop) retry(ctx context.Context, a *allowance) (progress bool) {
 // portCount returns the number of Service ports in quarantine.
 func (r *quarantine) portCount() int {
 	n := len(r.quarantinedPorts)
-	for _, ports := range r.oversized {
-		n += ports
+	for _, o := range r.oversized {
+		n += o.ports
 	}
 	return n
 }
@@ -167,13 +178,13 @@ func (f *familyLoop) drainFailures() error {
 // checkSize quarantines a Service that is too large. It returns a report, unless the
 // Service is too large in another family already.
 func (f *familyLoop) checkSize(s plan.ServiceName, ports int, tooLarge string) (found []plan.Problem) {
-	_, was := f.oversized[s]
+	before, was := f.oversized[s]
 	switch {
 	case tooLarge == "" && was:
 		delete(f.oversized, s)
 		f.leave(s)
 	case tooLarge != "":
-		f.oversized[s] = ports
+		f.oversized[s] = oversized{ports, tooLarge, earliest(before.since, time.Now())}
 		if !was && f.enter(s) {
 			found = append(found, plan.Problem{Kind: "Service", Object: s.String(), Field: "spec", Reason: tooLarge + "; the Service is not served until it is smaller"})
 		}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package apiserver
 
 import (
@@ -15,6 +17,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/transport"
 	"k8s.io/klog/v2"
 
 	"signalbox/internal/readfile"
@@ -31,6 +34,8 @@ type ClientOptions struct {
 	// ContentType is for requests; empty means protobuf. AcceptContentTypes is for
 	// answers, in order of preference; empty means ContentType, then JSON.
 	ContentType, AcceptContentTypes string
+	// Servers learns the addresses to which the client connects; may be nil.
+	Servers *Servers
 }
 
 // protobuf is several times cheaper to decode than JSON.
@@ -46,6 +51,14 @@ func Client(opts ClientOptions) (kubernetes.Interface, error) {
 	cfg.ContentType = cmp.Or(opts.ContentType, protobuf)
 	cfg.AcceptContentTypes = cmp.Or(opts.AcceptContentTypes, cfg.ContentType+",application/json")
 	cfg.UserAgent = rest.DefaultKubernetesUserAgent()
+	if opts.Servers != nil {
+		cfg.Dial = opts.Servers.dial
+	}
+	if file := cfg.BearerTokenFile; file != "" {
+		// By itself, client-go reads the file within a minute. Here, a refused token is read again at once.
+		cfg.Wrap(transport.ResettableTokenSourceWrapTransport(transport.NewCachedFileTokenSource(file)))
+		cfg.BearerToken, cfg.BearerTokenFile = "", ""
+	}
 	client, err := kubernetes.NewForConfig(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("the API server at %q, of %s: %w; an address is such as https://10.0.0.1:6443, and certificates are in PEM", cfg.Host, opts.origin(), err)

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package apiserver
 
 import (
@@ -5,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"log/slog"
 	"reflect"
+	"slices"
 	"sync"
 	"time"
 
@@ -34,8 +38,16 @@ type resource struct {
 	sink      service.Sink
 	reflector *cache.Reflector
 
-	seed maphash.Seed
-	sent map[cache.ObjectName]uint64 // hash of each object that the sink has
+	log   *slog.Logger
+	seed  maphash.Seed
+	mu    sync.Mutex // guards sent, state and text
+	sent  map[cache.ObjectName]known
+	state state
+	text  []byte // see textForm
+	// emptySince is when a list first lacked all objects that the sink has; zero if the
+	// last one did not.
+	emptySince time.Time
+	confirms   bool // such a list must be confirmed
 
 	listed, answered           chan struct{} // closed after the first list; after the first list or refusal
 	closeListed, closeAnswered func()
@@ -43,9 +55,9 @@ type resource struct {
 
 var _ cache.TransformingStore = (*resource)(nil)
 
-func newResource(name string, example object, sink service.Sink, lw cache.ListerWatcher) *resource {
+func newResource(name string, example object, sink service.Sink, lw cache.ListerWatcher, log *slog.Logger) *resource {
 	r := &resource{
-		name: name, example: example, sink: sink, seed: maphash.MakeSeed(), sent: map[cache.ObjectName]uint64{},
+		name: name, example: example, sink: sink, log: log, seed: maphash.MakeSeed(), sent: map[cache.ObjectName]known{},
 		listed: make(chan struct{}), answered: make(chan struct{}),
 	}
 	r.closeListed = sync.OnceFunc(func() { close(r.listed) })
@@ -83,10 +95,14 @@ func newBackoff() *wait.Backoff {
 func (r *resource) Transformer() cache.TransformFunc { return trim }
 
 // Add implements cache.ReflectorStore.
-func (r *resource) Add(obj any) error { return r.apply(obj) }
+func (r *resource) Add(obj any) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.apply(obj)
+}
 
 // Update implements cache.ReflectorStore.
-func (r *resource) Update(obj any) error { return r.apply(obj) }
+func (r *resource) Update(obj any) error { return r.Add(obj) }
 
 // Delete implements cache.ReflectorStore.
 func (r *resource) Delete(obj any) error {
@@ -94,17 +110,25 @@ func (r *resource) Delete(obj any) error {
 	if !ok {
 		return fmt.Errorf("watching %s: a deleted object is a %T", r.name, obj)
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.remove(cache.MetaObjectToName(o))
 	return nil
 }
 
-// Replace implements cache.ReflectorStore. The list has all objects that exist.
+// Replace implements cache.ReflectorStore. The list has all objects that exist. After an
+// error, the reflector lists again.
 func (r *resource) Replace(list []any, _ string) error {
 	exists := make(map[cache.ObjectName]bool, len(list))
 	for _, item := range list {
 		if o, ok := item.(object); ok {
 			exists[cache.MetaObjectToName(o)] = true
 		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.confirm(exists); err != nil {
+		return err
 	}
 	for name := range r.sent {
 		if !exists[name] {
@@ -116,10 +140,48 @@ func (r *resource) Replace(list []any, _ string) error {
 		list[i] = nil // frees memory while the rest is processed
 		failed = append(failed, r.apply(item))
 	}
+	r.commitState()
 	r.closeListed()
 	r.closeAnswered()
 	return errors.Join(failed...)
 }
+
+// emptyGrace is how long a list without any known object is not believed.
+const emptyGrace = 30 * time.Second
+
+// confirm returns an error if a list lacks all objects that the sink has, until lists have
+// lacked them for emptyGrace. An API server that has lost its data, or does not have it
+// yet, lists no object but those that it makes itself.
+func (r *resource) confirm(exists map[cache.ObjectName]bool) error {
+	known := 0
+	for name := range r.sent {
+		switch {
+		case name == ofAPIServer:
+		case exists[name]:
+			r.emptySince = time.Time{}
+			return nil
+		default:
+			known++
+		}
+	}
+	if known == 0 || !r.confirms {
+		return nil
+	}
+	if r.emptySince.IsZero() {
+		r.emptySince = time.Now()
+		r.log.Warn("the API server lists none of the known objects any more; they stay served until further lists confirm this",
+			"resource", r.name, "known", known, "gracePeriod", emptyGrace)
+	}
+	if time.Since(r.emptySince) < emptyGrace {
+		return fmt.Errorf("the list of %s has none of %d known objects; it is not believed before %s", r.name, known, r.emptySince.Add(emptyGrace).Format(time.RFC3339))
+	}
+	r.log.Warn("the API server has listed none of the known objects for the grace period; they are removed", "resource", r.name, "known", known, "gracePeriod", emptyGrace)
+	r.emptySince = time.Time{}
+	return nil
+}
+
+// ofAPIServer is the Service, and the EndpointSlice, that an API server makes for itself.
+var ofAPIServer = cache.ObjectName{Namespace: metav1.NamespaceDefault, Name: "kubernetes"}
 
 // Resync implements cache.ReflectorStore. The sink keeps its objects.
 func (r *resource) Resync() error { return nil }
@@ -130,12 +192,13 @@ func (r *resource) apply(obj any) error {
 	}
 	o := obj.(object)
 	name := cache.MetaObjectToName(o)
-	hash, err := r.hash(o)
+	text, err := r.textForm(o)
 	if err != nil {
 		return fmt.Errorf("watching %s: %s: %w", r.name, name, err)
 	}
-	if sent, ok := r.sent[name]; !ok || sent != hash {
-		r.sent[name] = hash
+	hash := maphash.Bytes(r.seed, text)
+	if sent, ok := r.sent[name]; !ok || sent.hash != hash {
+		r.sent[name] = known{hash, r.put(name, text)}
 		r.sink.Apply(o)
 	}
 	return nil
@@ -144,6 +207,9 @@ func (r *resource) apply(obj any) error {
 func (r *resource) remove(name cache.ObjectName) {
 	if _, ok := r.sent[name]; ok {
 		delete(r.sent, name)
+		if r.state.file != nil {
+			r.written(r.state.file.Delete(name.String()))
+		}
 		gone := r.example.DeepCopyObject().(object)
 		gone.SetNamespace(name.Namespace)
 		gone.SetName(name.Name)
@@ -151,16 +217,22 @@ func (r *resource) remove(name cache.ObjectName) {
 	}
 }
 
-// hash is over the protobuf form, in which maps are sorted. A resource version
-// would change without a change that matters, and would not tell objects apart
-// after the server's data was restored from a backup.
-func (r *resource) hash(o object) (uint64, error) {
-	m, ok := o.(interface{ Marshal() ([]byte, error) })
+// textForm is the protobuf form, in which maps are sorted. It is valid until the next call.
+// Objects are compared by its hash. A resource version would change without a change that
+// matters, and would not tell objects apart after the server's data was restored from a
+// backup.
+func (r *resource) textForm(o object) ([]byte, error) {
+	m, ok := o.(interface {
+		Size() int
+		MarshalToSizedBuffer([]byte) (int, error)
+	})
 	if !ok {
-		return 0, fmt.Errorf("a %T has no protobuf form", o)
+		return nil, fmt.Errorf("a %T has no protobuf form", o)
 	}
-	text, err := m.Marshal()
-	return maphash.Bytes(r.seed, text), err
+	size := m.Size()
+	r.text = slices.Grow(r.text[:0], size)
+	n, err := m.MarshalToSizedBuffer(r.text[:size])
+	return r.text[:n], err
 }
 
 // listWatch joins the two calls of a typed client, with the same options for

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package apiserver is the source that watches a Kubernetes API server: Services,
 // EndpointSlices, this node's Node object and ServiceCIDRs, with the selectors of
 // kube-proxy and no more rights than kube-proxy has.
@@ -35,6 +37,9 @@ const (
 // not dropped.
 const extrasTimeout = 5 * time.Second
 
+// staleAfter is how long a start waits for the API server before saved objects are served.
+const staleAfter = 5 * time.Second
+
 // Source watches an API server.
 type Source struct {
 	client   kubernetes.Interface
@@ -43,11 +48,20 @@ type Source struct {
 	// OnRequest receives the end of each list and watch request. A missing
 	// optional resource is no error. May be nil; set before Run.
 	OnRequest func(resource string, err error)
+	// StateDir, where not empty, is a directory for the last known objects. They are
+	// served after a start while the API server does not answer. Set before Run.
+	StateDir string
+	// OnStale is called when saved objects are served, with the time of the last one,
+	// and with the zero time when the API server's count again. May be nil; set before
+	// Run.
+	OnStale func(since time.Time)
+
+	staleAfter time.Duration // see staleAfter
 }
 
 // New returns a Source for the node of that name.
 func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source {
-	return &Source{client: client, nodeName: nodeName, log: log}
+	return &Source{client: client, nodeName: nodeName, log: log, staleAfter: staleAfter}
 }
 
 // Run sends the objects of the API server to the sink until ctx ends, and returns
@@ -58,8 +72,11 @@ func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source
 func (s *Source) Run(ctx context.Context, sink service.Sink) error {
 	services, slices, node, cidrs := s.services(sink), s.endpointSlices(sink), s.node(sink), s.serviceCIDRs(sink)
 	for _, r := range []*resource{services, slices, node, cidrs} {
+		r.openState(s.StateDir)
+		defer r.closeState()
 		go r.run(ctx)
 	}
+	s.serveSaved(ctx, sink, services, slices, node, cidrs)
 	if allClosed(ctx, services.listed, slices.listed) {
 		extras, cancel := context.WithTimeout(ctx, extrasTimeout)
 		allClosed(extras, node.answered, cidrs.answered)
@@ -118,5 +135,7 @@ func (s *Source) status(resource string, optional bool) *requestStatus {
 }
 
 func (s *Source) resource(status *requestStatus, example object, sink service.Sink, lw *cache.ListWatch) *resource {
-	return newResource(status.resource, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client))
+	r := newResource(status.resource, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client), s.log)
+	r.confirms = !status.optional
+	return r
 }

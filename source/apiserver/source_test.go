@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package apiserver
 
 import (
@@ -10,6 +12,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -71,7 +75,7 @@ func svc(name, version string) *corev1.Service {
 
 func TestRelistTellsOnlyDifferences(t *testing.T) {
 	sink := newRecorder()
-	r := newResource("services", &corev1.Service{}, sink, nil)
+	r := newResource("services", &corev1.Service{}, sink, nil, slog.Default())
 	if err := r.Replace([]any{svc("a", "1"), svc("b", "2")}, "2"); err != nil {
 		t.Fatal(err)
 	}
@@ -91,9 +95,49 @@ func TestRelistTellsOnlyDifferences(t *testing.T) {
 	}
 }
 
+// An API server without its data lists only its own Service.
+func TestEmptyListIsConfirmed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		sink := newRecorder()
+		r := newResource("services", &corev1.Service{}, sink, nil, slog.Default())
+		r.confirms = true
+		empty := func() error { return r.Replace([]any{svc("kubernetes", "9")}, "9") }
+		if err := empty(); err != nil {
+			t.Fatalf("the first list, of an empty cluster: %v", err)
+		}
+		if err := r.Replace([]any{svc("kubernetes", "9"), svc("a", "1")}, "2"); err != nil {
+			t.Fatal(err)
+		}
+		sink.take(t, 2)
+		if empty() == nil {
+			t.Error("an empty list is believed at once")
+		}
+		time.Sleep(emptyGrace - time.Second)
+		if empty() == nil {
+			t.Error("an empty list is believed too early")
+		}
+		if err := r.Replace([]any{svc("a", "1")}, "2"); err != nil {
+			t.Fatal(err)
+		}
+		sink.take(t, 1) // kubernetes is gone
+		time.Sleep(time.Hour)
+		if empty() == nil {
+			t.Error("an empty list is believed because of one before the data came back")
+		}
+		time.Sleep(emptyGrace)
+		if err := empty(); err != nil {
+			t.Error(err)
+		}
+		want := []string{"delete Service default/a", "apply Service default/kubernetes"}
+		if got := sink.take(t, 2); !slices.Equal(got, want) {
+			t.Errorf("the confirmed list told %q, want %q", got, want)
+		}
+	})
+}
+
 func TestDeletedAndMadeAgain(t *testing.T) {
 	sink := newRecorder()
-	r := newResource("services", &corev1.Service{}, sink, nil)
+	r := newResource("services", &corev1.Service{}, sink, nil, slog.Default())
 	for _, step := range []error{r.Add(svc("a", "1")), r.Delete(svc("a", "2")), r.Add(svc("a", "1"))} {
 		if step != nil {
 			t.Fatal(step)
@@ -106,7 +150,7 @@ func TestDeletedAndMadeAgain(t *testing.T) {
 }
 
 func TestForeignObjectIsAnError(t *testing.T) {
-	r := newResource("services", &corev1.Service{}, newRecorder(), nil)
+	r := newResource("services", &corev1.Service{}, newRecorder(), nil, slog.Default())
 	if err := r.Add("not an object"); err == nil || !strings.Contains(err.Error(), "services") {
 		t.Errorf("Add of a string answers %v", err)
 	}

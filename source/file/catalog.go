@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package file
 
 import (
@@ -71,8 +73,8 @@ func (c *catalog) removeHolder(k key, name string) {
 }
 
 // send sends the changed objects to the sink, in a fixed order. load returns an
-// object of a file.
-func (c *catalog) send(changed []key, load func(file string, k key) object, sink service.Sink) {
+// object of a file, or nil. send returns the objects that could not be loaded.
+func (c *catalog) send(changed []key, load func(file string, k key) object, sink service.Sink) (unsent []key) {
 	slices.SortFunc(changed, func(a, b key) int {
 		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.name, b.name))
 	})
@@ -93,9 +95,13 @@ func (c *catalog) send(changed []key, load func(file string, k key) object, sink
 		if known && sent == fingerprint {
 			continue
 		}
-		if obj := load(file, k); obj != nil {
-			c.sent[k] = fingerprint
-			sink.Apply(obj)
+		obj := load(file, k)
+		if obj == nil {
+			unsent = append(unsent, k)
+			continue
 		}
+		c.sent[k] = fingerprint
+		sink.Apply(obj)
 	}
+	return unsent
 }

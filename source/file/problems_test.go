@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package file
 
 import (
@@ -6,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"signalbox/internal/nstest"
 )
 
 // wantProblems waits for the next change of the problems, and wants one for each
@@ -153,4 +157,23 @@ func TestParentIsReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.want("delete Service x", "apply Service .newx", "synced")
+}
+
+// A manifest that comes while the process has no descriptor left is read later, without
+// another event.
+func TestFileIsReadAgainAfterDescriptorsRanOut(t *testing.T) {
+	l := newLab(t, t.TempDir())
+	l.want("synced")
+	temp, path := filepath.Join(l.dir, ".new"), filepath.Join(l.dir, "a.yaml")
+	if err := os.WriteFile(temp, []byte(web), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	restore := nstest.NoDescriptors(t)
+	if err := os.Rename(temp, path); err != nil {
+		t.Fatal(err)
+	}
+	l.wantProblems("a.yaml: too many open files")
+	restore()
+	l.want("apply Service web")
+	l.wantProblems()
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package file
 
 import (
@@ -73,7 +75,7 @@ func (s *Source) inGrace() bool {
 // readSome reads the named files. It returns all of the names if one of the files
 // is unfinished: a program writes to it, or it is new and has faults.
 func (s *Source) readSome(ctx context.Context, names map[string]bool, sink service.Sink, newFiles bool) (unfinished map[string]bool) {
-	var changed []key
+	changed := s.unsent
 	objects := map[string]map[key]manifest{}
 	for name := range names {
 		some, ok := s.readOne(ctx, name, newFiles, objects)
@@ -85,13 +87,16 @@ func (s *Source) readSome(ctx context.Context, names map[string]bool, sink servi
 	load := func(name string, k key) object {
 		if _, ok := objects[name]; !ok {
 			// The file is unchanged. It had the object too, and is its first holder now.
-			if content, err := os.ReadFile(filepath.Join(s.dir, name)); err == nil {
-				objects[name] = parse(content).objects
+			content, err := os.ReadFile(filepath.Join(s.dir, name))
+			if err != nil {
+				s.unread[name] = true
+				return nil
 			}
+			objects[name] = parse(content).objects
 		}
 		return objects[name][k].object
 	}
-	s.catalog.send(changed, load, sink)
+	s.unsent = s.catalog.send(changed, load, sink)
 	return unfinished
 }
 
@@ -109,6 +114,7 @@ func (s *Source) readOne(ctx context.Context, name string, isNew bool, objects m
 		if errors.Is(err, fs.ErrNotExist) {
 			delete(s.fingerprints, name)
 			delete(s.problems, name)
+			delete(s.unread, name)
 			return s.catalog.set(name, nil, false), true
 		}
 		r.err = err
@@ -198,11 +204,15 @@ func (s *Source) readLarge(ctx context.Context, name string, f *os.File, now fs.
 // that changed.
 func (s *Source) accept(name string, r *reading, objects map[string]map[key]manifest) (changed []key) {
 	if r.err != nil {
-		s.problems[name] = r.err.Error() // it names the file
-		s.fingerprints[name] = 0         // so that its faults are found again
-		s.log.Warn("a file cannot be read; its earlier objects stay", "error", r.err)
+		s.unread[name] = true
+		s.fingerprints[name] = 0 // so that its faults are found again
+		if reason := r.err.Error(); s.problems[name] != reason {
+			s.problems[name] = reason // it names the file
+			s.log.Warn("a file cannot be read; its earlier objects stay, and the source tries again", "every", pollPeriod, "error", r.err)
+		}
 		return nil
 	}
+	delete(s.unread, name)
 	if r.unchanged {
 		return nil
 	}

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package file is the source that reads a directory of manifests, for a node
 // without an API server: Services, EndpointSlices, Nodes and ServiceCIDRs in
 // YAML or JSON, one or more objects per file. The directory is watched, without
@@ -6,7 +8,8 @@
 // A document with a fault never takes others down. The log names the file, the
 // document, the object and the field. While a file has such a document, the
 // file's earlier objects stay, unless its other documents replace them. The same
-// holds for a file or a directory that cannot be read.
+// holds for a file or a directory that cannot be read. The source reads it again
+// every second.
 //
 // A directory without any manifest keeps its objects for 30 s: an unmounted file
 // system looks like this. When single files are removed, their objects go at
@@ -27,6 +30,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -59,6 +63,7 @@ type Source struct {
 	OnProblems func(problems []string)
 
 	dir     string
+	watched bool // the directory could be watched once
 	log     *slog.Logger
 	grace   time.Duration // emptyGrace
 	catalog *catalog
@@ -69,6 +74,11 @@ type Source struct {
 	// large has the readings of large files, nil while a goroutine reads the file.
 	large     map[string]*reading
 	largeRead chan *reading
+	// unread are the files that could not be read. They are read again every
+	// pollPeriod, because the cause may cause no event.
+	unread map[string]bool
+	// unsent are objects that changed while no file could be read that has them.
+	unsent []key
 	// problems by file: why it is not served as it is.
 	problems map[string]string
 	reported []string
@@ -89,13 +99,14 @@ func New(dir string, log *slog.Logger) (*Source, error) {
 	}
 	return &Source{
 		dir: dir, log: log.With("directory", dir), grace: emptyGrace, catalog: newCatalog(log), fingerprints: map[string]uint64{},
-		writers: map[string]time.Time{}, large: map[string]*reading{}, largeRead: make(chan *reading), problems: map[string]string{},
+		writers: map[string]time.Time{}, large: map[string]*reading{}, largeRead: make(chan *reading), unread: map[string]bool{}, problems: map[string]string{},
 	}, nil
 }
 
 // Run sends the objects of the manifests to the sink until ctx ends, and returns
 // nil then. If the directory cannot be read, the source tries again and the sink
-// keeps its objects. An error means that the kernel allows no file watches.
+// keeps its objects. An error means that the kernel allows no file watches at the
+// start.
 func (s *Source) Run(ctx context.Context, sink service.Sink) error {
 	last := ""
 	for ctx.Err() == nil {
@@ -106,7 +117,7 @@ func (s *Source) Run(ctx context.Context, sink service.Sink) error {
 		if errors.Is(err, errReplaced) {
 			continue
 		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+		if !s.watched && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
 			return err
 		}
 		if text := fmt.Sprint(err); text != last {
@@ -138,6 +149,7 @@ func (s *Source) watch(ctx context.Context, sink service.Sink) error {
 	if err := watcher.Add(s.dir); err != nil {
 		return fmt.Errorf("watching %s: %w", s.dir, err)
 	}
+	s.watched = true
 	delete(s.problems, s.dir)
 	unfinished, err := s.readAll(ctx, sink)
 	for synced := false; err == nil; {
@@ -200,7 +212,11 @@ func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, identit
 			if now, err := os.Stat(s.dir); err == nil && !os.SameFile(now, identity) {
 				return c, errReplaced
 			}
-			continue
+			if len(s.unread) == 0 {
+				continue
+			}
+			maps.Copy(c.names, s.unread)
+			return c, nil
 		case r := <-s.largeRead:
 			s.large[r.name] = r
 			c.names[r.name] = true

@@ -1,6 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package kernel
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -113,26 +116,48 @@ func (d *Device) Addresses() (ours, others map[netip.Addr]bool, err error) {
 		return nil, nil, fmt.Errorf("list the node's addresses: %w", err)
 	}
 	for _, a := range list {
-		addr, ok := netip.AddrFromSlice(a.IP)
-		if addr = addr.Unmap(); !ok || addr.IsLinkLocalUnicast() {
-			continue
-		}
-		if d.link != nil && a.LinkIndex == d.link.Attrs().Index {
+		switch addr, ok := virtualAddr(a.IP); {
+		case !ok:
+		case d.has(a.LinkIndex):
 			ours[addr] = true
-		} else {
+		default:
 			others[addr] = true
 		}
 	}
 	return ours, others, nil
 }
 
-// IsLocal says whether the node has an address. It asks for the entry of the routing table
-// (RTM_F_FIB_MATCH, kernel 4.13). Without the flag, IPv6 would also choose a source address,
-// and compare all addresses of the device for that.
-func (d *Device) IsLocal(a netip.Addr) bool {
-	routes, err := d.nl.RouteGetWithOptions(net.IP(a.AsSlice()), &netlink.RouteGetOptions{FIBMatch: true})
-	return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL
+// quietTime is how long the addresses are left alone before a comparison.
+const quietTime = 25 * time.Millisecond
+
+// Watch calls compare at once, and after changes of addresses that unexpected reports. A
+// device that is removed loses its addresses. Watch returns when ctx ends.
+func (d *Device) Watch(ctx context.Context, unexpected func(netlink.AddrUpdate) bool, compare func() error) {
+	node.Changes[netlink.AddrUpdate]{
+		Subscribe: func(updates chan<- netlink.AddrUpdate, done <-chan struct{}) error {
+			return netlink.AddrSubscribeWithOptions(updates, done, netlink.AddrSubscribeOptions{Namespace: &d.pipe.ns})
+		},
+		Concerns: unexpected, Read: compare, Quiet: quietTime,
+	}.Follow(ctx)
 }
+
+// VirtualAddr returns the address that a notification is about, if Addresses lists it as
+// one of the device.
+func (d *Device) VirtualAddr(u netlink.AddrUpdate) (a netip.Addr, ok bool) {
+	a, ok = virtualAddr(u.LinkAddress.IP)
+	return a, ok && plan.FamilyOf(a) == d.family && d.has(u.LinkIndex)
+}
+
+func virtualAddr(ip net.IP) (a netip.Addr, ok bool) {
+	a, ok = netip.AddrFromSlice(ip)
+	a = a.Unmap()
+	return a, ok && !a.IsLinkLocalUnicast()
+}
+
+func (d *Device) has(linkIndex int) bool { return d.link != nil && d.link.Attrs().Index == linkIndex }
+
+// IsLocal says whether the node has an address.
+func (d *Device) IsLocal(a netip.Addr) bool { return node.RouteType(d.nl, a) == unix.RTN_LOCAL }
 
 // Add adds addresses and calls done for each that the device has then.
 func (d *Device) Add(addrs []netip.Addr, done func(netip.Addr)) error {
@@ -226,4 +251,19 @@ func ProbeDummy() error {
 		return err
 	}
 	return nil
+}
+
+// RemoveProbe removes the device that ProbeDummy leaves if the process is killed in it.
+func (d *Device) RemoveProbe() (removed bool, err error) {
+	link, err := d.nl.LinkByName(probeDevice)
+	if errors.As(err, new(netlink.LinkNotFoundError)) {
+		return false, nil
+	}
+	if err == nil {
+		err = d.nl.LinkDel(link)
+	}
+	if err != nil && !errors.Is(err, unix.ENODEV) {
+		return false, fmt.Errorf("remove device %s: %w", probeDevice, err)
+	}
+	return err == nil, nil
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package kernel
 
 import (
@@ -57,6 +59,44 @@ func TestParseListing(t *testing.T) {
 	for _, bad := range []string{"  -> 0AF40105 Masq 1 0 0", "  -> 0AF40105:1F90 Masq", "  -> 0AF40105:1F90 Masq x 0 0", "  -> [x]:1F90 Masq 1 0 0"} {
 		if _, err := parseListing(strings.NewReader("\n\n\nTCP  0A600001:0050 rr\n"+bad+"\n"), plan.IPv4); err == nil {
 			t.Errorf("%q was read", bad)
+		}
+	}
+}
+
+// TestDigest: everything but the order and the connections counts.
+func TestDigest(t *testing.T) {
+	digest := func(text string) uint64 {
+		d, err := digestOf(strings.NewReader(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	const listing = `TCP  0A600001:0050 rr
+  -> 0AF40105:1F90      Masq    3      1          2         
+  -> 0AF40106:1F90      Masq    1      0          0         
+UDP  0A600001:0035 rr
+  -> 0AF40107:1F90      Masq    1      10         20        
+`
+	for _, test := range []struct {
+		name, old, new string
+		same           bool
+	}{
+		{"connections", "1          2 ", "22         45", true},
+		{"weight", "Masq    3", "Masq    4", false},
+		{"scheduler", "0050 rr", "0050 wrr", false},
+		{"endpoint", "0AF40106", "0AF40108", false},
+		{"order", listing, "UDP  0A600001:0035 rr\n  -> 0AF40107:1F90      Masq    1      0          0\nTCP  0A600001:0050 rr\n" +
+			"  -> 0AF40106:1F90      Masq    1      0          0\n  -> 0AF40105:1F90      Masq    3      0          0\n", true},
+		{"an endpoint of another server", "  -> 0AF40106:1F90      Masq    1      0          0         \nUDP  0A600001:0035 rr\n",
+			"UDP  0A600001:0035 rr\n  -> 0AF40106:1F90      Masq    1      0          0         \n", false},
+	} {
+		changed := strings.Replace(listing, test.old, test.new, 1)
+		if changed == listing {
+			t.Fatalf("%s: nothing is changed", test.name)
+		}
+		if same := digest(listing) == digest(changed); same != test.same {
+			t.Errorf("%s: the same digest: %v", test.name, same)
 		}
 	}
 }

@@ -1,22 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package bench measures service proxies side by side. Each proxy runs on node1 of a lab
+// of its own and follows the same real API server, or a directory of manifests. The
+// proxies take turns, so that all of them meet the same machine. Results are ratios of
+// medians over the rounds, with their spread.
+//
+// The files follow a run: bench.go takes sizes, rounds and proxies; store.go has the
+// objects, and objects.go makes and changes them; trial.go measures one proxy once, with
+// connections.go; haproxy.go starts haproxy instead; floor.go measures what no proxy can
+// avoid; results.go sums up; report.go and chart.go write it down. fleet.go asks what proxies and
+// fleets of daemons cost the API server, and fleetreport.go writes that down.
 package bench
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
 
-	discoveryv1 "k8s.io/api/discovery/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
-
-	"signalbox/cmd/lab/internal/measure"
 	"signalbox/internal/cluster"
-	"signalbox/internal/netlab"
+	"signalbox/internal/measure"
 	"signalbox/internal/testbed"
 	"signalbox/proxier/plan"
 )
@@ -26,16 +31,27 @@ type Config struct {
 	Proxies  []testbed.Proxy
 	Sizes    []Size
 	Families []plan.Family
-	// Rounds is how often each proxy is measured at each size.
+	// Directory says that the objects are in a directory of manifests, and not in an API
+	// server.
+	Directory bool
+	// Rounds is how often each proxy is measured at each size, at most.
 	Rounds int
-	// Moves is how often an endpoint moves at rest in one round.
+	// Time is shared among the sizes. After the first round of a size, another one begins
+	// only if it is likely to end within the size's share.
+	Time time.Duration
+	// Moves is how often an endpoint moves at rest in one round, at most.
 	Moves int
+	// Short makes every part short. It shows that everything works; the figures say little.
+	Short bool
+	// Audited is for Cluster.Requests.
+	Audited bool
 	// Log gets a line for each step.
 	Log func(format string, args ...any)
 }
 
-// MaxServices is how many cluster IPs a lab has room for.
-const MaxServices = 1<<16 - firstService - 2
+// MaxServices is how many cluster IPs a lab has room for, besides the moving and the fixed
+// Service.
+const MaxServices = 1<<16 - firstService - 3
 
 // Size is a number of Services with that many endpoints each.
 type Size struct {
@@ -49,8 +65,15 @@ func (s Size) String() string { return fmt.Sprintf("%d x %d", s.Services, s.Endp
 // and the others go on.
 func Run(ctx context.Context, cfg Config) (*Report, error) {
 	report := newReport(cfg)
-	for _, size := range cfg.Sizes {
-		result, err := runSize(ctx, cfg, size)
+	if group, err := measure.NewMemoryGroup(); err != nil {
+		report.NoKernelMemory = err.Error()
+	} else if err := group.Remove(); err != nil {
+		return report, err
+	}
+	end := time.Now().Add(cfg.Time)
+	for i, size := range cfg.Sizes {
+		share := time.Until(end) / time.Duration(len(cfg.Sizes)-i)
+		result, err := runSize(ctx, cfg, size, time.Now().Add(share))
 		if err != nil {
 			return report, fmt.Errorf("%s: %w", size, err)
 		}
@@ -59,120 +82,101 @@ func Run(ctx context.Context, cfg Config) (*Report, error) {
 	return report, nil
 }
 
-func runSize(ctx context.Context, cfg Config, size Size) (result *SizeResult, err error) {
+func runSize(ctx context.Context, cfg Config, size Size, end time.Time) (result *SizeResult, err error) {
 	dir, err := cluster.MakeDir()
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	c, err := testbed.StartCluster(ctx, dir, cfg.Log)
+	store, err := newStore(ctx, cfg, dir)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, c.Stop()) }()
-	o, err := prepare(ctx, cfg, size, c, dir)
-	if err != nil {
+	defer func() { err = errors.Join(err, store.close()) }()
+	cfg.Log("%s: creating the objects", size)
+	o := newObjects(store, cfg.Families, size)
+	if err := prepare(ctx, o, dir); err != nil {
 		return nil, err
 	}
 	result = &SizeResult{Size: size, Floors: map[string][]float64{}}
 	for _, p := range cfg.Proxies {
-		result.Proxies = append(result.Proxies, ProxyResult{Program: p.Program, Mode: p.Mode, Figures: map[string][]float64{}})
+		result.Proxies = append(result.Proxies, newProxyResult(p))
 	}
-	for round := range cfg.Rounds {
-		cfg.Log("%s: round %d of %d", size, round+1, cfg.Rounds)
-		if err := floors(ctx, o, result.Floors); err != nil {
-			return nil, fmt.Errorf("floors: %w", err)
+	for result.Rounds < cfg.Rounds {
+		cfg.Log("%s: round %d of at most %d", size, result.Rounds+1, cfg.Rounds)
+		began := time.Now()
+		if err := runRound(ctx, cfg, o, result); err != nil {
+			return nil, err
 		}
-		for i := range cfg.Proxies {
-			at := (i + round) % len(cfg.Proxies) // each comes first once
-			r := &result.Proxies[at]
-			if r.Failed != "" {
-				continue
-			}
-			figures, moves, err := runTrial(ctx, cfg, o, c, cfg.Proxies[at])
-			if ctx.Err() != nil {
-				return nil, ctx.Err()
-			}
-			if err != nil {
-				cfg.Log("%v", err)
-				r.Failed = err.Error()
-				continue
-			}
-			r.add(figures)
-			r.Moves = append(r.Moves, moves...)
+		if time.Now().Add(time.Since(began)).After(end) {
+			cfg.Log("%s: another round would take too long", size)
+			break
 		}
 	}
 	return result, nil
 }
 
-// prepare creates the objects of a size.
-func prepare(ctx context.Context, cfg Config, size Size, c *cluster.Cluster, dir string) (*objects, error) {
-	config, err := c.Config("bench", "system:masters")
+// runRound measures each proxy once.
+func runRound(ctx context.Context, cfg Config, o *objects, result *SizeResult) error {
+	floor, err := measureFloor(ctx, o)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("floor: %w", err)
 	}
-	config.ContentType = "application/vnd.kubernetes.protobuf"
-	client, err := kubernetes.NewForConfig(config)
-	if err != nil {
-		return nil, err
-	}
-	bed, err := testbed.New(c, netlab.Options{}, dir)
-	if err != nil {
-		return nil, err
-	}
-	defer bed.Close()
-	if err := testbed.CreateNodes(ctx, c, bed.Lab, "node1", "node2"); err != nil {
-		return nil, err
-	}
-	o := &objects{
-		client: client, families: cfg.Families, services: size.Services, perSlice: size.Endpoints,
-		slices: make(map[plan.Family][]*discoveryv1.EndpointSlice), moving: make(map[plan.Family]*discoveryv1.EndpointSlice),
-		random: rand.New(rand.NewPCG(1, uint64(size.Services))),
-	}
-	cfg.Log("%s: creating the objects", size)
-	return o, o.create(ctx, bed.Lab)
-}
-
-func runTrial(ctx context.Context, cfg Config, o *objects, c *cluster.Cluster, p testbed.Proxy) (figures map[string]float64, moves []float64, err error) {
-	dir, err := os.MkdirTemp("", "signalbox-bench-")
-	if err != nil {
-		return nil, nil, err
-	}
-	defer os.RemoveAll(dir)
-	bed, err := testbed.New(c, netlab.Options{}, dir)
-	if err != nil {
-		return nil, nil, err
-	}
-	defer func() { err = errors.Join(err, bed.Close()) }()
-	t := &trial{objects: o, bed: bed, proxy: p, moves: cfg.Moves, figures: map[string]float64{}, log: cfg.Log}
-	// Earlier trials left the moving endpoint anywhere.
-	for _, f := range o.families {
-		if err := o.move(ctx, f, bed.Lab.Host(movingPods[0]).Addr.Of(f)); err != nil {
-			return nil, nil, err
+	add(result.Floors, floor.figures())
+	for i := range cfg.Proxies {
+		at := (i + result.Rounds) % len(cfg.Proxies) // each comes first once
+		r := &result.Proxies[at]
+		if r.Failed != "" {
+			continue
+		}
+		err := runTrial(ctx, cfg, o, floor, cfg.Proxies[at], r)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			cfg.Log("%v", err)
+			r.Failed = err.Error()
 		}
 	}
-	if err := t.plainConnect(ctx); err != nil {
-		return nil, nil, err
-	}
-	err = t.run(ctx)
-	return t.figures, t.moved, err
+	result.Rounds++
+	return nil
 }
 
-// plainConnect times connections to a Pod while the node has no rules.
-func (t *trial) plainConnect(ctx context.Context) error {
-	direct := netip.AddrPortFrom(t.bed.Lab.Host(movingPods[0]).Addr.Of(t.families[0]), movingPort)
-	lat, err := connects(ctx, t.bed.Lab.Host(clientPod), direct, direct)
-	t.figures["connect_plain"] = measure.Median(lat.Through).Seconds()
-	return err
-}
-
-// listAll lists and decodes all Services and EndpointSlices, and throws them away.
-func (o *objects) listAll(ctx context.Context) error {
-	if _, err := o.client.CoreV1().Services(namespace).List(ctx, metav1.ListOptions{ResourceVersion: "0"}); err != nil {
+// prepare creates the objects. Every lab has the addresses of this one.
+func prepare(ctx context.Context, o *objects, dir string) error {
+	bed, err := o.newBed(dir)
+	if err != nil {
 		return err
 	}
-	_, err := o.client.DiscoveryV1().EndpointSlices(namespace).List(ctx, metav1.ListOptions{ResourceVersion: "0"})
-	return err
+	return errors.Join(o.create(ctx, bed.Lab), bed.Close())
+}
+
+// runTrial measures one proxy once, and adds what it finds to the result.
+func runTrial(ctx context.Context, cfg Config, o *objects, f floor, p testbed.Proxy, result *ProxyResult) error {
+	dir, err := os.MkdirTemp("", "signalbox-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	bed, err := o.newBed(dir)
+	if err != nil {
+		return err
+	}
+	t := &trial{
+		objects: o, bed: bed, proxy: p, moves: cfg.Moves, times: usual, at: map[plan.Family]int{}, floor: f,
+		figures: map[string]float64{}, floors: map[string]float64{}, log: cfg.Log,
+	}
+	if cfg.Short {
+		t.times = short
+	}
+	t.memory, _ = measure.NewMemoryGroup() // the report says why there is none
+	if err := errors.Join(t.run(ctx), bed.Close()); err != nil {
+		return err
+	}
+	add(result.Figures, t.figures)
+	add(result.Floors, t.floors)
+	result.Moves = append(result.Moves, t.moved...)
+	return nil
 }
 
 // Write writes the report: report.json, report.md and the charts.

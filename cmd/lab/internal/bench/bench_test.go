@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package bench
 
 import (
@@ -17,11 +19,11 @@ func TestObjectsAreDistinct(t *testing.T) {
 	seen := map[string]bool{}
 	for n := range o.services {
 		svc := o.service(n)
-		if len(svc.Spec.ClusterIPs) != 2 || svc.Spec.Ports[0].TargetPort.IntValue() != bulkPort {
+		if len(svc.Spec.ClusterIPs) != 2 || svc.Spec.Ports[0].TargetPort.IntValue() != othersPort {
 			t.Fatalf("Service %d is %+v", n, svc.Spec)
 		}
 		for _, f := range o.families {
-			for _, e := range o.slice(f, n).Endpoints {
+			for _, e := range o.fullSlice(f, n).Endpoints {
 				a := netip.MustParseAddr(e.Addresses[0])
 				if seen[a.String()] || !endpointRanges[f].Contains(a) {
 					t.Fatalf("endpoint %s of Service %d", a, n)
@@ -30,8 +32,11 @@ func TestObjectsAreDistinct(t *testing.T) {
 			}
 		}
 	}
+	if fixed := o.service(o.fixed()); len(fixed.Spec.Ports) != len(connectionPorts) || len(o.slice(plan.IPv6, o.fixed()).Ports) != len(connectionPorts) {
+		t.Errorf("the Service for connections has ports %v", fixed.Spec.Ports)
+	}
 	for _, f := range plan.Families {
-		if !netlab.ServiceNetwork.Of(f).Contains(o.clusterIP(f, MaxServices)) {
+		if !netlab.ServiceNetwork.Of(f).Contains(o.clusterIP(f, MaxServices+1)) {
 			t.Errorf("%s has no room for %d Services", f, MaxServices)
 		}
 	}
@@ -39,18 +44,21 @@ func TestObjectsAreDistinct(t *testing.T) {
 
 func sampleReport() *Report {
 	return &Report{
-		Date: "2026-11-29", Machine: "2 x test, Linux 6.18", Command: "lab bench", Families: []string{"IPv4"}, Rounds: 3, Moves: 2,
+		Date: "2026-11-29", Machine: "2 x test, Linux 6.18", Command: "lab bench", Families: []string{"IPv4"},
+		NoKernelMemory: "no control groups",
 		Sizes: []SizeResult{{
 			Size:   Size{Services: 1000, Endpoints: 10},
+			Rounds: 3,
 			Floors: map[string][]float64{"cold_wall": {0.05, 0.04, 0.06}},
 			Proxies: []ProxyResult{
 				{Program: "signalbox", Mode: "nftables", Moves: []float64{0.002, 0.001}, Figures: map[string][]float64{
 					"cold_wall": {0.1, 0.11, 0.1}, "move_p50": {0.001, 0.003, 0.002}, "memory_settled": {32 << 20}, "storm_cpu": {0.03},
 				}},
+				{Program: "signalbox", Mode: "nftables", Variant: "--max-cpu=10%", Figures: map[string][]float64{"storm_cpu": {0.015}}},
 				{Program: "kube-proxy", Mode: "iptables-legacy", Failed: "cold start: no answer\nits log"},
 				{Program: "kube-proxy", Mode: "nftables", Moves: []float64{1.5}, Figures: map[string][]float64{
 					"cold_wall": {1, 1, 1}, "move_p50": {1, 1, 1}, "memory_settled": {64 << 20},
-				}},
+				}, Floors: map[string][]float64{"move_p50": {0.25}}},
 			},
 		}},
 	}
@@ -59,13 +67,15 @@ func sampleReport() *Report {
 func TestMarkdown(t *testing.T) {
 	text := sampleReport().markdown("charts")
 	for _, want := range []string{
-		"| cold start until every virtual IP answers | 100 ms (0.1) | - | 1.00 s | 50.0 ms |",
-		"| one endpoint moves: API write to first packet, median | ~2.00 ms (0.002) | - | 1.00 s |  |",
-		"| memory of the process, settled | 32 MiB (0.5) | - | 64 MiB |  |",
-		"| processor during 100 changes a second | 3.0 % | - | - |  |",
-		"| cold start until every virtual IP answers | 2 | - | 20 |\n",
+		"| cold start until every virtual IP answers | 100 ms (0.1) | - | - | 1.00 s | 50.0 ms |",
+		"| one endpoint moves: API write to first packet, median | ~2.00 ms (0.002) | - | - | 1.00 s |  |",
+		"| memory of the process, settled | 32 MiB (0.5) | - | - | 64 MiB |  |",
+		"| processor during 100 changes a second | 3.0 % | 1.5 % (0.5) | - | - |  |",
+		"| cold start until every virtual IP answers | 2 | - | - | 20 |\n",
+		"| one endpoint moves: API write to first packet, median |  | - | - | 4 (250 ms) |\n",
+		"### 1000 Services with 10 endpoints each, 3 round(s)\n", "| signalbox nftables --max-cpu=10% |",
 		"kube-proxy iptables-legacy failed: cold start: no answer\n",
-		"(charts/move.svg)",
+		"(charts/move.svg)", "\nMemory of the kernel is left out: no control groups.\n",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no line %q in\n%s", want, text)
@@ -83,8 +93,8 @@ func TestWrite(t *testing.T) {
 	}
 	for _, name := range chartNames() {
 		svg, err := os.ReadFile(filepath.Join(dir, name))
-		if err != nil || !strings.Contains(string(svg), "</svg>") {
-			t.Errorf("%s: %v", name, err)
+		if err != nil || !strings.Contains(string(svg), "</svg>") || strings.Contains(string(svg), "#-") {
+			t.Errorf("%s is no SVG, or has an impossible color (%v): %s", name, err, svg)
 		}
 	}
 	again, err := Read(filepath.Join(dir, "report.json"))
@@ -107,5 +117,23 @@ func TestWrite(t *testing.T) {
 	}
 	if err := r.Embed(filepath.Join(dir, "report.md"), "bench"); err == nil {
 		t.Error("a document without marks was accepted")
+	}
+}
+
+// Each proxy has the reference that tells most.
+func TestReference(t *testing.T) {
+	s := &SizeResult{Proxies: []ProxyResult{
+		{Program: "signalbox", Mode: "nftables"}, {Program: "signalbox", Mode: "userspace"}, {Program: "signalbox", Mode: "ipvs"},
+		{Program: "kube-proxy", Mode: "iptables-legacy"}, {Program: "kube-proxy", Mode: "nftables"}, {Program: "haproxy", Mode: "tcp"},
+		{Program: "signalbox", Mode: "ipvs", Variant: "--max-cpu=1%"},
+	}}
+	for i, want := range []string{"kube-proxy nftables", "haproxy tcp", "kube-proxy iptables-legacy", "", "", "", "signalbox ipvs"} {
+		got := ""
+		if ref := s.reference(&s.Proxies[i]); ref != nil {
+			got = ref.name()
+		}
+		if got != want {
+			t.Errorf("%s is compared with %q, not with %q", s.Proxies[i].name(), got, want)
+		}
 	}
 }

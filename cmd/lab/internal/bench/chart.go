@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package bench
 
 import (
@@ -7,7 +9,6 @@ import (
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
-	"gonum.org/v1/plot/plotutil"
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
 )
@@ -25,8 +26,15 @@ var charts = []struct {
 
 const distributionFile = "move-distribution.svg"
 
-// ink is legible on a light and on a dark page.
-var ink = color.RGBA{R: 0x80, G: 0x88, B: 0x90, A: 0xff}
+// ink and palette have about the same contrast on a light and on a dark page.
+var (
+	ink     = color.NRGBA{R: 0x74, G: 0x7a, B: 0x82, A: 0xff}
+	faint   = color.NRGBA{R: 0x74, G: 0x7a, B: 0x82, A: 0x40}
+	palette = []color.NRGBA{
+		{R: 0x2f, G: 0x81, B: 0xf7, A: 0xff}, {R: 0xd9, G: 0x73, B: 0x0d, A: 0xff}, {R: 0x2e, G: 0xa0, B: 0x43, A: 0xff},
+		{R: 0xa3, G: 0x71, B: 0xf7, A: 0xff}, {R: 0xe5, G: 0x53, B: 0x4b, A: 0xff}, {R: 0x1b, G: 0x9a, B: 0xaa, A: 0xff},
+	}
+)
 
 func chartNames() []string {
 	var names []string
@@ -81,7 +89,7 @@ func (r *Report) writeDistribution(dir string) error {
 
 func newPlot(title, x, y string) *plot.Plot {
 	p := plot.New()
-	p.BackgroundColor = color.Transparent
+	p.BackgroundColor = nil // the page's
 	p.Title.Text, p.X.Label.Text, p.Y.Label.Text = title, x, y
 	p.Title.TextStyle.Color, p.Legend.TextStyle.Color = ink, ink
 	for _, a := range []*plot.Axis{&p.X, &p.Y} {
@@ -89,7 +97,7 @@ func newPlot(title, x, y string) *plot.Plot {
 		a.Scale, a.Tick.Marker, a.AutoRescale = plot.LogScale{}, plot.LogTicks{Prec: -1}, true
 	}
 	grid := plotter.NewGrid()
-	grid.Vertical.Color, grid.Horizontal.Color = color.RGBA{R: 0x80, G: 0x88, B: 0x90, A: 0x40}, color.RGBA{R: 0x80, G: 0x88, B: 0x90, A: 0x40}
+	grid.Vertical.Color, grid.Horizontal.Color = faint, faint
 	p.Add(grid)
 	p.Legend.Top, p.Legend.Left, p.Legend.XOffs = true, true, vg.Points(6)
 	return p
@@ -104,8 +112,8 @@ func addLine(p *plot.Plot, i int, name string, points plotter.XYs) error {
 	if err != nil {
 		return err
 	}
-	line.Color, line.Width = plotutil.Color(i), vg.Points(2)
-	dots.Color, dots.Shape, dots.Radius = plotutil.Color(i), draw.CircleGlyph{}, vg.Points(3)
+	line.Color, line.Width = palette[i%len(palette)], vg.Points(2)
+	dots.Color, dots.Shape, dots.Radius = line.Color, draw.CircleGlyph{}, vg.Points(3)
 	p.Add(line, dots)
 	p.Legend.Add(name, line, dots)
 	return nil

@@ -1,43 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package bench
 
 import (
 	"context"
 	"fmt"
+	"os/exec"
+	"regexp"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"signalbox/cmd/lab/internal/measure"
+	"signalbox/internal/measure"
 	"signalbox/internal/netlab"
+	"signalbox/internal/xtables"
 	"signalbox/nft"
 	"signalbox/proxier/plan"
 )
 
-// floors measures what no proxy can avoid: to list and decode the objects, to give the
-// kernel as many elements in one transaction, and to hear of a change from the API server.
-func floors(ctx context.Context, o *objects, figures map[string][]float64) error {
-	add := func(name string, v float64) { figures[name] = append(figures[name], v) }
-	listed, err := timed(func() error { return o.listAll(ctx) })
-	if err != nil {
-		return fmt.Errorf("list: %w", err)
+// floor is what no proxy can avoid: to list and decode the objects, to give the kernel as
+// many elements in one transaction, and to hear of a change. With a directory, only the
+// elements count.
+type floor struct {
+	listed, written cost
+	heard           float64 // seconds
+}
+
+func measureFloor(ctx context.Context, o *objects) (f floor, err error) {
+	if f.written, err = o.writeElements(); err != nil {
+		return f, fmt.Errorf("elements: %w", err)
 	}
-	written, err := o.writeElements()
-	if err != nil {
-		return fmt.Errorf("elements: %w", err)
+	if o.client == nil {
+		return f, nil
 	}
-	add("list_wall", listed.wall)
-	add("elements_wall", written.wall)
-	add("cold_wall", listed.wall+written.wall)
-	add("cold_cpu", listed.processor+written.processor)
-	add("restart_wall", listed.wall)
-	add("restart_cpu", listed.processor)
+	if f.listed, err = timed(func() error { return o.listAll(ctx) }); err != nil {
+		return f, fmt.Errorf("list: %w", err)
+	}
 	heard, err := o.watchLatency(ctx)
 	if err != nil {
-		return fmt.Errorf("watch: %w", err)
+		return f, fmt.Errorf("watch: %w", err)
 	}
-	add("move_p50", heard.Seconds())
-	return nil
+	f.heard = heard.Seconds()
+	return f, nil
+}
+
+// figures are the floors by the names of the figures that cannot go below them.
+func (f floor) figures() map[string]float64 {
+	figures := map[string]float64{
+		"cold_wall": f.listed.wall + f.written.wall, "cold_cpu": f.listed.processor + f.written.processor,
+	}
+	if f.heard > 0 {
+		figures["restart_wall"], figures["restart_cpu"], figures["move_p50"] = f.listed.wall, f.listed.processor, f.heard
+	}
+	return figures
 }
 
 type cost struct{ wall, processor float64 }
@@ -92,7 +109,7 @@ func writeElements(f plan.Family, n int) (cost, error) {
 			addr := netlab.Nth(endpointRanges[f], i+1)
 			batch = append(batch, nft.Element{
 				Key:  nft.MarkKey(uint32(i/16)) + nft.MarkKey(uint32(i%16)),
-				Data: string(addr.AsSlice()) + string([]byte{bulkPort >> 8, bulkPort & 0xff, 0, 0}),
+				Data: string(addr.AsSlice()) + string([]byte{othersPort >> 8, othersPort & 0xff, 0, 0}),
 			})
 			if len(batch) == cap(batch) || i == n-1 {
 				table.AddElements(batch)
@@ -127,4 +144,63 @@ func (o *objects) watchLatency(ctx context.Context) (time.Duration, error) {
 		took = append(took, time.Since(began))
 	}
 	return measure.Median(took), nil
+}
+
+// counterMatch is a match that counts packets in an object of nfnetlink_acct.
+var counterMatch = regexp.MustCompile(` -m nfacct --nfacct-name +\S+`)
+
+// toolsFloor measures what this proxy cannot avoid with the legacy iptables tools: to write
+// all of its own rules, and to change one chain beside them. The kernel replaces the whole
+// table for each change.
+func (t *trial) toolsFloor(ctx context.Context) error {
+	lab, err := netlab.Lone("floor")
+	if err != nil {
+		return err
+	}
+	defer lab.Close()
+	var restored, changed cost
+	for _, f := range t.families {
+		tools, err := xtables.Find(f, xtables.Legacy)
+		if err != nil {
+			return err
+		}
+		saved, _, err := t.runTool(ctx, t.bed.Lab.Host("node1"), "", tools.Save)
+		if err != nil {
+			return err
+		}
+		// kube-proxy's counters exist on its own node only.
+		saved = counterMatch.ReplaceAllString(saved, "")
+		_, took, err := t.runTool(ctx, lab.Host("floor"), saved, tools.Restore)
+		if err != nil {
+			return err
+		}
+		restored = restored.plus(took)
+		_, took, err = t.runTool(ctx, lab.Host("floor"), "*nat\n:FLOOR - [0:0]\nCOMMIT\n", tools.Restore, "--noflush")
+		if err != nil {
+			return err
+		}
+		changed = changed.plus(took)
+	}
+	moved := float64(len(t.families)) // a move changes one family
+	t.floors["cold_wall"], t.floors["cold_cpu"] = t.floor.listed.wall+restored.wall, t.floor.listed.processor+restored.processor
+	t.floors["move_p50"], t.floors["move_cpu"] = t.floor.heard+changed.wall/moved, changed.processor/moved
+	return nil
+}
+
+func (c cost) plus(d cost) cost { return cost{c.wall + d.wall, c.processor + d.processor} }
+
+// runTool runs a program on a host, and returns its output.
+func (t *trial) runTool(ctx context.Context, host *netlab.Host, in, path string, args ...string) (string, cost, error) {
+	cmd := exec.CommandContext(ctx, path, args...)
+	var out, said strings.Builder
+	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = t.bed.Env(), strings.NewReader(in), &out, &said
+	began := time.Now()
+	if err := host.Start(cmd); err != nil {
+		return "", cost{}, err
+	}
+	if err := cmd.Wait(); err != nil {
+		return "", cost{}, fmt.Errorf("%s: %w: %s", path, err, said.String())
+	}
+	used := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	return out.String(), cost{time.Since(began).Seconds(), used.Seconds()}, nil
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package bench
 
 import (
@@ -6,29 +8,26 @@ import (
 	"math/rand/v2"
 	"net/netip"
 
-	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
-	"k8s.io/client-go/kubernetes"
 	"k8s.io/utils/ptr"
 
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 	"signalbox/proxier/plan"
 )
 
 const (
 	namespace = metav1.NamespaceDefault
-	// bulkPort is where the Pod answers that holds the addresses of all endpoints.
-	bulkPort = 9090
+	// othersPort is where othersPod answers.
+	othersPort = 9090
 	// movingPort is where every Pod of a lab answers with its name.
 	movingPort = 8080
 	// firstService is the place of the first cluster IP in the range. The API server
 	// gives Services without an address the lower ones.
 	firstService = 4096
-	// writers is how many requests create objects at the same time.
-	writers = 16
 )
 
 // endpointRanges hold the addresses of the endpoints. They are none of a node's.
@@ -37,9 +36,9 @@ var endpointRanges = map[plan.Family]netip.Prefix{
 	plan.IPv6: netip.MustParsePrefix("fd00:10:128::/48"),
 }
 
-// objects are the Services of one size in the API, and their EndpointSlices.
+// objects are the Services of one size, and their EndpointSlices.
 type objects struct {
-	client   kubernetes.Interface
+	*store
 	families []plan.Family
 	services int
 	perSlice int
@@ -51,50 +50,67 @@ type objects struct {
 	random *rand.Rand
 }
 
-// clusterIP is the address of Service number n; the moving Service comes after the others.
+// fixed is the number of the Service for connections, whose endpoint never changes.
+func (o *objects) fixed() int { return o.services + 1 }
+
+// clusterIP is the address of Service number n. The moving Service comes after the others,
+// and then the fixed one.
 func (o *objects) clusterIP(f plan.Family, n int) netip.Addr {
 	return netlab.Nth(netlab.ServiceNetwork.Of(f), firstService+n)
 }
 
+func newObjects(s *store, families []plan.Family, size Size) *objects {
+	return &objects{
+		store: s, families: families, services: size.Services, perSlice: size.Endpoints,
+		slices: make(map[plan.Family][]*discoveryv1.EndpointSlice), moving: make(map[plan.Family]*discoveryv1.EndpointSlice),
+		random: rand.New(rand.NewPCG(1, uint64(size.Services))),
+	}
+}
+
+// create writes all objects, with the addresses of a lab.
 func (o *objects) create(ctx context.Context, lab *netlab.Lab) error {
-	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(writers)
-	for n := range o.services + 1 {
-		group.Go(func() error {
-			_, err := o.client.CoreV1().Services(namespace).Create(ctx, o.service(n), metav1.CreateOptions{})
+	for _, node := range []string{"node1", "node2"} {
+		if err := o.writeNode(ctx, testbed.Node(lab.Host(node))); err != nil {
 			return err
-		})
+		}
 	}
+	for _, n := range []int{o.services, o.fixed()} {
+		if err := o.writeService(ctx, o.service(n)); err != nil {
+			return err
+		}
+	}
+	var services []*corev1.Service
+	for n := range o.services {
+		services = append(services, o.service(n))
+	}
+	var slices []*discoveryv1.EndpointSlice
 	for _, f := range o.families {
-		o.slices[f] = make([]*discoveryv1.EndpointSlice, o.services)
-		for n := range o.services {
-			group.Go(func() (err error) {
-				o.slices[f][n], err = o.client.DiscoveryV1().EndpointSlices(namespace).Create(ctx, o.slice(f, n), metav1.CreateOptions{})
-				return err
-			})
-		}
-		moving := o.emptySlice(f, o.services, movingPort)
+		moving, fixed := o.slice(f, o.services), o.slice(f, o.fixed())
 		moving.Endpoints = []discoveryv1.Endpoint{endpointAt(lab.Host(movingPods[0]).Addr.Of(f), "node1")}
+		fixed.Endpoints = []discoveryv1.Endpoint{endpointAt(lab.Host(fixedPod).Addr.Of(f), "node1")}
 		var err error
-		if o.moving[f], err = o.client.DiscoveryV1().EndpointSlices(namespace).Create(ctx, moving, metav1.CreateOptions{}); err != nil {
+		if o.moving[f], err = o.writeSlice(ctx, moving); err != nil {
 			return err
 		}
+		if _, err = o.writeSlice(ctx, fixed); err != nil {
+			return err
+		}
+		for n := range o.services {
+			o.slices[f] = append(o.slices[f], o.fullSlice(f, n))
+		}
+		slices = append(slices, o.slices[f]...)
 	}
-	return group.Wait()
+	return o.createAll(ctx, services, slices)
 }
 
 func serviceName(n int) string { return fmt.Sprintf("bench-%05d", n) }
 
 func (o *objects) service(n int) *corev1.Service {
-	port := bulkPort
-	if n == o.services {
-		port = movingPort
-	}
 	s := &corev1.Service{
-		ObjectMeta: metav1.ObjectMeta{Name: serviceName(n)},
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: serviceName(n)},
 		Spec: corev1.ServiceSpec{
 			IPFamilyPolicy: ptr.To(corev1.IPFamilyPolicySingleStack),
-			Ports:          []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt(port)}},
+			Ports:          o.ports(n),
 		},
 	}
 	if len(o.families) > 1 {
@@ -108,21 +124,44 @@ func (o *objects) service(n int) *corev1.Service {
 	return s
 }
 
-func (o *objects) emptySlice(f plan.Family, n, port int) *discoveryv1.EndpointSlice {
-	return &discoveryv1.EndpointSlice{
+func (o *objects) ports(n int) (ports []corev1.ServicePort) {
+	switch n {
+	case o.fixed():
+		for _, p := range connectionPorts {
+			ports = append(ports, servicePort(p.name, p.protocol, p.service, p.pod))
+		}
+		return ports
+	case o.services:
+		return []corev1.ServicePort{servicePort("http", corev1.ProtocolTCP, 80, movingPort)}
+	}
+	return []corev1.ServicePort{servicePort("http", corev1.ProtocolTCP, 80, othersPort)}
+}
+
+func servicePort(name string, protocol corev1.Protocol, port, target uint16) corev1.ServicePort {
+	return corev1.ServicePort{Name: name, Protocol: protocol, Port: int32(port), TargetPort: intstr.FromInt32(int32(target))}
+}
+
+// slice has no endpoints yet.
+func (o *objects) slice(f plan.Family, n int) *discoveryv1.EndpointSlice {
+	s := &discoveryv1.EndpointSlice{
 		ObjectMeta: metav1.ObjectMeta{
-			Name: fmt.Sprintf("%s-%s", serviceName(n), map[plan.Family]string{plan.IPv4: "v4", plan.IPv6: "v6"}[f]),
+			Namespace: namespace,
+			Name:      fmt.Sprintf("%s-%s", serviceName(n), map[plan.Family]string{plan.IPv4: "v4", plan.IPv6: "v6"}[f]),
 			Labels: map[string]string{
 				discoveryv1.LabelServiceName: serviceName(n), discoveryv1.LabelManagedBy: "endpointslice-controller.k8s.io",
 			},
 		},
 		AddressType: discoveryv1.AddressType(f.String()),
-		Ports:       []discoveryv1.EndpointPort{{Name: ptr.To("http"), Port: ptr.To(int32(port)), Protocol: ptr.To(corev1.ProtocolTCP)}},
 	}
+	for _, p := range o.ports(n) {
+		s.Ports = append(s.Ports, discoveryv1.EndpointPort{Name: ptr.To(p.Name), Port: ptr.To(p.TargetPort.IntVal), Protocol: ptr.To(p.Protocol)})
+	}
+	return s
 }
 
-func (o *objects) slice(f plan.Family, n int) *discoveryv1.EndpointSlice {
-	s := o.emptySlice(f, n, bulkPort)
+// fullSlice has endpoints that othersPod plays.
+func (o *objects) fullSlice(f plan.Family, n int) *discoveryv1.EndpointSlice {
+	s := o.slice(f, n)
 	for i := range o.perSlice {
 		number := n*o.perSlice + i
 		s.Endpoints = append(s.Endpoints, endpointAt(netlab.Nth(endpointRanges[f], number+1), nodeOf(number)))
@@ -145,7 +184,7 @@ func endpointAt(a netip.Addr, node string) discoveryv1.Endpoint {
 func (o *objects) move(ctx context.Context, f plan.Family, to netip.Addr) error {
 	s := o.moving[f].DeepCopy()
 	s.Endpoints[0] = endpointAt(to, "node1")
-	s, err := o.client.DiscoveryV1().EndpointSlices(namespace).Update(ctx, s, metav1.UpdateOptions{})
+	s, err := o.writeSlice(ctx, s)
 	if err == nil {
 		o.moving[f] = s
 	}
@@ -159,7 +198,7 @@ func (o *objects) churn(ctx context.Context) error {
 	o.spare++
 	a := netlab.Nth(endpointRanges[f], o.services*o.perSlice+o.spare)
 	s.Endpoints[o.random.IntN(len(s.Endpoints))] = endpointAt(a, nodeOf(o.spare))
-	s, err := o.client.DiscoveryV1().EndpointSlices(namespace).Update(ctx, s, metav1.UpdateOptions{})
+	s, err := o.writeSlice(ctx, s)
 	if err == nil {
 		o.slices[f][n] = s
 	}

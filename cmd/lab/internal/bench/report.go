@@ -1,13 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package bench
 
 import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
-	"signalbox/cmd/lab/internal/measure"
+	"signalbox/internal/measure"
 )
 
 // unit is what a figure counts.
@@ -16,18 +19,27 @@ type unit uint8
 const (
 	seconds unit = iota
 	bytes
-	share // of one processor
+	share // of one processor, or of the rate without a Service
+	rate  // in a second
+	count
 )
 
 func (u unit) text(v float64) string {
 	switch u {
 	case bytes:
+		if v < 10<<10 {
+			return fmt.Sprintf("%.0f B", v)
+		}
 		if v < 10<<20 {
 			return fmt.Sprintf("%.0f KiB", v/(1<<10))
 		}
 		return fmt.Sprintf("%.0f MiB", v/(1<<20))
 	case share:
 		return fmt.Sprintf("%.1f %%", 100*v)
+	case rate:
+		return fmt.Sprintf("%.0f", v)
+	case count:
+		return fmt.Sprintf("%.3g", v)
 	}
 	if v <= 0 {
 		return "0"
@@ -35,11 +47,14 @@ func (u unit) text(v float64) string {
 	return measure.Brief(time.Duration(v * float64(time.Second)))
 }
 
-// shownFigures are the rows of a table.
-var shownFigures = []struct {
+// row is a figure as a row of a table.
+type row struct {
 	key, title string
 	unit       unit
-}{
+}
+
+// proxyRows are figures of a proxy.
+var proxyRows = []row{
 	{"cold_wall", "cold start until every virtual IP answers", seconds},
 	{"cold_cpu", "cold start, processor time", seconds},
 	{"restart_wall", "restart with nothing changed, until synced", seconds},
@@ -57,57 +72,92 @@ var shownFigures = []struct {
 	{"rest_cpu", "processor time in a minute at rest", seconds},
 	{"memory_peak", "memory of the process, peak at start", bytes},
 	{"memory_settled", "memory of the process, settled", bytes},
+	{"memory_kernel", "memory of the kernel for the process and its tools, settled", bytes},
+}
+
+// connectionRows are figures that each family has.
+var connectionRows = []row{
 	{"connect_p50", "connect through the virtual IP, from a Pod, median", seconds},
 	{"connect_p99", "the same, 99th percentile", seconds},
 	{"connect_added", "added to connect, from a Pod, median", seconds},
 	{"node_connect_added", "added to connect, from the node, median", seconds},
 	{"connect_direct", "connect to a Pod without a Service, median", seconds},
 	{"connect_plain", "the same before the proxy starts, median", seconds},
+	{"new_rate", "new connections in a second", rate},
+	{"new_share", "the same, of the rate straight to the Pod", share},
 	{"exchange_p50", "question and answer on an open connection, median", seconds},
+	{"bulk_rate", "bytes in a second over one connection", bytes},
+	{"bulk_share", "the same, of the rate straight to the Pod", share},
+	{"datagram_p50", "first datagram of a UDP flow and its answer, median", seconds},
+	{"datagram_p99", "the same, 99th percentile", seconds},
+	{"datagram_added", "added to it by the Service, median", seconds},
+}
+
+// rows are all rows for some families.
+func rows(families []string) []row {
+	all := slices.Clone(proxyRows)
+	for _, f := range families {
+		for _, r := range connectionRows {
+			all = append(all, row{ofFamily(r.key, f), f + ": " + r.title, r.unit})
+		}
+	}
+	return all
 }
 
 // markdown is the report for people. The charts are in a directory relative to it.
 func (r *Report) markdown(charts string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "Measured %s on %s, with\n\n    %s\n\n", r.Date, r.Machine, r.Command)
-	fmt.Fprintf(&b, "Each figure is the median of %d round(s); %s. In parentheses is its ratio to kube-proxy's in the same\n"+
-		"mode, or to the first other proxy's. `~` marks a figure whose rounds differ by more than %.0f %%: the\n"+
-		"machine was too noisy to tell. The floor is what no proxy can avoid: list and decode the objects, write\n"+
-		"as many elements in one transaction, hear of a change.\n",
-		r.Rounds, strings.Join(r.Families, " and "), 100*noisySpread)
+	fmt.Fprintf(&b, "Each figure is the median of its size's rounds. In parentheses is its ratio to kube-proxy's in the same\n"+
+		"mode, or to the first other proxy's; with one more flag, the ratio to signalbox without it. `~` marks a\n"+
+		"figure whose rounds differ by more than %.0f %%: the machine was too noisy to tell. The floor is what no\n"+
+		"proxy can avoid: list and decode the objects, write as many elements in one transaction, hear of a\n"+
+		"change. A proxy with the legacy iptables tools has a floor of its own, which the table of multiples\n"+
+		"shows in parentheses.\n",
+		100*noisySpread)
+	if r.NoKernelMemory != "" {
+		fmt.Fprintf(&b, "\nMemory of the kernel is left out: %s.\n", r.NoKernelMemory)
+	}
 	for _, chart := range chartNames() {
 		fmt.Fprintf(&b, "\n![%s](%s)\n", strings.TrimSuffix(chart, ".svg"), path.Join(charts, chart))
 	}
 	for i := range r.Sizes {
-		r.Sizes[i].markdown(&b)
+		r.Sizes[i].markdown(&b, rows(r.Families))
 	}
 	return b.String()
 }
 
-func (s *SizeResult) markdown(b *strings.Builder) {
-	fmt.Fprintf(b, "\n### %d Services with %d endpoints each\n\n| |", s.Services, s.Endpoints)
+func (s *SizeResult) markdown(b *strings.Builder, rows []row) {
+	fmt.Fprintf(b, "\n### %d Services with %d endpoints each, %d round(s)\n\n| |", s.Services, s.Endpoints, s.Rounds)
 	for i := range s.Proxies {
 		fmt.Fprintf(b, " %s |", s.Proxies[i].name())
 	}
 	fmt.Fprintf(b, " floor |\n| --- |%s --- |\n", strings.Repeat(" --- |", len(s.Proxies)))
-	for _, f := range shownFigures {
-		fmt.Fprintf(b, "| %s |", f.title)
-		for i := range s.Proxies {
-			fmt.Fprintf(b, " %s |", s.cell(&s.Proxies[i], f.key, f.unit))
-		}
-		floor, has := median(s.Floors[f.key])
-		text := ""
-		if has {
-			text = f.unit.text(floor)
-		}
-		fmt.Fprintf(b, " %s |\n", text)
+	for _, r := range rows {
+		s.row(b, r)
 	}
-	s.multiples(b)
+	s.multiples(b, rows)
 	for i := range s.Proxies {
 		if p := &s.Proxies[i]; p.Failed != "" {
 			fmt.Fprintf(b, "\n%s failed: %s\n", p.name(), strings.SplitN(p.Failed, "\n", 2)[0])
 		}
 	}
+}
+
+// row writes nothing for a figure that no proxy has.
+func (s *SizeResult) row(b *strings.Builder, r row) {
+	if !slices.ContainsFunc(s.Proxies, func(p ProxyResult) bool { return len(p.Figures[r.key]) > 0 }) {
+		return
+	}
+	fmt.Fprintf(b, "| %s |", r.title)
+	for i := range s.Proxies {
+		fmt.Fprintf(b, " %s |", s.cell(&s.Proxies[i], r.key, r.unit))
+	}
+	text := ""
+	if floor, has := median(s.Floors[r.key]); has {
+		text = r.unit.text(floor)
+	}
+	fmt.Fprintf(b, " %s |\n", text)
 }
 
 func (s *SizeResult) cell(p *ProxyResult, key string, u unit) string {
@@ -131,23 +181,35 @@ func (s *SizeResult) cell(p *ProxyResult, key string, u unit) string {
 func ratioText(r float64) string { return fmt.Sprintf("%.2g", r) }
 
 // multiples says how often each proxy needs the floor.
-func (s *SizeResult) multiples(b *strings.Builder) {
+func (s *SizeResult) multiples(b *strings.Builder, rows []row) {
 	fmt.Fprintf(b, "\nAs a multiple of the floor:\n\n| |%s\n| --- |%s\n", columns(s.Proxies), strings.Repeat(" --- |", len(s.Proxies)))
-	for _, f := range shownFigures {
-		floor, has := median(s.Floors[f.key])
-		if !has || floor == 0 {
+	for _, r := range rows {
+		has := func(p ProxyResult) bool { return len(p.Floors[r.key]) > 0 }
+		if len(s.Floors[r.key]) == 0 && !slices.ContainsFunc(s.Proxies, has) {
 			continue
 		}
-		fmt.Fprintf(b, "| %s |", f.title)
+		fmt.Fprintf(b, "| %s |", r.title)
 		for i := range s.Proxies {
-			text := "-"
-			if v, has := median(s.Proxies[i].Figures[f.key]); has {
-				text = ratioText(v / floor)
-			}
-			fmt.Fprintf(b, " %s |", text)
+			fmt.Fprintf(b, " %s |", s.multiple(&s.Proxies[i], r))
 		}
 		b.WriteString("\n")
 	}
+}
+
+// multiple names the floor where it is the proxy's own.
+func (s *SizeResult) multiple(p *ProxyResult, r row) string {
+	v, has := median(p.Figures[r.key])
+	own, hasOwn := median(p.Floors[r.key])
+	floor, hasFloor := median(s.Floors[r.key])
+	switch {
+	case !has:
+		return "-"
+	case hasOwn && own > 0:
+		return fmt.Sprintf("%s (%s)", ratioText(v/own), r.unit.text(own))
+	case hasFloor && floor > 0:
+		return ratioText(v / floor)
+	}
+	return ""
 }
 
 func columns(proxies []ProxyResult) string {
@@ -166,14 +228,19 @@ const (
 // Embed replaces the part of a document between the two marks by the report, whose
 // charts are in a directory below the document's.
 func (r *Report) Embed(document, charts string) error {
-	text, err := os.ReadFile(document)
+	return embed(document, sectionBegin, sectionEnd, r.markdown(charts))
+}
+
+// embed replaces what stands between two marks in a document.
+func embed(document, begin, end, text string) error {
+	old, err := os.ReadFile(document)
 	if err != nil {
 		return err
 	}
-	before, rest, found := strings.Cut(string(text), sectionBegin)
-	_, after, ended := strings.Cut(rest, sectionEnd)
+	before, rest, found := strings.Cut(string(old), begin)
+	_, after, ended := strings.Cut(rest, end)
 	if !found || !ended {
-		return fmt.Errorf("%s has no lines %q and %q", document, sectionBegin, sectionEnd)
+		return fmt.Errorf("%s has no lines %q and %q", document, begin, end)
 	}
-	return os.WriteFile(document, []byte(before+sectionBegin+"\n\n"+r.markdown(charts)+"\n"+sectionEnd+after), 0o644)
+	return os.WriteFile(document, []byte(before+begin+"\n\n"+text+"\n"+end+after), 0o644)
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package bench
 
 import (
@@ -10,24 +12,25 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"signalbox/cmd/lab/internal/measure"
+	"signalbox/internal/measure"
 	"signalbox/internal/testbed"
 )
 
 // Report is everything that one run measured. Times are in seconds, memory in bytes.
 type Report struct {
-	Date     string       `json:"date"`
-	Machine  string       `json:"machine"`
-	Command  string       `json:"command"`
-	Families []string     `json:"families"`
-	Rounds   int          `json:"rounds"`
-	Moves    int          `json:"movesPerRound"`
-	Sizes    []SizeResult `json:"sizes"`
+	Date     string   `json:"date"`
+	Machine  string   `json:"machine"`
+	Command  string   `json:"command"`
+	Families []string `json:"families"`
+	// NoKernelMemory says why the memory of the kernel is not measured.
+	NoKernelMemory string       `json:"noKernelMemory,omitempty"`
+	Sizes          []SizeResult `json:"sizes"`
 }
 
 // SizeResult is what was measured at one size.
 type SizeResult struct {
 	Size
+	Rounds  int           `json:"rounds"`
 	Proxies []ProxyResult `json:"proxies"`
 	// Floors are, by the name of a figure, what no proxy can go below; one for each round.
 	Floors map[string][]float64 `json:"floors"`
@@ -37,22 +40,32 @@ type SizeResult struct {
 type ProxyResult struct {
 	Program string               `json:"program"`
 	Mode    string               `json:"mode"`
+	Variant string               `json:"variant,omitempty"`
 	Failed  string               `json:"failed,omitempty"`
 	Figures map[string][]float64 `json:"figures"`
+	// Floors are those of this proxy alone, which count instead of those of the size.
+	Floors map[string][]float64 `json:"floors,omitempty"`
 	// Moves are the latencies of all moves at rest.
 	Moves []float64 `json:"moves"`
 }
 
-func (r *ProxyResult) name() string { return strings.TrimSpace(r.Program + " " + r.Mode) }
+func (r *ProxyResult) name() string {
+	return strings.TrimSpace(r.Program + " " + r.Mode + " " + r.Variant)
+}
 
-func (r *ProxyResult) add(figures map[string]float64) {
-	for name, v := range figures {
-		r.Figures[name] = append(r.Figures[name], v)
+func newProxyResult(p testbed.Proxy) ProxyResult {
+	return ProxyResult{Program: p.Program, Mode: p.Mode, Variant: p.Variant, Figures: map[string][]float64{}, Floors: map[string][]float64{}}
+}
+
+// add adds the figures of one round.
+func add(all map[string][]float64, round map[string]float64) {
+	for name, v := range round {
+		all[name] = append(all[name], v)
 	}
 }
 
 func newReport(cfg Config) *Report {
-	r := &Report{Date: today(), Machine: machine(), Command: strings.Join(os.Args, " "), Rounds: cfg.Rounds, Moves: cfg.Moves}
+	r := &Report{Date: today(), Machine: machine(), Command: strings.Join(os.Args, " ")}
 	for _, f := range cfg.Families {
 		r.Families = append(r.Families, f.String())
 	}
@@ -110,22 +123,23 @@ func noisy(values []float64) bool {
 	return has && m > 0 && (slices.Max(values)-slices.Min(values))/m > noisySpread
 }
 
-// reference is the proxy that p is compared with: kube-proxy in the same mode, or else
-// the first kube-proxy, or else the first other program. It is nil for that proxy itself.
+// reference is the proxy that p is compared with: the same without its variant, kube-proxy
+// in the same mode, haproxy for the userspace mode, or else the first other program. It is
+// nil for that proxy itself.
 func (s *SizeResult) reference(p *ProxyResult) *ProxyResult {
-	if p.Program != testbed.SignalboxProgram {
-		return nil
-	}
 	var other *ProxyResult
 	for i := range s.Proxies {
 		q := &s.Proxies[i]
-		if q.Program == testbed.SignalboxProgram || q.Failed != "" {
-			continue
-		}
-		if q.Mode == p.Mode {
+		switch {
+		case q.Failed != "" || q == p || q.Variant != "":
+		case p.Variant != "":
+			if q.Program == p.Program && q.Mode == p.Mode {
+				return q
+			}
+		case p.Program != testbed.SignalboxProgram || q.Program == testbed.SignalboxProgram:
+		case q.Mode == p.Mode || p.Mode == "userspace" && q.Program == haproxyProgram:
 			return q
-		}
-		if other == nil {
+		case other == nil:
 			other = q
 		}
 	}

@@ -1,41 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package compare
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
+	"net/http"
 	"net/netip"
 	"slices"
 	"sync"
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"signalbox/internal/netlab"
 )
 
 // effort says how hard a probe is tried.
 type effort struct {
-	// timeout is for one connection. Linux does not tell a TCP socket that is still in
-	// connect(2) about an ICMP error; it tells after the second SYN, a second later.
+	// timeout is how long a try waits at least. TCP repeats a lost SYN after a second.
 	timeout time.Duration
-	// quiet is the number of tries without news that end a probe, and per further
-	// endpoint.
-	quiet, perEndpoint int
-	// failures end a probe, also if some tries were answered, and half of them if none was:
-	// silence takes time. If half of the endpoints are silent, 16 tries miss the others in
-	// one of 65,536 probes; three tries missed them in one of eight.
-	failures int
-	// round picks the source addresses of the clients that have many.
+	// waves are how many tries run at once, one wave after the other, if n endpoints may
+	// answer.
+	waves func(n int) []int
+	// round picks the source addresses of the clients that have many. The first is 0.
 	round int
-	// parallel is how many probes run at once in a lab.
-	parallel int
 }
 
-// Rounds of a comparison: a quick one, and three to confirm each difference.
+// Rounds of a comparison: a quick one, and three to confirm each difference. If half of
+// the endpoints are silent, 16 tries miss the others in one of 65,536 probes; three tries
+// missed them in one of eight.
 var (
-	quick   = effort{timeout: 1600 * time.Millisecond, quiet: 2, perEndpoint: 3, failures: 3, parallel: 256}
-	careful = effort{timeout: 2400 * time.Millisecond, quiet: 6, perEndpoint: 8, failures: 32, parallel: 256}
+	quick   = effort{timeout: 1600 * time.Millisecond, waves: func(n int) []int { return []int{n + 1, 2*n + 1} }}
+	careful = effort{timeout: 2400 * time.Millisecond, waves: func(n int) []int { return []int{max(16, 8*n+6)} }}
 )
 
 const (
@@ -63,6 +66,24 @@ func (e effort) sources(p Probe) []netip.AddrPort {
 	return all
 }
 
+// plan are the source addresses of the tries in each wave. With affinity, the first
+// connection of an address chooses its endpoint, so it goes alone.
+func (e effort) plan(p Probe) [][]netip.AddrPort {
+	sources := e.sources(p)
+	if len(sources) > 1 {
+		return [][]netip.AddrPort{sources, sources}
+	}
+	sizes := e.waves(p.most)
+	if p.sticky {
+		sizes = append([]int{1}, sizes...)
+	}
+	var waves [][]netip.AddrPort
+	for _, n := range sizes {
+		waves = append(waves, slices.Repeat(sources, n))
+	}
+	return waves
+}
+
 // manySources are the further addresses of an outside client.
 func manySources(network netlab.PrefixPair, n int) netlab.Pair { return network.Nth(20 + n) }
 
@@ -79,12 +100,33 @@ func addSources(lab *netlab.Lab) error {
 	return nil
 }
 
-// askAll runs probes in a lab. The outcomes are in the order of the probes. With
-// affinity, the addresses of a Service share a client's endpoint, so a client tries one
-// after the other.
-func askAll(ctx context.Context, lab *netlab.Lab, probes []Probe, e effort) []Outcome {
+// asker tries probes in one lab.
+type asker struct {
+	lab     *netlab.Lab
+	control *control
+	tries   chan struct{} // limits how many run at once
+}
+
+func newAsker(lab *netlab.Lab) *asker {
+	return &asker{lab: lab, control: startControl(lab), tries: make(chan struct{}, maxTries())}
+}
+
+func (a *asker) close() { a.control.close() }
+
+// maxTries is how many tries run at once in a lab: thousands wait for silence. A try has
+// up to three open files, and there are two labs.
+func maxTries() int {
+	limit := unix.Rlimit{Cur: 1 << 16, Max: 1 << 16}
+	if unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) != nil && unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return 100
+	}
+	return min(4000, int(limit.Cur/8))
+}
+
+// askAll runs probes. The outcomes are in the order of the probes. With affinity, the
+// addresses of a Service share a client's endpoint, so a client tries one after the other.
+func (a *asker) askAll(ctx context.Context, probes []Probe, e effort) []Outcome {
 	outcomes := make([]Outcome, len(probes))
-	slots := make(chan struct{}, e.parallel)
 	turns := map[string]*sync.Mutex{}
 	var all sync.WaitGroup
 	for i, p := range probes {
@@ -99,71 +141,119 @@ func askAll(ctx context.Context, lab *netlab.Lab, probes []Probe, e effort) []Ou
 		all.Go(func() {
 			turn.Lock()
 			defer turn.Unlock()
-			slots <- struct{}{}
-			defer func() { <-slots }()
-			outcomes[i] = ask(ctx, lab.Host(p.Client), p, e)
+			outcomes[i] = a.ask(ctx, p, e)
 		})
 	}
 	all.Wait()
 	return outcomes
 }
 
+// ask tries a probe until it brings no news.
+func (a *asker) ask(ctx context.Context, p Probe, e effort) Outcome {
+	t := newTally()
+	waves := e.plan(p)
+	for _, sources := range waves {
+		var wave sync.WaitGroup
+		for _, source := range sources {
+			wave.Go(func() {
+				answer, at, err := a.try(ctx, p, e.timeout, source)
+				t.add(source, answer, at, err)
+			})
+		}
+		wave.Wait()
+		if ctx.Err() != nil || t.complete(p, e) {
+			break
+		}
+	}
+	return t.outcome(p, len(e.sources(p)) > 1)
+}
+
+// try makes one connection, and returns the answer and who gave it.
+func (a *asker) try(ctx context.Context, p Probe, timeout time.Duration, source netip.AddrPort) (string, netip.AddrPort, error) {
+	a.tries <- struct{}{}
+	defer func() { <-a.tries }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	silent := time.AfterFunc(timeout, func() {
+		<-a.control.later()
+		cancel()
+	})
+	defer silent.Stop()
+	host := a.lab.Host(p.Client)
+	if p.Network == healthNetwork {
+		answer, err := healthAnswer(ctx, host, p.Target)
+		return answer, p.Target, err
+	}
+	answer, err := host.Ask(ctx, p.Network, source, p.Target)
+	if err != nil {
+		return "", answer.At, err
+	}
+	return fmt.Sprintf("%s %s sees %s", answer.Server, answer.At, sourceName(host, source.Addr(), answer.Seen.Addr())), answer.At, nil
+}
+
+// healthAnswer is what a health check node port answers.
+func healthAnswer(ctx context.Context, host *netlab.Host, at netip.AddrPort) (string, error) {
+	client := host.Client()
+	defer client.CloseIdleConnections()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+at.String()+"/healthz", nil)
+	if err != nil {
+		return "", err
+	}
+	response, err := client.Do(request)
+	if err != nil {
+		return "", err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		return "", err
+	}
+	var line bytes.Buffer
+	if err := json.Compact(&line, body); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("HTTP %d, weight %s, %s", response.StatusCode, response.Header.Get("X-Load-Balancing-Endpoint-Weight"), &line), nil
+}
+
 // tally is what a probe has seen so far.
 type tally struct {
+	mu                sync.Mutex
 	answers, failures map[string]bool
 	servers           map[netip.AddrPort]bool
 	// last is who answered each source address last.
-	last map[netip.Addr]netip.AddrPort
-	// failed counts the tries that failed.
-	failed int
+	last map[netip.AddrPort]netip.AddrPort
 	// moved says that one source address met several endpoints.
 	moved bool
 }
 
-// ask tries a probe until it brings no news.
-func ask(ctx context.Context, host *netlab.Host, p Probe, e effort) Outcome {
-	t := tally{answers: map[string]bool{}, failures: map[string]bool{}, servers: map[netip.AddrPort]bool{}, last: map[netip.Addr]netip.AddrPort{}}
-	sources := e.sources(p)
-	patience := e.quiet + e.perEndpoint*p.most
-	if len(sources) > 1 {
-		patience = 2 * len(sources)
+func newTally() *tally {
+	return &tally{
+		answers: map[string]bool{}, failures: map[string]bool{},
+		servers: map[netip.AddrPort]bool{}, last: map[netip.AddrPort]netip.AddrPort{},
 	}
-	for try, quiet := 0, 0; quiet < patience && ctx.Err() == nil; try++ {
-		before := len(t.answers) + len(t.failures)
-		t.try(ctx, host, p, e, sources[try%len(sources)])
-		if quiet++; len(t.answers)+len(t.failures) > before {
-			quiet = 0
-		}
-		if t.failed == e.failures || t.complete(p, e, try+1) {
-			break
-		}
-	}
-	return t.outcome(p, len(sources) > 1)
 }
 
-// complete says that further tries bring no news: nobody answers, or everybody has, and
-// once more.
-func (t *tally) complete(p Probe, e effort, tries int) bool {
+// complete says that further tries bring no news: everybody has answered, and once more,
+// or in the quick round nobody.
+func (t *tally) complete(p Probe, e effort) bool {
 	if len(t.servers) == 0 {
-		return tries >= e.failures/2
+		return e.round == 0
 	}
-	return !p.sticky && len(t.failures) == 0 && len(t.servers) == p.most && tries > p.most
+	return !p.sticky && len(t.failures) == 0 && len(t.servers) == p.most
 }
 
-func (t *tally) try(ctx context.Context, host *netlab.Host, p Probe, e effort, source netip.AddrPort) {
-	ctx, cancel := context.WithTimeout(ctx, e.timeout)
-	defer cancel()
-	a, err := host.Ask(ctx, p.Network, source, p.Target)
+// add counts one try: the answer, and who gave it.
+func (t *tally) add(source netip.AddrPort, answer string, at netip.AddrPort, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	if err != nil {
 		t.failures[failure(err)] = true
-		t.failed++
 		return
 	}
-	if last, ok := t.last[source.Addr()]; ok && last != a.At {
+	if last, ok := t.last[source]; ok && last != at {
 		t.moved = true
 	}
-	t.last[source.Addr()], t.servers[a.At] = a.At, true
-	t.answers[fmt.Sprintf("%s %s sees %s", a.Server, a.At, sourceName(host, source.Addr(), a.Seen.Addr()))] = true
+	t.last[source], t.servers[at], t.answers[answer] = at, true, true
 }
 
 // sourceName is the address that a server saw, or "its client".

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package compare runs kube-proxy and signalbox side by side. Two identical labs follow
 // one API server, which gets the same Services. Every client of a lab tries every
 // address, port and protocol. Both labs must give the same answers, and the same
@@ -18,6 +20,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"signalbox/internal/cluster"
+	"signalbox/internal/netlab"
 	"signalbox/internal/testbed"
 )
 
@@ -25,19 +28,21 @@ import (
 type Config struct {
 	// Signalbox is the binary to run.
 	Signalbox string
-	// Mode and KubeProxyMode are modes of testbed.Modes.
+	// Kubernetes is a directory with etcd, kube-apiserver and kube-proxy, or "" to build them.
+	Kubernetes string
+	// Mode is one of testbed.Modes, KubeProxyMode one of testbed.KubeProxyModes.
 	Mode, KubeProxyMode string
 	Cases               []Case
 	// OutDir is where failing cases are written.
 	OutDir string
-	// Verbose reports each difference that a repetition does not show.
+	// Verbose reports each step, and each difference that a repetition does not show.
 	Verbose bool
 	// Progress gets a line for each step.
 	Progress func(format string, args ...any)
 }
 
 // batchSize is how many cases exist at the same time.
-const batchSize = 20
+const batchSize = 100
 
 // comparison is a run.
 type comparison struct {
@@ -58,13 +63,13 @@ func Run(ctx context.Context, cfg Config, out io.Writer) (err error) {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	control, err := testbed.StartCluster(ctx, dir, cfg.Progress)
+	control, err := startCluster(ctx, cfg, dir)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, control.Stop()) }()
 	rest.SetDefaultWarningHandler(rest.NoWarnings{}) // about deprecated fields, which are compared, too
-	c := &comparison{cfg: cfg, api: api{control.Admin()}}
+	c := &comparison{cfg: cfg, api: api{control.Admin()}, report: Report{NoSCTP: netlab.SCTP()}}
 	if c.rules, err = deliberate(); err != nil {
 		return err
 	}
@@ -79,10 +84,21 @@ func Run(ctx context.Context, cfg Config, out io.Writer) (err error) {
 	return errors.Join(interrupted, c.finish(out))
 }
 
+func startCluster(ctx context.Context, cfg Config, dir string) (*cluster.Cluster, error) {
+	if cfg.Kubernetes != "" {
+		return testbed.StartPrograms(ctx, cluster.BinariesIn(cfg.Kubernetes), dir, false, cfg.Progress)
+	}
+	return testbed.StartCluster(ctx, dir, false, cfg.Progress)
+}
+
 func (c *comparison) setUp(ctx context.Context, control *cluster.Cluster, dir string) error {
 	c.cfg.Progress("building two labs")
-	signalbox := testbed.Signalbox(c.cfg.Signalbox, c.cfg.Mode)
+	signalbox := testbed.Signalbox(c.cfg.Signalbox, c.cfg.Mode, testbed.FromAPIServer)
 	signalbox.Command = append(signalbox.Command, "--nodeport-addresses=primary") // as testbed.KubeProxy
+	if c.cfg.Mode == "ipvs" && c.cfg.KubeProxyMode == "ipvs" {
+		// Otherwise most Services with a Local policy differ: see docs/ipvs.md.
+		signalbox.Command = append(signalbox.Command, "--ipvs-kube-proxy-policies")
+	}
 	proxies := []testbed.Proxy{testbed.KubeProxy(control.Binaries().KubeProxy, c.cfg.KubeProxyMode), signalbox}
 	for i, p := range proxies {
 		var err error
@@ -120,6 +136,13 @@ func (c *comparison) close() error {
 		}
 	}
 	return errors.Join(failed...)
+}
+
+// detail is progress that only a verbose run shows.
+func (c *comparison) detail(format string, args ...any) {
+	if c.cfg.Verbose {
+		c.cfg.Progress(format, args...)
+	}
 }
 
 // both does something in both labs at the same time.
@@ -188,6 +211,7 @@ func (c *comparison) runBatch(ctx context.Context, batch []Case) error {
 		if err != nil {
 			return err
 		}
+		c.detail("state %d: %d Services are written", n, len(present))
 		if err := c.converge(ctx); err != nil {
 			return err
 		}
@@ -204,12 +228,12 @@ func (c *comparison) compare(ctx context.Context, cases []Case, n int) error {
 	var of []Case // of each probe
 	for _, one := range cases {
 		for _, p := range one.probes(n) {
-			probes, of = append(probes, p), append(of, one)
+			if p.Network != "sctp" || c.report.NoSCTP == nil {
+				probes, of = append(probes, p), append(of, one)
+			}
 		}
 	}
-	if c.cfg.Verbose {
-		c.cfg.Progress("state %d: %d probes", n, len(probes))
-	}
+	c.detail("state %d: %d probes", n, len(probes))
 	outcomes := c.ask(ctx, probes, quick)
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -232,6 +256,7 @@ func (c *comparison) compare(ctx context.Context, cases []Case, n int) error {
 			c.report.Unconfirmed++
 		}
 	}
+	c.detail("state %d: %d differences to confirm", n, len(open))
 	open = c.confirm(ctx, open)
 	if ctx.Err() != nil {
 		return ctx.Err() // an interrupt ends probes early, and makes differences
@@ -273,9 +298,7 @@ func (c *comparison) confirm(ctx context.Context, open []Difference) []Differenc
 		for i, d := range open {
 			if slices.Equal(outcomes[0][i], outcomes[1][i]) {
 				c.report.Fleeting++
-				if c.cfg.Verbose {
-					c.cfg.Progress("not repeated: %s in state %d: %s: kube-proxy: %s; signalbox: %s", d.Case.Name, d.State, d.Probe, d.KubeProxy, d.Signalbox)
-				}
+				c.detail("not repeated: %s in state %d: %s: kube-proxy: %s; signalbox: %s", d.Case.Name, d.State, d.Probe, d.KubeProxy, d.Signalbox)
 				continue
 			}
 			d.KubeProxy, d.Signalbox = outcomes[0][i], outcomes[1][i]
@@ -294,7 +317,7 @@ func (c *comparison) confirm(ctx context.Context, open []Difference) []Differenc
 func (c *comparison) ask(ctx context.Context, probes []Probe, e effort) (outcomes [2][]Outcome) {
 	var all sync.WaitGroup
 	for i, s := range c.sides {
-		all.Go(func() { outcomes[i] = askAll(ctx, s.bed.Lab, probes, e) })
+		all.Go(func() { outcomes[i] = s.asker.askAll(ctx, probes, e) })
 	}
 	all.Wait()
 	return outcomes

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package compare
 
 import (
@@ -37,8 +39,15 @@ const (
 	ofExternal  = "external IP"
 	ofBalancer  = "load-balancer IP"
 	ofNodePort  = "NodePort"
+	ofHealth    = "health check node port"
 	// ofNothing is an address or port that the Service does not have.
 	ofNothing = "not of the Service"
+)
+
+// healthNetwork and healthProtocol are those of a health check node port.
+const (
+	healthNetwork                  = "http"
+	healthProtocol corev1.Protocol = "HTTP"
 )
 
 // String returns for example "pod-x to tcp 10.96.16.1:80 (cluster IP)".
@@ -92,6 +101,9 @@ func (s State) frontends() map[frontend]string {
 			all[frontend{port: p.NodePort, protocol: protocolOf(p)}] = ofNodePort
 		}
 	}
+	if port := s.Service.Spec.HealthCheckNodePort; port != 0 {
+		all[frontend{port: port, protocol: healthProtocol}] = ofHealth
+	}
 	return all
 }
 
@@ -103,9 +115,10 @@ func (c Case) probes(n int) []Probe {
 	for _, s := range c.States {
 		for f := range s.frontends() {
 			b.ever[f] = true
-			if f.addr.IsValid() {
+			switch {
+			case f.addr.IsValid():
 				addrs[f.addr] = true
-			} else {
+			case f.protocol != healthProtocol:
 				nodePorts[f.port] = true
 			}
 		}
@@ -122,6 +135,11 @@ func (c Case) probes(n int) []Probe {
 	for port := range nodePorts {
 		for _, protocol := range protocols {
 			b.add(frontend{port: port, protocol: protocol})
+		}
+	}
+	for f := range b.ever {
+		if f.protocol == healthProtocol {
+			b.add(f)
 		}
 	}
 	c.addAnnotated(&b, addrs, nodePorts)
@@ -187,11 +205,15 @@ func (b *probeBuilder) addTarget(f frontend, a netip.Addr, clients []string) {
 	if !ok {
 		kind = ofNothing
 	}
-	for _, client := range clients {
-		b.probes = append(b.probes, Probe{
-			Client: client, Network: strings.ToLower(string(f.protocol)), Target: netip.AddrPortFrom(a, uint16(f.port)), Frontend: kind,
-			service: b.service, most: b.state.endpoints(a.Is4()), sticky: ok && b.state.Service.Spec.SessionAffinity == corev1.ServiceAffinityClientIP,
-		})
+	p := Probe{
+		Network: strings.ToLower(string(f.protocol)), Target: netip.AddrPortFrom(a, uint16(f.port)), Frontend: kind,
+		service: b.service, most: b.state.endpoints(a.Is4()), sticky: ok && b.state.Service.Spec.SessionAffinity == corev1.ServiceAffinityClientIP,
+	}
+	if f.protocol == healthProtocol {
+		p.most, p.sticky = 1, false // the proxy itself answers
+	}
+	for _, p.Client = range clients {
+		b.probes = append(b.probes, p)
 	}
 }
 

@@ -1,12 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package compare
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/netip"
+	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
@@ -27,6 +34,28 @@ func small() Case {
 	first := service(corev1.ServiceSpec{Type: corev1.ServiceTypeNodePort, ClusterIPs: []string{"10.96.0.9"}, Ports: []corev1.ServicePort{port}})
 	port.NodePort = 0
 	return Case{Name: "small", States: []State{first, service(corev1.ServiceSpec{ClusterIPs: []string{"10.96.0.9"}, Ports: []corev1.ServicePort{port}})}}
+}
+
+// TestHealthCheckProbes: a health check node port is asked while the Service has it, and
+// when it has it no more.
+func TestHealthCheckProbes(t *testing.T) {
+	c := small()
+	c.States[0].Service.Spec.HealthCheckNodePort = 30082
+	for n, want := range []string{ofHealth, ofNothing} {
+		found := false
+		for _, p := range c.probes(n) {
+			if p.Target.Port() != 30082 {
+				continue
+			}
+			found = true
+			if p.Network != healthNetwork || p.Frontend != want || p.most != 1 {
+				t.Errorf("state %d: %s over %s, of %d, want %s", n, p, p.Network, p.most, want)
+			}
+		}
+		if !found {
+			t.Errorf("state %d: no probe", n)
+		}
+	}
 }
 
 // TestProbes: every state is probed at all that the Service has in any, at what the
@@ -56,7 +85,9 @@ func TestProbes(t *testing.T) {
 // endpoints, but for clients with many addresses.
 func TestSticky(t *testing.T) {
 	answered := func() *tally {
-		return &tally{answers: map[string]bool{"pod-a": true}, failures: map[string]bool{"refused": true}}
+		all := newTally()
+		all.answers["pod-a"], all.failures["refused"] = true, true
+		return all
 	}
 	p := Probe{sticky: true}
 	if got, want := answered().outcome(p, false).String(), "one endpoint answers, refused"; got != want {
@@ -75,6 +106,105 @@ func TestSticky(t *testing.T) {
 	}
 }
 
+// TestPlan: with affinity, the first connection of a source address goes alone.
+func TestPlan(t *testing.T) {
+	at := netip.MustParseAddrPort("10.96.0.9:80")
+	for _, c := range []struct {
+		name   string
+		effort effort
+		probe  Probe
+		want   string
+	}{
+		{"quick, no endpoint", quick, Probe{}, "[1 1]"},
+		{"quick, two endpoints", quick, Probe{most: 2}, "[3 5]"},
+		{"careful, one endpoint", careful, Probe{most: 1}, "[16]"},
+		{"careful, four endpoints", careful, Probe{most: 4}, "[38]"},
+		{"affinity", quick, Probe{Client: "pod-x", most: 2, sticky: true}, "[1 3 5]"},
+		{"affinity, many addresses", quick, Probe{Client: "client1", Target: at, most: 2, sticky: true}, "[24 24]"},
+	} {
+		var sizes []int
+		for _, wave := range c.effort.plan(c.probe) {
+			sizes = append(sizes, len(wave))
+		}
+		if got := fmt.Sprint(sizes); got != c.want {
+			t.Errorf("%s: waves of %s tries, want %s", c.name, got, c.want)
+		}
+	}
+}
+
+// TestComplete: a probe ends when all endpoints have answered, or in the quick round when
+// nobody has.
+func TestComplete(t *testing.T) {
+	second := careful
+	second.round = 1
+	one, two := netip.MustParseAddrPort("10.244.1.10:8080"), netip.MustParseAddrPort("10.244.1.11:8080")
+	for _, c := range []struct {
+		name    string
+		probe   Probe
+		effort  effort
+		servers []netip.AddrPort
+		err     error
+		want    bool
+	}{
+		{"nobody answers, quick", Probe{most: 2}, quick, nil, syscall.ECONNREFUSED, true},
+		{"nobody answers, careful", Probe{most: 2}, second, nil, syscall.ECONNREFUSED, false},
+		{"one of two answers", Probe{most: 2}, quick, []netip.AddrPort{one}, nil, false},
+		{"both answer", Probe{most: 2}, quick, []netip.AddrPort{one, two}, nil, true},
+		{"both answer, and a try fails", Probe{most: 2}, quick, []netip.AddrPort{one, two}, syscall.ECONNREFUSED, false},
+		{"both answer, with affinity", Probe{most: 2, sticky: true}, quick, []netip.AddrPort{one, two}, nil, false},
+	} {
+		seen := newTally()
+		for _, at := range c.servers {
+			seen.add(netip.AddrPort{}, at.String(), at, nil)
+		}
+		if c.err != nil {
+			seen.add(netip.AddrPort{}, "", netip.AddrPort{}, c.err)
+		}
+		if got := seen.complete(c.probe, c.effort); got != c.want {
+			t.Errorf("%s: complete is %v", c.name, got)
+		}
+	}
+}
+
+// TestControl: what is asked now proves nothing about a question that came before.
+func TestControl(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := &control{next: make(chan struct{})}
+		ctx, cancel := context.WithCancel(t.Context())
+		asked, answer := make(chan struct{}), make(chan error)
+		go c.run(ctx, func() error {
+			asked <- struct{}{}
+			return <-answer
+		})
+		<-asked
+		later := c.later()
+		isClosed := func() bool {
+			synctest.Wait()
+			select {
+			case <-later:
+				return true
+			default:
+				return false
+			}
+		}
+		answer <- nil
+		if isClosed() {
+			t.Error("a connection that had begun before counts")
+		}
+		<-asked
+		answer <- errors.New("lost")
+		if isClosed() {
+			t.Error("a connection without an answer counts")
+		}
+		<-asked
+		answer <- nil
+		if !isClosed() {
+			t.Error("a connection that began later does not count")
+		}
+		cancel()
+	})
+}
+
 // TestAsk needs root: it asks in a small lab without a proxy.
 func TestAsk(t *testing.T) {
 	lab, err := netlab.New(netlab.Options{})
@@ -82,13 +212,39 @@ func TestAsk(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer lab.Close()
-	pod := lab.Host("pod-c").Addr.V4
+	pod, node := lab.Host("pod-c").Addr.V4, lab.Host("node1").Addr.V4
+	health, err := lab.Host("node1").Listen("tcp", netip.AddrPortFrom(node, 30002).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("X-Load-Balancing-Endpoint-Weight", "2")
+		w.WriteHeader(http.StatusServiceUnavailable)
+		fmt.Fprint(w, "{ \"localEndpoints\":\n 2 }")
+	})}
+	go server.Serve(health)
+	defer server.Close()
+	// Whoever asks the Pod's port 8081 gets no answer.
+	if err := lab.Host("pod-c").Do(func() error {
+		return exec.Command("nft", "add table ip t; add chain ip t c { type filter hook input priority 0; }; add rule ip t c tcp dport 8081 drop").Run()
+	}); err != nil {
+		t.Fatal(err)
+	}
 	probes := []Probe{
 		{Client: "pod-x", Network: "tcp", Target: netip.AddrPortFrom(pod, 8080), most: 1},
+		{Client: "pod-x", Network: "tcp", Target: netip.AddrPortFrom(pod, 8081), most: 1},
 		{Client: "pod-x", Network: "udp", Target: netip.AddrPortFrom(pod, 8082), most: 1},
+		{Client: "client1", Network: healthNetwork, Target: netip.AddrPortFrom(node, 30002), most: 1},
+		{Client: "client1", Network: healthNetwork, Target: netip.AddrPortFrom(node, 30003), most: 1},
 	}
-	got := askAll(context.Background(), lab, probes, quick)
-	if diff := cmp.Diff([]Outcome{{"pod-c 10.244.2.10:8080 sees its client"}, {"refused"}}, got); diff != "" {
+	asker := newAsker(lab)
+	defer asker.close()
+	got := asker.askAll(t.Context(), probes, quick)
+	want := []Outcome{
+		{"pod-c 10.244.2.10:8080 sees its client"}, {"silent"}, {"refused"},
+		{`HTTP 503, weight 2, {"localEndpoints":2}`}, {"refused"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("outcomes (-want +got):\n%s", diff)
 	}
 }

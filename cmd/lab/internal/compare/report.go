@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package compare
 
 import (
@@ -24,7 +26,9 @@ type Report struct {
 	// Fleeting counts differences that a repetition did not show. Unconfirmed counts
 	// further differences of a case with many, which were not repeated.
 	Fleeting, Unconfirmed int
-	differences           []Difference
+	// NoSCTP says why no probe uses SCTP, or is nil.
+	NoSCTP      error
+	differences []Difference
 }
 
 func (r *Report) add(d Difference) { r.differences = append(r.differences, d) }
@@ -55,6 +59,9 @@ func (r *Report) counts() string {
 func (r *Report) write(out io.Writer, cfg Config) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "signalbox (%s) beside kube-proxy (%s), %d of %d cases: %s\n", cfg.Mode, cfg.KubeProxyMode, r.Cases, len(cfg.Cases), r.counts())
+	if r.NoSCTP != nil {
+		fmt.Fprintf(&b, "SCTP was not compared: %v\n", r.NoSCTP)
+	}
 	if r.Unconfirmed > 0 {
 		fmt.Fprintf(&b, "%d further differences in these cases were not repeated\n", r.Unconfirmed)
 	}

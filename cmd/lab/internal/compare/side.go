@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package compare
 
 import (
@@ -17,11 +19,12 @@ import (
 type side struct {
 	proxy   testbed.Proxy
 	bed     *testbed.Bed
+	asker   *asker
 	process *cluster.Process
 }
 
 // convergeTimeout is how long a proxy may take to serve what was written.
-const convergeTimeout = 2 * time.Minute
+const convergeTimeout = 10 * time.Minute
 
 // newSide builds a lab. Its proxy does not run yet.
 func newSide(c *cluster.Cluster, proxy testbed.Proxy, dir string) (*side, error) {
@@ -33,7 +36,7 @@ func newSide(c *cluster.Cluster, proxy testbed.Proxy, dir string) (*side, error)
 	if err != nil {
 		return nil, err
 	}
-	s := &side{proxy: proxy, bed: bed}
+	s := &side{proxy: proxy, bed: bed, asker: newAsker(bed.Lab)}
 	if err := s.prepare(); err != nil {
 		s.close()
 		return nil, err
@@ -97,7 +100,7 @@ func (s *side) awaitAnswer(ctx context.Context, at netip.AddrPort) error {
 		case <-ctx.Done():
 			return err
 		case <-s.process.Done():
-			return fmt.Errorf("the proxy ended: %w", s.process.Err())
+			return s.process.Ended()
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -108,5 +111,6 @@ func (s *side) close() error {
 		// kube-proxy ends by the signal itself, which is no fault here.
 		_ = testbed.Stop(s.process)
 	}
+	s.asker.close()
 	return s.bed.Close()
 }

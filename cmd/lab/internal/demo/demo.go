@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package demo
 
 import (
@@ -10,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"signalbox/cmd/lab/internal/measure"
+	"signalbox/internal/measure"
 	"signalbox/proxier/plan"
 )
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package demo
 
 import (
@@ -127,7 +129,7 @@ var errPipe = errors.New("the reader is gone")
 // TestMachineIsLeftAsItWas ends the demo in every way that it can be ended from
 // inside, while its daemon runs.
 func TestMachineIsLeftAsItWas(t *testing.T) {
-	const running = "signalbox run" // is printed once the daemon runs
+	const running = "signalbox --source" // is printed once the daemon runs
 	for _, c := range []struct {
 		name, script, want string
 		when               func(text string, cancel func()) error
@@ -150,8 +152,8 @@ func TestMachineIsLeftAsItWas(t *testing.T) {
 			}
 			return nil
 		}},
-		{"the daemon fails", ownLock + "echo its last words >&2; exit 3", "exit status 3; its last words:\nits last words", nil},
-		{"the daemon ends by itself", "exit 0", "ended by itself", nil},
+		{"the daemon fails", ownLock + "echo its last words >&2; exit 3", "exit status 3; its log ends with\nits last words", nil},
+		{"the daemon ends by itself", "exit 0", "ended: exit status 0", nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cfg := fakeConfig(t, c.script)

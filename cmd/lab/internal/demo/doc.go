@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package demo shows what signalbox does, on one machine and with real packets:
 // it builds a lab of network namespaces, runs the real binary on one of its
 // nodes in one mode after the other, sends real connections, and prints who

@@ -1,11 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package demo
 
 import (
-	"bytes"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -13,7 +12,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/utils/ptr"
-	"sigs.k8s.io/yaml"
 
 	"signalbox/internal/netlab"
 
@@ -63,8 +61,8 @@ func (s *service) at(kind plan.FrontendKind, f plan.Family, node netip.Addr) net
 	return netip.AddrPortFrom(netlab.Nth(netlab.ServiceNetwork.Of(f), s.number), servicePort)
 }
 
-// cluster is what the manifests must know about the lab.
-type cluster struct {
+// layout is what the manifests must know about the lab.
+type layout struct {
 	families []plan.Family
 	nodes    map[string]netlab.Pair // by name
 	pods     map[string]pod         // by name
@@ -83,10 +81,10 @@ type manifest struct {
 
 // movingManifest is the file that holds only the EndpointSlice of the moving
 // Service in one family, so that a change of it is a change of nothing else.
-func (c *cluster) movingManifest(f plan.Family, podName string) manifest {
+func (l *layout) movingManifest(f plan.Family, podName string) manifest {
 	s := moving
 	s.pods = []string{podName}
-	return manifest{fmt.Sprintf("moving-%s.yaml", f), []runtime.Object{c.slice(&s, f)}}
+	return manifest{fmt.Sprintf("moving-%s.yaml", f), []runtime.Object{l.slice(&s, f)}}
 }
 
 // perFile is how many further Services share a file.
@@ -94,16 +92,16 @@ const perFile = 100
 
 // manifests describes the cluster, the probed Services, and more Services of
 // the same four Pods.
-func manifests(c cluster, more int) []manifest {
-	files := []manifest{{"cluster.yaml", []runtime.Object{c.node("node1"), c.node("node2"), c.serviceCIDR()}}}
+func manifests(l layout, more int) []manifest {
+	files := []manifest{{"cluster.yaml", []runtime.Object{l.node("node1"), l.node("node2"), l.serviceCIDR()}}}
 	for i := range services {
 		s := &services[i]
-		file := manifest{s.name + ".yaml", []runtime.Object{c.service(s)}}
-		for _, f := range c.families {
+		file := manifest{s.name + ".yaml", []runtime.Object{l.service(s)}}
+		for _, f := range l.families {
 			if s.name == moving.name {
-				files = append(files, c.movingManifest(f, s.pods[0]))
+				files = append(files, l.movingManifest(f, s.pods[0]))
 			} else if len(s.pods) > 0 {
-				file.objects = append(file.objects, c.slice(s, f))
+				file.objects = append(file.objects, l.slice(s, f))
 			}
 		}
 		files = append(files, file)
@@ -112,9 +110,9 @@ func manifests(c cluster, more int) []manifest {
 		file := manifest{name: fmt.Sprintf("more-%05d.yaml", first)}
 		for n := first; n < min(first+perFile, more); n++ {
 			s := service{name: fmt.Sprintf("more-%05d", n), pods: allPods}
-			file.objects = append(file.objects, c.serviceAt(&s, netlab.ServiceNetwork2, n+1))
-			for _, f := range c.families {
-				file.objects = append(file.objects, c.slice(&s, f))
+			file.objects = append(file.objects, l.serviceAt(&s, netlab.ServiceNetwork2, n+1))
+			for _, f := range l.families {
+				file.objects = append(file.objects, l.slice(&s, f))
 			}
 		}
 		files = append(files, file)
@@ -122,35 +120,32 @@ func manifests(c cluster, more int) []manifest {
 	return files
 }
 
-func (c *cluster) node(name string) *corev1.Node {
+func (l *layout) node(name string) *corev1.Node {
 	n := &corev1.Node{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Node"},
 		ObjectMeta: metav1.ObjectMeta{Name: name},
 	}
-	for _, f := range c.families {
-		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: c.nodes[name].Of(f).String()})
+	for _, f := range l.families {
+		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: l.nodes[name].Of(f).String()})
 	}
 	return n
 }
 
-func (c *cluster) serviceCIDR() *networkingv1.ServiceCIDR {
+func (l *layout) serviceCIDR() *networkingv1.ServiceCIDR {
 	s := &networkingv1.ServiceCIDR{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "networking.k8s.io/v1", Kind: "ServiceCIDR"},
 		ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"},
 	}
-	for _, f := range c.families {
+	for _, f := range l.families {
 		s.Spec.CIDRs = append(s.Spec.CIDRs, netlab.ServiceNetwork.Of(f).String())
 	}
 	return s
 }
 
-func (c *cluster) service(s *service) *corev1.Service {
-	return c.serviceAt(s, netlab.ServiceNetwork, s.number)
+func (l *layout) service(s *service) *corev1.Service {
+	return l.serviceAt(s, netlab.ServiceNetwork, s.number)
 }
 
-func (c *cluster) serviceAt(s *service, network netlab.PrefixPair, number int) *corev1.Service {
+func (l *layout) serviceAt(s *service, network netlab.PrefixPair, number int) *corev1.Service {
 	o := &corev1.Service{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Service"},
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: s.name},
 		Spec: corev1.ServiceSpec{
 			Type: corev1.ServiceTypeClusterIP,
@@ -160,39 +155,38 @@ func (c *cluster) serviceAt(s *service, network netlab.PrefixPair, number int) *
 			},
 		},
 	}
-	for _, f := range c.families {
+	for _, f := range l.families {
 		o.Spec.ClusterIPs = append(o.Spec.ClusterIPs, netlab.Nth(network.Of(f), number).String())
 		o.Spec.IPFamilies = append(o.Spec.IPFamilies, corev1.IPFamily(f.String()))
 	}
 	o.Spec.ClusterIP = o.Spec.ClusterIPs[0]
 	o.Spec.IPFamilyPolicy = ptr.To(corev1.IPFamilyPolicySingleStack)
-	if len(c.families) > 1 {
+	if len(l.families) > 1 {
 		o.Spec.IPFamilyPolicy = ptr.To(corev1.IPFamilyPolicyRequireDualStack)
 	}
 	if s.sticky {
 		o.Spec.SessionAffinity = corev1.ServiceAffinityClientIP
 	}
 	if s.nodePort != 0 {
-		c.loadBalance(s, o)
+		l.loadBalance(s, o)
 	}
 	return o
 }
 
-func (c *cluster) loadBalance(s *service, o *corev1.Service) {
+func (l *layout) loadBalance(s *service, o *corev1.Service) {
 	o.Spec.Type = corev1.ServiceTypeLoadBalancer
 	o.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyCluster
 	if s.local {
 		o.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
 	}
-	for _, f := range c.families {
+	for _, f := range l.families {
 		o.Status.LoadBalancer.Ingress = append(o.Status.LoadBalancer.Ingress,
 			corev1.LoadBalancerIngress{IP: netlab.Nth(netlab.ExternalNetwork.Of(f), s.number).String()})
 	}
 }
 
-func (c *cluster) slice(s *service, f plan.Family) *discoveryv1.EndpointSlice {
+func (l *layout) slice(s *service, f plan.Family) *discoveryv1.EndpointSlice {
 	o := &discoveryv1.EndpointSlice{
-		TypeMeta: metav1.TypeMeta{APIVersion: "discovery.k8s.io/v1", Kind: "EndpointSlice"},
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: namespace, Name: fmt.Sprintf("%s-ipv%d", s.name, f),
 			Labels: map[string]string{discoveryv1.LabelServiceName: s.name},
@@ -204,7 +198,7 @@ func (c *cluster) slice(s *service, f plan.Family) *discoveryv1.EndpointSlice {
 		},
 	}
 	for _, name := range s.pods {
-		p := c.pods[name]
+		p := l.pods[name]
 		o.Endpoints = append(o.Endpoints, discoveryv1.Endpoint{
 			Addresses:  []string{p.addr.Of(f).String()},
 			NodeName:   ptr.To(p.node),
@@ -212,41 +206,4 @@ func (c *cluster) slice(s *service, f plan.Family) *discoveryv1.EndpointSlice {
 		})
 	}
 	return o
-}
-
-func (m *manifest) text() ([]byte, error) {
-	var b bytes.Buffer
-	for _, o := range m.objects {
-		text, err := yaml.Marshal(o)
-		if err != nil {
-			return nil, fmt.Errorf("manifest %s: %w", m.name, err)
-		}
-		b.WriteString("---\n")
-		b.Write(text)
-	}
-	return b.Bytes(), nil
-}
-
-// publish makes the manifest appear in a directory whole, or take the place of
-// its former version, at one moment. staging is a directory of the same file
-// system.
-func (m *manifest) publish(staging, dir string) error {
-	move, err := m.prepare(staging, dir)
-	if err != nil {
-		return err
-	}
-	return move()
-}
-
-// prepare does all of publish but its last moment.
-func (m *manifest) prepare(staging, dir string) (move func() error, err error) {
-	text, err := m.text()
-	if err != nil {
-		return nil, err
-	}
-	from := filepath.Join(staging, m.name)
-	if err := os.WriteFile(from, text, 0o644); err != nil {
-		return nil, err
-	}
-	return func() error { return os.Rename(from, filepath.Join(dir, m.name)) }, nil
 }

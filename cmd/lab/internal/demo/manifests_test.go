@@ -1,33 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package demo
 
 import (
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
-	"sigs.k8s.io/yaml"
 
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 
 	"signalbox/proxier/plan"
 )
 
-func testCluster(families ...plan.Family) cluster {
-	c := cluster{families: families, nodes: map[string]netlab.Pair{}, pods: map[string]pod{}}
+func testLayout(families ...plan.Family) layout {
+	l := layout{families: families, nodes: map[string]netlab.Pair{}, pods: map[string]pod{}}
 	for i, name := range []string{"node1", "node2"} {
-		c.nodes[name] = netlab.Pair{V4: netlab.Nth(netlab.NodeNetwork.Of(plan.IPv4), 11+i), V6: netlab.Nth(netlab.NodeNetwork.Of(plan.IPv6), 11+i)}
+		l.nodes[name] = netlab.Pair{V4: netlab.Nth(netlab.NodeNetwork.Of(plan.IPv4), 11+i), V6: netlab.Nth(netlab.NodeNetwork.Of(plan.IPv6), 11+i)}
 	}
 	for i, name := range allPods {
 		node := "node1"
 		if i > 1 {
 			node = "node2"
 		}
-		c.pods[name] = pod{node, netlab.Pair{V4: netlab.Nth(netlab.PodNetwork.Of(plan.IPv4), i+1), V6: netlab.Nth(netlab.PodNetwork.Of(plan.IPv6), i+1)}}
+		l.pods[name] = pod{node, netlab.Pair{V4: netlab.Nth(netlab.PodNetwork.Of(plan.IPv4), i+1), V6: netlab.Nth(netlab.PodNetwork.Of(plan.IPv6), i+1)}}
 	}
-	return c
+	return l
 }
 
 // TestManifestsAsText holds what a reader of --source finds; each family alone
@@ -38,8 +38,8 @@ func TestManifestsAsText(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var b strings.Builder
-			for _, m := range manifests(testCluster(families...), 1) {
-				text, err := m.text()
+			for _, m := range manifests(testLayout(families...), 1) {
+				text, err := testbed.YAML(m.objects...)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -59,7 +59,7 @@ func TestManifestsAsText(t *testing.T) {
 func TestAddressesAreUnique(t *testing.T) {
 	seen := map[string]string{}
 	count := 0
-	for _, m := range manifests(testCluster(plan.Families...), MaxServices) {
+	for _, m := range manifests(testLayout(plan.Families...), MaxServices) {
 		for _, o := range m.objects {
 			s, ok := o.(*corev1.Service)
 			if !ok {
@@ -84,39 +84,5 @@ func TestAddressesAreUnique(t *testing.T) {
 	}
 	if count != MaxServices+len(services) {
 		t.Errorf("got %d Services, want %d", count, MaxServices+len(services))
-	}
-}
-
-func TestPublishReplacesWhole(t *testing.T) {
-	staging, dir := t.TempDir(), t.TempDir()
-	c := testCluster(plan.IPv4)
-	for _, podName := range []string{"pod-a", "pod-c"} {
-		m := c.movingManifest(plan.IPv4, podName)
-		if err := m.publish(staging, dir); err != nil {
-			t.Fatal(err)
-		}
-		text, err := os.ReadFile(filepath.Join(dir, m.name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		var slice struct {
-			Endpoints []struct{ Addresses []string }
-		}
-		if err := yaml.Unmarshal(text, &slice); err != nil {
-			t.Fatal(err)
-		}
-		want := c.pods[podName].addr.V4.String()
-		if len(slice.Endpoints) != 1 || slice.Endpoints[0].Addresses[0] != want {
-			t.Errorf("got endpoints %v, want %s alone", slice.Endpoints, want)
-		}
-	}
-	for _, d := range []string{staging, dir} {
-		left, err := os.ReadDir(d)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if want := map[string]int{staging: 0, dir: 1}[d]; len(left) != want {
-			t.Errorf("%s holds %v, want %d files", d, left, want)
-		}
 	}
 }

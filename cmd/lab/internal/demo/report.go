@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package demo
 
 import (
@@ -9,7 +11,7 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"signalbox/cmd/lab/internal/measure"
+	"signalbox/internal/measure"
 	"signalbox/internal/netlab"
 )
 

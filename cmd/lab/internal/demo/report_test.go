@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package demo
 
 import (
@@ -13,7 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"signalbox/cmd/lab/internal/measure"
+	"signalbox/internal/measure"
 	"signalbox/proxier/plan"
 )
 

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package demo
 
 import (
@@ -6,7 +8,7 @@ import (
 	"net/netip"
 	"time"
 
-	"signalbox/cmd/lab/internal/measure"
+	"signalbox/internal/measure"
 	"signalbox/proxier/plan"
 )
 
@@ -15,13 +17,13 @@ import (
 // first answer of the new Pod has arrived. It connects without a pause, so the
 // result is too long by at most one connection.
 func (t *trial) change(ctx context.Context, f *familyResult) error {
-	c := t.cluster()
+	l := t.layout()
 	at := moving.at(plan.ClusterIP, f.family, netip.Addr{})
 	pods := []string{"pod-c", moving.pods[0]}
 	for n := range t.cfg.Changes {
 		to := pods[n%len(pods)]
-		m := c.movingManifest(f.family, to)
-		move, err := m.prepare(t.stagingDir(), t.sourceDir())
+		m := l.movingManifest(f.family, to)
+		move, err := t.source.Prepare(m.name, m.objects...)
 		if err != nil {
 			return err
 		}
@@ -69,7 +71,7 @@ func (t *trial) timeConnects(ctx context.Context, f *familyResult) error {
 	direct := netip.AddrPortFrom(t.lab.Host(single.pods[0]).Addr.Of(f.family), podPort)
 	err := t.lab.Host(clientPod).Do(func() error {
 		return recovered(func() (err error) {
-			f.connects, err = measure.TakeTurns(ctx, through, direct)
+			f.connects, err = measure.TakeTurns(ctx, measure.Connect, through, direct)
 			return err
 		})
 	})

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package demo
 
 import (
@@ -6,12 +8,14 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"time"
 
-	"signalbox/cmd/lab/internal/measure"
+	"signalbox/internal/cluster"
+	"signalbox/internal/measure"
 	"signalbox/internal/netlab"
+	"signalbox/internal/testbed"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -29,9 +33,11 @@ type trial struct {
 	mode Mode
 	out  *printer
 
-	lab    *netlab.Lab
-	dir    string // holds source, staging and the daemon's log
-	daemon *process
+	bed    *testbed.Bed
+	lab    *netlab.Lab // the bed's
+	source *testbed.Directory
+	daemon *cluster.Process
+	began  time.Time // the daemon's start
 	result *modeResult
 	// undo holds what close does, in reverse order.
 	undo []func() error
@@ -102,15 +108,22 @@ func (t *trial) close() error {
 }
 
 func (t *trial) makeLab(context.Context) error {
-	began := time.Now()
-	lab, err := netlab.New(netlab.Options{})
+	dir, err := os.MkdirTemp("", "signalbox-demo-")
 	if err != nil {
 		return err
 	}
-	t.lab = lab
-	t.undo = append(t.undo, lab.Close)
+	t.undo = append(t.undo, func() error { return os.RemoveAll(dir) })
+	if t.source, err = testbed.NewDirectory(dir); err != nil {
+		return err
+	}
+	began := time.Now()
+	if t.bed, err = testbed.NewFromDirectory(t.source, netlab.Options{}, dir); err != nil {
+		return err
+	}
+	t.lab = t.bed.Lab
+	t.undo = append(t.undo, t.bed.Close)
 	t.out.line("a lab of %d network namespaces: node1 under test, node2, five Pods on them, clients outside (%s)",
-		len(lab.Hosts()), measure.Brief(time.Since(began)))
+		len(t.lab.Hosts()), measure.Brief(time.Since(began)))
 	return nil
 }
 
@@ -133,6 +146,17 @@ func (t *trial) findFamilies(context.Context) error {
 	return nil
 }
 
+// recovered turns a panic into an error. What runs on another goroutine needs
+// it: a panic there would end the demo without cleaning up.
+func recovered(fn func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("panic: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return fn()
+}
+
 func (t *trial) families() []plan.Family {
 	var fs []plan.Family
 	for _, r := range t.result.families {
@@ -142,21 +166,10 @@ func (t *trial) families() []plan.Family {
 }
 
 func (t *trial) writeManifests(context.Context) error {
-	dir, err := os.MkdirTemp("", "signalbox-demo-")
-	if err != nil {
-		return err
-	}
-	t.dir = dir
-	t.undo = append(t.undo, func() error { return os.RemoveAll(dir) })
-	for _, d := range []string{t.sourceDir(), t.stagingDir()} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			return err
-		}
-	}
 	began := time.Now()
-	files := manifests(t.cluster(), t.cfg.Services)
+	files := manifests(t.layout(), t.cfg.Services)
 	for _, f := range files {
-		if err := f.publish(t.stagingDir(), t.sourceDir()); err != nil {
+		if err := t.source.Publish(f.name, f.objects...); err != nil {
 			return err
 		}
 	}
@@ -165,38 +178,34 @@ func (t *trial) writeManifests(context.Context) error {
 	return nil
 }
 
-func (t *trial) sourceDir() string  { return filepath.Join(t.dir, "source") }
-func (t *trial) stagingDir() string { return filepath.Join(t.dir, "staging") }
-
-// cluster describes the lab in the words of the manifests.
-func (t *trial) cluster() cluster {
-	c := cluster{families: t.families(), nodes: map[string]netlab.Pair{}, pods: map[string]pod{}}
+// layout describes the lab in the words of the manifests.
+func (t *trial) layout() layout {
+	l := layout{families: t.families(), nodes: map[string]netlab.Pair{}, pods: map[string]pod{}}
 	for _, name := range []string{"node1", "node2"} {
-		c.nodes[name] = t.lab.Host(name).Addr
+		l.nodes[name] = t.lab.Host(name).Addr
 	}
 	for _, p := range netlab.DefaultPods {
-		c.pods[p.Name] = pod{node: p.Node, addr: t.lab.Host(p.Name).Addr}
+		l.pods[p.Name] = pod{node: p.Node, addr: t.lab.Host(p.Name).Addr}
 	}
-	return c
+	return l
 }
 
-func (t *trial) start(context.Context) error {
-	args := []string{
-		"run", "--mode=" + t.mode.Name, "--source=" + t.sourceDir(), "--hostname-override=" + nodeUnderTest,
-		fmt.Sprintf("--cluster-cidr=%s,%s", netlab.PodNetwork.V4, netlab.PodNetwork.V6),
-	}
-	// The lock is for everybody who writes rules in a network namespace; the
-	// lab's is this daemon's alone, and the machine's lock file is not made.
-	env := append(os.Environ(), "XTABLES_LOCKFILE="+filepath.Join(t.dir, "xtables.lock"))
-	p, err := startProcess(t.lab.Host(nodeUnderTest), filepath.Join(t.dir, "log"), env, t.cfg.Binary, args...)
-	if err != nil {
+func (t *trial) start(context.Context) (err error) {
+	p := testbed.Signalbox(t.cfg.Binary, t.mode.Name, testbed.FromDirectory)
+	t.began = time.Now()
+	if t.daemon, err = t.bed.Start(p); err != nil {
 		return err
 	}
-	t.daemon = p
-	t.undo = append(t.undo, func() error { p.end(); return nil })
-	t.out.line("on node1, pid %d: signalbox %s", p.pid, strings.Join(args, " "))
+	t.undo = append(t.undo, func() error {
+		_ = t.daemon.Stop(exitTimeout) // stop has reported what it says
+		return nil
+	})
+	t.out.line("on node1, pid %d: signalbox %s", t.daemon.Pid(), strings.Join(p.Args("", t.source.Path)[1:], " "))
 	return nil
 }
+
+// exitTimeout is how long the daemon may take to end by itself.
+const exitTimeout = 10 * time.Second
 
 // probeLimit bounds one connection of the table: what takes longer is lost.
 const probeLimit = 5 * time.Second
@@ -228,7 +237,7 @@ func (t *trial) awaitServing(ctx context.Context) error {
 			time.Sleep(startResolution)      // leaves the machine to the daemon
 			continue
 		}
-		f.serving = time.Since(t.daemon.began)
+		f.serving = time.Since(t.began)
 		t.out.line("%s: first answer through a ClusterIP %s after the start", f.family, measure.Brief(f.serving))
 		waiting = waiting[1:]
 	}
@@ -237,13 +246,11 @@ func (t *trial) awaitServing(ctx context.Context) error {
 
 // alive returns an error once there is no point in waiting any longer.
 func (t *trial) alive(ctx context.Context) error {
-	select {
-	case <-t.daemon.exited:
-		return t.daemon.failure()
-	default:
+	if err := t.daemon.Ended(); err != nil {
+		return err
 	}
 	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("%w; signalbox's last words:\n%s", err, t.daemon.lastWords())
+		return fmt.Errorf("%w; signalbox's log ends with\n%s", err, t.daemon.Tail(20))
 	}
 	return nil
 }
@@ -251,18 +258,20 @@ func (t *trial) alive(ctx context.Context) error {
 func (t *trial) ask(ctx context.Context, from, network string, to netip.AddrPort, limit time.Duration) (netlab.Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	return t.lab.Host(from).Ask(ctx, network, netip.AddrPort{}, to)
+	return t.lab.Host(from).AskAndReset(ctx, network, to)
 }
 
-func (t *trial) stop(context.Context) error {
-	memory, err := t.daemon.peakMemory()
+func (t *trial) stop(ctx context.Context) error {
+	if err := t.alive(ctx); err != nil {
+		return err
+	}
+	used, err := measure.UsageOf(t.daemon.Pid())
 	if err != nil {
 		return err
 	}
-	t.daemon.end()
-	if err := t.daemon.failure(); err != nil {
-		return err
+	if err := t.daemon.Stop(exitTimeout); err != nil {
+		return fmt.Errorf("%w; its log ends with\n%s", err, t.daemon.Tail(20))
 	}
-	t.result.memory, t.result.processor = memory, t.daemon.processorTime()
+	t.result.memory, t.result.processor = int64(used.Peak), used.Processor
 	return nil
 }

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package daemon_test
+
+import (
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"signalbox/internal/netlab"
+)
+
+// TestHeals: what another program removes from the kernel is there again, without any
+// change of a Service, in each mode.
+func TestHeals(t *testing.T) {
+	for mode, damages := range map[string][]string{
+		"nftables": {
+			"nft flush map ip signalbox frontends", "nft flush chain ip signalbox nat-prerouting",
+			"nft delete table ip signalbox", "nft flush ruleset",
+		},
+		"userspace": {
+			"nft flush map ip signalbox-userspace frontends", "nft flush chain ip signalbox-userspace nat-prerouting",
+			"nft delete table ip signalbox-userspace", "nft flush ruleset",
+		},
+		"iptables": {"iptables -t nat -F KUBE-SERVICES", "iptables -t nat -F", "iptables -F KUBE-FIREWALL"},
+	} {
+		t.Run(mode, func(t *testing.T) { heals(t, mode, damages) })
+	}
+}
+
+func heals(t *testing.T, mode string, damages []string) {
+	const metrics = "http://127.0.0.1:10249/metrics"
+	lab := newLab(t)
+	node, client, pod := lab.Host("node1"), lab.Host("pod-x"), lab.Host("pod-a")
+	log := start(t, node, build(t), "run", "--source", serviceTo(t, pod), "--mode", mode, "--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16",
+		"--conntrack-max-per-core=0", "--conntrack-min=0", "--oom-score-adj=0")
+	web := netip.MustParseAddrPort("10.96.0.10:80")
+	eventually(t, "the rules are there", func() bool { return log.count("msg=synced family=IPv4") == 1 })
+	if !answers(t, client, web, hangTimeout) {
+		t.Fatal("the Service does not answer")
+	}
+	for i, damage := range damages {
+		command(t, node, damage)
+		eventually(t, "after "+damage+", the repair is counted", func() bool {
+			return strings.Contains(page(node, metrics), fmt.Sprintf("signalbox_drift_repaired_total{ip_family=\"IPv4\"} %d\n", i+1))
+		})
+		if !answers(t, client, web, hangTimeout) {
+			t.Errorf("after %s, the Service does not answer", damage)
+		}
+		if n := log.count("another program has changed"); n < i+1 {
+			t.Errorf("after %s, the log names %d repairs", damage, n)
+		}
+	}
+}
+
+// command runs a program on a host.
+func command(t *testing.T, on *netlab.Host, line string) {
+	t.Helper()
+	words := strings.Fields(line)
+	if err := on.Do(func() error {
+		out, err := exec.Command(words[0], words[1:]...).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%s: %w: %s", line, err, out)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package nodelock
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/internal/nstest"
+)
+
+// locksFor makes handles of one lock that is the test's own.
+func locksFor(t *testing.T) func() *Lock {
+	name := "@signalbox-" + strings.NewReplacer("/", "-", " ", "-").Replace(t.Name())
+	return func() *Lock {
+		s := New(slog.New(slog.NewTextHandler(t.Output(), nil)), func() []string { return nil })
+		s.abstract = name
+		t.Cleanup(s.Release)
+		return s
+	}
+}
+
+// The later process acquires the lock as soon as it asks, and the earlier one gets
+// it back when the later one ends.
+func TestNodeLock(t *testing.T) {
+	shared := t.TempDir()
+	for name, dirs := range map[string][2]string{
+		"abstract socket":   {"", ""},
+		"shared directory":  {shared, shared},
+		"own directories":   {t.TempDir(), t.TempDir()},
+		"directory missing": {"", t.TempDir()},
+	} {
+		t.Run(name, func(t *testing.T) { testHandover(t, dirs) })
+	}
+}
+
+func testHandover(t *testing.T, dirs [2]string) {
+	newLock := locksFor(t)
+	old, next := newLock(), newLock()
+	if err := old.Acquire(t.Context(), dirs[0]); err != nil {
+		t.Fatal(err)
+	}
+	taken := make(chan error, 1)
+	go func() { taken <- next.Acquire(t.Context(), dirs[1]) }()
+	who := old.NextContender(t.Context())
+	select {
+	case err := <-taken:
+		t.Fatalf("the lock was acquired before it was handed over: %v", err)
+	default:
+	}
+	if err := old.HandOver(who); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-taken; err != nil {
+		t.Fatal(err)
+	}
+
+	// The later one can tell that the other still runs, and the other that it
+	// does.
+	brief, cancel := context.WithCancel(t.Context())
+	cancel()
+	if next.WaitForPredecessors(brief) {
+		t.Error("the process that served before is taken for ended")
+	}
+	back := make(chan bool, 1)
+	go func() { back <- old.WaitWhileHandedOver(t.Context()) }()
+	next.Release()
+	for _, c := range next.predecessors { // as the end of its process does
+		c.Close()
+	}
+	if !<-back {
+		t.Error("the paused process was not told that it serves again")
+	}
+	if err := old.Acquire(t.Context(), dirs[0]); err != nil {
+		t.Error(err)
+	}
+}
+
+// A predecessor that ends while it is waited for lets the other be alone.
+func TestNodeLockOfOneThatEnds(t *testing.T) {
+	newLock := locksFor(t)
+	old, next := newLock(), newLock()
+	if err := old.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		if who := old.NextContender(t.Context()); who != nil {
+			if err := old.HandOver(who); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	if err := next.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	alone := make(chan bool, 1)
+	go func() { alone <- next.WaitForPredecessors(t.Context()) }()
+	old.successor.conn.Close()
+	if !<-alone {
+		t.Error("the other's end was not noticed")
+	}
+}
+
+// The wait for a holder that says nothing ends. A client that sends something else
+// does not cost the holder the lock.
+func TestNodeLockOfStrangers(t *testing.T) {
+	newLock := locksFor(t)
+	next := newLock()
+	next.handoverTimeout = 50 * time.Millisecond
+	mute, err := net.ListenUnix("unix", &net.UnixAddr{Name: next.abstract, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Acquire(t.Context(), ""); err == nil {
+		t.Error("the lock was acquired from a holder that does not answer")
+	}
+	mute.Close()
+	if err := next.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+
+	waiting := make(chan *Contender, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { waiting <- next.NextContender(ctx) }()
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: next.abstract, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := send(c, "hello\n"); err != nil {
+		t.Fatal(err)
+	}
+	if err := receive(c, wordReleased); err == nil || errors.Is(err, context.Canceled) {
+		t.Errorf("the answer to a strange word: %v", err)
+	}
+	cancel()
+	if who := <-waiting; who != nil {
+		t.Error("the lock was handed over to a stranger")
+	}
+}
+
+// A client that connects and says nothing keeps nobody from acquiring the lock, nor
+// the holder from ending.
+func TestNodeLockWithMuteClient(t *testing.T) {
+	newLock := locksFor(t)
+	old, next := newLock(), newLock()
+	if err := old.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	mute := func() {
+		c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: old.abstract, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+	}
+	mute()
+	old.requestTimeout = time.Hour
+	ctx, cancel := context.WithCancel(t.Context())
+	waiting := make(chan *Contender, 1)
+	go func() { waiting <- old.NextContender(ctx) }()
+	cancel()
+	if who := <-waiting; who != nil {
+		t.Error("the lock was handed over to a client that did not request it")
+	}
+
+	mute()
+	old.requestTimeout = time.Millisecond
+	go func() {
+		if who := old.NextContender(t.Context()); who != nil {
+			if err := old.HandOver(who); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	if err := next.Acquire(t.Context(), ""); err != nil {
+		t.Error(err)
+	}
+}
+
+// A holder without a descriptor hands the lock over once it has one again.
+func TestNodeLockAfterDescriptorsRanOut(t *testing.T) {
+	lock := locksFor(t)()
+	logged := make(chan string, 10)
+	lock.log = slog.New(slog.NewTextHandler(lineWriter(logged), nil))
+	if err := lock.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	client, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(client)
+	proof, err := newProof()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer proof.Close()
+	restore := nstest.NoDescriptors(t)
+	waiting := make(chan *Contender, 1)
+	go func() { waiting <- lock.NextContender(t.Context()) }()
+	if err := unix.Connect(client, &unix.SockaddrUnix{Name: lock.abstract}); err != nil {
+		t.Fatal(err)
+	}
+	if line := <-logged; !strings.Contains(line, "too many open files") {
+		t.Errorf("the log says %q", line)
+	}
+	restore()
+	if err := unix.Sendmsg(client, []byte(wordAcquire), unix.UnixRights(int(proof.Fd())), nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	if who := <-waiting; who == nil {
+		t.Error("the request was not heard")
+	} else {
+		who.conn.Close()
+	}
+}
+
+// lineWriter sends each line of a log.
+type lineWriter chan string
+
+func (w lineWriter) Write(b []byte) (int, error) {
+	w <- string(b)
+	return len(b), nil
+}
+
+// Clients that are refused do not fill the log.
+func TestNodeLockLimitsTheLog(t *testing.T) {
+	lock := locksFor(t)()
+	logged := make(chan string, 1000)
+	lock.log = slog.New(slog.NewTextHandler(lineWriter(logged), nil))
+	if err := lock.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { lock.NextContender(ctx); close(ended) }()
+	for range 100 {
+		c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: lock.abstract, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := send(c, "hello\n"); err != nil {
+			t.Fatal(err)
+		}
+		if word, err := bufio.NewReader(c).ReadString('\n'); err == nil {
+			t.Errorf("the answer to a stranger is %q", word)
+		}
+		c.Close()
+	}
+	cancel()
+	<-ended
+	if n := len(logged); n == 0 || n > 20 {
+		t.Errorf("100 refused clients cause %d lines", n)
+	}
+}
+
+// Two processes that ask at the same time acquire the lock one after the other: the
+// second is not heard when the first gets it.
+func TestNodeLockRequestedByTwo(t *testing.T) {
+	newLock := locksFor(t)
+	old, next, last := newLock(), newLock(), newLock()
+	if err := old.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: old.abstract, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	old.Release()
+	if err := errors.Join(sendRequest(c), receive(c, wordReleased)); !holderIsGone(err) {
+		t.Errorf("who was not heard is told: %v", err)
+	}
+
+	if err := old.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	taken := make(chan *Lock, 2)
+	for _, s := range []*Lock{next, last} {
+		go func() {
+			if err := s.Acquire(t.Context(), ""); err != nil {
+				t.Error(err)
+			}
+			taken <- s
+		}()
+	}
+	if err := old.HandOver(old.NextContender(t.Context())); err != nil {
+		t.Error(err)
+	}
+	first := <-taken
+	if err := first.HandOver(first.NextContender(t.Context())); err != nil {
+		t.Error(err)
+	}
+	if <-taken == first {
+		t.Error("one process acquired the lock twice")
+	}
+}
+
+// A process that was killed leaves its socket, and the next one serves.
+func TestNodeLockAfterKill(t *testing.T) {
+	newLock := locksFor(t)
+	killed, next := newLock(), newLock()
+	dir := t.TempDir()
+	if err := killed.Acquire(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range killed.held {
+		p.listener.SetUnlinkOnClose(false)
+	}
+	killed.Release()
+	if err := next.Acquire(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if len(next.held) != 2 || next.TookOver() {
+		t.Errorf("%d places are held, and another process handed over: %v", len(next.held), next.TookOver())
+	}
+}
+
+// A process that has taken the name of the abstract socket keeps nobody from serving.
+func TestNodeLockWithoutAbstractSocket(t *testing.T) {
+	lock := locksFor(t)()
+	lock.handoverTimeout = 50 * time.Millisecond
+	mute, err := net.ListenUnix("unix", &net.UnixAddr{Name: lock.abstract, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mute.Close()
+	logged := make(chan string, 10)
+	lock.log = slog.New(slog.NewTextHandler(lineWriter(logged), nil))
+	if err := lock.Acquire(t.Context(), t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	if line := <-logged; !strings.Contains(line, "another process has the node lock's abstract socket") {
+		t.Errorf("the log says %q", line)
+	}
+}
+
+// A directory that cannot be used leaves the abstract socket.
+func TestNodeLockWithoutDirectory(t *testing.T) {
+	lock := locksFor(t)()
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := lock.Acquire(t.Context(), file); err != nil || len(lock.held) != 1 {
+		t.Errorf("%d places are held: %v", len(lock.held), err)
+	}
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package nodelock
+
+import (
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"signalbox/internal/nstest"
+)
+
+// prover names the lock that TestProver asks for in a process of its own.
+const prover = "SIGNALBOX_TEST_PROVER"
+
+// Only a process that may configure this network namespace gets the lock.
+func TestProof(t *testing.T) {
+	rootWithout := &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}},
+	}
+	otherNetwork := *rootWithout
+	otherNetwork.Cloneflags |= syscall.CLONE_NEWNET
+	for name, c := range map[string]struct {
+		as    *syscall.SysProcAttr
+		word  string
+		wants string // in the log; "" if the lock is granted
+	}{
+		"root":                             {nil, "proof", ""},
+		"root without proof":               {nil, "none", "does not prove"},
+		"root with a file":                 {nil, "file", "does not prove"},
+		"root with two files":              {nil, "two", "does not prove"},
+		"root of another user namespace":   {rootWithout, "proof", "operation not permitted"},
+		"root of a namespace of its own":   {&otherNetwork, "proof", "another network namespace"},
+		"root of another network, no user": {&syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}, "proof", "another network namespace"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := t.TempDir() + "/socket" // abstract sockets belong to a network namespace
+			l, err := listenUnix(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			client := exec.Command(os.Args[0], "-test.run=^TestProver$", "-test.v")
+			client.Env = append(os.Environ(), prover+"="+c.word+" "+path)
+			client.SysProcAttr = c.as
+			client.Stdout, client.Stderr = t.Output(), t.Output()
+			if err := client.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer client.Wait()
+			conn, err := l.AcceptUnix()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			lock := locksFor(t)()
+			lock.requestTimeout = time.Minute
+			err = lock.readRequest(t.Context(), conn)
+			if c.wants == "" && err != nil || c.wants != "" && (err == nil || !strings.Contains(err.Error(), c.wants)) {
+				t.Errorf("the request: %v, want %q", err, c.wants)
+			}
+		})
+	}
+}
+
+// TestProver is the client of TestProof.
+func TestProver(t *testing.T) {
+	word, path, ok := strings.Cut(os.Getenv(prover), " ")
+	if !ok {
+		t.Skip("this is the client of TestProof")
+	}
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	switch fd := int(null.Fd()); word {
+	case "proof":
+		err = sendRequest(c)
+	case "none":
+		err = send(c, wordAcquire)
+	case "file":
+		_, _, err = c.WriteMsgUnix([]byte(wordAcquire), unix.UnixRights(fd), nil)
+	case "two":
+		_, _, err = c.WriteMsgUnix([]byte(wordAcquire), unix.UnixRights(fd, fd), nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	waitForEnd(t.Context(), c)
+}
+
+// The answer to an earlier request of the other process is not taken for the kernel's.
+func TestProofWithOldAnswer(t *testing.T) {
+	nstest.Enter(t)
+	proof, err := newProof()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer proof.Close()
+	if err := errors.Join(checkProof(proof), checkProof(proof)); err != nil {
+		t.Fatal(err)
+	}
+	request := make([]byte, unix.SizeofNlMsghdr)
+	request[0], request[4], request[6] = byte(len(request)), unix.NLMSG_NOOP, unix.NLM_F_REQUEST|unix.NLM_F_ACK
+	if err := unix.Sendto(int(proof.Fd()), request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkProof(proof); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package explain
+
+import (
+	"fmt"
+	"iter"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
+	"signalbox/proxier/syncer"
+)
+
+// Environment is what an answer needs beside the Loop.
+type Environment struct {
+	Node, Mode, Origin string
+	// Live says that the Loop writes to this node's kernel.
+	Live bool
+	// Link returns the interface by which this node reaches an address; nil if this
+	// is not the node.
+	Link func(netip.Addr) string
+}
+
+// Explain answers a question from what a Loop knows. The Loop's goroutine calls it.
+func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
+	x := explainer{loop: l, env: env, question: q, answer: &Answer{Question: q.Text, Node: env.Node, Mode: env.Mode, Origin: env.Origin}}
+	if missing, others := l.NodeMissing(); missing {
+		x.problem("no Node object is named %q, so the zone and the Pod ranges of this node are not known; there are %q", env.Node, others)
+	}
+	if q.Address.IsValid() {
+		x.address()
+	} else {
+		x.service(q.Service, plan.FrontendKey{}, q.families(l.Families()))
+	}
+	x.answer.judge()
+	return x.answer
+}
+
+// explainer makes one Answer.
+type explainer struct {
+	loop     *syncer.Loop
+	env      Environment
+	question Question
+	answer   *Answer
+	client   plan.TrafficSources // what Question.From is; plan.NoSource: not known yet
+}
+
+func (x *explainer) problem(format string, args ...any) {
+	if text := fmt.Sprintf(format, args...); !slices.Contains(x.answer.Problems, text) {
+		x.answer.Problems = append(x.answer.Problems, text)
+	}
+}
+
+// address answers a question about an address and a port.
+func (x *explainer) address() {
+	at := x.question.Address
+	family := plan.FamilyOf(at.Addr())
+	if !slices.Contains(x.loop.Families(), family) {
+		x.answer.Sentence = fmt.Sprintf("signalbox does not serve %s on this node.", family)
+		return
+	}
+	key := plan.FrontendKey{Addr: at.Addr(), Port: at.Port(), Protocol: x.question.Protocol}
+	owner, found := x.loop.Owner(family, key)
+	if !found && x.servesNodePorts(family, at.Addr()) {
+		key.Addr = netip.Addr{}
+		owner, found = x.loop.Owner(family, key)
+	}
+	if !found {
+		x.answer.Sentence = x.nobody(family, at.Addr(), key.Protocol)
+		return
+	}
+	x.service(owner.ServiceName, key, []plan.Family{family})
+	if len(x.answer.Ports) == 0 && x.answer.Sentence == "" { // the port of a health check is owned, too
+		x.answer.Sentence = fmt.Sprintf("%s is the health check port of Service %s: signalbox itself answers there.", at, owner.ServiceName)
+	}
+}
+
+// servesNodePorts says whether NodePorts are served at an address.
+func (x *explainer) servesNodePorts(family plan.Family, a netip.Addr) bool {
+	n := &x.loop.Plan(family).Node
+	switch {
+	case a.IsLoopback():
+		return n.LocalhostNodePorts
+	case n.NodePortAddrs.All:
+		return slices.Contains(x.loop.NodeAddrs(), a)
+	}
+	return slices.Contains(n.NodePortAddrs.Addrs, a)
+}
+
+// nobody says that no Service has an address and port, and what is near it.
+func (x *explainer) nobody(family plan.Family, a netip.Addr, protocol plan.Protocol) string {
+	p := x.loop.Plan(family)
+	var others []string
+	for _, sp := range p.Services {
+		for i := range sp.Frontends {
+			if f := &sp.Frontends[i]; f.Addr == a {
+				others = append(others, fmt.Sprintf("%s for port %d/%s", sp.Name, f.Port, sp.Name.Protocol))
+			}
+		}
+	}
+	slices.Sort(others)
+	text := fmt.Sprintf("No Service that signalbox serves has %s/%s", x.question.Address, protocol)
+	switch {
+	case len(others) > 0:
+		return fmt.Sprintf("%s; at this address there is %s.", text, list(others))
+	case plan.AnyContains(p.Node.ServiceCIDRs, a):
+		return text + "; the address is in the range of cluster IPs, and no Service has it."
+	case slices.Contains(x.loop.NodeAddrs(), a) && !x.servesNodePorts(family, a):
+		return text + "; it is an address of this node at which NodePorts are not served (--nodeport-addresses)."
+	}
+	return text + "."
+}
+
+// service answers for the ports of a Service that are asked for.
+func (x *explainer) service(name plan.ServiceName, key plan.FrontendKey, families []plan.Family) {
+	var reasons []service.Explanation
+	for _, family := range families {
+		s := x.loop.Service(family, name)
+		for _, p := range s.Problems {
+			x.problem("%s", p)
+		}
+		reasons = append(reasons, s.Explanation)
+		for _, sp := range s.Ports {
+			x.port(family, &s, sp, key)
+		}
+	}
+	if len(x.answer.Ports) == 0 && !x.question.Address.IsValid() {
+		x.answer.Sentence = x.notServed(name, reasons)
+	}
+}
+
+// notServed says why nothing of a Service is served.
+func (x *explainer) notServed(name plan.ServiceName, families []service.Explanation) string {
+	for _, e := range families {
+		switch {
+		case e.NotServed == plan.NoService:
+			return fmt.Sprintf("There is no Service %s, as far as signalbox knows: the API server does not tell it of headless Services, nor of those with the label %s.", name, service.LabelServiceProxyName)
+		case e.NotServed == plan.TooLarge:
+			return fmt.Sprintf("Service %s is not served: %s.", name, e.TooLarge)
+		case e.NotServed == plan.NoAddressOfFamily:
+		case e.NotServed != plan.NoReason:
+			return fmt.Sprintf("Service %s is not served: %s.", name, e.NotServed.Text())
+		case len(e.Ports) == 0:
+			return fmt.Sprintf("Service %s has no port that can be served.", name)
+		default:
+			return fmt.Sprintf("Service %s has no port %s; it has %s.", name, x.question.portText(), list(portTexts(e.Ports)))
+		}
+	}
+	return fmt.Sprintf("Service %s is not served: it has no cluster IP of an IP family that signalbox serves here.", name)
+}
+
+func (q *Question) portText() string {
+	text := q.Port
+	if q.Protocol != 0 {
+		text += "/" + q.Protocol.String()
+	}
+	return text
+}
+
+func portTexts(ports []*plan.ServicePort) []string {
+	var out []string
+	for _, sp := range ports {
+		text := fmt.Sprintf("%d/%s", portNumber(sp), sp.Name.Protocol)
+		if sp.Name.Port != "" {
+			text = sp.Name.Port + " " + text
+		}
+		out = append(out, text)
+	}
+	return out
+}
+
+// port adds the Port for a Service port, if it is asked for.
+func (x *explainer) port(family plan.Family, s *syncer.ServiceState, sp *plan.ServicePort, key plan.FrontendKey) {
+	why := s.Reasons[sp.Name]
+	p := Port{
+		name: sp.Name, Service: sp.Name.ServiceName.String(), Port: sp.Name.Port, Protocol: sp.Name.Protocol.String(), Family: family.String(),
+		AffinitySeconds: int(sp.AffinityTimeout / time.Second), Hints: hintsOf(why), SlicesLeftOut: slicesOf(why),
+	}
+	if x.env.Live {
+		p.Kernel = kernelOf(s, sp.Name)
+	}
+	sets := map[bool]*plan.EndpointSet{} // by policy: Local or not
+	for i := range sp.Frontends {
+		f := &sp.Frontends[i]
+		if !x.question.asksFor(sp, f, key) {
+			continue
+		}
+		for scope, from := range x.scopes(family, why, f) {
+			c := connection{explainer: x, family: family, port: sp, frontend: f, from: from, scope: scope, why: why, state: s.States[sp.Name], problems: s.Problems}
+			p.Connections = append(p.Connections, c.explain())
+			sets[scope.Local] = c.set()
+		}
+		p.frontends = append(p.frontends, f.Key(sp.Name.Protocol))
+	}
+	if len(p.Connections) == 0 {
+		return
+	}
+	for _, local := range []bool{false, true} {
+		if set, asked := sets[local]; asked {
+			p.Sets = append(p.Sets, setOf(why, local, set))
+		}
+	}
+	x.answer.Ports = append(x.answer.Ports, p)
+}
+
+func policy(local bool) string {
+	if local {
+		return "Local"
+	}
+	return "Cluster"
+}
+
+func setOf(why *service.Reasons, local bool, chosen *plan.EndpointSet) Set {
+	s := Set{Policy: policy(local), Endpoints: []Endpoint{}}
+	for _, e := range why.Endpoints(service.Scope{Local: local}) {
+		s.Endpoints = append(s.Endpoints, Endpoint{
+			Address: e.Addr.String(), Node: e.Node, Target: e.Target,
+			Used: chosen.Contains(e.Addr), Reason: e.Reason.String(), Text: e.Reason.Text(),
+		})
+	}
+	return s
+}
+
+func hintsOf(why *service.Reasons) []Hint {
+	var out []Hint
+	for _, h := range why.Hints {
+		if h.With > 0 {
+			out = append(out, Hint{h.Kind, h.Here, h.Reason.String(), h.Reason.Text(), h.With, h.Without})
+		}
+	}
+	return out
+}
+
+func slicesOf(why *service.Reasons) []SliceLeftOut {
+	var out []SliceLeftOut
+	for _, s := range why.Slices {
+		out = append(out, SliceLeftOut{s.Slice, s.Reason.String(), s.Reason.Text(), s.Ports, s.Endpoints})
+	}
+	return out
+}
+
+func kernelOf(s *syncer.ServiceState, name plan.ServicePortName) *Kernel {
+	state, differs := s.States[name]
+	k := &Kernel{Current: !differs || !state.Pending, TookMillis: float64(s.Took.Microseconds()) / 1000, Problem: state.Problem}
+	if !s.Written.IsZero() {
+		k.Written = &s.Written
+	}
+	if state.Quarantined != nil {
+		k.Quarantined, k.Since = state.Quarantined.Error(), &state.Since
+	}
+	return k
+}
+
+// scopes yields each scope that a frontend has, with the traffic sources that are
+// asked about.
+func (x *explainer) scopes(family plan.Family, why *service.Reasons, f *plan.Frontend) iter.Seq2[service.Scope, plan.TrafficSources] {
+	inside, outside := x.sources(family)&^plan.FromOutside, x.sources(family)&plan.FromOutside
+	return func(yield func(service.Scope, plan.TrafficSources) bool) {
+		in, out := why.Scope(f.Kind, plan.FromPods), why.Scope(f.Kind, plan.FromOutside)
+		if inside&plan.FromNode != 0 && x.bypasses(f) {
+			if !yield(service.Scope{Reason: plan.APIServer}, plan.FromNode) {
+				return
+			}
+			inside &^= plan.FromNode
+		}
+		switch {
+		case inside|outside == 0:
+		case in == out || outside == 0:
+			yield(in, inside|outside)
+		case inside == 0 || yield(in, inside):
+			yield(out, outside)
+		}
+	}
+}
+
+// bypasses says whether processes of this node that connect to a frontend come to an API
+// server.
+func (x *explainer) bypasses(f *plan.Frontend) bool {
+	if a := x.question.Address; a.IsValid() {
+		return slices.Contains(f.Bypass, a.Addr())
+	}
+	return len(f.Bypass) > 0
+}
+
+// sources are the traffic sources that are asked about. Where Pods cannot be told
+// apart, they are clients from outside.
+func (x *explainer) sources(family plan.Family) plan.TrafficSources {
+	switch from := x.question.From; {
+	case from.IsValid():
+		if x.client == plan.NoSource {
+			x.client = x.classify(family, from)
+		}
+		return x.client
+	case x.loop.Plan(family).Node.LocalPods.Known():
+		return plan.AnySource
+	}
+	return plan.FromNode | plan.FromOutside
+}
+
+// classify says which traffic source an address is, as the rules tell it.
+func (x *explainer) classify(family plan.Family, a netip.Addr) plan.TrafficSources {
+	pods := &x.loop.Plan(family).Node.LocalPods
+	byLink, link := len(pods.Prefixes) == 0 && pods.Known(), ""
+	if byLink && x.env.Link != nil {
+		link = x.env.Link(a)
+	}
+	switch {
+	case a.IsLoopback() || slices.Contains(x.loop.NodeAddrs(), a):
+		return plan.FromNode
+	case plan.AnyContains(pods.Prefixes, a),
+		pods.Interface != "" && link == pods.Interface,
+		pods.InterfacePrefix != "" && strings.HasPrefix(link, pods.InterfacePrefix):
+		return plan.FromPods
+	}
+	if byLink && x.env.Link == nil {
+		x.problem("Pods of this node are known by their interface: ask on the node whether %s is one; here it counts as a client outside of the node", a)
+	}
+	return plan.FromOutside
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package explain
+
+import (
+	"bytes"
+	"context"
+	_ "embed"
+	"fmt"
+	"html/template"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"signalbox/internal/wait"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
+)
+
+// PagePath is where Page is served. Below it, each Service has a page of its own.
+const PagePath = "/services"
+
+const (
+	// servicesOnPage is how many Services a page lists.
+	servicesOnPage = 50
+	// maxPorts and maxRows bound the page of one Service: its ports, and the lists of each.
+	maxPorts, maxRows = 20, 200
+	// pageShare bounds what pages cost: the Loop works at most one part in so many on them.
+	pageShare = 20
+)
+
+//go:embed page.html
+var pageText string
+
+var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{"join": strings.Join}).Parse(pageText))
+
+// Page answers GET requests from browsers: PagePath lists Services, and
+// PagePath/NAMESPACE/NAME explains one.
+func (d *Daemon) Page() http.Handler {
+	mux := http.NewServeMux()
+	pace := &pace{turn: make(chan struct{}, 1)}
+	handle := func(pattern string, prepare pageMaker) {
+		mux.HandleFunc("GET "+pattern, func(w http.ResponseWriter, r *http.Request) { d.servePage(w, r, pace, prepare) })
+	}
+	handle(PagePath, listPage)
+	handle(PagePath+"/{namespace}/{name}", servicePage)
+	return mux
+}
+
+// pageMaker returns the content of a page, and what fills it, for the Loop's goroutine.
+type pageMaker func(*http.Request, Subject) (fill func(), c *pageContent)
+
+// pace makes one page after the other, with pauses.
+type pace struct {
+	turn chan struct{}
+	next time.Time // of whoever has the turn
+}
+
+// ask has the Loop call fill.
+func (p *pace) ask(ctx context.Context, l *syncer.Loop, fill func()) error {
+	select {
+	case p.turn <- struct{}{}:
+		defer func() { <-p.turn }()
+	case <-ctx.Done():
+		return fmt.Errorf("too many pages are asked for: %w", ctx.Err())
+	}
+	if !wait.For(ctx, time.Until(p.next)) {
+		return fmt.Errorf("too many pages are asked for: %w", ctx.Err())
+	}
+	return l.Ask(ctx, func() {
+		began := time.Now()
+		fill()
+		p.next = time.Now().Add((pageShare - 1) * time.Since(began))
+	})
+}
+
+// pageContent is what the template prints.
+type pageContent struct {
+	Status   *Status
+	Code     int
+	Question string // the search, or the name of the Service
+	// List, or Answer.
+	List   *serviceList
+	Answer *Answer
+	// Cut says that lists of Answer are longer.
+	Cut bool
+	// Error says why there is no answer.
+	Error string
+}
+
+// serviceList is a part of the Services that a search finds.
+type serviceList struct {
+	Rows           []serviceRow
+	First, Last    int // numbers of the rows, from 1
+	Found          int
+	Previous, Next string // URLs; empty for none
+}
+
+// serviceRow is a line of the list.
+type serviceRow struct {
+	*Answer
+	Name      string
+	Frontends []string
+	// Endpoints that get new connections, of All.
+	Endpoints, All int
+	// Reasons say why connections are not served.
+	Reasons []string
+}
+
+func (d *Daemon) servePage(w http.ResponseWriter, r *http.Request, pace *pace, prepare pageMaker) {
+	s := d.current()
+	notServed := map[plan.Family][]syncer.NotServed{}
+	fill, content := prepare(r, s)
+	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
+	defer cancel()
+	err := pace.ask(ctx, s.Loop, func() {
+		fill()
+		s.readNotServed(notServed)
+	})
+	content.Status = d.status(notServed)
+	if err != nil {
+		// fill may not have been called.
+		content = &pageContent{Status: content.Status, Question: content.Question, Code: http.StatusServiceUnavailable, Error: err.Error()}
+	}
+	var page bytes.Buffer
+	if err := pageTemplate.Execute(&page, content); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", "no-store")
+	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'")
+	w.WriteHeader(content.Code)
+	_, _ = page.WriteTo(w) // fails only if the client has gone
+}
+
+// listPage lists the Services that ?q= finds, from ?page= on.
+func listPage(r *http.Request, s Subject) (func(), *pageContent) {
+	search := strings.TrimSpace(r.FormValue("q"))
+	c := &pageContent{Code: http.StatusOK, Question: search, List: &serviceList{}}
+	number, _ := strconv.Atoi(r.FormValue("page")) // 0 for none
+	return func() {
+		names := find(s.Loop, search)
+		l := c.List
+		l.Found = len(names)
+		pages := max(1, (len(names)+servicesOnPage-1)/servicesOnPage)
+		number = min(max(number, 1), pages)
+		start := (number - 1) * servicesOnPage
+		names = names[start:min(start+servicesOnPage, len(names))]
+		l.First, l.Last = min(start+1, l.Found), start+len(names)
+		at := func(n int) string {
+			if n < 1 || n > pages {
+				return ""
+			}
+			return PagePath + "?" + url.Values{"q": {search}, "page": {strconv.Itoa(n)}}.Encode()
+		}
+		l.Previous, l.Next = at(number-1), at(number+1)
+		for _, name := range names {
+			l.Rows = append(l.Rows, rowOf(name, Explain(s.Loop, s.Environment, Question{Text: name.String(), Service: name})))
+		}
+	}, c
+}
+
+// find returns the Services whose name has the text, or which have it as an address,
+// with or without a port, sorted.
+func find(l *syncer.Loop, text string) []plan.ServiceName {
+	at, err := netip.ParseAddrPort(text)
+	if err != nil {
+		a, _ := netip.ParseAddr(strings.Trim(text, "[]"))
+		at = netip.AddrPortFrom(a, 0)
+	}
+	text = strings.ToLower(text)
+	having := map[plan.ServiceName]bool{}
+	if at.Addr().IsValid() {
+		for _, family := range l.Families() {
+			for name, sp := range l.Plan(family).Services {
+				if hasAddress(sp, at) {
+					having[name.ServiceName] = true
+				}
+			}
+		}
+	}
+	return slices.DeleteFunc(l.ServiceNames(), func(name plan.ServiceName) bool {
+		return !having[name] && !strings.Contains(name.String(), text)
+	})
+}
+
+// hasAddress says whether a frontend or an endpoint has the address, and the port unless it
+// is 0.
+func hasAddress(sp *plan.ServicePort, at netip.AddrPort) bool {
+	matches := func(a netip.Addr, port uint16) bool { return a == at.Addr() && (at.Port() == 0 || at.Port() == port) }
+	if sp.Usable != nil && slices.ContainsFunc(sp.Usable.Endpoints, func(e plan.Endpoint) bool { return matches(e.Addr(), e.Port()) }) {
+		return true
+	}
+	return slices.ContainsFunc(sp.Frontends, func(f plan.Frontend) bool { return matches(f.Addr, f.Port) })
+}
+
+func rowOf(name plan.ServiceName, a *Answer) serviceRow {
+	a.Problems = a.Problems[:min(len(a.Problems), maxListed)]
+	row := serviceRow{Answer: a, Name: name.String()}
+	add := func(list *[]string, text string) {
+		if !slices.Contains(*list, text) {
+			*list = append(*list, text)
+		}
+	}
+	if a.Sentence != "" {
+		add(&row.Reasons, a.Sentence)
+	}
+	for _, p := range a.Ports {
+		for _, c := range p.Connections {
+			add(&row.Frontends, c.Address)
+			if c.Verdict != Served {
+				add(&row.Reasons, c.Sentence)
+			}
+		}
+		// The sets of one port have the same endpoints: the first is that of policy Cluster,
+		// if any connection has it.
+		if len(p.Sets) > 0 {
+			row.All += len(p.Sets[0].Endpoints)
+			for _, e := range p.Sets[0].Endpoints {
+				if e.Used {
+					row.Endpoints++
+				}
+			}
+		}
+	}
+	if more := len(row.Frontends) - maxListed; more > 0 {
+		row.Frontends = append(row.Frontends[:maxListed], fmt.Sprintf("and %d more", more))
+	}
+	if more := len(row.Reasons) - maxListed; more > 0 {
+		row.Reasons = append(row.Reasons[:maxListed], fmt.Sprintf("and %d more", more))
+	}
+	return row
+}
+
+// servicePage explains one Service.
+func servicePage(r *http.Request, s Subject) (func(), *pageContent) {
+	name := plan.ServiceName{Namespace: r.PathValue("namespace"), Name: r.PathValue("name")}
+	c := &pageContent{Code: http.StatusOK, Question: name.String()}
+	return func() {
+		c.Answer = Explain(s.Loop, s.Environment, Question{Text: name.String(), Service: name})
+		if !slices.Contains(s.Loop.ServiceNames(), name) {
+			c.Code = http.StatusNotFound
+		}
+		c.Cut = c.Answer.cut()
+	}, c
+}
+
+// cut limits each list, and says whether one was longer.
+func (a *Answer) cut() (was bool) {
+	a.Problems = first(a.Problems, maxRows, &was)
+	a.Ports = first(a.Ports, maxPorts, &was)
+	for i := range a.Ports {
+		p := &a.Ports[i]
+		p.Connections = first(p.Connections, maxRows, &was)
+		for j := range p.Connections {
+			p.Connections[j].SourceRanges = first(p.Connections[j].SourceRanges, maxRows, &was)
+		}
+		p.SlicesLeftOut = first(p.SlicesLeftOut, maxRows, &was)
+		for j := range p.Sets {
+			p.Sets[j].Endpoints = first(p.Sets[j].Endpoints, maxRows, &was)
+		}
+	}
+	return was
+}
+
+// first returns at most a number of entries, and sets cut if there are more.
+func first[T any](list []T, most int, cut *bool) []T {
+	*cut = *cut || len(list) > most
+	return list[:min(len(list), most)]
+}

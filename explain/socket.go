@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package explain
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"signalbox/internal/httpserve"
+	"signalbox/internal/namespace"
+	"signalbox/internal/rootonly"
+)
+
+// Socket is the local socket on which a daemon answers root's questions. It is not
+// open yet when zero. One goroutine uses it.
+type Socket struct {
+	dir  string
+	stop func() // nil while it is closed
+}
+
+// Open serves answers on a socket in a directory that only this process's user may
+// enter; none if dir is empty. Without the socket, everything else works.
+func (s *Socket) Open(dir string, answers http.Handler, log *slog.Logger) {
+	if s.stop != nil && s.dir == dir {
+		return
+	}
+	s.Close()
+	if s.dir = dir; dir == "" {
+		return
+	}
+	l, err := listen(dir)
+	if err != nil {
+		log.Info("there is no local socket; signalbox explain and status cannot ask this process, and Services are served without it", "directory", dir, "error", err)
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := httpserve.Serve(ctx, l, answers, log); err != nil {
+			log.Warn("the local socket has failed; signalbox explain and status cannot ask this process", "error", err)
+		}
+	}()
+	s.stop = func() { cancel(); <-ended }
+}
+
+// Close returns when the socket is closed.
+func (s *Socket) Close() {
+	if s.stop != nil {
+		s.stop()
+		s.stop = nil
+	}
+}
+
+// socketPath is that of the calling thread's network namespace, which one signalbox
+// serves.
+func socketPath(dir string) (string, error) {
+	id, err := namespace.Current()
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, fmt.Sprintf("net-%d.sock", id.Inode)), nil
+}
+
+// listen takes the place of a process that serves the namespace now, or did.
+func listen(dir string) (net.Listener, error) {
+	if err := rootonly.MakeDir(dir); err != nil {
+		return nil, err
+	}
+	path, err := socketPath(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	file, err := os.Lstat(path)
+	if err != nil {
+		l.Close()
+		return nil, err
+	}
+	return &rootListener{l, path, file}, nil
+}
+
+// rootListener accepts connections of root and of this process's own user.
+type rootListener struct {
+	*net.UnixListener
+	path string
+	file fs.FileInfo // at path
+}
+
+// Accept implements net.Listener.
+func (l *rootListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		if rootonly.CheckPeer(c) == nil {
+			return c, nil
+		}
+		c.Close()
+	}
+}
+
+// Close leaves the socket of a process that has taken the place of this one.
+func (l *rootListener) Close() error {
+	if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.file) {
+		_ = os.Remove(l.path) // the next process removes it otherwise
+	}
+	return l.UnixListener.Close()
+}
+
+// ErrNoDaemon says that no daemon has a socket for this network namespace.
+var ErrNoDaemon = errors.New("no signalbox of this network namespace answers")
+
+// Ask asks the daemon that serves this network namespace, and decodes its answer.
+func Ask(ctx context.Context, dir, path string, query url.Values, answer any) error {
+	if dir == "" {
+		return fmt.Errorf("%w: --run-dir is empty", ErrNoDaemon)
+	}
+	socket, err := socketPath(dir)
+	if err != nil {
+		return err
+	}
+	var d net.Dialer
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) }}
+	defer transport.CloseIdleConnections()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://signalbox"+path+"?"+query.Encode(), nil)
+	if err != nil {
+		return err
+	}
+	response, err := (&http.Client{Transport: transport}).Do(request)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return fmt.Errorf("%w at %s", ErrNoDaemon, socket)
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("asking the running signalbox needs root: %w", err)
+	}
+	if err != nil {
+		return fmt.Errorf("asking the running signalbox: %w", err)
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(response.Body, 4<<10))
+		return fmt.Errorf("the running signalbox does not answer: %s", strings.TrimSpace(string(text)))
+	}
+	if err := json.NewDecoder(response.Body).Decode(answer); err != nil {
+		return fmt.Errorf("reading the answer of the running signalbox: %w", err)
+	}
+	return nil
+}

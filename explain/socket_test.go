@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package explain
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"signalbox/conntrack"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/syncer"
+)
+
+// served runs the world's Loop, and a Daemon that answers on a socket.
+func (w *world) served(dir string) *Daemon {
+	w.start()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = w.loop.Run(ctx) // it never fails
+	}()
+	d := NewDaemon("v1", time.Unix(0, 0))
+	d.Follow(Subject{
+		Environment: Environment{Node: "node1", Mode: "test", Origin: "test", Live: true}, Loop: w.loop, ModeReason: "a test", Flows: flows, Problems: func() []string { return nil },
+	})
+	var s Socket
+	s.Open(dir, d.Handler(), slog.New(slog.DiscardHandler))
+	w.t.Cleanup(func() {
+		s.Close()
+		cancel()
+		<-done
+	})
+	return d
+}
+
+// flows are in the connection tracking table: one to the cluster IP, one to the NodePort
+// with an endpoint that is gone, and one to the same port of another host.
+func flows(family plan.Family, protocol plan.Protocol, fn func(conntrack.Flow)) error {
+	if family != plan.IPv4 || protocol != plan.TCP {
+		return errors.New("other flows are asked for")
+	}
+	at := netip.MustParseAddrPort
+	fn(conntrack.Flow{Client: at("10.244.1.12:4000"), Frontend: at("10.96.0.10:80"), Endpoint: at("10.244.1.5:8080"), Source: at("10.244.1.12:4000")})
+	fn(conntrack.Flow{Client: at("192.0.2.99:4001"), Frontend: at("192.0.2.1:30080"), Endpoint: at("10.244.1.99:8080"), Source: at("192.0.2.1:5000")})
+	fn(conntrack.Flow{Client: at("10.244.1.12:4002"), Frontend: at("192.0.2.77:30080"), Endpoint: at("192.0.2.77:30080"), Source: at("10.244.1.12:4002")})
+	return nil
+}
+
+func TestSocket(t *testing.T) {
+	w, dir := newWorld(t), filepath.Join(t.TempDir(), "run")
+	var answer Answer
+	ask := func(target string) error {
+		answer = Answer{}
+		return Ask(t.Context(), dir, "/explain", url.Values{"target": {target}, "from": {pod}}, &answer)
+	}
+	if err := ask(clusterIP); !errors.Is(err, ErrNoDaemon) {
+		t.Errorf("without a daemon: %v", err)
+	}
+	d := w.served(dir)
+	if err := ask(clusterIP); err != nil || answer.Verdict != Served || answer.Ports[0].Kernel.Written == nil {
+		t.Errorf("%+v, %v", answer, err)
+	}
+	if err := ask("default/web"); err != nil || answer.Ports[0].Tracked.Count != 2 || len(answer.Ports[0].Tracked.Flows) != 2 {
+		t.Errorf("%+v, %v", answer, err)
+	}
+	if f := answer.Ports[0].Tracked.Flows; !f[0].Used || f[1] != (Flow{"192.0.2.99:4001", "192.0.2.1:30080", "10.244.1.99:8080", "192.0.2.1:5000", false}) {
+		t.Errorf("the tracked connections are %+v", f)
+	}
+	if err := ask("nonsense"); err == nil || !strings.Contains(err.Error(), `"nonsense" is neither`) {
+		t.Errorf("a bad question: %v", err)
+	}
+
+	w.removed = true
+	want := Compared{"IPv4", []string{}, 0, []string{"-rule of default/web:http"}, 1, ""}
+	if err := ask("default/web"); err != nil || answer.Verdict != Unknown || len(answer.Compared) != 1 || !reflect.DeepEqual(answer.Compared[0], want) {
+		t.Errorf("without its rules: %+v, %v", answer, err)
+	}
+	var text strings.Builder
+	if answer.Print(&text); !strings.Contains(text.String(), "\n  -rule of default/web:http\n") || !strings.Contains(text.String(), "differences: 1), so connections may fare otherwise.\n") {
+		t.Errorf("without its rules:\n%s", text.String())
+	}
+	w.removed = false
+	if err := ask("default/web"); err != nil || answer.Verdict != Served || !slices.Equal(answer.Compared[0].Holds, []string{"rule of default/web:http"}) {
+		t.Errorf("with its rules: %+v, %v", answer, err)
+	}
+
+	d.Synced(syncer.SyncReport{Family: 4, Took: 1500 * time.Microsecond, Services: 1, Current: true, Totals: syncer.Totals{ServicePorts: 1, Endpoints: 3}})
+	d.Requested("services", errors.New("connection refused"))
+	d.ConfigurationRejected(errors.New("mode: magic"))
+	var status Status
+	if err := Ask(t.Context(), dir, "/status", nil, &status); err != nil {
+		t.Fatal(err)
+	}
+	f := status.Families[0]
+	if status.Well() || status.FailingRequests[0].Error != "connection refused" || f.ServicePorts != 1 || f.LastSync.TookMillis != 1.5 || !strings.Contains(status.Problems[0], "mode: magic") {
+		t.Errorf("the status is %+v", status)
+	}
+	d.Requested("services", nil)
+	d.ConfigurationRejected(nil)
+	d.ForeignRules(plan.IPv4, true)
+	if err := ask(clusterIP); err != nil || !strings.Contains(strings.Join(answer.Problems, "\n"), "another service proxy may be in force for IPv4") {
+		t.Errorf("with rules of kube-proxy: %+v, %v", answer, err)
+	}
+	d.ForeignRules(plan.IPv4, false)
+	status = Status{}
+	if err := Ask(t.Context(), dir, "/status", nil, &status); err != nil || !status.Well() {
+		t.Errorf("the status is %+v, %v", status, err)
+	}
+}
+
+// A second process that serves the namespace takes the socket, and the first leaves it
+// alone when it ends. A socket that nobody serves is replaced.
+func TestSocketChangesHands(t *testing.T) {
+	dir := t.TempDir()
+	answer := func(text string) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintf(w, "%q", text) })
+	}
+	want := func(want string) {
+		t.Helper()
+		var got string
+		if err := Ask(t.Context(), dir, "/", nil, &got); err != nil || got != want {
+			t.Errorf("%q answers, %v; want %q", got, err, want)
+		}
+	}
+	var first, second Socket
+	log := slog.New(slog.DiscardHandler)
+	first.Open(dir, answer("first"), log)
+	want("first")
+	second.Open(dir, answer("second"), log)
+	want("second")
+	first.Close()
+	want("second")
+	second.Close()
+	path, err := socketPath(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket stays: %v", err)
+	}
+	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale.SetUnlinkOnClose(false)
+	stale.Close()
+	first.Open(dir, answer("first"), log)
+	defer first.Close()
+	want("first")
+}
+
+// askedSocket names the socket for TestOtherUser in a process of another user.
+const askedSocket = "SIGNALBOX_TEST_SOCKET"
+
+// Other users than root cannot enter the directory. If they could, they would get no
+// answer.
+func TestOtherUsers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("the test changes its user and needs root")
+	}
+	parent, err := os.MkdirTemp("/tmp", "signalbox-socket-") // t.TempDir's parents are for root alone
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(parent)
+	if err := os.Chmod(parent, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(parent, "run")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	newWorld(t).served(dir)
+	if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("the directory has mode %v, %v", info.Mode(), err)
+	}
+	socket, err := socketPath(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := copyTest(t, parent)
+	connect := func() string {
+		t.Helper()
+		cmd := exec.Command(program, "-test.run=^TestOtherUser$", "-test.v")
+		cmd.Dir, cmd.Env = "/", append(os.Environ(), askedSocket+"="+socket)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return string(out)
+	}
+	if out := connect(); !strings.Contains(out, "permission denied") {
+		t.Errorf("another user enters the directory:\n%s", out)
+	}
+	for path, mode := range map[string]os.FileMode{dir: 0o755, socket: 0o777} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out := connect(); !strings.Contains(out, "got 0 bytes") {
+		t.Errorf("another user gets an answer:\n%s", out)
+	}
+}
+
+// copyTest copies this program to where another user may run it.
+func copyTest(t *testing.T, dir string) string {
+	t.Helper()
+	text, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "test")
+	if err := os.WriteFile(path, text, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestOtherUser is the part of TestOtherUsers that another user runs.
+func TestOtherUser(t *testing.T) {
+	socket := os.Getenv(askedSocket)
+	if socket == "" {
+		return
+	}
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Log(err)
+		return
+	}
+	defer conn.Close()
+	fmt.Fprint(conn, "GET /status HTTP/1.1\r\nHost: signalbox\r\n\r\n") // the answer shows whether it was read
+	answer, _ := io.ReadAll(conn)
+	t.Logf("got %d bytes", len(answer))
+}

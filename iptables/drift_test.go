@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package iptables
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"signalbox/internal/nstest"
+	"signalbox/internal/xtables"
+	"signalbox/proxier/plan"
+)
+
+// TestRepair: what another program removes is noticed, named, and there again after a full
+// write. The own writes are not noticed.
+func TestRepair(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		w := newWorld(p.opts.Family, 3)
+		desired := w.plan(10)
+		desired.Node.LocalhostNodePorts = true
+		mustSync(t, p, desired, plan.Change{All: true})
+		intact := func() []string {
+			lines := strings.Split(saved(t, p), "\n")
+			slices.Sort(lines)
+			return lines
+		}
+		quiet := func(after string) {
+			t.Helper()
+			if by, changed, _ := p.observe(); changed {
+				t.Errorf("after %s, a change by %s is noticed", after, by)
+			}
+			if found, err := p.Repair(t.Context()); err != nil || len(found.Objects) > 0 {
+				t.Errorf("after %s: found %+v, %v", after, found, err)
+			}
+		}
+		quiet("the first sync")
+		mustSync(t, p, desired, w.change(desired))
+		quiet("a change")
+		for damage, found := range map[string]string{
+			"-t nat -F KUBE-SERVICES":    "chains or rules of table nat differ",
+			"-t nat -D PREROUTING 1":     "table nat: the jump from PREROUTING to KUBE-SERVICES is missing",
+			"-t filter -F KUBE-FORWARD":  "chains or rules of table filter differ",
+			"-t filter -F KUBE-SERVICES": "chains or rules of table filter differ",
+			"-t filter -F KUBE-FIREWALL": "the chain KUBE-FIREWALL does not keep other hosts from 127.0.0.1",
+			"-t nat -F":                  "chains or rules of table nat differ",
+		} {
+			if !p.opensLoopback(&desired.Node) && strings.Contains(damage, "FIREWALL") {
+				continue
+			}
+			before := intact()
+			run(t, "", p.tools.Command, strings.Fields(damage)...)
+			by, changed, _ := p.observe()
+			if !changed || (by.Name != "") != (p.tools.Backend == NFT) {
+				t.Errorf("%s: noticed: %v, by %s", damage, changed, by)
+			}
+			got, err := p.Repair(t.Context())
+			if err != nil || !got.Rewrite || !slices.Contains(got.Objects, found) {
+				t.Errorf("%s: found %+v, %v, want %q", damage, got, err, found)
+			}
+			mustSync(t, p, desired, plan.Change{All: true})
+			if diff := cmp.Diff(before, intact()); diff != "" {
+				t.Errorf("%s: the repair makes something else (-before +after)\n%s", damage, diff)
+			}
+			quiet("the repair of " + damage)
+		}
+	})
+}
+
+// TestChangeBesideWrite: in the nft variant, a change by another program between own
+// transactions is noticed, and own transactions alone are not.
+func TestChangeBesideWrite(t *testing.T) {
+	for _, f := range plan.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			nstest.Enter(t)
+			p := newProxier(t, f, NFT)
+			mustSync(t, p, newWorld(f, 3).plan(3), plan.Change{All: true})
+			own := func() {
+				var add, remove xtables.Script
+				add.Add(nat.String(), []chain{{Name: "KUBE-SVC-TEST"}})
+				remove.Add(nat.String(), []chain{xtables.Removal("KUBE-SVC-TEST")})
+				for _, s := range []xtables.Script{add, remove} {
+					if err := p.apply(t.Context(), &s); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			for _, foreign := range []bool{false, true, false} {
+				if err := p.unseen(func() error {
+					own()
+					if foreign {
+						run(t, "", p.tools.Command, "-t", "nat", "-F", servicesChain)
+					}
+					own()
+					return nil
+				}); err != nil {
+					t.Fatal(err)
+				}
+				if by, changed, _ := p.observe(); changed != foreign {
+					t.Errorf("with a foreign change (%v), one is noticed: %v, by %s", foreign, changed, by)
+				}
+			}
+			if found, err := p.Repair(t.Context()); err != nil || !found.Rewrite {
+				t.Errorf("found %+v, %v", found, err)
+			}
+		})
+	}
+}
+
+// TestRulesOfAnotherProxy: if kube-proxy has filled the chains, Repair leaves them to it.
+func TestRulesOfAnotherProxy(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		mustSync(t, p, newWorld(p.opts.Family, 3).plan(3), plan.Change{All: true})
+		run(t, "", p.tools.Command, "-t", "filter", "-F", servicesChain)
+		run(t, "", p.tools.Command, "-t", "filter", "-A", servicesChain, "-j", "RETURN")
+		if _, changed, _ := p.observe(); !changed {
+			t.Error("the change is not noticed")
+		}
+		if found, err := p.Repair(t.Context()); err != nil || len(found.Objects) > 0 {
+			t.Errorf("found %+v, %v", found, err)
+		}
+	})
+}
+
+// TestRepairOfOneFamily: the writes of one family are not noticed in the other.
+func TestRepairOfOneFamily(t *testing.T) {
+	for _, b := range []Backend{Legacy, NFT} {
+		t.Run(string(b), func(t *testing.T) {
+			nstest.Enter(t)
+			proxiers, plans := map[plan.Family]*Proxier{}, map[plan.Family]*plan.Plan{}
+			for _, f := range plan.Families {
+				proxiers[f], plans[f] = newProxier(t, f, b), newWorld(f, 3).plan(3)
+			}
+			for range 2 {
+				for _, f := range plan.Families {
+					mustSync(t, proxiers[f], plans[f], plan.Change{All: true})
+				}
+			}
+			for f, p := range proxiers {
+				if by, changed, _ := p.observe(); changed {
+					t.Errorf("%s: a change by %s is noticed", f, by)
+				}
+			}
+			run(t, "", proxiers[plan.IPv4].tools.Command, "-t", "nat", "-F", servicesChain)
+			if _, changed, _ := proxiers[plan.IPv4].observe(); !changed {
+				t.Error("a foreign change is not noticed")
+			}
+		})
+	}
+}
+
+// TestCompare: rules are the same in the words of the tools, after a full write and after
+// changes. Each rule that another program removes, adds, replaces or moves is named.
+func TestCompare(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		w := newWorld(p.opts.Family, 3)
+		desired := w.plan(60)
+		desired.Node.LocalhostNodePorts = true
+		desired.Node.RouteSources = w.routeSources()
+		mustSync(t, p, desired, plan.Change{All: true})
+		mustSync(t, p, desired, w.change(desired))
+		compare := func(about ...plan.ServicePortName) ([]string, []string) {
+			t.Helper()
+			c, err := p.Compare(t.Context(), about...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c.Differences, c.Holds
+		}
+		if lines, _ := compare(); len(lines) > 0 {
+			t.Fatalf("%d differences before the damage:\n%s", len(lines), strings.Join(lines[:min(20, len(lines))], "\n"))
+		}
+		command := p.tools.Command[strings.LastIndex(p.tools.Command, "/")+1:]
+		name, chain, others := servedByOneSet(t, p)
+		_, holds := compare(name)
+		if !slices.ContainsFunc(holds, func(l string) bool { return strings.Contains(l, " -A "+chain+" ") }) {
+			t.Errorf("the kernel holds of %s\n%s", name, strings.Join(holds, "\n"))
+		}
+		family := xtablesName(p.opts.Family)
+		parent := wayTo(p, name)
+		for _, test := range []struct {
+			damage string
+			found  string // begins so
+			other  bool   // not about the Service
+		}{
+			{"-t nat -D " + chain + " 1", "-" + family + " -t nat -A " + chain + " ", false},
+			{"-t nat -A " + chain + " -j RETURN", "+" + family + " -t nat -A " + chain + " -j RETURN", false},
+			{"-t nat -R " + chain + " 1 -j RETURN", "-" + family + " -t nat -A " + chain + " ", false},
+			{"-t nat -F " + others, "-" + family + " -t nat -A " + others + " ", true},
+			{"-t nat -N KUBE-SVC-FOREIGN", "+" + family + " -t nat -N KUBE-SVC-FOREIGN", true},
+			{"-t nat -I KUBE-SERVICES -j " + chain, "+" + family + " -t nat -A KUBE-SERVICES -j " + chain, false},
+			{"-t nat -D PREROUTING 1", "-" + family + " -t nat -A PREROUTING ", false}, // concerns all
+			{"-t nat -F " + parent, "-" + family + " -t nat -A " + parent + " ", false},
+		} {
+			run(t, "", p.tools.Command, strings.Fields(test.damage)...)
+			has := func(lines []string) bool {
+				return slices.ContainsFunc(lines, func(l string) bool { return strings.HasPrefix(l, test.found) })
+			}
+			if lines, _ := compare(); !has(lines) {
+				t.Errorf("%s %s: found %q, want %s", command, test.damage, lines, test.found)
+			}
+			if lines, _ := compare(name); has(lines) == test.other {
+				t.Errorf("%s %s: found %q about %s", command, test.damage, lines, name)
+			}
+			mustSync(t, p, desired, plan.Change{All: true})
+			if lines, _ := compare(); len(lines) > 0 {
+				t.Errorf("after the repair of %s: %q", test.damage, lines)
+			}
+		}
+	})
+}
+
+func xtablesName(f plan.Family) string {
+	return map[plan.Family]string{plan.IPv4: "iptables", plan.IPv6: "ip6tables"}[f]
+}
+
+// wayTo is the chain that leads to the leaf with a cluster IP or an external address of the
+// Service port; "" without such a chain.
+func wayTo(p *Proxier, name plan.ServicePortName) (parent string) {
+	for _, e := range p.state.services[name].entries {
+		if e.tree != servicesTree {
+			continue
+		}
+		var chains []string
+		for c := range p.state.trees[servicesTree].way(e.key) {
+			chains = append(chains, c.Name)
+		}
+		if len(chains) > 1 {
+			return chains[len(chains)-2]
+		}
+	}
+	return ""
+}
+
+// servedByOneSet returns a Service port with a chain of the nat table that has rules and to
+// which another chain leads, and such a chain of another one.
+func servedByOneSet(t *testing.T, p *Proxier) (name plan.ServicePortName, own, other string) {
+	t.Helper()
+	for n, r := range p.state.services {
+		for _, c := range p.compiler.servicePort(r.port).chains[nat] {
+			switch {
+			case len(c.Rules) == 0 || !strings.HasPrefix(c.Name, clusterPrefix):
+			case own == "":
+				if wayTo(p, n) != "" {
+					name, own = n, c.Name
+				}
+			case n != name:
+				return name, own, c.Name
+			}
+		}
+	}
+	t.Fatal("the plan has no two Services with endpoints")
+	return name, own, other
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package syncer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"signalbox/proxier"
+	"signalbox/proxier/plan"
+	"signalbox/proxier/service"
+)
+
+// Ask has the goroutine of Run call fn between two syncs. It returns after fn, or if
+// ctx ends before the Loop has time for it. A panic in fn is an error: an answer must
+// not end the daemon.
+func (l *Loop) Ask(ctx context.Context, fn func()) error {
+	answered := make(chan error, 1)
+	question := func() {
+		err := errors.New("the answer panicked")
+		defer func() {
+			if r := recover(); r != nil {
+				err = fmt.Errorf("the answer panicked: %v", r)
+			}
+			answered <- err
+		}()
+		fn()
+		err = nil
+	}
+	select {
+	case l.questions <- question:
+		return <-answered
+	case <-ctx.Done():
+		return fmt.Errorf("the daemon is in a sync, or does not serve this node now: %w", ctx.Err())
+	}
+}
+
+// ServiceState is what a Loop knows about one Service in one family.
+type ServiceState struct {
+	service.Explanation
+	// Written is when the kernel last got a change of the Service, and Took is the
+	// duration of that sync; zero for never.
+	Written time.Time
+	Took    time.Duration
+	// States has an entry for each of the Service's ports that differs from what the
+	// kernel does.
+	States map[plan.ServicePortName]PortState
+}
+
+// PortState says how the kernel's form of a Service port differs from the planned one.
+type PortState struct {
+	Pending bool // the kernel has another form
+	// Quarantined is why the kernel refused the planned form; nil if it did not.
+	Quarantined error
+	Since       time.Time // of the quarantine
+	// Problem is how the mode serves the Service port otherwise than it asks for.
+	Problem string
+}
+
+// Service returns what the Loop knows about a Service in a family that it serves.
+func (l *Loop) Service(family plan.Family, name plan.ServiceName) ServiceState {
+	f := l.family(family)
+	s := ServiceState{
+		Explanation: service.NewResolver(&l.opts.Settings, l.tracker, family).Explain(name),
+		States:      map[plan.ServicePortName]PortState{},
+	}
+	if p := f.planner.services[name]; p != nil && p.written != 0 {
+		s.Written, s.Took = time.Unix(0, p.written), p.took
+	}
+	for _, sp := range s.Ports {
+		_, pending := f.planner.changed[sp.Name]
+		p, odd := f.problemOf[sp.Name]
+		if refused := f.quarantinedPorts[sp.Name]; pending || odd {
+			s.States[sp.Name] = PortState{pending, refused.err, refused.since, p.Reason}
+		}
+	}
+	return s
+}
+
+// Owner returns the Service port that serves a frontend; false for none.
+func (l *Loop) Owner(family plan.Family, key plan.FrontendKey) (plan.ServicePortName, bool) {
+	owner, found := l.family(family).planner.ownership.owners[key]
+	return owner.by, found
+}
+
+// ServiceNames returns every Service that the Loop knows, sorted.
+func (l *Loop) ServiceNames() []plan.ServiceName { return l.tracker.ServiceNames(nil) }
+
+// Families returns the families that are served.
+func (l *Loop) Families() []plan.Family {
+	var out []plan.Family
+	for _, f := range l.families {
+		out = append(out, f.family)
+	}
+	return out
+}
+
+func (l *Loop) family(family plan.Family) *familyLoop {
+	return l.families[slices.IndexFunc(l.families, func(f *familyLoop) bool { return f.family == family })]
+}
+
+// NotServed is a Service, or a port of one, that the kernel lacks in its planned form.
+type NotServed struct {
+	Service string // "namespace/name:port"
+	Reason  string
+	Since   time.Time
+}
+
+// Quarantined lists what is in quarantine in a family, sorted by name.
+func (l *Loop) Quarantined(family plan.Family) []NotServed {
+	f := l.family(family)
+	var out []NotServed
+	for _, name := range slices.SortedFunc(maps.Keys(f.quarantinedPorts), plan.ServicePortName.Compare) {
+		p := f.quarantinedPorts[name]
+		out = append(out, NotServed{name.String(), p.err.Error(), p.since})
+	}
+	for _, name := range slices.SortedFunc(maps.Keys(f.oversized), plan.ServiceName.Compare) {
+		o := f.oversized[name]
+		out = append(out, NotServed{name.String(), o.reason, o.since})
+	}
+	return out
+}
+
+// Compare has the mode compare the kernel with what it wrote. See proxier.Proxier.
+func (l *Loop) Compare(ctx context.Context, family plan.Family, about ...plan.ServicePortName) (proxier.Comparison, error) {
+	return l.family(family).proxier.Compare(ctx, about...)
+}
+
+// RelayPrefix holds the addresses of the mode's relay in a family; not valid for a mode
+// without a relay. See proxier.Proxier.
+func (l *Loop) RelayPrefix(family plan.Family) netip.Prefix {
+	return l.family(family).proxier.RelayPrefix()
+}
+
+// NodeMissing says whether no Node object has the name of this node, and names the
+// Node objects of other nodes, sorted.
+func (l *Loop) NodeMissing() (missing bool, others []string) {
+	_, others = l.tracker.NodeExists()
+	return l.nodeMissing, others
+}
+
+// NodeAddrs returns the addresses of this node: those of its interfaces, and those that
+// its Node object has.
+func (l *Loop) NodeAddrs() []netip.Addr {
+	return slices.Concat(l.local, l.tracker.NodeAddrs())
+}
