@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package e2e tests the signalbox binary on a node of a lab: Services come from
 // a real kube-apiserver, and real packets say what became of them. It has no
 // code but tests; see internal/cluster for the control plane.

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package e2e
 
 import (
@@ -56,7 +58,7 @@ func (s *site) launchSignalbox(mode string) *program {
 func (s *site) launchKubeProxy(mode string) *program {
 	s.Helper()
 	p := testbed.KubeProxy(binaries.KubeProxy, mode)
-	args := append(p.Args(s.kubeconfig), "-v", "2")
+	args := append(p.Args(s.kubeconfig, ""), "-v", "2")
 	return s.launch("kube-proxy", mode, s.toolsFirst(p.Tools), args[0], args[1:]...)
 }
 
@@ -100,7 +102,7 @@ var signs = map[string]string{
 	"signalbox userspace":        "table ip6 signalbox-userspace",
 }
 
-// serves waits until signalbox has written all and removed what others wrote.
+// serves waits until signalbox has written all and removed the foreign rules.
 func (s *site) serves(p *program) {
 	s.Helper()
 	s.eventually("signalbox in mode "+p.mode, func() error {

@@ -1,16 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package e2e
 
 import (
-	"context"
-	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"testing"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
 
 	"signalbox/internal/cluster"
 	"signalbox/internal/testbed"
@@ -137,25 +135,8 @@ func TestKubernetesService(t *testing.T) {
 		svc, err := s.client.CoreV1().Services("default").Get(s.Context(), "kubernetes", metav1.GetOptions{})
 		s.must(err)
 		for _, from := range []string{"pod-x", "node1"} {
-			config, err := shared.Config("admin", "system:masters")
-			s.must(err)
-			config.Host = "https://" + netip.AddrPortFrom(clusterIP(svc, false), 443).String()
-			config.Timeout = askPatience
-			config.Dial = func(ctx context.Context, network, addr string) (c net.Conn, err error) {
-				err = s.lab.Host(from).Do(func() error {
-					c, err = new(net.Dialer).DialContext(ctx, network, addr)
-					return err
-				})
-				return c, err
-			}
-			client, err := kubernetes.NewForConfig(config)
-			s.must(err)
 			s.eventually("the API server from "+from, func() error {
-				version, err := client.Discovery().ServerVersion()
-				if err == nil && version.GitVersion != cluster.KubeVersion {
-					err = fmt.Errorf("version %s", version)
-				}
-				return err
+				return s.asksAPIServer(from, netip.AddrPortFrom(clusterIP(svc, false), 443))
 			})
 		}
 	})

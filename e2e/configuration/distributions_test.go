@@ -1,4 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package configuration
+
+import (
+	"context"
+	"os/exec"
+	"syscall"
+	"testing"
+)
 
 // distributions are command lines and files that distributions start kube-proxy
 // with, without what is of one cluster.
@@ -28,4 +37,17 @@ var distributions = []input{
 	{args: "--hostname-override=node-1", file: "clientConnection: {acceptContentTypes: \"\", burst: 0, contentType: \"\", kubeconfig: KUBECONFIG, qps: 0}\nclusterCIDR: 10.244.0.0/16\nconntrack: {maxPerCore: 0, min: null, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: null}\nfeatureGates: {SidecarContainers: true}\nmetricsBindAddress: 0.0.0.0:10249\nmode: iptables\nnodePortAddresses: null", accepted: true},
 	{args: "--hostname-override=node-1", file: "bindAddress: 0.0.0.0\nclientConnection: {burst: 10, contentType: application/vnd.kubernetes.protobuf, kubeconfig: KUBECONFIG, qps: 5}\nclusterCIDR: 10.233.64.0/18\nconfigSyncPeriod: 15m0s\nconntrack: {maxPerCore: 0, min: 131072, tcpCloseWaitTimeout: 1h0m0s, tcpEstablishedTimeout: 24h0m0s}\nenableProfiling: false\nhealthzBindAddress: 0.0.0.0:10256\nhostnameOverride: node-1\niptables: {masqueradeAll: false, masqueradeBit: 14, minSyncPeriod: 0s, syncPeriod: 30s}\nipvs: {excludeCIDRs: [], minSyncPeriod: 0s, scheduler: rr, syncPeriod: 30s, strictARP: false, tcpTimeout: 0s, tcpFinTimeout: 0s, udpTimeout: 0s}\nmetricsBindAddress: 127.0.0.1:10249\nmode: nftables\nnodePortAddresses: []\noomScoreAdj: -999\nportRange: \"\"\nfeatureGates: {AllBeta: false, SupportIPVSProxyMode: true}", accepted: true},
 	{args: "--hostname-override=node-1", file: "mode: iptables\nfeatureGates: {AllBeta: true, KubeProxyIPVS: true, KubeletInUserNamespace: true, UserNamespacesSupport: true}"},
+}
+
+// In MicroK8s, kubelite runs kube-proxy's command in its own process, which ends when the
+// command fails. The flag of docs/recipes.md ends the command without an error.
+func TestMicroK8sWithoutKubeProxy(t *testing.T) {
+	kubeProxy, _ := build(t)
+	ctx, cancel := context.WithTimeout(t.Context(), hangTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, kubeProxy, "--cluster-cidr=10.1.0.0/16", "--healthz-bind-address=127.0.0.1", "--profiling=false", "--help=true")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET} // for a kube-proxy that runs
+	if said, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v: %v\n%s", cmd.Args, err, said)
+	}
 }

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package configuration
 
 // inputs are what both are started with.

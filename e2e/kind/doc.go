@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package kind runs signalbox as it is deployed: the DaemonSet of the folder
 // manifests in a cluster with real nodes, asked from real Pods. Its tests have
 // the build tag kind, because they need such a cluster and minutes of time;

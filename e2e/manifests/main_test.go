@@ -1,7 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package manifests
 
 import (
 	"context"
+	"log/slog"
 	"net/netip"
 	"testing"
 
@@ -13,6 +16,7 @@ import (
 var shared *cluster.Cluster
 
 func TestMain(m *testing.M) {
+	slog.SetLogLoggerLevel(slog.LevelWarn) // helm reports each link in the chart
 	cluster.Share(m, cluster.Options{
 		ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:10:96::/112")},
 		Advertise:    netip.MustParseAddr("192.0.2.1"),

@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package manifests
 
 import (
@@ -35,9 +37,25 @@ func Kustomize(dir string) ([]*unstructured.Unstructured, error) {
 	return objects(text)
 }
 
+// hookAnnotation marks what helm does not install with the rest.
+const hookAnnotation = "helm.sh/hook"
+
 // Helm renders the chart in a directory. Values that its schema refuses are an
-// error.
-func Helm(dir string, values map[string]any) ([]*unstructured.Unstructured, error) {
+// error. hooks are the objects that helm creates at another time, such as for
+// `helm test`.
+func Helm(dir string, values map[string]any) (installed, hooks []*unstructured.Unstructured, err error) {
+	all, err := helm(dir, values)
+	for _, o := range all {
+		if o.GetAnnotations()[hookAnnotation] != "" {
+			hooks = append(hooks, o)
+		} else {
+			installed = append(installed, o)
+		}
+	}
+	return installed, hooks, err
+}
+
+func helm(dir string, values map[string]any) ([]*unstructured.Unstructured, error) {
 	chart, err := loader.Load(dir)
 	if err != nil {
 		return nil, err

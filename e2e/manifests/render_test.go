@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package manifests
 
 import (
@@ -36,7 +38,7 @@ func kustomized(t *testing.T, dir string) []*unstructured.Unstructured {
 
 func helmed(t *testing.T, values map[string]any) []*unstructured.Unstructured {
 	t.Helper()
-	out, err := Helm(chart, values)
+	out, _, err := Helm(chart, values)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,11 +189,14 @@ func TestChartRefuses(t *testing.T) {
 		"a misspelt value":            {"mod", "iptables", "mod"},
 		"health nowhere":              {"config", map[string]any{"healthzBindAddress": "0"}, "healthzBindAddress"},
 		"health for the node alone":   {"config", map[string]any{"healthzBindAddress": "127.0.0.1:10256"}, "healthzBindAddress"},
+		"metrics out of reach":        {"podMonitor", map[string]any{"enabled": true}, "metricsBindAddress"},
+		"a flag of the chart's own":   {"extraArgs", []any{"--mode=ipvs"}, "extraArgs"},
+		"a toleration without a form": {"tolerations", []any{"all"}, "tolerations"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			values := chartValues("nftables")
 			values[change.key] = change.value
-			if _, err := Helm(chart, values); err == nil || !strings.Contains(err.Error(), change.want) {
+			if _, _, err := Helm(chart, values); err == nil || !strings.Contains(err.Error(), change.want) {
 				t.Errorf("Helm = %v, want an error about %s", err, change.want)
 			}
 		})

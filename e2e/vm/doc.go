@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package vm runs compiled Go tests in a virtual machine with Debian's kernel,
 // and makes their results the results of an ordinary test.
 //

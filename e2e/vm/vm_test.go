@@ -1,8 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+
 package vm
 
 import (
 	"flag"
 	"os"
+	"path/filepath"
+	"slices"
 	"testing"
 
 	"signalbox/internal/cluster"
@@ -13,6 +17,9 @@ var iptables = []string{
 	"iptables-nft", "iptables-nft-save", "iptables-nft-restore", "ip6tables-nft", "ip6tables-nft-save", "ip6tables-nft-restore",
 	"iptables-legacy", "iptables-legacy-save", "iptables-legacy-restore", "ip6tables-legacy", "ip6tables-legacy-save", "ip6tables-legacy-restore",
 }
+
+// systemIPTables are the names that kube-proxy calls in ipvs mode.
+var systemIPTables = []string{"iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"}
 
 // TestFeatures fails where the kernel or a tool lacks what the modes need, and
 // says so more plainly than the contract can.
@@ -70,19 +77,19 @@ func TestIPVS(t *testing.T) {
 	guestTest{dir: "../..", pkg: "./ipvs", tools: []string{"nft"}, skip: "^TestCost$"}.run(t)
 }
 
+// TestNodeFaults runs the daemon's tests that need this kernel: kill -9, `signalbox trace` and
+// --reset-removed-endpoints in ipvs mode, and a table of connections that is full.
+func TestNodeFaults(t *testing.T) {
+	guestTest{
+		dir: "../..", pkg: "./daemon", only: "^(TestKilled|TestTrace|TestResetRemovedEndpoints)$/^ipvs$|^TestConntrackTableFull$", tools: append([]string{"nft"}, iptables...),
+		programs: map[string]string{"SIGNALBOX": buildSignalbox(t)},
+	}.run(t)
+}
+
 // TestKubeProxy hands a node from the real kube-proxy in ipvs mode to signalbox
 // and back: to its ipvs mode, and with -soak to its nftables mode.
 func TestKubeProxy(t *testing.T) {
-	programs, err := cluster.Build(t.Context(), t.Logf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signalbox := os.Getenv("SIGNALBOX")
-	if signalbox == "" {
-		if signalbox, err = cluster.BuildSignalbox(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-	}
+	programs, signalbox := build(t)
 	g := guestTest{
 		pkg: "./kubeproxy", tags: "guest", only: "^TestTakeover$/^ipvs$", tools: append([]string{"nft", "ipset"}, iptables...),
 		programs: map[string]string{"SIGNALBOX_VM_KUBE_PROXY": programs.KubeProxy, "SIGNALBOX_VM_SIGNALBOX": signalbox},
@@ -91,4 +98,49 @@ func TestKubeProxy(t *testing.T) {
 		g.only = ""
 	}
 	g.run(t)
+}
+
+// TestCompare runs `lab compare` on random Services, in ipvs mode, and with SCTP in other
+// modes. A real API server takes minutes on an emulated processor.
+func TestCompare(t *testing.T) {
+	if !*soak {
+		t.Skip("it takes minutes: -soak runs it")
+	}
+	programs, signalbox := build(t)
+	// The machine mounts its own /tmp.
+	lab, err := filepath.Abs("../.cache/lab")
+	if err != nil {
+		t.Fatal(err)
+	}
+	goBuild(t, "../..", "build", "-o", lab, "./cmd/lab")
+	guestTest{
+		pkg: "./compare", tags: "guest", tools: slices.Concat([]string{"nft", "ipset"}, systemIPTables, iptables),
+		programs: map[string]string{
+			"SIGNALBOX_VM_ETCD": programs.Etcd, "SIGNALBOX_VM_API_SERVER": programs.APIServer, "SIGNALBOX_VM_KUBE_PROXY": programs.KubeProxy,
+			"SIGNALBOX_VM_SIGNALBOX": signalbox, "SIGNALBOX_VM_LAB": lab,
+		},
+	}.run(t)
+}
+
+// build makes the programs of Kubernetes and signalbox.
+func build(t *testing.T) (programs cluster.Binaries, signalbox string) {
+	t.Helper()
+	programs, err := cluster.Build(t.Context(), t.Logf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return programs, buildSignalbox(t)
+}
+
+// buildSignalbox makes signalbox, or takes the program that SIGNALBOX names.
+func buildSignalbox(t *testing.T) string {
+	t.Helper()
+	if path := os.Getenv("SIGNALBOX"); path != "" {
+		return path
+	}
+	path, err := cluster.BuildSignalbox(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
 }

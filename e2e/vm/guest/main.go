@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Guest is process 1 of the virtual machines of package vm. It prepares the
 // kernel, runs one program, sends what the program writes to the host, and
 // turns the machine off.
@@ -67,6 +69,10 @@ func run() (code int, err error) {
 	}
 	if err := loopback(); err != nil {
 		return 0, err
+	}
+	// An API server writes the hostname into a label, which must not be "(none)".
+	if err := unix.Sethostname([]byte("machine")); err != nil {
+		return 0, fmt.Errorf("setting the hostname: %w", err)
 	}
 	return execute(&s)
 }

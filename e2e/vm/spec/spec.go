@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Package spec is what the host and process 1 of a virtual machine say to each
 // other.
 package spec

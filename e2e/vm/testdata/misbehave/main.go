@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+
 // Misbehave is a program that ends in the way its argument names, or not at
 // all.
 package main
