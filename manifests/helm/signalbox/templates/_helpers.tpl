@@ -8,9 +8,9 @@ imagePullPolicy: {{ . }}
 {{- end }}
 {{- end }}
 
-{{- /* Where the tools of iptables are called. */}}
+{{- /* Where the tools of iptables are called. The mode auto may come to iptables. */}}
 {{- define "signalbox.callsIptables" -}}
-{{- if or .Values.takeover (has .Values.mode (list "iptables" "ipvs")) }}yes{{ end }}
+{{- if or .Values.takeover (has .Values.mode (list "auto" "iptables" "ipvs")) }}yes{{ end }}
 {{- end }}
 
 {{- /* Where the kubelet's probes ask. */}}
@@ -30,4 +30,13 @@ clientConnection:
 # What the kubelet gives to system-node-critical Pods: to be safer than that,
 # signalbox would need CAP_SYS_RESOURCE.
 oomScoreAdj: -997
+{{- end }}
+
+{{- /* The port at which Prometheus finds the metrics from another host. */}}
+{{- define "signalbox.metricsPort" -}}
+{{- $at := default "127.0.0.1:10249" .Values.config.metricsBindAddress | toString -}}
+{{- if or (not (regexMatch ":[0-9]+$" $at)) (hasPrefix "127." $at) (hasPrefix "[::1]" $at) -}}
+{{- fail (printf "podMonitor.enabled: config.metricsBindAddress is %q, which Prometheus does not reach; set it to 0.0.0.0:10249" $at) -}}
+{{- end -}}
+{{- regexFind "[0-9]+$" $at -}}
 {{- end }}
