@@ -49,8 +49,9 @@ func heals(t *testing.T, mode string, damages []string) {
 		if !answers(t, client, web, hangTimeout) {
 			t.Errorf("after %s, the Service does not answer", damage)
 		}
-		if n := log.count("another program has changed"); n < i+1 {
-			t.Errorf("after %s, the log names %d repairs", damage, n)
+		program, _, _ := strings.Cut(damage, " ")
+		if n := log.count(fmt.Sprintf("it is repaired\" family=IPv4 process=\"%s (", program)); n < i+1 {
+			t.Errorf("after %s, the log names the program in %d repairs", damage, n)
 		}
 	}
 }

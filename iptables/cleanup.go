@@ -255,7 +255,7 @@ func remove(ctx context.Context, t *xtables.Tools, o ownedChains) (removed bool,
 		removed = removed || removes
 		script.Add(table, chains, builtin...)
 	}
-	return removed, t.Apply(ctx, script)
+	return removed, t.Unobserved(func() error { return t.Apply(ctx, script) })
 }
 
 // mayBeIn asks the kernel for chains with known names. A listing by the tools takes seconds

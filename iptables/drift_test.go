@@ -3,14 +3,19 @@
 package iptables
 
 import (
+	"context"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"k8s.io/apimachinery/pkg/util/wait"
 
 	"signalbox/internal/nstest"
 	"signalbox/internal/xtables"
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
@@ -52,9 +57,12 @@ func TestRepair(t *testing.T) {
 			}
 			before := intact()
 			run(t, "", p.tools.Command, strings.Fields(damage)...)
-			by, changed, _ := p.observe()
-			if !changed || (by.Name != "") != (p.tools.Backend == NFT) {
-				t.Errorf("%s: noticed: %v, by %s", damage, changed, by)
+			want := ""
+			if p.tools.Backend == NFT {
+				want = filepath.Base(p.tools.Command)
+			}
+			if by := noticed(t, p, damage); by.Name != want {
+				t.Errorf("%s: by %s, want %q", damage, by, want)
 			}
 			got, err := p.Repair(t.Context())
 			if err != nil || !got.Rewrite || !slices.Contains(got.Objects, found) {
@@ -65,6 +73,43 @@ func TestRepair(t *testing.T) {
 				t.Errorf("%s: the repair makes something else (-before +after)\n%s", damage, diff)
 			}
 			quiet("the repair of " + damage)
+		}
+	})
+}
+
+// noticed waits until a change by other software is noticed.
+func noticed(t *testing.T, p *Proxier, what string) (by proxier.Writer) {
+	t.Helper()
+	if err := wait.PollUntilContextTimeout(t.Context(), time.Millisecond, time.Minute, true, func(context.Context) (changed bool, _ error) {
+		by, changed, _ = p.observe()
+		return changed, nil
+	}); err != nil {
+		t.Fatalf("%s is not noticed: %v", what, err)
+	}
+	return by
+}
+
+// TestOtherTables: changes of other tables, and the removal of what kube-proxy left, are
+// not noticed. In the nft variant notifications come in order.
+func TestOtherTables(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		for _, table := range []string{"mangle", "nat", "filter"} {
+			run(t, "", p.tools.Command, "-t", table, "-N", canaryChain)
+		}
+		mustSync(t, p, newWorld(p.opts.Family, 3).plan(3), plan.Change{All: true})
+		before, _, _ := p.observer.Changes()
+		if removed, err := CleanupKubeProxy(p.opts.Family, p.tools.Backend); !removed || err != nil {
+			t.Fatalf("the removal: %v, %v", removed, err)
+		}
+		run(t, "", p.tools.Command, "-t", "mangle", "-N", "OTHER")
+		if p.tools.Backend == NFT {
+			nstest.NFT(t, "add table ip other; add chain ip other filter", "-f", "-")
+			run(t, "", p.tools.Command, "-t", "filter", "-N", "LAST")
+			noticed(t, p, "a change")
+			before++
+		}
+		if n, by, err := p.observer.Changes(); n != before || err != nil {
+			t.Errorf("%d changes, want %d; the last by %s, %v", n, before, by, err)
 		}
 	})
 }
@@ -88,7 +133,7 @@ func TestChangeBesideWrite(t *testing.T) {
 				}
 			}
 			for _, foreign := range []bool{false, true, false} {
-				if err := p.unseen(func() error {
+				if err := p.tools.Unobserved(func() error {
 					own()
 					if foreign {
 						run(t, "", p.tools.Command, "-t", "nat", "-F", servicesChain)
@@ -115,9 +160,7 @@ func TestRulesOfAnotherProxy(t *testing.T) {
 		mustSync(t, p, newWorld(p.opts.Family, 3).plan(3), plan.Change{All: true})
 		run(t, "", p.tools.Command, "-t", "filter", "-F", servicesChain)
 		run(t, "", p.tools.Command, "-t", "filter", "-A", servicesChain, "-j", "RETURN")
-		if _, changed, _ := p.observe(); !changed {
-			t.Error("the change is not noticed")
-		}
+		noticed(t, p, "the change")
 		if found, err := p.Repair(t.Context()); err != nil || len(found.Objects) > 0 {
 			t.Errorf("found %+v, %v", found, err)
 		}
@@ -144,9 +187,7 @@ func TestRepairOfOneFamily(t *testing.T) {
 				}
 			}
 			run(t, "", proxiers[plan.IPv4].tools.Command, "-t", "nat", "-F", servicesChain)
-			if _, changed, _ := proxiers[plan.IPv4].observe(); !changed {
-				t.Error("a foreign change is not noticed")
-			}
+			noticed(t, proxiers[plan.IPv4], "a foreign change")
 		})
 	}
 }

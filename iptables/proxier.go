@@ -418,7 +418,7 @@ func (p *Proxier) write(ctx context.Context, node *plan.Node, s *xtables.Script)
 	if !p.started {
 		p.observe()
 	}
-	return p.unseen(func() error {
+	return p.tools.Unobserved(func() error {
 		if node != nil {
 			if err := p.prepareNode(node); err != nil {
 				return err
@@ -426,13 +426,6 @@ func (p *Proxier) write(ctx context.Context, node *plan.Node, s *xtables.Script)
 		}
 		return p.apply(ctx, s)
 	})
-}
-
-func (p *Proxier) unseen(write func() error) error {
-	if p.observer == nil {
-		return write()
-	}
-	return p.observer.Write(p.tools, write)
 }
 
 // apply forgets the state if the kernel may hold another one.

@@ -69,7 +69,7 @@ func (t *Table) Subscribe() error {
 	if err != nil {
 		return fmt.Errorf("subscribe to changes of table %s: %w", t.table.Name, err)
 	}
-	t.changes, err = notify.Subscribe(byte(t.IPFamily.Table), t.table.Name, port)
+	t.changes, err = notify.Subscribe(byte(t.IPFamily.Table), port, t.table.Name)
 	return err
 }
 
@@ -123,16 +123,12 @@ func (t *Table) flush() error {
 	if t.changes == nil || n < mutedElements {
 		return t.conn.Flush()
 	}
-	return t.changes.Mute(t.generation, t.conn.Flush)
-}
-
-// generation is the kernel's count of transactions.
-func (t *Table) generation() (uint32, error) {
-	gen, err := t.conn.GetGen()
-	if err != nil {
-		return 0, fmt.Errorf("count transactions: %w", err)
-	}
-	return gen.ID, nil
+	return t.changes.Mute(func() (transactions int, err error) {
+		if err = t.conn.Flush(); err == nil {
+			transactions = 1
+		}
+		return transactions, err
+	})
 }
 
 // isRefusal says whether the transaction was not sent, or the kernel answered with an

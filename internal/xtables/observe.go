@@ -7,128 +7,190 @@ import (
 	"sync"
 
 	"signalbox/internal/namespace"
+	"signalbox/nft"
 	"signalbox/nft/notify"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
 
-// Observer counts the changes of the tables nat and filter by other software. It asks the
-// kernel with one or two system calls. In the nft variant a change of any table counts. In
-// the legacy variant a rule that replaces one of the same size does not, and neither does a
-// change during an own write.
+// Observer counts the changes of one family's tables nat and filter by other software.
 //
-// In the nft variant both families have the same Observer: nf_tables counts the
-// transactions of both together.
+// In the nft variant nf_tables notifies of changes, a moment later. In the legacy variant
+// the kernel is asked. Then a rule that replaces one of the same size does not count, and
+// neither does a change during an own write.
 type Observer struct {
-	look func() (state any, by proxier.Writer, err error)
-	// count returns the number of transactions between two states; nil where the kernel
-	// does not count.
-	count func(before, after any) int
-	close func() error
-
-	mu      sync.Mutex // guards what follows, and is held by Write
-	last    any        // what look returned last
-	changes int
-	by      proxier.Writer // of the last change
-	users   int            // guarded by observers
+	observed
+	key   observerKey
+	users int // guarded by observers
 }
 
-// observers has the Observers of the nft variant.
+type observed interface {
+	// Changes returns the number of changes so far, and in the nft variant which process
+	// made the last one.
+	Changes() (n int, by proxier.Writer, err error)
+	// write runs an own write with these tools, which does not count.
+	write(t *Tools, write func() error) error
+	close() error
+}
+
+// observedTables are the tables that an Observer is about.
+var observedTables = []string{"nat", "filter"}
+
+type observerKey struct {
+	namespace namespace.ID
+	backend   Backend
+	family    plan.Family
+}
+
+// observers has the Observers in use.
 var observers = struct {
 	sync.Mutex
-	byNamespace map[namespace.ID]*Observer
-}{byNamespace: map[namespace.ID]*Observer{}}
+	byKey map[observerKey]*Observer
+}{byKey: map[observerKey]*Observer{}}
+
+func (t *Tools) observerKey() (observerKey, error) {
+	id, err := namespace.Current()
+	return observerKey{id, t.Backend, t.Family}, err
+}
 
 // Observe makes an Observer for the network namespace of the calling thread.
 func (t *Tools) Observe() (*Observer, error) {
-	if t.Backend == Legacy {
-		return observeLegacy(t.Family)
-	}
-	id, err := namespace.Current()
+	key, err := t.observerKey()
 	if err != nil {
 		return nil, err
 	}
 	observers.Lock()
 	defer observers.Unlock()
-	o := observers.byNamespace[id]
+	o := observers.byKey[key]
 	if o == nil {
-		g, err := notify.OpenGenerations()
+		o = &Observer{key: key}
+		if t.Backend == NFT {
+			o.observed, err = observeNFT(t.Family)
+		} else {
+			o.observed, err = observeLegacy(t.Family)
+		}
 		if err != nil {
 			return nil, err
 		}
-		o = &Observer{look: func() (any, proxier.Writer, error) {
-			last, err := g.Last()
-			return last.ID, proxier.Writer{Name: last.Process, PID: last.PID}, err
-		}, count: func(before, after any) int {
-			return int(after.(uint32) - before.(uint32))
-		}, close: func() error {
-			delete(observers.byNamespace, id)
-			return g.Close()
-		}}
-		observers.byNamespace[id] = o
+		observers.byKey[key] = o
 	}
 	o.users++
 	return o, nil
 }
 
-// Close closes the connection to the kernel after the last user.
+// Close ends the observation with its last user.
 func (o *Observer) Close() error {
 	observers.Lock()
 	defer observers.Unlock()
 	if o.users--; o.users > 0 {
 		return nil
 	}
+	delete(observers.byKey, o.key)
 	return o.close()
 }
 
-// Changes returns the number of changes so far, and in the nft variant which process made
-// the last one.
-func (o *Observer) Changes() (n int, by proxier.Writer, err error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	err = o.refresh()
-	return o.changes, o.by, err
+// Unobserved runs a write of this process with these tools. No Observer counts it. If the
+// kernel has more transactions meanwhile than the tools made, that is a change by other
+// software. Its name is not known.
+func (t *Tools) Unobserved(write func() error) error {
+	key, err := t.observerKey()
+	if err != nil {
+		return write()
+	}
+	observers.Lock()
+	o := observers.byKey[key]
+	if o != nil {
+		o.users++
+	}
+	observers.Unlock()
+	if o == nil {
+		return write()
+	}
+	defer o.Close()
+	return o.write(t, write)
 }
 
-// Write runs an own write with these tools, which does not count. If the kernel has had
-// more transactions meanwhile than the tools made, that is a change by other software.
-// Its name is not known: the last transaction may be an own one.
-func (o *Observer) Write(t *Tools, write func() error) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	known := o.refresh() == nil
-	t.transactions = 0
-	err := write()
-	now, _, lookErr := o.look()
-	if !known || lookErr != nil {
-		return err
+// nftObserver is for the nft variant.
+type nftObserver struct{ *notify.Subscription }
+
+func observeNFT(f plan.Family) (observed, error) {
+	s, err := notify.Subscribe(byte(nft.FamilyOf(f).Table), notify.NoWriter, observedTables...)
+	if err != nil {
+		return nil, err
 	}
-	if o.count != nil && o.count(o.last, now) > t.transactions {
-		o.by = proxier.Writer{}
-		o.changes++
-	}
-	o.last = now
-	return err
+	return nftObserver{s}, nil
 }
 
-func (o *Observer) refresh() error {
-	now, by, err := o.look()
-	if err == nil && now != o.last {
-		o.last, o.by = now, by
-		o.changes++
-	}
-	return err
+func (o nftObserver) Changes() (n int, by proxier.Writer, err error) {
+	n, last := o.Subscription.Changes()
+	return n, proxier.Writer{Name: last.Process, PID: last.PID}, nil
 }
 
-func observeLegacy(f plan.Family) (*Observer, error) {
+func (o nftObserver) write(t *Tools, write func() error) error {
+	return o.Mute(func() (int, error) {
+		t.transactions = 0
+		err := write()
+		return t.transactions, err
+	})
+}
+
+func (o nftObserver) close() error {
+	o.Close()
+	return nil
+}
+
+// legacyObserver is for the legacy variant.
+type legacyObserver struct {
+	socket legacySocket
+
+	mu      sync.Mutex // guards what follows, and is held by write
+	last    [2]tableInfo
+	changes int
+}
+
+func observeLegacy(f plan.Family) (observed, error) {
 	s, err := openLegacy(f)
 	if err != nil {
 		return nil, err
 	}
-	look := func() (any, proxier.Writer, error) {
-		nat, natErr := s.info("nat")
-		filter, filterErr := s.info("filter")
-		return [2]tableInfo{nat, filter}, proxier.Writer{}, errors.Join(natErr, filterErr)
-	}
-	return &Observer{look: look, close: s.close, users: 1}, nil
+	return &legacyObserver{socket: s}, nil
 }
+
+func (o *legacyObserver) look() (now [2]tableInfo, err error) {
+	for i, table := range observedTables {
+		var lookErr error
+		now[i], lookErr = o.socket.info(table)
+		err = errors.Join(err, lookErr)
+	}
+	return now, err
+}
+
+func (o *legacyObserver) Changes() (n int, by proxier.Writer, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	err = o.refresh()
+	return o.changes, by, err
+}
+
+// refresh counts a change since the last look. The lock is held.
+func (o *legacyObserver) refresh() error {
+	now, err := o.look()
+	if err == nil && now != o.last {
+		o.last = now
+		o.changes++
+	}
+	return err
+}
+
+func (o *legacyObserver) write(_ *Tools, write func() error) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	known := o.refresh() == nil
+	err := write()
+	if now, lookErr := o.look(); known && lookErr == nil {
+		o.last = now
+	}
+	return err
+}
+
+func (o *legacyObserver) close() error { return o.socket.close() }

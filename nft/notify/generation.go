@@ -4,62 +4,50 @@ package notify
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// Generations counts the transactions of a network namespace, by any software.
-type Generations struct{ conn *netlink.Conn }
-
-// Generation is the number of the last transaction, and the process that made it.
-type Generation struct {
-	ID, PID uint32
-	Process string
+// generation is the number of a transaction of a network namespace. A notification also
+// has the process that made it. An answer has the process that asked.
+type generation struct {
+	id, pid uint32
+	process string
 }
 
-// OpenGenerations opens a socket in the network namespace of the calling thread.
-func OpenGenerations() (*Generations, error) {
-	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return nil, fmt.Errorf("open netlink to nf_tables: %w", err)
-	}
-	return &Generations{conn}, nil
-}
-
-// Close closes the socket.
-func (g *Generations) Close() error { return g.conn.Close() }
-
-// Last asks the kernel.
-func (g *Generations) Last() (last Generation, err error) {
-	answers, err := g.conn.Execute(netlink.Message{
+// generation asks for the number of the last transaction, by any software.
+func (l *listener) generation() (id uint32, err error) {
+	answers, err := l.asking.Execute(netlink.Message{
 		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETGEN, Flags: netlink.Request},
 		Data:   make([]byte, nfgenmsg),
 	})
+	var attributes *netlink.AttributeDecoder
+	switch {
+	case err != nil:
+	case len(answers) != 1 || len(answers[0].Data) < nfgenmsg:
+		err = errors.New("an unknown answer")
+	default:
+		attributes, err = netlink.NewAttributeDecoder(answers[0].Data[nfgenmsg:])
+	}
 	if err != nil {
-		return last, fmt.Errorf("count the transactions of nf_tables: %w", err)
+		return 0, fmt.Errorf("count the transactions of nf_tables: %w", err)
 	}
-	for _, m := range answers {
-		attributes, err := netlink.NewAttributeDecoder(m.Data[nfgenmsg:])
-		if err != nil {
-			return last, fmt.Errorf("count the transactions of nf_tables: %w", err)
-		}
-		last = readGeneration(attributes)
-	}
-	return last, nil
+	return readGeneration(attributes).id, nil
 }
 
-func readGeneration(attributes *netlink.AttributeDecoder) (g Generation) {
+func readGeneration(attributes *netlink.AttributeDecoder) (g generation) {
 	attributes.ByteOrder = binary.BigEndian
 	for attributes.Next() {
 		switch attributes.Type() {
 		case unix.NFTA_GEN_ID:
-			g.ID = attributes.Uint32()
+			g.id = attributes.Uint32()
 		case unix.NFTA_GEN_PROC_PID:
-			g.PID = attributes.Uint32()
+			g.pid = attributes.Uint32()
 		case unix.NFTA_GEN_PROC_NAME:
-			g.Process = attributes.String()
+			g.process = attributes.String()
 		}
 	}
 	return g

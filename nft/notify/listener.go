@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,6 +22,7 @@ import (
 type listener struct {
 	id     namespace.ID
 	conn   *netlink.Conn
+	asking *netlink.Conn // for generation
 	closed atomic.Bool
 	done   chan struct{} // closed when run returns
 	muting sync.Mutex    // held by Mute
@@ -40,9 +42,15 @@ func listen(id namespace.ID) (*listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &listener{id: id, conn: conn, done: make(chan struct{}), subscriptions: map[*Subscription]struct{}{}}
+	asking, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	l := &listener{id: id, conn: conn, asking: asking, done: make(chan struct{}), subscriptions: map[*Subscription]struct{}{}}
 	if err := conn.JoinGroup(unix.NFNLGRP_NFTABLES); err != nil {
 		conn.Close()
+		asking.Close()
 		return nil, fmt.Errorf("join the group of nf_tables: %w", err)
 	}
 	go l.run()
@@ -70,6 +78,7 @@ func (l *listener) remove(s *Subscription) {
 	}
 	l.closed.Store(true)
 	l.conn.Close()
+	l.asking.Close()
 	<-l.done
 }
 
@@ -82,6 +91,9 @@ const senderOffset = 12
 func (l *listener) filter() error {
 	program := []bpf.Instruction{bpf.LoadAbsolute{Off: senderOffset, Size: 4}}
 	for s := range l.subscriptions {
+		if s.writer == NoWriter {
+			continue
+		}
 		port := binary.BigEndian.Uint32(binary.NativeEndian.AppendUint32(nil, s.writer))
 		program = append(program,
 			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: port, SkipTrue: 1},
@@ -150,13 +162,13 @@ func (l *listener) touch(family byte, table string, rules bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for s := range l.subscriptions {
-		if s.family == family && s.table == table {
+		if s.family == family && slices.Contains(s.tables, table) {
 			s.touch(rules)
 		}
 	}
 }
 
-func (l *listener) commit(g Generation) {
+func (l *listener) commit(g generation) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for s := range l.subscriptions {

@@ -40,25 +40,32 @@ const (
 	maxDelay = time.Second
 )
 
-// Subscription follows one table.
+// Subscription follows tables of one family.
 type Subscription struct {
 	listener *listener
 	family   byte
-	table    string
+	tables   []string
 	writer   uint32 // netlink port of the own connection
 	wake     chan struct{}
 
 	mu      sync.Mutex // guards what follows
 	pending Change
+	// changes counts the transactions that concern the tables, and the losses.
+	changes int
+	// last is the change that changes counted last.
+	last Change
 	// touched and rules are about the transaction whose end is to come.
 	touched, rules bool
 }
 
-// Subscribe follows a table in the network namespace of the calling thread. What the
+// NoWriter is for a process that writes with other programs, inside Mute.
+const NoWriter = 0
+
+// Subscribe follows tables in the network namespace of the calling thread. What the
 // netlink port writer sends is this process's own. Close ends the subscription.
-func Subscribe(family byte, table string, writer uint32) (*Subscription, error) {
+func Subscribe(family byte, writer uint32, tables ...string) (*Subscription, error) {
 	fail := func(err error) (*Subscription, error) {
-		return nil, fmt.Errorf("subscribe to changes of table %s: %w", table, err)
+		return nil, fmt.Errorf("subscribe to changes of tables %q: %w", tables, err)
 	}
 	id, err := namespace.Current()
 	if err != nil {
@@ -72,7 +79,7 @@ func Subscribe(family byte, table string, writer uint32) (*Subscription, error) 
 			return fail(err)
 		}
 	}
-	s := &Subscription{listener: l, family: family, table: table, writer: writer, wake: make(chan struct{}, 1)}
+	s := &Subscription{listener: l, family: family, tables: tables, writer: writer, wake: make(chan struct{}, 1)}
 	if err := l.add(s); err != nil {
 		l.remove(s)
 		return fail(err)
@@ -117,6 +124,13 @@ func (s *Subscription) Next(ctx context.Context) (Change, bool) {
 	return c, true
 }
 
+// Changes returns the number of changes by other software so far, and the last of them.
+func (s *Subscription) Changes() (n int, last Change) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changes, s.last
+}
+
 func (s *Subscription) wakeUp() {
 	select {
 	case s.wake <- struct{}{}:
@@ -132,15 +146,21 @@ func (s *Subscription) touch(rules bool) {
 }
 
 // commit records the end of a transaction.
-func (s *Subscription) commit(g Generation) {
+func (s *Subscription) commit(g generation) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.touched {
 		return
 	}
 	s.pending.Rules = s.pending.Rules || s.rules
-	s.pending.Process, s.pending.PID = g.Process, g.PID
-	s.touched, s.rules = false, false
+	s.pending.Process, s.pending.PID = g.process, g.pid
+	s.count(Change{Rules: s.rules, Process: g.process, PID: g.pid})
+}
+
+// count counts a change, and begins with the next transaction.
+func (s *Subscription) count(c Change) {
+	s.changes++
+	s.last, s.touched, s.rules = c, false, false
 	s.wakeUp()
 }
 
@@ -148,28 +168,25 @@ func (s *Subscription) lose() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.pending.Rules = s.pending.Rules || s.rules
-	s.pending.Lost, s.touched, s.rules = true, false, false
-	s.wakeUp()
+	s.pending.Lost = true
+	s.count(Change{Rules: s.rules, Lost: true})
 }
 
-// Mute runs write, which sends one transaction, without notifications. If there is
-// anybody to notify, the kernel keeps memory for each element of a transaction until its
-// end: 1.1 GB for 131,000 elements (Linux 6.18). generation returns the kernel's count of
-// transactions. It tells whether other software wrote meanwhile.
-func (s *Subscription) Mute(generation func() (uint32, error), write func() error) error {
+// Mute runs write without notifications. write returns how many transactions it made, at
+// most. If the kernel counts more, other software wrote meanwhile.
+//
+// If there is anybody to notify, the kernel keeps memory for each element of a transaction
+// until its end: 1.1 GB for 131,000 elements (Linux 6.18).
+func (s *Subscription) Mute(write func() (transactions int, err error)) error {
 	l := s.listener
 	l.muting.Lock()
 	defer l.muting.Unlock()
-	before, beforeErr := generation()
+	before, beforeErr := l.generation()
 	leaveErr := l.conn.LeaveGroup(unix.NFNLGRP_NFTABLES)
-	err := write()
+	own, err := write()
 	joinErr := l.conn.JoinGroup(unix.NFNLGRP_NFTABLES)
-	after, afterErr := generation()
-	var own uint32
-	if err == nil {
-		own = 1
-	}
-	if errors.Join(beforeErr, leaveErr, joinErr, afterErr) != nil || after-before != own {
+	after, afterErr := l.generation()
+	if errors.Join(beforeErr, leaveErr, joinErr, afterErr) != nil || int(after-before) > own {
 		l.lose()
 	}
 	return err

@@ -39,7 +39,7 @@ func newWorld(t *testing.T) *world {
 	}
 	table := &nftables.Table{Name: "services", Family: nftables.TableFamilyIPv4}
 	w := &world{t, own, nil, table, &nftables.Set{Table: table, Name: "numbers", KeyType: nftables.TypeMark}}
-	if w.Subscription, err = Subscribe(byte(table.Family), table.Name, port); err != nil {
+	if w.Subscription, err = Subscribe(byte(table.Family), port, table.Name); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -101,13 +101,7 @@ func (w *world) addOwn(from, to uint32) {
 	}
 }
 
-func (w *world) generation() (uint32, error) {
-	gen, err := w.own.GetGen()
-	if err != nil {
-		return 0, err
-	}
-	return gen.ID, nil
-}
+func (w *world) flush() (transactions int, err error) { return 1, w.own.Flush() }
 
 var (
 	elements = Change{Process: "nft"}
@@ -158,7 +152,7 @@ func TestOwnTransactions(t *testing.T) {
 	defer other.CloseLasting()
 	port, err := other.GetPortID()
 	w.must(err)
-	second, err := Subscribe(byte(nftables.TableFamilyIPv6), "services", port)
+	second, err := Subscribe(byte(nftables.TableFamilyIPv6), port, "services")
 	w.must(err)
 	w.own.AddChain(&nftables.Chain{Table: w.table, Name: "b"})
 	w.must(w.own.Flush())
@@ -176,14 +170,14 @@ func TestOwnTransactions(t *testing.T) {
 func TestMute(t *testing.T) {
 	w := newWorld(t)
 	w.addOwn(1000, 3000)
-	w.must(w.Mute(w.generation, w.own.Flush))
+	w.must(w.Mute(w.flush))
 	w.foreign("add element ip services numbers { 3 }")
 	w.wantNext("after a muted transaction", elements)
 
 	w.addOwn(3000, 5000)
-	w.must(w.Mute(w.generation, func() error {
+	w.must(w.Mute(func() (int, error) {
 		w.foreign("add chain ip services b")
-		return w.own.Flush()
+		return w.flush()
 	}))
 	w.wantNext("after a foreign transaction meanwhile", Change{Lost: true})
 }
@@ -192,7 +186,7 @@ func TestMute(t *testing.T) {
 func TestMuteOfFailure(t *testing.T) {
 	w := newWorld(t)
 	refused := errors.New("refused")
-	if err := w.Mute(w.generation, func() error { return refused }); err != refused {
+	if err := w.Mute(func() (int, error) { return 0, refused }); err != refused {
 		t.Errorf("error %v", err)
 	}
 	w.foreign("add element ip services numbers { 3 }")
@@ -235,14 +229,14 @@ func TestNextEndsWithContext(t *testing.T) {
 // last one.
 func TestSharedSocket(t *testing.T) {
 	w := newWorld(t)
-	second, err := Subscribe(byte(nftables.TableFamilyIPv6), "services", 1)
+	second, err := Subscribe(byte(nftables.TableFamilyIPv6), 1, "services")
 	w.must(err)
 	if second.listener != w.listener {
 		t.Error("the second subscription has its own socket")
 	}
 	w.Close()
 	second.Close()
-	third, err := Subscribe(byte(w.table.Family), w.table.Name, 1)
+	third, err := Subscribe(byte(w.table.Family), 1, w.table.Name)
 	w.must(err)
 	defer third.Close()
 	if third.listener == second.listener {
