@@ -196,7 +196,7 @@ func (c *Conn) Ask(ctx context.Context) (Answer, error) {
 			if errors.Is(err, io.EOF) {
 				err = errEnded
 			}
-			return Answer{}, fmt.Errorf("waiting for an answer: %w", err)
+			return Answer{}, fmt.Errorf("waiting for an answer%s: %w", c.sent(), err)
 		}
 		words := strings.Fields(line)
 		if len(words) != 4 {
@@ -228,19 +228,36 @@ func isClosed(err error) bool { return errors.Is(err, net.ErrClosed) }
 // other host reports as got twice (DSACK, tcpi_dsack_dups) was late and does not count.
 // For other protocols it is 0.
 func (c *Conn) Resent() (int, error) {
-	tcp, ok := c.conn.(*net.TCPConn)
-	if !ok {
-		return 0, nil
-	}
-	raw, err := tcp.SyscallConn()
-	if err != nil {
-		return 0, fmt.Errorf("TCP_INFO of the connection from %s: %w", c.Local(), err)
-	}
-	var info *unix.TCPInfo
-	var asked error
-	err = raw.Control(func(fd uintptr) { info, asked = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) })
-	if err := errors.Join(err, asked); err != nil {
-		return 0, fmt.Errorf("TCP_INFO of the connection from %s: %w", c.Local(), err)
+	info, err := c.info()
+	if info == nil {
+		return 0, err
 	}
 	return int(info.Total_retrans) - int(info.Dsack_dups), nil
+}
+
+// info is nil for other protocols than TCP.
+func (c *Conn) info() (info *unix.TCPInfo, err error) {
+	tcp, ok := c.conn.(*net.TCPConn)
+	if !ok {
+		return nil, nil
+	}
+	raw, err := tcp.SyscallConn()
+	if err == nil {
+		var asked error
+		err = raw.Control(func(fd uintptr) { info, asked = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) })
+		err = errors.Join(err, asked)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("TCP_INFO of the connection from %s: %w", c.Local(), err)
+	}
+	return info, nil
+}
+
+// sent says which of the own segments the other host has, for errors.
+func (c *Conn) sent() string {
+	info, err := c.info()
+	if info == nil || err != nil {
+		return ""
+	}
+	return fmt.Sprintf(" (from %s: %d segments without acknowledgement, %d sent again)", c.Local(), info.Unacked, info.Total_retrans)
 }
