@@ -242,15 +242,15 @@ func (p *Proxier) addrsDiffer() (bool, error) {
 	return err == nil && !maps.Equal(onDevice, st.onDevice), err
 }
 
-// serversDiffer says whether IPVS has other destinations than the state. It reads
-// destinations only if the digest of IPVS is another one than the last time. The list of all
-// destinations may lack servers, so these are asked for one by one.
+// serversDiffer says whether IPVS has other destinations than the state, or Repair has not
+// compared yet. It reads destinations only if the digest of IPVS is another one than the last
+// time. The list of all destinations may lack servers, so these are asked for one by one.
 func (p *Proxier) serversDiffer() (differ bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := p.current()
-	if st == nil {
-		return false, nil
+	if st == nil || p.unrepaired {
+		return p.unrepaired, nil
 	}
 	digest, err := p.ipvs.Digest()
 	if err != nil || digest != 0 && digest == p.digest {
@@ -299,7 +299,7 @@ func (s *server) has(dests []kernel.Destination) bool {
 func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := p.current()
+	st := p.state
 	if st == nil || kernel.HasKubeProxySets(p.Family) {
 		return proxier.Difference{}, nil
 	}
@@ -312,6 +312,11 @@ func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 		return proxier.Difference{Objects: found}, err
 	}
 	found = append(found, st.differences(have)...)
+	p.unrepaired = false
+	if p.stale && len(found) == 0 {
+		p.stale = false // the failed write has left what the state says
+		p.wakeDrain()
+	}
 	return proxier.Difference{Objects: found, Rewrite: len(found) > 0}, nil
 }
 
@@ -319,7 +324,7 @@ func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 func (p *Proxier) Compare(_ context.Context, about ...plan.ServicePortName) (c proxier.Comparison, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	st := p.current()
+	st := p.state
 	if st == nil {
 		return c, nil
 	}

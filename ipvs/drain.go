@@ -193,7 +193,7 @@ func (p *Proxier) removeAddrs(st *state, now time.Time) error {
 	}
 	p.table.RemoveElements(removed)
 	if err := access.Commit(p.table); err != nil {
-		p.stale = true
+		p.stale, p.unrepaired = true, true // this is no Sync, which the Loop would try again
 		return err
 	}
 	return err

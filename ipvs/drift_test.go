@@ -127,6 +127,54 @@ func TestDrift(t *testing.T) {
 	}
 }
 
+// TestFailedRemoval: if the table refuses to lose an address that no longer drains, that is
+// reported until Repair has compared everything.
+func TestFailedRemoval(t *testing.T) {
+	w := world{plan.IPv4}
+	for _, test := range []struct {
+		name, damage string
+		found        []string
+	}{
+		{"table removed", "flush ruleset", []string{"the table is missing"}},
+		{"element removed", "delete element ip " + tableName + " vips { " + w.vip(1).String() + " }", nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			k := newFakeIPVS(t)
+			p, empty := k.proxier(t, time.Now), w.plan()
+			waits := func(want bool) {
+				t.Helper()
+				if waits, err := p.serversDiffer(); waits != want || err != nil {
+					t.Errorf("a difference is reported: %v, %v", waits, err)
+				}
+			}
+			syncAll(t, p, w.plan(w.service("web", plan.TCP, w.pods(1), clusterIP(w.vip(1), 80, w.pods(1)))))
+			syncAll(t, p, empty)
+			waits(false)
+			nstest.NFT(t, "", test.damage)
+			p.drainOnce(time.Now())
+			waits(true)
+			waits(true)
+			if c, err := p.Compare(t.Context()); err != nil || (len(c.Differences) > 0) != (test.found != nil) {
+				t.Errorf("Compare finds %+v, %v", c, err)
+			}
+			found, err := p.Repair(t.Context())
+			if err != nil || !slices.Equal(found.Objects, test.found) || found.Rewrite != (test.found != nil) {
+				t.Errorf("found %+v, %v", found, err)
+			}
+			if found.Rewrite {
+				syncAll(t, p, empty)
+			}
+			waits(false)
+			if found, err := p.Repair(t.Context()); err != nil || len(found.Objects) > 0 {
+				t.Errorf("after the repair: found %+v, %v", found, err)
+			}
+			if p.current() == nil {
+				t.Error("the next change writes everything again")
+			}
+		})
+	}
+}
+
 // serviceAt is the Service port of a virtual server.
 func serviceAt(t *testing.T, p *plan.Plan, key kernel.ServerKey) plan.ServicePortName {
 	t.Helper()

@@ -39,8 +39,11 @@ type Proxier struct {
 	schedulers schedulerChoice
 	// state is nil before the first Sync and after Pause.
 	state *state
-	// stale: a failed Sync may have changed the kernel, so the next Sync reads it.
+	// stale: a failed write may have changed the kernel, so the next Sync reads it.
 	stale bool
+	// unrepaired: the kernel may differ from the state, and the Loop does not know it. Watch
+	// reports it until Repair has compared.
+	unrepaired bool
 	// digest is the one of IPVS in the last comparison; 0 before the first.
 	digest uint64
 	now    func() time.Time
@@ -110,7 +113,7 @@ func (p *Proxier) Close() error {
 func (p *Proxier) Pause() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.state = nil
+	p.state, p.unrepaired = nil, false
 }
 
 // TakenOver implements proxier.Proxier.
@@ -172,7 +175,7 @@ func (p *Proxier) syncAll(desired *plan.Plan) error {
 		p.stale = true
 		return err
 	}
-	p.state, p.stale = st, false
+	p.state, p.stale, p.unrepaired = st, false, false
 	return nil
 }
 
