@@ -34,7 +34,7 @@ func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
 	if q.Address.IsValid() {
 		x.address()
 	} else {
-		x.service(q.Service, plan.FrontendKey{}, q.families(l.Families()))
+		x.service(q.Service, plan.FrontendKey{}, l.Families())
 	}
 	x.answer.judge()
 	return x.answer
@@ -124,6 +124,9 @@ func (x *explainer) service(name plan.ServiceName, key plan.FrontendKey, familie
 			x.problem("%s", p)
 		}
 		reasons = append(reasons, s.Explanation)
+		if !x.question.includes(family) {
+			continue
+		}
 		for _, sp := range s.Ports {
 			x.port(family, &s, sp, key)
 		}
@@ -133,9 +136,11 @@ func (x *explainer) service(name plan.ServiceName, key plan.FrontendKey, familie
 	}
 }
 
-// notServed says why nothing of a Service is served.
+// notServed says why nothing of a Service is served, in any of the families or to the
+// client.
 func (x *explainer) notServed(name plan.ServiceName, families []service.Explanation) string {
-	for _, e := range families {
+	text := fmt.Sprintf("Service %s is not served: it has no cluster IP of an IP family that signalbox serves here.", name)
+	for i, e := range families {
 		switch {
 		case e.NotServed == plan.NoService:
 			return fmt.Sprintf("There is no Service %s, as far as signalbox knows: the API server does not tell it of headless Services, nor of those with the label %s.", name, service.LabelServiceProxyName)
@@ -146,11 +151,13 @@ func (x *explainer) notServed(name plan.ServiceName, families []service.Explanat
 			return fmt.Sprintf("Service %s is not served: %s.", name, e.NotServed.Text())
 		case len(e.Ports) == 0:
 			return fmt.Sprintf("Service %s has no port that can be served.", name)
-		default:
+		case !slices.ContainsFunc(e.Ports, x.question.names):
 			return fmt.Sprintf("Service %s has no port %s; it has %s.", name, x.question.portText(), list(portTexts(e.Ports)))
+		default:
+			text = fmt.Sprintf("Service %s is served for %s, and the client's address %s is of the other IP family.", name, x.loop.Families()[i], x.question.From)
 		}
 	}
-	return fmt.Sprintf("Service %s is not served: it has no cluster IP of an IP family that signalbox serves here.", name)
+	return text
 }
 
 func (q *Question) portText() string {
@@ -261,11 +268,15 @@ func (x *explainer) scopes(family plan.Family, why *service.Reasons, f *plan.Fro
 	inside, outside := x.sources(family)&^plan.FromOutside, x.sources(family)&plan.FromOutside
 	return func(yield func(service.Scope, plan.TrafficSources) bool) {
 		in, out := why.Scope(f.Kind, plan.FromPods), why.Scope(f.Kind, plan.FromOutside)
-		if inside&plan.FromNode != 0 && x.bypasses(f) {
-			if !yield(service.Scope{Reason: plan.APIServer}, plan.FromNode) {
+		past := inside & plan.FromNode
+		if client := x.question.From; client.IsValid() && x.isNode(client) {
+			past = inside // also from an address among those of Pods
+		}
+		if past != plan.NoSource && x.bypasses(f) {
+			if !yield(service.Scope{Reason: plan.APIServer}, past) {
 				return
 			}
-			inside &^= plan.FromNode
+			inside &^= past
 		}
 		switch {
 		case inside|outside == 0:
@@ -301,7 +312,8 @@ func (x *explainer) sources(family plan.Family) plan.TrafficSources {
 	return plan.FromNode | plan.FromOutside
 }
 
-// classify says which traffic source an address is, as the rules tell it.
+// classify says which traffic source an address is, as the rules tell it: they look for
+// Pods first, so that a bridge's address among those of its Pods is a Pod's.
 func (x *explainer) classify(family plan.Family, a netip.Addr) plan.TrafficSources {
 	pods := &x.loop.Plan(family).Node.LocalPods
 	byLink, link := len(pods.Prefixes) == 0 && pods.Known(), ""
@@ -309,15 +321,20 @@ func (x *explainer) classify(family plan.Family, a netip.Addr) plan.TrafficSourc
 		link = x.env.Link(a)
 	}
 	switch {
-	case a.IsLoopback() || slices.Contains(x.loop.NodeAddrs(), a):
-		return plan.FromNode
 	case plan.AnyContains(pods.Prefixes, a),
 		pods.Interface != "" && link == pods.Interface,
 		pods.InterfacePrefix != "" && strings.HasPrefix(link, pods.InterfacePrefix):
 		return plan.FromPods
+	case x.isNode(a):
+		return plan.FromNode
 	}
 	if byLink && x.env.Link == nil {
 		x.problem("Pods of this node are known by their interface: ask on the node whether %s is one; here it counts as a client outside of the node", a)
 	}
 	return plan.FromOutside
+}
+
+// isNode says whether an address is one of this node.
+func (x *explainer) isNode(a netip.Addr) bool {
+	return a.IsLoopback() || slices.Contains(x.loop.NodeAddrs(), a)
 }

@@ -211,6 +211,7 @@ func TestFaults(t *testing.T) {
 			w.remote()
 		}, clusterIP, pod, Dropped, "3 are not on this node"},
 		{"policy Local as in kube-proxy's ipvs mode", func(w *world) { w.local(); w.remote(); w.settings.KubeProxyIPVSPolicies = true }, "192.0.2.1:30080", outside, Served, "--ipvs-kube-proxy-policies allows others"},
+		{"policy Local, no endpoint is ready, and all are elsewhere", func(w *world) { w.local(); w.remote(); w.conditions(false, false, false) }, "192.0.2.1:30080", outside, Refused, "the Service has no ready endpoint; 3 are not ready."},
 		{"policy Local without any endpoint", func(w *world) { w.local(); w.slice.Endpoints = nil }, "192.0.2.1:30080", outside, Refused, "no endpoint"},
 		{"endpoints carry another name of this node", func(w *world) {
 			w.local()
@@ -243,6 +244,10 @@ func TestFaults(t *testing.T) {
 		{"another proxy has it by its label", func(w *world) { w.service.Labels = map[string]string{service.LabelServiceProxyName: "cilium"} }, "default/web", "", Unknown, "hands it to another proxy"},
 		{"no cluster IP yet", func(w *world) { w.service.Spec.ClusterIP, w.service.Spec.ClusterIPs = "", nil }, "default/web", "", Unknown, "it has no cluster IP yet"},
 		{"a family that is not served", func(w *world) { w.service.Spec.ClusterIP, w.service.Spec.ClusterIPs = "fd00::10", []string{"fd00::10"} }, "default/web", "", Unknown, "no cluster IP of an IP family that signalbox serves here"},
+		{"the client is of the other family", func(*world) {}, "default/web", "fd00::1", Unknown, "Service default/web is served for IPv4, and the client's address fd00::1 is of the other IP family."},
+		{"no such Service, and the client is of the other family", func(*world) {}, "default/wbe", "fd00::1", Unknown, "There is no Service default/wbe"},
+		{"no such port, and the client is of the other family", func(*world) {}, "default/web:443", "fd00::1", Unknown, "Service default/web has no port 443"},
+		{"policy Local without a local endpoint, by the DNS name", func(w *world) { w.local(); w.remote() }, "web.default.svc:80", "", Served, "from any client to 10.96.0.10:80/tcp goes to one of 3"},
 		{"no such Service", func(*world) {}, "default/wbe", "", Unknown, "There is no Service default/wbe"},
 		{"no such port of the Service", func(*world) {}, "default/web:443", "", Unknown, "Service default/web has no port 443; it has http 80/tcp."},
 		{"wrong port at the cluster IP", func(*world) {}, "10.96.0.10:443", pod, Unknown, "at this address there is default/web:http for port 80/tcp"},
@@ -257,6 +262,7 @@ func TestFaults(t *testing.T) {
 		{"an external IP is the API server's", func(w *world) { w.api("198.51.100.7:80") }, "198.51.100.7:80", "192.0.2.1", Unknown, "does not go to the Service: an API server is at 198.51.100.7:80, and this node connects to it directly."},
 		{"an external IP is the API server's, from a Pod", func(w *world) { w.api("198.51.100.7:80") }, "198.51.100.7:80", pod, Served, "one of 3"},
 		{"an external IP is the API server's, at another port", func(w *world) { w.api("198.51.100.7:6443") }, "198.51.100.7:80", "192.0.2.1", Served, "one of 3"},
+		{"an external IP is the API server's, from a bridge of Pods", func(w *world) { w.api("198.51.100.7:80") }, "198.51.100.7:80", "10.244.1.1", Unknown, "from this node's 10.244.1.1 does not go to the Service"},
 		{"a NodePort is the API server's", func(w *world) { w.api("192.0.2.1:30080") }, "192.0.2.1:30080", "192.0.2.1", Unknown, "processes of this node connect to it past the Service"},
 		{"a NodePort is the API server's, at another address", func(w *world) { w.api("192.0.2.1:30080") }, "10.244.1.1:30080", "192.0.2.1", Served, "one of 3"},
 		{"the load balancer answers itself", func(w *world) {
@@ -326,6 +332,16 @@ func TestConnectionsOfAService(t *testing.T) {
 	}
 	if strings.Join(got, "\n") != strings.Join(want, "\n") {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// The rules take the address of a bridge of Pods for a Pod's, and rewrite no source.
+func TestBridgeOfPods(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	c := w.ask(clusterIP, "10.244.1.1").Ports[0].Connections[0]
+	if len(c.Masquerade) > 0 || !strings.Contains(c.Sentence, "from this node's 10.244.1.1 goes to one of 3") {
+		t.Errorf("%+v", c)
 	}
 }
 

@@ -25,6 +25,9 @@ type Question struct {
 	// Service has the ports that Port names: by name, by number, or all if it is empty.
 	Service plan.ServiceName
 	Port    string
+	// ByDNS says that the question has the DNS name of a Service, which stands for its
+	// cluster IPs.
+	ByDNS bool
 	// From is the client's address; not valid for any client.
 	From netip.Addr
 }
@@ -78,6 +81,7 @@ func (q Question) withHost(host, port string, protocol plan.Protocol) (Question,
 		return q, fmt.Errorf("%q in %q is neither an IP address nor the DNS name of a Service, such as web.default.svc", host, q.Text)
 	}
 	q.Service, q.Port, q.Protocol = plan.ServiceName{Namespace: labels[1], Name: labels[0]}, port, cmp.Or(protocol, plan.TCP)
+	q.ByDNS = true
 	return q, nil
 }
 
@@ -91,12 +95,9 @@ func cutProtocol(text string) (rest string, protocol plan.Protocol) {
 	return text[:slash], plan.Protocols[i]
 }
 
-// families returns those that the client has.
-func (q *Question) families(served []plan.Family) []plan.Family {
-	if !q.From.IsValid() {
-		return served
-	}
-	return slices.DeleteFunc(served, func(f plan.Family) bool { return f != plan.FamilyOf(q.From) })
+// includes says whether the client can have an address of the family.
+func (q *Question) includes(family plan.Family) bool {
+	return !q.From.IsValid() || plan.FamilyOf(q.From) == family
 }
 
 // asksFor says whether the question is about a frontend of a Service port.
@@ -104,7 +105,7 @@ func (q *Question) asksFor(sp *plan.ServicePort, f *plan.Frontend, key plan.Fron
 	if q.Address.IsValid() {
 		return f.Key(sp.Name.Protocol) == key
 	}
-	return q.names(sp)
+	return q.names(sp) && (!q.ByDNS || f.Kind == plan.ClusterIP)
 }
 
 // names says whether the question names a port of a Service.

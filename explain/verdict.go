@@ -84,7 +84,7 @@ func (c *connection) verdict() (Verdict, string) {
 	case c.set().Len() > 0:
 		return Served, c.subject() + " " + c.goes() + c.restriction()
 	case c.frontend.WhenEmpty == plan.Drop:
-		return Dropped, fmt.Sprintf("%s is dropped: %s, and no usable endpoint is on this node%s.", c.subject(), c.scope.Reason.Text(), c.leftOut())
+		return Dropped, fmt.Sprintf("%s is dropped: %s, and no usable endpoint is on this node%s.", c.subject(), c.scope.Reason.Text(), c.leftOut(c.scope))
 	}
 	return Refused, c.subject() + " is refused: " + c.nowhere()
 }
@@ -102,11 +102,11 @@ func (c *connection) subject() string {
 // who names the client.
 func (c *connection) who() string {
 	if a := c.question.From; a.IsValid() {
-		switch c.explainer.client {
-		case plan.FromPods:
-			return "Pod " + a.String()
-		case plan.FromNode:
+		switch {
+		case c.isNode(a):
 			return "this node's " + a.String()
+		case c.explainer.client == plan.FromPods:
+			return "Pod " + a.String()
 		}
 		return a.String()
 	}
@@ -147,7 +147,7 @@ func admitted(sources []netip.Prefix) string {
 	return "loadBalancerSourceRanges admits " + list(prefixTexts(sources)) + "."
 }
 
-// nowhere says why there is no endpoint at all.
+// nowhere says why there is no endpoint at all, on any node.
 func (c *connection) nowhere() string {
 	var wrongPort, otherFamily []string
 	for _, s := range c.why.Slices {
@@ -159,7 +159,7 @@ func (c *connection) nowhere() string {
 	}
 	switch {
 	case len(c.why.Cluster) > 0:
-		return "the Service has no ready endpoint" + c.leftOut() + "."
+		return "the Service has no ready endpoint" + c.leftOut(service.Scope{}) + "."
 	case len(wrongPort) > 0:
 		return fmt.Sprintf("no EndpointSlice has the port %q with %s; %s.", c.port.Name.Port, c.port.Name.Protocol, list(wrongPort))
 	case len(otherFamily) > 0:
@@ -170,11 +170,11 @@ func (c *connection) nowhere() string {
 	return "the Service has no endpoint: its selector matches no Pod, or nobody made an EndpointSlice for it."
 }
 
-// leftOut counts the endpoints by the reason for which they are left out.
-func (c *connection) leftOut() string {
+// leftOut counts the endpoints by the reason for which a scope leaves them out.
+func (c *connection) leftOut(scope service.Scope) string {
 	counts := map[plan.Reason]int{}
 	var order []plan.Reason
-	for _, e := range c.why.Endpoints(c.scope) {
+	for _, e := range c.why.Endpoints(scope) {
 		if counts[e.Reason]++; counts[e.Reason] == 1 {
 			order = append(order, e.Reason)
 		}

@@ -35,7 +35,8 @@ func explainCommand() *cobra.Command {
 		Long: `Explains which Service has an address, which policy applies to a client, and
 which endpoints get new connections. Each endpoint that is left out has a reason.
 The last lines say what becomes of a new connection. HOST is an IP address, or
-the DNS name of a Service such as web.default.svc.
+the DNS name of a Service such as web.default.svc, which stands for its cluster
+IPs.
 
 It asks the signalbox that serves this node, through a local socket. That needs
 root. It also compares what the kernel has for the Service with what it wrote. With
