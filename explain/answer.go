@@ -40,7 +40,8 @@ type Answer struct {
 	Verdict Verdict `json:"verdict"`
 	// Sentence says why there are no Ports; empty if there are.
 	Sentence string `json:"sentence,omitempty"`
-	// Problems are about the objects and the node.
+	// Problems are about the objects. A daemon adds those of the node, the configuration
+	// and the API server.
 	Problems []string `json:"problems,omitempty"`
 	Ports    []Port   `json:"ports,omitempty"`
 	// Compared has an entry for each IP family of Ports. It is missing if no daemon was

@@ -84,15 +84,34 @@ func (d *Daemon) ForeignRules(family plan.Family, present bool) {
 	d.foreign[family] = present
 }
 
-// foreignRules has a line for each family with rules of another service proxy.
-func (d *Daemon) foreignRules() []string {
+// problems has a line for each problem of the node and the configuration.
+func (d *Daemon) problems() []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var lines []string
+	lines := append(d.subject.Problems(), d.subject.Loop.Fights()...)
+	if d.rejected != nil {
+		lines = append(lines, "the changed configuration is not in force: "+d.rejected.Error())
+	}
 	for _, family := range plan.Families {
 		if d.foreign[family] {
 			lines = append(lines, "rules of another service proxy may be in force for "+family.String()+"; the log names them")
 		}
+	}
+	return lines
+}
+
+// failingRequests returns the requests to the API server that fail, sorted.
+func (d *Daemon) failingRequests() []FailingRequest {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.SortedFunc(maps.Values(d.failing), func(a, b FailingRequest) int { return cmp.Compare(a.Resource, b.Resource) })
+}
+
+// allProblems also has those of the API server.
+func (d *Daemon) allProblems() []string {
+	lines := d.problems()
+	for _, r := range d.failingRequests() {
+		lines = append(lines, "the API server "+r.String()+"; what signalbox knows may be old")
 	}
 	return lines
 }
@@ -153,7 +172,7 @@ func (d *Daemon) serveExplain(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		return
 	}
-	answer.Problems = append(answer.Problems, d.foreignRules()...)
+	answer.Problems = append(answer.Problems, d.allProblems()...)
 	answer.track(s.Flows, nodeAddrs) // not in the Loop: the table may be large
 	reply(w, answer)
 }
@@ -230,20 +249,15 @@ func (s *Subject) readNotServed(into map[plan.Family][]syncer.NotServed) {
 }
 
 func (d *Daemon) status(notServed map[plan.Family][]syncer.NotServed) *Status {
-	foreign := d.foreignRules()
+	problems, failing := d.problems(), d.failingRequests()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	s, progress := d.subject, d.subject.Loop.Progress()
 	o := progress.Objects
 	out := &Status{
-		Version: d.version, Started: d.started, Node: s.Node, Mode: s.Mode, ModeReason: s.ModeReason, Origin: s.Origin, Problems: s.Problems(),
-		Objects: Objects{o.Services, o.EndpointSlices, o.Nodes, o.ServiceCIDRs},
+		Version: d.version, Started: d.started, Node: s.Node, Mode: s.Mode, ModeReason: s.ModeReason, Origin: s.Origin, Problems: problems,
+		FailingRequests: failing, Objects: Objects{o.Services, o.EndpointSlices, o.Nodes, o.ServiceCIDRs},
 	}
-	if d.rejected != nil {
-		out.Problems = append(out.Problems, "the changed configuration is not in force: "+d.rejected.Error())
-	}
-	out.Problems = append(out.Problems, foreign...)
-	out.FailingRequests = slices.SortedFunc(maps.Values(d.failing), func(a, b FailingRequest) int { return cmp.Compare(a.Resource, b.Resource) })
 	for _, family := range slices.Sorted(maps.Keys(progress.Pending)) {
 		f := familyStatus(family, d.lastSync[family], progress.Pending[family])
 		for _, n := range notServed[family] {

@@ -38,7 +38,13 @@ type world struct {
 	refused error
 	// removed: other software has removed the rules.
 	removed bool
-	loop    *syncer.Loop
+	// alone: no daemon answers.
+	alone bool
+	// foreign has a value for each change by other software.
+	foreign chan proxier.Writer
+	// problems are those that the daemon reports of its node.
+	problems []string
+	loop     *syncer.Loop
 }
 
 func newWorld(t *testing.T) *world {
@@ -49,7 +55,7 @@ func newWorld(t *testing.T) *world {
 		}
 	}
 	return &world{
-		t: t,
+		t: t, foreign: make(chan proxier.Writer),
 		service: &corev1.Service{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web"},
 			Spec: corev1.ServiceSpec{
@@ -93,6 +99,23 @@ func (k *kernel) Sync(_ context.Context, p *plan.Plan, change plan.Change) error
 
 func (k *kernel) Close() error { return nil }
 
+// Watch reports the changes by other software.
+func (k *kernel) Watch(ctx context.Context, drifted func(proxier.Writer)) {
+	for {
+		select {
+		case by := <-k.world.foreign:
+			drifted(by)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Repair finds that each change makes a difference.
+func (k *kernel) Repair(context.Context) (proxier.Difference, error) {
+	return proxier.Difference{Objects: []string{"a rule"}}, nil
+}
+
 // Compare knows the line of each Service port, and what other software removed.
 func (k *kernel) Compare(_ context.Context, about ...plan.ServicePortName) (c proxier.Comparison, err error) {
 	for _, name := range about {
@@ -127,7 +150,7 @@ func (w *world) ask(target, from string) *Answer {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return Explain(w.loop, Environment{Node: "node1", Mode: "test", Origin: "test", Live: true}, q)
+	return Explain(w.loop, Environment{Node: "node1", Mode: "test", Origin: "test", Live: !w.alone}, q)
 }
 
 // all changes every endpoint.
@@ -217,7 +240,7 @@ func TestFaults(t *testing.T) {
 			w.local()
 			w.all(func(e *discoveryv1.Endpoint) { e.NodeName = ptr.To("node1.example.com") })
 		}, "192.0.2.1:30080", outside, Dropped, "3 are not on this node"},
-		{"the Node object has another name", func(w *world) { w.node.Name = "node1.example.com" }, clusterIP, pod, Served, `no Node object is named "node1"`},
+		{"the Node object has another name", func(w *world) { w.node.Name, w.alone = "node1.example.com", true }, clusterIP, pod, Served, `no Node object is named "node1"`},
 		{"source ranges exclude the client", func(w *world) { w.service.Spec.LoadBalancerSourceRanges = []string{"198.18.0.0/15"} }, "203.0.113.5:80", outside, Dropped, "loadBalancerSourceRanges admits 198.18.0.0/15."},
 		{"source ranges admit the client", func(w *world) { w.service.Spec.LoadBalancerSourceRanges = []string{"192.0.2.0/24"} }, "203.0.113.5:80", outside, Served, "one of 3"},
 		{"source ranges are malformed", func(w *world) { w.service.Spec.LoadBalancerSourceRanges = []string{"10.0.0.0/33"} }, "203.0.113.5:80", outside, Dropped, "it admits nobody"},

@@ -6,7 +6,6 @@ import (
 	"context"
 	"net/http"
 	"net/netip"
-	"slices"
 
 	"signalbox/proxier/plan"
 )
@@ -48,7 +47,7 @@ func (d *Daemon) serveFrontends(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		return
 	}
-	f.Problems = slices.Concat(f.Problems, s.Problems(), d.foreignRules())
+	f.Problems = append(f.Problems, d.allProblems()...)
 	reply(w, f)
 }
 

@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"signalbox/conntrack"
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
 )
@@ -38,7 +39,7 @@ func (w *world) served(dir string) *Daemon {
 	}()
 	d := NewDaemon("v1", time.Unix(0, 0))
 	d.Follow(Subject{
-		Environment: Environment{Node: "node1", Mode: "test", Origin: "test", Live: true}, Loop: w.loop, ModeReason: "a test", Flows: flows, Problems: func() []string { return nil },
+		Environment: Environment{Node: "node1", Mode: "test", Origin: "test", Live: true}, Loop: w.loop, ModeReason: "a test", Flows: flows, Problems: func() []string { return slices.Clone(w.problems) },
 	})
 	var s Socket
 	s.Open(dir, d.Handler(), slog.New(slog.DiscardHandler))
@@ -112,6 +113,9 @@ func TestSocket(t *testing.T) {
 	if status.Well() || status.FailingRequests[0].Error != "connection refused" || f.ServicePorts != 1 || f.LastSync.TookMillis != 1.5 || !strings.Contains(status.Problems[0], "mode: magic") {
 		t.Errorf("the status is %+v", status)
 	}
+	if err := ask(clusterIP); err != nil || !strings.Contains(strings.Join(answer.Problems, "\n"), "the API server gives no services since ") {
+		t.Errorf("without an API server: %+v, %v", answer, err)
+	}
 	d.Requested("services", nil)
 	d.ConfigurationRejected(nil)
 	d.ForeignRules(plan.IPv4, true)
@@ -119,10 +123,43 @@ func TestSocket(t *testing.T) {
 		t.Errorf("with rules of kube-proxy: %+v, %v", answer, err)
 	}
 	d.ForeignRules(plan.IPv4, false)
+	w.problems = []string{"the Node is gone"}
+	if err := ask(clusterIP); err != nil || !slices.Equal(answer.Problems, w.problems) {
+		t.Errorf("with a problem of the node: %+v, %v", answer, err)
+	}
+	w.problems = nil
 	status = Status{}
 	if err := Ask(t.Context(), dir, "/status", nil, &status); err != nil || !status.Well() {
 		t.Errorf("the status is %+v, %v", status, err)
 	}
+}
+
+// While another program undoes each repair, the node is not well.
+func TestFight(t *testing.T) {
+	w, dir := newWorld(t), filepath.Join(t.TempDir(), "run")
+	d := w.served(dir)
+	d.Synced(syncer.SyncReport{Family: plan.IPv4})
+	status := func() (s Status) {
+		t.Helper()
+		if err := Ask(t.Context(), dir, "/status", nil, &s); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	if s := status(); !s.Well() {
+		t.Errorf("before: %+v", s)
+	}
+	for range 100 {
+		w.foreign <- proxier.Writer{Name: "firewalld"}
+		if s := status(); !s.Well() {
+			if len(s.Problems) != 1 || !strings.Contains(s.Problems[0], "IPv4: the program firewalld has changed") {
+				t.Errorf("in the fight: %+v", s)
+			}
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Error("the status says nothing of a fight")
 }
 
 // A second process that serves the namespace takes the socket, and the first leaves it

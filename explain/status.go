@@ -38,6 +38,11 @@ type FailingRequest struct {
 	Error    string    `json:"error"`
 }
 
+// String follows "the API server".
+func (r FailingRequest) String() string {
+	return fmt.Sprintf("gives no %s since %s: %s", r.Resource, r.Since.Format(time.RFC3339), r.Error)
+}
+
 // Objects counts the objects that exist.
 type Objects struct {
 	Services       int `json:"services"`
@@ -145,7 +150,7 @@ func (s *Status) Print(w io.Writer) {
 	fmt.Fprintf(lines, "objects\tServices: %d, EndpointSlices: %d, Nodes: %d, ServiceCIDRs: %d; from %s\n",
 		s.Objects.Services, s.Objects.EndpointSlices, s.Objects.Nodes, s.Objects.ServiceCIDRs, s.Origin)
 	for _, r := range s.FailingRequests {
-		fmt.Fprintf(lines, "API server\tgives no %s since %s: %s\n", r.Resource, r.Since.Format(time.RFC3339), r.Error)
+		fmt.Fprintf(lines, "API server\t%s\n", r)
 	}
 	for i := range s.Families {
 		s.Families[i].print(lines)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -132,6 +133,9 @@ func TestFullWriteRepairs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b, m, _ := drifting(t, proxier.Difference{}, nil)
 		b.families[0].repairs.Request(proxier.Writer{Name: "nft"})
+		if fights, drift := b.Fights(), b.Drift(); len(fights) > 0 || len(drift) != 1 {
+			t.Errorf("the fights are %q, and what drifts is %q", fights, drift)
+		}
 		b.Resync()
 		time.Sleep(time.Second)
 		if _, pending := b.families[0].repairs.Due(); pending || m.repairs > 0 {
@@ -151,6 +155,9 @@ func TestFight(t *testing.T) {
 		}
 		if m.repairs < 20 || m.repairs > 40 {
 			t.Errorf("%d repairs in ten minutes", m.repairs)
+		}
+		if fights, drift := b.Fights(), b.Drift(); !slices.Equal(fights, drift) {
+			t.Errorf("the fights are %q, and what drifts is %q", fights, drift)
 		}
 		if text := b.Drift(); len(text) != 1 || !strings.Contains(text[0], "IPv4: the program firewalld ") {
 			t.Errorf("health says %q", text)

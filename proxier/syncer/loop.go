@@ -20,6 +20,7 @@ import (
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
+	"signalbox/proxier/syncer/internal/drift"
 )
 
 // LoopOptions is what a Loop is made of.
@@ -93,7 +94,7 @@ type SyncReport struct {
 
 // Loop feeds objects through Tracker and resolver into the Proxiers. It is a
 // Sink: Apply, Delete, Synced, SetLocalAddrs, SetRouteSources, SetAPIServers, LocalAddrs,
-// Resync, Progress, Drift and Ask may be called from any goroutine; everything else belongs to the
+// Resync, Progress, Drift, Fights and Ask may be called from any goroutine; everything else belongs to the
 // one that calls Run or SyncNow.
 type Loop struct {
 	*inbox
@@ -357,9 +358,14 @@ func (l *Loop) Plan(family plan.Family) *plan.Plan {
 
 // Drift says of each family, if other software has changed what signalbox has in the
 // kernel, what happens about it.
-func (l *Loop) Drift() (texts []string) {
+func (l *Loop) Drift() []string { return l.repairTexts((*drift.Repairs).Condition) }
+
+// Fights is Drift without changes that are repaired at once.
+func (l *Loop) Fights() []string { return l.repairTexts((*drift.Repairs).Fight) }
+
+func (l *Loop) repairTexts(of func(*drift.Repairs) string) (texts []string) {
 	for _, f := range l.families {
-		if text := f.repairs.Condition(); text != "" {
+		if text := of(f.repairs); text != "" {
 			texts = append(texts, f.family.String()+": "+text)
 		}
 	}

@@ -153,16 +153,26 @@ func (r *Repairs) Repaired(w proxier.Writer) (pause time.Duration, isNew bool) {
 
 // Condition says what is wrong at present, or "".
 func (r *Repairs) Condition() string {
+	if fight := r.Fight(); fight != "" {
+		return fight
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.forget(r.now())
-	switch {
-	case r.pause > 0:
-		return fmt.Sprintf("the program %s has changed what signalbox has in the kernel %d times within a minute; repairs wait %s", r.past[len(r.past)-1].name(), len(r.past), r.pause)
-	case r.pending:
+	if r.pending {
 		return fmt.Sprintf("the process %s may have changed what signalbox has in the kernel; it is compared and repaired", r.writer)
 	}
 	return ""
+}
+
+// Fight says which program changes the kernel's state again and again, or "".
+func (r *Repairs) Fight() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.forget(r.now())
+	if r.pause == 0 {
+		return ""
+	}
+	return fmt.Sprintf("the program %s has changed what signalbox has in the kernel %d times within a minute; repairs wait %s", r.past[len(r.past)-1].name(), len(r.past), r.pause)
 }
 
 func (r repair) name() string { return proxier.Writer{Name: r.program}.Program() }
