@@ -6,7 +6,6 @@
 package explain
 
 import (
-	"slices"
 	"time"
 
 	"signalbox/proxier/plan"
@@ -20,7 +19,7 @@ const (
 	Served  Verdict = "served"
 	Refused Verdict = "refused" // the client sees "connection refused"
 	Dropped Verdict = "dropped" // the client waits until its own timeout
-	Unknown Verdict = "unknown" // signalbox does not serve it, or the kernel refuses its rules
+	Unknown Verdict = "unknown" // signalbox does not serve it, or the kernel may do something else
 )
 
 // exitCodes are those of `signalbox explain`. 1 is for a question that has no answer.
@@ -43,7 +42,10 @@ type Answer struct {
 	// Problems are about the objects. A daemon adds those of the node, the configuration
 	// and the API server.
 	Problems []string `json:"problems,omitempty"`
-	Ports    []Port   `json:"ports,omitempty"`
+	// Doubts say why connections may fare otherwise than Ports say. Then Verdict is
+	// unknown.
+	Doubts []string `json:"doubts,omitempty"`
+	Ports  []Port   `json:"ports,omitempty"`
 	// Compared has an entry for each IP family of Ports. It is missing if no daemon was
 	// asked, or if it was asked not to compare.
 	Compared []Compared `json:"compared,omitempty"`
@@ -179,11 +181,10 @@ type Connection struct {
 // badness orders verdicts.
 var badness = map[Verdict]int{Served: 0, Refused: 1, Dropped: 2, Unknown: 3}
 
-// judge sets the worst verdict. If the kernel has something else than what was written,
-// nobody knows what becomes of connections.
+// judge sets the worst verdict. In doubt, nobody knows what becomes of connections.
 func (a *Answer) judge() {
 	a.Verdict = Unknown
-	if slices.ContainsFunc(a.Compared, func(c Compared) bool { return c.DifferencesCount > 0 }) {
+	if len(a.Doubts) > 0 {
 		return
 	}
 	for i, p := range a.Ports {

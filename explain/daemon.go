@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"maps"
 	"net/http"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
 )
@@ -92,10 +94,8 @@ func (d *Daemon) problems() []string {
 	if d.rejected != nil {
 		lines = append(lines, "the changed configuration is not in force: "+d.rejected.Error())
 	}
-	for _, family := range plan.Families {
-		if d.foreign[family] {
-			lines = append(lines, "rules of another service proxy may be in force for "+family.String()+"; the log names them")
-		}
+	for _, family := range d.foreignFamilies() {
+		lines = append(lines, "rules of another service proxy may be in force for "+family.String()+"; the log names them")
 	}
 	return lines
 }
@@ -148,7 +148,15 @@ func (d *Daemon) Handler() http.Handler {
 func (d *Daemon) current() Subject {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.subject
+	s := d.subject
+	s.Foreign = d.foreignFamilies()
+	return s
+}
+
+// foreignFamilies returns the families with rules of another service proxy. Its callers
+// hold the lock.
+func (d *Daemon) foreignFamilies() []plan.Family {
+	return slices.DeleteFunc(slices.Clone(plan.Families), func(f plan.Family) bool { return !d.foreign[f] })
 }
 
 func (d *Daemon) serveExplain(w http.ResponseWriter, r *http.Request) {
@@ -236,6 +244,12 @@ func (a *Answer) compare(ctx context.Context, l *syncer.Loop) {
 			c.Error = err.Error()
 		}
 		a.Compared = append(a.Compared, c)
+		switch {
+		case len(found.Differences) > 0:
+			a.doubt("The kernel has something else for %s than signalbox wrote (differences: %d)", family, len(found.Differences))
+		case err != nil && !errors.Is(err, proxier.ErrNotCompared):
+			a.doubt("The kernel is not compared for %s (%v)", family, err)
+		}
 	}
 	a.judge()
 }

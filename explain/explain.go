@@ -20,6 +20,8 @@ type Environment struct {
 	Node, Mode, Origin string
 	// Live says that the Loop writes to this node's kernel.
 	Live bool
+	// Foreign are the IP families in which rules of another service proxy may be in force.
+	Foreign []plan.Family
 	// Link returns the interface by which this node reaches an address; nil if this
 	// is not the node.
 	Link func(netip.Addr) string
@@ -36,8 +38,25 @@ func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
 	} else {
 		x.service(q.Service, plan.FrontendKey{}, l.Families())
 	}
+	for _, family := range env.Foreign {
+		if x.isAbout(family) {
+			x.answer.doubt("Rules of another service proxy may be in force for %s, and they come before those of signalbox", family)
+		}
+	}
 	x.answer.judge()
 	return x.answer
+}
+
+// isAbout says whether the answer is about an IP family.
+func (x *explainer) isAbout(family plan.Family) bool {
+	if a := x.question.Address; a.IsValid() {
+		return plan.FamilyOf(a.Addr()) == family
+	}
+	return slices.ContainsFunc(x.answer.Ports, func(p Port) bool { return p.family() == family })
+}
+
+func (a *Answer) doubt(format string, args ...any) {
+	a.Doubts = append(a.Doubts, fmt.Sprintf(format, args...))
 }
 
 // explainer makes one Answer.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -40,6 +41,8 @@ type world struct {
 	removed bool
 	// alone: no daemon answers.
 	alone bool
+	// otherProxy are the families in which another service proxy has rules.
+	otherProxy []plan.Family
 	// foreign has a value for each change by other software.
 	foreign chan proxier.Writer
 	// problems are those that the daemon reports of its node.
@@ -150,7 +153,7 @@ func (w *world) ask(target, from string) *Answer {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return Explain(w.loop, Environment{Node: "node1", Mode: "test", Origin: "test", Live: !w.alone}, q)
+	return Explain(w.loop, Environment{Node: "node1", Mode: "test", Origin: "test", Live: !w.alone, Foreign: w.otherProxy}, q)
 }
 
 // all changes every endpoint.
@@ -255,6 +258,7 @@ func TestFaults(t *testing.T) {
 			})
 		}, clusterIP, pod, Served, "left out 10.244.2.7:8080: meant for other nodes"},
 		{"the kernel refuses the Service", func(w *world) { w.refused = errors.New("no buffer space available") }, clusterIP, pod, Unknown, "The kernel has refused the rules of Service default/web:http since"},
+		{"rules of another proxy", func(w *world) { w.otherProxy = []plan.Family{plan.IPv4} }, clusterIP, pod, Unknown, "Rules of another service proxy may be in force for IPv4"},
 		{"the Service is too large", func(w *world) {
 			for i := range 20000 {
 				w.service.Spec.ExternalIPs = append(w.service.Spec.ExternalIPs, fmt.Sprintf("100.64.%d.%d", i/250, i%250+1))
@@ -317,7 +321,7 @@ func TestFaults(t *testing.T) {
 
 // facts has a line for each thing that an answer says.
 func facts(a *Answer) string {
-	lines := append([]string{a.Sentence}, a.Problems...)
+	lines := slices.Concat([]string{a.Sentence}, a.Problems, a.Doubts)
 	for _, p := range a.Ports {
 		for _, h := range p.Hints {
 			lines = append(lines, h.Kind+" hints: "+h.Text)

@@ -212,6 +212,9 @@ func rowOf(name plan.ServiceName, a *Answer) serviceRow {
 	if a.Sentence != "" {
 		add(&row.Reasons, a.Sentence)
 	}
+	for _, doubt := range a.Doubts {
+		add(&row.Reasons, doubt+".")
+	}
 	for _, p := range a.Ports {
 		for _, c := range p.Connections {
 			add(&row.Frontends, c.Address)

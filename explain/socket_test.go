@@ -119,10 +119,20 @@ func TestSocket(t *testing.T) {
 	d.Requested("services", nil)
 	d.ConfigurationRejected(nil)
 	d.ForeignRules(plan.IPv4, true)
-	if err := ask(clusterIP); err != nil || !strings.Contains(strings.Join(answer.Problems, "\n"), "another service proxy may be in force for IPv4") {
-		t.Errorf("with rules of kube-proxy: %+v, %v", answer, err)
+	for _, target := range []string{clusterIP, "default/web", "10.96.0.99:80"} {
+		if err := ask(target); err != nil || answer.Verdict != Unknown || len(answer.Doubts) != 1 || !strings.Contains(strings.Join(answer.Problems, "\n"), "another service proxy may be in force for IPv4") {
+			t.Errorf("%s with rules of kube-proxy: %+v, %v", target, answer, err)
+		}
+	}
+	if code, body := page(t, d.Page(), "/services"); code != http.StatusOK || !strings.Contains(body, "<br>Rules of another service proxy may be in force for IPv4, and they come before those of signalbox.") {
+		t.Errorf("the page with rules of kube-proxy: %d\n%s", code, body)
 	}
 	d.ForeignRules(plan.IPv4, false)
+	d.ForeignRules(plan.IPv6, true)
+	if err := ask(clusterIP); err != nil || answer.Verdict != Served {
+		t.Errorf("with rules of kube-proxy in the other family: %+v, %v", answer, err)
+	}
+	d.ForeignRules(plan.IPv6, false)
 	w.problems = []string{"the Node is gone"}
 	if err := ask(clusterIP); err != nil || !slices.Equal(answer.Problems, w.problems) {
 		t.Errorf("with a problem of the node: %+v, %v", answer, err)

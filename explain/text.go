@@ -35,13 +35,11 @@ func (a *Answer) Print(w io.Writer) {
 			fmt.Fprintln(w, c.Sentence)
 		}
 	}
-	for _, c := range a.Compared {
-		if c.DifferencesCount > 0 {
-			fmt.Fprintf(w, "The kernel has something else for %s than signalbox wrote (differences: %d), so connections may fare otherwise.\n", c.Family, c.DifferencesCount)
-		}
-	}
 	if a.Sentence != "" {
 		fmt.Fprintln(w, a.Sentence)
+	}
+	for _, doubt := range a.Doubts {
+		fmt.Fprintf(w, "%s, so connections may fare otherwise.\n", doubt)
 	}
 }
 

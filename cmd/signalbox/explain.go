@@ -49,8 +49,9 @@ no privileges.
   signalbox explain default/web:http -o json
 
 The exit code is about the worst connection: 0 if it is served, 2 if it is
-refused, 3 if it is dropped, 4 if signalbox does not serve the Service, or if the
-kernel refuses its rules or has others. 1 says that the question has no answer.`,
+refused, 3 if it is dropped, 4 if signalbox does not serve the Service, if the
+kernel refuses or lacks its rules, or if it has others, such as those of another
+service proxy. 1 says that the question has no answer.`,
 		Args: oneQuestion,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			q, err := explain.ParseQuestion(args[0], from)
