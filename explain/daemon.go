@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net/http"
 	"net/netip"
@@ -206,7 +207,7 @@ func (d *Daemon) serveDiff(w http.ResponseWriter, r *http.Request) {
 	err := s.Loop.Ask(ctx, func() {
 		for _, family := range s.Loop.Families() {
 			c, err := s.Loop.Compare(ctx, family)
-			f := FamilyDiff{Family: family.String(), Lines: append([]string{}, c.Differences...)}
+			f := FamilyDiff{Family: family.String(), Lines: append(unwritten(s.Loop.State(family)), c.Differences...)}
 			if err != nil {
 				f.Error = err.Error()
 			}
@@ -218,6 +219,25 @@ func (d *Daemon) serveDiff(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	reply(w, &diff)
+}
+
+// unwritten has a line for each Service port whose last change the kernel lacks.
+func unwritten(s syncer.FamilyState) []string {
+	lines := []string{}
+	if s.Lags {
+		lines = append(lines, "the kernel may lack the rules of each Service: its state is unknown, or a change of the node waits")
+	}
+	for i, name := range s.Waiting {
+		if i == maxCompared {
+			lines = append(lines, fmt.Sprintf("and the last changes of %d more Service ports", len(s.Waiting)-i))
+			break
+		}
+		lines = append(lines, "the kernel lacks the last change of Service "+name.String())
+	}
+	if len(lines) > 0 && s.Failure != nil {
+		lines = append(lines, fmt.Sprintf("syncs have failed since %s: %v", s.FailingSince.Format(time.RFC3339), s.Failure))
+	}
+	return lines
 }
 
 // maxCompared is how many lines of each kind an answer has.

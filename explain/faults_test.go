@@ -37,6 +37,8 @@ type world struct {
 	servers  []netip.AddrPort // of the API
 	// refused is what the kernel refuses after the first sync.
 	refused error
+	// broken is why the kernel refuses every sync.
+	broken error
 	// removed: other software has removed the rules.
 	removed bool
 	// alone: no daemon answers.
@@ -88,10 +90,15 @@ func newWorld(t *testing.T) *world {
 // kernel accepts everything that is not refused.
 type kernel struct {
 	proxier.Defaults
-	world *world
+	world   *world
+	written bool
 }
 
 func (k *kernel) Sync(_ context.Context, p *plan.Plan, change plan.Change) error {
+	if k.world.broken != nil {
+		return k.world.broken
+	}
+	k.written = true
 	for _, name := range change.Services {
 		if name.Name == "web" && p.Services[name] != nil && k.world.refused != nil {
 			return k.world.refused
@@ -121,6 +128,9 @@ func (k *kernel) Repair(context.Context) (proxier.Difference, error) {
 
 // Compare knows the line of each Service port, and what other software removed.
 func (k *kernel) Compare(_ context.Context, about ...plan.ServicePortName) (c proxier.Comparison, err error) {
+	if !k.written {
+		return c, proxier.ErrNothingWritten
+	}
 	for _, name := range about {
 		if line := "rule of " + name.String(); k.world.removed {
 			c.Differences = append(c.Differences, "-"+line)
@@ -142,9 +152,16 @@ func (w *world) start() {
 		w.loop.Apply(obj)
 	}
 	w.loop.Synced()
-	if err := w.loop.SyncNow(w.t.Context()); err != nil {
+	if err := w.loop.SyncNow(w.t.Context()); !errors.Is(err, w.broken) {
 		w.t.Fatal(err)
 	}
+}
+
+// change applies the world's objects again, in their present form.
+func (w *world) change() error {
+	w.loop.Apply(w.service.DeepCopy())
+	w.loop.Apply(w.slice.DeepCopy())
+	return w.loop.SyncNow(w.t.Context())
 }
 
 func (w *world) ask(target, from string) *Answer {
@@ -258,6 +275,7 @@ func TestFaults(t *testing.T) {
 			})
 		}, clusterIP, pod, Served, "left out 10.244.2.7:8080: meant for other nodes"},
 		{"the kernel refuses the Service", func(w *world) { w.refused = errors.New("no buffer space available") }, clusterIP, pod, Unknown, "The kernel has refused the rules of Service default/web:http since"},
+		{"the kernel refuses every sync", func(w *world) { w.broken = errors.New("operation not permitted") }, clusterIP, pod, Unknown, "each sync of IPv4 has failed since"},
 		{"rules of another proxy", func(w *world) { w.otherProxy = []plan.Family{plan.IPv4} }, clusterIP, pod, Unknown, "Rules of another service proxy may be in force for IPv4"},
 		{"the Service is too large", func(w *world) {
 			for i := range 20000 {
@@ -336,6 +354,44 @@ func facts(a *Answer) string {
 		}
 	}
 	return strings.Join(lines, "\n")
+}
+
+// While syncs fail, the kernel has an older form of what has changed, and the rest as
+// before.
+func TestFailingSyncs(t *testing.T) {
+	for _, test := range []struct {
+		name, service string
+		err           error
+		verdict       Verdict
+	}{
+		{"of the changes", "web", errors.New("no buffer space available"), Unknown},
+		{"of the changes, asked for another Service", "good", errors.New("no buffer space available"), Refused},
+		{"half-way", "good", proxier.ErrUnknownState, Unknown},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.others = append(w.others, w.clone("good", "10.96.0.12"))
+			w.start()
+			if a := w.ask("default/good", ""); a.Verdict != Refused {
+				t.Errorf("before: %s", facts(a))
+			}
+			w.slice.Endpoints[0].Addresses = []string{"10.244.1.99"}
+			if w.broken = test.err; w.change() == nil {
+				t.Fatal("the kernel accepts the change")
+			}
+			a := w.ask("default/"+test.service, "")
+			if a.Verdict != test.verdict || test.verdict == Unknown && !strings.Contains(facts(a), test.err.Error()) {
+				t.Errorf("the verdict is %s, and the facts are\n%s", a.Verdict, facts(a))
+			}
+			w.broken = nil
+			if err := w.change(); err != nil {
+				t.Fatal(err)
+			}
+			if a := w.ask(clusterIP, pod); a.Verdict != Served || !a.Ports[0].Kernel.Current {
+				t.Errorf("afterwards the verdict is %s, and the facts are\n%s", a.Verdict, facts(a))
+			}
+		})
+	}
 }
 
 // An answer about a Service has all frontends, with one entry for clients that are

@@ -144,6 +144,44 @@ func TestSocket(t *testing.T) {
 	}
 }
 
+// diff names what is not written, and does not call it equal.
+func TestDiffOfFailingSyncs(t *testing.T) {
+	w, dir := newWorld(t), filepath.Join(t.TempDir(), "run")
+	w.broken = errors.New("operation not permitted")
+	w.served(dir)
+	diff := func() (d Diff) {
+		t.Helper()
+		if err := Ask(t.Context(), dir, "/diff", nil, &d); err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	if d := diff(); d.ExitCode() != 2 || !strings.Contains(d.Families[0].Error, "nothing is written yet") || !strings.Contains(fmt.Sprint(d), "operation not permitted") {
+		t.Errorf("before the first write: %+v", d)
+	}
+	var answer Answer
+	if err := Ask(t.Context(), dir, "/explain", url.Values{"target": {clusterIP}}, &answer); err != nil || answer.Verdict != Unknown || len(answer.Doubts) != 1 {
+		t.Errorf("before the first write: %+v, %v", answer, err)
+	}
+	if err := w.loop.Ask(t.Context(), func() { w.broken = nil }); err != nil {
+		t.Fatal(err)
+	}
+	for d := diff(); d.ExitCode() != 0; d = diff() {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if err := w.loop.Ask(t.Context(), func() { w.broken = errors.New("no buffer space available") }); err != nil {
+		t.Fatal(err)
+	}
+	w.slice.Endpoints = w.slice.Endpoints[:1]
+	w.loop.Apply(w.slice.DeepCopy())
+	for d := diff(); d.ExitCode() != 1; d = diff() {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if d := diff(); !slices.Contains(d.Families[0].Lines, "the kernel lacks the last change of Service default/web:http") || !strings.Contains(fmt.Sprint(d), "no buffer space available") {
+		t.Errorf("after a change that fails: %+v", d)
+	}
+}
+
 // While another program undoes each repair, the node is not well.
 func TestFight(t *testing.T) {
 	w, dir := newWorld(t), filepath.Join(t.TempDir(), "run")

@@ -28,9 +28,6 @@ func (a *Answer) Print(w io.Writer) {
 	}
 	fmt.Fprintln(w)
 	for _, p := range a.Ports {
-		if p.Kernel != nil && !p.Kernel.Current && p.Kernel.Quarantined == "" {
-			fmt.Fprintf(w, "The kernel does not have this form of Service %s yet; a sync is due.\n", p.Service)
-		}
 		for _, c := range p.Connections {
 			fmt.Fprintln(w, c.Sentence)
 		}

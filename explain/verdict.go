@@ -76,6 +76,8 @@ func (c *connection) verdict() (Verdict, string) {
 	case c.state.Quarantined != nil:
 		return Unknown, fmt.Sprintf("The kernel has refused the rules of Service %s since %s: %v. What was served there before still is.",
 			c.port.Name, c.state.Since.Format(time.RFC3339), c.state.Quarantined)
+	case c.state.Pending:
+		return Unknown, c.pending()
 	case c.scope.Reason == plan.APIServer:
 		return Unknown, fmt.Sprintf("%s does not go to the Service: an API server is at %s, and this node connects to it directly.",
 			c.subject(), netip.AddrPortFrom(c.frontend.Bypass[0], c.frontend.Port))
@@ -87,6 +89,16 @@ func (c *connection) verdict() (Verdict, string) {
 		return Dropped, fmt.Sprintf("%s is dropped: %s, and no usable endpoint is on this node%s.", c.subject(), c.scope.Reason.Text(), c.leftOut(c.scope))
 	}
 	return Refused, c.subject() + " is refused: " + c.nowhere()
+}
+
+// pending says why the kernel may not have the planned form of the Service port.
+func (c *connection) pending() string {
+	text := fmt.Sprintf("The kernel is not known to have this form of Service %s", c.port.Name)
+	state := c.loop.State(c.family)
+	if state.Failure == nil {
+		return text + ": a sync is due."
+	}
+	return fmt.Sprintf("%s: each sync of %s has failed since %s: %v.", text, c.family, state.FailingSince.Format(time.RFC3339), state.Failure)
 }
 
 // subject is for example "A new TCP connection from Pod 10.244.1.12".

@@ -4,6 +4,7 @@ package iptables
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -200,6 +201,9 @@ func TestCompare(t *testing.T) {
 		desired := w.plan(60)
 		desired.Node.LocalhostNodePorts = true
 		desired.Node.RouteSources = w.routeSources()
+		if _, err := p.Compare(t.Context()); !errors.Is(err, proxier.ErrNothingWritten) {
+			t.Errorf("before the first write, Compare says %v", err)
+		}
 		mustSync(t, p, desired, plan.Change{All: true})
 		mustSync(t, p, desired, w.change(desired))
 		compare := func(about ...plan.ServicePortName) ([]string, []string) {

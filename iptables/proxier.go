@@ -330,7 +330,7 @@ func (p *Proxier) exposesLoopback(client *iptables.IPTables) ([]string, error) {
 // Compare implements proxier.Proxier.
 func (p *Proxier) Compare(ctx context.Context, about ...plan.ServicePortName) (c proxier.Comparison, err error) {
 	if p.state == nil {
-		return c, nil
+		return c, proxier.ErrNothingWritten
 	}
 	client, err := p.tools.Client()
 	if err != nil {

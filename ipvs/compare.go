@@ -326,7 +326,7 @@ func (p *Proxier) Compare(_ context.Context, about ...plan.ServicePortName) (c p
 	defer p.mu.Unlock()
 	st := p.state
 	if st == nil {
-		return c, nil
+		return c, proxier.ErrNothingWritten
 	}
 	c, err = access.Compare(p.table, st.rules.chains(), st.tableElements, about, func(name plan.ServicePortName, emit func(nft.Element)) {
 		if r := st.records[name]; r != nil {

@@ -85,6 +85,9 @@ func TestDrift(t *testing.T) {
 					t.Errorf("%s: differ: servers %v, addresses %v, %v", when, servers, addrs, err)
 				}
 			}
+			if _, err := p.Compare(t.Context()); !errors.Is(err, proxier.ErrNothingWritten) {
+				t.Errorf("before the first write, Compare says %v", err)
+			}
 			syncAll(t, p, desired)
 			intact := text()
 			wantChanged("after a sync", false)

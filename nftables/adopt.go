@@ -247,7 +247,7 @@ func (a *adoption) compare(st *state) *tableDifference {
 // Compare implements proxier.Proxier.
 func (p *Proxier) Compare(_ context.Context, about ...plan.ServicePortName) (proxier.Comparison, error) {
 	if p.state == nil {
-		return proxier.Comparison{}, nil
+		return proxier.Comparison{}, proxier.ErrNothingWritten
 	}
 	rules := rulesetOf(p.IPFamily, p.mark, p.state.node)
 	return access.Compare(p.table, rules.chains(p.state), func(emit func(nft.Element)) {

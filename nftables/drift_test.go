@@ -219,6 +219,9 @@ func TestCompareWritesNothing(t *testing.T) {
 		t.Run(f.String(), func(t *testing.T) {
 			nstest.Enter(t)
 			p, desired := newProxier(t, f), examplePlan(f)
+			if _, err := p.Compare(t.Context()); !errors.Is(err, proxier.ErrNothingWritten) {
+				t.Errorf("before the first write, Compare says %v", err)
+			}
 			if err := p.Sync(t.Context(), desired, plan.Change{All: true}); err != nil {
 				t.Fatal(err)
 			}

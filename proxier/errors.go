@@ -19,6 +19,9 @@ var ErrUnknownOwner = fmt.Errorf("signalbox or kube-proxy may have written it")
 // ErrNotCompared says that a mode cannot compare the kernel with what it wrote.
 var ErrNotCompared = fmt.Errorf("this mode does not read back what it wrote")
 
+// ErrNothingWritten says that there is nothing to compare the kernel with.
+var ErrNothingWritten = fmt.Errorf("nothing is written yet, or a sync that failed left the kernel's state unknown")
+
 // UnsupportedError says why a mode cannot work on this node.
 type UnsupportedError struct {
 	Mode   string

@@ -35,7 +35,9 @@ type Proxier interface {
 	// Default: nothing differs.
 	Repair(ctx context.Context) (Difference, error)
 	// Compare reads what the kernel has and compares it with what Sync wrote: all of it,
-	// or what is there for the named Service ports. It writes nothing.
+	// or what is there for the named Service ports. It writes nothing. Before the first
+	// Sync that succeeds, and while the kernel's state is unknown, the error wraps
+	// ErrNothingWritten.
 	// Default: an error that wraps ErrNotCompared.
 	Compare(ctx context.Context, about ...plan.ServicePortName) (Comparison, error)
 	// Close closes what the Proxier holds (sockets, buffers). The rules stay in

@@ -4,6 +4,7 @@ package userspace
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 
@@ -44,6 +45,9 @@ func TestRepair(t *testing.T) {
 				text, err := nfttest.Listing()
 				w.must(err)
 				return text
+			}
+			if _, err := w.p.Compare(t.Context()); !errors.Is(err, proxier.ErrNothingWritten) {
+				t.Errorf("before the first write, Compare says %v", err)
 			}
 			w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
 			w.serve(0, 0, 0, 1)

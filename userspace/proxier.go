@@ -114,7 +114,7 @@ func (p *Proxier) elements(rules ruleset) func(emit func(nft.Element)) {
 // Compare implements proxier.Proxier.
 func (p *Proxier) Compare(_ context.Context, about ...plan.ServicePortName) (proxier.Comparison, error) {
 	if p.state == nil {
-		return proxier.Comparison{}, nil
+		return proxier.Comparison{}, proxier.ErrNothingWritten
 	}
 	rules := p.rules(*p.relay.node.Load())
 	c, err := access.Compare(p.table, rules.chains(), p.elements(rules), about, func(name plan.ServicePortName, emit func(nft.Element)) {

@@ -74,7 +74,7 @@ service proxy. 1 says that the question has no answer.`,
 	addFlags(cmd, &flags)
 	cmd.Flags().StringVar(&from, "from", "", "IP address of the client; without it, the answer is about Pods and processes of this node, and about all other clients")
 	cmd.Flags().StringSliceVar(&nodeAddresses, "node-addresses", nil, "addresses of the node's interfaces, if no running signalbox is asked; those of the Node object are known")
-	cmd.Flags().BoolVar(&kernel, "kernel", true, "have the running signalbox compare the Service with the kernel; it reads all its rules, and changes wait meanwhile")
+	cmd.Flags().BoolVar(&kernel, "kernel", true, "have the running signalbox compare the Service with the kernel; changes wait meanwhile")
 	addOutput(cmd, &output)
 	return cmd
 }
@@ -155,9 +155,9 @@ func diffCommand() *cobra.Command {
 		Short: "Print how the kernel differs from what signalbox wrote",
 		Long: `Has the signalbox that serves this node read back what the kernel has, and prints
 how that differs from what it wrote. A line that begins with "-" is missing in the
-kernel. A line that begins with "+" is in the kernel and not signalbox's. Nothing is
-written. It asks through a local socket and needs root. Of the rules of nf_tables it
-compares the number, and of iptables each rule.
+kernel. A line that begins with "+" is in the kernel and not signalbox's. Other lines
+say in words what differs, and which changes are not written yet. Nothing is written.
+It asks through a local socket and needs root. It compares each rule.
 
 The exit code is 0 if nothing differs, 1 if something does, and 2 if the kernel was
 not compared.`,

@@ -27,7 +27,9 @@ type familyLoop struct {
 	opts    *LoopOptions
 	log     *slog.Logger
 
-	all bool // the kernel's state is unknown
+	all bool // everything must be written anew
+	// unknown says that the kernel may not have what was written.
+	unknown bool
 	// allFailed counts how often in a row writing everything failed.
 	allFailed int
 	// suspects are groups of changes that failed together; the last is next.
@@ -55,6 +57,10 @@ type familyLoop struct {
 	took     time.Duration // of the last try
 	more     bool          // the next sync is due at once
 	current  bool          // see SyncReport
+	// failure is the error of the last turn, and failingSince the time of the first
+	// failure in a row.
+	failure      error
+	failingSince time.Time
 	// since is the time of the oldest update that is not in the kernel. triggers
 	// are the trigger times of the EndpointSlices among these updates.
 	since    time.Time
@@ -92,6 +98,7 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 	if !worked && !f.all && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
 		f.schedule(due, false)
 		f.since, f.triggers = time.Time{}, nil // these events changed nothing in the plan
+		f.ended(nil)
 		f.checkBacklog()
 		return false, nil
 	}
@@ -116,7 +123,7 @@ func (f *familyLoop) repair(ctx context.Context) (differed bool) {
 	began := time.Now()
 	found, err := f.tryRepair(ctx)
 	if err != nil {
-		f.all = true
+		f.all, f.unknown = true, true
 		if ctx.Err() == nil { // otherwise the daemon is stopping
 			f.log.Error("what another program changed cannot be compared or repaired; everything is written anew", "process", writer.String(), "error", err)
 		}
@@ -125,7 +132,7 @@ func (f *familyLoop) repair(ctx context.Context) (differed bool) {
 	if len(found.Objects) == 0 {
 		return false
 	}
-	f.all, f.repaired = found.Rewrite, !found.Rewrite // try counts a rewrite
+	f.all, f.unknown, f.repaired = found.Rewrite, found.Rewrite, !found.Rewrite // try counts a rewrite
 	f.logRepair(writer, found, time.Since(began))
 	return true
 }
@@ -323,10 +330,10 @@ func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Chang
 	defer func() {
 		switch {
 		case errors.Is(err, proxier.ErrUnknownState):
-			f.all = true
+			f.all, f.unknown = true, true
 		case err == nil && change.All:
 			f.repaired = f.repaired || f.written && !f.asked
-			f.all, f.asked, f.written = false, false, true
+			f.all, f.unknown, f.asked, f.written = false, false, false, true
 		}
 	}()
 	defer f.recoverPanic(&err)

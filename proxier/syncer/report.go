@@ -67,9 +67,20 @@ func (f *familyLoop) queued(since time.Time, triggers []time.Time) {
 	}
 }
 
+// ended records the outcome of a turn.
+func (f *familyLoop) ended(err error) {
+	f.failure = err
+	if err == nil {
+		f.failingSince = time.Time{}
+	} else {
+		f.failingSince = earliest(f.failingSince, time.Now())
+	}
+}
+
 // report completes a report and delivers it.
 func (f *familyLoop) report(r SyncReport) {
 	f.checkBacklog()
+	f.ended(r.Err)
 	r.All, r.Quarantined, r.Totals, r.NodePortAddrs = f.wroteAll, f.portCount(), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
 	r.Repaired, f.repaired = f.repaired, false
 	if r.Current = f.current; r.Current {

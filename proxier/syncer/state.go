@@ -54,7 +54,7 @@ type ServiceState struct {
 
 // PortState says how the kernel's form of a Service port differs from the planned one.
 type PortState struct {
-	Pending bool // the kernel has another form
+	Pending bool // the kernel has another form, or may have one
 	// Quarantined is why the kernel refused the planned form; nil if it did not.
 	Quarantined error
 	Since       time.Time // of the quarantine
@@ -74,12 +74,35 @@ func (l *Loop) Service(family plan.Family, name plan.ServiceName) ServiceState {
 	}
 	for _, sp := range s.Ports {
 		_, pending := f.planner.changed[sp.Name]
+		pending = pending || f.lags()
 		p, odd := f.problemOf[sp.Name]
 		if refused := f.quarantinedPorts[sp.Name]; pending || odd {
 			s.States[sp.Name] = PortState{pending, refused.err, refused.since, p.Reason}
 		}
 	}
 	return s
+}
+
+// lags says whether the kernel may lack the rules of any Service port: it may not have what
+// was written, or a change of the node waits.
+func (f *familyLoop) lags() bool { return f.unknown || f.planner.node }
+
+// FamilyState says how the kernel follows the plan of a family.
+type FamilyState struct {
+	// Lags says that the kernel may lack the rules of any Service port.
+	Lags bool
+	// Waiting are the Service ports whose last change the kernel lacks, sorted.
+	Waiting []plan.ServicePortName
+	// Failure is why the last sync failed, and FailingSince is when the first of the syncs
+	// failed that all have failed since; nil and zero if the last sync did not fail.
+	Failure      error
+	FailingSince time.Time
+}
+
+// State says how the kernel follows the plan of a family that is served.
+func (l *Loop) State(family plan.Family) FamilyState {
+	f := l.family(family)
+	return FamilyState{f.lags(), f.changed(), f.failure, f.failingSince}
 }
 
 // Owner returns the Service port that serves a frontend; false for none.
