@@ -8,8 +8,8 @@
 # Neither has a shell or a package manager. Both run as root: the capabilities that a Pod
 # is given are root's alone.
 #
-# The context has the binary of each platform (linux/arm64/signalbox) and hack/image, as
-# `make image` and goreleaser make it. No command of the target platform runs, so no build
+# The context has the binary of each platform (linux/arm64/signalbox) and hack/image with the
+# links of `make image-links`, as `make image` and goreleaser make it. No command of the target platform runs, so no build
 # needs emulation.
 ARG DEBIAN_IMAGE=debian:bookworm-slim
 

@@ -40,8 +40,16 @@ help: ## this list
 build: ## the binary, statically linked
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-X main.version=$(VERSION)" -o $(BIN) ./cmd/signalbox
 
+# The images' links to the binary. Git holds none: some checkouts turn links into files.
+LINKS := hack/image/links
+.PHONY: image-links
+image-links:
+	rm -rf $(LINKS) && mkdir -p $(LINKS)/usr/local/bin
+	ln -s signalbox $(LINKS)/usr/local/bin/kube-proxy
+	ln -s usr/local/bin/signalbox $(LINKS)/go-runner
+
 .PHONY: image
-image: ## the container images: IMAGE:VERSION, and IMAGE-iptables:VERSION with the iptables tools
+image: image-links ## the container images: IMAGE:VERSION, and IMAGE-iptables:VERSION with the iptables tools
 	CGO_ENABLED=0 GOOS=linux GOARCH=$(notdir $(PLATFORM)) $(GO) build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" \
 		-o bin/image/$(PLATFORM)/signalbox ./cmd/signalbox
 	rm -rf bin/image/hack && mkdir bin/image/hack && cp -a hack/image bin/image/hack/
@@ -50,9 +58,9 @@ image: ## the container images: IMAGE:VERSION, and IMAGE-iptables:VERSION with t
 			-t $(IMAGE)$${image#signalbox}:$(VERSION) -f Dockerfile bin/image || exit; \
 	done
 
-# What an archive has besides the binary and files of the repository: man pages and completions.
+# What a release has besides binaries and files of the repository: man pages, completions, the images' links.
 .PHONY: release-files
-release-files:
+release-files: image-links
 	rm -rf bin/man bin/completions && mkdir -p bin/man bin/completions
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(GO) run -tags man ./cmd/signalbox bin/man
 	for shell in bash zsh fish; do $(GO) run ./cmd/signalbox completion $$shell > bin/completions/signalbox.$$shell || exit; done

@@ -64,19 +64,29 @@ func anchors(text string) []string {
 // files are the paths of the repository's files with an extension.
 func files(t *testing.T, extension string) (paths []string) {
 	t.Helper()
+	walk(t, func(path string, _ fs.DirEntry) {
+		if filepath.Ext(path) == extension {
+			paths = append(paths, path)
+		}
+	})
+	return paths
+}
+
+// walk visits the repository's files and folders, but nothing that a build made.
+func walk(t *testing.T, visit func(path string, entry fs.DirEntry)) {
+	t.Helper()
 	err := filepath.WalkDir("..", func(path string, entry fs.DirEntry, err error) error {
 		if err == nil && entry.IsDir() && slices.Contains([]string{".git", ".cache", "bin", "dist"}, entry.Name()) {
 			return filepath.SkipDir
 		}
-		if filepath.Ext(path) == extension {
-			paths = append(paths, strings.TrimPrefix(path, "../"))
+		if err == nil {
+			visit(strings.TrimPrefix(path, "../"), entry)
 		}
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return paths
 }
 
 func read(t *testing.T, path string) string {

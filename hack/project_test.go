@@ -5,6 +5,7 @@ package hack
 import (
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -57,6 +58,24 @@ func directDependencies(t *testing.T) []string {
 	}
 	slices.Sort(out)
 	return out
+}
+
+// Helm packages only files of the chart's folder, so the chart has copies.
+func TestChartHasMonitoring(t *testing.T) {
+	for _, name := range []string{"alerts.yaml", "dashboard.json"} {
+		if read(t, "manifests/monitoring/"+name) != read(t, "manifests/helm/signalbox/files/"+name) {
+			t.Errorf("%s differs: cp manifests/monitoring/* manifests/helm/signalbox/files/", name)
+		}
+	}
+}
+
+// Some checkouts turn symbolic links into text files. `make image-links` makes those of the images.
+func TestNoSymbolicLinks(t *testing.T) {
+	walk(t, func(path string, entry fs.DirEntry) {
+		if entry.Type() == fs.ModeSymlink && !strings.HasPrefix(path, "hack/image/links/") {
+			t.Errorf("%s is a symbolic link", path)
+		}
+	})
 }
 
 // An issueForm has what GitHub requires of a form.

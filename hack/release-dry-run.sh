@@ -53,7 +53,8 @@ one_file() {
 	tool crane export - "$work/files.tar" < "$1"
 	got=$(tar -tf "$work/files.tar" | grep -v -x -e 'usr/\?' -e 'usr/local/\?' -e 'usr/local/bin/\?' | sort | xargs)
 	if [ "$got" != "$want" ] || [ "$(tar -tvf "$work/files.tar" | grep -c '^-')" != 1 ]; then
-		echo "$1 has $got, want $want" >&2
+		echo "$1 does not have $want, of which two are links to the third:" >&2
+		tar -tvf "$work/files.tar" >&2
 		exit 1
 	fi
 }

@@ -3,6 +3,9 @@
 package manifests
 
 import (
+	"os"
+	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -143,6 +146,16 @@ func wantKinds(t *testing.T, objects []*unstructured.Unstructured, values map[st
 	}
 }
 
+// monitoring is a file of manifests/monitoring.
+func monitoring(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(root, "monitoring", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
 func ofPrometheus(o *unstructured.Unstructured) bool {
 	return o.GroupVersionKind().Group == monitoringv1.SchemeGroupVersion.Group
 }
@@ -159,20 +172,25 @@ func strictly(t *testing.T, o *unstructured.Unstructured, into any) {
 	}
 }
 
-// Prometheus Operator's own types have each field, and the rules are those of
-// manifests/monitoring, which TestAlerts checks.
+// Prometheus Operator's own types have each field. Rules and dashboard are those of
+// manifests/monitoring, which TestAlerts and TestDashboard check.
 func TestChartMonitoring(t *testing.T) {
 	values := chartValues("nftables")
 	for key, value := range chartCases["Prometheus Operator"].values {
 		values[key] = value
 	}
-	monitor, rules := &monitoringv1.PodMonitor{}, &monitoringv1.PrometheusRule{}
+	values["dashboard"] = map[string]any{"enabled": true}
+	monitor, rules, dashboard := &monitoringv1.PodMonitor{}, &monitoringv1.PrometheusRule{}, &corev1.ConfigMap{}
 	for _, o := range helmed(t, values) {
 		switch o.GetKind() {
 		case "PodMonitor":
 			strictly(t, o, monitor)
 		case "PrometheusRule":
 			strictly(t, o, rules)
+		case "ConfigMap":
+			if o.GetName() == "signalbox-dashboard" {
+				strictly(t, o, dashboard)
+			}
 		}
 	}
 	if len(monitor.Spec.PodMetricsEndpoints) != 1 || monitor.Labels["release"] != "p" {
@@ -183,7 +201,14 @@ func TestChartMonitoring(t *testing.T) {
 			t.Errorf("%s, where no metrics are", *r.Replacement)
 		}
 	}
-	if len(rules.Spec.Groups) != 1 || len(rules.Spec.Groups[0].Rules) < 10 {
-		t.Errorf("%+v", rules.Spec)
+	want := monitoringv1.PrometheusRuleSpec{}
+	if err := yaml.UnmarshalStrict([]byte(monitoring(t, "alerts.yaml")), &want); err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(rules.Spec, want) {
+		t.Errorf("rules %+v, want those of alerts.yaml", rules.Spec)
+	}
+	if got := dashboard.Data["signalbox.json"]; got != monitoring(t, "dashboard.json") {
+		t.Errorf("the dashboard is not that of dashboard.json:\n%s", got)
 	}
 }

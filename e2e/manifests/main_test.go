@@ -4,7 +4,6 @@ package manifests
 
 import (
 	"context"
-	"log/slog"
 	"net/netip"
 	"testing"
 
@@ -16,7 +15,6 @@ import (
 var shared *cluster.Cluster
 
 func TestMain(m *testing.M) {
-	slog.SetLogLoggerLevel(slog.LevelWarn) // helm reports each link in the chart
 	cluster.Share(m, cluster.Options{
 		ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16"), netip.MustParsePrefix("fd00:10:96::/112")},
 		Advertise:    netip.MustParseAddr("192.0.2.1"),

@@ -163,10 +163,6 @@ func TestAlerts(t *testing.T) {
 }
 
 func TestDashboard(t *testing.T) {
-	text, err := os.ReadFile(filepath.Join(root, "monitoring/dashboard.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	var dashboard struct {
 		UID, Title string
 		Templating struct {
@@ -179,7 +175,7 @@ func TestDashboard(t *testing.T) {
 			Targets     []struct{ RefID, Expr string }
 		}
 	}
-	if err := json.Unmarshal(text, &dashboard); err != nil {
+	if err := json.Unmarshal([]byte(monitoring(t, "dashboard.json")), &dashboard); err != nil {
 		t.Fatal(err)
 	}
 	all, ids, queries := documentedSeries(t), map[int]bool{}, 0
