@@ -9,6 +9,11 @@ import (
 	"testing"
 )
 
+const (
+	k0s       = "clientConnection: {acceptContentTypes: \"\", burst: 0, contentType: \"\", kubeconfig: KUBECONFIG, qps: 0}\nclusterCIDR: 10.244.0.0/16\nconntrack: {maxPerCore: 0, min: null, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: null}\nmetricsBindAddress: 0.0.0.0:10249\nmode: iptables\nnodePortAddresses: null"
+	kubespray = "bindAddress: 0.0.0.0\nclientConnection: {burst: 10, contentType: application/vnd.kubernetes.protobuf, kubeconfig: KUBECONFIG, qps: 5}\nclusterCIDR: 10.233.64.0/18\nconfigSyncPeriod: 15m0s\nconntrack: {maxPerCore: 0, min: 131072, tcpCloseWaitTimeout: 1h0m0s, tcpEstablishedTimeout: 24h0m0s}\nenableProfiling: false\nhealthzBindAddress: 0.0.0.0:10256\nhostnameOverride: node-1\niptables: {masqueradeAll: false, masqueradeBit: 14, minSyncPeriod: 0s, syncPeriod: 30s}\nipvs: {excludeCIDRs: [], minSyncPeriod: 0s, scheduler: rr, syncPeriod: 30s, strictARP: false, tcpTimeout: 0s, tcpFinTimeout: 0s, udpTimeout: 0s}\nmetricsBindAddress: 127.0.0.1:10249\nmode: nftables\nnodePortAddresses: []\noomScoreAdj: -999\nportRange: \"\""
+)
+
 // distributions are command lines and files that distributions start kube-proxy
 // with, without what is of one cluster.
 var distributions = []input{
@@ -33,9 +38,11 @@ var distributions = []input{
 	{args: "--v=2 --hostname-override=node-1", file: "bindAddress: 0.0.0.0\nclientConnection: {acceptContentTypes: \"\", burst: 10, contentType: application/vnd.kubernetes.protobuf, kubeconfig: KUBECONFIG, qps: 5}\nclusterCIDR: \"\"\nconfigSyncPeriod: 15m0s\nconntrack: {maxPerCore: 0, min: 131072, tcpCloseWaitTimeout: 1h0m0s, tcpEstablishedTimeout: 24h0m0s}\nenableProfiling: false\nhealthzBindAddress: 0.0.0.0:10256\nhostnameOverride: \"\"\niptables: {masqueradeAll: false, masqueradeBit: 14, minSyncPeriod: 0s, syncPeriod: 30s}\nipvs: {excludeCIDRs: null, minSyncPeriod: 0s, scheduler: \"\", syncPeriod: 30s}\nmetricsBindAddress: 0.0.0.0:10249\nmode: iptables\nnodePortAddresses: null\noomScoreAdj: -998\nportRange: \"\""},
 	// kubeadm.
 	{args: "--hostname-override=node-1", file: "bindAddress: 0.0.0.0\nbindAddressHardFail: false\nclientConnection: {acceptContentTypes: \"\", burst: 0, contentType: \"\", kubeconfig: KUBECONFIG, qps: 0}\nclusterCIDR: 10.244.0.0/16\nconfigSyncPeriod: 0s\nconntrack: {maxPerCore: 0, min: null, tcpBeLiberal: false, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: null, udpStreamTimeout: 0s, udpTimeout: 0s}\ndetectLocal: {bridgeInterface: \"\", interfaceNamePrefix: \"\"}\ndetectLocalMode: \"\"\nenableProfiling: false\nhealthzBindAddress: \"\"\nhostnameOverride: \"\"\niptables: {localhostNodePorts: null, masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}\nipvs: {excludeCIDRs: null, minSyncPeriod: 0s, scheduler: \"\", strictARP: false, syncPeriod: 0s, tcpFinTimeout: 0s, tcpTimeout: 0s, udpTimeout: 0s}\nlogging: {flushFrequency: 0, options: {json: {infoBufferSize: \"0\"}, text: {infoBufferSize: \"0\"}}, verbosity: 0}\nmetricsBindAddress: \"\"\nmode: \"\"\nnftables: {masqueradeAll: false, masqueradeBit: null, minSyncPeriod: 0s, syncPeriod: 0s}\nnodePortAddresses: null\noomScoreAdj: null\nportRange: \"\"\nshowHiddenMetricsForVersion: \"\"\nwinkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: \"\", rootHnsEndpointName: \"\", sourceVip: \"\"}"},
-	// k0s, and kubespray, whose gates are of the whole cluster.
-	{args: "--hostname-override=node-1", file: "clientConnection: {acceptContentTypes: \"\", burst: 0, contentType: \"\", kubeconfig: KUBECONFIG, qps: 0}\nclusterCIDR: 10.244.0.0/16\nconntrack: {maxPerCore: 0, min: null, tcpCloseWaitTimeout: null, tcpEstablishedTimeout: null}\nfeatureGates: {SidecarContainers: true}\nmetricsBindAddress: 0.0.0.0:10249\nmode: iptables\nnodePortAddresses: null", accepted: true},
-	{args: "--hostname-override=node-1", file: "bindAddress: 0.0.0.0\nclientConnection: {burst: 10, contentType: application/vnd.kubernetes.protobuf, kubeconfig: KUBECONFIG, qps: 5}\nclusterCIDR: 10.233.64.0/18\nconfigSyncPeriod: 15m0s\nconntrack: {maxPerCore: 0, min: 131072, tcpCloseWaitTimeout: 1h0m0s, tcpEstablishedTimeout: 24h0m0s}\nenableProfiling: false\nhealthzBindAddress: 0.0.0.0:10256\nhostnameOverride: node-1\niptables: {masqueradeAll: false, masqueradeBit: 14, minSyncPeriod: 0s, syncPeriod: 30s}\nipvs: {excludeCIDRs: [], minSyncPeriod: 0s, scheduler: rr, syncPeriod: 30s, strictARP: false, tcpTimeout: 0s, tcpFinTimeout: 0s, udpTimeout: 0s}\nmetricsBindAddress: 127.0.0.1:10249\nmode: nftables\nnodePortAddresses: []\noomScoreAdj: -999\nportRange: \"\"\nfeatureGates: {AllBeta: false, SupportIPVSProxyMode: true}", accepted: true},
+	// k0s, and kubespray, also with gates of the whole cluster. kube-proxy refuses gates that it does not know.
+	{args: "--hostname-override=node-1", file: k0s},
+	{args: "--hostname-override=node-1", file: k0s + "\nfeatureGates: {SidecarContainers: true}", accepted: true},
+	{args: "--hostname-override=node-1", file: kubespray},
+	{args: "--hostname-override=node-1", file: kubespray + "\nfeatureGates: {AllBeta: false, SupportIPVSProxyMode: true}", accepted: true},
 	{args: "--hostname-override=node-1", file: "mode: iptables\nfeatureGates: {AllBeta: true, KubeProxyIPVS: true, KubeletInUserNamespace: true, UserNamespacesSupport: true}"},
 }
 
