@@ -66,8 +66,10 @@ release-files: image-links
 	for shell in bash zsh fish; do $(GO) run ./cmd/signalbox completion $$shell > bin/completions/signalbox.$$shell || exit; done
 
 .PHONY: chart
-chart: ## the Helm chart of VERSION, vX.Y.Z, as dist/signalbox-X.Y.Z.tgz
-	$(RELEASE_TOOL) helm package manifests/helm/signalbox --destination dist --version $(VERSION:v%=%) --app-version $(VERSION)
+chart: ## the Helm chart of VERSION, vX.Y.Z, as dist/signalbox-X.Y.Z.tgz, with images of REGISTRY
+	rm -rf bin/chart && mkdir -p bin/chart && cp -r manifests/helm/signalbox bin/chart/
+	sed -i 's|^  registry: ""|  registry: "$(REGISTRY)"|' bin/chart/signalbox/values.yaml
+	$(RELEASE_TOOL) helm package bin/chart/signalbox --destination dist --version $(VERSION:v%=%) --app-version $(VERSION)
 
 CHART_README := $(RELEASE_TOOL) helm-docs --log-level=error --chart-search-root manifests/helm --sort-values-order file
 .PHONY: chart-readme

@@ -63,7 +63,8 @@ main() {
 	clone "$work/first"
 	make --no-print-directory release-files
 	tool goreleaser release --snapshot --clean --skip=docker
-	make --no-print-directory chart VERSION=v0.0.0
+	make --no-print-directory chart VERSION=v0.0.0 REGISTRY=registry.invalid
+	tar -xOf dist/signalbox-0.0.0.tgz signalbox/values.yaml | grep -q '^  registry: "registry.invalid"'
 	build_images
 	rm -rf "$root/dist"
 	cp -a dist "$root/dist"

@@ -43,6 +43,15 @@ var chartCases = map[string]chartCase{
 			t.Errorf("secrets %v", pod.Spec.ImagePullSecrets)
 		}
 	}},
+	"registry": {values: map[string]any{
+		"mode": "ipvs", "image": map[string]any{"registry": "registry.example.com/team", "tag": "v1"},
+	}, check: func(t *testing.T, pod corev1.PodTemplateSpec) {
+		for _, c := range append(pod.Spec.InitContainers, pod.Spec.Containers...) {
+			if c.Image != "registry.example.com/team/signalbox-iptables:v1" {
+				t.Errorf("%s has %s", c.Name, c.Image)
+			}
+		}
+	}},
 	"flags and environment": {values: map[string]any{
 		"extraArgs": []any{"--max-cpu=5%"},
 		"extraEnv":  []any{map[string]any{"name": "GOMEMLIMIT", "value": "200MiB"}},

@@ -44,7 +44,8 @@ func recipes(t *testing.T, name string) map[string]string {
 	return out
 }
 
-// The API server accepts the chart with the values of each recipe.
+// The API server accepts the chart with the values of each recipe, and the Pods have the images
+// that the page tells to push.
 func TestRecipeValues(t *testing.T) {
 	all := recipes(t, "values.yaml")
 	if got, want := slices.Sorted(maps.Keys(all)), []string{"MicroK8s", "Talos", "k3s", "kOps", "kind", "kubeadm", "kubespray"}; !slices.Equal(got, want) {
@@ -62,6 +63,12 @@ func TestRecipeValues(t *testing.T) {
 			find(t, objects, "ConfigMap", files)
 			if strictConfig(t, files.Data["config.conf"]).ClusterCIDR == "" {
 				t.Error("the Pods' range is missing")
+			}
+			pod := daemonSet(t, objects).Spec.Template.Spec
+			for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+				if !strings.HasPrefix(c.Image, "REGISTRY/signalbox") || !strings.HasSuffix(c.Image, ":VERSION") {
+					t.Errorf("%s has the image %s", c.Name, c.Image)
+				}
 			}
 		})
 	}

@@ -2,7 +2,7 @@
 {{- define "signalbox.image" -}}
 {{- $tools := eq (include "signalbox.callsIptables" .) "yes" -}}
 {{- $name := default (ternary "signalbox-iptables" "signalbox" $tools) .Values.image.repository -}}
-image: {{ printf "%s:%s" $name (default .Chart.AppVersion .Values.image.tag) }}
+image: {{ printf "%s/%s:%s" .Values.image.registry $name (default .Chart.AppVersion .Values.image.tag) | trimPrefix "/" }}
 {{- with .Values.image.pullPolicy }}
 imagePullPolicy: {{ . }}
 {{- end }}
