@@ -242,9 +242,9 @@ func (p *Proxier) addrsDiffer() (bool, error) {
 	return err == nil && !maps.Equal(onDevice, st.onDevice), err
 }
 
-// serversDiffer says whether IPVS has other destinations than the state, or Repair has not
-// compared yet. It reads destinations only if the digest of IPVS is another one than the last
-// time. The list of all destinations may lack servers, so these are asked for one by one.
+// serversDiffer says whether IPVS has other virtual servers or destinations than the state, or
+// Repair has not compared yet. It reads them only if the digest of IPVS is another one than the
+// last time.
 func (p *Proxier) serversDiffer() (differ bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -256,38 +256,46 @@ func (p *Proxier) serversDiffer() (differ bool, err error) {
 	if err != nil || digest != 0 && digest == p.digest {
 		return false, err
 	}
-	differ, err = p.destinationsDiffer(st)
+	differ, err = p.listingDiffers(st)
 	if err == nil {
 		p.digest = digest
 	}
 	return differ, err
 }
 
-func (p *Proxier) destinationsDiffer(st *state) (bool, error) {
-	listed, err := p.ipvs.AllDestinations()
+// listingDiffers compares the listing with the state. Servers that the listing lacks are asked
+// for one by one.
+func (p *Proxier) listingDiffers(st *state) (bool, error) {
+	listed, err := p.ipvs.Listing()
 	if err != nil {
 		return false, err
 	}
+	var schedulers map[kernel.ServerKey]string
 	for key := range listed {
 		if st.servers[key] == nil && (isOurs(key.Mark) || st.onDevice[key.Addr]) {
 			return true, nil
 		}
 	}
 	for key, s := range st.servers {
-		if s.has(listed[key]) {
+		if s.is(listed[key]) {
 			continue
 		}
+		if schedulers == nil {
+			if schedulers, err = p.ipvs.Servers(); err != nil {
+				return false, err
+			}
+		}
 		dests, err := p.ipvs.Destinations(key)
-		if err != nil || !s.has(dests) {
+		if err != nil || !s.is(kernel.Server{Scheduler: schedulers[key], Destinations: dests}) {
 			return err == nil, err
 		}
 	}
 	return false, nil
 }
 
-// has says whether the server has these destinations and no other.
-func (s *server) has(dests []kernel.Destination) bool {
-	return len(dests) == len(s.dests) && !slices.ContainsFunc(dests, func(d kernel.Destination) bool {
+// is says whether the kernel has the server as the state has it.
+func (s *server) is(k kernel.Server) bool {
+	return k.Scheduler == s.scheduler && len(k.Destinations) == len(s.dests) && !slices.ContainsFunc(k.Destinations, func(d kernel.Destination) bool {
 		weight, found := s.dests[d.Addr]
 		return !found || weight != d.Weight
 	})
@@ -300,7 +308,10 @@ func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := p.state
-	if st == nil || kernel.HasKubeProxySets(p.Family) {
+	if st == nil {
+		return proxier.Difference{}, nil
+	}
+	if p.unrepaired = kernel.HasKubeProxySets(p.Family); p.unrepaired {
 		return proxier.Difference{}, nil
 	}
 	found, err := p.watch.Compare(st.rules.chains(), st.tableElements)
@@ -312,7 +323,6 @@ func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 		return proxier.Difference{Objects: found}, err
 	}
 	found = append(found, st.differences(have)...)
-	p.unrepaired = false
 	if p.stale && len(found) == 0 {
 		p.stale = false // the failed write has left what the state says
 		p.wakeDrain()

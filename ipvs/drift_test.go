@@ -57,6 +57,9 @@ func TestDrift(t *testing.T) {
 		{"weight changed", func(_ *testing.T, k *fakeIPVS) {
 			k.do(kernel.Op{Verb: kernel.SetDestination, Key: web, Destination: pod, Weight: 7})
 		}, "1 virtual servers have another scheduler or other destinations", true, "+ipvsadm -a -t " + w.vip(1).String() + ":80 -r " + pod.String() + " -m -w 7"},
+		{"scheduler changed", func(_ *testing.T, k *fakeIPVS) {
+			k.do(kernel.Op{Verb: kernel.SetServer, Key: web, Scheduler: "sh"})
+		}, "1 virtual servers have another scheduler or other destinations", true, "+ipvsadm -A -t " + w.vip(1).String() + ":80 -s sh"},
 		{"server added", func(_ *testing.T, k *fakeIPVS) {
 			k.do(kernel.Op{Verb: kernel.AddServer, Key: foreign, Scheduler: "rr"})
 		}, "1 virtual servers are not signalbox's", false, ""}, // the fake has no list of all servers
@@ -178,6 +181,40 @@ func TestFailedRemoval(t *testing.T) {
 	}
 }
 
+// TestRepairAfterKubeProxy: while kube-proxy has its ipsets, nothing is repaired. What it has
+// removed is repaired when they are gone, although nothing else changes then.
+func TestRepairAfterKubeProxy(t *testing.T) {
+	k, w := newFakeIPVS(t), world{plan.IPv4}
+	hasIPSet(t)
+	p, desired := k.proxier(t, time.Now), w.example()
+	syncAll(t, p, desired)
+	set := kernel.KubeProxySetName("KUBE-CLUSTER-IP", w.family)
+	makeSet(t, set, "hash:ip,port", w.family)
+	k.do(kernel.Op{Verb: kernel.RemoveServer, Key: kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: plan.TCP}})
+	removeAddr(t, w.vip(1))
+	for range 3 {
+		if differ, err := p.serversDiffer(); !differ || err != nil {
+			t.Errorf("with kube-proxy's ipsets: differ %v, %v", differ, err)
+		}
+		if found, err := p.Repair(t.Context()); err != nil || len(found.Objects) > 0 {
+			t.Errorf("with kube-proxy's ipsets: found %+v, %v", found, err)
+		}
+	}
+	if err := netlink.IpsetDestroy(set); err != nil {
+		t.Fatal(err)
+	}
+	if differ, err := p.serversDiffer(); !differ || err != nil {
+		t.Errorf("without kube-proxy's ipsets: differ %v, %v", differ, err)
+	}
+	if found, err := p.Repair(t.Context()); err != nil || len(found.Objects) != 2 || !found.Rewrite {
+		t.Errorf("without kube-proxy's ipsets: found %+v, %v", found, err)
+	}
+	syncAll(t, p, desired)
+	if differ, err := p.serversDiffer(); differ || err != nil {
+		t.Errorf("after the repair: differ %v, %v", differ, err)
+	}
+}
+
 // serviceAt is the Service port of a virtual server.
 func serviceAt(t *testing.T, p *plan.Plan, key kernel.ServerKey) plan.ServicePortName {
 	t.Helper()
@@ -289,6 +326,11 @@ func TestWatch(t *testing.T) {
 		}{
 			{"server", func() {
 				if err := other.Send([]kernel.Op{{Verb: kernel.RemoveServer, Key: key}}, func(kernel.Op) {}); err != nil {
+					t.Fatal(err)
+				}
+			}},
+			{"scheduler", func() {
+				if err := other.Send([]kernel.Op{{Verb: kernel.SetServer, Key: key, Scheduler: "sh"}}, func(kernel.Op) {}); err != nil {
 					t.Fatal(err)
 				}
 			}},

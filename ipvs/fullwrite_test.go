@@ -5,6 +5,8 @@ package ipvs
 import (
 	"context"
 	"errors"
+	"fmt"
+	"hash/maphash"
 	"net/netip"
 	"testing"
 	"time"
@@ -49,13 +51,14 @@ func (k *fakeIPVS) Destinations(key kernel.ServerKey) (list []kernel.Destination
 	return list, nil
 }
 
-// AllDestinations returns a wrong listing together with its error.
-func (k *fakeIPVS) AllDestinations() (map[kernel.ServerKey][]kernel.Destination, error) {
+// Listing returns a wrong listing together with its error.
+func (k *fakeIPVS) Listing() (map[kernel.ServerKey]kernel.Server, error) {
 	k.reads++
 	if k.noListing == nil {
 		return nil, nil
 	}
-	return map[kernel.ServerKey][]kernel.Destination{{Addr: netip.MustParseAddr("10.96.0.1"), Port: 80, Protocol: plan.TCP}: {{}}}, k.noListing
+	wrong := kernel.ServerKey{Addr: netip.MustParseAddr("10.96.0.1"), Port: 80, Protocol: plan.TCP}
+	return map[kernel.ServerKey]kernel.Server{wrong: {Destinations: make([]kernel.Destination, 1)}}, k.noListing
 }
 
 func (k *fakeIPVS) Send(ops []kernel.Op, done func(kernel.Op)) error {
@@ -71,7 +74,15 @@ func (k *fakeIPVS) Send(ops []kernel.Op, done func(kernel.Op)) error {
 	return nil
 }
 
-func (k *fakeIPVS) Digest() (uint64, error)                 { return 0, nil }
+func (k *fakeIPVS) Digest() (digest uint64, _ error) {
+	for key, s := range k.model.servers {
+		digest += maphash.String(seed, fmt.Sprint(key, s.scheduler, s.dests))
+	}
+	return digest, nil
+}
+
+var seed = maphash.MakeSeed()
+
 func (k *fakeIPVS) HasScheduler(string) (bool, error)       { return true, nil }
 func (k *fakeIPVS) SetTimeouts(_, _, _ time.Duration) error { return nil }
 func (k *fakeIPVS) Close()                                  {}

@@ -59,7 +59,7 @@ var _ proxier.Proxier = (*Proxier)(nil)
 type ipvsClient interface {
 	Servers() (map[kernel.ServerKey]string, error)
 	Destinations(kernel.ServerKey) ([]kernel.Destination, error)
-	AllDestinations() (map[kernel.ServerKey][]kernel.Destination, error)
+	Listing() (map[kernel.ServerKey]kernel.Server, error)
 	Digest() (uint64, error)
 	Send(ops []kernel.Op, done func(kernel.Op)) error
 	HasScheduler(name string) (bool, error)

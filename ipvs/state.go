@@ -74,7 +74,7 @@ func (p *Proxier) read(rules *ruleset, desired *plan.Plan) (st *state, others ma
 	if err != nil {
 		return nil, nil, err
 	}
-	listed, err := p.ipvs.AllDestinations()
+	listed, err := p.ipvs.Listing()
 	if err != nil {
 		slog.Warn("ipvs: cannot read the list of all destinations; asking for those of each virtual server, which takes longer",
 			"family", p.Family.String(), "error", err)
@@ -91,7 +91,7 @@ func (p *Proxier) read(rules *ruleset, desired *plan.Plan) (st *state, others ma
 		if !isOurs(key.Mark) && !st.onDevice[key.Addr] && (others[key.Addr] || !planned[key]) {
 			continue
 		}
-		dests := listed[key]
+		dests := listed[key].Destinations
 		if len(dests) == 0 {
 			if dests, err = p.ipvs.Destinations(key); err != nil {
 				return nil, nil, err

@@ -20,11 +20,18 @@ import (
 // Netlink lists destinations for one virtual server at a time.
 const listingFile = "/proc/thread-self/net/ip_vs"
 
-// AllDestinations lists the destinations of all virtual servers of the family. Some virtual
+// Server is a virtual server in the listing.
+type Server struct {
+	Scheduler    string
+	Destinations []Destination
+}
+
+// Listing lists the virtual servers of the family with their destinations. Some virtual
 // servers may be missing, but a listed server has all its destinations: the file is read in
 // pieces, and each piece begins with a server. The kernel (6.1) finds the wrong beginning if
-// servers change meanwhile, or if other network namespaces have servers.
-func (h *IPVS) AllDestinations() (map[ServerKey][]Destination, error) {
+// servers change meanwhile, or if other network namespaces have servers. Servers by mark
+// without destinations are always missing.
+func (h *IPVS) Listing() (map[ServerKey]Server, error) {
 	if h.listing == nil {
 		return nil, nil
 	}
@@ -38,7 +45,7 @@ func (h *IPVS) AllDestinations() (map[ServerKey][]Destination, error) {
 var digestSeed = maphash.MakeSeed()
 
 // Digest is a sum of the virtual servers, destinations and weights of both families and of
-// all software in the network namespace. It costs a tenth of AllDestinations. Without the
+// all software in the network namespace. It costs a tenth of Listing. Without the
 // file it is always 0.
 func (h *IPVS) Digest() (digest uint64, err error) {
 	if h.listing == nil {
@@ -94,24 +101,31 @@ func openListing() *os.File {
 //	FWM  40000001 rr
 //
 // Only the destinations of a server by mark show its family.
-func parseListing(text io.Reader, family plan.Family) (map[ServerKey][]Destination, error) {
-	found := make(map[ServerKey][]Destination)
-	var server ServerKey
-	known := false // server could be parsed
+func parseListing(text io.Reader, family plan.Family) (map[ServerKey]Server, error) {
+	found := make(map[ServerKey]Server)
+	var key ServerKey
+	var scheduler string
+	known := false // key could be parsed
 	lines := bufio.NewScanner(text)
 	for n := 0; lines.Scan(); n++ {
 		words := strings.Fields(lines.Text())
 		switch {
-		case n < 3 || len(words) < 2: // the heading
+		case n < 3 || len(words) < 3: // the heading
 		case words[0] != "->":
-			server, known = parseServer(words[0], words[1])
+			if key, known = parseServer(words[0], words[1]); !known {
+				continue
+			}
+			scheduler = words[2]
+			if key.Mark == 0 && plan.FamilyOf(key.Addr) == family {
+				found[key] = Server{Scheduler: scheduler}
+			}
 		case known:
 			d, err := parseDest(words)
 			if err != nil {
 				return nil, fmt.Errorf("%s: line %d: %w", listingFile, n+1, err)
 			}
 			if plan.FamilyOf(d.Addr.Addr()) == family {
-				found[server] = append(found[server], d)
+				found[key] = Server{scheduler, append(found[key].Destinations, d)}
 			}
 		}
 	}

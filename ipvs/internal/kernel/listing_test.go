@@ -24,7 +24,7 @@ UDP  [fd00:0096:0000:0000:0000:0000:0000:0001]:0035 wrr ` + `
   -> [fd00:0244:0000:0000:0000:0000:0000:0005]:1F91      Masq    65535  0          1         
 FWM  40000001 rr ` + `
   -> 0AF40108:1F90      Masq    1      0          0         
-FWM  40000001 rr ` + `
+FWM  40000001 sh ` + `
   -> [fd00:0244:0000:0000:0000:0000:0000:0006]:1F90      Masq    1      0          0         
 FWM  40000002 rr ` + `
 TCP  0A600003:0050 rr ` + `
@@ -33,13 +33,14 @@ TCP  0A600003:0050 rr ` + `
 func TestParseListing(t *testing.T) {
 	for family, want := range map[plan.Family]map[string]string{
 		plan.IPv4: {
-			"-f 1073741825":                 "10.244.1.8:8080 weight 1 connections 0;",
-			"-t 10.96.0.1:80":               "10.244.1.5:8080 weight 3 connections 7;10.244.1.6:8080 weight 0 connections 0;",
-			"--sctp-service 10.96.0.2:2905": "10.244.1.7:8080 weight 1 connections 1;",
+			"-f 1073741825":                 "rr 10.244.1.8:8080 weight 1 connections 0;",
+			"-t 10.96.0.1:80":               "rr 10.244.1.5:8080 weight 3 connections 7;10.244.1.6:8080 weight 0 connections 0;",
+			"--sctp-service 10.96.0.2:2905": "mh 10.244.1.7:8080 weight 1 connections 1;",
+			"-t 10.96.0.3:80":               "rr ",
 		},
 		plan.IPv6: {
-			"-f 1073741825":      "[fd00:244::6]:8080 weight 1 connections 0;",
-			"-u [fd00:96::1]:53": "[fd00:244::5]:8081 weight 65535 connections 1;",
+			"-f 1073741825":      "sh [fd00:244::6]:8080 weight 1 connections 0;",
+			"-u [fd00:96::1]:53": "wrr [fd00:244::5]:8081 weight 65535 connections 1;",
 		},
 	} {
 		found, err := parseListing(strings.NewReader(exampleListing), family)
@@ -47,8 +48,9 @@ func TestParseListing(t *testing.T) {
 			t.Fatal(err)
 		}
 		got := make(map[string]string)
-		for key, dests := range found {
-			for _, d := range dests {
+		for key, s := range found {
+			got[key.String()] = s.Scheduler + " "
+			for _, d := range s.Destinations {
 				got[key.String()] += fmt.Sprintf("%s weight %d connections %d;", d.Addr, d.Weight, d.Connections)
 			}
 		}
