@@ -95,6 +95,7 @@ var faults = map[string]http.HandlerFunc{
 	"overloaded, for a time": refusal(http.StatusTooManyRequests, "Retry-After", "1"),
 	"unavailable":            refusal(http.StatusServiceUnavailable),
 	"bad gateway":            body("text/html", "<html>502 Bad Gateway</html>"),
+	"timeout":                refusal(http.StatusGatewayTimeout),
 	"gone":                   refusal(http.StatusGone),
 	"unauthorized":           refusal(http.StatusUnauthorized),
 	"forbidden":              refusal(http.StatusForbidden),

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // repeatAfter is the least time between two log lines about the same failure.
@@ -80,9 +81,11 @@ func (s *requestStatus) ended(ctx context.Context, verb string, err error) {
 		"resource", s.resource, "request", verb, "reason", reason, "since", s.since.Format(time.RFC3339), "error", err)
 }
 
-// isStale says whether the server works, and only the resource version is too old.
+// isStale says whether the server works, and only lacks the resource version: it is too
+// old, or newer than the server's data. Any other 504 means that the server cannot read
+// its data, or that a load balancer cannot reach the server.
 func isStale(err error) bool {
-	return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) || apierrors.IsTimeout(err)
+	return apierrors.IsResourceExpired(err) || apierrors.IsGone(err) || apierrors.HasStatusCause(err, metav1.CauseTypeResourceVersionTooLarge)
 }
 
 // explain says what an operator should look at.
@@ -97,6 +100,8 @@ func explain(resource string, err error) string {
 		return "this server has no " + resource
 	case apierrors.IsTooManyRequests(err), apierrors.IsServiceUnavailable(err):
 		return "the server is overloaded or starting"
+	case apierrors.IsTimeout(err):
+		return "the server gets no answer from etcd, or a load balancer gets none from the server"
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return "nothing listens at its address; look at --master or the kubeconfig's server, and whether the API server runs"
 	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):

@@ -13,13 +13,18 @@ import (
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 )
 
 func TestFailuresAreLoggedOnceInAWhile(t *testing.T) {
 	var lines logged
 	now := time.Unix(0, 0)
-	s := &requestStatus{resource: "services", log: slog.New(slog.NewTextHandler(&lines, nil)), now: func() time.Time { return now }}
+	var failing error // as onRequest was last told
+	s := &requestStatus{
+		resource: "services", log: slog.New(slog.NewTextHandler(&lines, nil)), now: func() time.Time { return now },
+		onRequest: func(_ string, err error) { failing = err },
+	}
 	refused := fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
 	steps := []struct {
 		after time.Duration
@@ -33,9 +38,11 @@ func TestFailuresAreLoggedOnceInAWhile(t *testing.T) {
 		{30 * time.Second, apierrors.NewUnauthorized("no"), 2},
 		{31 * time.Second, apierrors.NewUnauthorized("no"), 3}, // it lasts
 		{0, apierrors.NewResourceExpired("old"), 3},            // no failure
-		{0, nil, 4},
-		{0, nil, 4},
-		{0, refused, 5},
+		{0, tooNew(), 3}, // nor is this
+		{0, apierrors.NewTimeoutError("etcd is frozen", 0), 4},
+		{0, nil, 5},
+		{0, nil, 5},
+		{0, refused, 6},
 	}
 	for i, step := range steps {
 		now = now.Add(step.after)
@@ -43,13 +50,23 @@ func TestFailuresAreLoggedOnceInAWhile(t *testing.T) {
 		if got := lines.count("\n"); got != step.lines {
 			t.Fatalf("step %d (%v): %d lines in the log, want %d:\n%s", i, step.err, got, step.lines, lines.b.String())
 		}
+		if !isStale(step.err) && failing != step.err {
+			t.Errorf("step %d: %v is reported as %v", i, step.err, failing)
+		}
 	}
 	ended, cancel := context.WithCancel(context.Background())
 	cancel()
 	s.ended(ended, "list", errors.New("cut off"))
-	if got := lines.count("\n"); got != 5 {
+	if got := lines.count("\n"); got != 6 {
 		t.Errorf("the end of the process was logged as a failure:\n%s", lines.b.String())
 	}
+}
+
+// tooNew is the answer of a server that has no resource version so new.
+func tooNew() error {
+	err := apierrors.NewTimeoutError("Too large resource version: 9, current: 8", 1)
+	err.ErrStatus.Details.Causes = []metav1.StatusCause{{Type: metav1.CauseTypeResourceVersionTooLarge, Message: "Too large resource version"}}
+	return err
 }
 
 func TestMissingOptionalResourceIsLoggedOnce(t *testing.T) {
@@ -70,6 +87,7 @@ func TestExplain(t *testing.T) {
 	for want, err := range map[string]error{
 		"credentials":         apierrors.NewUnauthorized("no"),
 		"system:node-proxier": apierrors.NewForbidden(slices, "", errors.New("no rule")),
+		"from etcd":           apierrors.NewGenericServerResponse(504, "get", slices, "", "<html>504 Gateway Time-out</html>", 0, true),
 		"overloaded":          apierrors.NewTooManyRequests("later", 1),
 		"nothing listens":     fmt.Errorf("get: %w", syscall.ECONNREFUSED),
 		"no route":            fmt.Errorf("get: %w", syscall.ENETUNREACH),
