@@ -116,7 +116,8 @@ func TestOtherTables(t *testing.T) {
 }
 
 // TestChangeBesideWrite: in the nft variant, a change by another program between own
-// transactions is noticed, and own transactions alone are not.
+// transactions is noticed, also if the kernel refuses one of them. Own transactions alone are
+// not noticed.
 func TestChangeBesideWrite(t *testing.T) {
 	for _, f := range plan.Families {
 		t.Run(f.String(), func(t *testing.T) {
@@ -133,9 +134,14 @@ func TestChangeBesideWrite(t *testing.T) {
 					}
 				}
 			}
+			var refused xtables.Script
+			refused.Add(nat.String(), []chain{{Name: "KUBE-SVC-TEST", Rules: []string{" -j KUBE-SVC-MISSING"}}})
 			for _, foreign := range []bool{false, true, false} {
 				if err := p.tools.Unobserved(func() error {
 					own()
+					if err := p.apply(t.Context(), &refused); err == nil {
+						t.Error("the kernel takes a jump to a chain that does not exist")
+					}
 					if foreign {
 						run(t, "", p.tools.Command, "-t", "nat", "-F", servicesChain)
 					}

@@ -268,9 +268,11 @@ var firewallRule = []string{
 func addLocalnetFirewall(client *iptables.IPTables) (added int, err error) {
 	table := filter.String()
 	add := func(exists bool, checked error, write func() error) {
-		if err = checked; err == nil && !exists {
+		if err = checked; err != nil || exists {
+			return
+		}
+		if err = write(); err == nil {
 			added++
-			err = write()
 		}
 	}
 	exists, checked := client.ChainExists(table, firewallChain)

@@ -34,10 +34,10 @@ type netlink struct {
 	transactions *int
 }
 
-// commit sends a transaction, and counts it unless the kernel refused it.
+// commit sends a transaction, and counts it if the kernel took it.
 func (n *netlink) commit(b *batch) error {
 	err := b.commit()
-	if b.last != 0 && !errors.As(err, new(refusedError)) {
+	if b.last != 0 && err == nil {
 		*n.transactions++
 	}
 	return err

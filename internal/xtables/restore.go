@@ -187,11 +187,11 @@ func (t *Tools) restore(ctx context.Context, s Script) error {
 	cmd := exec.CommandContext(ctx, t.Restore, "--noflush", "--counters", "-w", strconv.Itoa(int(t.Wait/time.Second)))
 	var input, output bytes.Buffer
 	s.write(&input)
-	t.Wrote(len(s)) // at most: an error may have come before the last
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = &input, &output, &output
 	cmd.WaitDelay = time.Second
 	err := cmd.Run()
 	if err == nil {
+		t.Wrote(len(s))
 		return nil
 	}
 	if ctx.Err() != nil {

@@ -53,12 +53,12 @@ type Tools struct {
 	Wait                   time.Duration // for the lock, in whole seconds
 	version                [3]int
 	netlink                *netlink // nil: the programs write everything
-	// transactions are those of the nft variant since the current Observer.Write began, at
-	// most.
+	// transactions are those of the nft variant since the current Unobserved began. One with
+	// an unknown outcome does not count: it must not hide a change by other software.
 	transactions int
 }
 
-// Wrote counts transactions that a caller made with the programs in an Observer.Write.
+// Wrote counts transactions that a caller made with the programs in Unobserved.
 func (t *Tools) Wrote(transactions int) { t.transactions += transactions }
 
 // oldestVersion is the first whose iptables-restore waits for the lock, and

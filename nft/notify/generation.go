@@ -38,6 +38,27 @@ func (l *listener) generation() (id uint32, err error) {
 	return readGeneration(attributes).id, nil
 }
 
+// waitForNotifications returns when the kernel has notified of all transactions that
+// generation has counted so far. The kernel counts a transaction before it notifies of it,
+// and holds a lock until it has done both. Each batch waits for this lock. This batch is
+// for another generation, so the kernel refuses it and changes nothing.
+func (l *listener) waitForNotifications(counted uint32) error {
+	attributes := netlink.NewAttributeEncoder()
+	attributes.ByteOrder = binary.BigEndian
+	attributes.Uint32(unix.NFNL_BATCH_GENID, counted+1<<31|1) // 0 would be any generation
+	number, err := attributes.Encode()
+	if err == nil {
+		_, err = l.asking.Execute(netlink.Message{
+			Header: netlink.Header{Type: unix.NFNL_MSG_BATCH_BEGIN, Flags: netlink.Request},
+			Data:   append([]byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}, number...),
+		})
+	}
+	if errors.Is(err, unix.ERESTART) {
+		return nil
+	}
+	return fmt.Errorf("wait for the notifications of nf_tables: %w", err)
+}
+
 func readGeneration(attributes *netlink.AttributeDecoder) (g generation) {
 	attributes.ByteOrder = binary.BigEndian
 	for attributes.Next() {

@@ -172,8 +172,8 @@ func (s *Subscription) lose() {
 	s.count(Change{Rules: s.rules, Lost: true})
 }
 
-// Mute runs write without notifications. write returns how many transactions it made, at
-// most. If the kernel counts more, other software wrote meanwhile.
+// Mute runs write without notifications. write returns how many transactions it surely made.
+// If the kernel counts more, other software may have written meanwhile.
 //
 // If there is anybody to notify, the kernel keeps memory for each element of a transaction
 // until its end: 1.1 GB for 131,000 elements (Linux 6.18).
@@ -182,11 +182,12 @@ func (s *Subscription) Mute(write func() (transactions int, err error)) error {
 	l.muting.Lock()
 	defer l.muting.Unlock()
 	before, beforeErr := l.generation()
+	waitErr := l.waitForNotifications(before)
 	leaveErr := l.conn.LeaveGroup(unix.NFNLGRP_NFTABLES)
 	own, err := write()
 	joinErr := l.conn.JoinGroup(unix.NFNLGRP_NFTABLES)
 	after, afterErr := l.generation()
-	if errors.Join(beforeErr, leaveErr, joinErr, afterErr) != nil || int(after-before) > own {
+	if errors.Join(beforeErr, waitErr, leaveErr, joinErr, afterErr) != nil || int(after-before) > own {
 		l.lose()
 	}
 	return err

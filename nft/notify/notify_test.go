@@ -7,8 +7,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -180,6 +182,35 @@ func TestMute(t *testing.T) {
 		return w.flush()
 	}))
 	w.wantNext("after a foreign transaction meanwhile", Change{Lost: true})
+}
+
+// TestMuteDuringForeignCommit: the kernel counts a transaction before it notifies of it. A
+// muted transaction that begins in between does not hide it.
+func TestMuteDuringForeignCommit(t *testing.T) {
+	var many strings.Builder
+	for n := range 50_000 {
+		fmt.Fprintf(&many, "%d, ", 10_000+n)
+	}
+	for range 2 { // not each run meets the moment
+		w := newWorld(t)
+		w.addOwn(1000, 3000)
+		before, err := w.listener.generation()
+		w.must(err)
+		foreign := exec.Command("nft", "-f", "-")
+		foreign.Stdin = strings.NewReader("add element ip services numbers { " + many.String() + "}")
+		w.must(foreign.Start())
+		for now := before; now == before; {
+			now, err = w.listener.generation()
+			w.must(err)
+		}
+		w.must(w.Mute(w.flush))
+		w.must(foreign.Wait())
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		if _, ok := w.Next(ctx); !ok {
+			t.Error("the foreign transaction is not noticed")
+		}
+		cancel()
+	}
 }
 
 // TestMuteOfFailure: a muted transaction that fails counts as none.
