@@ -5,6 +5,8 @@ package iptables
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -81,7 +83,7 @@ func TestRepair(t *testing.T) {
 // noticed waits until a change by other software is noticed.
 func noticed(t *testing.T, p *Proxier, what string) (by proxier.Writer) {
 	t.Helper()
-	if err := wait.PollUntilContextTimeout(t.Context(), time.Millisecond, time.Minute, true, func(context.Context) (changed bool, _ error) {
+	if err := wait.PollUntilContextTimeout(t.Context(), time.Millisecond, 10*time.Second, true, func(context.Context) (changed bool, _ error) {
 		by, changed, _ = p.observe()
 		return changed, nil
 	}); err != nil {
@@ -159,6 +161,28 @@ func TestChangeBesideWrite(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestChangeAfterFirstListing: a new process adopts the tables that it has listed. What
+// another program changes before the write is noticed.
+func TestChangeAfterFirstListing(t *testing.T) {
+	eachVariant(t, func(t *testing.T, earlier *Proxier) {
+		desired := newWorld(earlier.opts.Family, 3).plan(3)
+		mustSync(t, earlier, desired, plan.Change{All: true})
+		p := newProxier(t, earlier.opts.Family, earlier.tools.Backend)
+		real, save := p.tools.Save, filepath.Join(t.TempDir(), "save")
+		script := fmt.Sprintf("#!/bin/sh\n%s \"$@\" && case $* in *filter*) exec %s -t nat -F;; esac\n", real, p.tools.Command)
+		if err := os.WriteFile(save, []byte(script), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		p.tools.Save = save
+		mustSync(t, p, desired, plan.Change{All: true})
+		p.tools.Save = real
+		noticed(t, p, "the flush of nat")
+		if found, err := p.Repair(t.Context()); err != nil || !found.Rewrite {
+			t.Errorf("found %+v, %v", found, err)
+		}
+	})
 }
 
 // TestRulesOfAnotherProxy: if kube-proxy has filled the chains, Repair leaves them to it.

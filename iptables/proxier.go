@@ -195,6 +195,9 @@ func (p *Proxier) Sync(ctx context.Context, desired *plan.Plan, change plan.Chan
 // missing jumps: existing ones keep their place. If an earlier process left the
 // tables as they should be, it writes no chain.
 func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
+	if !p.started {
+		p.observe() // the listing has the changes so far, so Watch need not report them
+	}
 	_, kernel, missing, err := p.list(ctx)
 	if err != nil {
 		return err
@@ -413,11 +416,8 @@ func missingJumps(client *iptables.IPTables, kernel [tableCount]*xtables.Listing
 }
 
 // write makes the node's settings, unless node is nil, and applies a script. Watch does not
-// report that. Changes by other software before the first write are not reported either.
+// report that.
 func (p *Proxier) write(ctx context.Context, node *plan.Node, s *xtables.Script) error {
-	if !p.started {
-		p.observe()
-	}
 	return p.tools.Unobserved(func() error {
 		if node != nil {
 			if err := p.prepareNode(node); err != nil {
