@@ -185,6 +185,30 @@ func TestChangeAfterFirstListing(t *testing.T) {
 	})
 }
 
+// TestObserveAgain: where no descriptor was left to ask the kernel, it is asked later.
+func TestObserveAgain(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		mustSync(t, p, newWorld(p.opts.Family, 3).plan(3), plan.Change{All: true})
+		if err := p.Close(); err != nil {
+			t.Fatal(err)
+		}
+		p.observer = nil
+		restore := nstest.NoDescriptors(t)
+		if _, changed, _ := p.observe(); changed || p.observer != nil {
+			t.Error("a socket is open without descriptors")
+		}
+		restore()
+		if _, changed, _ := p.observe(); !changed {
+			t.Error("what may have changed before is not compared")
+		}
+		if by, changed, _ := p.observe(); changed {
+			t.Errorf("a change by %s is noticed", by)
+		}
+		run(t, "", p.tools.Command, "-t", "nat", "-F")
+		noticed(t, p, "the flush of nat")
+	})
+}
+
 // TestRulesOfAnotherProxy: if kube-proxy has filled the chains, Repair leaves them to it.
 func TestRulesOfAnotherProxy(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {

@@ -103,10 +103,9 @@ type Proxier struct {
 	// triedNetlink says that this process has found out whether netlink can write.
 	triedNetlink bool
 
-	// observer is nil if the kernel cannot be asked.
-	observer *xtables.Observer
-
 	mu sync.Mutex // guards what follows against Watch
+	// observer is nil until the kernel can be asked.
+	observer *xtables.Observer
 	// seen are the changes by other software that Watch has reported.
 	seen int
 	// compareTook is how long the last Repair took.
@@ -132,7 +131,7 @@ func New(opts proxier.Options, tuning ...Tuning) (*Proxier, error) {
 	tune.Logger.Info("iptables backend", "family", opts.Family.String(), "backend", string(t.Backend), "reason", why, "program", t.Restore)
 	p := &Proxier{opts: opts, tools: t, log: tune.Logger}
 	if p.observer, err = t.Observe(); err != nil {
-		tune.Logger.Warn("changes of the rules by other software are not noticed for a minute", "family", opts.Family.String(), "error", err)
+		tune.Logger.Warn("changes of the rules by other software are not noticed yet; signalbox tries again each second", "family", opts.Family.String(), "error", err)
 	}
 	return p, nil
 }
@@ -268,17 +267,20 @@ func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) {
 	}
 }
 
-// observe says whether other software may have changed the tables since the last call.
+// observe says whether other software may have changed the tables since the last call, or
+// before the kernel could be asked.
 func (p *Proxier) observe() (by proxier.Writer, changed bool, compareTook time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.observer == nil {
-		return by, false, 0
+		var err error
+		if p.observer, err = p.tools.Observe(); err != nil {
+			return by, false, 0
+		}
+		changed = true
 	}
-	n, by, err := p.observer.Changes()
-	changed = err == nil && n != p.seen
-	if changed {
-		p.seen = n
+	if n, last, err := p.observer.Changes(); err == nil && n != p.seen {
+		p.seen, by, changed = n, last, true
 	}
 	return by, changed, p.compareTook
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync/atomic"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -31,7 +32,7 @@ type Table struct {
 	failed   error                 // the first error of gathering
 	gathered int                   // elements since the last Commit
 	// changes is nil without Subscribe.
-	changes *notify.Subscription
+	changes atomic.Pointer[notify.Subscription]
 }
 
 // BatchElements is how many elements the library gets at once. They fit into one of its
@@ -59,8 +60,8 @@ func Open(f *IPFamily, table string, sets []*Set, options ...nftables.ConnOption
 	return t, nil
 }
 
-// Subscribe has NextChange report what other software does to the table. An
-// nfttest.Kernel notifies of nothing.
+// Subscribe has NextChange report what other software does to the table. Any goroutine may
+// call it, before NextChange. An nfttest.Kernel notifies of nothing.
 func (t *Table) Subscribe() error {
 	if t.conn.TestDial != nil {
 		return nil
@@ -69,23 +70,25 @@ func (t *Table) Subscribe() error {
 	if err != nil {
 		return fmt.Errorf("subscribe to changes of table %s: %w", t.table.Name, err)
 	}
-	t.changes, err = notify.Subscribe(byte(t.IPFamily.Table), port, t.table.Name)
+	changes, err := notify.Subscribe(byte(t.IPFamily.Table), port, t.table.Name)
+	t.changes.Store(changes)
 	return err
 }
 
 // NextChange waits until other software has changed the table. It returns false when ctx
 // ends, or at once without Subscribe. Any goroutine may call it, one at a time.
 func (t *Table) NextChange(ctx context.Context) (notify.Change, bool) {
-	if t.changes == nil {
+	changes := t.changes.Load()
+	if changes == nil {
 		return notify.Change{}, false
 	}
-	return t.changes.Next(ctx)
+	return changes.Next(ctx)
 }
 
 // Close closes the connection. The table stays.
 func (t *Table) Close() error {
-	if t.changes != nil {
-		t.changes.Close()
+	if changes := t.changes.Load(); changes != nil {
+		changes.Close()
 	}
 	defer refill()
 	return t.conn.CloseLasting()
@@ -118,12 +121,12 @@ func (t *Table) Commit() error {
 const mutedElements = 1000
 
 func (t *Table) flush() error {
-	n := t.gathered
+	n, changes := t.gathered, t.changes.Load()
 	t.gathered = 0
-	if t.changes == nil || n < mutedElements {
+	if changes == nil || n < mutedElements {
 		return t.conn.Flush()
 	}
-	return t.changes.Mute(func() (transactions int, err error) {
+	return changes.Mute(func() (transactions int, err error) {
 		if err = t.conn.Flush(); err == nil {
 			transactions = 1
 		}

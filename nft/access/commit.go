@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"log/slog"
 	"sync/atomic"
+	"time"
 
+	"signalbox/internal/wait"
 	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -27,23 +29,36 @@ func Commit(t *nft.Table) error {
 // Watch learns when other software changes a mode's table.
 type Watch struct {
 	table *nft.Table
+	// deaf: Run has yet to begin to listen.
+	deaf bool
 	// rules: other software wrote more than elements. A comparison does not see all of that:
 	// the library does not read some attributes of chains and sets.
 	rules atomic.Bool
 }
 
-// NewWatch begins to listen. Where the kernel does not allow that, the log says so, and
-// only the full writes that are repeated every hour repair the table.
+// NewWatch begins to listen. If that fails, Run tries again.
 func NewWatch(t *nft.Table) *Watch {
-	if err := t.Subscribe(); err != nil {
-		slog.Warn("changes of the table by other software are not noticed; they stay until the next full write, at most an hour",
-			"family", t.Family.String(), "error", err)
+	err := t.Subscribe()
+	if err != nil {
+		slog.Warn("changes of the table by other software are not noticed yet; signalbox tries again each second", "family", t.Family.String(), "error", err)
 	}
-	return &Watch{table: t}
+	return &Watch{table: t, deaf: err != nil}
 }
+
+// listenPause is the pause between two tries to listen.
+const listenPause = time.Second
 
 // Run implements Watch of proxier.Proxier.
 func (w *Watch) Run(ctx context.Context, drifted func(proxier.Writer)) {
+	for w.deaf {
+		if !wait.For(ctx, listenPause) {
+			return
+		}
+		if w.table.Subscribe() == nil {
+			w.deaf = false
+			drifted(proxier.Writer{}) // by changes that were not heard
+		}
+	}
 	for {
 		c, ok := w.table.NextChange(ctx)
 		if !ok {
