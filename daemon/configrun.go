@@ -142,7 +142,8 @@ func (c *configRun) connect(ctx context.Context) (err error) {
 	}
 	source := apiserver.New(c.client, c.cfg.NodeName, c.log)
 	source.OnRequest = c.observer.requested
-	source.StateDir, source.OnStale = c.cfg.StateDir, c.observer.reportStale
+	source.StateDir, source.OwnsState = c.cfg.StateDir, c.nodeLock.Held
+	source.OnStale, source.OnUnsaved = c.observer.reportStale, c.observer.reportUnsaved
 	c.source = source
 	c.events = events.New(ctx, events.Options{Client: c.client, NodeName: c.cfg.NodeName, Log: c.log, Counted: c.observer.metrics.Event})
 	return nil

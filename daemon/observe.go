@@ -144,6 +144,9 @@ func (o *observer) reportStale(since time.Time) {
 	o.conditions.set(savedState, fmt.Sprintf("the API server does not answer; this node serves the saved state of the cluster, whose last change was at %s", since.Format(time.RFC3339)))
 }
 
+// reportUnsaved reports the files of the state directory that cannot be written.
+func (o *observer) reportUnsaved(problems []string) { o.conditions.set(unsavedState, problems...) }
+
 func (o *observer) synced(r syncer.SyncReport) {
 	o.metrics.Synced(r)
 	o.health.Synced(r)

@@ -40,10 +40,12 @@ type resource struct {
 
 	log   *slog.Logger
 	seed  maphash.Seed
-	mu    sync.Mutex // guards sent, state and text
-	sent  map[cache.ObjectName]known
-	state state
-	text  []byte // see textForm
+	mu    sync.Mutex                  // guards sent and text
+	sent  map[cache.ObjectName]uint64 // hashes of the objects that the sink has
+	text  []byte                      // see textForm
+	saver *saver                      // nil: nothing is saved
+	path  string                      // of the saved objects; empty: there are none
+
 	// emptySince is when a list first lacked all objects that the sink has; zero if the
 	// last one did not.
 	emptySince time.Time
@@ -57,7 +59,7 @@ var _ cache.TransformingStore = (*resource)(nil)
 
 func newResource(name string, example object, sink service.Sink, lw cache.ListerWatcher, log *slog.Logger) *resource {
 	r := &resource{
-		name: name, example: example, sink: sink, log: log, seed: maphash.MakeSeed(), sent: map[cache.ObjectName]known{},
+		name: name, example: example, sink: sink, log: log, seed: maphash.MakeSeed(), sent: map[cache.ObjectName]uint64{},
 		listed: make(chan struct{}), answered: make(chan struct{}),
 	}
 	r.closeListed = sync.OnceFunc(func() { close(r.listed) })
@@ -140,7 +142,7 @@ func (r *resource) Replace(list []any, _ string) error {
 		list[i] = nil // frees memory while the rest is processed
 		failed = append(failed, r.apply(item))
 	}
-	r.commitState()
+	r.saver.listed()
 	r.closeListed()
 	r.closeAnswered()
 	return errors.Join(failed...)
@@ -197,9 +199,10 @@ func (r *resource) apply(obj any) error {
 		return fmt.Errorf("watching %s: %s: %w", r.name, name, err)
 	}
 	hash := maphash.Bytes(r.seed, text)
-	if sent, ok := r.sent[name]; !ok || sent.hash != hash {
-		r.sent[name] = known{hash, r.put(name, text)}
+	if sent, ok := r.sent[name]; !ok || sent != hash {
+		r.sent[name] = hash
 		r.sink.Apply(o)
+		r.saver.put(name, text, !ok)
 	}
 	return nil
 }
@@ -207,13 +210,11 @@ func (r *resource) apply(obj any) error {
 func (r *resource) remove(name cache.ObjectName) {
 	if _, ok := r.sent[name]; ok {
 		delete(r.sent, name)
-		if r.state.file != nil {
-			r.written(r.state.file.Delete(name.String()))
-		}
 		gone := r.example.DeepCopyObject().(object)
 		gone.SetNamespace(name.Namespace)
 		gone.SetName(name.Name)
 		r.sink.Delete(gone)
+		r.saver.put(name, nil, false)
 	}
 }
 

@@ -12,6 +12,7 @@ package apiserver
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -55,13 +56,21 @@ type Source struct {
 	// and with the zero time when the API server's count again. May be nil; set before
 	// Run.
 	OnStale func(since time.Time)
+	// OwnsState says whether this process may replace the files of another one in
+	// StateDir. nil: it always may; set before Run.
+	OwnsState func() bool
+	// OnUnsaved is called with a line for each file in StateDir that cannot be written,
+	// whenever that changes. May be nil; set before Run.
+	OnUnsaved func(problems []string)
 
-	staleAfter time.Duration // see staleAfter
+	staleAfter  time.Duration // see staleAfter
+	unsavedLock sync.Mutex
+	unsaved     map[string]error // the files that cannot be written, and why
 }
 
 // New returns a Source for the node of that name.
 func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source {
-	return &Source{client: client, nodeName: nodeName, log: log, staleAfter: staleAfter}
+	return &Source{client: client, nodeName: nodeName, log: log, staleAfter: staleAfter, unsaved: map[string]error{}}
 }
 
 // Run sends the objects of the API server to the sink until ctx ends, and returns
@@ -71,9 +80,9 @@ func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source
 // ctx. Until they end, they may still call the sink.
 func (s *Source) Run(ctx context.Context, sink service.Sink) error {
 	services, slices, node, cidrs := s.services(sink), s.endpointSlices(sink), s.node(sink), s.serviceCIDRs(sink)
-	for _, r := range []*resource{services, slices, node, cidrs} {
-		r.openState(s.StateDir)
-		defer r.closeState()
+	all := []*resource{services, slices, node, cidrs}
+	defer s.startSaving(ctx, all)()
+	for _, r := range all {
 		go r.run(ctx)
 	}
 	s.serveSaved(ctx, sink, services, slices, node, cidrs)

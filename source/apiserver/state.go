@@ -4,189 +4,154 @@ package apiserver
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"log/slog"
+	"maps"
 	"path/filepath"
+	"slices"
+	"sync"
 	"time"
-
-	"k8s.io/client-go/tools/cache"
 
 	"signalbox/internal/wait"
 	"signalbox/proxier/service"
 	"signalbox/source/saved"
 )
 
-// savePeriod is the least time between two writes of a file.
-const savePeriod = time.Second
+// diskTimeout bounds how long the start and the end of a Source wait for the disk.
+const diskTimeout = 3 * time.Second
 
-// known is an object that the sink has.
-type known struct {
-	hash  uint64
-	place saved.Place // in the state file
-}
-
-// state is the file with the latest objects of one kind. The resource's lock guards it.
-type state struct {
-	file  *saved.File // nil: nothing is saved
-	path  string
-	timer *time.Timer // nil while nothing waits to be written
-	log   *slog.Logger
-}
-
-// openState makes the resource save its objects in a directory.
-func (r *resource) openState(dir string) {
-	if dir == "" {
-		return
+// startSaving has the objects of resources saved until ctx ends. It returns a function that
+// waits for the last write then.
+func (s *Source) startSaving(ctx context.Context, resources []*resource) (await func()) {
+	if s.StateDir == "" {
+		return func() {}
 	}
-	path := filepath.Join(dir, r.name+".state")
-	r.state = state{path: path, log: r.log.With("file", path)}
-	var err error
-	if r.state.file, err = saved.Create(path); err != nil {
-		r.state.log.Error("the state of the cluster cannot be saved; after a reboot without the API server, this node serves nothing or an older state", "error", err)
+	var ended []<-chan struct{}
+	for _, r := range resources {
+		r.path = filepath.Join(s.StateDir, r.name+".state")
+		r.saver = newSaver(r.path, s.ownsState, func(err error) {
+			if ctx.Err() == nil {
+				s.reportSaving(r.path, err)
+			}
+		})
+		ended = append(ended, r.saver.ended)
+		go r.saver.run(ctx)
 	}
-}
-
-// put saves an object and returns its place.
-func (r *resource) put(name cache.ObjectName, text []byte) saved.Place {
-	if r.state.file == nil {
-		return 0
-	}
-	place, err := r.state.file.Put(name.String(), text)
-	r.written(err)
-	return place
-}
-
-// written arranges for the write, or stops saving after an error.
-func (r *resource) written(err error) {
-	if err != nil {
-		r.state.fail(err)
-		return
-	}
-	if r.state.timer == nil && r.state.file.InPlace() {
-		r.state.timer = time.AfterFunc(savePeriod, r.save)
-	}
-}
-
-// fail stops saving. The file in place is an older state then.
-func (s *state) fail(err error) {
-	if errors.Is(err, saved.ErrReplaced) {
-		s.log.Debug("this process no longer saves the state of the cluster", "reason", err)
-	} else {
-		s.log.Error("the state of the cluster cannot be saved any more; the file keeps an older one until the next start", "error", err)
-	}
-	_ = s.file.Close()
-	s.file = nil
-}
-
-// commitState puts the file in place, because it has all objects now.
-func (r *resource) commitState() {
-	if r.state.file == nil || r.state.file.InPlace() {
-		return
-	}
-	if err := r.state.file.Commit(); err != nil {
-		r.state.fail(err)
-		return
-	}
-	r.state.file.Leftovers()
-}
-
-// save writes what waits.
-func (r *resource) save() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	s := &r.state
-	s.timer = nil
-	if s.file == nil {
-		return
-	}
-	err := s.file.Flush()
-	if err == nil && s.file.Wasteful(len(r.sent)) {
-		var next *saved.File
-		if next, err = s.file.Rewrite(r.keepLatest); next != nil {
-			s.file = next
+	return func() {
+		waiting, cancel := context.WithTimeout(context.Background(), diskTimeout)
+		defer cancel()
+		if !allClosed(waiting, ended...) {
+			s.log.Error("the last changes of the cluster could not be saved", "error", errStuck)
 		}
 	}
-	if err != nil {
-		s.fail(err)
-	}
 }
 
-// keepLatest calls keep for the record of each object.
-func (r *resource) keepLatest(keep func(string, saved.Place) (saved.Place, error)) error {
-	for name, k := range r.sent {
-		var err error
-		if k.place, err = keep(name.String(), k.place); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		r.sent[name] = k
-	}
-	return nil
-}
+func (s *Source) ownsState() bool { return s.OwnsState == nil || s.OwnsState() }
 
-// closeState writes what waits.
-func (r *resource) closeState() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.state.file == nil {
+// reportSaving reports how a write of a file ended.
+func (s *Source) reportSaving(path string, err error) {
+	s.unsavedLock.Lock()
+	defer s.unsavedLock.Unlock()
+	_, failing := s.unsaved[path]
+	switch {
+	case err == nil && !failing:
+		return
+	case err == nil:
+		delete(s.unsaved, path)
+		s.log.Info("the state of the cluster is saved again", "file", path)
+	default:
+		s.unsaved[path] = err
+	}
+	if err != nil && !failing {
+		s.log.Error("the state of the cluster cannot be saved, and signalbox tries again; a reboot without the API server would find an older state", "file", path, "error", err)
+	}
+	if s.OnUnsaved == nil {
 		return
 	}
-	if r.state.timer != nil {
-		r.state.timer.Stop()
+	var problems []string
+	for _, path := range slices.Sorted(maps.Keys(s.unsaved)) {
+		problems = append(problems, fmt.Sprintf("the state of the cluster cannot be saved in %s: %v", path, s.unsaved[path]))
 	}
-	if err := r.state.file.Close(); err != nil {
-		r.state.log.Error("the state of the cluster could not be saved at the end", "error", err)
-	}
-	r.state.file = nil
+	s.OnUnsaved(problems)
 }
 
-// serveSaved gives the sink the saved objects, unless the API server has listed them
-// meanwhile. It returns when the file was written, and whether the sink has objects.
-func (r *resource) serveSaved() (written time.Time, served bool) {
+// savedObjects is what a file says.
+type savedObjects struct {
+	texts   map[string][]byte
+	written time.Time
+	err     error
+}
+
+// readSaved reads the file of an earlier process.
+func (r *resource) readSaved() savedObjects {
+	read := make(chan savedObjects, 1)
+	go func() {
+		texts, written, err := saved.Load(r.path)
+		read <- savedObjects{texts, written, err}
+	}()
+	select {
+	case s := <-read:
+		return s
+	case <-time.After(diskTimeout):
+		return savedObjects{err: errStuck}
+	}
+}
+
+// serveSaved gives the sink saved objects, unless the API server has listed them meanwhile.
+// It returns whether the sink has objects.
+func (r *resource) serveSaved(found savedObjects) (served bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if wait.Closed(r.listed) {
-		return written, true
+		return true
 	}
-	objects, written, err := saved.Load(r.state.path)
-	if err != nil {
-		r.state.log.Warn("there is no saved state to serve", "resource", r.name, "error", err)
-		return written, false
+	if found.err != nil {
+		r.log.Warn("there is no saved state to serve", "resource", r.name, "file", r.path, "error", found.err)
 	}
-	for name, text := range objects {
+	for name, text := range found.texts {
 		o := r.example.DeepCopyObject().(object)
 		if err := o.(interface{ Unmarshal([]byte) error }).Unmarshal(text); err != nil {
-			r.state.log.Warn("a saved object cannot be read", "resource", r.name, "object", name, "error", err)
+			r.log.Warn("a saved object cannot be read", "resource", r.name, "file", r.path, "object", name, "error", err)
 			continue
 		}
 		_ = r.apply(o) // fails for an object of another kind alone
 	}
-	return written, len(r.sent) > 0
+	return len(r.sent) > 0
 }
 
 // serveSaved serves the saved objects if the API server does not list Services and
 // EndpointSlices in time. It returns when they are listed, or ctx ends.
-func (s *Source) serveSaved(ctx context.Context, sink service.Sink, services, slices, node, cidrs *resource) {
+func (s *Source) serveSaved(ctx context.Context, sink service.Sink, services, endpoints, node, cidrs *resource) {
 	inTime, cancel := context.WithTimeout(ctx, s.staleAfter)
 	defer cancel()
-	if s.StateDir == "" || allClosed(inTime, services.listed, slices.listed) || ctx.Err() != nil {
+	if s.StateDir == "" || allClosed(inTime, services.listed, endpoints.listed) || ctx.Err() != nil {
 		return
 	}
-	node.serveSaved()
-	cidrs.serveSaved()
-	written, hasSlices := slices.serveSaved()
-	other, hasServices := services.serveSaved()
-	if !hasServices || !hasSlices {
+	order := []*resource{node, cidrs, endpoints, services}
+	found := make([]savedObjects, len(order))
+	var reads sync.WaitGroup
+	for i, r := range order {
+		reads.Go(func() { found[i] = r.readSaved() })
+	}
+	reads.Wait()
+	served := map[*resource]bool{}
+	var written time.Time // the latest
+	for i, r := range order {
+		served[r] = r.serveSaved(found[i])
+		if found[i].written.After(written) {
+			written = found[i].written
+		}
+	}
+	if !served[services] || !served[endpoints] {
 		return // Services without their endpoints would be refused
 	}
-	if other.After(written) {
-		written = other
+	if wait.Closed(services.listed) && wait.Closed(endpoints.listed) {
+		return // meanwhile
 	}
 	s.log.Warn("the API server does not answer; this node serves the saved state of the cluster",
 		"lastChange", written.Format(time.RFC3339), "age", time.Since(written).Round(time.Second))
 	s.stale(written)
 	sink.Synced()
-	if allClosed(ctx, services.listed, slices.listed) {
+	if allClosed(ctx, services.listed, endpoints.listed) {
 		s.log.Info("the API server answers; the saved state is no longer in use")
 		s.stale(time.Time{})
 	}

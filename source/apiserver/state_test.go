@@ -3,16 +3,22 @@
 package apiserver
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -20,20 +26,27 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
+	"k8s.io/client-go/tools/cache"
 
 	"signalbox/source/saved"
 )
 
 // savingNode is a process of a node whose state is in a directory.
 type savingNode struct {
-	dir   string
-	sink  *recorder
-	stale chan time.Time
-	end   func()
+	dir    string
+	client *fake.Clientset
+	sink   *recorder
+	stale  chan time.Time
+	end    func()
 }
 
 // startSaving starts a process whose API server has the objects. It answers while up says so.
 func startSaving(t *testing.T, dir string, up *atomic.Bool, objects ...runtime.Object) *savingNode {
+	t.Helper()
+	return startSavingWith(t, dir, up, func(*Source) {}, objects...)
+}
+
+func startSavingWith(t *testing.T, dir string, up *atomic.Bool, set func(*Source), objects ...runtime.Object) *savingNode {
 	t.Helper()
 	client := fake.NewClientset(objects...)
 	refuse := func(clienttesting.Action) (bool, runtime.Object, error) {
@@ -46,6 +59,8 @@ func startSaving(t *testing.T, dir string, up *atomic.Bool, objects ...runtime.O
 	if !up.Load() {
 		s.staleAfter = time.Millisecond
 	}
+	set(s)
+	n.client = client
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx, n.sink) }()
@@ -142,43 +157,228 @@ func TestStateCannotBeSaved(t *testing.T) {
 	n.end()
 }
 
-// ignore is a Sink that keeps nothing.
-type ignore struct{}
+// startedSaver is a resource whose saver runs until end is called.
+func startedSaver(t *testing.T, path string, create func(string) (*saved.File, error)) (r *resource, sink *recorder, end func()) {
+	t.Helper()
+	sink = newRecorder()
+	r = newResource("services", &corev1.Service{}, sink, nil, slog.Default())
+	r.saver = newSaver(path, func() bool { return true }, func(error) {})
+	r.saver.create = create
+	ctx, cancel := context.WithCancel(t.Context())
+	go r.saver.run(ctx)
+	return r, sink, func() {
+		cancel()
+		<-r.saver.ended
+	}
+}
 
-func (ignore) Apply(runtime.Object)  {}
-func (ignore) Delete(runtime.Object) {}
-func (ignore) Synced()               {}
+// wantSaved waits until the file has these objects.
+func wantSaved(t *testing.T, path string, names ...string) {
+	t.Helper()
+	await(t, fmt.Sprintf("%s with %q", path, names), func() bool {
+		objects, _, err := saved.Load(path)
+		return err == nil && slices.Equal(slices.Sorted(maps.Keys(objects)), names)
+	})
+}
 
 // Changes reach the file while the process runs, and out-of-date records leave it.
 func TestChangesAreSaved(t *testing.T) {
-	dir := t.TempDir()
-	r := newResource("services", &corev1.Service{}, ignore{}, nil, slog.Default())
-	r.openState(dir)
+	path := filepath.Join(t.TempDir(), "services.state")
+	r, _, end := startedSaver(t, path, saved.Create)
 	if err := r.Replace([]any{svc("a", "1"), svc("b", "1")}, "1"); err != nil {
 		t.Fatal(err)
 	}
-	for i := range 3000 {
-		s := svc("a", "2")
-		s.Spec.HealthCheckNodePort = int32(i)
-		if err := r.Update(s); err != nil {
-			t.Fatal(err)
-		}
-	}
+	wantSaved(t, path, "default/a", "default/b")
 	if err := r.Delete(svc("b", "3")); err != nil {
 		t.Fatal(err)
 	}
-	r.save() // as its timer does
-	path := filepath.Join(dir, "services.state")
+	wantSaved(t, path, "default/a")
+	end()
+}
+
+// The saver writes the latest form of each object, whatever fails in between, and rewrites
+// a file most of whose records are out of date.
+func TestSaverWritesTheLatest(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "services.state")
+	s := newSaver(path, func() bool { return true }, nil)
+	name := cache.ObjectName{Namespace: "default", Name: "a"}
+	for i := range 3000 {
+		s.put(name, []byte{byte(i >> 8), byte(i)}, i == 0)
+		s.listed()
+		if _, err := s.write(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.close()
 	objects, _, err := saved.Load(path)
-	if err != nil || len(objects) != 1 {
-		t.Fatalf("the file has %d Services, %v", len(objects), err)
+	if err != nil || len(objects) != 1 || !bytes.Equal(objects["default/a"], []byte{2999 >> 8, 2999 & 255}) {
+		t.Errorf("the file has %v, %v", objects, err)
 	}
-	var a corev1.Service
-	if err := a.Unmarshal(objects["default/a"]); err != nil || a.Spec.HealthCheckNodePort != 2999 {
-		t.Errorf("Service a is %+v, %v", a.Spec, err)
-	}
-	if info, err := os.Stat(path); err != nil || info.Size() > 1000 {
+	if info, err := os.Stat(path); err != nil || info.Size() > 100_000 {
 		t.Errorf("the file has %d bytes, %v", info.Size(), err)
 	}
-	r.closeState()
+}
+
+// What waits for the disk is at most one form of each object: objects that came and went
+// meanwhile need nothing.
+func TestChangesWaitForTheDisk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "dir", "services.state")
+	s := newSaver(path, func() bool { return true }, nil)
+	name := func(i int) cache.ObjectName { return cache.ObjectName{Namespace: "default", Name: fmt.Sprint(i)} }
+	s.put(name(0), []byte("old"), true)
+	s.put(name(1), []byte("old"), true)
+	s.listed()
+	if _, err := s.write(); err != nil {
+		t.Fatal(err)
+	}
+	disk := s.file
+	if err := errors.Join(os.RemoveAll(filepath.Dir(path)), os.WriteFile(filepath.Dir(path), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s.put(name(0), nil, false)
+	s.put(name(1), []byte("new"), false)
+	for i := range 1000 {
+		s.put(name(2+i), []byte("x"), true)
+		if i == 500 {
+			if _, err := s.write(); err == nil || s.file != disk {
+				t.Fatalf("a write without a directory: %v", err)
+			}
+		}
+		s.put(name(2+i), nil, false)
+	}
+	if len(s.pending) > 1 {
+		t.Errorf("%d changes wait for the disk", len(s.pending))
+	}
+	if err := os.Remove(filepath.Dir(path)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.write(); err != nil {
+		t.Fatal(err)
+	}
+	s.close()
+	objects, _, err := saved.Load(path)
+	if err != nil || len(objects) != 1 || string(objects["default/1"]) != "new" {
+		t.Errorf("the file has %v, %v", objects, err)
+	}
+}
+
+// A disk that stalls holds nothing up: neither lists nor changes nor the end.
+func TestStalledDisk(t *testing.T) {
+	stalled := make(chan struct{})
+	path := filepath.Join(t.TempDir(), "services.state")
+	r, sink, end := startedSaver(t, path, func(path string) (*saved.File, error) {
+		<-stalled
+		return saved.Create(path)
+	})
+	if err := r.Replace([]any{svc("a", "1")}, "1"); err != nil {
+		t.Fatal(err)
+	}
+	<-r.listed
+	if err := r.Add(svc("b", "2")); err != nil {
+		t.Fatal(err)
+	}
+	sink.take(t, 2)
+	close(stalled)
+	wantSaved(t, path, "default/a", "default/b")
+	end()
+}
+
+// The start does not wait for a disk from which saved objects would come.
+func TestStalledDiskAtTheStart(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mkfifo(filepath.Join(dir, "services.state"), 0o600); err != nil { // nobody writes: to open it takes for ever
+		t.Fatal(err)
+	}
+	var up atomic.Bool
+	n := startSaving(t, dir, &up, clusterState()...)
+	up.Store(true)
+	got := n.sink.take(t, len(everything))
+	slices.Sort(got)
+	if !slices.Equal(got, everything) {
+		t.Errorf("told %q, want %q", got, everything)
+	}
+	n.end()
+}
+
+func TestStalledDiskAtTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		stalled := make(chan struct{})
+		s := New(nil, "node-1", slog.Default())
+		s.StateDir = t.TempDir()
+		reported := make(chan []string, 1)
+		s.OnUnsaved = func(problems []string) { reported <- problems }
+		r := newResource("services", &corev1.Service{}, newRecorder(), nil, slog.Default())
+		ctx, cancel := context.WithCancel(t.Context())
+		await := s.startSaving(ctx, []*resource{r})
+		r.saver.create = func(path string) (*saved.File, error) {
+			<-stalled
+			return saved.Create(path)
+		}
+		if err := r.Add(svc("a", "1")); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		if problems := <-reported; len(problems) != 1 || time.Since(begin) != stuckAfter {
+			t.Errorf("after %v, %q is reported", time.Since(begin), problems)
+		}
+		cancel()
+		begin = time.Now()
+		await()
+		if took := time.Since(begin); took != diskTimeout {
+			t.Errorf("the end took %v", took)
+		}
+		close(stalled)
+		<-r.saver.ended
+	})
+}
+
+// A new process of an upgrade that is aborted leaves its state in place. The old one puts
+// its own there again, once it serves again.
+func TestStateAfterAbortedUpgrade(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	path := filepath.Join(dir, "services.state")
+	var up, serves atomic.Bool
+	up.Store(true)
+	serves.Store(true)
+	old := startSavingWith(t, dir, &up, func(s *Source) { s.OwnsState = serves.Load }, clusterState()...)
+	wantSaved(t, path, "default/web")
+	serves.Store(false)
+	next := startSaving(t, dir, &up, append(clusterState(), svc("next", "1"))...)
+	wantSaved(t, path, "default/next", "default/web")
+	next.end()
+	if _, err := old.client.CoreV1().Services("default").Create(t.Context(), svc("later", "3"), metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	old.sink.take(t, len(everything)+1)
+	time.Sleep(2 * savePeriod)
+	wantSaved(t, path, "default/next", "default/web") // the other process counts
+	serves.Store(true)
+	wantSaved(t, path, "default/later", "default/web")
+	old.end()
+}
+
+// Saving goes on when a disk works again. Until then, the problem is reported.
+func TestDiskWorksAgain(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	if err := os.WriteFile(dir, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var up atomic.Bool
+	up.Store(true)
+	problems := make(chan []string, 100)
+	n := startSavingWith(t, dir, &up, func(s *Source) { s.OnUnsaved = func(p []string) { problems <- p } }, clusterState()...)
+	n.sink.take(t, len(everything))
+	if p := <-problems; len(p) == 0 || !strings.Contains(p[0], dir) {
+		t.Errorf("reported %q", p)
+	}
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	wantSaved(t, filepath.Join(dir, "services.state"), "default/web")
+	for p := range problems {
+		if len(p) == 0 {
+			break
+		}
+	}
+	n.end()
 }

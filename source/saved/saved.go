@@ -6,8 +6,8 @@
 // is gone. The last record of a name counts. Records have checksums. After a crash, the
 // records before the first incomplete one count.
 //
-// A process writes a new file, and renames it into place when it has all objects. So an
-// earlier process that still runs does not write to the same file.
+// A process writes a new file, and renames it into place when it has all objects. So two
+// processes never write to the same file.
 package saved
 
 import (
@@ -17,6 +17,8 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"time"
@@ -41,8 +43,6 @@ const (
 var (
 	// ErrFull is for an object that would make a file larger than MaxSize.
 	ErrFull = fmt.Errorf("the file would exceed %d MiB", MaxSize>>20)
-	// ErrReplaced means that another process has put its file in place.
-	ErrReplaced = errors.New("another process saves the state now")
 
 	errFormat  = errors.New("not a saved state of this version")
 	errDamaged = errors.New("a record is damaged")
@@ -50,17 +50,14 @@ var (
 
 var checksums = crc32.MakeTable(crc32.Castagnoli)
 
-// Place is where a record is in a file.
-type Place int64
-
 // File is a journal that is being written. One goroutine at a time uses it.
 type File struct {
-	path    string
+	path    string // where Commit puts it
+	name    string // where it is
 	file    *os.File
-	size    int64         // with what is buffered
-	records int           // with those that are out of date
-	inPlace bool          // the file is at its path
-	buf     *bufio.Writer // what Flush writes
+	size    int64 // to the end of the last record
+	records int   // with those that are out of date
+	torn    bool  // after size, there may be a part of what could not be written
 }
 
 // Create creates a file that takes the path when Commit is called. It creates the
@@ -74,18 +71,11 @@ func Create(path string) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &File{path: path, file: file, size: int64(len(magic)), buf: bufio.NewWriterSize(file, 64<<10)}
-	_, err = f.buf.WriteString(magic)
-	return f, err
-}
-
-// Put appends the latest form of an object.
-func (f *File) Put(name string, text []byte) (Place, error) { return f.append(present, name, text) }
-
-// Delete appends that an object is gone.
-func (f *File) Delete(name string) error {
-	_, err := f.append(gone, name, nil)
-	return err
+	f := &File{path: path, name: file.Name(), file: file, size: int64(len(magic))}
+	if _, err := file.WriteString(magic); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 // What a record says of its object.
@@ -101,93 +91,136 @@ const (
 	nameBegin  = 3 // in the body
 )
 
-func (f *File) append(kind byte, name string, text []byte) (Place, error) {
-	length := nameBegin + len(name) + len(text)
-	if length > maxRecord || f.size+headerSize+int64(length) > MaxSize {
-		return 0, ErrFull
+// Append writes the latest forms of objects, by name; nil is for an object that is gone.
+// After an error, the file has none of them, and can be written again.
+func (f *File) Append(objects iter.Seq2[string, []byte]) error {
+	if f.torn {
+		if err := f.file.Truncate(f.size); err != nil {
+			return err
+		}
 	}
-	record := make([]byte, headerSize, headerSize+length)
+	f.torn = true
+	buf := bufio.NewWriterSize(io.NewOffsetWriter(f.file, f.size), 64<<10)
+	size, records := f.size, f.records
+	var record []byte
+	for name, text := range objects {
+		length := int64(nameBegin + len(name) + len(text))
+		if length > maxRecord || size+headerSize+length > MaxSize {
+			return ErrFull
+		}
+		record = appendRecord(record[:0], name, text)
+		if _, err := buf.Write(record); err != nil {
+			return err
+		}
+		size += int64(len(record))
+		records++
+	}
+	if err := buf.Flush(); err != nil {
+		return err
+	}
+	f.size, f.records, f.torn = size, records, false
+	return nil
+}
+
+func appendRecord(record []byte, name string, text []byte) []byte {
+	kind := byte(present)
+	if text == nil {
+		kind = gone
+	}
+	record = append(record, make([]byte, headerSize)...)
 	record = append(record, kind)
 	record = binary.LittleEndian.AppendUint16(record, uint16(len(name)))
 	record = append(append(record, name...), text...)
-	binary.LittleEndian.PutUint32(record, uint32(length))
-	binary.LittleEndian.PutUint32(record[4:], crc32.Checksum(record[headerSize:], checksums))
-	at := Place(f.size)
-	f.size += int64(len(record))
-	f.records++
-	_, err := f.buf.Write(record)
-	return at, err
+	body := record[headerSize:]
+	binary.LittleEndian.PutUint32(record, uint32(len(body)))
+	binary.LittleEndian.PutUint32(record[4:], crc32.Checksum(body, checksums))
+	return record
 }
 
-// Flush writes what is buffered.
-func (f *File) Flush() error { return f.buf.Flush() }
-
-// Commit puts the file in place.
+// Commit puts the file in place, and removes the files of processes that ended before they
+// could put theirs in place. If another process still writes one of these, its file is Lost.
 func (f *File) Commit() error {
-	err := f.Flush()
-	if err == nil {
-		err = f.file.Sync() // before the name: a crash must not leave an empty file
+	if err := f.file.Sync(); err != nil { // before the name: a crash must not leave an empty file
+		return err
 	}
-	if err == nil {
-		err = os.Rename(f.file.Name(), f.path)
+	if err := os.Rename(f.name, f.path); err != nil {
+		return err
 	}
-	f.inPlace = err == nil
-	return err
+	f.name = f.path
+	others, _ := filepath.Glob(f.path + ".*") // the pattern is well-formed
+	for _, other := range others {
+		_ = os.Remove(other) // at worst it stays
+	}
+	return nil
 }
 
 // InPlace says whether Commit has put the file in place.
-func (f *File) InPlace() bool { return f.inPlace }
+func (f *File) InPlace() bool { return f.name == f.path }
+
+// Lost says whether the file has lost its name, because another process has put its own
+// file in place. Records are then of no use until Compact has made a new file of them.
+func (f *File) Lost() bool {
+	own, err := f.file.Stat()
+	there, thereErr := os.Stat(f.name)
+	return err != nil || thereErr != nil || !os.SameFile(own, there)
+}
 
 // Wasteful says whether most records are out of date, if that many objects exist.
 func (f *File) Wasteful(objects int) bool { return f.records > 2*objects+wasteFrom }
 
-// Rewrite puts a file with the latest records alone in place, and returns it. The old one
-// is then closed. copyAll calls keep for each record, and gets its new place.
-func (f *File) Rewrite(copyAll func(keep func(name string, at Place) (Place, error)) error) (*File, error) {
-	if err := f.stillInPlace(); err != nil {
-		return nil, err
-	}
-	if err := f.Flush(); err != nil {
+// Compact returns a new file with the latest records alone, for Commit to put in place. The
+// old one is then closed.
+func (f *File) Compact() (*File, error) {
+	latest := map[string]int64{} // where the last record of each object is
+	err := f.scan(func(at int64, name string, text []byte) bool {
+		latest[name] = at
+		if text == nil {
+			delete(latest, name)
+		}
+		return true
+	})
+	if err != nil {
 		return nil, err
 	}
 	next, err := Create(f.path)
 	if err != nil {
 		return nil, err
 	}
-	err = copyAll(func(name string, at Place) (Place, error) {
-		_, text, err := readRecord(io.NewSectionReader(f.file, int64(at), headerSize+maxRecord))
-		if err != nil {
-			return 0, err
-		}
-		return next.Put(name, text)
+	var read error
+	err = next.Append(func(yield func(string, []byte) bool) {
+		read = f.scan(func(at int64, name string, text []byte) bool { return latest[name] != at || yield(name, text) })
 	})
-	if err == nil {
-		err = next.Commit()
-	}
-	if err != nil {
+	if err := errors.Join(err, read); err != nil {
 		return nil, errors.Join(err, next.Close())
 	}
-	return next, f.file.Close()
+	_ = f.Close() // nothing is lost: next has all records
+	return next, nil
 }
 
-func (f *File) stillInPlace() error {
-	own, err := f.file.Stat()
-	if err != nil {
-		return err
-	}
-	there, err := os.Stat(f.path)
-	if err != nil || !os.SameFile(own, there) {
-		return errors.Join(ErrReplaced, err)
+// scan calls found for each record, with where it begins, until found returns false.
+func (f *File) scan(found func(at int64, name string, text []byte) bool) error {
+	at := int64(len(magic))
+	r := bufio.NewReaderSize(io.NewSectionReader(f.file, at, f.size-at), 256<<10)
+	for at < f.size {
+		name, text, err := readRecord(r)
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.name, err)
+		}
+		if !found(at, name, text) {
+			return nil
+		}
+		at += int64(headerSize + nameBegin + len(name) + len(text))
 	}
 	return nil
 }
 
-// Close writes what is buffered and closes the file. A file that was never put in place is
-// removed.
+// Close closes the file. A file that is not in place is removed.
 func (f *File) Close() error {
-	err := errors.Join(f.Flush(), f.file.Close())
-	if !f.inPlace {
-		err = errors.Join(err, os.Remove(f.file.Name()))
+	err := f.file.Close()
+	if !f.InPlace() {
+		if removed := os.Remove(f.name); !errors.Is(removed, fs.ErrNotExist) {
+			err = errors.Join(err, removed)
+		}
 	}
 	return err
 }
@@ -245,12 +278,4 @@ func readRecord(r io.Reader) (name string, text []byte, err error) {
 		text = body[nameEnd:]
 	}
 	return string(body[nameBegin:nameEnd]), text, nil
-}
-
-// Leftovers removes the files of processes that ended before they could put them in place.
-func (f *File) Leftovers() {
-	others, _ := filepath.Glob(f.path + ".*") // the pattern is well-formed
-	for _, other := range others {
-		_ = os.Remove(other) // at worst it stays
-	}
 }

@@ -5,10 +5,15 @@ package saved
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func create(t *testing.T, path string) *File {
@@ -20,13 +25,26 @@ func create(t *testing.T, path string) *File {
 	return f
 }
 
-func put(t *testing.T, f *File, name, text string) Place {
+// write appends objects, as pairs of a name and a text; "gone" is for one that is gone.
+func write(t *testing.T, f *File, pairs ...string) {
 	t.Helper()
-	at, err := f.Put(name, []byte(text))
-	if err != nil {
+	if err := f.Append(objects(pairs...)); err != nil {
 		t.Fatal(err)
 	}
-	return at
+}
+
+func objects(pairs ...string) iter.Seq2[string, []byte] {
+	return func(yield func(string, []byte) bool) {
+		for pair := range slices.Chunk(pairs, 2) {
+			text := []byte(pair[1])
+			if pair[1] == "gone" {
+				text = nil
+			}
+			if !yield(pair[0], text) {
+				return
+			}
+		}
+	}
 }
 
 func wantLoaded(t *testing.T, path string, want map[string]string) {
@@ -47,19 +65,14 @@ func wantLoaded(t *testing.T, path string, want map[string]string) {
 func TestLatestRecordsCount(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "dir", "services.state")
 	f := create(t, path)
-	put(t, f, "default/a", "1")
-	put(t, f, "default/b", "2")
+	write(t, f, "default/a", "1", "default/b", "2")
 	if _, _, err := Load(path); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("before Commit the file is there: %v", err)
 	}
 	if err := f.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	put(t, f, "default/a", "3")
-	put(t, f, "default/empty", "")
-	if err := f.Delete("default/b"); err != nil {
-		t.Fatal(err)
-	}
+	write(t, f, "default/a", "3", "default/empty", "", "default/b", "gone")
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -75,8 +88,9 @@ func TestLatestRecordsCount(t *testing.T) {
 func TestIncompleteRecordsDoNotCount(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "services.state")
 	f := create(t, path)
-	put(t, f, "default/a", "first")
-	end := int(put(t, f, "default/b", "second"))
+	write(t, f, "default/a", "first")
+	end := int(f.size)
+	write(t, f, "default/b", "second")
 	if err := errors.Join(f.Commit(), f.Close()); err != nil {
 		t.Fatal(err)
 	}
@@ -104,36 +118,34 @@ func TestIncompleteRecordsDoNotCount(t *testing.T) {
 	}
 }
 
-func TestRewriteKeepsTheLatest(t *testing.T) {
+func compact(t *testing.T, f *File) *File {
+	t.Helper()
+	next, err := f.Compact()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return next
+}
+
+func TestCompactKeepsTheLatest(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "services.state")
 	f := create(t, path)
-	places := map[string]Place{"default/kept": put(t, f, "default/kept", "old")}
+	write(t, f, "default/kept", "old", "default/left", "x", "default/left", "gone")
 	if err := f.Commit(); err != nil {
 		t.Fatal(err)
 	}
 	for i := range 2 * wasteFrom {
-		places["default/kept"] = put(t, f, "default/kept", fmt.Sprint(i))
+		write(t, f, "default/kept", fmt.Sprint(i))
 	}
-	if !f.Wasteful(len(places)) {
+	if !f.Wasteful(1) {
 		t.Fatal("the file does not count as wasteful")
 	}
-	next, err := f.Rewrite(func(keep func(string, Place) (Place, error)) error {
-		for name, at := range places {
-			var err error
-			if places[name], err = keep(name, at); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if next.Wasteful(len(places)) {
+	next := compact(t, f)
+	if next.Wasteful(1) {
 		t.Error("the new file counts as wasteful")
 	}
-	put(t, next, "default/later", "x")
-	if err := next.Close(); err != nil {
+	write(t, next, "default/later", "x")
+	if err := errors.Join(next.Commit(), next.Close()); err != nil {
 		t.Fatal(err)
 	}
 	wantLoaded(t, path, map[string]string{"default/kept": fmt.Sprint(2*wasteFrom - 1), "default/later": "x"})
@@ -142,23 +154,63 @@ func TestRewriteKeepsTheLatest(t *testing.T) {
 	}
 }
 
-// A process that was replaced does not put an older state in place.
-func TestReplacedProcessDoesNotRewrite(t *testing.T) {
+// A process whose file was replaced notices it. It can put its records in place again.
+func TestReplacedFileIsPutInPlaceAgain(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "services.state")
 	old, next := create(t, path), create(t, path)
-	put(t, next, "default/a", "new")
-	if err := errors.Join(old.Commit(), next.Commit()); err != nil {
+	write(t, old, "default/a", "old")
+	if err := old.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	next.Leftovers()
-	put(t, old, "default/a", "old")
-	if _, err := old.Rewrite(func(func(string, Place) (Place, error)) error { return nil }); !errors.Is(err, ErrReplaced) {
-		t.Errorf("Rewrite: %v", err)
+	if !next.Lost() {
+		t.Error("the file that the other process removed is not lost")
 	}
-	if err := errors.Join(old.Close(), next.Close()); err != nil {
+	next = compact(t, next)
+	write(t, next, "default/b", "new")
+	if err := errors.Join(next.Commit(), next.Close()); err != nil {
 		t.Fatal(err)
 	}
-	wantLoaded(t, path, map[string]string{"default/a": "new"})
+	wantLoaded(t, path, map[string]string{"default/b": "new"})
+	if !old.Lost() {
+		t.Fatal("the replaced file is not lost")
+	}
+	old = compact(t, old)
+	if err := errors.Join(old.Commit(), old.Close()); err != nil {
+		t.Fatal(err)
+	}
+	wantLoaded(t, path, map[string]string{"default/a": "old"})
+}
+
+// A file has nothing of a write that failed half-way, and takes further ones.
+func TestFailedWriteLeavesNothing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "services.state")
+	f := create(t, path)
+	write(t, f, "default/a", "1")
+	if err := f.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	long := strings.Repeat("x", 1<<20)
+	if err := f.Append(objects("default/torn", long, "default/large", strings.Repeat("x", maxRecord))); !errors.Is(err, ErrFull) {
+		t.Fatalf("a large object: %v", err)
+	}
+	disk := f.file
+	full, err := os.OpenFile("/dev/full", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.file, f.torn = full, false
+	if err := f.Append(objects("default/full", "x")); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("a full disk: %v", err)
+	}
+	f.file = disk
+	write(t, f, "default/b", "2")
+	if err := errors.Join(f.Close(), full.Close()); err != nil {
+		t.Fatal(err)
+	}
+	wantLoaded(t, path, map[string]string{"default/a": "1", "default/b": "2"})
+	if info, err := os.Stat(path); err != nil || info.Size() > 200 {
+		t.Errorf("the file has %d bytes, %v", info.Size(), err)
+	}
 }
 
 // A process that ends before it knows all objects leaves the earlier file.
@@ -166,7 +218,7 @@ func TestUnfinishedFileIsRemoved(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "services.state")
 	f := create(t, path)
-	put(t, f, "default/a", "1")
+	write(t, f, "default/a", "1")
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -176,19 +228,10 @@ func TestUnfinishedFileIsRemoved(t *testing.T) {
 	if err := f.Commit(); err != nil {
 		t.Fatal(err)
 	}
-	f.Leftovers()
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 || entries[0].Name() != "services.state" {
 		t.Errorf("the directory has %v, %v", entries, err)
-	}
-}
-
-func TestLargeObjectIsRefused(t *testing.T) {
-	f := create(t, filepath.Join(t.TempDir(), "services.state"))
-	defer f.Close()
-	if _, err := f.Put("default/a", make([]byte, maxRecord)); !errors.Is(err, ErrFull) {
-		t.Errorf("Put: %v", err)
 	}
 }
