@@ -86,7 +86,7 @@ func (o *signalboxFlags) add(fs *pflag.FlagSet) {
 	fs.StringVar(&o.mode, "mode", "", "how Services are served: "+strings.Join(modes.Names(), ", ")+". It overrides --proxy-mode and the mode in --config. auto, the default, uses the first of "+modes.AutomaticNames()+" that works on this node")
 	fs.StringVar(&o.source, "source", "", "serve the objects in the YAML and JSON files of this directory, and watch it, instead of asking an API server: Services, EndpointSlices, Nodes and ServiceCIDRs")
 	fs.StringVar(&o.runDir, "run-dir", DefaultRunDir, "directory of the local socket that signalbox explain and status ask; no other user may enter it. An empty value means no socket")
-	fs.StringVar(&o.stateDir, "state-dir", "", "save the known objects in files of this directory, which only root may enter. If the API server does not answer within 5 s of a start, they are served until it does. Without the flag, nothing is saved")
+	fs.StringVar(&o.stateDir, "state-dir", "", "save the known objects in files of this directory, which only root may enter. If the API server does not answer within 5 s of a start, or lists no objects, they are served until it does. Without the flag, nothing is saved")
 	fs.BoolVar(&o.statusPage, "status-page", false, "serve /services on the metrics server: a page for browsers with the Services of this node, their endpoints and reasons. Whoever reaches the server can read it")
 	fs.Var(&o.version, "version", "print the version and exit; raw prints all details. With a release such as v1.36.3, kubernetes_build_info reports that release instead of the API server's")
 	fs.Lookup("version").NoOptDefVal = "true"

@@ -142,6 +142,7 @@ func (c *configRun) connect(ctx context.Context) (err error) {
 	}
 	source := apiserver.New(c.client, c.cfg.NodeName, c.log)
 	source.OnRequest = c.observer.requested
+	source.Known = c.known
 	source.StateDir, source.OwnsState = c.cfg.StateDir, c.nodeLock.Held
 	source.OnStale, source.OnUnsaved = c.observer.reportStale, c.observer.reportUnsaved
 	c.source = source

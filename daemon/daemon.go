@@ -35,6 +35,8 @@ type daemonState struct {
 	pool     *proxierPool
 	nodeLock *nodelock.Lock
 	observer *observer
+	// known is how many objects the API server has listed; see apiserver.Source.
+	known map[string]int
 	// startedEvent sends the Event about the start once.
 	startedEvent sync.Once
 	// rolledBack is why the last configuration was rolled back, until an Event says so.
@@ -42,7 +44,7 @@ type daemonState struct {
 }
 
 func newDaemonState() *daemonState {
-	p := &daemonState{log: &swappableHandler{}, pool: newProxierPool()}
+	p := &daemonState{log: &swappableHandler{}, pool: newProxierPool(), known: map[string]int{}}
 	p.log.set(slog.Default())
 	log := slog.New(p.log)
 	p.observer = newObserver(log)

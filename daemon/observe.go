@@ -134,14 +134,14 @@ func (o *observer) reportRouteSources(log *slog.Logger, s node.RouteSources) {
 }
 
 // reportStale reports since when the state of the cluster that is served was not changed,
-// because the API server does not answer; the zero time if it answers.
+// because the API server does not answer or lists nothing; the zero time if it does.
 func (o *observer) reportStale(since time.Time) {
 	o.metrics.SavedState(since)
 	if since.IsZero() {
 		o.conditions.set(savedState)
 		return
 	}
-	o.conditions.set(savedState, fmt.Sprintf("the API server does not answer; this node serves the saved state of the cluster, whose last change was at %s", since.Format(time.RFC3339)))
+	o.conditions.set(savedState, fmt.Sprintf("the API server does not answer, or lists no objects; this node serves the saved state of the cluster, whose last change was at %s", since.Format(time.RFC3339)))
 }
 
 // reportUnsaved reports the files of the state directory that cannot be written.

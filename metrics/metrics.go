@@ -122,7 +122,7 @@ func newOwn(r factory) own {
 			"resource"),
 		nodeMissing:          r.gauge(signalbox, "node_missing", "1 while no Node object has the name of this node."),
 		manifestProblems:     r.gauge(signalbox, "manifest_problems", "Files of the --source directory that cannot be read or have a fault."),
-		savedState:           r.gauge(signalbox, "saved_state_timestamp_seconds", "Unix time of the last change in the saved state that is served because the API server does not answer; 0 if none is."),
+		savedState:           r.gauge(signalbox, "saved_state_timestamp_seconds", "Unix time of the last change in the saved state that is served because the API server does not answer or lists no objects; 0 if none is."),
 		affinityListsFull:    r.gauge(signalbox, "affinity_lists_full", "Mode iptables: endpoints with session affinity whose list of clients is full; a new client replaces another."),
 		routeSourcesLeftOut:  r.gauge(signalbox, "route_sources_left_out", "Source addresses of routes for which masquerade chooses instead: there are too many, or rules cannot name their interface."),
 		conntrackUnavailable: r.gauge(signalbox, "conntrack_unavailable", "1 if the connection-tracking table cannot be read, so that stale UDP flows are not removed."),

@@ -16,11 +16,12 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/util/wait"
+	backoff "k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/utils/clock"
 
+	"signalbox/internal/wait"
 	"signalbox/proxier/service"
 )
 
@@ -46,10 +47,10 @@ type resource struct {
 	saver *saver                      // nil: nothing is saved
 	path  string                      // of the saved objects; empty: there are none
 
-	// emptySince is when a list first lacked all objects that the sink has; zero if the
-	// last one did not.
+	// emptySince is when a list first lacked all known objects; zero if the last one did
+	// not.
 	emptySince time.Time
-	confirms   bool // such a list must be confirmed
+	earlier    int // how many objects an earlier Source knew, or an earlier process saved
 
 	listed, answered           chan struct{} // closed after the first list; after the first list or refusal
 	closeListed, closeAnswered func()
@@ -88,8 +89,8 @@ const backoffReset = time.Minute
 
 // newBackoff returns the pauses between requests to a server that fails. They are
 // drawn from a wide range, so that the nodes of a cluster do not return together.
-func newBackoff() *wait.Backoff {
-	return &wait.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 1 << 30, Cap: 10 * time.Second}
+func newBackoff() *backoff.Backoff {
+	return &backoff.Backoff{Duration: 200 * time.Millisecond, Factor: 2, Jitter: 1, Steps: 1 << 30, Cap: 10 * time.Second}
 }
 
 // Transformer implements cache.TransformingStore: it trims the objects of a
@@ -127,9 +128,14 @@ func (r *resource) Replace(list []any, _ string) error {
 			exists[cache.MetaObjectToName(o)] = true
 		}
 	}
+	first := !wait.Closed(r.listed)
+	if first && isEmpty(exists) {
+		r.readEarlier()
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if err := r.confirm(exists); err != nil {
+	if err := r.confirm(exists, first); err != nil {
+		r.closeAnswered()
 		return err
 	}
 	for name := range r.sent {
@@ -151,10 +157,11 @@ func (r *resource) Replace(list []any, _ string) error {
 // emptyGrace is how long a list without any known object is not believed.
 const emptyGrace = 30 * time.Second
 
-// confirm returns an error if a list lacks all objects that the sink has, until lists have
-// lacked them for emptyGrace. An API server that has lost its data, or does not have it
-// yet, lists no object but those that it makes itself.
-func (r *resource) confirm(exists map[cache.ObjectName]bool) error {
+// confirm returns an error if a list lacks all known objects, until lists have lacked them
+// for emptyGrace. An API server that has lost its data, or does not have it yet, lists no
+// object but those that it makes itself. Until the first list is believed, what was known
+// earlier counts, too; such a list may have other objects, as after a change of the cluster.
+func (r *resource) confirm(exists map[cache.ObjectName]bool, first bool) error {
 	known := 0
 	for name := range r.sent {
 		switch {
@@ -166,7 +173,11 @@ func (r *resource) confirm(exists map[cache.ObjectName]bool) error {
 			known++
 		}
 	}
-	if known == 0 || !r.confirms {
+	if known == 0 && first && isEmpty(exists) {
+		known = r.earlier
+	}
+	if known == 0 {
+		r.emptySince = time.Time{}
 		return nil
 	}
 	if r.emptySince.IsZero() {
@@ -180,6 +191,24 @@ func (r *resource) confirm(exists map[cache.ObjectName]bool) error {
 	r.log.Warn("the API server has listed none of the known objects for the grace period; they are removed", "resource", r.name, "known", known, "gracePeriod", emptyGrace)
 	r.emptySince = time.Time{}
 	return nil
+}
+
+// isEmpty says whether these are at most the objects that an API server makes itself.
+func isEmpty(exists map[cache.ObjectName]bool) bool {
+	return len(exists) == 0 || len(exists) == 1 && exists[ofAPIServer]
+}
+
+// remember sets how many objects the API server has listed.
+func (r *resource) remember(known map[string]int) {
+	if !wait.Closed(r.listed) {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	known[r.name] = len(r.sent)
+	if _, ok := r.sent[ofAPIServer]; ok {
+		known[r.name]--
+	}
 }
 
 // ofAPIServer is the Service, and the EndpointSlice, that an API server makes for itself.

@@ -62,6 +62,9 @@ type Source struct {
 	// OnUnsaved is called with a line for each file in StateDir that cannot be written,
 	// whenever that changes. May be nil; set before Run.
 	OnUnsaved func(problems []string)
+	// Known has how many objects of each resource the API server has listed. A later
+	// Source of the same process gets it from an earlier one. Set before Run.
+	Known map[string]int
 
 	staleAfter  time.Duration // see staleAfter
 	unsavedLock sync.Mutex
@@ -70,7 +73,7 @@ type Source struct {
 
 // New returns a Source for the node of that name.
 func New(client kubernetes.Interface, nodeName string, log *slog.Logger) *Source {
-	return &Source{client: client, nodeName: nodeName, log: log, staleAfter: staleAfter, unsaved: map[string]error{}}
+	return &Source{client: client, nodeName: nodeName, log: log, staleAfter: staleAfter, Known: map[string]int{}, unsaved: map[string]error{}}
 }
 
 // Run sends the objects of the API server to the sink until ctx ends, and returns
@@ -83,6 +86,8 @@ func (s *Source) Run(ctx context.Context, sink service.Sink) error {
 	all := []*resource{services, slices, node, cidrs}
 	defer s.startSaving(ctx, all)()
 	for _, r := range all {
+		r.earlier = s.Known[r.name]
+		defer r.remember(s.Known)
 		go r.run(ctx)
 	}
 	s.serveSaved(ctx, sink, services, slices, node, cidrs)
@@ -144,7 +149,5 @@ func (s *Source) status(resource string, optional bool) *requestStatus {
 }
 
 func (s *Source) resource(status *requestStatus, example object, sink service.Sink, lw *cache.ListWatch) *resource {
-	r := newResource(status.resource, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client), s.log)
-	r.confirms = !status.optional
-	return r
+	return newResource(status.resource, example, sink, cache.ToListWatcherWithWatchListSemantics(lw, s.client), s.log)
 }

@@ -100,7 +100,6 @@ func TestEmptyListIsConfirmed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		sink := newRecorder()
 		r := newResource("services", &corev1.Service{}, sink, nil, slog.Default())
-		r.confirms = true
 		empty := func() error { return r.Replace([]any{svc("kubernetes", "9")}, "9") }
 		if err := empty(); err != nil {
 			t.Fatalf("the first list, of an empty cluster: %v", err)
@@ -131,6 +130,52 @@ func TestEmptyListIsConfirmed(t *testing.T) {
 		want := []string{"delete Service default/a", "apply Service default/kubernetes"}
 		if got := sink.take(t, 2); !slices.Equal(got, want) {
 			t.Errorf("the confirmed list told %q, want %q", got, want)
+		}
+	})
+}
+
+// The Node of a list without it stays, too. A Node that a watch reports as deleted goes.
+func TestListWithoutNodeIsConfirmed(t *testing.T) {
+	sink := newRecorder()
+	r := newResource("nodes", &corev1.Node{}, sink, nil, slog.Default())
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node-1"}}
+	if err := r.Replace([]any{node}, "1"); err != nil {
+		t.Fatal(err)
+	}
+	if r.Replace(nil, "2") == nil {
+		t.Error("a list without the Node is believed at once")
+	}
+	if err := r.Delete(node); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Replace(nil, "3"); err != nil {
+		t.Errorf("a list without the deleted Node: %v", err)
+	}
+	if got, want := sink.take(t, 2), []string{"apply Node /node-1", "delete Node /node-1"}; !slices.Equal(got, want) {
+		t.Errorf("told %q, want %q", got, want)
+	}
+}
+
+// What was known before the start matters to empty lists only, until one list is believed.
+func TestFirstListIsConfirmed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newResource("services", &corev1.Service{}, newRecorder(), nil, slog.Default())
+		r.earlier = 7
+		if r.Replace(nil, "1") == nil {
+			t.Error("an empty first list is believed at once")
+		}
+		if err := r.Replace([]any{svc("other", "1")}, "2"); err != nil {
+			t.Errorf("the first list with objects, of another cluster: %v", err)
+		}
+		time.Sleep(time.Hour)
+		if r.Replace(nil, "3") == nil {
+			t.Error("an empty list is believed because of one before the first objects")
+		}
+		if err := r.Delete(svc("other", "1")); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Replace(nil, "4"); err != nil {
+			t.Errorf("an empty list of an empty cluster: %v", err)
 		}
 	})
 }

@@ -4,7 +4,9 @@ package apiserver
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"path/filepath"
 	"slices"
@@ -96,6 +98,19 @@ func (r *resource) readSaved() savedObjects {
 	}
 }
 
+// readEarlier sets how many objects were known earlier, if that is not known yet.
+func (r *resource) readEarlier() {
+	if r.earlier > 0 || r.path == "" {
+		return
+	}
+	found := r.readSaved()
+	delete(found.texts, ofAPIServer.String())
+	r.earlier = len(found.texts)
+	if found.err != nil && !errors.Is(found.err, fs.ErrNotExist) {
+		r.earlier = 1 // at least, for all that is known
+	}
+}
+
 // serveSaved gives the sink saved objects, unless the API server has listed them meanwhile.
 // It returns whether the sink has objects.
 func (r *resource) serveSaved(found savedObjects) (served bool) {
@@ -147,12 +162,12 @@ func (s *Source) serveSaved(ctx context.Context, sink service.Sink, services, en
 	if wait.Closed(services.listed) && wait.Closed(endpoints.listed) {
 		return // meanwhile
 	}
-	s.log.Warn("the API server does not answer; this node serves the saved state of the cluster",
+	s.log.Warn("the API server does not answer, or lists no objects; this node serves the saved state of the cluster",
 		"lastChange", written.Format(time.RFC3339), "age", time.Since(written).Round(time.Second))
 	s.stale(written)
 	sink.Synced()
 	if allClosed(ctx, services.listed, endpoints.listed) {
-		s.log.Info("the API server answers; the saved state is no longer in use")
+		s.log.Info("the API server has listed its objects; the saved state is no longer in use")
 		s.stale(time.Time{})
 	}
 }

@@ -382,3 +382,59 @@ func TestDiskWorksAgain(t *testing.T) {
 	}
 	n.end()
 }
+
+// An API server that comes back empty meets a node that has just started. The saved state
+// is served, and stays until lists have lacked it for the grace period.
+func TestEmptyListAfterStart(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	var up atomic.Bool
+	up.Store(true)
+	n := startSaving(t, dir, &up, clusterState()...)
+	n.sink.take(t, len(everything))
+	n.end()
+	synctest.Test(t, func(t *testing.T) {
+		n := startSaving(t, dir, &up, svc("kubernetes", "1"))
+		begin := time.Now()
+		got := n.sink.take(t, len(everything))
+		if took := time.Since(begin); took < staleAfter || took > 2*staleAfter {
+			t.Errorf("served after %v", took)
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, everything) {
+			t.Errorf("the saved state told %q, want %q", got, everything)
+		}
+		<-n.stale
+		wantSaved(t, filepath.Join(dir, "services.state"), "default/web")
+		got = n.sink.take(t, 1)
+		if took := time.Since(begin); took < emptyGrace {
+			t.Errorf("the empty lists count after %v: %q", took, got)
+		}
+		n.end()
+	})
+}
+
+// The same after a changed configuration, without saved objects: nothing is told.
+func TestEmptyListAfterReload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		known := map[string]int{}
+		var up atomic.Bool
+		up.Store(true)
+		remember := func(s *Source) { s.Known = known }
+		n := startSavingWith(t, "", &up, remember, clusterState()...)
+		n.sink.take(t, len(everything))
+		n.end()
+		for range 2 { // the second one has not listed anything when it ends
+			n = startSavingWith(t, "", &up, remember)
+			time.Sleep(emptyGrace - time.Second)
+			if len(n.sink.told) > 0 {
+				t.Errorf("the empty server told %q", n.sink.take(t, len(n.sink.told)))
+			}
+			n.end()
+		}
+		n = startSavingWith(t, "", &up, remember)
+		if got := n.sink.take(t, 1); got[0] != "synced" {
+			t.Errorf("told %q", got)
+		}
+		n.end()
+	})
+}
