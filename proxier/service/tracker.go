@@ -80,7 +80,6 @@ func NewTracker(nodeName string, settings *Settings) *Tracker {
 		otherNodes:   map[string]struct{}{},
 		serviceCIDRs: map[string][]netip.Prefix{},
 		dirty:        map[plan.ServiceName]struct{}{},
-		triggers:     map[plan.Family][]time.Time{},
 		started:      time.Now(),
 	}
 }
@@ -260,13 +259,17 @@ func (t *Tracker) noteTrigger(old, s *endpointSlice) {
 	if s == nil || !s.trigger.After(t.started) || old != nil && old.trigger.Equal(s.trigger) {
 		return
 	}
+	if t.triggers == nil {
+		t.triggers = map[plan.Family][]time.Time{}
+	}
 	t.triggers[s.family] = append(t.triggers[s.family], s.trigger)
 }
 
-// TakeTriggerTimes returns what noteTrigger remembers for a family, and forgets it.
-func (t *Tracker) TakeTriggerTimes(family plan.Family) []time.Time {
-	triggers := t.triggers[family]
-	t.triggers[family] = nil
+// TakeTriggerTimes returns what noteTrigger remembers for each family, and forgets it:
+// also that of a family that nobody serves.
+func (t *Tracker) TakeTriggerTimes() map[plan.Family][]time.Time {
+	triggers := t.triggers
+	t.triggers = nil
 	return triggers
 }
 

@@ -295,8 +295,9 @@ func (l *Loop) update() bool {
 	}
 	names, node := l.tracker.TakeChanges()
 	l.warnOfIgnoredWeights(names)
+	triggers := l.tracker.TakeTriggerTimes()
 	for _, f := range l.families {
-		f.queued(got.since, l.tracker.TakeTriggerTimes(f.family))
+		f.queued(got.since, triggers[f.family])
 		if got.resync && !f.all {
 			f.all, f.asked, f.retryAt = true, true, time.Time{}
 		}

@@ -5,6 +5,7 @@ package syncer
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net/netip"
 	"testing"
@@ -203,6 +204,21 @@ func TestTriggers(t *testing.T) {
 		b.mustSync()
 		b.wantTriggers("of a deletion")
 	})
+}
+
+// A family that is not served leaves nothing behind, however often its slices change.
+func TestTriggersOfAFamilyThatIsNotServed(t *testing.T) {
+	b := filled(t, 'a')
+	began := time.Now()
+	for i := range 100 {
+		s := triggered("a", began.Add(time.Duration(i)*time.Second), fmt.Sprintf("fd00::%x", i+1))
+		s.Name, s.AddressType = "a-v6", discoveryv1.AddressTypeIPv6
+		b.Apply(s)
+		b.mustSyncNothing()
+	}
+	if left := b.tracker.TakeTriggerTimes(); len(left) > 0 {
+		t.Errorf("%d trigger times are left", len(left[plan.IPv6]))
+	}
 }
 
 // wantTriggers checks those of the last report.
