@@ -16,7 +16,6 @@ import (
 	"time"
 
 	"signalbox/internal/budget"
-	"signalbox/internal/wait"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
@@ -170,10 +169,26 @@ func (l *Loop) Run(ctx context.Context) error {
 		if due, ok := l.nextRetry(); ok {
 			retry.Reset(time.Until(due))
 		}
-		if worked && !wait.For(ctx, l.pause(began, began.Sub(free) <= stormPause)) {
+		if worked && !l.rest(ctx, l.pause(began, began.Sub(free) <= stormPause)) {
 			return nil
 		}
 		free = time.Now()
+	}
+}
+
+// rest answers questions for the time of a pause. It returns false as soon as ctx ends.
+func (l *Loop) rest(ctx context.Context, pause time.Duration) bool {
+	over := time.NewTimer(pause)
+	defer over.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-over.C:
+			return true
+		case answer := <-l.questions:
+			answer()
+		}
 	}
 }
 

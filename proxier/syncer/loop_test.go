@@ -288,6 +288,31 @@ func TestRunWritesASingleChangeAtOnce(t *testing.T) {
 	})
 }
 
+// A question is answered at once in a pause, and the pause stays as long.
+func TestQuestionsInAPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newRig(t, func(o *LoopOptions) { o.MinSyncPeriod = time.Minute })
+		b.Synced()
+		b.run()
+		synctest.Wait()
+		start := time.Now()
+		b.Apply(newService("web", "10.96.0.1")) // waits for the end of the pause
+		for range 3 {
+			time.Sleep(10 * time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Nanosecond)
+			if err := b.Ask(ctx, func() {}); err != nil {
+				t.Errorf("a question in the pause: %v", err)
+			}
+			cancel()
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if got := b.last().at.Sub(start); got != time.Minute || len(b.mode.calls) != 2 {
+			t.Errorf("%d syncs, the second after %v", len(b.mode.calls), got)
+		}
+	})
+}
+
 func TestMinSyncPeriodCountsFromTheEndOfASync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newRig(t, func(o *LoopOptions) { o.MinSyncPeriod = time.Second })

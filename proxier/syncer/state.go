@@ -16,9 +16,9 @@ import (
 	"signalbox/proxier/service"
 )
 
-// Ask has the goroutine of Run call fn between two syncs. It returns after fn, or if
-// ctx ends before the Loop has time for it. A panic in fn is an error: an answer must
-// not end the daemon.
+// Ask has the goroutine of Run call fn between two syncs, also in the pause after one. It
+// returns after fn, or if ctx ends before the Loop has time for it. A panic in fn is an
+// error: an answer must not end the daemon.
 func (l *Loop) Ask(ctx context.Context, fn func()) error {
 	answered := make(chan error, 1)
 	question := func() {
