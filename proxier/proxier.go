@@ -48,9 +48,10 @@ type Proxier interface {
 	// Sync, so it must cost next to nothing beside a Sync, at any size.
 	// Default: nothing is counted.
 	Counts() []KernelObjects
-	// Problem says how a Service port is served otherwise than it asks for. It is
+	// Problem says how a Service port is served now otherwise than it asks for. It is
 	// called after a Sync that succeeded, for each Service port that Sync has
-	// written. Equal Problems of a Service's ports and families are reported once.
+	// written, and when somebody asks for the Service. Equal Problems of a Service's
+	// ports and families are reported once.
 	// Default: none.
 	Problem(plan.ServicePortName) (p plan.Problem, found bool)
 	// KernelProblems returns the kernel settings that the mode needs and that the

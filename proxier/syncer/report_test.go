@@ -61,6 +61,12 @@ func TestModesProblemsAreToldOnce(t *testing.T) {
 	said("everything is written anew")
 	apply("api", 1, "mh")
 	said("another Service", "default/api no mh")
+	name := plan.ServiceName{Namespace: "default", Name: "api"}
+	port := b.Service(plan.IPv4, name).Ports[0].Name
+	v4.kernel[port] = &plan.ServicePort{} // as if a listener opened its port later
+	if p := b.Service(plan.IPv4, name).States[port].Problem; p != "" {
+		t.Errorf("a problem that ended is %q", p)
+	}
 	apply("web", 0, "sed")
 	said("another scheduler", "default/web no sed")
 	apply("web", 0, "rr")

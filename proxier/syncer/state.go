@@ -75,7 +75,7 @@ func (l *Loop) Service(family plan.Family, name plan.ServiceName) ServiceState {
 	for _, sp := range s.Ports {
 		_, pending := f.planner.changed[sp.Name]
 		pending = pending || f.lags()
-		p, odd := f.problemOf[sp.Name]
+		p, odd := f.proxier.Problem(sp.Name)
 		if refused := f.quarantinedPorts[sp.Name]; pending || odd {
 			s.States[sp.Name] = PortState{pending, refused.err, refused.since, p.Reason}
 		}
