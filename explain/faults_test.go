@@ -50,6 +50,8 @@ type world struct {
 	// problems are those that the daemon reports of its node.
 	problems []string
 	loop     *syncer.Loop
+	// asked is called when the Loop looks at a Service port; it may be nil.
+	asked func(plan.ServicePortName)
 }
 
 func newWorld(t *testing.T) *world {
@@ -124,6 +126,14 @@ func (k *kernel) Watch(ctx context.Context, drifted func(proxier.Writer)) {
 // Repair finds that each change makes a difference.
 func (k *kernel) Repair(context.Context) (proxier.Difference, error) {
 	return proxier.Difference{Objects: []string{"a rule"}}, nil
+}
+
+// Problem tells the test when the Loop looks at a Service.
+func (k *kernel) Problem(name plan.ServicePortName) (plan.Problem, bool) {
+	if k.world.asked != nil {
+		k.world.asked(name)
+	}
+	return plan.Problem{}, false
 }
 
 // Compare knows the line of each Service port, and what other software removed.

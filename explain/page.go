@@ -31,6 +31,8 @@ const (
 	maxPorts, maxRows = 20, 200
 	// pageShare bounds what pages cost: the Loop works at most one part in so many on them.
 	pageShare = 20
+	// rowsTime bounds for how long the Loop makes rows before it does something else.
+	rowsTime = 5 * time.Millisecond
 )
 
 //go:embed page.html
@@ -43,16 +45,16 @@ var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{"jo
 func (d *Daemon) Page() http.Handler {
 	mux := http.NewServeMux()
 	pace := &pace{turn: make(chan struct{}, 1)}
-	handle := func(pattern string, prepare pageMaker) {
-		mux.HandleFunc("GET "+pattern, func(w http.ResponseWriter, r *http.Request) { d.servePage(w, r, pace, prepare) })
+	handle := func(pattern string, fill pageFiller) {
+		mux.HandleFunc("GET "+pattern, func(w http.ResponseWriter, r *http.Request) { d.servePage(w, r, pace, fill) })
 	}
 	handle(PagePath, listPage)
 	handle(PagePath+"/{namespace}/{name}", servicePage)
 	return mux
 }
 
-// pageMaker returns the content of a page, and what fills it, for the Loop's goroutine.
-type pageMaker func(*http.Request, Subject) (fill func(), c *pageContent)
+// pageFiller fills a page. It has the Loop's goroutine do each part of the work with ask.
+type pageFiller func(r *http.Request, s Subject, c *pageContent, ask func(func()) error) error
 
 // pace makes one page after the other, with pauses.
 type pace struct {
@@ -60,8 +62,8 @@ type pace struct {
 	next time.Time // of whoever has the turn
 }
 
-// ask has the Loop call fill.
-func (p *pace) ask(ctx context.Context, l *syncer.Loop, fill func()) error {
+// make waits for the turn of a page and has fill make it.
+func (p *pace) make(ctx context.Context, l *syncer.Loop, fill func(ask func(func()) error) error) error {
 	select {
 	case p.turn <- struct{}{}:
 		defer func() { <-p.turn }()
@@ -71,10 +73,14 @@ func (p *pace) ask(ctx context.Context, l *syncer.Loop, fill func()) error {
 	if !wait.For(ctx, time.Until(p.next)) {
 		return fmt.Errorf("too many pages are asked for: %w", ctx.Err())
 	}
-	return l.Ask(ctx, func() {
-		began := time.Now()
-		fill()
-		p.next = time.Now().Add((pageShare - 1) * time.Since(began))
+	var worked time.Duration
+	defer func() { p.next = time.Now().Add((pageShare - 1) * worked) }()
+	return fill(func(part func()) error {
+		return l.Ask(ctx, func() {
+			began := time.Now()
+			part()
+			worked += time.Since(began)
+		})
 	})
 }
 
@@ -102,8 +108,9 @@ type serviceList struct {
 
 // serviceRow is a line of the list.
 type serviceRow struct {
-	*Answer
 	Name      string
+	Verdict   Verdict
+	Problems  []string
 	Frontends []string
 	// Endpoints that get new connections, of All.
 	Endpoints, All int
@@ -111,21 +118,22 @@ type serviceRow struct {
 	Reasons []string
 }
 
-func (d *Daemon) servePage(w http.ResponseWriter, r *http.Request, pace *pace, prepare pageMaker) {
+func (d *Daemon) servePage(w http.ResponseWriter, r *http.Request, pace *pace, fill pageFiller) {
 	s := d.current()
 	notServed := map[plan.Family][]syncer.NotServed{}
-	fill, content := prepare(r, s)
+	content := &pageContent{Code: http.StatusOK}
 	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
 	defer cancel()
-	err := pace.ask(ctx, s.Loop, func() {
-		fill()
-		s.readNotServed(notServed)
+	err := pace.make(ctx, s.Loop, func(ask func(func()) error) error {
+		if err := ask(func() { s.readNotServed(notServed) }); err != nil {
+			return err
+		}
+		return fill(r, s, content, ask)
 	})
-	content.Status = d.status(notServed)
 	if err != nil {
-		// fill may not have been called.
-		content = &pageContent{Status: content.Status, Question: content.Question, Code: http.StatusServiceUnavailable, Error: err.Error()}
+		content = &pageContent{Question: content.Question, Code: http.StatusServiceUnavailable, Error: err.Error()}
 	}
+	content.Status = d.status(notServed)
 	var page bytes.Buffer
 	if err := pageTemplate.Execute(&page, content); err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
@@ -141,30 +149,43 @@ func (d *Daemon) servePage(w http.ResponseWriter, r *http.Request, pace *pace, p
 }
 
 // listPage lists the Services that ?q= finds, from ?page= on.
-func listPage(r *http.Request, s Subject) (func(), *pageContent) {
-	search := strings.TrimSpace(r.FormValue("q"))
-	c := &pageContent{Code: http.StatusOK, Question: search, List: &serviceList{}}
+func listPage(r *http.Request, s Subject, c *pageContent, ask func(func()) error) error {
+	c.Question = strings.TrimSpace(r.FormValue("q"))
+	var names []plan.ServiceName
+	if err := ask(func() { names = find(s.Loop, c.Question) }); err != nil {
+		return err
+	}
 	number, _ := strconv.Atoi(r.FormValue("page")) // 0 for none
-	return func() {
-		names := find(s.Loop, search)
-		l := c.List
-		l.Found = len(names)
-		pages := max(1, (len(names)+servicesOnPage-1)/servicesOnPage)
-		number = min(max(number, 1), pages)
-		start := (number - 1) * servicesOnPage
-		names = names[start:min(start+servicesOnPage, len(names))]
-		l.First, l.Last = min(start+1, l.Found), start+len(names)
-		at := func(n int) string {
-			if n < 1 || n > pages {
-				return ""
+	c.List, names = listOf(names, c.Question, number)
+	for len(names) > 0 {
+		err := ask(func() {
+			for began := time.Now(); len(names) > 0 && time.Since(began) < rowsTime; names = names[1:] {
+				c.List.Rows = append(c.List.Rows, s.row(names[0]))
 			}
-			return PagePath + "?" + url.Values{"q": {search}, "page": {strconv.Itoa(n)}}.Encode()
+		})
+		if err != nil {
+			return err
 		}
-		l.Previous, l.Next = at(number-1), at(number+1)
-		for _, name := range names {
-			l.Rows = append(l.Rows, rowOf(name, Explain(s.Loop, s.Environment, Question{Text: name.String(), Service: name})))
+	}
+	return nil
+}
+
+// listOf returns a page of the list without its rows, and the Services on it.
+func listOf(names []plan.ServiceName, search string, number int) (*serviceList, []plan.ServiceName) {
+	l := &serviceList{Found: len(names)}
+	pages := max(1, (len(names)+servicesOnPage-1)/servicesOnPage)
+	number = min(max(number, 1), pages)
+	start := (number - 1) * servicesOnPage
+	names = names[start:min(start+servicesOnPage, len(names))]
+	l.First, l.Last = min(start+1, l.Found), start+len(names)
+	at := func(n int) string {
+		if n < 1 || n > pages {
+			return ""
 		}
-	}, c
+		return PagePath + "?" + url.Values{"q": {search}, "page": {strconv.Itoa(n)}}.Encode()
+	}
+	l.Previous, l.Next = at(number-1), at(number+1)
+	return l, names
 }
 
 // find returns the Services whose name has the text, or which have it as an address,
@@ -201,9 +222,10 @@ func hasAddress(sp *plan.ServicePort, at netip.AddrPort) bool {
 	return slices.ContainsFunc(sp.Frontends, func(f plan.Frontend) bool { return matches(f.Addr, f.Port) })
 }
 
-func rowOf(name plan.ServiceName, a *Answer) serviceRow {
-	a.Problems = a.Problems[:min(len(a.Problems), maxListed)]
-	row := serviceRow{Answer: a, Name: name.String()}
+// row keeps little of an answer, because a Service may have very many endpoints.
+func (s *Subject) row(name plan.ServiceName) serviceRow {
+	a := Explain(s.Loop, s.Environment, Question{Text: name.String(), Service: name})
+	row := serviceRow{Name: name.String(), Verdict: a.Verdict, Problems: a.Problems[:min(len(a.Problems), maxListed)]}
 	add := func(list *[]string, text string) {
 		if !slices.Contains(*list, text) {
 			*list = append(*list, text)
@@ -243,16 +265,16 @@ func rowOf(name plan.ServiceName, a *Answer) serviceRow {
 }
 
 // servicePage explains one Service.
-func servicePage(r *http.Request, s Subject) (func(), *pageContent) {
+func servicePage(r *http.Request, s Subject, c *pageContent, ask func(func()) error) error {
 	name := plan.ServiceName{Namespace: r.PathValue("namespace"), Name: r.PathValue("name")}
-	c := &pageContent{Code: http.StatusOK, Question: name.String()}
-	return func() {
+	c.Question = name.String()
+	return ask(func() {
 		c.Answer = Explain(s.Loop, s.Environment, Question{Text: name.String(), Service: name})
 		if !slices.Contains(s.Loop.ServiceNames(), name) {
 			c.Code = http.StatusNotFound
 		}
 		c.Cut = c.Answer.cut()
-	}, c
+	})
 }
 
 // cut limits each list, and says whether one was longer.

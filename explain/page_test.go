@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -130,6 +131,31 @@ func TestPageIsBounded(t *testing.T) {
 	}
 	if _, body := page(t, h, "/services/default/web"); len(body) > 256<<10 || !strings.Contains(body, "signalbox explain default/web") {
 		t.Errorf("the page of a large Service has %d bytes", len(body))
+	}
+}
+
+// While a page is made that takes long, other questions are answered.
+func TestPageBetweenOthers(t *testing.T) {
+	w := newWorld(t)
+	for n := range servicesOnPage {
+		w.also(fmt.Sprintf("s%02d", n), n, nil)
+	}
+	d := w.served(filepath.Join(t.TempDir(), "run"))
+	var rows atomic.Int32
+	after := make(chan int32, 1)
+	w.asked = func(plan.ServicePortName) {
+		if rows.Add(1) == 1 {
+			go func() {
+				_ = w.loop.Ask(t.Context(), func() { after <- rows.Load() })
+			}()
+		}
+		time.Sleep(2 * rowsTime)
+	}
+	if code, body := page(t, d.Page(), "/services?q=s"); code != http.StatusOK || strings.Count(body, "<tr><td>") != servicesOnPage {
+		t.Errorf("%d: %s", code, body)
+	}
+	if n := <-after; n > 5 {
+		t.Errorf("another question is answered after %d rows of %d", n, rows.Load())
 	}
 }
 
