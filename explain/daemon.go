@@ -292,6 +292,9 @@ func (d *Daemon) status(notServed map[plan.Family][]syncer.NotServed) *Status {
 		Version: d.version, Started: d.started, Node: s.Node, Mode: s.Mode, ModeReason: s.ModeReason, Origin: s.Origin, Problems: problems,
 		FailingRequests: failing, Objects: Objects{o.Services, o.EndpointSlices, o.Nodes, o.ServiceCIDRs},
 	}
+	if !progress.Synced {
+		out.Problems = append(out.Problems, "not all objects are read yet; what the kernel had before still serves")
+	}
 	for _, family := range slices.Sorted(maps.Keys(progress.Pending)) {
 		f := familyStatus(family, d.lastSync[family], progress.Pending[family])
 		for _, n := range notServed[family] {

@@ -27,15 +27,22 @@ type Environment struct {
 	Link func(netip.Addr) string
 }
 
+// notRead is the answer before a Loop has read all objects: it may know a Service and not
+// its endpoints.
+const notRead = "signalbox has not read all objects yet, so it does not know; signalbox status says what is missing. What the kernel had before still serves."
+
 // Explain answers a question from what a Loop knows. The Loop's goroutine calls it.
 func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
 	x := explainer{loop: l, env: env, question: q, answer: &Answer{Question: q.Text, Node: env.Node, Mode: env.Mode, Origin: env.Origin}}
 	if missing, others := l.NodeMissing(); missing && !env.Live { // the daemon lists the problems of its node itself
 		x.problem("no Node object is named %q, so the zone and the Pod ranges of this node are not known; there are %q", env.Node, others)
 	}
-	if q.Address.IsValid() {
+	switch {
+	case !l.Progress().Synced:
+		x.answer.Sentence = notRead
+	case q.Address.IsValid():
 		x.address()
-	} else {
+	default:
 		x.service(q.Service, plan.FrontendKey{}, l.Families())
 	}
 	for _, family := range env.Foreign {

@@ -49,6 +49,8 @@ type world struct {
 	foreign chan proxier.Writer
 	// problems are those that the daemon reports of its node.
 	problems []string
+	// halfRead: the API server gives no EndpointSlices, so the source has not synced.
+	halfRead bool
 	loop     *syncer.Loop
 	// asked is called when the Loop looks at a Service port; it may be nil.
 	asked func(plan.ServicePortName)
@@ -161,7 +163,9 @@ func (w *world) start() {
 	for _, obj := range append([]runtime.Object{w.service, w.slice, w.node}, w.others...) {
 		w.loop.Apply(obj)
 	}
-	w.loop.Synced()
+	if !w.halfRead {
+		w.loop.Synced()
+	}
 	if err := w.loop.SyncNow(w.t.Context()); !errors.Is(err, w.broken) {
 		w.t.Fatal(err)
 	}
@@ -324,6 +328,8 @@ func TestFaults(t *testing.T) {
 			w.service.Status.LoadBalancer.Ingress[0].IPMode = ptr.To(corev1.LoadBalancerIPModeProxy)
 		}, "203.0.113.5:80", outside, Unknown, "No Service"},
 		{"the port of a health check", func(w *world) { w.local(); w.service.Spec.HealthCheckNodePort = 31000 }, "192.0.2.1:31000", outside, Unknown, "health check port of Service default/web"},
+		{"not all objects are read", func(w *world) { w.halfRead = true }, "default/web", "", Unknown, "signalbox has not read all objects yet"},
+		{"not all objects are read, at an address", func(w *world) { w.halfRead = true }, clusterIP, pod, Unknown, "What the kernel had before still serves."},
 		{"a bad port in the object", func(w *world) { w.service.Spec.Ports[0].Port = 70000 }, "default/web", "", Unknown, "70000 is not a port"},
 	} {
 		t.Run(strings.ReplaceAll(test.fault, " ", "-"), func(t *testing.T) {

@@ -40,6 +40,10 @@ func (d *Daemon) serveFrontends(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s := d.current()
+	if !s.Loop.Progress().Synced {
+		http.Error(w, notRead, http.StatusServiceUnavailable) // a trace keeps the frontends that it knows
+		return
+	}
 	var f *Frontends
 	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
 	defer cancel()

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	_ "embed"
+	"errors"
 	"fmt"
 	"html/template"
 	"net/http"
@@ -127,6 +128,9 @@ func (d *Daemon) servePage(w http.ResponseWriter, r *http.Request, pace *pace, f
 	err := pace.make(ctx, s.Loop, func(ask func(func()) error) error {
 		if err := ask(func() { s.readNotServed(notServed) }); err != nil {
 			return err
+		}
+		if !s.Loop.Progress().Synced {
+			return errors.New(notRead)
 		}
 		return fill(r, s, content, ask)
 	})

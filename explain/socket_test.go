@@ -210,6 +210,37 @@ func TestFight(t *testing.T) {
 	t.Error("the status says nothing of a fight")
 }
 
+// Before the source has told all objects, nobody concludes anything from those that are
+// known.
+func TestSocketBeforeTheFirstSync(t *testing.T) {
+	w, dir := newWorld(t), t.TempDir()
+	w.halfRead = true
+	h := w.served(dir).Page()
+	query := url.Values{"target": {"default/web"}}
+	var answer Answer
+	if err := Ask(t.Context(), dir, "/explain", query, &answer); err != nil || answer.Verdict != Unknown || answer.Sentence != notRead {
+		t.Errorf("%+v, %v", answer, err)
+	}
+	if err := Ask(t.Context(), dir, "/frontends", query, &Frontends{}); err == nil || !strings.Contains(err.Error(), notRead) {
+		t.Errorf("a trace learns %v", err)
+	}
+	var status Status
+	if err := Ask(t.Context(), dir, "/status", nil, &status); err != nil || status.Well() || !strings.Contains(status.Problems[0], "not all objects are read yet") {
+		t.Errorf("the status is %+v, %v", status, err)
+	}
+	for _, path := range []string{"/services", "/services/default/web", "/services/default/none"} {
+		if code, body := page(t, h, path); code != http.StatusServiceUnavailable || !strings.Contains(body, notRead) {
+			t.Errorf("%s: %d, %s", path, code, body)
+		}
+	}
+	w.loop.Synced()
+	for answer = (Answer{}); answer.Verdict != Served; {
+		if err := Ask(t.Context(), dir, "/explain", query, &answer); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // A second process that serves the namespace takes the socket, and the first leaves it
 // alone when it ends. A socket that nobody serves is replaced.
 func TestSocketChangesHands(t *testing.T) {

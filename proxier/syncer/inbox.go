@@ -149,13 +149,15 @@ type batch struct {
 	servers []netip.AddrPort
 	resync  bool
 	synced  bool
+	first   bool      // no batch before was synced
 	since   time.Time // time of the oldest event; zero for none
 }
 
 func (b *inbox) drain() batch {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	d := batch{b.events, b.addrs, b.routes, b.moved, b.servers, b.resync, b.synced, b.progress.startSync()}
+	first := b.synced && !b.progress.synced
+	d := batch{b.events, b.addrs, b.routes, b.moved, b.servers, b.resync, b.synced, first, b.progress.startSync(b.synced)}
 	b.events, b.moved, b.resync = nil, false, false
 	return d
 }

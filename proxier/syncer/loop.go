@@ -102,7 +102,6 @@ type Loop struct {
 	tracker         *service.Tracker
 	local           []netip.Addr
 	routes          []plan.RouteSource
-	sourceSynced    bool                          // the source has synced and its objects were taken
 	resolved        int                           // how often a Service was resolved, over all families
 	warnedOfWeights map[plan.ServiceName]struct{} // see warnOfIgnoredWeights
 	families        []*familyLoop
@@ -302,10 +301,8 @@ func (l *Loop) update() bool {
 	if !got.synced {
 		return false
 	}
-	first := !l.sourceSynced
-	l.sourceSynced = true
 	l.checkNode()
-	if first {
+	if got.first {
 		l.tracker.WarnOfUnknowns(l.opts.Logger, &l.opts.Settings, slices.Sorted(maps.Keys(l.opts.Proxiers)))
 	}
 	names, node := l.tracker.TakeChanges()
@@ -317,7 +314,7 @@ func (l *Loop) update() bool {
 			f.all, f.asked, f.retryAt = true, true, time.Time{}
 		}
 		todo := names
-		if node || got.moved || first {
+		if node || got.moved || got.first {
 			if f.planner.setNode(l.tracker.Node(&l.opts.Settings, f.family, l.local, l.routes)) {
 				todo = l.tracker.ServiceNames(names)
 			}

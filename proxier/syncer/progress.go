@@ -25,6 +25,9 @@ type Progress struct {
 	// not in the kernel; zero if all are. A quarantined Service port does not
 	// count.
 	Pending map[plan.Family]time.Time
+	// Synced says that the source has told all objects that exist, and that a sync has
+	// read them. Before, nothing is written.
+	Synced bool
 }
 
 // EventCounts counts the events about objects of one kind.
@@ -45,6 +48,7 @@ type progress struct {
 	pending        map[plan.Family]time.Time // of the events that a sync has read; a key for each served family
 	servicesInSync int
 	slicesInSync   int
+	synced         bool
 }
 
 // count counts an event.
@@ -65,9 +69,10 @@ func (p *progress) queue(now time.Time) {
 	p.waitsSince = earliest(p.waitsSince, now)
 }
 
-// startSync records that a sync has read all events. It returns the time of the
-// oldest.
-func (p *progress) startSync() (since time.Time) {
+// startSync records that a sync has read all events, and whether these are about all
+// objects. It returns the time of the oldest.
+func (p *progress) startSync(synced bool) (since time.Time) {
+	p.synced = synced
 	since, p.waitsSince = p.waitsSince, time.Time{}
 	for family, pending := range p.pending {
 		p.pending[family] = earliest(pending, since)
@@ -101,7 +106,7 @@ func (b *inbox) Progress() Progress {
 	defer b.mu.Unlock()
 	p := Progress{
 		Objects: b.progress.objects, Services: b.progress.services, EndpointSlices: b.progress.slices,
-		LastQueued: b.progress.lastQueued, Pending: make(map[plan.Family]time.Time, len(b.progress.pending)),
+		LastQueued: b.progress.lastQueued, Pending: make(map[plan.Family]time.Time, len(b.progress.pending)), Synced: b.progress.synced,
 	}
 	for family, pending := range b.progress.pending {
 		p.Pending[family] = earliest(pending, b.progress.waitsSince)
