@@ -87,7 +87,7 @@ type Port struct {
 	Connections []Connection `json:"connections"`
 
 	name      plan.ServicePortName
-	frontends frontendKeys // those of Connections
+	frontends []plan.FrontendKey // those of Connections
 }
 
 // Hint says what became of one kind of topology hints.

@@ -30,7 +30,7 @@ type Frontends struct {
 type FrontendPort struct {
 	Service, Port string // as those of Port
 	Family        plan.Family
-	Keys          frontendKeys
+	Keys          []plan.FrontendKey
 }
 
 func (d *Daemon) serveFrontends(w http.ResponseWriter, r *http.Request) {
@@ -70,14 +70,13 @@ func (s *Subject) frontends(q Question) *Frontends {
 	return f
 }
 
-// port returns the Service port that a connection belongs to, or nil.
-func (f *Frontends) port(to netip.AddrPort, protocol plan.Protocol) *FrontendPort {
-	for i := range f.Ports {
-		if f.Ports[i].Family == plan.FamilyOf(to.Addr()) && f.Ports[i].Keys.has(to, protocol, f.NodeAddrs) {
-			return &f.Ports[i]
-		}
+// index finds the number of a Service port in Ports.
+func (f *Frontends) index() *frontendIndex {
+	x := newFrontendIndex(f.NodeAddrs)
+	for i, p := range f.Ports {
+		x.add(i, p.Family, p.Keys)
 	}
-	return nil
+	return x
 }
 
 // portNumbers has each port number of the frontends once.

@@ -22,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+
 	"signalbox/conntrack"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -238,6 +240,42 @@ func TestSocketBeforeTheFirstSync(t *testing.T) {
 		if err := Ask(t.Context(), dir, "/explain", query, &answer); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// The connection tracking table is read once for each protocol, however many ports a
+// Service has, and not any more when the client has gone.
+func TestTableIsReadOnce(t *testing.T) {
+	w := newWorld(t)
+	w.service.Spec.Ports = nil
+	for n := range int32(100) {
+		for _, protocol := range []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP} {
+			w.service.Spec.Ports = append(w.service.Spec.Ports, corev1.ServicePort{Name: fmt.Sprintf("p%d-%s", n, strings.ToLower(string(protocol))), Protocol: protocol, Port: 80 + n, NodePort: 30080 + n})
+		}
+	}
+	w.start()
+	ctx, cancel := context.WithCancel(t.Context())
+	var read []plan.Protocol
+	list := func(family plan.Family, protocol plan.Protocol, fn func(conntrack.Flow)) error {
+		read = append(read, protocol)
+		if protocol == plan.TCP {
+			return flows(family, protocol, fn)
+		}
+		return nil
+	}
+	a := w.ask("default/web", "")
+	if a.track(ctx, list, w.loop.NodeAddrs()); !slices.Equal(read, []plan.Protocol{plan.TCP, plan.UDP}) || len(a.Problems) > 0 {
+		t.Errorf("the table is read for %v, problems %q", read, a.Problems)
+	}
+	for i := range a.Ports {
+		p := &a.Ports[i]
+		if want := map[string]int{"p0-tcp": 2}[p.Port]; p.Tracked.Count != want || len(p.Tracked.Flows) != want {
+			t.Errorf("port %s has %+v, want %d", p.Port, p.Tracked, want)
+		}
+	}
+	cancel()
+	if a.track(ctx, list, nil); len(read) != 2 {
+		t.Errorf("without a client, the table is read for %v", read[2:])
 	}
 }
 

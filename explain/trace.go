@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"reflect"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -38,6 +37,7 @@ type Trace struct {
 	AskAgain time.Duration
 
 	known   *Frontends
+	index   *frontendIndex // of known
 	events  EventSource
 	unknown error // why the last question to the daemon has no answer
 	limiter *rate.Limiter
@@ -100,6 +100,7 @@ func (t *Trace) Run(ctx context.Context) (err error) {
 	if t.known.Sentence != "" {
 		return errors.New(t.known.Sentence)
 	}
+	t.index = t.known.index()
 	if t.events, err = t.Follow(); err != nil {
 		return err
 	}
@@ -109,7 +110,7 @@ func (t *Trace) Run(ctx context.Context) (err error) {
 	if err := t.events.Begin(t.known.portNumbers()); err != nil {
 		return err
 	}
-	t.list()
+	t.list(ctx)
 	return t.follow(ctx)
 }
 
@@ -219,7 +220,7 @@ func (t *Trace) apply(u update) error {
 		return nil
 	}
 	before := t.known
-	t.known = u.frontends // the addresses of the node, in any case
+	t.known, t.index = u.frontends, u.frontends.index() // the addresses of the node, in any case
 	if t.known.Mode == before.Mode && reflect.DeepEqual(t.known.Ports, before.Ports) {
 		return nil
 	}
@@ -231,34 +232,19 @@ func (t *Trace) apply(u update) error {
 }
 
 // list shows the connections that are there already.
-func (t *Trace) list() {
-	type kind struct {
-		family   plan.Family
-		protocol plan.Protocol
-	}
-	var done []kind
-	for _, p := range t.known.Ports {
-		k := kind{p.Family, p.Keys[0].Protocol}
-		if slices.Contains(done, k) {
-			continue
-		}
-		done = append(done, k)
-		err := t.Flows(k.family, k.protocol, func(f conntrack.Flow) {
-			t.show(conntrack.Event{Flow: f, Step: conntrack.StepOpen, Family: k.family, Protocol: k.protocol})
-		})
-		if err != nil {
-			t.note("the open connections are not known: %v", err)
-			return
-		}
+func (t *Trace) list(ctx context.Context) {
+	if err := t.index.list(ctx, t.Flows, t.show); err != nil && ctx.Err() == nil {
+		t.note("the open connections are not known: %v", err)
 	}
 }
 
 // show prints an event that belongs to the Service.
 func (t *Trace) show(e conntrack.Event) {
-	p := t.known.port(e.Frontend, e.Protocol)
-	if p == nil {
+	i, found := t.index.find(e.Frontend, e.Protocol)
+	if !found {
 		return
 	}
+	p := &t.known.Ports[i]
 	if !t.limiter.Allow() {
 		t.leftOut++
 		return

@@ -193,7 +193,7 @@ func TestTraceFollowsTheDaemon(t *testing.T) {
 		f := &Frontends{Node: "node1", Mode: "test"}
 		for _, a := range addrs {
 			at := netip.MustParseAddrPort(a)
-			f.Ports = append(f.Ports, FrontendPort{"default/web", "", plan.IPv4, frontendKeys{{Addr: at.Addr(), Port: at.Port(), Protocol: plan.TCP}}})
+			f.Ports = append(f.Ports, FrontendPort{"default/web", "", plan.IPv4, []plan.FrontendKey{{Addr: at.Addr(), Port: at.Port(), Protocol: plan.TCP}}})
 		}
 		if len(addrs) == 0 {
 			f.Sentence = "There is no Service."

@@ -3,6 +3,7 @@
 package explain
 
 import (
+	"context"
 	"net/netip"
 	"slices"
 
@@ -18,36 +19,38 @@ type FlowLister func(plan.Family, plan.Protocol, func(conntrack.Flow)) error
 
 // track adds the tracked connections. nodeAddrs are the addresses at which NodePorts
 // may be served.
-func (a *Answer) track(list FlowLister, nodeAddrs []netip.Addr) {
+func (a *Answer) track(ctx context.Context, list FlowLister, nodeAddrs []netip.Addr) {
+	index := newFrontendIndex(nodeAddrs)
 	for i := range a.Ports {
-		if err := a.Ports[i].track(list, nodeAddrs); err != nil {
-			a.Problems = append(a.Problems, "tracked connections are not known: "+err.Error())
-			return
+		a.Ports[i].Tracked = &Tracked{Flows: []Flow{}}
+		index.add(i, a.Ports[i].family(), a.Ports[i].frontends)
+	}
+	err := index.list(ctx, list, func(e conntrack.Event) {
+		if i, found := index.find(e.Frontend, e.Protocol); found {
+			a.Ports[i].show(e.Flow)
 		}
+	})
+	if err != nil {
+		for i := range a.Ports {
+			a.Ports[i].Tracked = nil
+		}
+		a.Problems = append(a.Problems, "tracked connections are not known: "+err.Error())
 	}
 }
 
-func (p *Port) track(list FlowLister, nodeAddrs []netip.Addr) error {
-	used := map[string]bool{}
-	for _, s := range p.Sets {
-		for _, e := range s.Endpoints {
-			used[e.Address] = used[e.Address] || e.Used
-		}
+// show counts a tracked connection, and keeps the first ones.
+func (p *Port) show(f conntrack.Flow) {
+	t := p.Tracked
+	if t.Count++; t.Count <= maxFlows {
+		t.Flows = append(t.Flows, Flow{f.Client.String(), f.Frontend.String(), f.Endpoint.String(), f.Source.String(), p.uses(f.Endpoint.String())})
 	}
-	key := p.frontends[0]
-	t := &Tracked{Flows: []Flow{}}
-	err := list(p.family(), key.Protocol, func(f conntrack.Flow) {
-		if !p.frontends.has(f.Frontend, key.Protocol, nodeAddrs) {
-			return
-		}
-		if t.Count++; t.Count <= maxFlows {
-			t.Flows = append(t.Flows, Flow{f.Client.String(), f.Frontend.String(), f.Endpoint.String(), f.Source.String(), used[f.Endpoint.String()]})
-		}
+}
+
+// uses says whether an endpoint gets new connections.
+func (p *Port) uses(endpoint string) bool {
+	return slices.ContainsFunc(p.Sets, func(s Set) bool {
+		return slices.ContainsFunc(s.Endpoints, func(e Endpoint) bool { return e.Used && e.Address == endpoint })
 	})
-	if err == nil {
-		p.Tracked = t
-	}
-	return err
 }
 
 func (p *Port) family() plan.Family {
@@ -57,16 +60,66 @@ func (p *Port) family() plan.Family {
 	return plan.IPv4
 }
 
-// frontendKeys are frontends of a Service port.
-type frontendKeys []plan.FrontendKey
+// frontendIndex finds the Service port of a connection, by a number.
+type frontendIndex struct {
+	numbers   map[familyKey]int
+	nodeAddrs map[netip.Addr]bool // NodePorts may be served there
+	kinds     []flowKind          // of the frontends, each once
+}
 
-// has says whether a connection went to one of the frontends. nodeAddrs are the
-// addresses at which NodePorts may be served.
-func (keys frontendKeys) has(to netip.AddrPort, protocol plan.Protocol, nodeAddrs []netip.Addr) bool {
-	return slices.ContainsFunc(keys, func(k plan.FrontendKey) bool {
-		if k.Port != to.Port() || k.Protocol != protocol {
-			return false
+// familyKey is a frontend. The address of a NodePort does not tell the family.
+type familyKey struct {
+	family plan.Family
+	plan.FrontendKey
+}
+
+// flowKind is what one reading of the connection tracking table is about.
+type flowKind struct {
+	family   plan.Family
+	protocol plan.Protocol
+}
+
+func newFrontendIndex(nodeAddrs []netip.Addr) *frontendIndex {
+	x := &frontendIndex{numbers: map[familyKey]int{}, nodeAddrs: map[netip.Addr]bool{}}
+	for _, a := range nodeAddrs {
+		x.nodeAddrs[a] = true
+	}
+	return x
+}
+
+// add gives a number to frontends.
+func (x *frontendIndex) add(number int, family plan.Family, keys []plan.FrontendKey) {
+	for _, key := range keys {
+		x.numbers[familyKey{family, key}] = number
+		if kind := (flowKind{family, key.Protocol}); !slices.Contains(x.kinds, kind) {
+			x.kinds = append(x.kinds, kind)
 		}
-		return k.Addr == to.Addr() || !k.Addr.IsValid() && (to.Addr().IsLoopback() || slices.Contains(nodeAddrs, to.Addr()))
-	})
+	}
+}
+
+// find returns the number of the frontend to which a connection went.
+func (x *frontendIndex) find(to netip.AddrPort, protocol plan.Protocol) (number int, found bool) {
+	key := familyKey{plan.FamilyOf(to.Addr()), plan.FrontendKey{Addr: to.Addr(), Port: to.Port(), Protocol: protocol}}
+	if number, found = x.numbers[key]; !found && (to.Addr().IsLoopback() || x.nodeAddrs[to.Addr()]) {
+		key.Addr = netip.Addr{}
+		number, found = x.numbers[key]
+	}
+	return number, found
+}
+
+// list calls fn with each tracked connection that a frontend may have. It reads the table
+// once for each kind, because it may be large.
+func (x *frontendIndex) list(ctx context.Context, list FlowLister, fn func(conntrack.Event)) error {
+	for _, k := range x.kinds {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		err := list(k.family, k.protocol, func(f conntrack.Flow) {
+			fn(conntrack.Event{Flow: f, Step: conntrack.StepOpen, Family: k.family, Protocol: k.protocol})
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
