@@ -153,5 +153,6 @@ func (Dataplane) Traits() proxier.Traits {
 		},
 		PrimaryNodePorts: true,
 		Localhost:        proxier.LocalhostByRelay,
+		LocalhostListens: true,
 	}
 }

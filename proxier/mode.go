@@ -69,6 +69,11 @@ type Traits struct {
 	PrimaryNodePorts bool
 	// Localhost is how the mode serves NodePorts on the loopback address.
 	Localhost LocalhostNodePorts
+	// LocalhostListens, with LocalhostByRelay, says that the process listens at each
+	// NodePort: it serves TCP alone, and connections count as from outside.
+	LocalhostListens bool
+	// Refused are protocols that the mode does not carry: all their ports refuse.
+	Refused []plan.Protocol
 	// RelaysByRules says that the mode's rules lead connections to a relay in the
 	// process that wrote them. While such a Proxier drains, it accepts what obeyed
 	// its rules. The rules of an earlier process stay until that process has ended.

@@ -213,9 +213,17 @@ func TestUnsupportedSaysWhatIsMissing(t *testing.T) {
 	}
 }
 
-// TestSCTPIsRefused looks at what the rules say of a port that is not relayed.
+// TestSCTPIsRefused looks at what the rules and the Proxier say of a port that is not
+// relayed.
 func TestSCTPIsRefused(t *testing.T) {
 	desired := examplePlan(plan.IPv4)
+	p := &Proxier{state: newState(nft.FamilyOf(plan.IPv4))}
+	p.state.services = desired.Services
+	for name := range desired.Services {
+		if _, found := p.Problem(name); found != (name.Protocol == plan.SCTP) {
+			t.Errorf("%s has a problem: %v", name, found)
+		}
+	}
 	for name, sp := range desired.Services {
 		if name.Protocol != plan.SCTP {
 			continue

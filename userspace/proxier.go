@@ -29,8 +29,6 @@ type Proxier struct {
 	routes *routes
 	relay  *relay
 	state  *state // nil until the first Sync
-	// unrelayed holds the Service ports that the log named as not relayed.
-	unrelayed map[plan.ServicePortName]bool
 }
 
 var _ proxier.Proxier = (*Proxier)(nil)
@@ -56,8 +54,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 		t.Close()
 		return fail(err)
 	}
-	return &Proxier{family: f, mark: answersMark(opts.MasqueradeMark), table: t, watch: access.NewWatch(t), routes: routes, relay: relay,
-		unrelayed: map[plan.ServicePortName]bool{}}, nil
+	return &Proxier{family: f, mark: answersMark(opts.MasqueradeMark), table: t, watch: access.NewWatch(t), routes: routes, relay: relay}, nil
 }
 
 // Close ends the relay with all its connections. The rules stay: until another
@@ -89,6 +86,14 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 		return nil
 	}
 	return p.syncChange(plan, change)
+}
+
+// Problem implements proxier.Proxier: SCTP is not relayed.
+func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
+	if relayed(name.Protocol) || p.state == nil || p.state.services[name] == nil {
+		return plan.Problem{}, false
+	}
+	return plan.Problem{Kind: "Service", Object: name.ServiceName.String(), Field: "spec.ports", Reason: "mode userspace does not relay SCTP: these ports refuse; use another mode"}, true
 }
 
 // Watch implements proxier.Proxier. The relay itself restores its routes.
@@ -193,7 +198,6 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 	if err := p.routes.removeOthers(); err != nil { // no packet gets such a mark any more
 		slog.Warn("userspace: a routing rule of an earlier configuration cannot be removed; it stays until the next full sync", "family", p.family.Family.String(), "error", err)
 	}
-	p.report(plan, s.names)
 	return nil
 }
 
@@ -226,20 +230,5 @@ func (p *Proxier) syncChange(plan *plan.Plan, change plan.Change) error {
 	p.relay.targets.put(list, s.commit(), time.Now())
 	p.relay.reset(removed)
 	p.relay.setNode(plan.Node)
-	p.report(plan, s.names)
 	return nil
-}
-
-// report logs each Service port once that is not relayed.
-func (p *Proxier) report(plan *plan.Plan, names []plan.ServicePortName) {
-	for _, name := range names {
-		served := plan.Services[name] == nil || relayed(name.Protocol)
-		switch {
-		case served:
-			delete(p.unrelayed, name)
-		case !p.unrelayed[name]:
-			p.unrelayed[name] = true
-			slog.Warn("userspace: SCTP is not relayed; the port refuses connections", "service", name.String(), "family", p.family.Family.String())
-		}
-	}
 }

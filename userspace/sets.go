@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 
 	"signalbox/nft"
 	"signalbox/nft/access"
@@ -60,10 +61,11 @@ func makeSets() []*nft.Set {
 	)
 }
 
-// relayed says whether the relay serves a protocol. SCTP it does not: a
-// relay would lose the message boundaries, streams and addresses that SCTP is
-// used for.
-func relayed(p plan.Protocol) bool { return p == plan.TCP || p == plan.UDP }
+// refused are the protocols that the relay does not serve: it would lose the message
+// boundaries, streams and addresses that SCTP is used for.
+var refused = []plan.Protocol{plan.SCTP}
+
+func relayed(p plan.Protocol) bool { return !slices.Contains(refused, p) }
 
 // compile lists the elements of one Service port.
 func compile(f *nft.IPFamily, sp *plan.ServicePort, ids map[plan.FrontendKey]frontendID) []nft.Element {

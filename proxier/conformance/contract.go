@@ -48,6 +48,9 @@ type Mode struct {
 	// for those that the mode's rules accept, if they can; called inside the
 	// node.
 	DropForwarded func(plan.Family) error
+	// KnownProblem is in what the mode reports of ports that scenarios for all modes
+	// have; empty for nothing. Scenarios do not name it.
+	KnownProblem string
 	// Dump returns the mode's kernel state for the message of a failed
 	// scenario; called inside the node. May be nil.
 	Dump func(plan.Family) string

@@ -129,6 +129,7 @@ var userspaceMode = conformance.Mode{
 	New:       func(o proxier.Options) (proxier.Proxier, error) { return userspace.New(o) },
 	Supported: userspace.Dataplane{}.Supported,
 
+	KnownProblem:       "does not relay SCTP",
 	LocalhostNodePorts: service.LocalhostNamed,
 	Flows: func(localAddrs func() ([]netip.Addr, error)) (conformance.Flows, error) {
 		return conntrack.New(conntrack.Options{LocalAddrs: localAddrs, Relays: userspace.RelayPrefixes()})

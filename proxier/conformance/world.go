@@ -284,7 +284,9 @@ func (w *world) loopOptions() syncer.LoopOptions {
 		Report: func(p plan.Problem) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
-			w.problems = append(w.problems, p)
+			if known := w.mode.KnownProblem; known == "" || !strings.Contains(p.String(), known) {
+				w.problems = append(w.problems, p)
+			}
 		},
 	}
 	if w.flows != nil {
