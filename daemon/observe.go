@@ -76,7 +76,7 @@ func (o *observer) follow(g *configRun) {
 		Progress: g.loop.Progress, Degraded: g.sysctls.names, Conditions: func() []string { return append(o.conditions.list(), g.loop.Drift()...) }, SyncPeriod: g.cfg.SyncPeriod, NodeName: g.cfg.NodeName, NodeOptional: g.cfg.SourceDir != "",
 	})
 	o.explain.Follow(explain.Subject{
-		Environment: explain.Environment{Node: g.cfg.NodeName, Mode: g.choice.Mode.Name(), Origin: origin(g.cfg), Live: true, Link: node.LinkTo},
+		Environment: explain.Environment{Node: g.cfg.NodeName, Mode: g.choice.Mode.Name(), Traits: g.choice.Mode.Traits(), Origin: origin(g.cfg), Live: true, Link: node.LinkTo},
 		Loop:        g.loop, ModeReason: g.modeReason(), Flows: conntrack.List, Problems: g.problems,
 	})
 	o.services.Serve(g.choice.Families)

@@ -44,7 +44,7 @@ func Explain(ctx context.Context, cfg *config.Config, local []netip.Addr, q expl
 	if err != nil {
 		return nil, err
 	}
-	return explain.Explain(loop, explain.Environment{Node: cfg.NodeName, Mode: mode.Name(), Origin: origin(cfg)}, q), nil
+	return explain.Explain(loop, explain.Environment{Node: cfg.NodeName, Mode: mode.Name(), Traits: mode.Traits(), Origin: origin(cfg)}, q), nil
 }
 
 // origin says where the objects come from.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
 	"signalbox/proxier/syncer"
@@ -18,6 +19,8 @@ import (
 // Environment is what an answer needs beside the Loop.
 type Environment struct {
 	Node, Mode, Origin string
+	// Traits are those of the mode.
+	Traits proxier.Traits
 	// Live says that the Loop writes to this node's kernel.
 	Live bool
 	// Foreign are the IP families in which rules of another service proxy may be in force.
@@ -89,6 +92,10 @@ func (x *explainer) address() {
 		x.answer.Sentence = fmt.Sprintf("signalbox does not serve %s on this node.", family)
 		return
 	}
+	if from := x.question.From; at.Addr().IsLoopback() && from.IsValid() && !x.isNode(from) {
+		x.answer.Sentence = fmt.Sprintf("%s is not an address of this node, and only processes of this node reach %s.", from, at.Addr())
+		return
+	}
 	key := plan.FrontendKey{Addr: at.Addr(), Port: at.Port(), Protocol: x.question.Protocol}
 	owner, found := x.loop.Owner(family, key)
 	if !found && x.servesNodePorts(family, at.Addr()) {
@@ -110,7 +117,8 @@ func (x *explainer) servesNodePorts(family plan.Family, a netip.Addr) bool {
 	n := &x.loop.Plan(family).Node
 	switch {
 	case a.IsLoopback():
-		return n.LocalhostNodePorts
+		everywhere := n.NodePortAddrs.All && x.env.Traits.Localhost == proxier.LocalhostByRoute
+		return n.LocalhostNodePorts && (everywhere || a == plan.Localhost(family))
 	case n.NodePortAddrs.All:
 		return slices.Contains(x.loop.NodeAddrs(), a)
 	}
@@ -135,7 +143,7 @@ func (x *explainer) nobody(family plan.Family, a netip.Addr, protocol plan.Proto
 		return fmt.Sprintf("%s; at this address there is %s.", text, list(others))
 	case plan.AnyContains(p.Node.ServiceCIDRs, a):
 		return text + "; the address is in the range of cluster IPs, and no Service has it."
-	case slices.Contains(x.loop.NodeAddrs(), a) && !x.servesNodePorts(family, a):
+	case x.isNode(a) && !x.servesNodePorts(family, a):
 		return text + "; it is an address of this node at which NodePorts are not served (--nodeport-addresses)."
 	}
 	return text + "."
@@ -294,6 +302,9 @@ func (x *explainer) scopes(family plan.Family, why *service.Reasons, f *plan.Fro
 	inside, outside := x.sources(family)&^plan.FromOutside, x.sources(family)&plan.FromOutside
 	return func(yield func(service.Scope, plan.TrafficSources) bool) {
 		in, out := why.Scope(f.Kind, plan.FromPods), why.Scope(f.Kind, plan.FromOutside)
+		if x.listens() {
+			in = out
+		}
 		past := inside & plan.FromNode
 		if client := x.question.From; client.IsValid() && x.isNode(client) {
 			past = inside // also from an address among those of Pods
@@ -314,6 +325,12 @@ func (x *explainer) scopes(family plan.Family, why *service.Reasons, f *plan.Fro
 	}
 }
 
+// listens says whether the question is about loopback, and the mode listens at each
+// NodePort there.
+func (x *explainer) listens() bool {
+	return x.question.Address.Addr().IsLoopback() && x.env.Traits.LocalhostListens
+}
+
 // bypasses says whether processes of this node that connect to a frontend come to an API
 // server.
 func (x *explainer) bypasses(f *plan.Frontend) bool {
@@ -332,6 +349,8 @@ func (x *explainer) sources(family plan.Family) plan.TrafficSources {
 			x.client = x.classify(family, from)
 		}
 		return x.client
+	case x.question.Address.Addr().IsLoopback():
+		return plan.FromNode
 	case x.loop.Plan(family).Node.LocalPods.Known():
 		return plan.AnySource
 	}

@@ -54,6 +54,9 @@ type world struct {
 	loop     *syncer.Loop
 	// asked is called when the Loop looks at a Service port; it may be nil.
 	asked func(plan.ServicePortName)
+	// traits are those of the mode, and problem is what it reports of each port.
+	traits  proxier.Traits
+	problem string
 }
 
 func newWorld(t *testing.T) *world {
@@ -135,7 +138,7 @@ func (k *kernel) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	if k.world.asked != nil {
 		k.world.asked(name)
 	}
-	return plan.Problem{}, false
+	return plan.Problem{Reason: k.world.problem}, k.world.problem != ""
 }
 
 // Compare knows the line of each Service port, and what other software removed.
@@ -184,7 +187,7 @@ func (w *world) ask(target, from string) *Answer {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return Explain(w.loop, Environment{Node: "node1", Mode: "test", Origin: "test", Live: !w.alone, Foreign: w.otherProxy}, q)
+	return Explain(w.loop, Environment{Node: "node1", Mode: "test", Origin: "test", Live: !w.alone, Foreign: w.otherProxy, Traits: w.traits}, q)
 }
 
 // all changes every endpoint.
@@ -215,6 +218,25 @@ func (w *world) zones(names ...string) {
 		}
 	}
 }
+
+// loopback serves NodePorts on loopback, as a mode with these traits does.
+func (w *world) loopback(traits proxier.Traits, at string) {
+	w.traits, w.settings.NodePortAddresses.CIDRs = traits, []netip.Prefix{netip.MustParsePrefix(at)}
+	w.settings.LocalhostNodePorts = map[proxier.LocalhostNodePorts]service.LocalhostNodePorts{
+		proxier.LocalhostByRoute: service.LocalhostCovered, proxier.LocalhostByRelay: service.LocalhostNamed,
+	}[traits.Localhost]
+}
+
+func (w *world) protocol(p corev1.Protocol) {
+	w.service.Spec.Ports[0].Protocol, w.slice.Ports[0].Protocol = p, &p
+}
+
+// The traits of the modes that serve NodePorts on loopback.
+var (
+	asNFTables  = proxier.Traits{Localhost: proxier.LocalhostByRelay, LocalhostListens: true}
+	asUserspace = proxier.Traits{Localhost: proxier.LocalhostByRelay, Refused: []plan.Protocol{plan.SCTP}}
+	asIPTables  = proxier.Traits{Localhost: proxier.LocalhostByRoute}
+)
 
 // clone returns another Service of the same form, with these external IPs alone.
 func (w *world) clone(name, clusterIP string, externalIPs ...string) *corev1.Service {
@@ -328,6 +350,28 @@ func TestFaults(t *testing.T) {
 			w.service.Status.LoadBalancer.Ingress[0].IPMode = ptr.To(corev1.LoadBalancerIPModeProxy)
 		}, "203.0.113.5:80", outside, Unknown, "No Service"},
 		{"the port of a health check", func(w *world) { w.local(); w.service.Spec.HealthCheckNodePort = 31000 }, "192.0.2.1:31000", outside, Unknown, "health check port of Service default/web"},
+		{"SCTP in userspace mode", func(w *world) { w.protocol(corev1.ProtocolSCTP); w.traits = asUserspace }, "10.96.0.10:80/sctp", pod, Refused, "is refused: mode test does not serve SCTP."},
+		{"SCTP in userspace mode, policy Local without a local endpoint", func(w *world) {
+			w.protocol(corev1.ProtocolSCTP)
+			w.local()
+			w.remote()
+			w.traits = asUserspace
+		}, "192.0.2.1:30080/sctp", outside, Refused, "does not serve SCTP"},
+		{"on loopback, nftables", func(w *world) { w.loopback(asNFTables, "127.0.0.0/8") }, "127.0.0.1:30080", "", Served, "from a process of this node goes to one of 3"},
+		{"on loopback, nftables, UDP", func(w *world) { w.loopback(asNFTables, "127.0.0.0/8"); w.protocol(corev1.ProtocolUDP) }, "127.0.0.1:30080/udp", "", Refused, "on loopback, mode test serves TCP alone."},
+		{"on loopback, userspace, UDP", func(w *world) { w.loopback(asUserspace, "127.0.0.0/8"); w.protocol(corev1.ProtocolUDP) }, "127.0.0.1:30080/udp", "", Served, "one of 3"},
+		{"on loopback, nftables, policy Local", func(w *world) { w.loopback(asNFTables, "127.0.0.0/8"); w.local() }, "127.0.0.1:30080", "127.0.0.1", Served, "this node's 127.0.0.1 goes to one of 2"},
+		{"on loopback, nftables, policy Local without a local endpoint", func(w *world) { w.loopback(asNFTables, "127.0.0.0/8"); w.local(); w.remote() }, "127.0.0.1:30080", "127.0.0.1", Refused, "is refused: a connection on loopback counts as from outside. There the traffic policy is Local, and no usable endpoint is on this node; 3 are not on this node."},
+		{"on loopback, userspace, policy Local without a local endpoint", func(w *world) { w.loopback(asUserspace, "127.0.0.0/8"); w.local(); w.remote() }, "127.0.0.1:30080", "127.0.0.1", Served, "one of 3"},
+		{"on loopback, another program has the port", func(w *world) {
+			w.loopback(asNFTables, "127.0.0.0/8")
+			w.problem = "NodePort 30080 is not served on loopback"
+		}, "127.0.0.1:30080", "", Unknown, "does not go to the Service: NodePort 30080 is not served on loopback."},
+		{"on loopback, another address, nftables", func(w *world) { w.loopback(asNFTables, "127.0.0.0/8") }, "127.0.0.2:30080", "", Unknown, "an address of this node at which NodePorts are not served"},
+		{"on loopback, another address, iptables", func(w *world) { w.loopback(asIPTables, "0.0.0.0/0") }, "127.0.0.2:30080", "", Served, "one of 3"},
+		{"on loopback, another address, iptables with a list", func(w *world) { w.loopback(asIPTables, "127.0.0.0/8") }, "127.0.0.2:30080", "", Unknown, "NodePorts are not served"},
+		{"on loopback, not by name", func(w *world) { w.loopback(asNFTables, "0.0.0.0/0") }, "127.0.0.1:30080", "", Unknown, "NodePorts are not served"},
+		{"on loopback, from a Pod", func(w *world) { w.loopback(asNFTables, "127.0.0.0/8") }, "127.0.0.1:30080", pod, Unknown, "10.244.1.12 is not an address of this node, and only processes of this node reach 127.0.0.1."},
 		{"not all objects are read", func(w *world) { w.halfRead = true }, "default/web", "", Unknown, "signalbox has not read all objects yet"},
 		{"not all objects are read, at an address", func(w *world) { w.halfRead = true }, clusterIP, pod, Unknown, "What the kernel had before still serves."},
 		{"a bad port in the object", func(w *world) { w.service.Spec.Ports[0].Port = 70000 }, "default/web", "", Unknown, "70000 is not a port"},

@@ -29,7 +29,7 @@ type connection struct {
 
 // set has the endpoints for the connection.
 func (c *connection) set() *plan.EndpointSet {
-	if c.from&plan.FromOutside != 0 {
+	if c.from&plan.FromOutside != 0 || c.listens() {
 		return c.frontend.External
 	}
 	return c.frontend.Internal
@@ -38,7 +38,7 @@ func (c *connection) set() *plan.EndpointSet {
 func (c *connection) explain() Connection {
 	verdict, sentence := c.verdict()
 	endpoints, masqueraded := c.set().Len(), c.masqueraded()
-	if c.scope.Reason == plan.APIServer {
+	if c.scope.Reason == plan.APIServer || verdict == Refused {
 		endpoints, masqueraded = 0, plan.NoSource
 	}
 	return Connection{
@@ -83,12 +83,32 @@ func (c *connection) verdict() (Verdict, string) {
 			c.subject(), netip.AddrPortFrom(c.frontend.Bypass[0], c.frontend.Port))
 	case sources != nil && (len(sources) == 0 || client.IsValid() && !plan.AnyContains(sources, client)):
 		return Dropped, c.subject() + " is dropped: " + admitted(sources)
+	case slices.Contains(c.env.Traits.Refused, key.Protocol):
+		return Refused, fmt.Sprintf("%s is refused: mode %s does not serve %s.", c.subject(), c.env.Mode, strings.ToUpper(key.Protocol.String()))
+	case c.listens() && key.Protocol != plan.TCP:
+		return Refused, fmt.Sprintf("%s is refused: on loopback, mode %s serves TCP alone.", c.subject(), c.env.Mode)
+	case c.listens() && c.state.Problem != "":
+		return Unknown, fmt.Sprintf("%s does not go to the Service: %s.", c.subject(), c.state.Problem)
 	case c.set().Len() > 0:
 		return Served, c.subject() + " " + c.goes() + c.restriction()
-	case c.frontend.WhenEmpty == plan.Drop:
-		return Dropped, fmt.Sprintf("%s is dropped: %s, and no usable endpoint is on this node%s.", c.subject(), c.scope.Reason.Text(), c.leftOut(c.scope))
 	}
-	return Refused, c.subject() + " is refused: " + c.nowhere()
+	return c.empty()
+}
+
+// empty says what becomes of a connection for which there is no endpoint.
+func (c *connection) empty() (Verdict, string) {
+	switch {
+	case c.frontend.WhenEmpty != plan.Drop:
+		return Refused, c.subject() + " is refused: " + c.nowhere()
+	case c.listens(): // nobody listens then
+		return Refused, c.subject() + " is refused: a connection on loopback counts as from outside. There " + c.elsewhere()
+	}
+	return Dropped, c.subject() + " is dropped: " + c.elsewhere()
+}
+
+// elsewhere says that the policy forbids endpoints of other nodes.
+func (c *connection) elsewhere() string {
+	return fmt.Sprintf("%s, and no usable endpoint is on this node%s.", c.scope.Reason.Text(), c.leftOut(c.scope))
 }
 
 // pending says why the kernel may not have the planned form of the Service port.
@@ -122,7 +142,7 @@ func (c *connection) who() string {
 		}
 		return a.String()
 	}
-	if c.from == c.sources(c.family) {
+	if c.from == c.sources(c.family) && !c.question.Address.Addr().IsLoopback() {
 		return "any client"
 	}
 	var clients []string
