@@ -161,7 +161,7 @@ It asks through a local socket and needs root. It compares each rule.
 
 The exit code is 0 if nothing differs, 1 if something does, and 2 if the kernel was
 not compared.`,
-		Args: noArguments,
+		Args: func(cmd *cobra.Command, args []string) error { return notCompared(cmd, noArguments(cmd, args)) },
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var diff explain.Diff
 			err := explain.Ask(cmd.Context(), runDir, "/diff", nil, &diff)
@@ -169,8 +169,7 @@ not compared.`,
 				err = write(cmd.OutOrStdout(), output, &diff)
 			}
 			if err != nil {
-				cmd.PrintErrln("signalbox:", err)
-				return exitStatus(2)
+				return notCompared(cmd, err)
 			}
 			if code := diff.ExitCode(); code != 0 {
 				return exitStatus(code)
@@ -179,8 +178,19 @@ not compared.`,
 		},
 	}
 	cmd.Flags().StringVar(&runDir, "run-dir", config.DefaultRunDir, "directory of the local socket")
+	cmd.SetFlagErrorFunc(notCompared)
 	addOutput(cmd, &output)
 	return cmd
+}
+
+// notCompared prints why diff has not compared anything. Exit code 1 would say that
+// something differs.
+func notCompared(cmd *cobra.Command, err error) error {
+	if err == nil {
+		return nil
+	}
+	cmd.PrintErrln("signalbox:", err)
+	return exitStatus(2)
 }
 
 func addOutput(cmd *cobra.Command, output *string) {

@@ -41,6 +41,16 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// What keeps diff from comparing ends it with code 2, as diff(1).
+func TestDiffDoesNotCompare(t *testing.T) {
+	for _, args := range [][]string{{"--bogus"}, {"default/web"}, {"--run-dir=" + t.TempDir()}, {"--run-dir="}} {
+		_, err := execute(t, append([]string{"diff"}, args...)...)
+		if code := exitStatus(0); !errors.As(err, &code) || code != 2 {
+			t.Errorf("%q: %v", args, err)
+		}
+	}
+}
+
 func golden(t *testing.T, path, got string) {
 	t.Helper()
 	if *update {
