@@ -16,11 +16,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 
 	"signalbox/internal/httpserve"
 	"signalbox/internal/namespace"
 	"signalbox/internal/rootonly"
+	"signalbox/internal/wait"
 )
 
 // Socket is the local socket on which a daemon answers root's questions. It is not
@@ -31,7 +33,8 @@ type Socket struct {
 }
 
 // Open serves answers on a socket in a directory that only this process's user may
-// enter; none if dir is empty. Without the socket, everything else works.
+// enter; none if dir is empty. It returns after the first attempt to listen. Without the
+// socket, everything else works.
 func (s *Socket) Open(dir string, answers http.Handler, log *slog.Logger) {
 	if s.stop != nil && s.dir == dir {
 		return
@@ -40,20 +43,35 @@ func (s *Socket) Open(dir string, answers http.Handler, log *slog.Logger) {
 	if s.dir = dir; dir == "" {
 		return
 	}
-	l, err := listen(dir)
-	if err != nil {
-		log.Info("there is no local socket; signalbox explain and status cannot ask this process, and Services are served without it", "directory", dir, "error", err)
-		return
-	}
 	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan struct{})
+	tried, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
-		if err := httpserve.Serve(ctx, l, answers, log); err != nil {
-			log.Warn("the local socket has failed; signalbox explain and status cannot ask this process", "error", err)
-		}
+		serve(ctx, dir, answers, log, sync.OnceFunc(func() { close(tried) }))
 	}()
 	s.stop = func() { cancel(); <-ended }
+	<-tried
+}
+
+// serve serves answers until ctx ends. It tries again while it cannot listen, or accept
+// connections. It calls tried after each attempt to listen.
+func serve(ctx context.Context, dir string, answers http.Handler, log *slog.Logger, tried func()) {
+	logged := false
+	for again := true; again; again = wait.For(ctx, httpserve.RetryAfter) {
+		l, err := listen(dir)
+		tried()
+		if err == nil {
+			logged = false
+			if err = httpserve.Serve(ctx, l, answers, log); err == nil {
+				return
+			}
+		}
+		if !logged {
+			log.Info("there is no local socket; signalbox explain and status cannot ask this process, and Services are served without it; trying again",
+				"directory", dir, "every", httpserve.RetryAfter, "error", err)
+			logged = true
+		}
+	}
 }
 
 // Close returns when the socket is closed.

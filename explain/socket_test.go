@@ -320,6 +320,31 @@ func TestSocketChangesHands(t *testing.T) {
 	want("first")
 }
 
+// A socket that could not be opened is opened later.
+func TestSocketIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	parent := filepath.Join(t.TempDir(), "run")
+	if err := os.WriteFile(parent, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var s Socket
+	dir := filepath.Join(parent, "signalbox")
+	s.Open(dir, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `"here"`) }), slog.New(slog.DiscardHandler))
+	defer s.Close()
+	var got string
+	if err := Ask(t.Context(), dir, "/", nil, &got); err == nil {
+		t.Fatalf("%q answers without a directory", got)
+	}
+	if err := os.Remove(parent); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); Ask(t.Context(), dir, "/", nil, &got) != nil; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nothing answers")
+		}
+	}
+}
+
 // askedSocket names the socket for TestOtherUser in a process of another user.
 const askedSocket = "SIGNALBOX_TEST_SOCKET"
 

@@ -28,7 +28,7 @@ type ServiceOptions struct {
 	Healthy func() bool
 	// Failed is called at the second failure in a row to listen at a Service's
 	// port: a predecessor of this process may still have the port at the first.
-	// May be nil.
+	// It is also called when a server cannot accept connections. May be nil.
 	Failed func(service plan.ServiceName, port uint16, err error)
 	// Tried is called with the result of each attempt to listen; may be nil.
 	Tried func(error)
@@ -55,6 +55,7 @@ type Services struct {
 	wanted map[plan.Family]*wanted
 
 	servers map[socket]*server // used by Run alone
+	ended   chan func()        // has Run process the end of a server; see serverEnded
 }
 
 // wanted is the latest state of a family.
@@ -91,7 +92,7 @@ func NewServices(opts ServiceOptions) *Services {
 	}
 	return &Services{
 		opts: opts, wake: make(chan struct{}, 1), free: make(chan struct{}, 1), wanted: map[plan.Family]*wanted{},
-		servers: map[socket]*server{},
+		servers: map[socket]*server{}, ended: make(chan func()),
 	}
 }
 
@@ -164,6 +165,8 @@ func (s *Services) Run(ctx context.Context) {
 				}
 			}
 			s.listenAgain(ctx)
+		case process := <-s.ended:
+			process()
 		case <-retry:
 			s.listenAgain(ctx)
 		}
@@ -254,17 +257,32 @@ func (s *Services) listen(ctx context.Context, at socket, sv *server) {
 	if sv.failures >= reportedFailure {
 		s.opts.Log.Info("a Service's health checks are answered now", "service", sv.service.String(), "address", at.addr.String())
 	}
+	sv.failures = 0
 	ctx, cancel := context.WithCancel(ctx)
-	ended := make(chan struct{})
+	closed := make(chan struct{})
 	sv.close = func() {
 		cancel()
 		l.Close() // frees the port at once
-		<-ended
+		<-closed
 	}
 	go func() {
-		defer close(ended)
-		_ = httpserve.Serve(ctx, l, s.handler(sv), s.opts.Log)
+		defer close(closed)
+		if err := httpserve.Serve(ctx, l, s.handler(sv), s.opts.Log); err != nil {
+			select {
+			case s.ended <- func() { s.serverEnded(at, sv, err) }:
+			case <-ctx.Done():
+			}
+		}
 	}()
+}
+
+// serverEnded processes that a server cannot accept connections any more, for example
+// because the kernel lacks memory. A predecessor of this process is not the cause, so the
+// first failure is reported.
+func (s *Services) serverEnded(at socket, sv *server, err error) {
+	sv.close()
+	sv.close, sv.failures = nil, reportedFailure
+	s.reportFailure(at, sv, err)
 }
 
 func (s *Services) reportFailure(at socket, sv *server, err error) {

@@ -38,7 +38,7 @@ type world struct {
 	stop     func()
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, change ...func(*ServiceOptions)) *world {
 	t.Helper()
 	lab, err := netlab.New(netlab.Options{})
 	if err != nil {
@@ -47,7 +47,7 @@ func newWorld(t *testing.T) *world {
 	t.Cleanup(func() { lab.Close() })
 	w := &world{T: t, host: lab.Host("node1"), failures: make(chan string, 100), states: make(chan [2]int, 1000), ticks: make(chan time.Time)}
 	w.healthy.Store(true)
-	w.Services = NewServices(ServiceOptions{
+	opts := ServiceOptions{
 		Healthy: w.healthy.Load,
 		Failed: func(name plan.ServiceName, port uint16, err error) {
 			w.failures <- fmt.Sprintf("%s %d %v", name, port, errors.Is(err, syscall.EADDRINUSE))
@@ -59,7 +59,11 @@ func newWorld(t *testing.T) *world {
 		},
 		Log:    slog.New(slog.DiscardHandler),
 		Listen: w.host.Listen,
-	})
+	}
+	for _, c := range change {
+		c(&opts)
+	}
+	w.Services = NewServices(opts)
 	w.retry = w.ticks
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -273,6 +277,50 @@ func TestRunAgain(t *testing.T) {
 	w.want(w.host.Addr.V4, 31000, 200, "2")
 	cancel()
 	<-done
+}
+
+// failingListener has one Accept fail for each error in it.
+type failingListener struct {
+	net.Listener
+	errors chan error
+}
+
+func (l failingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	select {
+	case err = <-l.errors:
+		c.Close()
+		return nil, err
+	default:
+		return c, err
+	}
+}
+
+// A server that cannot accept a connection is reported, and listens again.
+func TestServerThatEndsListensAgain(t *testing.T) {
+	failures := make(chan error, 1)
+	w := newWorld(t, func(o *ServiceOptions) {
+		listen := o.Listen
+		o.Listen = func(network, addr string) (net.Listener, error) {
+			l, err := listen(network, addr)
+			return failingListener{l, failures}, err
+		}
+	})
+	w.tell(plan.IPv4, all, checks{web: {Port: 31000, LocalEndpoints: 2}})
+	w.want(w.host.Addr.V4, 31000, 200, "2")
+	for range 2 {
+		failures <- syscall.ENOMEM
+		if _, _, _, err := w.ask(w.host.Addr.V4, 31000, "/"); err == nil {
+			t.Error("answered without Accept")
+		}
+		w.awaitState(1, 1)
+		if got := <-w.failures; got != "default/web 31000 false" {
+			t.Errorf("reported: %s", got)
+		}
+		w.ticks <- time.Now()
+		w.awaitState(1, 0)
+		w.want(w.host.Addr.V4, 31000, 200, "2")
+	}
 }
 
 // A Service that goes while its port is taken is not waited for.

@@ -39,7 +39,8 @@ type Server struct {
 	// HardFail is of effect only from then on. Nil where there is none.
 	Free <-chan struct{}
 	Log  *slog.Logger
-	// Tried is told how each attempt to listen ended; may be nil.
+	// Tried is told how each attempt to listen ended, and why a server that listened
+	// cannot accept connections any more; may be nil.
 	Tried func(error)
 	// Listen is net.Listen when nil.
 	Listen func(network, addr string) (net.Listener, error)
@@ -53,21 +54,22 @@ func (s *Server) Run(ctx context.Context) error {
 			free = nil
 		}
 		l, err := s.listen()
-		if s.Tried != nil {
-			s.Tried(err)
-		}
-		if err == nil {
+		s.tried(err)
+		listened := err == nil
+		if listened {
 			s.Log.Info("listening", "server", s.Name, "address", l.Addr().String())
 			if err = Serve(ctx, l, s.Handler, s.Log); err == nil {
 				return nil
 			}
+			s.tried(err)
+			said = false
 		}
 		err = fmt.Errorf("%s server at %s: %w", s.Name, s.Addr, s.explain(err))
-		if s.HardFail && free == nil {
+		if s.HardFail && free == nil && !listened {
 			return err
 		}
 		if !said {
-			s.Log.Error("cannot listen; trying again until the port is free", "server", s.Name, "address", s.Addr.String(), "every", RetryAfter, "error", err)
+			s.Log.Error("cannot listen; trying again", "server", s.Name, "address", s.Addr.String(), "every", RetryAfter, "error", err)
 			said = true
 		}
 		select {
@@ -76,6 +78,12 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-free:
 		case <-time.After(RetryAfter):
 		}
+	}
+}
+
+func (s *Server) tried(err error) {
+	if s.Tried != nil {
+		s.Tried(err)
 	}
 }
 

@@ -5,11 +5,13 @@ package httpserve
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -168,6 +170,41 @@ func TestAServerThatNeverListensEnds(t *testing.T) {
 			t.Errorf("Run: %v", err)
 		}
 	})
+}
+
+// exhausted is a listener whose Accept finds no memory in the kernel.
+type exhausted struct{ idle }
+
+func (exhausted) Accept() (net.Conn, error) { return nil, syscall.ENOMEM }
+
+// A server that cannot accept connections is reported, and listens again. HardFail is about
+// a port that is taken.
+func TestServerThatEndsListensAgain(t *testing.T) {
+	for _, hard := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			began := time.Now()
+			var tried []string
+			s := &Server{
+				Name: "test", Addr: netip.MustParseAddrPort("0.0.0.0:1"), Handler: hello(), HardFail: hard, Log: quiet,
+				Listen: func(string, string) (net.Listener, error) {
+					if time.Since(began) < 2*RetryAfter {
+						return exhausted{idle{make(chan struct{})}}, nil
+					}
+					return idle{make(chan struct{})}, nil
+				},
+				Tried: func(err error) { tried = append(tried, fmt.Sprint(time.Since(began), " ", err)) },
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if err := s.Run(ctx); err != nil {
+				t.Errorf("Run: %v", err)
+			}
+			want := []string{"0s <nil>", "0s cannot allocate memory", "5s <nil>", "5s cannot allocate memory", "10s <nil>"}
+			if !slices.Equal(tried, want) {
+				t.Errorf("HardFail %v: %q, want %q", hard, tried, want)
+			}
+		})
+	}
 }
 
 // A port that another process lets go of is tried again then, and not only in
