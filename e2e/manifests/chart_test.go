@@ -98,6 +98,8 @@ var chartCases = map[string]chartCase{
 			t.Errorf("memory %s", m)
 		}
 	}},
+	// As in a values.yaml whose lines below these keys are comments.
+	"empty":                            {values: map[string]any{"config": nil, "image": nil, "podMonitor": nil, "prometheusRule": nil, "dashboard": nil, "resources": nil}},
 	"kubeadm's ConfigMap and takeover": {values: map[string]any{"existingConfigMap": "kube-proxy", "apiServer": "", "takeover": true}},
 	"dashboard": {
 		values: map[string]any{"dashboard": map[string]any{"enabled": true, "labels": map[string]any{"folder": "net"}}},

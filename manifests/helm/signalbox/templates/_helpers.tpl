@@ -1,9 +1,9 @@
 {{- /* The modes whose programs only the larger image has. */}}
 {{- define "signalbox.image" -}}
 {{- $tools := eq (include "signalbox.callsIptables" .) "yes" -}}
-{{- $name := default (ternary "signalbox-iptables" "signalbox" $tools) .Values.image.repository -}}
-image: {{ printf "%s/%s:%s" .Values.image.registry $name (default .Chart.AppVersion .Values.image.tag) | trimPrefix "/" }}
-{{- with .Values.image.pullPolicy }}
+{{- $name := default (ternary "signalbox-iptables" "signalbox" $tools) (.Values.image).repository -}}
+image: {{ printf "%s/%s:%s" (default "" (.Values.image).registry) $name (default .Chart.AppVersion (.Values.image).tag) | trimPrefix "/" }}
+{{- with (.Values.image).pullPolicy }}
 imagePullPolicy: {{ . }}
 {{- end }}
 {{- end }}
@@ -15,7 +15,7 @@ imagePullPolicy: {{ . }}
 
 {{- /* Where the kubelet's probes ask. */}}
 {{- define "signalbox.healthzPort" -}}
-{{- $at := default "0.0.0.0:10256" .Values.config.healthzBindAddress | toString -}}
+{{- $at := default "0.0.0.0:10256" (.Values.config).healthzBindAddress | toString -}}
 {{- if or (not (regexMatch ":[0-9]+$" $at)) (hasPrefix "127." $at) (hasPrefix "[::1]" $at) -}}
 {{- fail (printf "config.healthzBindAddress %q: the kubelet asks there; it must be an address and port of the node, as in 0.0.0.0:10256" $at) -}}
 {{- end -}}
@@ -34,7 +34,7 @@ oomScoreAdj: -997
 
 {{- /* The port at which Prometheus finds the metrics from another host. */}}
 {{- define "signalbox.metricsPort" -}}
-{{- $at := default "127.0.0.1:10249" .Values.config.metricsBindAddress | toString -}}
+{{- $at := default "127.0.0.1:10249" (.Values.config).metricsBindAddress | toString -}}
 {{- if or (not (regexMatch ":[0-9]+$" $at)) (hasPrefix "127." $at) (hasPrefix "[::1]" $at) -}}
 {{- fail (printf "podMonitor.enabled: config.metricsBindAddress is %q, which Prometheus does not reach; set it to 0.0.0.0:10249" $at) -}}
 {{- end -}}
