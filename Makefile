@@ -1,5 +1,6 @@
-# The commands of this repository. `make demo` and `make test` need root on a
-# Debian or Ubuntu machine with Go, and nothing else: `make deps` brings the rest.
+# The commands of this repository. They need root on a Debian or Ubuntu machine with
+# Go, and nothing else: `make deps` brings the rest. `make test` needs Debian 12,
+# whose kernel `make vm` runs.
 # `make help` shows a line that begins with ##@ as the title of a group.
 
 SHELL := /bin/bash
@@ -62,7 +63,7 @@ image: image-links ## the container images: IMAGE:VERSION, and IMAGE-iptables:VE
 .PHONY: release-files
 release-files: image-links
 	rm -rf bin/man bin/completions && mkdir -p bin/man bin/completions
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(GO) run -tags man ./cmd/signalbox bin/man
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(GO) run -tags man -ldflags "-X main.version=$(VERSION:v%=%)" ./cmd/signalbox bin/man
 	for shell in bash zsh fish; do $(GO) run ./cmd/signalbox completion $$shell > bin/completions/signalbox.$$shell || exit; done
 
 .PHONY: chart
