@@ -27,8 +27,8 @@ apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 clientConnection:
   kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
-# What the kubelet gives to system-node-critical Pods: to be safer than that,
-# signalbox would need CAP_SYS_RESOURCE.
+# The kubelet's value for system-node-critical Pods. A lower one needs
+# CAP_SYS_RESOURCE.
 oomScoreAdj: -997
 {{- end }}
 
