@@ -32,8 +32,7 @@ func TestCleanupLeavesNothing(t *testing.T) {
 		if during := w.kernel(); during == before {
 			t.Fatal("nothing was written")
 		}
-		w.p.routes.stopRestoring() // or what is cleaned up is added again
-		for i := range 2 {         // also where nothing is there any more
+		for i := range 2 { // also where nothing is there any more
 			removed, _, err := Dataplane{}.Cleanup(w.family, false)
 			w.must(err)
 			if removed != (i == 0) {
@@ -79,7 +78,6 @@ func TestRulesOfOtherMarks(t *testing.T) {
 		}
 		w.p.routes.mark = old
 		w.must(w.p.routes.ensure()) // a second rule
-		w.p.routes.stopRestoring()  // or what is cleaned up is added again
 		_, _, err := Dataplane{}.Cleanup(w.family, false)
 		w.must(err)
 		if after := w.kernel(); after != before {
@@ -88,66 +86,66 @@ func TestRulesOfOtherMarks(t *testing.T) {
 	})
 }
 
-// TestCompareRoutes: Compare names the packets that do not take the relay's routes. The relay
-// restores what is missing every second, so it is removed until Compare came first.
-func TestCompareRoutes(t *testing.T) {
-	eachFamily(t, func(t *testing.T, w *world) {
-		w.serve(0, 0, 0)
-		own, answers, rule, err := w.p.routes.entries()
-		w.must(err)
-		finds := func(want ...string) bool {
-			c, err := w.p.Compare(t.Context())
-			w.must(err)
-			return slices.Equal(c.Differences, want)
-		}
-		toRelay := fmt.Sprintf("packets to %[1]s do not take the route local %[1]s dev lo table %[2]d", own.Dst, unix.RT_TABLE_LOCAL)
-		marked := fmt.Sprintf("packets with the mark %#x do not take the route local %s dev lo table %d", rule.Mark, answers.Dst, answersTable)
-		blackhole := *answers
-		blackhole.Type, blackhole.LinkIndex, blackhole.Scope = unix.RTN_BLACKHOLE, 0, 0
-		for _, damage := range []struct {
-			do   func() error
-			want string
-		}{
-			{func() error { return netlink.RouteDel(own) }, toRelay},
-			{func() error { return netlink.RouteDel(answers) }, marked},
-			{func() error { return netlink.RuleDel(rule) }, marked},
-			{func() error { return errors.Join(netlink.RouteDel(answers), netlink.RouteAdd(&blackhole)) }, marked},
-		} {
-			w.await("no difference", func() bool { return finds() })
-			w.await(damage.want, func() bool { _ = damage.do(); return finds(damage.want) })
-		}
-	})
-}
-
-// TestRemovedRoutesComeBack removes, as other programs do, the rule and the routes
-// one by one and all together, and then from a paused relay.
-func TestRemovedRoutesComeBack(t *testing.T) {
+// TestRepairRoutes: routes and the rule that other programs remove are noticed, named and added
+// again. What other programs put before them is noticed once.
+func TestRepairRoutes(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w *world) {
 		w.serve(0, 0, 0)
 		during := w.kernel()
 		own, answers, rule, err := w.p.routes.entries()
 		w.must(err)
-		removals := []func() error{
-			func() error { return netlink.RuleDel(rule) },
-			func() error { return netlink.RouteDel(own) },
-			func() error { return netlink.RouteDel(answers) },
-		}
-		for _, remove := range removals {
-			w.must(remove())
-			w.must(w.p.routes.restore())
-			if now := w.kernel(); now != during {
-				t.Errorf("after restore there are %+v, there were %+v", now, during)
+		foreign, otherMark, blackhole := *rule, *rule, *answers
+		foreign.Priority, foreign.Table = answersPriority-1, unix.RT_TABLE_LOCAL+1
+		otherMark.Mark++
+		blackhole.Type, blackhole.LinkIndex, blackhole.Scope, blackhole.Table = unix.RTN_BLACKHOLE, 0, 0, foreign.Table
+		toRelay := fmt.Sprintf("packets to %[1]s do not take the route local %[1]s dev lo table %[2]d", own.Dst, unix.RT_TABLE_LOCAL)
+		marked := fmt.Sprintf("packets with the mark %#x do not take the route local %s dev lo table %d", rule.Mark, answers.Dst, answersTable)
+		ruleMissing := "the " + ruleName + " is missing"
+		ownMissing, answersMissing := fmt.Sprintf("the route of %s to this node is missing", own.Dst), fmt.Sprintf("the route of table %d is missing", answersTable)
+		type texts = []string
+		for _, step := range []struct {
+			name               string
+			do                 func() error
+			compared, repaired texts
+			unnoticed          bool
+		}{
+			{"nothing", func() error { return nil }, nil, nil, true},
+			{"the rule", func() error { return netlink.RuleDel(rule) }, texts{marked, ruleMissing}, texts{ruleMissing}, false},
+			{"the relay's route", func() error { return netlink.RouteDel(own) }, texts{toRelay}, texts{ownMissing}, false},
+			{"the route of answers", func() error { return netlink.RouteDel(answers) }, texts{marked}, texts{answersMissing}, false},
+			{"everything", func() error {
+				return errors.Join(netlink.RuleDel(rule), netlink.RouteDel(own), netlink.RouteDel(answers))
+			}, texts{toRelay, marked, ruleMissing}, texts{ownMissing, answersMissing, ruleMissing}, false},
+			{"another program's rule", func() error { return errors.Join(netlink.RouteAdd(&blackhole), netlink.RuleAdd(&foreign)) }, texts{marked}, nil, false},
+			{"nothing behind it", func() error { return nil }, texts{marked}, nil, true},
+			{"the rule behind it", func() error { return netlink.RuleDel(rule) }, texts{marked, ruleMissing}, texts{ruleMissing}, false},
+			{"that rule is gone", func() error { return errors.Join(netlink.RouteDel(&blackhole), netlink.RuleDel(&foreign)) }, nil, nil, false},
+			{"the rule, by a signalbox with another mark", func() error { return errors.Join(netlink.RuleAdd(&otherMark), netlink.RuleDel(rule)) }, nil, texts{ruleMissing}, true},
+			{"that signalbox's rule", func() error { return netlink.RuleDel(&otherMark) }, nil, nil, true},
+		} {
+			w.must(step.do())
+			if differ, err := w.p.routes.differ(); differ == step.unnoticed || err != nil {
+				t.Errorf("%s: differ %v, %v", step.name, differ, err)
+			}
+			if c, err := w.p.Compare(t.Context()); !slices.Equal(c.Differences, step.compared) || err != nil {
+				t.Errorf("%s: compared %q, %v", step.name, c.Differences, err)
+			}
+			if found, err := w.p.Repair(t.Context()); !slices.Equal(found.Objects, step.repaired) || found.Rewrite || err != nil {
+				t.Errorf("%s: found %+v, %v", step.name, found, err)
+			}
+			if differ, err := w.p.routes.differ(); differ || err != nil {
+				t.Errorf("%s: after the repair, differ %v, %v", step.name, differ, err)
 			}
 		}
-		for _, remove := range removals {
-			w.must(remove())
+		if now := w.kernel(); now != during {
+			t.Errorf("after the repairs there are %+v, there were %+v", now, during)
 		}
-		w.await("everything to be back", func() bool { return w.kernel() == during })
 		w.p.Pause()
 		w.must(netlink.RuleDel(rule))
-		w.must(w.p.routes.restore())
-		if now := w.kernel(); now.rules != during.rules-1 {
-			t.Errorf("a paused relay has restored its rule: %+v", now)
+		differ, err := w.p.routes.differ()
+		w.must(err)
+		if missing, err := w.p.routes.repair(); differ || len(missing) > 0 || err != nil {
+			t.Errorf("a paused relay: differ %v, repaired %q, %v", differ, missing, err)
 		}
 		w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
 		if now := w.kernel(); now != during {

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"sync"
 	"time"
 
+	"signalbox/internal/wait"
 	"signalbox/nft"
 	"signalbox/nft/access"
 	"signalbox/proxier"
@@ -96,8 +98,24 @@ func (p *Proxier) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	return plan.Problem{Kind: "Service", Object: name.ServiceName.String(), Field: "spec.ports", Reason: "mode userspace does not relay SCTP: these ports refuse; use another mode"}, true
 }
 
-// Watch implements proxier.Proxier. The relay itself restores its routes.
-func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) { p.watch.Run(ctx, drifted) }
+// routesPeriod is the time between two looks at the routes.
+const routesPeriod = time.Second
+
+// Watch implements proxier.Proxier.
+func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) {
+	var table sync.WaitGroup
+	defer table.Wait()
+	table.Go(func() { p.watch.Run(ctx, drifted) })
+	for wait.For(ctx, routesPeriod) {
+		differ, err := p.routes.differ()
+		if err != nil {
+			slog.Debug("userspace: the relay's routes cannot be read; trying again", "family", p.family.Family.String(), "error", err)
+		}
+		if differ {
+			drifted(proxier.Writer{})
+		}
+	}
+}
 
 // elements hands out the elements that the table should have.
 func (p *Proxier) elements(rules ruleset) func(emit func(nft.Element)) {
@@ -137,15 +155,19 @@ func (p *Proxier) Compare(_ context.Context, about ...plan.ServicePortName) (pro
 	return c, err
 }
 
-// Repair implements proxier.Proxier. It only compares: one transaction replaces the whole
-// table, which has no state of connections.
+// Repair implements proxier.Proxier. It adds missing routes, and only compares the table: one
+// transaction replaces it, and it has no state of connections.
 func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 	if p.state == nil {
 		return proxier.Difference{}, nil
 	}
 	rules := p.rules(*p.relay.node.Load())
 	found, err := p.watch.Compare(rules.chains(), p.elements(rules))
-	return proxier.Difference{Objects: found, Rewrite: len(found) > 0}, err
+	if err != nil {
+		return proxier.Difference{}, err
+	}
+	missing, err := p.routes.repair()
+	return proxier.Difference{Objects: append(found, missing...), Rewrite: len(found) > 0}, err
 }
 
 func (p *Proxier) rules(node plan.Node) ruleset {

@@ -92,7 +92,7 @@ const handoverTime = 3 * time.Second
 // pause gives new connections and UDP flows to the relay that took over, until
 // start is called again. What has arrived is served for handoverTime.
 func (r *relay) pause() {
-	r.routes.stopRestoring() // the other process may do without
+	r.routes.stopRepairing() // the other process may do without
 	l := r.listeners
 	if l == nil {
 		return
@@ -120,7 +120,7 @@ func (r *relay) pause() {
 
 // close ends the relay with its connections and flows.
 func (r *relay) close() {
-	r.routes.stopRestoring()
+	r.routes.stopRepairing()
 	if r.listeners != nil {
 		r.listeners.close()
 	}
@@ -131,32 +131,16 @@ func (r *relay) close() {
 	r.ns.Close()
 }
 
-const (
-	// restoreInterval is how long routes that another program removes may be missing.
-	restoreInterval = time.Second
-	// expiryInterval is how often expired entries are removed.
-	expiryInterval = 10 * time.Second
-)
+// expiryInterval is how often expired entries are removed.
+const expiryInterval = 10 * time.Second
 
-// maintain restores routes and removes expired entries until the relay is closed.
+// maintain removes expired entries until the relay is closed.
 func (r *relay) maintain() {
-	restore, expiry := time.NewTicker(restoreInterval), time.NewTicker(expiryInterval)
-	defer restore.Stop()
-	defer expiry.Stop()
-	for {
-		select {
-		case <-r.ctx.Done():
-			return
-		case <-restore.C:
-			if err := r.routes.restore(); err != nil {
-				r.tcp.Log.Warn("missing routes cannot be added; connections from their clients' addresses may hang, or all; trying again every second",
-					"family", r.family.String(), "error", err)
-			}
-		case now := <-expiry.C:
-			r.targets.expire(now)
-			r.tcp.Chooser.Expire(now)
-			_ = r.ns.Do(r.routes.readSourceMarks) // else the last reading counts
-		}
+	for wait.For(r.ctx, expiryInterval) {
+		now := time.Now()
+		r.targets.expire(now)
+		r.tcp.Chooser.Expire(now)
+		_ = r.ns.Do(r.routes.readSourceMarks) // else the last reading counts
 	}
 }
 

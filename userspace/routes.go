@@ -41,6 +41,9 @@ func answersMark(masquerade uint32) uint32 {
 // others.
 const answersPriority = 83
 
+// ruleName names the rule in messages.
+var ruleName = fmt.Sprintf("rule %d for marked packets", answersPriority)
+
 // routes are the relay's routes and its rule in the kernel.
 type routes struct {
 	family plan.Family
@@ -53,8 +56,11 @@ type routes struct {
 	sourceMarks atomic.Bool
 
 	mu sync.Mutex
-	// wanted has restore add what is missing of the routes and the rule.
+	// wanted has repair add what is missing of the routes and the rule.
 	wanted bool
+	// left are the differences after the last repair. It cannot repair what other programs
+	// put before the routes and the rule.
+	left []string
 }
 
 // routeTimeout is how long to wait for the kernel: connections wait with it.
@@ -103,7 +109,7 @@ func (r *routes) entries() (own, answers *netlink.Route, rule *netlink.Rule, err
 	return own, answers, rule, nil
 }
 
-// ensure adds the routes and the rule where they are missing, and has restore do
+// ensure adds the routes and the rule where they are missing, and has repair do
 // so from now on.
 func (r *routes) ensure() error {
 	r.mu.Lock()
@@ -116,31 +122,35 @@ func (r *routes) ensure() error {
 	return nil
 }
 
-// restore adds what another program has removed: systemd-networkd removes all rules
-// that it does not know whenever it starts.
-func (r *routes) restore() error {
+// repair adds what another program has removed, and says what was missing: systemd-networkd
+// removes all rules that it does not know whenever it starts.
+func (r *routes) repair() (missing []string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !r.wanted {
-		return nil
+		return nil, nil
 	}
-	added, err := r.add()
-	for _, what := range added {
-		slog.Warn("userspace: another program removed what the relay needs of the kernel's routing; signalbox added it again",
-			"what", what, "family", r.family.String())
+	if missing, err = r.add(); err != nil {
+		return missing, err
 	}
-	return err
+	before := r.left
+	r.left, _ = r.find() // after an error, the next look finds a difference
+	if len(r.left) > 0 && !slices.Equal(r.left, before) {
+		slog.Warn("userspace: rules or routes of another program come before the relay's; connections from their clients' addresses may hang, or all",
+			"differences", r.left, "family", r.family.String())
+	}
+	return missing, nil
 }
 
-// stopRestoring leaves to another process what is removed from now on.
-func (r *routes) stopRestoring() {
+// stopRepairing leaves to another process what is removed from now on.
+func (r *routes) stopRepairing() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.wanted = false
+	r.wanted, r.left = false, nil
 }
 
 // add adds the routes and the rule that are missing, and says which these are.
-func (r *routes) add() (added []string, err error) {
+func (r *routes) add() (missing []string, err error) {
 	own, answers, rule, err := r.entries()
 	if err != nil {
 		return nil, err
@@ -149,26 +159,39 @@ func (r *routes) add() (added []string, err error) {
 	check := func(what string, err error) {
 		switch {
 		case err == nil:
-			added = append(added, what)
+			missing = append(missing, "the "+what+" is missing")
 		case !errors.Is(err, unix.EEXIST):
 			failed = append(failed, fmt.Errorf("add the %s: %w", what, err))
 		}
 	}
 	check(fmt.Sprintf("route of %s to this node", own.Dst), r.handle.RouteAdd(own))
 	check(fmt.Sprintf("route of table %d", answersTable), r.handle.RouteAdd(answers))
-	check(fmt.Sprintf("rule %d for marked packets", answersPriority), r.handle.RuleAdd(rule))
-	return added, errors.Join(failed...)
+	check(ruleName, r.handle.RuleAdd(rule))
+	return missing, errors.Join(failed...)
 }
 
 // elsewhere is an address of no host (RFC 5737, RFC 3849). Answers to all addresses have the
 // same route.
 var elsewhere = map[plan.Family]netip.Addr{plan.IPv4: netip.MustParseAddr("192.0.2.1"), plan.IPv6: netip.MustParseAddr("2001:db8::1")}
 
-// differences says which packets do not take the relay's routes. It asks the kernel as
-// packets do, so that rules of other programs count, too.
-func (r *routes) differences() (found []string, err error) {
+// differ says whether there are other differences than the last repair left.
+func (r *routes) differ() (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	found, err := r.find()
+	return err == nil && !slices.Equal(found, r.left), err
+}
+
+// differences says what differs from the relay's routes and its rule.
+func (r *routes) differences() ([]string, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.find()
+}
+
+// find names the packets that do not take the relay's routes. It asks the kernel as packets
+// do, so that rules of other programs count, too. Behind such a rule, it looks for its own.
+func (r *routes) find() (found []string, err error) {
 	if !r.wanted {
 		return nil, nil
 	}
@@ -193,6 +216,23 @@ func (r *routes) differences() (found []string, err error) {
 			found = append(found, fmt.Sprintf("%s do not take the route local %s dev lo table %d", packets.what, packets.take.Dst, packets.take.Table))
 		}
 	}
+	rules, err := r.rules()
+	switch {
+	case err != nil || slices.ContainsFunc(rules, func(rule netlink.Rule) bool { return rule.Mark == r.mark }):
+		return found, err
+	case len(rules) > 0: // a signalbox with another mark begins to serve; see removeOthers
+		return nil, nil
+	}
+	return append(found, "the "+ruleName+" is missing"), nil
+}
+
+// rules lists the rules for answers, with any mark.
+func (r *routes) rules() ([]netlink.Rule, error) {
+	found, err := r.handle.RuleListFiltered(r.number(), &netlink.Rule{Table: answersTable, Priority: answersPriority},
+		netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
+	if err != nil {
+		return nil, fmt.Errorf("list the rules for marked packets: %w", err)
+	}
 	return found, nil
 }
 
@@ -203,10 +243,9 @@ var noRoute = []error{unix.ENETUNREACH, unix.EINVAL, unix.EACCES, unix.EHOSTUNRE
 // removeOthers removes the rules for answers with another mark, of an earlier
 // configuration.
 func (r *routes) removeOthers() error {
-	found, err := r.handle.RuleListFiltered(r.number(), &netlink.Rule{Table: answersTable, Priority: answersPriority},
-		netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
+	found, err := r.rules()
 	if err != nil {
-		return fmt.Errorf("list the rules for marked packets: %w", err)
+		return err
 	}
 	var failed []error
 	for i := range found {
