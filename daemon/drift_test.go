@@ -3,11 +3,17 @@
 package daemon_test
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"signalbox/internal/netlab"
 )
@@ -62,6 +68,48 @@ func heals(t *testing.T, mode string, damages []string) {
 		if n := log.count("it is repaired\" family=IPv4 " + process); n < repairs[process] {
 			t.Errorf("after %s, the log names the program in %d repairs", damage, n)
 		}
+	}
+}
+
+// TestRepairAfterTakeover: what an earlier signalbox has changed is repaired as soon as it has
+// handed over. A program with its name does the damage while it cannot answer.
+func TestRepairAfterTakeover(t *testing.T) {
+	t.Parallel()
+	lab := newLab(t)
+	host, client, pod := lab.Host("node1"), lab.Host("pod-x"), lab.Host("pod-a")
+	binary, source := build(t), serviceTo(t, pod)
+	begin := func() (*os.Process, *heard) {
+		p, log := startProcess(t, host, binary, "run", "--source", source, "--mode=nftables", "--hostname-override=node1",
+			"--cluster-cidr=10.244.0.0/16", "--conntrack-max-per-core=0", "--conntrack-min=0", "--oom-score-adj=0")
+		eventually(t, "both families are served", func() bool { return log.count("level=INFO msg=synced") == 2 })
+		return p, log
+	}
+	earlier, _ := begin()
+	eventually(t, "the earlier process has the node lock", func() bool { return page(host, "http://127.0.0.1:10256/healthz") != "" })
+	if err := earlier.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	resume := sync.OnceFunc(func() {
+		if err := earlier.Signal(syscall.SIGCONT); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(resume)
+	_, log := begin()
+	nft, err := exec.LookPath("nft")
+	namesake := filepath.Join(t.TempDir(), filepath.Base(binary))
+	if err := errors.Join(err, os.Symlink(nft, namesake)); err != nil {
+		t.Fatal(err)
+	}
+	command(t, host, namesake+" flush map ip signalbox frontends")
+	resume()
+	resumed := time.Now()
+	eventually(t, "the damage is repaired", func() bool { return log.count("it is repaired\" family=IPv4") > 0 })
+	if took := time.Since(resumed); took > 10*time.Second {
+		t.Errorf("the repair comes %s after the takeover", took)
+	}
+	if !answers(t, client, netip.MustParseAddrPort("10.96.0.10:80"), hangTimeout) {
+		t.Error("the Service does not answer")
 	}
 }
 

@@ -60,12 +60,12 @@ func (c *configRun) acquireNodeLock(ctx context.Context, work *sync.WaitGroup) *
 		return nil
 	}
 	c.flushFlows(ctx)
-	err := c.nodeLock.Acquire(ctx, c.cfg.RunDir)
-	if !c.rewriteAfterTakeover(ctx) {
+	err := c.acquire(ctx)
+	if ctx.Err() != nil {
 		return nil
 	}
 	work.Go(func() { c.foreignRules.run(ctx, c.nodeLock) })
-	for ; err != nil && ctx.Err() == nil; err = c.nodeLock.Acquire(ctx, c.cfg.RunDir) {
+	for ; err != nil && ctx.Err() == nil; err = c.acquire(ctx) {
 		c.log.Warn("another signalbox may write rules on this node, too; asking it again to stop", "error", err)
 		wait.For(ctx, nodelock.HandoverTimeout)
 	}
@@ -76,16 +76,24 @@ func (c *configRun) acquireNodeLock(ctx context.Context, work *sync.WaitGroup) *
 	return c.nodeLock.NextContender(ctx)
 }
 
-// rewriteAfterTakeover has a mode with RewriteAfterTakeover mend what an earlier
-// process may have changed before it handed over. It returns before anything is
-// removed that serves meanwhile; false if ctx ends first.
-func (c *configRun) rewriteAfterTakeover(ctx context.Context) bool {
-	if !c.choice.Mode.Traits().RewriteAfterTakeover || !c.nodeLock.TookOver() {
-		return true
+// acquire acquires the node lock. It has the mode mend what an earlier process may have
+// changed before it handed over. A mode with RewriteAfterTakeover does that before acquire
+// returns, because afterwards things are removed that serve meanwhile.
+func (c *configRun) acquire(ctx context.Context) error {
+	if c.nodeLock.Held() {
+		return nil // no other process has written since
+	}
+	if err := c.nodeLock.Acquire(ctx, c.cfg.RunDir); err != nil || !c.nodeLock.TookOver() {
+		return err
+	}
+	if !c.choice.Mode.Traits().RewriteAfterTakeover {
+		c.loop.RepairNow()
+		return nil
 	}
 	c.initialSync.reset()
 	c.loop.Resync()
-	return c.initialSync.wait(ctx)
+	c.initialSync.wait(ctx)
+	return ctx.Err()
 }
 
 // flowFlushTimeout bounds the wait for stale flows.

@@ -114,6 +114,47 @@ func TestRepair(t *testing.T) {
 	}
 }
 
+// TestRepairAfterPredecessor: in an update with a surge, the earlier process still writes
+// changes that the later one has written. This fails, so it writes everything anew, with
+// other numbers. A repair makes the table that of the later process.
+func TestRepairAfterPredecessor(t *testing.T) {
+	for _, f := range plan.Families {
+		t.Run(f.String(), func(t *testing.T) {
+			nstest.Enter(t)
+			desired := conformance.Fleet(f, 20, 4)
+			earlier, later := newProxier(t, f), newProxier(t, f)
+			sync := func(p *Proxier, change plan.Change) error { return p.Sync(t.Context(), desired, change) }
+			err := sync(earlier, plan.Change{All: true})
+			if err := errors.Join(err, sync(earlier, changeOf(desired)), sync(later, plan.Change{All: true})); err != nil {
+				t.Fatal(err) // the numbers have gaps
+			}
+			shrink := func(i int) plan.Change {
+				s := conformance.FleetService(f, i, 4*i, 3)
+				desired.Services[s.Name] = s
+				return plan.Change{Services: []plan.ServicePortName{s.Name}}
+			}
+			change := shrink(5)
+			if err := sync(later, change); err != nil {
+				t.Fatal(err)
+			}
+			if err := sync(earlier, change); !errors.Is(err, proxier.ErrUnknownState) {
+				t.Fatalf("the earlier process removes an endpoint again: %v", err)
+			}
+			if err := sync(earlier, plan.Change{All: true}); err != nil {
+				t.Fatal(err)
+			}
+			if found, err := later.Repair(t.Context()); err != nil || len(found.Objects) == 0 || found.Rewrite {
+				t.Fatalf("found %+v, %v", found, err)
+			}
+			compareKernel(t, later, desired.Node)
+			if err := sync(later, shrink(6)); err != nil {
+				t.Fatal(err)
+			}
+			compareKernel(t, later, desired.Node)
+		})
+	}
+}
+
 // TestRepairMany: a table with too many endpoints to compare is written anew.
 func TestRepairMany(t *testing.T) {
 	nstest.Enter(t)

@@ -93,8 +93,8 @@ type SyncReport struct {
 
 // Loop feeds objects through Tracker and resolver into the Proxiers. It is a
 // Sink: Apply, Delete, Synced, SetLocalAddrs, SetRouteSources, SetAPIServers, LocalAddrs,
-// Resync, Progress, Drift, Fights and Ask may be called from any goroutine; everything else belongs to the
-// one that calls Run or SyncNow.
+// Resync, RepairNow, Progress, Drift, Fights and Ask may be called from any goroutine;
+// everything else belongs to the one that calls Run or SyncNow.
 type Loop struct {
 	*inbox
 	opts LoopOptions
@@ -383,6 +383,15 @@ func (l *Loop) repairTexts(of func(*drift.Repairs) string) (texts []string) {
 		}
 	}
 	return texts
+}
+
+// RepairNow has the modes compare what the kernel has, and repair it, before they write
+// further changes.
+func (l *Loop) RepairNow() {
+	for _, f := range l.families {
+		f.repairs.RequestNow()
+	}
+	l.wakeUp()
 }
 
 // LogProblems returns a function for LoopOptions.Report, which logs each Problem as a

@@ -75,6 +75,17 @@ func (r *Repairs) Request(w proxier.Writer) {
 	r.pending, r.writer = true, w
 }
 
+// RequestNow requests a repair that waits for nothing. Another process wrote until now, and
+// further changes build on what this process wrote.
+func (r *Repairs) RequestNow() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.pending {
+		r.pending, r.writer = true, proxier.Writer{}
+	}
+	r.due, r.rest = r.now(), time.Time{}
+}
+
 // forget drops repairs from before fightTime, and ends the fight with the last of them.
 func (r *Repairs) forget(now time.Time) {
 	for len(r.past) > 0 && now.Sub(r.past[0].at) > fightTime {

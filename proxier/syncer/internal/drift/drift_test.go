@@ -145,3 +145,22 @@ func TestOwnName(t *testing.T) {
 		t.Errorf("with another program's change, the repair waits %s", wait)
 	}
 }
+
+// TestRequestNow: a repair at a takeover does not wait, whatever a pending one waits for.
+func TestRequestNow(t *testing.T) {
+	r, c := newRepairs()
+	r.Request(nft)
+	r.Begin()
+	c.Time = c.Add(time.Second)
+	r.End()
+	predecessor := proxier.Writer{Name: "signalbox"}
+	r.Request(predecessor)
+	r.RequestNow()
+	if w, due := r.Begin(); !due || w != predecessor {
+		t.Errorf("due %v, of %s", due, w)
+	}
+	r.RequestNow()
+	if w, due := r.Begin(); !due || w != (proxier.Writer{}) {
+		t.Errorf("without a change that was noticed: due %v, of %s", due, w)
+	}
+}
