@@ -37,6 +37,8 @@ type Flags struct {
 	// were last read.
 	kubeconfig string
 	digest     [sha256.Size]byte
+	// unread is why Watch could not read a file; empty if it could.
+	unread string
 }
 
 // signalboxFlags are the settings that kube-proxy does not have. They are not in

@@ -6,14 +6,18 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+
+	"signalbox/internal/wait"
 )
 
 // quietTime without events must pass before files are read again: an editor
@@ -23,15 +27,28 @@ const quietTime = 100 * time.Millisecond
 // longestWait bounds the wait in a directory where other files change all the time.
 const longestWait = time.Second
 
+const (
+	// pollPeriod is how often the files are read without an event. Some changes cause
+	// none: a mount, a renamed parent directory, a file system of another machine.
+	pollPeriod = 10 * time.Second
+	// retryPeriod is the same while a file cannot be read or watched.
+	retryPeriod = time.Second
+)
+
 // Watch calls changed after each change of the --config file or of the kubeconfig, with
 // the new Config or the error, until ctx ends. Without both it returns at once. Config
 // must have been called before, and must not be called during Watch.
 func (f *Flags) Watch(ctx context.Context, log *slog.Logger, changed func(*Config, error)) {
-	if len(f.watched()) == 0 {
-		return
-	}
-	if err := f.watch(ctx, log, changed); err != nil {
-		log.Warn("changes of the configuration are not seen; they count from the next start on", "files", f.watched(), "error", err)
+	logged := ""
+	for len(f.watched()) > 0 && ctx.Err() == nil {
+		err := f.watch(ctx, log, changed)
+		if err != nil && err.Error() != logged {
+			logged = err.Error()
+			log.Info("the files of the configuration cannot be watched; they are read periodically", "files", f.watched(), "every", retryPeriod, "error", err)
+		}
+		if wait.For(ctx, retryPeriod) {
+			f.readAgain(changed)
+		}
 	}
 }
 
@@ -40,17 +57,14 @@ func (f *Flags) watched() []string {
 	return slices.DeleteFunc([]string{f.file, f.kubeconfig}, func(path string) bool { return path == "" })
 }
 
+// watch returns an error if there can be no events of files, and nil when ctx ends.
 func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Config, error)) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("watching files: %w", err)
 	}
 	defer watcher.Close()
-	for _, path := range f.watched() {
-		if err := watcher.Add(filepath.Dir(path)); err != nil {
-			return fmt.Errorf("watching %s: %w", filepath.Dir(path), err)
-		}
-	}
+	f.follow(watcher)
 	quiet := time.NewTimer(quietTime) // the files may have changed since Config read them
 	defer quiet.Stop()
 	var waiting time.Time // since when an event waits; zero for none
@@ -60,7 +74,7 @@ func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Confi
 			return nil
 		case _, open := <-watcher.Events:
 			if !open {
-				return nil
+				return errors.New("watching files: the kernel sends no events any more")
 			}
 			if waiting.IsZero() {
 				waiting = time.Now()
@@ -73,34 +87,58 @@ func (f *Flags) watch(ctx context.Context, log *slog.Logger, changed func(*Confi
 			quiet.Reset(quietTime)
 		case <-quiet.C:
 			waiting = time.Time{}
-			f.follow(watcher)
-			before := f.kubeconfig
-			if f.readAgain(changed); f.kubeconfig != before {
-				quiet.Reset(quietTime) // follow the other kubeconfig
-			}
+			quiet.Reset(f.catchUp(watcher, changed))
 		}
 	}
+}
+
+// catchUp follows the files and reads them. It returns when both are due again if no event
+// comes.
+func (f *Flags) catchUp(watcher *fsnotify.Watcher, changed func(*Config, error)) time.Duration {
+	before := f.kubeconfig
+	followed := f.follow(watcher)
+	read := f.readAgain(changed)
+	switch {
+	case f.kubeconfig != before:
+		return quietTime // follow the other kubeconfig
+	case !followed || !read:
+		return retryPeriod
+	}
+	return pollPeriod
 }
 
 // follow watches the directories of the files, and of the files to which links lead. A
 // watch on a file would miss another one that is renamed into place. The directory of the
-// path is watched too, because a link there switches a mounted ConfigMap.
-func (f *Flags) follow(watcher *fsnotify.Watcher) {
+// path is watched too, because a link there switches a mounted ConfigMap. It returns false
+// if a directory cannot be watched.
+func (f *Flags) follow(watcher *fsnotify.Watcher) (ok bool) {
+	ok = true
 	for _, path := range f.watched() {
-		_ = watcher.Add(filepath.Dir(path)) // reading the file reports what is wrong
+		ok = watcher.Add(filepath.Dir(path)) == nil && ok
 		if target, err := filepath.EvalSymlinks(path); err == nil {
-			_ = watcher.Add(filepath.Dir(target))
+			ok = watcher.Add(filepath.Dir(target)) == nil && ok
 		}
 	}
+	return ok
 }
 
-func (f *Flags) readAgain(changed func(*Config, error)) {
+// readAgain calls changed if the files differ from what was last read. It returns false if
+// a file cannot be read. Then it calls changed once for each reason.
+func (f *Flags) readAgain(changed func(*Config, error)) (read bool) {
 	digest := digestOf(f.kubeconfig)
-	if digest == f.digest && f.sameText() {
-		return
+	if digest != f.digest || !f.sameText() || f.unread != "" {
+		f.digest = digest
+		c, err := f.Config()
+		before := f.unread
+		f.unread = ""
+		if cause := syscall.Errno(0); errors.As(err, &cause) {
+			f.unread = err.Error()
+		}
+		if f.unread == "" || f.unread != before {
+			changed(c, err)
+		}
 	}
-	f.digest = digest
-	changed(f.Config())
+	return f.unread == "" && (f.kubeconfig == "" || f.digest != [sha256.Size]byte{})
 }
 
 // sameText says whether the --config file, if there is one, is as it was last read.
