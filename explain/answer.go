@@ -61,6 +61,8 @@ type Compared struct {
 	// Differences has the lines of a Diff.
 	Differences      []string `json:"differences"`
 	DifferencesCount int      `json:"differencesCount"`
+	// Before are rules of other software that packets meet before signalbox's.
+	Before []string `json:"before,omitempty"`
 	// Error says why the kernel was not compared.
 	Error string `json:"error,omitempty"`
 }

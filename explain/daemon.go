@@ -260,6 +260,7 @@ func (a *Answer) compare(ctx context.Context, l *syncer.Loop) {
 		c := Compared{Family: family.String(), HoldsCount: len(found.Holds), DifferencesCount: len(found.Differences)}
 		c.Holds = append([]string{}, found.Holds[:min(len(found.Holds), maxCompared)]...)
 		c.Differences = append([]string{}, found.Differences[:min(len(found.Differences), maxCompared)]...)
+		c.Before = found.Before[:min(len(found.Before), maxCompared)]
 		if err != nil {
 			c.Error = err.Error()
 		}

@@ -41,6 +41,9 @@ type world struct {
 	broken error
 	// removed: other software has removed the rules.
 	removed bool
+	// before are rules of other software that come first, and inFront one that takes all.
+	before  []string
+	inFront string
 	// alone: no daemon answers.
 	alone bool
 	// otherProxy are the families in which another service proxy has rules.
@@ -146,6 +149,9 @@ func (k *kernel) Compare(_ context.Context, about ...plan.ServicePortName) (c pr
 	if !k.written {
 		return c, proxier.ErrNothingWritten
 	}
+	if c.Before = k.world.before; k.world.inFront != "" {
+		c.Differences = append(c.Differences, k.world.inFront)
+	}
 	for _, name := range about {
 		if line := "rule of " + name.String(); k.world.removed {
 			c.Differences = append(c.Differences, "-"+line)
@@ -187,7 +193,11 @@ func (w *world) ask(target, from string) *Answer {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return Explain(w.loop, Environment{Node: "node1", Mode: "test", Origin: "test", Live: !w.alone, Foreign: w.otherProxy, Traits: w.traits}, q)
+	a := Explain(w.loop, Environment{Node: "node1", Mode: "test", Origin: "test", Live: !w.alone, Foreign: w.otherProxy, Traits: w.traits}, q)
+	if !w.alone {
+		a.compare(w.t.Context(), w.loop)
+	}
+	return a
 }
 
 // all changes every endpoint.
@@ -312,6 +322,9 @@ func TestFaults(t *testing.T) {
 		}, clusterIP, pod, Served, "left out 10.244.2.7:8080: meant for other nodes"},
 		{"the kernel refuses the Service", func(w *world) { w.refused = errors.New("no buffer space available") }, clusterIP, pod, Unknown, "The kernel has refused the rules of Service default/web:http since"},
 		{"the kernel refuses every sync", func(w *world) { w.broken = errors.New("operation not permitted") }, clusterIP, pod, Unknown, "each sync of IPv4 has failed since"},
+		{"its rules are gone from the kernel", func(w *world) { w.removed = true }, clusterIP, pod, Unknown, "The kernel has something else for IPv4 than signalbox wrote (differences: 1)"},
+		{"a foreign rule in front takes all", func(w *world) { w.inFront = "iptables -t nat -A PREROUTING -j ACCEPT comes before" }, clusterIP, pod, Unknown, "(differences: 1)"},
+		{"a foreign rule in front takes some", func(w *world) { w.before = []string{"iptables -t nat -A PREROUTING -j DOCKER"} }, clusterIP, pod, Served, "one of 3"},
 		{"rules of another proxy", func(w *world) { w.otherProxy = []plan.Family{plan.IPv4} }, clusterIP, pod, Unknown, "Rules of another service proxy may be in force for IPv4"},
 		{"the Service is too large", func(w *world) {
 			for i := range 20000 {

@@ -91,7 +91,7 @@ func TestSocket(t *testing.T) {
 	}
 
 	w.removed = true
-	want := Compared{"IPv4", []string{}, 0, []string{"-rule of default/web:http"}, 1, ""}
+	want := Compared{"IPv4", []string{}, 0, []string{"-rule of default/web:http"}, 1, nil, ""}
 	if err := ask("default/web"); err != nil || answer.Verdict != Unknown || len(answer.Compared) != 1 || !reflect.DeepEqual(answer.Compared[0], want) {
 		t.Errorf("without its rules: %+v, %v", answer, err)
 	}
@@ -103,6 +103,16 @@ func TestSocket(t *testing.T) {
 	if err := ask("default/web"); err != nil || answer.Verdict != Served || !slices.Equal(answer.Compared[0].Holds, []string{"rule of default/web:http"}) {
 		t.Errorf("with its rules: %+v, %v", answer, err)
 	}
+
+	w.before = []string{"iptables -t nat -A PREROUTING -j CALI"}
+	if err := ask("default/web"); err != nil || answer.Verdict != Served || !slices.Equal(answer.Compared[0].Before, w.before) {
+		t.Errorf("after other software's rules: %+v, %v", answer, err)
+	}
+	text.Reset()
+	if answer.Print(&text); !strings.Contains(text.String(), "may take packets:\n    iptables -t nat -A PREROUTING -j CALI\n") {
+		t.Errorf("after other software's rules:\n%s", text.String())
+	}
+	w.before = nil
 
 	d.Synced(syncer.SyncReport{Family: 4, Took: 1500 * time.Microsecond, Services: 1, Current: true, Totals: syncer.Totals{ServicePorts: 1, Endpoints: 3}})
 	d.Requested("services", errors.New("connection refused"))

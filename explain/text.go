@@ -52,6 +52,12 @@ func (c *Compared) print(w io.Writer) {
 	if more := c.HoldsCount + c.DifferencesCount - len(shown) - len(c.Differences); more > 0 {
 		fmt.Fprintf(w, "  and %d more\n", more)
 	}
+	if len(c.Before) > 0 {
+		fmt.Fprintln(w, "  rules of other software come first, and may take packets:")
+	}
+	for _, line := range c.Before {
+		fmt.Fprintf(w, "    %s\n", line)
+	}
 	if c.Error != "" {
 		fmt.Fprintf(w, "  not compared: %s\n", c.Error)
 	}

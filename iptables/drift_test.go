@@ -311,6 +311,52 @@ func TestCompare(t *testing.T) {
 	})
 }
 
+// TestRulesBefore: a rule that takes every packet before the jump to the Services is a
+// difference. Other software's usual rules there are named, and are none.
+func TestRulesBefore(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		desired := newWorld(p.opts.Family, 3).plan(60)
+		mustSync(t, p, desired, plan.Change{All: true})
+		name, _, _ := servedByOneSet(t, p)
+		run(t, "", p.tools.Command, "-t", "nat", "-N", "cali-PREROUTING")
+		for _, test := range []struct {
+			rule              string // after the chain
+			before, different bool
+		}{
+			{"PREROUTING -m comment --comment cali:6gwb -j cali-PREROUTING", true, false},
+			{"OUTPUT -m addrtype --dst-type LOCAL -j cali-PREROUTING", true, false},
+			{"PREROUTING -j MARK --set-xmark 0x1/0x1", false, false},
+			{"PREROUTING -j ACCEPT", false, true},
+			{"OUTPUT -j RETURN", false, true},
+		} {
+			rule := strings.Fields(test.rule)
+			command := func(verb string) {
+				t.Helper()
+				run(t, "", p.tools.Command, append([]string{"-t", "nat", verb}, rule...)...)
+			}
+			for _, about := range [][]plan.ServicePortName{nil, {name}} {
+				compare := func(before, different bool) {
+					t.Helper()
+					c, err := p.Compare(t.Context(), about...)
+					if err != nil {
+						t.Fatal(err)
+					}
+					begins := func(l string) bool { return strings.HasPrefix(l, xtablesName(p.opts.Family)+" -t nat -A "+rule[0]+" ") }
+					if slices.ContainsFunc(c.Before, begins) != before || slices.ContainsFunc(c.Differences, begins) != different || !different && len(c.Differences) > 0 {
+						t.Errorf("%s, about %v: before %q, differences %q", test.rule, about, c.Before, c.Differences)
+					}
+				}
+				command("-A")
+				compare(false, false)
+				command("-D")
+				command("-I")
+				compare(test.before, test.different)
+				command("-D")
+			}
+		}
+	})
+}
+
 func xtablesName(f plan.Family) string {
 	return map[plan.Family]string{plan.IPv4: "iptables", plan.IPv6: "ip6tables"}[f]
 }

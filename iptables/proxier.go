@@ -352,6 +352,14 @@ func (p *Proxier) Compare(ctx context.Context, about ...plan.ServicePortName) (c
 	for _, j := range missing {
 		c.Differences = append(c.Differences, fmt.Sprintf("-%s -t %s -A %s%s", xtables.CommandName(p.opts.Family), j.table, j.from, j.rule()))
 	}
+	every, some := preceding(kernel[nat])
+	line := func(rule string) string { return xtables.CommandName(p.opts.Family) + " -t nat " + rule }
+	for _, rule := range every {
+		c.Differences = append(c.Differences, fmt.Sprintf("%s comes before the jump to %s, and takes every packet", line(rule), servicesChain))
+	}
+	for _, rule := range some {
+		c.Before = append(c.Before, line(rule))
+	}
 	exposed, err := p.exposesLoopback(client)
 	c.Differences = append(c.Differences, exposed...)
 	return c, err

@@ -5,7 +5,9 @@ package iptables
 import (
 	"fmt"
 	"slices"
+	"strings"
 
+	"signalbox/internal/xtables"
 	"signalbox/proxier/plan"
 )
 
@@ -46,6 +48,24 @@ func (j jump) rule() string {
 		s = " -m conntrack --ctstate NEW"
 	}
 	return s + comment(j.comment) + " -j " + j.target
+}
+
+// preceding returns the rules of other software that a packet meets before the jumps of table
+// nat to the Services: those that take every packet, and those that may take some.
+func preceding(l *xtables.Listing) (every, some []string) {
+	for _, from := range []string{"PREROUTING", "OUTPUT"} {
+		rules := slices.DeleteFunc(slices.Clone(l.Builtin), func(rule string) bool { return !strings.HasPrefix(rule, "-A "+from+" ") })
+		jump := slices.IndexFunc(rules, func(rule string) bool { return xtables.JumpTarget(rule) == servicesChain })
+		for _, rule := range rules[:max(0, jump)] {
+			switch takes, all := xtables.Takes(rule); {
+			case all:
+				every = append(every, rule)
+			case takes:
+				some = append(some, rule)
+			}
+		}
+	}
+	return every, some
 }
 
 // randomFully lets MASQUERADE and SNAT choose any free source port. Connections

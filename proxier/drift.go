@@ -24,6 +24,9 @@ type Comparison struct {
 	// Holds is what the kernel has as it was written. It is empty in a comparison of
 	// everything.
 	Holds []string
+	// Before are rules of other software that packets meet before signalbox's. They may
+	// take packets from these, and that is no difference.
+	Before []string
 }
 
 // Writer is a process that wrote to the kernel. It is zero if the kernel does not tell.

@@ -141,6 +141,29 @@ func canonical(rule string) string {
 	return strings.Join(append(parts, target...), "\x00")
 }
 
+// passing are targets after which a packet goes on to the next rule.
+var passing = []string{"", "AUDIT", "CLASSIFY", "CONNMARK", "CONNSECMARK", "CT", "DSCP", "HL", "HMARK", "IDLETIMER", "LED", "LOG", "MARK",
+	"NFLOG", "NOTRACK", "RATEEST", "SECMARK", "SET", "TEE", "TOS", "TRACE", "TTL", "ULOG"}
+
+// final are targets after which a packet meets no other rule of a built-in chain.
+var final = []string{"ACCEPT", "DNAT", "DROP", "NETMAP", "NFQUEUE", "QUEUE", "REDIRECT", "REJECT", "RETURN"}
+
+// Takes says whether a rule of a built-in chain may keep packets from the next rule, and
+// whether it keeps every packet from it. A chain to which it jumps may keep some.
+func Takes(rule string) (some, every bool) {
+	target, matches := "", false
+	options(rule, func(o option) {
+		switch {
+		case target != "": // an option of the target
+		case o.name == "-j" || o.name == "-g":
+			target, every = o.value, o.name == "-g" || slices.Contains(final, o.value)
+		case o.name != "-A" && o.name != "--comment" && (o.name != "-m" || o.value != "comment"):
+			matches = true
+		}
+	})
+	return !slices.Contains(passing, target), every && !matches
+}
+
 // flags are the options without a value.
 var flags = []string{"--rcheck", "--set", "--update", "--reap", "--rsource", "--rdest", "--random-fully"}
 

@@ -138,3 +138,27 @@ func TestCountNFTRules(t *testing.T) {
 		t.Errorf("%d rules of IPv6", got)
 	}
 }
+
+// TestTakes: some rules let a packet go on, some take those that match, and some take every
+// packet.
+func TestTakes(t *testing.T) {
+	for rule, want := range map[string][2]bool{
+		"-A PREROUTING -j ACCEPT":                                                       {true, true},
+		`-A PREROUTING -m comment --comment "let it pass" -j RETURN`:                    {true, true},
+		"-A PREROUTING -j DNAT --to-destination 192.0.2.9":                              {true, true},
+		"-A PREROUTING -g OTHER":                                                        {true, true},
+		"-A PREROUTING -i eth0 -j ACCEPT":                                               {true, false},
+		"-A PREROUTING ! -d 10.96.0.0/16 -j RETURN":                                     {true, false},
+		"-A PREROUTING -p tcp -m tcp --dport 80 -j REDIRECT --to-ports 15001":           {true, false},
+		"-A PREROUTING -m addrtype --dst-type LOCAL -g OTHER":                           {true, false},
+		`-A PREROUTING -m comment --comment "cali:6gwbT8clXdHdC1b1" -j cali-PREROUTING`: {true, false},
+		"-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER":                          {true, false},
+		"-A PREROUTING -j MARK --set-xmark 0x1/0x1":                                     {false, false},
+		`-A PREROUTING -m limit --limit 5/min -j LOG --log-prefix "ACCEPT "`:            {false, false},
+		"-A PREROUTING -m comment --comment counted":                                    {false, false},
+	} {
+		if some, every := Takes(rule); some != want[0] || every != want[1] {
+			t.Errorf("%s: takes some: %v, every packet: %v", rule, some, every)
+		}
+	}
+}
