@@ -112,6 +112,40 @@ func TestRepairs(t *testing.T) {
 	}
 }
 
+// TestFailingRepair: while full writes fail, health names the program whose change they would
+// repair.
+func TestFailingRepair(t *testing.T) {
+	for name, test := range map[string]struct {
+		found proxier.Difference
+		err   error
+	}{
+		"rules differ":       {found: proxier.Difference{Objects: []string{"a rule"}, Rewrite: true}},
+		"the kernel refuses": {err: errors.New("refused")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b, m, _ := drifting(t, test.found, test.err)
+				m.setRefuse(func(*plan.Plan, plan.Change) error { return errors.New("no memory") })
+				m.change("nft")
+				for range 3 {
+					if text := b.Drift(); len(text) != 1 || !strings.Contains(text[0], "nft (7)") {
+						t.Errorf("while full writes fail, health says %q", text)
+					}
+					time.Sleep(time.Minute)
+				}
+				m.setRefuse(nil)
+				time.Sleep(time.Minute)
+				if text := b.Drift(); len(text) > 0 {
+					t.Errorf("after a full write, health says %q", text)
+				}
+				if last := b.reports[len(b.reports)-1]; !last.Repaired || !last.All {
+					t.Errorf("the full write counts as %+v", last)
+				}
+			})
+		})
+	}
+}
+
 // TestQuietNodeIsNotRead: without a change by others nothing is read back, whatever the
 // node's own changes are.
 func TestQuietNodeIsNotRead(t *testing.T) {

@@ -129,6 +129,9 @@ func (f *familyLoop) repair(ctx context.Context) (differed bool) {
 		}
 		return true
 	}
+	if !found.Rewrite {
+		f.repairs.Succeeded()
+	}
 	if len(found.Objects) == 0 {
 		return false
 	}
@@ -334,6 +337,7 @@ func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Chang
 		case err == nil && change.All:
 			f.repaired = f.repaired || f.written && !f.asked
 			f.all, f.unknown, f.asked, f.written = false, false, false, true
+			f.repairs.Succeeded()
 		}
 	}()
 	defer f.recoverPanic(&err)

@@ -38,12 +38,14 @@ type Repairs struct {
 
 	mu      sync.Mutex // guards what follows
 	pending bool
-	due     time.Time
-	writer  proxier.Writer // of the last change
-	began   time.Time      // of the last repair
-	rest    time.Time      // no repair before
-	past    []repair       // within fightTime
-	pause   time.Duration  // 0 without a fight
+	// unfinished: a repair has begun, or a full write in its place, and has not succeeded.
+	unfinished bool
+	due        time.Time
+	writer     proxier.Writer // of the last change
+	began      time.Time      // of the last repair
+	rest       time.Time      // no repair before
+	past       []repair       // within fightTime
+	pause      time.Duration  // 0 without a fight
 }
 
 type repair struct {
@@ -119,7 +121,7 @@ func (r *Repairs) Begin() (w proxier.Writer, due bool) {
 	if !r.pending || r.now().Before(r.next()) {
 		return proxier.Writer{}, false
 	}
-	r.pending, r.began = false, r.now()
+	r.pending, r.unfinished, r.began = false, true, r.now()
 	return r.writer, true
 }
 
@@ -135,7 +137,14 @@ func (r *Repairs) End() {
 func (r *Repairs) Cancel() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.pending = false
+	r.pending, r.unfinished = false, r.pending || r.unfinished
+}
+
+// Succeeded is called when the kernel has what was written.
+func (r *Repairs) Succeeded() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.unfinished = false
 }
 
 // Repaired records a repair. It returns the pause before the next one if the program has
@@ -169,6 +178,9 @@ func (r *Repairs) Condition() string {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.unfinished {
+		return fmt.Sprintf("the process %s may have changed what signalbox has in the kernel; it is not repaired yet", r.writer)
+	}
 	if r.pending {
 		return fmt.Sprintf("the process %s may have changed what signalbox has in the kernel; it is compared and repaired", r.writer)
 	}

@@ -44,14 +44,23 @@ func TestLoneRepair(t *testing.T) {
 	if w, due := r.Begin(); !due || w != nft {
 		t.Errorf("due %v, of %s", due, w)
 	}
-	if _, pending := r.Due(); pending || r.Condition() != "" {
-		t.Error("the repair stays pending")
+	unfinished := func(what string, want bool) {
+		t.Helper()
+		if _, pending := r.Due(); pending || strings.Contains(r.Condition(), "nft (7)") != want {
+			t.Errorf("%s: pending %v, and the condition is %q", what, pending, r.Condition())
+		}
 	}
+	unfinished("in the repair", true)
+	r.Succeeded()
+	unfinished("after the repair", false)
 	r.Request(nft)
 	r.Cancel()
 	if _, due := r.Begin(); due {
-		t.Error("a repair is due after a full write")
+		t.Error("a repair is due beside a full write")
 	}
+	unfinished("in a full write", true)
+	r.Succeeded()
+	unfinished("after a full write", false)
 }
 
 // TestRest: after a comparison that took long, the next one waits, also for a change
@@ -112,6 +121,7 @@ func TestFight(t *testing.T) {
 			t.Error("the fight begins again")
 		}
 	}
+	r.Succeeded()
 	c.Time = c.Add(fightTime + time.Second)
 	if text := r.Condition(); text != "" {
 		t.Errorf("a minute later the condition is %q", text)
