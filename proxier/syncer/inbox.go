@@ -4,10 +4,13 @@ package syncer
 
 import (
 	"net/netip"
+	"reflect"
 	"slices"
 	"sync"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"signalbox/proxier/plan"
@@ -21,6 +24,8 @@ type inbox struct {
 
 	mu     sync.Mutex // guards what follows
 	events []event
+	// dropAt is the number of events at which outdated ones are dropped.
+	dropAt int
 	addrs  []netip.Addr
 	routes []plan.RouteSource
 	moved  bool // addrs or routes changed since the last sync read them
@@ -104,13 +109,49 @@ func (b *inbox) Resync() {
 	b.wakeUp()
 }
 
+// fewestDrops is the least number of events at which an inbox drops outdated ones. Below
+// it, each trigger time of an EndpointSlice counts.
+const fewestDrops = 256
+
 func (b *inbox) push(e event) {
 	b.mu.Lock()
+	if len(b.events) >= max(b.dropAt, fewestDrops) {
+		b.dropOutdated()
+	}
 	b.events = append(b.events, e)
 	b.progress.count(e.obj)
 	b.queue()
 	b.mu.Unlock()
 	b.wakeUp()
+}
+
+// dropOutdated drops each event that a later one about the same object outdates. Without
+// this, the queue of a Loop that is paused, or hangs in a sync, grows with each change. It
+// is due again when the queue has doubled, so an event costs the same in a long queue.
+func (b *inbox) dropOutdated() {
+	type key struct {
+		kind            reflect.Type
+		namespace, name string
+		gone            bool
+	}
+	later := make(map[key]bool, len(b.events))
+	kept := len(b.events)
+	for _, e := range slices.Backward(b.events) {
+		k := key{kind: reflect.TypeOf(e.obj)}
+		if o, ok := e.obj.(metav1.Object); ok {
+			k.namespace, k.name = o.GetNamespace(), o.GetName()
+		}
+		if _, node := e.obj.(*corev1.Node); node {
+			k.gone = e.delete // a Node that is gone keeps what was last known of it
+		}
+		if !later[k] {
+			later[k] = true
+			kept--
+			b.events[kept] = e
+		}
+	}
+	b.events = slices.Delete(b.events, 0, kept)
+	b.dropAt = 2 * len(b.events)
 }
 
 func (b *inbox) queue() {
@@ -158,6 +199,6 @@ func (b *inbox) drain() batch {
 	defer b.mu.Unlock()
 	first := b.synced && !b.progress.synced
 	d := batch{b.events, b.addrs, b.routes, b.moved, b.servers, b.resync, b.synced, first, b.progress.startSync(b.synced)}
-	b.events, b.moved, b.resync = nil, false, false
+	b.events, b.dropAt, b.moved, b.resync = nil, 0, false, false
 	return d
 }

@@ -142,6 +142,76 @@ func TestProgressWhileASyncHangs(t *testing.T) {
 	})
 }
 
+// While no sync reads the events, because the Loop is paused or its kernel hangs, the queue
+// has the last form of each object. Afterwards that form is written.
+func TestQueueHasTheLastForms(t *testing.T) {
+	b := filled(t, 'c')
+	const changes = 100_000
+	most := 0
+	for i := range changes {
+		s := newSlice("a", netip.AddrFrom4([4]byte{10, 244, byte(i >> 8), byte(i)}).String())
+		b.Apply(s)
+		most = max(most, len(b.events))
+	}
+	if most > fewestDrops {
+		t.Errorf("%d events were queued", most)
+	}
+	if got := b.Progress().EndpointSlices; got.Pending != changes {
+		t.Errorf("the counts are %+v", got)
+	}
+	b.mustSync()
+	last := netip.AddrFrom4([4]byte{10, 244, (changes - 1) >> 8 & 255, (changes - 1) & 255})
+	for name, sp := range b.mode.kernel {
+		if e := sp.Usable.Endpoints; name.Name == "a" && (len(e) != 1 || e[0].Addr() != last) {
+			t.Errorf("the kernel has %v, want %v", e, last)
+		}
+	}
+	// Many objects make a long queue. It grows no further while they change, and the next
+	// one is short again.
+	most = 0
+	for i := range 20_000 {
+		b.Apply(newService(fmt.Sprint("s", i%1000), netip.AddrFrom4([4]byte{10, 97, byte(i >> 8), byte(i)}).String()))
+		most = max(most, len(b.events))
+	}
+	if most > 2000 {
+		t.Errorf("%d events of 1000 objects were queued", most)
+	}
+	b.mustSync()
+	for range 1000 {
+		b.Apply(newSlice("a"))
+	}
+	if len(b.events) > fewestDrops {
+		t.Errorf("%d events of one object are queued", len(b.events))
+	}
+}
+
+// A Node that was changed and deleted, while no sync read the events, keeps the change. A
+// Service that was deleted and made again exists.
+func TestQueueOfDeletedObjects(t *testing.T) {
+	b := newRig(t, func(o *LoopOptions) { o.Settings.DetectLocal = service.DetectLocalNodeCIDR })
+	b.Synced()
+	b.mustSync()
+	node := &corev1.Node{}
+	node.Name, node.Spec.PodCIDRs = "node1", []string{"10.244.7.0/24"}
+	b.Apply(node)
+	b.Delete(node)
+	b.Apply(newService("a", clusterIP(0)))
+	b.Delete(newService("a", clusterIP(0)))
+	b.Delete(newService("b", clusterIP(1)))
+	b.Apply(newService("b", clusterIP(1)))
+	b.dropOutdated()
+	if len(b.events) != 4 {
+		t.Errorf("%d events are left of a Node's two and of two Services", len(b.events))
+	}
+	b.mustSync()
+	if !b.Plan(plan.IPv4).Node.LocalPods.Known() {
+		t.Error("the Node's Pod range is lost")
+	}
+	if services := b.Plan(plan.IPv4).Services; len(services) != 1 {
+		t.Errorf("the Services are %v", services)
+	}
+}
+
 func TestHeld(t *testing.T) {
 	b := filled(t, 'c')
 	node := &corev1.Node{}
