@@ -79,7 +79,7 @@ func (p *daemonState) close(log *slog.Logger) {
 // run serves until ctx ends.
 func (c *configRun) run(ctx context.Context) error {
 	c.reportStart()
-	c.readRouteSources()
+	c.readNode()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		c.sysctls.set("connection tracking", tune(c.cfg, c.log))
@@ -100,15 +100,19 @@ func (c *configRun) run(ctx context.Context) error {
 	return nil
 }
 
-// readRouteSources comes before the first sync. Otherwise that would change rules of
-// an earlier process, and the second sync change them back.
-func (c *configRun) readRouteSources() {
-	sources, err := node.ReadRouteSources()
-	if err != nil {
-		c.log.Warn("this node's routes cannot be read; until they can, masquerade chooses source addresses", "error", err)
-		return
+// readNode comes before the first sync. Otherwise that would remove rules of an earlier
+// process, those of NodePorts for example, and the second sync add them again.
+func (c *configRun) readNode() {
+	if addrs, err := node.Addrs(); err == nil {
+		c.loop.SetLocalAddrs(addrs)
+	} else {
+		c.log.Warn("this node's addresses cannot be read; until they can, NodePorts are not served at all of them", "error", err)
 	}
-	c.loop.SetRouteSources(sources.Served)
+	if sources, err := node.ReadRouteSources(); err == nil {
+		c.loop.SetRouteSources(sources.Served)
+	} else {
+		c.log.Warn("this node's routes cannot be read; until they can, masquerade chooses source addresses", "error", err)
+	}
 }
 
 func (c *configRun) setRouteSources(s node.RouteSources) {

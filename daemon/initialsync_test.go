@@ -5,8 +5,13 @@ package daemon
 import (
 	"errors"
 	"log/slog"
+	"net/netip"
+	"slices"
 	"testing"
 
+	"github.com/vishvananda/netlink"
+
+	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
 )
@@ -46,5 +51,27 @@ func TestServedAnewWhenEverythingIsWritten(t *testing.T) {
 		if first := s.synced(step.sync); first != step.first {
 			t.Errorf("sync %d: served for the first time is %v, want %v", i, first, step.first)
 		}
+	}
+}
+
+// TestNodeIsReadBeforeFirstSync: the first sync has what it needs of the node, or it would
+// remove an earlier process's rules for a moment.
+func TestNodeIsReadBeforeFirstSync(t *testing.T) {
+	nstest.Enter(t)
+	link := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "uplink"}, PeerName: "peer"}
+	addr, err := netlink.ParseAddr("192.0.2.7/24")
+	if err == nil {
+		err = netlink.LinkAdd(link)
+	}
+	if err == nil {
+		err = netlink.AddrAdd(link, addr)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &configRun{log: slog.New(slog.DiscardHandler), loop: syncer.NewLoop(syncer.LoopOptions{})}
+	g.readNode()
+	if got := g.loop.LocalAddrs(); !slices.Contains(got, netip.MustParseAddr("192.0.2.7")) {
+		t.Errorf("the Loop knows the addresses %v", got)
 	}
 }
