@@ -77,6 +77,12 @@ func TestIPVS(t *testing.T) {
 	guestTest{dir: "../..", pkg: "./ipvs", tools: []string{"nft"}, skip: "^TestCost$"}.run(t)
 }
 
+// TestNotifications runs the tests for which the kernel's order of counting and notifying
+// matters.
+func TestNotifications(t *testing.T) {
+	guestTest{dir: "../..", pkg: "./nft/notify", tools: []string{"nft"}, only: "^TestMute"}.run(t)
+}
+
 // TestNodeFaults runs the daemon's tests that need this kernel: kill -9, `signalbox trace` and
 // --reset-removed-endpoints in ipvs mode, and a table of connections that is full.
 func TestNodeFaults(t *testing.T) {
