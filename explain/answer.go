@@ -6,6 +6,7 @@
 package explain
 
 import (
+	"cmp"
 	"time"
 
 	"signalbox/proxier/plan"
@@ -49,6 +50,9 @@ type Answer struct {
 	// Compared has an entry for each IP family of Ports. It is missing if no daemon was
 	// asked, or if it was asked not to compare.
 	Compared []Compared `json:"compared,omitempty"`
+
+	// unserved is the verdict if there are no Ports; "" for unknown.
+	unserved Verdict
 }
 
 // Compared is what the kernel has for the ports of an answer, beside what signalbox wrote.
@@ -185,10 +189,10 @@ var badness = map[Verdict]int{Served: 0, Refused: 1, Dropped: 2, Unknown: 3}
 
 // judge sets the worst verdict. In doubt, nobody knows what becomes of connections.
 func (a *Answer) judge() {
-	a.Verdict = Unknown
-	if len(a.Doubts) > 0 {
+	if a.Verdict = Unknown; len(a.Doubts) > 0 {
 		return
 	}
+	a.Verdict = cmp.Or(a.unserved, Unknown)
 	for i, p := range a.Ports {
 		for j, c := range p.Connections {
 			if i+j == 0 || badness[c.Verdict] > badness[a.Verdict] {

@@ -103,7 +103,7 @@ func (x *explainer) address() {
 		owner, found = x.loop.Owner(family, key)
 	}
 	if !found {
-		x.answer.Sentence = x.nobody(family, at.Addr(), key.Protocol)
+		x.nobody(family, at.Addr())
 		return
 	}
 	x.service(owner.ServiceName, key, []plan.Family{family})
@@ -125,28 +125,50 @@ func (x *explainer) servesNodePorts(family plan.Family, a netip.Addr) bool {
 	return slices.Contains(n.NodePortAddrs.Addrs, a)
 }
 
-// nobody says that no Service has an address and port, and what is near it.
-func (x *explainer) nobody(family plan.Family, a netip.Addr, protocol plan.Protocol) string {
-	p := x.loop.Plan(family)
+// nobody answers for an address and port that no Service has.
+func (x *explainer) nobody(family plan.Family, a netip.Addr) {
 	var others []string
+	var kinds []plan.FrontendKind
+	p := x.loop.Plan(family)
 	for _, sp := range p.Services {
 		for i := range sp.Frontends {
 			if f := &sp.Frontends[i]; f.Addr == a {
-				others = append(others, fmt.Sprintf("%s for port %d/%s", sp.Name, f.Port, sp.Name.Protocol))
+				others, kinds = append(others, fmt.Sprintf("%s for port %d/%s", sp.Name, f.Port, sp.Name.Protocol)), append(kinds, f.Kind)
 			}
 		}
 	}
 	slices.Sort(others)
-	text := fmt.Sprintf("No Service that signalbox serves has %s/%s", x.question.Address, protocol)
+	var unserved []string
+	otherProxy := false
+	for _, s := range x.loop.UnservedAt(family, a) {
+		unserved = append(unserved, fmt.Sprintf("Service %s has the address and is not served there: %s", s.Name, s.Text))
+		otherProxy = otherProxy || s.Reason == plan.OtherProxy
+	}
+	inRange, clusterIP := plan.AnyContains(p.Node.ServiceCIDRs, a), slices.Contains(kinds, plan.ClusterIP)
+	text := fmt.Sprintf("No Service that signalbox serves has %s/%s", x.question.Address, x.question.Protocol)
 	switch {
 	case len(others) > 0:
-		return fmt.Sprintf("%s; at this address there is %s.", text, list(others))
-	case plan.AnyContains(p.Node.ServiceCIDRs, a):
-		return text + "; the address is in the range of cluster IPs, and no Service has it."
+		text += "; at this address there is " + list(others)
+	case len(unserved) > 0:
+	case inRange:
+		text += "; the address is in the range of cluster IPs, and no Service that signalbox knows has it"
 	case x.isNode(a) && !x.servesNodePorts(family, a):
-		return text + "; it is an address of this node at which NodePorts are not served (--nodeport-addresses)."
+		text += "; it is an address of this node at which NodePorts are not served (--nodeport-addresses)"
 	}
-	return text + "."
+	x.answer.Sentence = strings.Join(append([]string{text}, unserved[:min(len(unserved), maxListed)]...), "; ") + "."
+	switch {
+	case !inRange && !clusterIP || otherProxy || x.isNode(a):
+	case !x.env.Traits.GuardsClusterIPs:
+		x.answer.Sentence += " This mode has no rule for it: the node's routes decide."
+	case !x.loop.Follows(family, a):
+		x.answer.Sentence += " A sync is due, so it is not known what the kernel does."
+	case clusterIP:
+		x.answer.unserved = Refused
+		x.answer.Sentence += " A new connection is refused, because the Service does not have this port."
+	case len(others) == 0:
+		x.answer.unserved = Dropped
+		x.answer.Sentence += " A new connection is dropped: the client waits until its own timeout."
+	}
 }
 
 // service answers for the ports of a Service that are asked for.

@@ -70,7 +70,7 @@ func newWorld(t *testing.T) *world {
 		}
 	}
 	return &world{
-		t: t, foreign: make(chan proxier.Writer),
+		t: t, traits: proxier.Traits{GuardsClusterIPs: true}, foreign: make(chan proxier.Writer),
 		service: &corev1.Service{
 			ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web"},
 			Spec: corev1.ServiceSpec{
@@ -219,6 +219,12 @@ func (w *world) local() {
 	w.service.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
 }
 
+func (w *world) tooLarge() {
+	for i := range 20000 {
+		w.service.Spec.ExternalIPs = append(w.service.Spec.ExternalIPs, fmt.Sprintf("100.64.%d.%d", i/250, i%250+1))
+	}
+}
+
 func (w *world) remote() { w.all(func(e *discoveryv1.Endpoint) { e.NodeName = ptr.To("node2") }) }
 
 func (w *world) zones(names ...string) {
@@ -326,11 +332,7 @@ func TestFaults(t *testing.T) {
 		{"a foreign rule in front takes all", func(w *world) { w.inFront = "iptables -t nat -A PREROUTING -j ACCEPT comes before" }, clusterIP, pod, Unknown, "(differences: 1)"},
 		{"a foreign rule in front takes some", func(w *world) { w.before = []string{"iptables -t nat -A PREROUTING -j DOCKER"} }, clusterIP, pod, Served, "one of 3"},
 		{"rules of another proxy", func(w *world) { w.otherProxy = []plan.Family{plan.IPv4} }, clusterIP, pod, Unknown, "Rules of another service proxy may be in force for IPv4"},
-		{"the Service is too large", func(w *world) {
-			for i := range 20000 {
-				w.service.Spec.ExternalIPs = append(w.service.Spec.ExternalIPs, fmt.Sprintf("100.64.%d.%d", i/250, i%250+1))
-			}
-		}, "default/web", "", Unknown, "Service default/web is not served: each port has"},
+		{"the Service is too large", func(w *world) { w.tooLarge() }, "default/web", "", Unknown, "Service default/web is not served: each port has"},
 		{"headless", func(w *world) { w.service.Spec.ClusterIP, w.service.Spec.ClusterIPs = "None", []string{"None"} }, "default/web", "", Unknown, "it is headless"},
 		{"ExternalName", func(w *world) {
 			w.service.Spec = corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "example.com"}
@@ -344,15 +346,27 @@ func TestFaults(t *testing.T) {
 		{"policy Local without a local endpoint, by the DNS name", func(w *world) { w.local(); w.remote() }, "web.default.svc:80", "", Served, "from any client to 10.96.0.10:80/tcp goes to one of 3"},
 		{"no such Service", func(*world) {}, "default/wbe", "", Unknown, "There is no Service default/wbe"},
 		{"no such port of the Service", func(*world) {}, "default/web:443", "", Unknown, "Service default/web has no port 443; it has http 80/tcp."},
-		{"wrong port at the cluster IP", func(*world) {}, "10.96.0.10:443", pod, Unknown, "at this address there is default/web:http for port 80/tcp"},
-		{"wrong protocol at the cluster IP", func(*world) {}, "10.96.0.10:80/udp", pod, Unknown, "No Service that signalbox serves has 10.96.0.10:80/udp"},
-		{"an unallocated cluster IP", func(*world) {}, "10.96.0.99:80", pod, Unknown, "in the range of cluster IPs, and no Service has it"},
+		{"wrong port at the cluster IP", func(*world) {}, "10.96.0.10:443", pod, Refused, "at this address there is default/web:http for port 80/tcp. A new connection is refused"},
+		{"wrong port at the cluster IP, in a mode without a rule for it", func(w *world) { w.traits.GuardsClusterIPs = false }, "10.96.0.10:443", pod, Unknown, "the node's routes decide"},
+		{"wrong port at the cluster IP, beside rules of another proxy", func(w *world) { w.otherProxy = []plan.Family{plan.IPv4} }, "10.96.0.10:443", pod, Unknown, "another service proxy"},
+		{"wrong port at an external IP", func(*world) {}, "198.51.100.7:443", pod, Unknown, "at this address there is default/web:http for port 80/tcp"},
+		{"wrong protocol at the cluster IP", func(*world) {}, "10.96.0.10:80/udp", pod, Refused, "No Service that signalbox serves has 10.96.0.10:80/udp"},
+		{"an unallocated cluster IP", func(*world) {}, "10.96.0.99:80", pod, Dropped, "in the range of cluster IPs, and no Service that signalbox knows has it. A new connection is dropped"},
+		{"an unallocated cluster IP, in a mode without a rule for it", func(w *world) { w.traits.GuardsClusterIPs = false }, "10.96.0.99:80", pod, Unknown, "the node's routes decide"},
+		{"an unallocated cluster IP that the node has", func(w *world) {
+			w.node.Status.Addresses = append(w.node.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: "10.96.0.99"})
+		}, "10.96.0.99:80", pod, Unknown, "in the range of cluster IPs"},
+		{"an unallocated cluster IP, and the kernel refuses every sync", func(w *world) { w.broken = errors.New("operation not permitted") }, "10.96.0.99:80", pod, Unknown, "A sync is due"},
+		{"the cluster IP of a Service that is too large", func(w *world) { w.tooLarge() }, clusterIP, pod, Dropped, "Service default/web has the address and is not served there: each port has"},
+		{"the cluster IP of a Service without a port", func(w *world) { w.service.Spec.Ports[0].Port = 70000 }, clusterIP, pod, Dropped, "it has no port that can be served"},
+		{"the cluster IP of another proxy's Service", func(w *world) { w.service.Labels = map[string]string{service.LabelServiceProxyName: "cilium"} }, clusterIP, pod, Unknown, "Service default/web has the address and is not served there: its label"},
+		{"an external IP is not allowed", func(w *world) { w.settings.ExternalIPCIDRs = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")} }, "198.51.100.7:80", outside, Unknown, "this external IP is in no range of --external-ip-cidrs"},
 		{"NodePorts are served at other addresses", func(w *world) {
 			w.settings.NodePortAddresses.CIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}
 		}, "192.0.2.1:30080", outside, Unknown, "NodePorts are not served (--nodeport-addresses)"},
 		{"an IPv6 address on an IPv4 node", func(*world) {}, "[fd00::10]:80", "", Unknown, "does not serve IPv6"},
 		{"two Services want one external IP", func(w *world) { w.others = append(w.others, w.clone("app", "10.96.0.11", "198.51.100.7")) }, "default/web", outside, Unknown, "is not served for Service default/web:http: Service default/app:http has it."},
-		{"external IPs are switched off", func(w *world) { w.settings.IgnoreExternalIPs = true }, "198.51.100.7:80", outside, Unknown, "No Service that signalbox serves has 198.51.100.7:80/tcp"},
+		{"external IPs are switched off", func(w *world) { w.settings.IgnoreExternalIPs = true }, "198.51.100.7:80", outside, Unknown, "has the address and is not served there: external IPs are switched off"},
 		{"an external IP is the API server's", func(w *world) { w.api("198.51.100.7:80") }, "198.51.100.7:80", "192.0.2.1", Unknown, "does not go to the Service: an API server is at 198.51.100.7:80, and this node connects to it directly."},
 		{"an external IP is the API server's, from a Pod", func(w *world) { w.api("198.51.100.7:80") }, "198.51.100.7:80", pod, Served, "one of 3"},
 		{"an external IP is the API server's, at another port", func(w *world) { w.api("198.51.100.7:6443") }, "198.51.100.7:80", "192.0.2.1", Served, "one of 3"},
@@ -361,7 +375,7 @@ func TestFaults(t *testing.T) {
 		{"a NodePort is the API server's, at another address", func(w *world) { w.api("192.0.2.1:30080") }, "10.244.1.1:30080", "192.0.2.1", Served, "one of 3"},
 		{"the load balancer answers itself", func(w *world) {
 			w.service.Status.LoadBalancer.Ingress[0].IPMode = ptr.To(corev1.LoadBalancerIPModeProxy)
-		}, "203.0.113.5:80", outside, Unknown, "No Service"},
+		}, "203.0.113.5:80", outside, Unknown, "the load balancer itself answers there (ipMode: Proxy)"},
 		{"the port of a health check", func(w *world) { w.local(); w.service.Spec.HealthCheckNodePort = 31000 }, "192.0.2.1:31000", outside, Unknown, "health check port of Service default/web"},
 		{"SCTP in userspace mode", func(w *world) { w.protocol(corev1.ProtocolSCTP); w.traits = asUserspace }, "10.96.0.10:80/sctp", pod, Refused, "is refused: mode test does not serve SCTP."},
 		{"SCTP in userspace mode, policy Local without a local endpoint", func(w *world) {

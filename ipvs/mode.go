@@ -44,6 +44,7 @@ func (Dataplane) Traits() proxier.Traits {
 		FeatureGate:          "KubeProxyIPVS",
 		Series:               []string{"sync_proxy_rules_iptables_restore_failures_total"},
 		Schedulers:           true,
+		GuardsClusterIPs:     true,
 		RewriteAfterTakeover: true,
 	}
 }

@@ -152,6 +152,7 @@ func (Dataplane) Traits() proxier.Traits {
 			"sync_proxy_rules_nftables_sync_failures_total", "sync_proxy_rules_nftables_cleanup_failures_total",
 		},
 		PrimaryNodePorts: true,
+		GuardsClusterIPs: true,
 		Localhost:        proxier.LocalhostByRelay,
 		LocalhostListens: true,
 	}

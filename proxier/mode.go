@@ -78,6 +78,10 @@ type Traits struct {
 	// process that wrote them. While such a Proxier drains, it accepts what obeyed
 	// its rules. The rules of an earlier process stay until that process has ended.
 	RelaysByRules bool
+	// GuardsClusterIPs says that the mode drops packets to addresses of the Service ranges
+	// that no Service has, and rejects packets to other ports of cluster IPs. Without it,
+	// the node's routes decide about them.
+	GuardsClusterIPs bool
 	// RewriteAfterTakeover says that nothing tells the mode when another process
 	// changes its part of the kernel. A Proxier reads it back and mends it after an
 	// earlier process has let go of the node.

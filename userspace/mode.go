@@ -27,7 +27,7 @@ func (Dataplane) New(o proxier.Options) (proxier.Proxier, error) { return New(o)
 
 // Traits implements proxier.Mode.
 func (Dataplane) Traits() proxier.Traits {
-	return proxier.Traits{Localhost: proxier.LocalhostByRelay, RelaysByRules: true, Refused: refused}
+	return proxier.Traits{Localhost: proxier.LocalhostByRelay, RelaysByRules: true, GuardsClusterIPs: true, Refused: refused}
 }
 
 // Supported implements proxier.Mode. This node's kernel tries all that the mode needs.

@@ -29,7 +29,7 @@ func TestExplain(t *testing.T) {
 		{"othernode.txt", "203.0.113.5:80 --from 198.51.100.9 --hostname-override node3", 3},
 		{"portname.txt", "db.shop.svc.cluster.local:5432", 2},
 		{"headless.txt", "shop/peers", 4},
-		{"nobody.json", "10.96.0.10:443/udp -o json", 4},
+		{"nobody.json", "10.96.0.10:443/udp -o json", 2},
 	} {
 		args := append([]string{"explain", "--source=testdata/explain/objects", "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16"}, strings.Fields(test.args)...)
 		got, err := execute(t, args...)

@@ -57,6 +57,14 @@ const (
 	InvalidName
 	NoAddressOfFamily
 	TooLarge
+	NoPort
+)
+
+// Reasons why a Service is not served at one of its addresses.
+const (
+	ExternalIPsOff Reason = iota + 160
+	ExternalIPNotAllowed
+	LoadBalancerAnswers
 )
 
 // reasonTexts has a name for programs and words for people.
@@ -93,6 +101,11 @@ var reasonTexts = map[Reason]struct{ name, text string }{
 	InvalidName:       {"InvalidName", "its name is not one that the API allows"},
 	NoAddressOfFamily: {"NoAddressOfFamily", "it has no cluster IP of this IP family"},
 	TooLarge:          {"TooLarge", "it is too large"},
+	NoPort:            {"NoPort", "it has no port that can be served"},
+
+	ExternalIPsOff:       {"ExternalIPsOff", "external IPs are switched off by the feature gate AllowServiceExternalIPs"},
+	ExternalIPNotAllowed: {"ExternalIPNotAllowed", "this external IP is in no range of --external-ip-cidrs"},
+	LoadBalancerAnswers:  {"LoadBalancerAnswers", "the load balancer itself answers there (ipMode: Proxy)"},
 }
 
 // String returns a name that does not change, for programs.

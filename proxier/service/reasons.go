@@ -28,6 +28,44 @@ func (r *Resolver) Explain(name plan.ServiceName) Explanation {
 	return e
 }
 
+// Unserved is a Service that is not served at one of its addresses.
+type Unserved struct {
+	Name   plan.ServiceName
+	Reason plan.Reason
+	Text   string // words for the reason
+}
+
+// UnservedAt returns the Services that have an address and are not served there, sorted.
+func (r *Resolver) UnservedAt(a netip.Addr) (out []Unserved) {
+	add := func(name plan.ServiceName, reason plan.Reason, text string) {
+		if reason != plan.NoReason {
+			out = append(out, Unserved{name, reason, cmp.Or(text, reason.Text())})
+		}
+	}
+	for name, s := range r.tracker.unserved {
+		if slices.Contains(s.clusterIPs, a) {
+			add(name, s.reason, "")
+		}
+	}
+	for name, s := range r.tracker.services {
+		external := slices.Contains(s.externalIPs, a)
+		switch i := slices.IndexFunc(s.notServedAt, func(n notServedAt) bool { return n.addr == a }); {
+		case slices.Contains(s.clusterIPs, a), slices.Contains(s.loadBalancerIPs, a), external && !r.settings.IgnoreExternalIPs:
+			d := r.Resolve(name)
+			if d.NotServed == plan.NoReason && len(d.Ports) == 0 {
+				d.NotServed = plan.NoPort
+			}
+			add(name, d.NotServed, d.TooLarge)
+		case external:
+			add(name, plan.ExternalIPsOff, "")
+		case i >= 0:
+			add(name, s.notServedAt[i].reason, "")
+		}
+	}
+	slices.SortFunc(out, func(a, b Unserved) int { return a.Name.Compare(b.Name) })
+	return out
+}
+
 // Reasons are the decisions about one Service port. Nobody asks for them in a sync:
 // the methods that record do nothing with nil.
 type Reasons struct {

@@ -23,6 +23,7 @@ type svc struct {
 	clusterIPs          []netip.Addr
 	externalIPs         []netip.Addr
 	loadBalancerIPs     []netip.Addr
+	notServedAt         []notServedAt
 	sources             []netip.Prefix // of both families
 	deniedFamilies      []plan.Family  // every source range of these families was malformed: nobody is admitted
 	ports               []servicePort
@@ -32,6 +33,12 @@ type svc struct {
 	healthCheckNodePort uint16
 	scheduler           string // "" for the mode's own
 	weights             weightRules
+}
+
+// notServedAt is an address at which a Service is not served.
+type notServedAt struct {
+	addr   netip.Addr
+	reason plan.Reason
 }
 
 type servicePort struct {
@@ -44,7 +51,7 @@ type servicePort struct {
 func (s *svc) equal(o *svc) bool {
 	return s.name == o.name && s.created == o.created &&
 		slices.Equal(s.clusterIPs, o.clusterIPs) && slices.Equal(s.externalIPs, o.externalIPs) &&
-		slices.Equal(s.loadBalancerIPs, o.loadBalancerIPs) && slices.Equal(s.sources, o.sources) &&
+		slices.Equal(s.loadBalancerIPs, o.loadBalancerIPs) && slices.Equal(s.notServedAt, o.notServedAt) && slices.Equal(s.sources, o.sources) &&
 		slices.Equal(s.deniedFamilies, o.deniedFamilies) && slices.Equal(s.ports, o.ports) &&
 		s.internalLocal == o.internalLocal && s.externalLocal == o.externalLocal &&
 		s.affinity == o.affinity && s.healthCheckNodePort == o.healthCheckNodePort &&
@@ -62,14 +69,14 @@ func readService(obj *corev1.Service, externalIPCIDRs []netip.Prefix) (*svc, []p
 		name:                plan.ServiceName{Namespace: obj.Namespace, Name: obj.Name},
 		created:             created(obj),
 		clusterIPs:          readClusterIPs(&p, obj),
-		externalIPs:         readExternalIPs(&p, obj.Spec.ExternalIPs, externalIPCIDRs),
-		loadBalancerIPs:     readIngressIPs(&p, obj.Status.LoadBalancer.Ingress),
 		ports:               readServicePorts(&p, obj.Spec.Ports),
 		affinity:            readAffinity(&p, obj),
 		healthCheckNodePort: readHealthCheckNodePort(&p, obj),
 		scheduler:           readScheduler(&p, obj),
 		weights:             readWeights(&p, obj),
 	}
+	s.readExternalIPs(&p, obj.Spec.ExternalIPs, externalIPCIDRs)
+	s.readIngressIPs(&p, obj.Status.LoadBalancer.Ingress)
 	s.readSources(&p, obj.Spec.LoadBalancerSourceRanges)
 	s.internalLocal = isLocal(&p, "spec.internalTrafficPolicy", string(deref(obj.Spec.InternalTrafficPolicy)))
 	s.externalLocal = isLocal(&p, "spec.externalTrafficPolicy", string(obj.Spec.ExternalTrafficPolicy))
@@ -181,7 +188,7 @@ func readClusterIPs(p *plan.Problems, obj *corev1.Service) []netip.Addr {
 	return out
 }
 
-func readExternalIPs(p *plan.Problems, texts []string, allowed []netip.Prefix) []netip.Addr {
+func (s *svc) readExternalIPs(p *plan.Problems, texts []string, allowed []netip.Prefix) {
 	var out addrSet
 	for i, text := range texts {
 		field := indexed("spec.externalIPs", i)
@@ -192,26 +199,33 @@ func readExternalIPs(p *plan.Problems, texts []string, allowed []netip.Prefix) [
 			p.Add(field, "%s is a link-local address; it is left out", a)
 		case len(allowed) > 0 && !plan.AnyContains(allowed, a):
 			p.Add(field, "%s is in no range of --external-ip-cidrs; it is left out", a)
+			s.notServedAt = append(s.notServedAt, notServedAt{a, plan.ExternalIPNotAllowed})
 		default:
 			out.add(a)
 		}
 	}
-	return out.addrs
+	s.externalIPs = out.addrs
 }
 
 // readIngressIPs leaves out host names, and addresses whose load balancer
 // answers by itself (ipMode Proxy, KEP-1860).
-func readIngressIPs(p *plan.Problems, ingress []corev1.LoadBalancerIngress) []netip.Addr {
+func (s *svc) readIngressIPs(p *plan.Problems, ingress []corev1.LoadBalancerIngress) {
 	var out addrSet
 	for i, in := range ingress {
-		if in.IP == "" || in.IPMode != nil && *in.IPMode != corev1.LoadBalancerIPModeVIP {
+		if in.IP == "" {
+			continue
+		}
+		if in.IPMode != nil && *in.IPMode != corev1.LoadBalancerIPModeVIP {
+			if a, err := netip.ParseAddr(in.IP); err == nil {
+				s.notServedAt = append(s.notServedAt, notServedAt{a.Unmap(), plan.LoadBalancerAnswers})
+			}
 			continue
 		}
 		if a, ok := readAddr(p, indexed("status.loadBalancer.ingress", i)+".ip", in.IP); ok {
 			out.add(a)
 		}
 	}
-	return out.addrs
+	s.loadBalancerIPs = out.addrs
 }
 
 // addrSet keeps the order in which addresses first come. What is searched is

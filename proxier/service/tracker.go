@@ -42,7 +42,7 @@ type Tracker struct {
 
 	services map[plan.ServiceName]*svc
 	// unserved says why the other Services that exist are not in services.
-	unserved map[plan.ServiceName]plan.Reason
+	unserved map[plan.ServiceName]unserved
 	// problems has the objects of which a part cannot be served.
 	problems map[objectKey]objectProblems
 	// slices holds the slices of each Service, also of one that does not
@@ -73,7 +73,7 @@ func NewTracker(nodeName string, settings *Settings) *Tracker {
 	return &Tracker{
 		nodeName: nodeName, externalIPCIDRs: settings.ExternalIPCIDRs,
 		services:     map[plan.ServiceName]*svc{},
-		unserved:     map[plan.ServiceName]plan.Reason{},
+		unserved:     map[plan.ServiceName]unserved{},
 		problems:     map[objectKey]objectProblems{},
 		slices:       map[plan.ServiceName][]*endpointSlice{},
 		sliceOwners:  map[sliceName]plan.ServiceName{},
@@ -93,7 +93,7 @@ func (t *Tracker) Apply(obj runtime.Object) []plan.Problem {
 		name := plan.ServiceName{Namespace: obj.Namespace, Name: obj.Name}
 		delete(t.unserved, name)
 		if s == nil {
-			t.unserved[name] = cmp.Or(notServed(obj), plan.InvalidName)
+			t.unserved[name] = unserved{cmp.Or(notServed(obj), plan.InvalidName), readClusterIPs(&plan.Problems{}, obj)}
 		}
 		t.keepProblems(objectKey{"Service", obj.Namespace, obj.Name}, name, found)
 		t.setService(name, s)
@@ -143,7 +143,13 @@ func (t *Tracker) Delete(obj runtime.Object) {
 
 // notServed says why a Service is not in services.
 func (t *Tracker) notServed(name plan.ServiceName) plan.Reason {
-	return cmp.Or(t.unserved[name], plan.NoService)
+	return cmp.Or(t.unserved[name].reason, plan.NoService)
+}
+
+// unserved is a Service of which nothing is served.
+type unserved struct {
+	reason     plan.Reason
+	clusterIPs []netip.Addr
 }
 
 func (t *Tracker) setService(name plan.ServiceName, s *svc) {

@@ -111,6 +111,25 @@ func (l *Loop) Owner(family plan.Family, key plan.FrontendKey) (plan.ServicePort
 	return owner.by, found
 }
 
+// UnservedAt returns the Services that have an address and are not served there, sorted.
+func (l *Loop) UnservedAt(family plan.Family, a netip.Addr) []service.Unserved {
+	return service.NewResolver(&l.opts.Settings, l.tracker, family).UnservedAt(a)
+}
+
+// Follows says whether the kernel has what the plan has for an address.
+func (l *Loop) Follows(family plan.Family, a netip.Addr) bool {
+	f := l.family(family)
+	has := func(sp *plan.ServicePort) bool {
+		return sp != nil && slices.ContainsFunc(sp.Frontends, func(f plan.Frontend) bool { return f.Addr == a })
+	}
+	for name, written := range f.planner.changed {
+		if has(written) || has(f.planner.plan.Services[name]) {
+			return false
+		}
+	}
+	return !f.lags()
+}
+
 // ServiceNames returns every Service that the Loop knows, sorted.
 func (l *Loop) ServiceNames() []plan.ServiceName { return l.tracker.ServiceNames(nil) }
 
