@@ -156,7 +156,7 @@ unit: deps ## all packages but the contract suite
 
 # Where goroutines meet. The modes' other tests and the contract are single-threaded, or
 # too slow under the race detector: `make soak` has them.
-RACE := ./source/... ./conntrack ./config ./events ./explain ./health ./metrics ./node ./proxier/syncer/... ./nft/... ./userspace \
+RACE := ./source/... ./daemon/nodelock ./conntrack ./config ./events ./explain ./health ./metrics ./node ./proxier/syncer/... ./nft/... ./userspace \
 	./internal/budget ./internal/httpserve ./internal/localhost ./internal/tcprelay
 
 .PHONY: race
@@ -164,7 +164,7 @@ race: PACKAGES += gcc libc6-dev
 race: deps ## packages with many goroutines, and signalbox itself, under the race detector
 	CGO_ENABLED=1 $(GO) test -race $(RACE)
 	CGO_ENABLED=1 $(GO) test -race -run '^TestDo' ./internal/netlab
-	CGO_ENABLED=1 $(GO) test -race -run '^(TestKilled|TestHeals|TestConfigurationChanges|TestDescriptorsRunOut|TestUnreachableAPIServer|TestPortsChangeHands)$$' ./daemon
+	CGO_ENABLED=1 $(GO) test -race -run '^(TestKilled|TestHeals|TestConfigurationChanges|TestConfigurationThatDoesNotWork|TestDescriptorsRunOut|TestUnreachableAPIServer|TestPortsChangeHands)$$' ./daemon
 
 .PHONY: contract
 contract: deps ## every mode against the contract suite, with real packets

@@ -136,7 +136,6 @@ func (c *configRun) connect(ctx context.Context) (err error) {
 		c.source = source
 		return nil
 	}
-	apiserver.LogTo(c.log)
 	if c.client, err = apiserver.Client(clientOptions(c.cfg, &c.servers)); err != nil {
 		return err
 	}

@@ -31,7 +31,7 @@ import (
 // daemonState is what outlives a configuration.
 type daemonState struct {
 	// log writes as the configuration in force asks for.
-	log      *swappableHandler
+	log      swappableHandler
 	pool     *proxierPool
 	nodeLock *nodelock.Lock
 	observer *observer
@@ -44,9 +44,9 @@ type daemonState struct {
 }
 
 func newDaemonState() *daemonState {
-	p := &daemonState{log: &swappableHandler{}, pool: newProxierPool(), known: map[string]int{}}
-	p.log.set(slog.Default())
+	p := &daemonState{log: newSwappableHandler(slog.Default()), pool: newProxierPool(), known: map[string]int{}}
 	log := slog.New(p.log)
+	apiserver.LogTo(log)
 	p.observer = newObserver(log)
 	p.nodeLock = nodelock.New(log, p.observer.conditions.list)
 	p.observer.metrics.ReadRelays(p.pool.relays)

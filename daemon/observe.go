@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -176,32 +177,54 @@ func (c *configRun) problems() []string {
 }
 
 // swappableHandler is the log of what outlives a configuration. It writes as the
-// configuration in force asks for.
-type swappableHandler struct{ current atomic.Pointer[slog.Handler] }
+// configuration in force says.
+type swappableHandler struct {
+	current *atomic.Pointer[slog.Handler]
+	// derive adds the attributes and groups of With and WithGroup.
+	derive []func(slog.Handler) slog.Handler
+}
 
-var _ slog.Handler = (*swappableHandler)(nil)
+var _ slog.Handler = swappableHandler{}
 
-func (h *swappableHandler) set(log *slog.Logger) {
+func newSwappableHandler(log *slog.Logger) swappableHandler {
+	h := swappableHandler{current: new(atomic.Pointer[slog.Handler])}
+	h.set(log)
+	return h
+}
+
+func (h swappableHandler) set(log *slog.Logger) {
 	next := log.Handler()
 	h.current.Store(&next)
 }
 
+func (h swappableHandler) now() slog.Handler {
+	now := *h.current.Load()
+	for _, derive := range h.derive {
+		now = derive(now)
+	}
+	return now
+}
+
+func (h swappableHandler) with(derive func(slog.Handler) slog.Handler) slog.Handler {
+	return swappableHandler{h.current, append(slices.Clip(h.derive), derive)}
+}
+
 // Enabled implements slog.Handler.
-func (h *swappableHandler) Enabled(ctx context.Context, level slog.Level) bool {
-	return (*h.current.Load()).Enabled(ctx, level)
+func (h swappableHandler) Enabled(ctx context.Context, level slog.Level) bool {
+	return h.now().Enabled(ctx, level)
 }
 
 // Handle implements slog.Handler.
-func (h *swappableHandler) Handle(ctx context.Context, r slog.Record) error {
-	return (*h.current.Load()).Handle(ctx, r)
+func (h swappableHandler) Handle(ctx context.Context, r slog.Record) error {
+	return h.now().Handle(ctx, r)
 }
 
-// WithAttrs implements slog.Handler, with the log of this moment.
-func (h *swappableHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return (*h.current.Load()).WithAttrs(attrs)
+// WithAttrs implements slog.Handler.
+func (h swappableHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return h.with(func(to slog.Handler) slog.Handler { return to.WithAttrs(attrs) })
 }
 
-// WithGroup implements slog.Handler, with the log of this moment.
-func (h *swappableHandler) WithGroup(name string) slog.Handler {
-	return (*h.current.Load()).WithGroup(name)
+// WithGroup implements slog.Handler.
+func (h swappableHandler) WithGroup(name string) slog.Handler {
+	return h.with(func(to slog.Handler) slog.Handler { return to.WithGroup(name) })
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 )
@@ -25,12 +26,14 @@ func TestReady(t *testing.T) {
 	}
 	var log strings.Builder
 	s.log = slog.New(slog.NewTextHandler(&log, nil))
+	var conditions atomic.Pointer[[]string]
+	s.conditions = func() []string { return *conditions.Load() }
 	waiting := make(chan *Contender, 1)
 	go func() { waiting <- s.NextContender(t.Context()) }()
-	for want, conditions := range map[string][]string{
+	for want, now := range map[string][]string{
 		"": nil, "a.yaml: document 1: no\nno Node object\n": {"a.yaml: document 1: no", "no Node\nobject"},
 	} {
-		s.conditions = func() []string { return conditions }
+		conditions.Store(&now)
 		got, err := ready("", s.abstract)
 		if err != nil || strings.Join(got, "") != want {
 			t.Errorf("the conditions are %q, %v; want %q", got, err, want)
