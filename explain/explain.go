@@ -32,7 +32,7 @@ type Environment struct {
 
 // notRead is the answer before a Loop has read all objects: it may know a Service and not
 // its endpoints.
-const notRead = "signalbox has not read all objects yet, so it does not know; signalbox status says what is missing. What the kernel had before still serves."
+const notRead = "signalbox has not read all objects yet (see signalbox status); what the kernel had before still serves"
 
 // Explain answers a question from what a Loop knows. The Loop's goroutine calls it.
 func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
@@ -42,7 +42,7 @@ func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
 	}
 	switch {
 	case !l.Progress().Synced:
-		x.answer.Sentence = notRead
+		x.answer.Sentence = notRead + "."
 	case q.Address.IsValid():
 		x.address()
 	default:

@@ -400,7 +400,7 @@ func TestFaults(t *testing.T) {
 		{"on loopback, not by name", func(w *world) { w.loopback(asNFTables, "0.0.0.0/0") }, "127.0.0.1:30080", "", Unknown, "NodePorts are not served"},
 		{"on loopback, from a Pod", func(w *world) { w.loopback(asNFTables, "127.0.0.0/8") }, "127.0.0.1:30080", pod, Unknown, "10.244.1.12 is not an address of this node, and only processes of this node reach 127.0.0.1."},
 		{"not all objects are read", func(w *world) { w.halfRead = true }, "default/web", "", Unknown, "signalbox has not read all objects yet"},
-		{"not all objects are read, at an address", func(w *world) { w.halfRead = true }, clusterIP, pod, Unknown, "What the kernel had before still serves."},
+		{"not all objects are read, at an address", func(w *world) { w.halfRead = true }, clusterIP, pod, Unknown, "what the kernel had before still serves."},
 		{"a bad port in the object", func(w *world) { w.service.Spec.Ports[0].Port = 70000 }, "default/web", "", Unknown, "70000 is not a port"},
 	} {
 		t.Run(strings.ReplaceAll(test.fault, " ", "-"), func(t *testing.T) {

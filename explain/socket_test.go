@@ -230,7 +230,7 @@ func TestSocketBeforeTheFirstSync(t *testing.T) {
 	h := w.served(dir).Page()
 	query := url.Values{"target": {"default/web"}}
 	var answer Answer
-	if err := Ask(t.Context(), dir, "/explain", query, &answer); err != nil || answer.Verdict != Unknown || answer.Sentence != notRead {
+	if err := Ask(t.Context(), dir, "/explain", query, &answer); err != nil || answer.Verdict != Unknown || answer.Sentence != notRead+"." {
 		t.Errorf("%+v, %v", answer, err)
 	}
 	if err := Ask(t.Context(), dir, "/frontends", query, &Frontends{}); err == nil || !strings.Contains(err.Error(), notRead) {

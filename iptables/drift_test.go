@@ -170,14 +170,14 @@ func TestChangeAfterFirstListing(t *testing.T) {
 		desired := newWorld(earlier.opts.Family, 3).plan(3)
 		mustSync(t, earlier, desired, plan.Change{All: true})
 		p := newProxier(t, earlier.opts.Family, earlier.tools.Backend)
-		real, save := p.tools.Save, filepath.Join(t.TempDir(), "save")
-		script := fmt.Sprintf("#!/bin/sh\n%s \"$@\" && case $* in *filter*) exec %s -t nat -F;; esac\n", real, p.tools.Command)
+		program, save := p.tools.Save, filepath.Join(t.TempDir(), "save")
+		script := fmt.Sprintf("#!/bin/sh\n%s \"$@\" && case $* in *filter*) exec %s -t nat -F;; esac\n", program, p.tools.Command)
 		if err := os.WriteFile(save, []byte(script), 0o700); err != nil {
 			t.Fatal(err)
 		}
 		p.tools.Save = save
 		mustSync(t, p, desired, plan.Change{All: true})
-		p.tools.Save = real
+		p.tools.Save = program
 		noticed(t, p, "the flush of nat")
 		if found, err := p.Repair(t.Context()); err != nil || !found.Rewrite {
 			t.Errorf("found %+v, %v", found, err)
