@@ -163,12 +163,27 @@ func (n *Lock) WaitForPredecessors(ctx context.Context) bool {
 
 // waitForEnd returns when the other side of a connection has ended, or ctx.
 func waitForEnd(ctx context.Context, c *net.UnixConn) {
-	stop := context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
 	c.SetReadDeadline(time.Time{})
+	defer endWith(ctx, c.SetReadDeadline)()
 	for {
 		if _, err := c.Read(make([]byte, 1)); err != nil {
 			return
+		}
+	}
+}
+
+// endWith ends, when ctx ends, what waits for a connection until its deadline. It comes
+// after the connection's own deadline is set. release ends that: no later use of the
+// connection meets a deadline of this one.
+func endWith(ctx context.Context, setDeadline func(time.Time) error) (release func()) {
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		setDeadline(time.Unix(1, 0))
+		close(ended)
+	})
+	return func() {
+		if !stop() {
+			<-ended
 		}
 	}
 }
@@ -201,8 +216,7 @@ func (n *Lock) NextContender(ctx context.Context) *Contender {
 // acceptRequest sends the first process that requests the lock at a listener.
 func (n *Lock) acceptRequest(ctx context.Context, l *net.UnixListener, requests chan<- *Contender) {
 	l.SetDeadline(time.Time{})
-	stop := context.AfterFunc(ctx, func() { l.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
+	defer endWith(ctx, l.SetDeadline)()
 	for {
 		c, err := n.accept(ctx, l)
 		if err != nil {

@@ -86,6 +86,39 @@ func testHandover(t *testing.T, dirs [2]string) {
 	}
 }
 
+// TestWaitEndsWithContext: a wait ends with its context, also if that has ended before, and
+// does not end a later wait for the same process. The moments that matter are short, so it
+// tries often.
+func TestWaitEndsWithContext(t *testing.T) {
+	newLock := locksFor(t)
+	old, next := newLock(), newLock()
+	if err := old.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		if who := old.NextContender(t.Context()); who != nil {
+			if err := old.HandOver(who); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	if err := next.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	for range 100_000 {
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if next.WaitForPredecessors(ended) {
+			t.Fatal("the process that served before is taken for ended")
+		}
+	}
+	brief, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if next.WaitForPredecessors(brief) || brief.Err() == nil {
+		t.Error("an earlier wait ends a later one")
+	}
+}
+
 // A predecessor that ends while it is waited for lets the other be alone.
 func TestNodeLockOfOneThatEnds(t *testing.T) {
 	newLock := locksFor(t)

@@ -39,9 +39,8 @@ func (n *Lock) requestHandover(ctx context.Context, address string) error {
 	}
 	c := conn.(*net.UnixConn)
 	deadline, _ := ctx.Deadline()
-	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
 	c.SetDeadline(deadline)
+	defer endWith(ctx, c.SetDeadline)()
 	if err = rootonly.CheckPeer(c); err == nil {
 		err = sendRequest(c)
 	}
@@ -78,15 +77,9 @@ func (n *Lock) readRequest(ctx context.Context, c *net.UnixConn) error {
 		return err
 	}
 	c.SetDeadline(time.Now().Add(n.requestTimeout))
-	cut := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		c.SetReadDeadline(time.Unix(1, 0))
-		close(cut)
-	})
+	release := endWith(ctx, c.SetReadDeadline)
 	word, proof, err := readRequestWord(c)
-	if !stop() {
-		<-cut // or it could still cut off what is read later
-	}
+	release()
 	if proof != nil {
 		defer proof.Close()
 	}
