@@ -3,8 +3,11 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -123,6 +126,43 @@ func TestStartWithoutAPIServer(t *testing.T) {
 		})
 		s.must(shared.StartAPIServer(s.Context()))
 		checkBalanced(s, svc)
+	})
+}
+
+// A node boots again while the API server is away. It serves the state that it saved, and
+// says so. Later it follows the API server again.
+func TestRebootWithoutAPIServer(t *testing.T) {
+	inEachMode(t, func(s *site) {
+		dir := s.TempDir()
+		balanced := createBalanced(s)
+		s.start("--state-dir", dir)
+		checkBalanced(s, balanced)
+		s.eventually("the saved state", func() error {
+			_, services := os.Stat(filepath.Join(dir, "services.state"))
+			_, endpoints := os.Stat(filepath.Join(dir, "endpointslices.state"))
+			return errors.Join(services, endpoints)
+		})
+		s.terminate()
+
+		s.relay.Cut()
+		s.nft("flush ruleset")
+		s.start("--state-dir", dir)
+		checkBalanced(s, balanced)
+		health := func(want bool) func() error {
+			return func() error {
+				r, err := s.get("node1", healthURL+"/healthz")
+				if says := strings.Contains(r.body, "serves the saved state"); err == nil && says != want {
+					err = fmt.Errorf("health says %s", r.body)
+				}
+				return err
+			}
+		}
+		s.eventually("health of a node with a saved state", health(true))
+
+		s.setEndpoints("web", []string{"pod-b"})
+		s.must(s.relay.Restore())
+		s.reaches(balanced, "pod-b")
+		s.eventually("health of a node without one", health(false))
 	})
 }
 
