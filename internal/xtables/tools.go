@@ -21,6 +21,7 @@ import (
 	"github.com/coreos/go-iptables/iptables"
 	"github.com/google/nftables"
 
+	"signalbox/nft"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -243,15 +244,11 @@ func (t *Tools) Tables() []string {
 // HasNFTChain asks nf_tables itself whether a table of the nft variant has the
 // chain. It needs no tools.
 func HasNFTChain(f plan.Family, table, chain string) bool {
-	family := nftables.TableFamilyIPv4
-	if f == plan.IPv6 {
-		family = nftables.TableFamilyIPv6
-	}
 	conn, err := nftables.New()
 	if err != nil {
 		return false
 	}
-	_, err = conn.ListChain(&nftables.Table{Name: table, Family: family}, chain)
+	_, err = conn.ListChain(&nftables.Table{Name: table, Family: nft.FamilyOf(f).Table}, chain)
 	return err == nil
 }
 
