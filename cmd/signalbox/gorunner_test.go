@@ -3,12 +3,13 @@
 package main
 
 import (
+	"bufio"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"testing"
-	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestGoRunner(t *testing.T) {
@@ -43,15 +44,20 @@ func TestGoRunner(t *testing.T) {
 // The container is told to end by its first process alone.
 func TestGoRunnerForwardsSignals(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "log")
-	code := make(chan int)
+	if err := unix.Mkfifo(file, 0o600); err != nil { // so that the output can be waited for
+		t.Fatal(err)
+	}
+	code := make(chan int, 1)
 	go func() {
 		code <- goRunner([]string{"--log-file=" + file, "sh", "-c", "trap 'echo told; exit 7' TERM; echo ready; while :; do sleep 0.01; done"})
 	}()
-	for {
-		if log, _ := os.ReadFile(file); strings.Contains(string(log), "ready") {
-			break
-		}
-		time.Sleep(time.Millisecond)
+	log, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	if line, err := bufio.NewReader(log).ReadString('\n'); line != "ready\n" {
+		t.Fatalf("the program says %q, %v", line, err)
 	}
 	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)

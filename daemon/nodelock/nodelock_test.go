@@ -86,12 +86,11 @@ func testHandover(t *testing.T, dirs [2]string) {
 	}
 }
 
-// TestWaitEndsWithContext: a wait ends with its context, also if that has ended before, and
-// does not end a later wait for the same process. The moments that matter are short, so it
-// tries often.
-func TestWaitEndsWithContext(t *testing.T) {
+// handedOver makes two handles of a lock. old has handed it over to next.
+func handedOver(t *testing.T) (old, next *Lock) {
+	t.Helper()
 	newLock := locksFor(t)
-	old, next := newLock(), newLock()
+	old, next = newLock(), newLock()
 	if err := old.Acquire(t.Context(), ""); err != nil {
 		t.Fatal(err)
 	}
@@ -105,6 +104,14 @@ func TestWaitEndsWithContext(t *testing.T) {
 	if err := next.Acquire(t.Context(), ""); err != nil {
 		t.Fatal(err)
 	}
+	return old, next
+}
+
+// TestWaitEndsWithContext: a wait ends with its context, also if that has ended before, and
+// does not end a later wait for the same process. The moments that matter are short, so it
+// tries often.
+func TestWaitEndsWithContext(t *testing.T) {
+	_, next := handedOver(t)
 	for range 100_000 {
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
@@ -121,21 +128,7 @@ func TestWaitEndsWithContext(t *testing.T) {
 
 // A predecessor that ends while it is waited for lets the other be alone.
 func TestNodeLockOfOneThatEnds(t *testing.T) {
-	newLock := locksFor(t)
-	old, next := newLock(), newLock()
-	if err := old.Acquire(t.Context(), ""); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		if who := old.NextContender(t.Context()); who != nil {
-			if err := old.HandOver(who); err != nil {
-				t.Error(err)
-			}
-		}
-	}()
-	if err := next.Acquire(t.Context(), ""); err != nil {
-		t.Fatal(err)
-	}
+	old, next := handedOver(t)
 	alone := make(chan bool, 1)
 	go func() { alone <- next.WaitForPredecessors(t.Context()) }()
 	old.successor.conn.Close()

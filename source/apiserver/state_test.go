@@ -84,18 +84,24 @@ func clusterState() []runtime.Object {
 
 var everything = []string{"apply EndpointSlice default/web-1", "apply Node /node-1", "apply Service default/web", "apply ServiceCIDR /kubernetes", "synced"}
 
-// After a reboot without the API server, the node serves what it knew. When the API server
-// answers, only differences count.
-func TestSavedStateIsServed(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "state")
+// savedCluster is a directory in which a process has saved clusterState.
+func savedCluster(t *testing.T) (dir string) {
+	t.Helper()
+	dir = filepath.Join(t.TempDir(), "state")
 	var up atomic.Bool
 	up.Store(true)
 	n := startSaving(t, dir, &up, clusterState()...)
 	n.sink.take(t, len(everything))
 	n.end()
+	return dir
+}
 
-	up.Store(false)
-	n = startSaving(t, dir, &up, append(clusterState(), svc("new", "2"))...)
+// After a reboot without the API server, the node serves what it knew. When the API server
+// answers, only differences count.
+func TestSavedStateIsServed(t *testing.T) {
+	dir := savedCluster(t)
+	var up atomic.Bool
+	n := startSaving(t, dir, &up, append(clusterState(), svc("new", "2"))...)
 	got := n.sink.take(t, len(everything))
 	slices.Sort(got)
 	if !slices.Equal(got, everything) {
@@ -121,17 +127,12 @@ func TestSavedStateIsServed(t *testing.T) {
 
 // Services without their endpoints would be refused, so half a state is not served.
 func TestHalfAStateIsNotServed(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "state")
-	var up atomic.Bool
-	up.Store(true)
-	n := startSaving(t, dir, &up, clusterState()...)
-	n.sink.take(t, len(everything))
-	n.end()
+	dir := savedCluster(t)
 	if err := os.Remove(filepath.Join(dir, "endpointslices.state")); err != nil {
 		t.Fatal(err)
 	}
-	up.Store(false)
-	n = startSaving(t, dir, &up, clusterState()...)
+	var up atomic.Bool
+	n := startSaving(t, dir, &up, clusterState()...)
 	n.sink.take(t, 3) // not the EndpointSlice
 	up.Store(true)
 	got := n.sink.take(t, 2)
@@ -386,12 +387,9 @@ func TestDiskWorksAgain(t *testing.T) {
 // An API server that comes back empty meets a node that has just started. The saved state
 // is served, and stays until lists have lacked it for the grace period.
 func TestEmptyListAfterStart(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "state")
+	dir := savedCluster(t)
 	var up atomic.Bool
 	up.Store(true)
-	n := startSaving(t, dir, &up, clusterState()...)
-	n.sink.take(t, len(everything))
-	n.end()
 	synctest.Test(t, func(t *testing.T) {
 		n := startSaving(t, dir, &up, svc("kubernetes", "1"))
 		begin := time.Now()
