@@ -24,7 +24,8 @@ const (
 
 // conditions are the faults with which the daemon serves on: a manifest that cannot be
 // used, a Node object that is missing, routes whose source is not used, a saved state in
-// place of the API server's, a state that cannot be saved. Health and `signalbox ready` list them; no status follows from them.
+// place of the API server's, a state that cannot be saved. Health and `signalbox ready`
+// list them; no status follows from them.
 type conditions struct {
 	mu    sync.Mutex // guards texts
 	texts [subjects][]string

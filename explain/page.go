@@ -259,13 +259,16 @@ func (s *Subject) row(name plan.ServiceName) serviceRow {
 			}
 		}
 	}
-	if more := len(row.Frontends) - maxListed; more > 0 {
-		row.Frontends = append(row.Frontends[:maxListed], fmt.Sprintf("and %d more", more))
-	}
-	if more := len(row.Reasons) - maxListed; more > 0 {
-		row.Reasons = append(row.Reasons[:maxListed], fmt.Sprintf("and %d more", more))
-	}
+	row.Frontends, row.Reasons = shortened(row.Frontends), shortened(row.Reasons)
 	return row
+}
+
+// shortened returns at most maxListed texts, and how many more there are.
+func shortened(texts []string) []string {
+	if more := len(texts) - maxListed; more > 0 {
+		return append(texts[:maxListed], fmt.Sprintf("and %d more", more))
+	}
+	return texts
 }
 
 // servicePage explains one Service.
