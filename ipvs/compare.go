@@ -116,10 +116,10 @@ func (b *batch) compareServer(key kernel.ServerKey, have *server, want *desiredS
 		add(kernel.Op{Verb: kernel.SetServer, Scheduler: want.scheduler})
 	}
 	for _, d := range want.dests {
-		switch weight, exists := have.dests[d.Addr]; {
+		switch f, exists := have.dests[d.Addr]; {
 		case !exists:
 			add(kernel.Op{Verb: kernel.AddDestination, Destination: d.Addr, Weight: d.Weight})
-		case weight != d.Weight:
+		case f != forwardingOf(d):
 			add(kernel.Op{Verb: kernel.SetDestination, Destination: d.Addr, Weight: d.Weight})
 		}
 	}
@@ -133,7 +133,7 @@ func (b *batch) compareServer(key kernel.ServerKey, have *server, want *desiredS
 			continue
 		}
 		draining++
-		if have.dests[d] != 0 {
+		if have.dests[d] != (forwarding{}) {
 			remove(kernel.Op{Verb: kernel.SetDestination, Destination: d})
 		}
 	}
@@ -175,7 +175,7 @@ func (st *state) compareUnknown(b *batch) {
 	}
 }
 
-func sortedDests(dests map[netip.AddrPort]int) []netip.AddrPort {
+func sortedDests(dests map[netip.AddrPort]forwarding) []netip.AddrPort {
 	list := make([]netip.AddrPort, 0, len(dests))
 	for d := range dests {
 		list = append(list, d)
@@ -296,8 +296,8 @@ func (p *Proxier) listingDiffers(st *state) (bool, error) {
 // is says whether the kernel has the server as the state has it.
 func (s *server) is(k kernel.Server) bool {
 	return k.Scheduler == s.scheduler && len(k.Destinations) == len(s.dests) && !slices.ContainsFunc(k.Destinations, func(d kernel.Destination) bool {
-		weight, found := s.dests[d.Addr]
-		return !found || weight != d.Weight
+		f, found := s.dests[d.Addr]
+		return !found || f != forwardingOf(d)
 	})
 }
 
@@ -402,8 +402,8 @@ func (st *state) lines(of *state, about []plan.ServicePortName) map[string]bool 
 			continue
 		}
 		add(kernel.Op{Verb: kernel.AddServer, Key: key, Scheduler: s.scheduler})
-		for addr, weight := range s.dests {
-			add(kernel.Op{Verb: kernel.AddDestination, Key: key, Destination: addr, Weight: weight})
+		for addr, f := range s.dests {
+			add(kernel.Op{Verb: kernel.AddDestination, Key: key, Destination: addr, Weight: int(f.weight), Method: f.method})
 		}
 	}
 	for a := range of.onDevice {
@@ -455,7 +455,7 @@ func (st *state) differences(have *state) (texts []string) {
 		text string
 	}{
 		{servers, "%d virtual servers are missing"},
-		{altered, "%d virtual servers have another scheduler or other destinations"},
+		{altered, "%d virtual servers have other options or other destinations"},
 		{len(have.servers) - len(st.servers) + servers, "%d virtual servers are not signalbox's"},
 		{addrs, "%d addresses of " + kernel.DeviceName + " are missing"},
 		{len(have.onDevice) - len(st.onDevice) + addrs, "%d addresses of " + kernel.DeviceName + " are not signalbox's"},

@@ -13,7 +13,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	lvs "github.com/moby/ipvs"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"signalbox/internal/nstest"
 	"signalbox/ipvs/internal/kernel"
@@ -53,13 +55,19 @@ func TestDrift(t *testing.T) {
 		{"server removed", func(_ *testing.T, k *fakeIPVS) { k.do(kernel.Op{Verb: kernel.RemoveServer, Key: web}) }, "1 virtual servers are missing", true, "-ipvsadm -A -t " + w.vip(1).String() + ":80 -s rr"},
 		{"destination removed", func(_ *testing.T, k *fakeIPVS) {
 			k.do(kernel.Op{Verb: kernel.RemoveDestination, Key: web, Destination: pod})
-		}, "1 virtual servers have another scheduler or other destinations", true, "-ipvsadm -a -t " + w.vip(1).String() + ":80 -r " + pod.String() + " -m -w 1"},
+		}, "1 virtual servers have other options or other destinations", true, "-ipvsadm -a -t " + w.vip(1).String() + ":80 -r " + pod.String() + " -m -w 1"},
 		{"weight changed", func(_ *testing.T, k *fakeIPVS) {
 			k.do(kernel.Op{Verb: kernel.SetDestination, Key: web, Destination: pod, Weight: 7})
-		}, "1 virtual servers have another scheduler or other destinations", true, "+ipvsadm -a -t " + w.vip(1).String() + ":80 -r " + pod.String() + " -m -w 7"},
+		}, "1 virtual servers have other options or other destinations", true, "+ipvsadm -a -t " + w.vip(1).String() + ":80 -r " + pod.String() + " -m -w 7"},
 		{"scheduler changed", func(_ *testing.T, k *fakeIPVS) {
 			k.do(kernel.Op{Verb: kernel.SetServer, Key: web, Scheduler: "sh"})
-		}, "1 virtual servers have another scheduler or other destinations", true, "+ipvsadm -A -t " + w.vip(1).String() + ":80 -s sh"},
+		}, "1 virtual servers have other options or other destinations", true, "+ipvsadm -A -t " + w.vip(1).String() + ":80 -s sh"},
+		{"forwarding method changed", func(_ *testing.T, k *fakeIPVS) {
+			k.do(kernel.Op{Verb: kernel.SetDestination, Key: web, Destination: pod, Weight: 1, Method: kernel.DirectRoute})
+		}, "1 virtual servers have other options or other destinations", true, "+ipvsadm -a -t " + w.vip(1).String() + ":80 -r " + pod.String() + " -g -w 1"},
+		{"persistence added", func(_ *testing.T, k *fakeIPVS) {
+			k.do(kernel.Op{Verb: kernel.SetServer, Key: web, Scheduler: "rr -p"})
+		}, "1 virtual servers have other options or other destinations", true, "+ipvsadm -A -t " + w.vip(1).String() + ":80 -s rr -p"},
 		{"server added", func(_ *testing.T, k *fakeIPVS) {
 			k.do(kernel.Op{Verb: kernel.AddServer, Key: foreign, Scheduler: "rr"})
 		}, "1 virtual servers are not signalbox's", false, ""}, // the fake has no list of all servers
@@ -305,7 +313,27 @@ func TestAddressWatch(t *testing.T) {
 	}
 }
 
-// TestWatch: what another program removes is reported, and repaired.
+// makePersistent changes a virtual server as "ipvsadm -E ... -p 300" does.
+func makePersistent(t *testing.T, key kernel.ServerKey) {
+	t.Helper()
+	h, err := lvs.New("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	s := &lvs.Service{
+		Address: key.Addr.AsSlice(), Port: key.Port, Protocol: uint16(key.Protocol), AddressFamily: unix.AF_INET, Netmask: 0xffffffff,
+		SchedName: "rr", Flags: 1, Timeout: 300,
+	}
+	if key.Addr.Is6() {
+		s.AddressFamily, s.Netmask = unix.AF_INET6, 128
+	}
+	if err := h.UpdateService(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestWatch: what another program removes or changes is reported, and repaired.
 func TestWatch(t *testing.T) {
 	eachFamily(t, func(t *testing.T, w world) {
 		desired := w.example()
@@ -334,6 +362,14 @@ func TestWatch(t *testing.T) {
 					t.Fatal(err)
 				}
 			}},
+			{"forwarding method", func() {
+				pod := w.pods(1).Endpoints[0].AddrPort
+				tunnel := kernel.Op{Verb: kernel.SetDestination, Key: key, Destination: pod, Weight: 1, Method: kernel.Tunnel}
+				if err := other.Send([]kernel.Op{tunnel}, func(kernel.Op) {}); err != nil {
+					t.Fatal(err)
+				}
+			}},
+			{"persistence", func() { makePersistent(t, key) }},
 			{"address", func() { removeAddr(t, w.vip(1)) }},
 			{"device", func() { removeDevice(t) }},
 		} {

@@ -44,8 +44,8 @@ func (k *fakeIPVS) Servers() (map[kernel.ServerKey]string, error) {
 func (k *fakeIPVS) Destinations(key kernel.ServerKey) (list []kernel.Destination, _ error) {
 	k.reads++
 	if s := k.model.servers[key]; s != nil {
-		for addr, weight := range s.dests {
-			list = append(list, kernel.Destination{Addr: addr, Weight: weight, Connections: k.connections[addr]})
+		for addr, f := range s.dests {
+			list = append(list, kernel.Destination{Addr: addr, Weight: int(f.weight), Method: f.method, Connections: k.connections[addr]})
 		}
 	}
 	return list, nil
@@ -241,7 +241,7 @@ func TestFlowsOfAReplacedServerGoOn(t *testing.T) {
 	key := kernel.ServerKey{Addr: w.vip(1), Port: 53, Protocol: plan.UDP}
 	one, two := w.pods(1).Endpoints[0].AddrPort, w.pods(2).Endpoints[0].AddrPort
 	k.connections[one], k.connections[two] = 1, 1
-	k.model.servers[key] = &server{scheduler: "rr", dests: map[netip.AddrPort]int{one: 1, two: 1}}
+	k.model.servers[key] = &server{scheduler: "rr", dests: map[netip.AddrPort]forwarding{one: {weight: 1}, two: {weight: 1}}}
 	if err := p.device.Find(); err != nil {
 		t.Fatal(err)
 	}
@@ -264,7 +264,7 @@ func TestFlowsOfAReplacedServerGoOn(t *testing.T) {
 	}
 	syncAll(t, p, plan)
 	check("after the takeover", true, true)
-	if s := k.model.servers[key]; s.dests[one] != 0 || s.dests[two] != 0 {
+	if s := k.model.servers[key]; s.dests[one].weight != 0 || s.dests[two].weight != 0 {
 		t.Errorf("new flows come to what was taken over: %+v", s)
 	}
 	syncAll(t, p, plan)

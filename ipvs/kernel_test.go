@@ -168,8 +168,8 @@ func checkKernel(t *testing.T, p *Proxier) {
 		var lines []string
 		for key, s := range st.servers {
 			lines = append(lines, fmt.Sprint(key, s.scheduler))
-			for d, weight := range s.dests {
-				lines = append(lines, fmt.Sprint(key, d, weight))
+			for d, f := range s.dests {
+				lines = append(lines, fmt.Sprint(key, d, f))
 			}
 		}
 		for a := range st.onDevice {

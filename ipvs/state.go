@@ -38,13 +38,21 @@ type state struct {
 
 // server is a virtual server in the kernel.
 type server struct {
-	scheduler string
-	dests     map[netip.AddrPort]int // weights
-	inUse     bool                   // by a record
+	scheduler string // with foreign options, see kernel.IPVS.Servers
+	dests     map[netip.AddrPort]forwarding
+	inUse     bool // by a record
 	// replacedBy is the Service port whose servers by mark replace this server by address
 	// of kube-proxy, or zero.
 	replacedBy plan.ServicePortName
 }
+
+// forwarding is what a destination gets, and how.
+type forwarding struct {
+	weight int32
+	method kernel.Method
+}
+
+func forwardingOf(d kernel.Destination) forwarding { return forwarding{int32(d.Weight), d.Method} }
 
 func newState(rules *ruleset) *state {
 	return &state{
@@ -103,7 +111,7 @@ func (p *Proxier) read(rules *ruleset, desired *plan.Plan) (st *state, others ma
 			if !known {
 				end = now.Add(drainBound)
 			}
-			st.setDestination(key, d.Addr, d.Weight, end)
+			st.setDestination(key, d.Addr, forwardingOf(d), end)
 		}
 	}
 	return st, others, nil
@@ -157,7 +165,7 @@ func (st *state) executed(o kernel.Op, now time.Time) {
 	case kernel.SetServer:
 		st.servers[key].scheduler = o.Scheduler
 	case kernel.AddDestination, kernel.SetDestination:
-		st.setDestination(key, o.Destination, o.Weight, now.Add(drainBound))
+		st.setDestination(key, o.Destination, forwarding{int32(o.Weight), o.Method}, now.Add(drainBound))
 	case kernel.RemoveDestination:
 		delete(st.servers[key].dests, o.Destination)
 		st.stopDraining(key, o.Destination)
@@ -171,16 +179,16 @@ func (st *state) executed(o kernel.Op, now time.Time) {
 }
 
 func (st *state) addServer(key kernel.ServerKey, scheduler string) {
-	st.servers[key] = &server{scheduler: scheduler, dests: make(map[netip.AddrPort]int)}
+	st.servers[key] = &server{scheduler: scheduler, dests: make(map[netip.AddrPort]forwarding)}
 	if key.Mark != 0 {
 		st.marks.hold(key.Mark)
 	}
 }
 
-// setDestination sets a weight. A destination whose weight becomes 0 drains until end.
-func (st *state) setDestination(key kernel.ServerKey, dest netip.AddrPort, weight int, end time.Time) {
-	st.servers[key].dests[dest] = weight
-	if weight > 0 {
+// setDestination sets the forwarding. A destination whose weight becomes 0 drains until end.
+func (st *state) setDestination(key kernel.ServerKey, dest netip.AddrPort, f forwarding, end time.Time) {
+	st.servers[key].dests[dest] = f
+	if f.weight > 0 {
 		st.stopDraining(key, dest)
 		return
 	}

@@ -23,14 +23,14 @@ import (
 func TestDiff(t *testing.T) {
 	w := world{plan.IPv4}
 	key := func(p plan.Protocol) kernel.ServerKey { return kernel.ServerKey{Addr: w.vip(1), Port: 80, Protocol: p} }
-	at := func(weights map[int]int) map[netip.AddrPort]int {
-		dests := make(map[netip.AddrPort]int)
+	at := func(weights map[int]int32) map[netip.AddrPort]forwarding {
+		dests := make(map[netip.AddrPort]forwarding)
 		for n, weight := range weights {
-			dests[w.pods(n).Endpoints[0].AddrPort] = weight
+			dests[w.pods(n).Endpoints[0].AddrPort] = forwarding{weight: weight}
 		}
 		return dests
 	}
-	have := func(weights map[int]int) *server { return &server{scheduler: "rr", dests: at(weights)} }
+	have := func(weights map[int]int32) *server { return &server{scheduler: "rr", dests: at(weights)} }
 	want := func(scheduler string, serving *plan.EndpointSet, pods ...int) *desiredServer {
 		return &desiredServer{scheduler: scheduler, dests: destinations(w.pods(pods...)), usable: serving}
 	}
@@ -50,25 +50,25 @@ func TestDiff(t *testing.T) {
 	}{
 		{"new", plan.TCP, nil, want("lc", nil, 1, 2),
 			"-A -t V -s lc\n-a -t V -r 1 -m -w 1\n-a -t V -r 2 -m -w 1\n", ""},
-		{"as it is", plan.TCP, have(map[int]int{1: 1}), want("rr", nil, 1), "", ""},
-		{"another scheduler", plan.TCP, have(map[int]int{1: 1}), want("sh", nil, 1), "-E -t V -s sh\n", ""},
-		{"other weights", plan.TCP, have(map[int]int{1: 1, 2: 5, 3: 2}), heavier(1, 2, 4),
+		{"as it is", plan.TCP, have(map[int]int32{1: 1}), want("rr", nil, 1), "", ""},
+		{"another scheduler", plan.TCP, have(map[int]int32{1: 1}), want("sh", nil, 1), "-E -t V -s sh\n", ""},
+		{"other weights", plan.TCP, have(map[int]int32{1: 1, 2: 5, 3: 2}), heavier(1, 2, 4),
 			"-e -t V -r 1 -m -w 5\n-a -t V -r 4 -m -w 5\n", "-e -t V -r 3 -m -w 0\n"},
-		{"one replaced", plan.TCP, have(map[int]int{1: 1, 2: 1}), want("rr", nil, 2, 3),
+		{"one replaced", plan.TCP, have(map[int]int32{1: 1, 2: 1}), want("rr", nil, 2, 3),
 			"-a -t V -r 3 -m -w 1\n", "-e -t V -r 1 -m -w 0\n"},
-		{"one comes back", plan.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 1, 2), "-e -t V -r 1 -m -w 1\n", ""},
-		{"one still drains", plan.TCP, have(map[int]int{1: 0, 2: 1}), want("rr", nil, 2), "", ""},
-		{"goes", plan.TCP, have(map[int]int{1: 1, 2: 0}), nil, "", "-e -t V -r 1 -m -w 0\n"},
+		{"one comes back", plan.TCP, have(map[int]int32{1: 0, 2: 1}), want("rr", nil, 1, 2), "-e -t V -r 1 -m -w 1\n", ""},
+		{"one still drains", plan.TCP, have(map[int]int32{1: 0, 2: 1}), want("rr", nil, 2), "", ""},
+		{"goes", plan.TCP, have(map[int]int32{1: 1, 2: 0}), nil, "", "-e -t V -r 1 -m -w 0\n"},
 		{"goes, and nothing is left", plan.TCP, have(nil), nil, "", "-D -t V\n"},
 		{"was not there", plan.TCP, nil, nil, "", ""},
-		{"UDP that still answers", plan.UDP, have(map[int]int{1: 1, 2: 1}), want("rr", w.pods(1), 2), "", "-e -u V -r 1 -m -w 0\n"},
-		{"UDP that answers no more", plan.UDP, have(map[int]int{1: 0, 2: 1}), want("rr", w.pods(2), 2), "", "-d -u V -r 1\n"},
-		{"UDP goes", plan.UDP, have(map[int]int{1: 1}), nil, "", "-d -u V -r 1\n-D -u V\n"},
-		{"UDP whose server is replaced", plan.UDP, have(map[int]int{1: 1, 2: 1}),
+		{"UDP that still answers", plan.UDP, have(map[int]int32{1: 1, 2: 1}), want("rr", w.pods(1), 2), "", "-e -u V -r 1 -m -w 0\n"},
+		{"UDP that answers no more", plan.UDP, have(map[int]int32{1: 0, 2: 1}), want("rr", w.pods(2), 2), "", "-d -u V -r 1\n"},
+		{"UDP goes", plan.UDP, have(map[int]int32{1: 1}), nil, "", "-d -u V -r 1\n-D -u V\n"},
+		{"UDP whose server is replaced", plan.UDP, have(map[int]int32{1: 1, 2: 1}),
 			&desiredServer{scheduler: "rr", usable: w.pods(1), replaced: true}, "", "-e -u V -r 1 -m -w 0\n-d -u V -r 2\n"},
-		{"UDP whose server is replaced, and nothing is left", plan.UDP, have(map[int]int{2: 1}),
+		{"UDP whose server is replaced, and nothing is left", plan.UDP, have(map[int]int32{2: 1}),
 			&desiredServer{scheduler: "rr", usable: w.pods(1), replaced: true}, "", "-d -u V -r 2\n-D -u V\n"},
-		{"SCTP drains as TCP does", plan.SCTP, have(map[int]int{1: 1}), nil, "", "-e --sctp-service V -r 1 -m -w 0\n"},
+		{"SCTP drains as TCP does", plan.SCTP, have(map[int]int32{1: 1}), nil, "", "-e --sctp-service V -r 1 -m -w 0\n"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			b := &batch{}
@@ -101,14 +101,14 @@ func (m *model) do(o kernel.Op) {
 	}
 	switch o.Verb {
 	case kernel.AddServer:
-		m.servers[id] = &server{scheduler: o.Scheduler, dests: map[netip.AddrPort]int{}}
+		m.servers[id] = &server{scheduler: o.Scheduler, dests: map[netip.AddrPort]forwarding{}}
 	case kernel.SetServer:
 		s.scheduler = o.Scheduler
 	case kernel.AddDestination, kernel.SetDestination, kernel.RemoveDestination:
 		if _, exists := s.dests[o.Destination]; exists == (o.Verb == kernel.AddDestination) {
 			m.t.Fatalf("%s: the destination's existence is the other way round", o)
 		}
-		s.dests[o.Destination] = o.Weight
+		s.dests[o.Destination] = forwarding{int32(o.Weight), o.Method}
 		if o.Verb == kernel.RemoveDestination {
 			delete(s.dests, o.Destination)
 		}
@@ -156,8 +156,8 @@ func (m *model) reachable() string {
 		}
 		var dests []string
 		for _, d := range sortedDests(s.dests) {
-			if s.dests[d] > 0 {
-				dests = append(dests, fmt.Sprint(d, "=", s.dests[d]))
+			if weight := s.dests[d].weight; weight > 0 {
+				dests = append(dests, fmt.Sprint(d, "=", weight))
 			}
 		}
 		if len(dests) > 0 {
@@ -306,9 +306,9 @@ func compareStates(t *testing.T, want, got *state) {
 		}
 	}
 	for key, s := range got.servers {
-		for d, weight := range s.dests {
-			if _, drains := got.draining[key][d]; drains != (weight == 0) {
-				t.Errorf("%s of %s has weight %d, and drains: %v", d, key, weight, drains)
+		for d, f := range s.dests {
+			if _, drains := got.draining[key][d]; drains != (f.weight == 0) {
+				t.Errorf("%s of %s has weight %d, and drains: %v", d, key, f.weight, drains)
 			}
 		}
 	}

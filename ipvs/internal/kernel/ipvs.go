@@ -23,6 +23,7 @@ import (
 type Destination struct {
 	Addr        netip.AddrPort
 	Weight      int
+	Method      Method
 	Connections int // active and inactive ones
 }
 
@@ -127,7 +128,8 @@ func (h *IPVS) service(key ServerKey) *lvs.Service {
 }
 
 // Servers lists the virtual servers of the family, also those of other software, with their
-// schedulers. The kernel keeps the servers of all network namespaces in one table and
+// schedulers. If a virtual server has options that signalbox does not use, its scheduler is
+// followed by the options of ipvsadm: "rr -p". The kernel keeps the servers of all network namespaces in one table and
 // resumes a long listing by counting. A change in another namespace then hides some servers.
 // So Servers lists them again until two listings are equal.
 func (h *IPVS) Servers() (map[ServerKey]string, error) {
@@ -165,7 +167,7 @@ func (h *IPVS) listServers() (map[ServerKey]string, error) {
 			addr, _ := netip.AddrFromSlice(s.Address)
 			key = ServerKey{Addr: addr, Port: s.Port, Protocol: plan.Protocol(s.Protocol)}
 		}
-		servers[key] = s.SchedName
+		servers[key] = schedulerText(s.SchedName, s.Flags)
 	}
 	return servers, nil
 }
@@ -185,7 +187,8 @@ func (h *IPVS) Destinations(key ServerKey) ([]Destination, error) {
 	for _, d := range list {
 		addr, _ := netip.AddrFromSlice(d.Address)
 		dests = append(dests, Destination{
-			Addr: netip.AddrPortFrom(addr, d.Port), Weight: d.Weight, Connections: d.ActiveConnections + d.InactiveConnections,
+			Addr: netip.AddrPortFrom(addr, d.Port), Weight: d.Weight, Method: Method(d.ConnectionFlags & lvs.ConnectionFlagFwdMask),
+			Connections: d.ActiveConnections + d.InactiveConnections,
 		})
 	}
 	return dests, nil

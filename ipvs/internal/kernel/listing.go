@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -115,7 +116,7 @@ func parseListing(text io.Reader, family plan.Family) (map[ServerKey]Server, err
 			if key, known = parseServer(words[0], words[1]); !known {
 				continue
 			}
-			scheduler = words[2]
+			scheduler = schedulerText(words[2], listedFlags(words[2:]))
 			if key.Mark == 0 && plan.FamilyOf(key.Addr) == family {
 				found[key] = Server{Scheduler: scheduler}
 			}
@@ -130,6 +131,19 @@ func parseListing(text io.Reader, family plan.Family) (map[ServerKey]Server, err
 		}
 	}
 	return found, lines.Err()
+}
+
+// listedFlags reads a scheduler and the words behind it. The kernel lists no flags of the
+// scheduler, and no "ops" for an IPv6 address.
+func listedFlags(words []string) uint32 {
+	flags := flagsOf(words[0])
+	if slices.Contains(words, "persistent") {
+		flags |= servicePersistent
+	}
+	if slices.Contains(words, "ops") {
+		flags |= serviceOnePacket
+	}
+	return flags
 }
 
 func parseServer(protocol, at string) (ServerKey, bool) {
@@ -160,7 +174,17 @@ func parseDest(words []string) (d Destination, err error) {
 		}
 	}
 	d.Weight, d.Connections = numbers[0], numbers[1]+numbers[2]
-	return d, nil
+	d.Method, err = parseMethod(words[2])
+	return d, err
+}
+
+func parseMethod(name string) (Method, error) {
+	for m := range methods {
+		if methods[m].name == name {
+			return Method(m), nil
+		}
+	}
+	return 0, fmt.Errorf("%q is not a forwarding method", name)
 }
 
 func parseHexAddrPort(text string) (netip.AddrPort, error) {

@@ -45,15 +45,17 @@ const (
 	destUpperThreshold = 5
 	destLowerThreshold = 6
 
-	// methodMasq rewrites the destination address.
-	methodMasq = 0
+	servicePersistent = 1 << 0
+	serviceOnePacket  = 1 << 2
 
 	// schedulerFallback makes the hashing schedulers skip a destination of weight 0.
 	// Without it they refuse its clients.
 	schedulerFallback = 1 << 3
 	// schedulerPort adds the client's port to the hash.
 	schedulerPort = 1 << 4
-	allFlags      = ^uint32(0)
+	// schedulerFlags are all flags of schedulers.
+	schedulerFlags = 1<<3 | 1<<4 | 1<<5
+	allFlags       = ^uint32(0)
 )
 
 var commands = map[Verb]uint8{
@@ -149,7 +151,7 @@ func encodeDest(a *attributes, o *Op) {
 	if o.Verb == RemoveDestination {
 		return
 	}
-	a.uint32(destMethod, methodMasq)
+	a.uint32(destMethod, uint32(o.Method))
 	a.uint32(destWeight, uint32(o.Weight))
 	a.uint32(destUpperThreshold, 0)
 	a.uint32(destLowerThreshold, 0)

@@ -150,7 +150,7 @@ func TestEncoding(t *testing.T) {
 		{attrService, serviceFamily}: native(unix.AF_INET), {attrService, serviceProtocol}: native(132),
 		{attrService, serviceAddr}: "\x0a\x60\x00\x01", {attrService, servicePort}: "\x00\x50",
 		{attrDest, destAddr}: "\x0a\xf4\x01\x03", {attrDest, destPort}: "\x1f\x90",
-		{attrDest, destMethod}:         string(binary.NativeEndian.AppendUint32(nil, methodMasq)),
+		{attrDest, destMethod}:         string(binary.NativeEndian.AppendUint32(nil, uint32(Masquerading))),
 		{attrDest, destWeight}:         string(binary.NativeEndian.AppendUint32(nil, 65535)),
 		{attrDest, destUpperThreshold}: "\x00\x00\x00\x00", {attrDest, destLowerThreshold}: "\x00\x00\x00\x00",
 	} {

@@ -61,6 +61,63 @@ type Op struct {
 	Scheduler   string
 	Destination netip.AddrPort
 	Weight      int
+	Method      Method
+}
+
+// Method is how IPVS forwards packets to a destination, as numbered in <linux/ip_vs.h>.
+type Method uint8
+
+// Masquerading is the method of signalbox: IPVS rewrites the destination address. Other
+// programs may use the others.
+const (
+	Masquerading Method = iota
+	LocalNode
+	Tunnel
+	DirectRoute
+	Bypass
+)
+
+// methods have the names of the kernel's listing, and the options of ipvsadm. ipvsadm has no
+// option for two of them.
+var methods = [...]struct{ name, option string }{
+	Masquerading: {"Masq", "-m"}, LocalNode: {"Local", "-Local"}, Tunnel: {"Tunnel", "-i"}, DirectRoute: {"Route", "-g"}, Bypass: {"Bypass", "-Bypass"},
+}
+
+// String returns the option of ipvsadm.
+func (m Method) String() string {
+	if int(m) < len(methods) {
+		return methods[m].option
+	}
+	return fmt.Sprintf("-method-%d", uint8(m))
+}
+
+// schedulerText names a scheduler, and the options of ipvsadm that signalbox does not give it.
+func schedulerText(name string, flags uint32) string {
+	own := flagsOf(name)
+	if flags&servicePersistent != 0 {
+		name += " -p"
+	}
+	if flags&serviceOnePacket != 0 {
+		name += " -o"
+	}
+	if foreign := flags & schedulerFlags; foreign != own {
+		name += " -b " + strings.Join(schedulerFlagNames(foreign), ",")
+	}
+	return name
+}
+
+// schedulerFlagNames has the names of ipvsadm.
+func schedulerFlagNames(flags uint32) []string {
+	var names []string
+	for i, flag := range []uint32{1 << 3, 1 << 4, 1 << 5} {
+		if flags&flag != 0 {
+			names = append(names, fmt.Sprintf("flag-%d", i+1))
+		}
+	}
+	if len(names) == 0 {
+		return []string{"none"}
+	}
+	return names
 }
 
 // String returns the arguments with which ipvsadm does the same.
@@ -71,9 +128,9 @@ func (o Op) String() string {
 	case SetServer:
 		return fmt.Sprintf("-E %s -s %s", o.Key, o.Scheduler)
 	case AddDestination:
-		return fmt.Sprintf("-a %s -r %s -m -w %d", o.Key, o.Destination, o.Weight)
+		return fmt.Sprintf("-a %s -r %s %s -w %d", o.Key, o.Destination, o.Method, o.Weight)
 	case SetDestination:
-		return fmt.Sprintf("-e %s -r %s -m -w %d", o.Key, o.Destination, o.Weight)
+		return fmt.Sprintf("-e %s -r %s %s -w %d", o.Key, o.Destination, o.Method, o.Weight)
 	case RemoveDestination:
 		return fmt.Sprintf("-d %s -r %s", o.Key, o.Destination)
 	}
