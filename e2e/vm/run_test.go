@@ -37,6 +37,7 @@ type guestTest struct {
 	// only and skip are patterns for -run and -skip, where those given to this
 	// test say nothing about the tests inside.
 	only, skip string
+	count      int // how often the tests run; 0 for once
 }
 
 // run runs the tests in a machine of their own, as subtests of t. A machine
@@ -125,7 +126,7 @@ func follow(ctx context.Context, t *testing.T, m *Machine) {
 
 // choice passes on what the parts of -run and -skip below a test choose.
 func (g guestTest) choice(test string) []string {
-	args := []string{"-test.parallel=4"} // much of the contract is waiting
+	args := []string{"-test.parallel=4", fmt.Sprintf("-test.count=%d", max(g.count, 1))} // much of the contract is waiting
 	only, skip := g.only, g.skip
 	if rest, none := inside(flag.Lookup("test.run").Value.String(), test); !none && rest != "" {
 		only, skip = rest, ""

@@ -92,6 +92,17 @@ func TestNodeFaults(t *testing.T) {
 	}.run(t)
 }
 
+// TestKilled runs kill -9 in ipvs mode again and again.
+func TestKilled(t *testing.T) {
+	if !*soak {
+		t.Skip("it takes an hour: -soak runs it; TestNodeFaults runs it once")
+	}
+	guestTest{
+		dir: "../..", pkg: "./daemon", only: "^TestKilled$/^ipvs$", tools: append([]string{"nft"}, iptables...), count: 200,
+		programs: map[string]string{"SIGNALBOX": buildSignalbox(t)},
+	}.run(t)
+}
+
 // TestKubeProxy hands a node from the real kube-proxy in ipvs mode to signalbox
 // and back: to its ipvs mode, and with -soak to its nftables mode.
 func TestKubeProxy(t *testing.T) {
