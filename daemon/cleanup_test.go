@@ -234,7 +234,7 @@ func TestUnknownChains(t *testing.T) {
 		"--cluster-cidr", "10.244.0.0/16"})
 	log := start(t, n.host, hideTools[0], run...)
 	// What others wrote was tried, all of it.
-	(&daemon{node: n}).answers("http://127.0.0.1:10249/metrics", 200, "signalbox_leftovers{ip_family=\"IPv4\"} 1\n")
+	(&daemon{node: n}).answers("http://127.0.0.1:10249/metrics", 200, "signalbox_foreign_rules{ip_family=\"IPv4\"} 1\n")
 	if many := log.count("nobody can tell whether"); many != 1 {
 		t.Errorf("%d warnings about the same chains, want one", many)
 	}

@@ -239,7 +239,7 @@ func (c *configRun) reportSync(r syncer.SyncReport) {
 		level = slog.LevelInfo
 	}
 	c.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
-		"took", r.Took, "everything", r.All, "setAside", r.Quarantined, "failed", r.Err != nil)
+		"took", r.Took, "everything", r.All, "quarantined", r.Quarantined, "failed", r.Err != nil)
 }
 
 // reportStart writes Events about the start of the process, about a mode that is

@@ -272,6 +272,6 @@ func TestServersWithConnectionsStay(t *testing.T) {
 		}
 	}
 	if len(k.ops) != 2 {
-		t.Errorf("%d destinations were set aside, want the two that got new connections", len(k.ops))
+		t.Errorf("%d destinations were drained, want the two that got new connections", len(k.ops))
 	}
 }

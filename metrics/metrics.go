@@ -70,7 +70,7 @@ type own struct {
 	syncs          *prometheus.CounterVec
 	eventToKernel  *prometheus.HistogramVec
 	repaired       *prometheus.CounterVec
-	setAside       *prometheus.GaugeVec
+	quarantined    *prometheus.GaugeVec
 	servicePorts   *prometheus.GaugeVec
 	endpoints      *prometheus.GaugeVec
 	kernelObjects  *prometheus.GaugeVec
@@ -102,7 +102,7 @@ func newOwn(r factory) own {
 			kernelBuckets, ipFamily),
 		repaired: r.counter(signalbox, "drift_repaired_total", "Repairs because another program had changed what the mode has in the kernel, or because the kernel's state was unknown.",
 			ipFamily),
-		setAside: r.gauge(signalbox, "service_ports_set_aside", "Service ports in quarantine: the kernel refuses their rules, and what was served there before still is; or their Service is too large.",
+		quarantined: r.gauge(signalbox, "service_ports_quarantined", "Service ports in quarantine: the kernel refuses their rules, and keeps the earlier ones; or their Service is too large.",
 			ipFamily),
 		servicePorts: r.gauge(signalbox, "service_ports", "Service ports that are served.", ipFamily),
 		endpoints:    r.gauge(signalbox, "endpoints", "Endpoints that answer, counted for each Service port that they serve.", ipFamily),
@@ -111,7 +111,7 @@ func newOwn(r factory) own {
 		problems: r.counter(signalbox, "object_problems_total", "Parts of objects that cannot be served, by the object's kind.",
 			"kind"),
 		flowsRemoved:   r.counter(signalbox, "flows_removed_total", "Stale UDP flows that were removed.", ipFamily),
-		flowScanErrors: r.counter(signalbox, "flow_pass_failures_total", "Scans of the connection-tracking table that failed; they are repeated.", ipFamily),
+		flowScanErrors: r.counter(signalbox, "flow_scan_failures_total", "Scans of the connection-tracking table that failed; they are repeated.", ipFamily),
 
 		buildInfo:             r.gauge(signalbox, "build_info", "1 for the running release.", "version", "revision", "go_version"),
 		modeInfo:              r.gauge(signalbox, "mode_info", "1 for the running mode.", "mode"),
@@ -126,7 +126,7 @@ func newOwn(r factory) own {
 		affinityListsFull:    r.gauge(signalbox, "affinity_lists_full", "Mode iptables: endpoints with session affinity whose list of clients is full; a new client replaces another."),
 		routeSourcesLeftOut:  r.gauge(signalbox, "route_sources_left_out", "Source addresses of routes for which masquerade chooses instead: there are too many, or rules cannot name their interface."),
 		conntrackUnavailable: r.gauge(signalbox, "conntrack_unavailable", "1 if the connection-tracking table cannot be read, so that stale UDP flows are not removed."),
-		foreignRules: r.gauge(signalbox, "leftovers", "1 while rules of another service proxy may be in force: they could not be removed, or a kube-proxy that was started later wrote them.",
+		foreignRules: r.gauge(signalbox, "foreign_rules", "1 while rules of another service proxy may be in force: they could not be removed, or a kube-proxy that was started later wrote them.",
 			ipFamily),
 		healthChecks: r.gauge(signalbox, "service_health_checks", "Services with a healthCheckNodePort.", ipFamily),
 		listenFailing: r.gauge(signalbox, "listen_failing", "Addresses at which a server (healthz, metrics, service-health) cannot listen at present.",

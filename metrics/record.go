@@ -27,7 +27,7 @@ func (m *Metrics) Synced(r syncer.SyncReport) {
 	for _, at := range r.Triggers {
 		m.compatible.networkProgramming.WithLabelValues(family).Observe(m.now().Sub(at).Seconds())
 	}
-	m.own.setAside.WithLabelValues(family).Set(float64(r.Quarantined))
+	m.own.quarantined.WithLabelValues(family).Set(float64(r.Quarantined))
 	m.own.servicePorts.WithLabelValues(family).Set(float64(r.Totals.ServicePorts))
 	m.own.endpoints.WithLabelValues(family).Set(float64(r.Totals.Endpoints))
 	m.compatible.noLocalEndpoints.WithLabelValues("internal", family).Set(float64(r.Totals.NoLocalInternal))

@@ -92,7 +92,7 @@ func (m *Metrics) forget(family plan.Family) {
 	of := prometheus.Labels{ipFamily: family.String()}
 	for _, g := range []*prometheus.GaugeVec{
 		m.compatible.lastTimestamp, m.compatible.noLocalEndpoints,
-		m.own.setAside, m.own.servicePorts, m.own.endpoints, m.own.kernelObjects, m.own.healthChecks,
+		m.own.quarantined, m.own.servicePorts, m.own.endpoints, m.own.kernelObjects, m.own.healthChecks,
 	} {
 		g.DeletePartialMatch(of)
 	}

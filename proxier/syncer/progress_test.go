@@ -85,7 +85,7 @@ func TestUpdatesArePendingUntilTheKernelHasThem(t *testing.T) {
 	})
 }
 
-func TestWhatIsSetAsideHoldsNothingUp(t *testing.T) {
+func TestAQuarantinedServiceHoldsNothingUp(t *testing.T) {
 	b := filled(t, 'c')
 	b.mode.refuse = refusing("b")
 	b.Apply(newService("b", clusterIP(10)))

@@ -16,7 +16,7 @@ import (
 	"signalbox/proxier/plan"
 )
 
-func TestARefusedServiceIsSetAside(t *testing.T) {
+func TestARefusedServiceIsQuarantined(t *testing.T) {
 	b := filled(t, 'h')
 	b.mode.setRefuse(refusing("c", "f"))
 	was := b.mode.kernel[plan.ServicePortName{ServiceName: plan.ServiceName{Namespace: "default", Name: "c"}, Port: "http", Protocol: plan.TCP}]
