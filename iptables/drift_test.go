@@ -292,6 +292,15 @@ func TestCompare(t *testing.T) {
 			{"-t nat -I KUBE-SERVICES -j " + chain, "+" + family + " -t nat -A KUBE-SERVICES -j " + chain, false},
 			{"-t nat -D PREROUTING 1", "-" + family + " -t nat -A PREROUTING ", false}, // concerns all
 			{"-t nat -F " + parent, "-" + family + " -t nat -A " + parent + " ", false},
+			// Each packet to the Service may meet these, whose rules are of other Services or of none.
+			{"-t nat -I " + parent + " -j RETURN", "+" + family + " -t nat -A " + parent + " -j RETURN", false},
+			{"-t nat -R KUBE-SERVICES 1 -j RETURN", "+" + family + " -t nat -A KUBE-SERVICES -j RETURN", false},
+			{"-t nat -R KUBE-MARK-MASQ 1 -j RETURN", "-" + family + " -t nat -A KUBE-MARK-MASQ -j MARK ", false},
+			{"-t nat -R KUBE-POSTROUTING 1 -j RETURN", "+" + family + " -t nat -A KUBE-POSTROUTING -j RETURN", false},
+			{"-t filter -R KUBE-FORWARD 1 -j DROP", "+" + family + " -t filter -A KUBE-FORWARD -j DROP", false},
+			{"-t filter -I KUBE-SERVICES -j DROP", "+" + family + " -t filter -A KUBE-SERVICES -j DROP", false},
+			{"-t filter -A KUBE-EXTERNAL-SERVICES -j DROP", "+" + family + " -t filter -A KUBE-EXTERNAL-SERVICES -j DROP", false},
+			{"-t filter -A KUBE-PROXY-FIREWALL -j DROP", "+" + family + " -t filter -A KUBE-PROXY-FIREWALL -j DROP", false},
 		} {
 			run(t, "", p.tools.Command, strings.Fields(test.damage)...)
 			has := func(lines []string) bool {

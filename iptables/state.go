@@ -103,18 +103,30 @@ func (s *state) rules(c *compiler) (rules [tableCount]map[string][]string) {
 }
 
 // subject is the part of the rules that packets to some Service ports meet: the own chains of
-// these, and the chains of the dispatch trees that lead there.
+// these, the chains of the dispatch trees that lead there, the static chains, and the root
+// chains of all trees.
 type subject struct {
-	rules    [tableCount]map[string][]string // by chain
-	own, way map[string]bool                 // names of chains
+	rules [tableCount]map[string][]string // by chain
+	// own are chains whose rules all concern the Service ports. Chains on the way, and root
+	// chains, also have rules of other Services.
+	own, way map[string]bool
 	// matches are texts that a rule about a frontend has.
 	matches [][]string
 }
 
 func (s *state) subject(c *compiler, about []plan.ServicePortName) *subject {
 	out := &subject{own: map[string]bool{}, way: map[string]bool{}}
+	addOwn := func(t table, chains []chain) {
+		for _, chain := range chains {
+			out.rules[t][chain.Name], out.own[chain.Name] = chain.Rules, true
+		}
+	}
 	for t := range tableCount {
 		out.rules[t] = map[string][]string{}
+		addOwn(t, s.static[t])
+	}
+	for _, tree := range s.trees {
+		out.rules[tree.table][tree.root] = tree.render(tree.top, true).Rules
 	}
 	for _, name := range about {
 		r := s.services[name]
@@ -122,9 +134,7 @@ func (s *state) subject(c *compiler, about []plan.ServicePortName) *subject {
 			continue
 		}
 		for t, chains := range c.servicePort(r.port).chains {
-			for _, chain := range chains {
-				out.rules[t][chain.Name], out.own[chain.Name] = chain.Rules, true
-			}
+			addOwn(table(t), chains)
 		}
 		for _, e := range r.entries {
 			tree := s.trees[e.tree]
@@ -145,8 +155,8 @@ func (s *state) subject(c *compiler, about []plan.ServicePortName) *subject {
 	return out
 }
 
-// has says whether a rule is about the Service ports. Chains of the trees have rules of others,
-// too. The rule of a chain itself is "".
+// has says whether a rule that signalbox wrote is about the Service ports. The rule of a chain
+// itself is "".
 func (s *subject) has(chain, rule string) bool {
 	if rule == "" {
 		return s.own[chain] || s.way[chain]

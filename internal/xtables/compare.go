@@ -21,8 +21,8 @@ import (
 // into one form: see canonical.
 
 // Compare adds to c how the chains of a table differ, as commands of iptables. Rules by
-// chain are wanted, as in Chain.Rules, or were read by Rules. With about, it looks at the
-// chains and rules for which that is true; the rule of a chain itself is "".
+// chain are wanted, as in Chain.Rules, or were read by Rules. With about, it leaves out the
+// wanted chains and rules for which that is false; the rule of a chain itself is "".
 func (t *Tools) Compare(c *proxier.Comparison, table string, wanted, have map[string][]string, about func(chain, rule string) bool) {
 	line := func(chain, rule string) string {
 		command := CommandName(t.Family) + " -t " + table
@@ -33,7 +33,7 @@ func (t *Tools) Compare(c *proxier.Comparison, table string, wanted, have map[st
 	}
 	add := func(list *[]string, sign, chain string, rules ...string) {
 		for _, rule := range rules {
-			if about == nil || about(chain, rule) {
+			if sign == "+" || about == nil || about(chain, rule) {
 				*list = append(*list, sign+line(chain, rule))
 			}
 		}
