@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"signalbox/internal/httpserve"
 	"signalbox/internal/namespace"
@@ -149,11 +150,29 @@ func (l *rootListener) Close() error {
 // ErrNoDaemon says that no daemon has a socket for this network namespace.
 var ErrNoDaemon = errors.New("no signalbox of this network namespace answers")
 
+// askWithin bounds the wait for an answer, by path. A daemon that is frozen (SIGSTOP), or
+// that the kernel does not run accepts connections and never answers. /explain and /diff
+// read the kernel; the server ends each answer after two minutes.
+var askWithin = map[string]time.Duration{
+	"/explain": 2 * time.Minute, "/diff": 2 * time.Minute,
+	"/status": 2 * askTimeout, "/frontends": 2 * askTimeout,
+}
+
 // Ask asks the daemon that serves this network namespace, and decodes its answer.
 func Ask(ctx context.Context, dir, path string, query url.Values, answer any) error {
 	if dir == "" {
 		return fmt.Errorf("%w: --run-dir is empty", ErrNoDaemon)
 	}
+	ctx, cancel := context.WithTimeout(ctx, askWithin[path])
+	defer cancel()
+	err := ask(ctx, dir, path, query, answer)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("the running signalbox does not answer within %v", askWithin[path])
+	}
+	return err
+}
+
+func ask(ctx context.Context, dir, path string, query url.Values, answer any) error {
 	socket, err := socketPath(dir)
 	if err != nil {
 		return err

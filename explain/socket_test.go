@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"net/url"
 	"os"
@@ -289,6 +291,38 @@ func TestTableIsReadOnce(t *testing.T) {
 	}
 }
 
+// No command waits for ever for a daemon that is frozen.
+func TestDaemonDoesNotAnswer(t *testing.T) {
+	d := newWorld(t).served(t.TempDir())
+	bounds := maps.Clone(askWithin)
+	defer func() { askWithin = bounds }()
+	for path := range bounds {
+		if _, pattern := d.Handler().(*http.ServeMux).Handler(httptest.NewRequest(http.MethodGet, path, nil)); pattern != "GET "+path {
+			t.Errorf("the daemon has no %s", path)
+		}
+		askWithin = map[string]time.Duration{path: time.Millisecond}
+		for name, begun := range map[string]string{"no byte": "", "half an answer": "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"} {
+			dir := t.TempDir()
+			l, err := listen(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			go func() {
+				if c, err := l.Accept(); err == nil {
+					defer c.Close()
+					fmt.Fprint(c, begun)
+					<-t.Context().Done()
+				}
+			}()
+			var answer any
+			if err := Ask(t.Context(), dir, path, nil, &answer); err == nil || err.Error() != "the running signalbox does not answer within 1ms" {
+				t.Errorf("%s, %s: %v", path, name, err)
+			}
+		}
+	}
+}
+
 // A second process that serves the namespace takes the socket, and the first leaves it
 // alone when it ends. A socket that nobody serves is replaced.
 func TestSocketChangesHands(t *testing.T) {
@@ -299,7 +333,7 @@ func TestSocketChangesHands(t *testing.T) {
 	want := func(want string) {
 		t.Helper()
 		var got string
-		if err := Ask(t.Context(), dir, "/", nil, &got); err != nil || got != want {
+		if err := Ask(t.Context(), dir, "/status", nil, &got); err != nil || got != want {
 			t.Errorf("%q answers, %v; want %q", got, err, want)
 		}
 	}
@@ -342,13 +376,13 @@ func TestSocketIsTriedAgain(t *testing.T) {
 	s.Open(dir, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `"here"`) }), slog.New(slog.DiscardHandler))
 	defer s.Close()
 	var got string
-	if err := Ask(t.Context(), dir, "/", nil, &got); err == nil {
+	if err := Ask(t.Context(), dir, "/status", nil, &got); err == nil {
 		t.Fatalf("%q answers without a directory", got)
 	}
 	if err := os.Remove(parent); err != nil {
 		t.Fatal(err)
 	}
-	for end := time.Now().Add(time.Minute); Ask(t.Context(), dir, "/", nil, &got) != nil; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); Ask(t.Context(), dir, "/status", nil, &got) != nil; time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("nothing answers")
 		}
