@@ -14,7 +14,7 @@ DOCKER ?= docker
 RELEASE_TOOL := $(GO) tool -modfile=$(CURDIR)/hack/tools/release/go.mod
 # What the tests, the demo and the benchmarks run besides Go. The daemon itself
 # needs none of it in nftables mode.
-PACKAGES := nftables iptables iproute2
+PACKAGES := nftables iptables iproute2 kmod
 
 .DEFAULT_GOAL := build
 
@@ -55,7 +55,7 @@ image: image-links ## the container images: IMAGE:VERSION, and IMAGE-iptables:VE
 		-o bin/image/$(PLATFORM)/signalbox ./cmd/signalbox
 	rm -rf bin/image/hack && mkdir bin/image/hack && cp -a hack/image bin/image/hack/
 	for image in signalbox signalbox-iptables; do \
-		$(DOCKER) build $(DOCKER_FLAGS) --platform $(PLATFORM) --build-arg VERSION=$(VERSION) --target $$image \
+		DOCKER_BUILDKIT=1 $(DOCKER) build $(DOCKER_FLAGS) --platform $(PLATFORM) --build-arg VERSION=$(VERSION) --target $$image \
 			-t $(IMAGE)$${image#signalbox}:$(VERSION) -f Dockerfile bin/image || exit; \
 	done
 

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"os/exec"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -119,14 +120,24 @@ func (l *Lab) nodes() error {
 			if err := addBridge(n, "cni0", podNetworks[i].at(podNetworks[i].Nth(1))); err != nil {
 				return err
 			}
-			if err := n.sysctls(bridgeNetfilter); errors.Is(err, fs.ErrNotExist) {
-				return &MissingError{"br_netfilter", err}
-			} else if err != nil {
+			if err := n.filterBridged(); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// filterBridged has packets of bridges pass iptables. Not every machine has loaded the module.
+func (h *Host) filterBridged() error {
+	err := h.sysctls(bridgeNetfilter)
+	if errors.Is(err, fs.ErrNotExist) {
+		_ = exec.Command("modprobe", "br_netfilter").Run() // the second attempt says what is missing
+		if err = h.sysctls(bridgeNetfilter); errors.Is(err, fs.ErrNotExist) {
+			return &MissingError{"br_netfilter", err}
+		}
+	}
+	return err
 }
 
 // attach gives eth0 its addresses and the default routes by the gateway.
