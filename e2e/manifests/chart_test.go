@@ -108,7 +108,7 @@ var chartCases = map[string]chartCase{
 	"Prometheus Operator": {
 		values: map[string]any{
 			"config":         map[string]any{"metricsBindAddress": "[::]:20249"},
-			"podMonitor":     map[string]any{"enabled": true, "interval": "15s", "labels": map[string]any{"release": "p"}},
+			"podMonitor":     map[string]any{"enabled": true, "interval": "15s", "job": "kube-proxy", "labels": map[string]any{"release": "p"}},
 			"prometheusRule": map[string]any{"enabled": true, "labels": map[string]any{"release": "p"}},
 		},
 		kinds: []string{"PodMonitor", "PrometheusRule"},
