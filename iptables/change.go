@@ -122,6 +122,21 @@ func (t *transition) script() *xtables.Script {
 	return &s
 }
 
+// rules are those of the chains that the transition writes, by table and chain.
+func (t *transition) rules() (rules [tableCount]map[string][]string) {
+	for table := range tableCount {
+		rules[table] = map[string][]string{}
+	}
+	for i, table := range stepTables {
+		for _, chain := range t.steps[i] {
+			if !chain.Gone {
+				rules[table][chain.Name] = chain.Rules
+			}
+		}
+	}
+	return rules
+}
+
 // fullScript also inserts the missing jumps, and removes the chains of earlier
 // proxies that the change does not write.
 func (t *transition) fullScript(kernel [tableCount]*xtables.Listing, missing []jump) *xtables.Script {

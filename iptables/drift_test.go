@@ -54,8 +54,11 @@ func TestRepair(t *testing.T) {
 			"-t filter -F KUBE-SERVICES": "chains or rules of table filter differ",
 			"-t filter -F KUBE-FIREWALL": "the chain KUBE-FIREWALL does not keep other hosts from 127.0.0.1",
 			"-t nat -F":                  "chains or rules of table nat differ",
+			// The numbers of rules stay. In the legacy variant, the first one's size stays, too.
+			"-t nat -R KUBE-SERVICES 1 -j RETURN":   "+" + xtablesName(p.opts.Family) + " -t nat -A KUBE-SERVICES -j RETURN",
+			"-t filter -R KUBE-FORWARD 1 -j RETURN": "+" + xtablesName(p.opts.Family) + " -t filter -A KUBE-FORWARD -j RETURN",
 		} {
-			if !p.opensLoopback(&desired.Node) && strings.Contains(damage, "FIREWALL") {
+			if !p.opensLoopback(&desired.Node) && strings.Contains(damage, "FIREWALL") || p.tools.Backend == Legacy && strings.Contains(damage, "nat -R") {
 				continue
 			}
 			before := intact()
@@ -76,6 +79,37 @@ func TestRepair(t *testing.T) {
 				t.Errorf("%s: the repair makes something else (-before +after)\n%s", damage, diff)
 			}
 			quiet("the repair of " + damage)
+			if p.unreadable {
+				t.Errorf("%s: rules are no longer compared", damage)
+			}
+		}
+	})
+}
+
+// TestUnknownWords: where the tools print rules in words that the comparison does not know, one
+// full write is the last for that reason.
+func TestUnknownWords(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		save := filepath.Join(t.TempDir(), "save")
+		script := fmt.Sprintf("#!/bin/sh\n%s \"$@\" | sed s/--comment/--remark/\n", p.tools.Save)
+		if err := os.WriteFile(save, []byte(script), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		p.tools.Save = save
+		desired := newWorld(p.opts.Family, 3).plan(10)
+		mustSync(t, p, desired, plan.Change{All: true})
+		for i, want := range []bool{true, false} {
+			run(t, "", p.tools.Command, "-t", "nat", "-N", fmt.Sprintf("OTHER%d", i))
+			noticed(t, p, "a foreign chain")
+			if found, err := p.Repair(t.Context()); err != nil || found.Rewrite != want {
+				t.Errorf("comparison %d finds %q, %v", i, found.Objects, err)
+			}
+			mustSync(t, p, desired, plan.Change{All: true})
+		}
+		run(t, "", p.tools.Command, "-t", "nat", "-F", servicesChain)
+		noticed(t, p, "the flush")
+		if found, err := p.Repair(t.Context()); err != nil || !found.Rewrite {
+			t.Errorf("after a flush: found %+v, %v", found, err)
 		}
 	})
 }

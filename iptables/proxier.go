@@ -102,6 +102,12 @@ type Proxier struct {
 	started bool
 	// triedNetlink says that this process has found out whether netlink can write.
 	triedNetlink bool
+	// rulesDiffer says that nothing but a comparison of each rule has found a difference
+	// since the last full write.
+	rulesDiffer bool
+	// unreadable says that the tools print rules in words that the comparison does not know:
+	// see checkWords.
+	unreadable bool
 
 	mu sync.Mutex // guards what follows against Watch
 	// observer is nil until the kernel can be asked.
@@ -146,12 +152,8 @@ func (p *Proxier) TakenOver() proxier.TakenOver {
 func (p *Proxier) Intact(ctx context.Context) (bool, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	changes, counted := 0, false
-	if p.observer != nil {
-		n, _, err := p.observer.Changes()
-		changes, counted = n, err == nil
-	}
-	if counted && p.intact && changes == p.intactAfter {
+	changes := p.changesLocked()
+	if changes >= 0 && p.intact && changes == p.intactAfter {
 		return true, nil
 	}
 	var err error
@@ -205,10 +207,11 @@ func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
 	if err != nil {
 		return err
 	}
+	before := p.changes()
 	next := newState(p.opts.Family)
 	t := next.change(compiler.compile(plan, everything(plan)))
 	var script *xtables.Script
-	if !p.started && t.match(nat, kernel[nat]) && t.match(filter, kernel[filter]) {
+	if !p.started && len(p.differences(&t.totals, kernel, t.rules)) == 0 {
 		script = &xtables.Script{}
 		for table := range tableCount {
 			script.Add(table.String(), nil, jumpLines(table, missing)...)
@@ -226,7 +229,47 @@ func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
 	}
 	t.commit()
 	p.state, p.compiler, p.started = next, compiler, true
+	if p.rulesDiffer && p.changes() == before {
+		p.checkWords(ctx)
+	}
+	p.rulesDiffer = false
 	return nil
+}
+
+// differences says how the kernel differs from what was written. If the digest chains and the
+// numbers of chains and rules do not differ, it compares each rule: another program may have
+// replaced one.
+func (p *Proxier) differences(written *totals, kernel [tableCount]*xtables.Listing, rules func() [tableCount]map[string][]string) (found []string) {
+	p.rulesDiffer = false
+	for t := range tableCount {
+		if !written.match(t, kernel[t]) {
+			found = append(found, "chains or rules of table "+t.String()+" differ")
+		}
+	}
+	if len(found) > 0 || p.unreadable {
+		return found
+	}
+	var c proxier.Comparison
+	for t, wanted := range rules() {
+		p.tools.Compare(&c, table(t).String(), wanted, kernel[t].OwnRules, nil)
+	}
+	p.rulesDiffer = len(c.Differences) > 0
+	return c.Differences
+}
+
+// checkWords compares each rule after a full write for which such a comparison was the only
+// reason. If it finds differences again, the tools print rules in words that it does not know.
+// Then rules are no longer compared: each comparison would lead to a full write.
+func (p *Proxier) checkWords(ctx context.Context) {
+	_, kernel, _, err := p.list(ctx)
+	if err != nil {
+		return // the next comparison leads here again
+	}
+	found := p.differences(&p.state.totals, kernel, func() [tableCount]map[string][]string { return p.state.rules(p.compiler) })
+	if p.unreadable = p.rulesDiffer; p.unreadable {
+		p.log.Warn("the iptables tools print rules in a form that signalbox does not know; a rule that another program replaces by another one is not noticed",
+			"family", p.opts.Family.String(), "program", p.tools.Save, "differences", len(found), "first", found[0])
+	}
 }
 
 // writeMarker comes before all other rules on a node without any. If the process is
@@ -285,6 +328,25 @@ func (p *Proxier) observe() (by proxier.Writer, changed bool, compareTook time.D
 	return by, changed, p.compareTook
 }
 
+// changes is the number of changes by other software so far, and -1 if the kernel cannot be
+// asked.
+func (p *Proxier) changes() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.changesLocked()
+}
+
+func (p *Proxier) changesLocked() int {
+	if p.observer == nil {
+		return -1
+	}
+	n, _, err := p.observer.Changes()
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
 // Repair implements proxier.Proxier. It only compares: a full write is one restore.
 func (p *Proxier) Repair(ctx context.Context) (found proxier.Difference, err error) {
 	if p.state == nil {
@@ -301,11 +363,7 @@ func (p *Proxier) Repair(ctx context.Context) (found proxier.Difference, err err
 			return found, nil
 		}
 	}
-	for t := range tableCount {
-		if !p.state.match(t, kernel[t]) {
-			found.Objects = append(found.Objects, "chains or rules of table "+t.String()+" differ")
-		}
-	}
+	found.Objects = p.differences(&p.state.totals, kernel, func() [tableCount]map[string][]string { return p.state.rules(p.compiler) })
 	for _, j := range missing {
 		found.Objects = append(found.Objects, fmt.Sprintf("table %s: the jump from %s to %s is missing", j.table, j.from, j.target))
 	}
@@ -370,21 +428,19 @@ func (p *Proxier) compare(ctx context.Context, c *proxier.Comparison, about []pl
 	if len(about) == 0 {
 		wanted := p.state.rules(p.compiler)
 		for t := range tableCount {
-			var have map[string][]string
-			if have, kernel[t], err = p.tools.Rules(ctx, t.String(), isOurs); err != nil {
+			if kernel[t], err = p.tools.List(ctx, t.String(), isOurs); err != nil {
 				return kernel, err
 			}
-			p.tools.Compare(c, t.String(), wanted[t], have, nil)
+			p.tools.Compare(c, t.String(), wanted[t], kernel[t].OwnRules, nil)
 		}
 		return kernel, nil
 	}
 	s := p.state.subject(p.compiler, about)
 	for t := range tableCount {
-		var have map[string][]string
-		if have, kernel[t], err = p.tools.RulesOf(ctx, t.String(), isOurs, slices.Collect(maps.Keys(s.rules[t])), jumpsOf(t)); err != nil {
+		if kernel[t], err = p.tools.ListOf(ctx, t.String(), slices.Collect(maps.Keys(s.rules[t])), jumpsOf(t)); err != nil {
 			return kernel, err
 		}
-		p.tools.Compare(c, t.String(), s.rules[t], have, s.has)
+		p.tools.Compare(c, t.String(), s.rules[t], kernel[t].OwnRules, s.has)
 	}
 	return kernel, nil
 }

@@ -95,6 +95,7 @@ func TestResumeDamaged(t *testing.T) {
 		"a chain is flushed": {"-t", "nat", "-F", "KUBE-SERVICES"},
 		"a jump is gone":     {"-t", "nat", "-D", "PREROUTING", "1"},
 		"nothing is left":    {"-t", "nat", "-F"},
+		"a rule is another":  {"-t", "nat", "-R", "KUBE-MARK-MASQ", "1", "-j", "RETURN"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachVariant(t, func(t *testing.T, p *Proxier) {

@@ -83,23 +83,12 @@ func (s *state) rulesOf(name plan.ServicePortName) *serviceRules {
 
 // rules are those that the kernel should hold, by table and chain. They are compiled again,
 // because a state has no text of them.
-func (s *state) rules(c *compiler) (rules [tableCount]map[string][]string) {
+func (s *state) rules(c *compiler) [tableCount]map[string][]string {
 	desired := &plan.Plan{Family: c.family, Node: s.node, Services: map[plan.ServicePortName]*plan.ServicePort{}}
 	for name, r := range s.services {
 		desired.Services[name] = r.port
 	}
-	for table := range tableCount {
-		rules[table] = map[string][]string{}
-	}
-	t := newState(c.family).change(c.compile(desired, everything(desired)))
-	for i, table := range stepTables {
-		for _, chain := range t.steps[i] {
-			if !chain.Gone {
-				rules[table][chain.Name] = chain.Rules
-			}
-		}
-	}
-	return rules
+	return newState(c.family).change(c.compile(desired, everything(desired))).rules()
 }
 
 // subject is the part of the rules that packets to some Service ports meet: the own chains of
@@ -168,10 +157,8 @@ func (s *subject) has(chain, rule string) bool {
 	})
 }
 
-// In each table an empty chain, the digest chain, has a name that is a digest
-// of all that this mode has there. A new process that finds the digest of what
-// it would write has nothing to write. It cannot compare the rules themselves:
-// the tools print them in other words than they read, each version in its own.
+// In each table an empty chain, the digest chain, has a name that is a digest of all that this
+// mode has there. A new process that finds another digest need not compare rules.
 
 // digest is a sum over things in any order, so that it can follow changes.
 type digest [2]uint64

@@ -21,7 +21,7 @@ import (
 // into one form: see canonical.
 
 // Compare adds to c how the chains of a table differ, as commands of iptables. Rules by
-// chain are wanted, as in Chain.Rules, or were read by Rules. With about, it leaves out the
+// chain are wanted, as in Chain.Rules, or in Listing.OwnRules. With about, it leaves out the
 // wanted chains and rules for which that is false; the rule of a chain itself is "".
 func (t *Tools) Compare(c *proxier.Comparison, table string, wanted, have map[string][]string, about func(chain, rule string) bool) {
 	line := func(chain, rule string) string {

@@ -26,8 +26,10 @@ type Listing struct {
 	Rules   int // of all chains
 	// used are the chains that rules in chains of other software jump to.
 	used map[string]bool
-	// Own is the size of the caller's own chains.
-	Own Size
+	// Own is the size of the caller's own chains, and OwnRules are the rules in each of them,
+	// as iptables-save writes them after the chain's name.
+	Own      Size
+	OwnRules map[string][]string
 	// Marked says that the table has a marker rule.
 	Marked bool
 }
@@ -36,65 +38,6 @@ type Listing struct {
 // to look for. A table that does not exist is empty; the legacy tool then
 // creates it.
 func (t *Tools) List(ctx context.Context, table string, own func(chain string) bool, markers ...string) (*Listing, error) {
-	return t.list(ctx, table, own, func(string, string) {}, markers...)
-}
-
-// Rules reads the rules of the caller's chains in one table, as iptables-save prints them,
-// and lists the table.
-func (t *Tools) Rules(ctx context.Context, table string, own func(chain string) bool) (map[string][]string, *Listing, error) {
-	rules := map[string][]string{}
-	l, err := t.list(ctx, table, own, func(chain, rule string) { rules[chain] = append(rules[chain], rule) })
-	if err != nil {
-		return nil, nil, err
-	}
-	for _, name := range l.Chains {
-		if own(name) && rules[name] == nil {
-			rules[name] = []string{}
-		}
-	}
-	return rules, l, nil
-}
-
-// maxChainLists is how many chains are listed one by one. Each starts a program.
-const maxChainLists = 60
-
-// RulesOf is Rules for some of the caller's chains. In the nft variant it reads only these, if
-// they are few. The Listing then has the rules of the built-in chains that have jumps, and
-// which of the chains and of the jumps' targets exist.
-func (t *Tools) RulesOf(ctx context.Context, table string, own func(chain string) bool, chains []string, jumps map[string][]string) (map[string][]string, *Listing, error) {
-	if t.Backend != NFT || len(chains) > maxChainLists {
-		rules, l, err := t.Rules(ctx, table, own)
-		maps.DeleteFunc(rules, func(name string, _ []string) bool { return !slices.Contains(chains, name) })
-		return rules, l, err
-	}
-	l, rules := &Listing{}, map[string][]string{}
-	exists := func(name string) bool { return HasNFTChain(t.Family, table, name) }
-	for builtin, targets := range jumps {
-		if !exists(builtin) {
-			continue
-		}
-		lines, err := t.ListChain(ctx, table, builtin)
-		if err != nil {
-			return nil, nil, err
-		}
-		l.Builtin = append(l.Builtin, lines...)
-		l.Chains = append(l.Chains, slices.DeleteFunc(targets, func(name string) bool { return !exists(name) })...)
-	}
-	for _, name := range slices.DeleteFunc(chains, func(name string) bool { return !exists(name) }) {
-		lines, err := t.ListChain(ctx, table, name)
-		if err != nil {
-			return nil, nil, err
-		}
-		l.Chains, rules[name] = append(l.Chains, name), []string{}
-		for _, line := range lines {
-			rules[name] = append(rules[name], strings.TrimPrefix(line, "-A "+name+" "))
-		}
-	}
-	return rules, l, nil
-}
-
-// list calls each with the rules of the caller's chains.
-func (t *Tools) list(ctx context.Context, table string, own func(chain string) bool, each func(chain, rule string), markers ...string) (*Listing, error) {
 	cmd := exec.CommandContext(ctx, t.Save, "-t", table)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -106,16 +49,52 @@ func (t *Tools) list(ctx context.Context, table string, own func(chain string) b
 	if err != nil {
 		return nil, fmt.Errorf("read table %s: %w", table, err)
 	}
-	l, scanErr := parse(bufio.NewScanner(out), own, each, markers)
+	l, scanErr := parse(bufio.NewScanner(out), own, markers)
 	if err := errors.Join(cmd.Wait(), scanErr); err != nil {
 		return nil, fmt.Errorf("read table %s: %s: %w", table, strings.TrimSpace(stderr.String()), err)
 	}
 	return l, nil
 }
 
-func parse(lines *bufio.Scanner, own func(chain string) bool, each func(chain, rule string), markers []string) (*Listing, error) {
-	l := &Listing{used: map[string]bool{}}
-	builtin, owned := map[string]bool{}, map[string]bool{}
+// maxChainLists is how many chains are listed one by one. Each starts a program.
+const maxChainLists = 60
+
+// ListOf is List with OwnRules of some chains. In the nft variant it reads only these, if
+// they are few. The Listing then has the rules of the built-in chains that have jumps, and
+// which of the chains and of the jumps' targets exist.
+func (t *Tools) ListOf(ctx context.Context, table string, chains []string, jumps map[string][]string) (*Listing, error) {
+	if t.Backend != NFT || len(chains) > maxChainLists {
+		return t.List(ctx, table, func(name string) bool { return slices.Contains(chains, name) })
+	}
+	l := &Listing{OwnRules: map[string][]string{}}
+	exists := func(name string) bool { return HasNFTChain(t.Family, table, name) }
+	for builtin, targets := range jumps {
+		if !exists(builtin) {
+			continue
+		}
+		lines, err := t.ListChain(ctx, table, builtin)
+		if err != nil {
+			return nil, err
+		}
+		l.Builtin = append(l.Builtin, lines...)
+		l.Chains = append(l.Chains, slices.DeleteFunc(targets, func(name string) bool { return !exists(name) })...)
+	}
+	for _, name := range slices.DeleteFunc(chains, func(name string) bool { return !exists(name) }) {
+		lines, err := t.ListChain(ctx, table, name)
+		if err != nil {
+			return nil, err
+		}
+		l.Chains, l.OwnRules[name] = append(l.Chains, name), nil
+		for _, line := range lines {
+			l.OwnRules[name] = append(l.OwnRules[name], strings.TrimPrefix(line, "-A "+name+" "))
+		}
+	}
+	return l, nil
+}
+
+func parse(lines *bufio.Scanner, own func(chain string) bool, markers []string) (*Listing, error) {
+	l := &Listing{used: map[string]bool{}, OwnRules: map[string][]string{}}
+	builtin := map[string]bool{}
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		line := lines.Text()
@@ -127,7 +106,7 @@ func parse(lines *bufio.Scanner, own func(chain string) bool, each func(chain, r
 			}
 			l.Chains = append(l.Chains, name)
 			if own != nil && own(name) {
-				owned[name] = true
+				l.OwnRules[name] = nil
 				l.Own.Chains++
 			}
 		}
@@ -138,12 +117,13 @@ func parse(lines *bufio.Scanner, own func(chain string) bool, each func(chain, r
 		l.Rules++
 		l.Marked = l.Marked || slices.Contains(markers, line)
 		name, rule, _ := strings.Cut(rest, " ")
+		rules, owned := l.OwnRules[name]
 		switch {
 		case builtin[name]:
 			l.Builtin = append(l.Builtin, line)
-		case owned[name]:
+		case owned:
 			l.Own.Rules++
-			each(name, rule)
+			l.OwnRules[name] = append(rules, rule)
 		default:
 			l.used[JumpTarget(rule)] = true
 		}

@@ -31,7 +31,7 @@ COMMIT
 
 func TestListing(t *testing.T) {
 	own := func(name string) bool { return strings.HasPrefix(name, "OWN-") }
-	l, err := parse(bufio.NewScanner(strings.NewReader(saved)), own, func(string, string) {}, []string{"-A OWN-A -j RETURN"})
+	l, err := parse(bufio.NewScanner(strings.NewReader(saved)), own, []string{"-A OWN-A -j RETURN"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,7 +40,8 @@ func TestListing(t *testing.T) {
 		Chains:  []string{"OTHER", "OWN-A", "OWN-B", "OWN-C"},
 		Builtin: []string{first, "-A PREROUTING -p tcp -g OWN-B"},
 		Rules:   5, Own: Size{Chains: 3, Rules: 2}, Marked: true,
-		used: map[string]bool{"OWN-C": true},
+		OwnRules: map[string][]string{"OWN-A": {"-j DNAT --to-destination 10.0.0.1:80", "-j RETURN"}, "OWN-B": nil, "OWN-C": nil},
+		used:     map[string]bool{"OWN-C": true},
 	}
 	if diff := cmp.Diff(want, l, cmp.AllowUnexported(Listing{})); diff != "" {
 		t.Errorf("(-want +parsed)\n%s", diff)
