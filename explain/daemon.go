@@ -188,11 +188,11 @@ func (d *Daemon) serveExplain(w http.ResponseWriter, r *http.Request) {
 
 func (d *Daemon) serveStatus(w http.ResponseWriter, r *http.Request) {
 	s := d.current()
-	notServed := map[plan.Family][]syncer.NotServed{}
+	var known loopStatus
 	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
 	defer cancel()
-	err := s.Loop.Ask(ctx, func() { s.readNotServed(notServed) })
-	status := d.status(notServed)
+	err := s.Loop.Ask(ctx, func() { known = s.loopStatus() })
+	status := d.status(known)
 	if err != nil {
 		status.Busy = err.Error()
 	}
@@ -275,15 +275,28 @@ func (a *Answer) compare(ctx context.Context, l *syncer.Loop) {
 	a.judge()
 }
 
-// status joins what the Loop told with what is known without it.
-// readNotServed is called by the Loop's goroutine.
-func (s *Subject) readNotServed(into map[plan.Family][]syncer.NotServed) {
-	for _, family := range s.Loop.Families() {
-		into[family] = s.Loop.Quarantined(family)
-	}
+// loopStatus is the part of a Status that only the Loop's goroutine knows.
+type loopStatus struct {
+	notServed map[plan.Family][]syncer.NotServed
+	problems  []syncer.ObjectProblem
+	objects   int // with problems
 }
 
-func (d *Daemon) status(notServed map[plan.Family][]syncer.NotServed) *Status {
+// maxObjects is of how many objects a Status has the problems.
+const maxObjects = 50
+
+// loopStatus is called by the Loop's goroutine.
+func (s *Subject) loopStatus() loopStatus {
+	known := loopStatus{notServed: map[plan.Family][]syncer.NotServed{}}
+	for _, family := range s.Loop.Families() {
+		known.notServed[family] = s.Loop.Quarantined(family)
+	}
+	known.problems, known.objects = s.Loop.ObjectProblems(maxObjects)
+	return known
+}
+
+// status joins what the Loop knows with what is known without it.
+func (d *Daemon) status(known loopStatus) *Status {
 	problems, failing := d.problems(), d.failingRequests()
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -291,14 +304,17 @@ func (d *Daemon) status(notServed map[plan.Family][]syncer.NotServed) *Status {
 	o := progress.Objects
 	out := &Status{
 		Version: d.version, Started: d.started, Node: s.Node, Mode: s.Mode, ModeReason: s.ModeReason, Origin: s.Origin, Problems: problems,
-		FailingRequests: failing, Objects: Objects{o.Services, o.EndpointSlices, o.Nodes, o.ServiceCIDRs},
+		FailingRequests: failing, Objects: Objects{o.Services, o.EndpointSlices, o.Nodes, o.ServiceCIDRs}, ObjectsWithProblems: known.objects,
+	}
+	for _, p := range known.problems {
+		out.ObjectProblems = append(out.ObjectProblems, ObjectProblem{p.Kind, p.Object, p.Field, p.Reason, p.Since})
 	}
 	if !progress.Synced {
 		out.Problems = append(out.Problems, "not all objects are read yet; what the kernel had before still serves")
 	}
 	for _, family := range slices.Sorted(maps.Keys(progress.Pending)) {
 		f := familyStatus(family, d.lastSync[family], progress.Pending[family])
-		for _, n := range notServed[family] {
+		for _, n := range known.notServed[family] {
 			f.NotServed = append(f.NotServed, NotServed(n))
 		}
 		out.Families = append(out.Families, f)

@@ -141,7 +141,7 @@ func (k *kernel) Problem(name plan.ServicePortName) (plan.Problem, bool) {
 	if k.world.asked != nil {
 		k.world.asked(name)
 	}
-	return plan.Problem{Reason: k.world.problem}, k.world.problem != ""
+	return plan.Problem{Kind: "Service", Object: name.ServiceName.String(), Field: "spec.ports", Reason: k.world.problem}, k.world.problem != ""
 }
 
 // Compare knows the line of each Service port, and what other software removed.

@@ -121,12 +121,12 @@ type serviceRow struct {
 
 func (d *Daemon) servePage(w http.ResponseWriter, r *http.Request, pace *pace, fill pageFiller) {
 	s := d.current()
-	notServed := map[plan.Family][]syncer.NotServed{}
+	var known loopStatus
 	content := &pageContent{Code: http.StatusOK}
 	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
 	defer cancel()
 	err := pace.make(ctx, s.Loop, func(ask func(func()) error) error {
-		if err := ask(func() { s.readNotServed(notServed) }); err != nil {
+		if err := ask(func() { known = s.loopStatus() }); err != nil {
 			return err
 		}
 		if !s.Loop.Progress().Synced {
@@ -137,7 +137,7 @@ func (d *Daemon) servePage(w http.ResponseWriter, r *http.Request, pace *pace, f
 	if err != nil {
 		content = &pageContent{Question: content.Question, Code: http.StatusServiceUnavailable, Error: err.Error()}
 	}
-	content.Status = d.status(notServed)
+	content.Status = d.status(known)
 	var page bytes.Buffer
 	if err := pageTemplate.Execute(&page, content); err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)

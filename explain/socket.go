@@ -150,9 +150,9 @@ func (l *rootListener) Close() error {
 // ErrNoDaemon says that no daemon has a socket for this network namespace.
 var ErrNoDaemon = errors.New("no signalbox of this network namespace answers")
 
-// askWithin bounds the wait for an answer, by path. A daemon that is frozen (SIGSTOP), or
-// that the kernel does not run accepts connections and never answers. /explain and /diff
-// read the kernel; the server ends each answer after two minutes.
+// askWithin bounds the wait for an answer, by path. A frozen daemon (SIGSTOP) accepts
+// connections and never answers. /explain and /diff read the kernel; the server ends each
+// answer after two minutes.
 var askWithin = map[string]time.Duration{
 	"/explain": 2 * time.Minute, "/diff": 2 * time.Minute,
 	"/status": 2 * askTimeout, "/frontends": 2 * askTimeout,

@@ -25,6 +25,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/utils/ptr"
 
 	"signalbox/conntrack"
 	"signalbox/proxier"
@@ -193,6 +195,87 @@ func TestDiffOfFailingSyncs(t *testing.T) {
 	}
 	if d := diff(); !slices.Contains(d.Families[0].Lines, "the kernel lacks the last change of Service default/web:http") || !strings.Contains(fmt.Sprint(d), "no buffer space available") {
 		t.Errorf("after a change that fails: %+v", d)
+	}
+}
+
+// The status names what objects ask for and do not get, and since when.
+func TestObjectProblems(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		inject  func(w *world)
+		problem string // "kind object: field: part of the reason"
+	}{
+		{"two Services want one external IP", func(w *world) { w.others = append(w.others, w.clone("app", "10.96.0.11", "198.51.100.7")) },
+			`Service default/web: spec.externalIPs: port "http" claims 198.51.100.7:80/tcp (IPv4), which Service default/app:http has`},
+		{"a bad port", func(w *world) { w.service.Spec.Ports[0].Port = 70000 }, "Service default/web: spec.ports[0].port: 70000 is not a port"},
+		{"forbidden addresses", func(w *world) {
+			w.slice.Endpoints = w.slice.Endpoints[:1]
+			w.slice.Endpoints[0].Addresses = []string{"127.0.0.1"}
+		}, `EndpointSlice default/web-1: endpoints[0].addresses[0]: "127.0.0.1" is a loopback`},
+		{"a slice of no Service", func(w *world) { w.slice.Labels = nil }, "EndpointSlice default/web-1: metadata.labels: "},
+		{"the mode serves it otherwise", func(w *world) { w.problem = "NodePort 30080 is not served on loopback" }, "Service default/web: spec.ports: NodePort 30080 is not served on loopback"},
+	} {
+		t.Run(strings.ReplaceAll(test.name, " ", "-"), func(t *testing.T) {
+			w, dir := newWorld(t), t.TempDir()
+			test.inject(w)
+			began := time.Now()
+			d := w.served(dir)
+			d.Synced(syncer.SyncReport{Family: plan.IPv4})
+			status := func() (s Status) {
+				t.Helper()
+				if err := Ask(t.Context(), dir, "/status", nil, &s); err != nil {
+					t.Fatal(err)
+				}
+				return s
+			}
+			first := status()
+			if first.Well() || first.ObjectsWithProblems != 1 || len(first.ObjectProblems) != 1 {
+				t.Fatalf("the status is %+v", first)
+			}
+			p := first.ObjectProblems[0]
+			if text := fmt.Sprintf("%s %s: %s: %s", p.Kind, p.Object, p.Field, p.Reason); !strings.HasPrefix(text, test.problem) || p.Since.Before(began.Truncate(time.Microsecond)) {
+				t.Errorf("since %v: %s", p.Since, text)
+			}
+			var text strings.Builder
+			if first.Print(&text); !strings.Contains(text.String(), "object problem") {
+				t.Errorf("the text is\n%s", text.String())
+			}
+			if _, body := page(t, d.Page(), "/services"); !strings.Contains(body, p.Kind+" "+p.Object+" since ") {
+				t.Errorf("the page lacks the problem:\n%s", body)
+			}
+			if err := w.loop.Ask(t.Context(), func() {
+				w.service.Spec.SessionAffinity, w.slice.Ports[0].Port = corev1.ServiceAffinityClientIP, ptr.To[int32](8081)
+				if err := w.change(); err != nil {
+					t.Error(err)
+				}
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if again := status(); len(again.ObjectProblems) != 1 || again.ObjectProblems[0].Since != p.Since {
+				t.Errorf("after another change: %+v, was %+v", again, first)
+			}
+		})
+	}
+}
+
+// A status has a bounded number of objects with problems, and counts all.
+func TestManyObjectProblems(t *testing.T) {
+	w, dir := newWorld(t), t.TempDir()
+	const more = 30
+	for n := range maxObjects + more {
+		w.also(fmt.Sprintf("s%02d", n), n, func(s *corev1.Service, _ *discoveryv1.Endpoint) {
+			s.Spec.Ports[0].Port, s.Spec.SessionAffinity = 70000, "nonsense"
+		})
+	}
+	w.served(dir)
+	var status Status
+	if err := Ask(t.Context(), dir, "/status", nil, &status); err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	status.Print(&text)
+	if status.ObjectsWithProblems != maxObjects+more || len(status.ObjectProblems) != 2*maxObjects || !strings.Contains(text.String(), fmt.Sprintf("and %d more objects", more)) {
+		t.Errorf("of %d objects, the status has %d problems:\n%s", status.ObjectsWithProblems, len(status.ObjectProblems), text.String())
 	}
 }
 

@@ -25,9 +25,12 @@ type Status struct {
 	FailingRequests []FailingRequest `json:"failingRequests,omitempty"`
 	Objects         Objects          `json:"objects"`
 	Families        []FamilyStatus   `json:"families"`
-	// Problems are about the node and the configuration. Everything else is served.
+	// Problems are about the node and the configuration.
 	Problems []string `json:"problems,omitempty"`
-	// Busy says why the answer is without NotServed.
+	// ObjectProblems are about the first maxObjects of ObjectsWithProblems.
+	ObjectProblems      []ObjectProblem `json:"objectProblems,omitempty"`
+	ObjectsWithProblems int             `json:"objectsWithProblems"`
+	// Busy says why the answer is without NotServed and ObjectProblems.
 	Busy string `json:"busy,omitempty"`
 }
 
@@ -36,6 +39,15 @@ type FailingRequest struct {
 	Resource string    `json:"resource"`
 	Since    time.Time `json:"since"`
 	Error    string    `json:"error"`
+}
+
+// ObjectProblem says what in an object is not served as the object asks.
+type ObjectProblem struct {
+	Kind   string    `json:"kind"`
+	Object string    `json:"object"`
+	Field  string    `json:"field"`
+	Reason string    `json:"reason"`
+	Since  time.Time `json:"since"`
 }
 
 // String follows "the API server".
@@ -133,9 +145,9 @@ func (d *Diff) ExitCode() (code int) {
 	return code
 }
 
-// Well says whether everything is served and follows the cluster.
+// Well says whether everything is served as its objects ask, and follows the cluster.
 func (s *Status) Well() bool {
-	wrong := len(s.FailingRequests)+len(s.Problems) > 0 || s.Busy != ""
+	wrong := len(s.FailingRequests)+len(s.Problems)+s.ObjectsWithProblems > 0 || s.Busy != ""
 	return !wrong && !slices.ContainsFunc(s.Families, func(f FamilyStatus) bool {
 		return len(f.NotServed) > 0 || f.LastSync == nil || f.LastSync.Error != ""
 	})
@@ -158,8 +170,16 @@ func (s *Status) Print(w io.Writer) {
 	for _, p := range s.Problems {
 		fmt.Fprintf(lines, "problem\t%s\n", p)
 	}
+	listed := map[string]bool{}
+	for _, p := range s.ObjectProblems {
+		listed[p.Kind+p.Object] = true
+		fmt.Fprintf(lines, "object problem\t%s %s since %s: %s: %s\n", p.Kind, p.Object, p.Since.Format(time.RFC3339), p.Field, p.Reason)
+	}
+	if more := s.ObjectsWithProblems - len(listed); more > 0 {
+		fmt.Fprintf(lines, "object problem\tand %d more objects\n", more)
+	}
 	if s.Busy != "" {
-		fmt.Fprintf(lines, "not known\twhich Services are in quarantine: %s\n", s.Busy)
+		fmt.Fprintf(lines, "not known\twhich Services are in quarantine, and which objects have problems: %s\n", s.Busy)
 	}
 	lines.Flush()
 }

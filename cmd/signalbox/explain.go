@@ -123,11 +123,12 @@ func statusCommand() *cobra.Command {
 		Use:   "status",
 		Short: "Print the state of the signalbox that serves this node",
 		Long: `Prints mode, IP families, counts and last syncs of the signalbox that serves this
-node, what it does not serve and since when, problems of the node, and requests
-to the API server that fail. It asks through a local socket and needs root.
+node, what it does not serve and since when, problems of the node and of objects,
+and requests to the API server that fail. It asks through a local socket and needs
+root.
 
-The exit code is 0 if everything is served, 2 if something is not, and 1 if no
-signalbox answers.`,
+The exit code is 0 if everything is served as its objects ask, 2 if something is
+not, and 1 if no signalbox answers.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var status explain.Status

@@ -4,9 +4,11 @@ package service
 
 import (
 	"cmp"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 	"unique"
 
 	"signalbox/proxier/plan"
@@ -244,7 +246,13 @@ type objectKey struct{ kind, namespace, name string }
 // objectProblems are the problems of one object that belongs to a Service.
 type objectProblems struct {
 	service plan.ServiceName
-	found   []plan.Problem
+	ObjectProblems
+}
+
+// ObjectProblems are the problems of one object.
+type ObjectProblems struct {
+	Found []plan.Problem // at least one
+	Since time.Time      // the object has had problems
 }
 
 // keepProblems remembers what is wrong with an object; only such objects cost memory.
@@ -253,7 +261,22 @@ func (t *Tracker) keepProblems(key objectKey, service plan.ServiceName, found []
 		delete(t.problems, key)
 		return
 	}
-	t.problems[key] = objectProblems{service, found}
+	since := time.Now()
+	if before, had := t.problems[key]; had {
+		since = before.Since
+	}
+	t.problems[key] = objectProblems{service, ObjectProblems{found, since}}
+}
+
+// Problems yields the problems of each Service or EndpointSlice that has some.
+func (t *Tracker) Problems() iter.Seq[ObjectProblems] {
+	return func(yield func(ObjectProblems) bool) {
+		for _, p := range t.problems {
+			if !yield(p.ObjectProblems) {
+				return
+			}
+		}
+	}
 }
 
 // problemsOf returns what is wrong with a Service and its slices, in the order of
@@ -262,7 +285,7 @@ func (t *Tracker) problemsOf(name plan.ServiceName) []plan.Problem {
 	var out []plan.Problem
 	for _, p := range t.problems {
 		if p.service == name {
-			out = append(out, p.found...)
+			out = append(out, p.Found...)
 		}
 	}
 	slices.SortStableFunc(out, func(a, b plan.Problem) int {

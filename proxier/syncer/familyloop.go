@@ -46,9 +46,9 @@ type familyLoop struct {
 	repairs *drift.Repairs
 
 	// problemOf has what the mode last reported about each Service port. problems
-	// counts the reports of all families.
+	// has the reports of all families.
 	problemOf map[plan.ServicePortName]plan.Problem
-	problems  problemCounts
+	problems  modeProblems
 
 	written  bool          // everything was written once or more
 	asked    bool          // all is set on request, not after a failure
@@ -75,7 +75,7 @@ const (
 	maxFullSyncFailures = 3
 )
 
-func newFamilyLoop(family plan.Family, p proxier.Proxier, opts *LoopOptions, problems problemCounts, quarantined map[plan.ServiceName]int) *familyLoop {
+func newFamilyLoop(family plan.Family, p proxier.Proxier, opts *LoopOptions, problems modeProblems, quarantined map[plan.ServiceName]int) *familyLoop {
 	return &familyLoop{
 		family: family, proxier: p, planner: newPlanner(family), opts: opts,
 		log: opts.Logger.With("family", family.String()),

@@ -105,6 +105,7 @@ type Loop struct {
 	resolved        int                           // how often a Service was resolved, over all families
 	warnedOfWeights map[plan.ServiceName]struct{} // see warnOfIgnoredWeights
 	families        []*familyLoop
+	problems        modeProblems // of all families
 
 	nodeMissing bool // as in the last call of NodeMissing
 	processor   *budget.Budget
@@ -123,13 +124,13 @@ func NewLoop(opts LoopOptions) *Loop {
 	if opts.RetryPeriod == 0 {
 		opts.RetryPeriod = 30 * time.Second
 	}
-	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: service.NewTracker(opts.NodeName, &opts.Settings), warnedOfWeights: map[plan.ServiceName]struct{}{}, questions: make(chan func()), processor: budget.New(opts.MaxProcessor)}
+	l := &Loop{inbox: &inbox{wake: make(chan struct{}, 1)}, opts: opts, tracker: service.NewTracker(opts.NodeName, &opts.Settings), warnedOfWeights: map[plan.ServiceName]struct{}{}, questions: make(chan func()), processor: budget.New(opts.MaxProcessor), problems: modeProblems{}}
 	l.progress.pending = map[plan.Family]time.Time{}
-	problems, quarantined := problemCounts{}, map[plan.ServiceName]int{}
+	quarantined := map[plan.ServiceName]int{}
 	for _, family := range plan.Families {
 		if p := opts.Proxiers[family]; p != nil {
 			l.progress.pending[family] = time.Time{}
-			l.families = append(l.families, newFamilyLoop(family, p, &l.opts, problems, quarantined))
+			l.families = append(l.families, newFamilyLoop(family, p, &l.opts, l.problems, quarantined))
 		}
 	}
 	return l

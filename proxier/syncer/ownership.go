@@ -178,6 +178,26 @@ func findRequest(sorted []request, r request) (int, bool) {
 	return slices.BinarySearchFunc(sorted, r, request.compare)
 }
 
+// waiting returns the Services that wait for a frontend.
+func (p *planner) waiting() map[plan.ServiceName]*plannedService {
+	out := map[plan.ServiceName]*plannedService{}
+	for _, queue := range p.ownership.waiting {
+		for _, r := range queue {
+			out[r.by.ServiceName] = p.services[r.by.ServiceName]
+		}
+	}
+	return out
+}
+
+// conflicts reports every request of a Service that waits.
+func (p *planner) conflicts(name plan.ServiceName, s *plannedService) []plan.Problem {
+	found := plan.Problems{Kind: "Service", Object: name.String()}
+	for _, r := range s.waiting {
+		p.conflict(&found, r)
+	}
+	return found.All()
+}
+
 // fieldOf names the field of a Service that frontends come from.
 var fieldOf = map[plan.FrontendKind]string{
 	plan.ClusterIP: "spec.clusterIPs", plan.ExternalIP: "spec.externalIPs", plan.LoadBalancerIP: "status.loadBalancer.ingress", plan.NodePort: "spec.ports[].nodePort",

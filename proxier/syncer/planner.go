@@ -35,7 +35,9 @@ type plannedService struct {
 	since   int64                  // as in requester
 	ports   []plan.ServicePortName // in the plan, sorted
 	waiting []request              // for frontends that better requests own
-	// See ServiceState; written is in Unix nanoseconds.
+	// waitsSince is when it began to wait. Times are in Unix nanoseconds.
+	waitsSince int64
+	// See ServiceState.
 	written int64
 	took    time.Duration
 }
@@ -86,6 +88,13 @@ func (p *planner) update(name plan.ServiceName, since int64, ports []*plan.Servi
 		}
 	}
 	slices.SortFunc(next.waiting, request.compare)
+	switch {
+	case len(next.waiting) == 0:
+	case len(old.waiting) == 0:
+		next.waitsSince = time.Now().UnixNano()
+	default:
+		next.waitsSince = old.waitsSince
+	}
 	p.grant(next, ports, &found)
 	p.remove(old.ports, next.ports)
 	p.plan.Services = compact.Map(p.plan.Services, &p.mostPorts)

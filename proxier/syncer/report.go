@@ -38,20 +38,33 @@ func (f *familyLoop) collectProblems(desired *plan.Plan, change plan.Change) {
 	}
 }
 
-// problemCounts counts the Service ports for which modes report each Problem.
-type problemCounts map[plan.Problem]int
+// modeProblems has each Problem that modes report.
+type modeProblems map[plan.Problem]modeProblem
+
+// modeProblem counts the Service ports for which modes report a Problem.
+type modeProblem struct {
+	ports int
+	since time.Time // of the first report
+}
 
 // replace counts p, if found, instead of old, which may be none. It says whether p is
 // new.
-func (s problemCounts) replace(old, p plan.Problem, found bool) (isNew bool) {
+func (s modeProblems) replace(old, p plan.Problem, found bool) (isNew bool) {
 	if found {
-		s[p]++
-		isNew = s[p] == 1
+		isNew = s.count(p, 1)
 	}
-	if s[old]--; s[old] <= 0 {
-		delete(s, old)
-	}
+	s.count(old, -1)
 	return isNew
+}
+
+func (s modeProblems) count(p plan.Problem, change int) (isNew bool) {
+	before, known := s[p]
+	if ports := before.ports + change; ports > 0 {
+		s[p] = modeProblem{ports, earliest(before.since, time.Now())}
+	} else {
+		delete(s, p)
+	}
+	return !known
 }
 
 // maxTriggers bounds the memory for trigger times while all syncs fail.

@@ -3,6 +3,7 @@
 package syncer
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -166,6 +167,50 @@ func (l *Loop) Quarantined(family plan.Family) []NotServed {
 		out = append(out, NotServed{name.String(), o.reason, o.since})
 	}
 	return out
+}
+
+// ObjectProblem says what in an object is not served as the object asks.
+type ObjectProblem struct {
+	plan.Problem
+	Since time.Time
+}
+
+// ObjectProblems lists the problems of at most most Services and EndpointSlices, sorted by
+// name: wrong values, frontends that another Service has, and what the mode reports. It
+// also counts all objects with problems. Those in quarantine are not among them.
+func (l *Loop) ObjectProblems(most int) (list []ObjectProblem, objects int) {
+	type source struct {
+		kind, object string
+		since        time.Time
+		problems     func() []plan.Problem // many texts are never read
+	}
+	var all []source
+	for p := range l.tracker.Problems() {
+		all = append(all, source{p.Found[0].Kind, p.Found[0].Object, p.Since, func() []plan.Problem { return p.Found }})
+	}
+	for p, reported := range l.problems {
+		all = append(all, source{p.Kind, p.Object, reported.since, func() []plan.Problem { return []plan.Problem{p} }})
+	}
+	for _, f := range l.families {
+		for name, s := range f.planner.waiting() {
+			all = append(all, source{"Service", name.String(), time.Unix(0, s.waitsSince), func() []plan.Problem { return f.planner.conflicts(name, s) }})
+		}
+	}
+	slices.SortStableFunc(all, func(a, b source) int {
+		return cmp.Or(cmp.Compare(a.object, b.object), cmp.Compare(a.kind, b.kind), a.since.Compare(b.since))
+	})
+	for i, s := range all {
+		if i == 0 || s.object != all[i-1].object || s.kind != all[i-1].kind {
+			objects++
+		}
+		if objects > most {
+			continue
+		}
+		for _, p := range s.problems() {
+			list = append(list, ObjectProblem{p, s.since})
+		}
+	}
+	return list, objects
 }
 
 // Compare has the mode compare the kernel with what it wrote. See proxier.Proxier.
