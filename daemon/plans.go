@@ -4,14 +4,20 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
+	"slices"
 
 	"signalbox/config"
+	"signalbox/conntrack"
 	"signalbox/explain"
+	"signalbox/kubeproxy"
 	"signalbox/modes"
+	"signalbox/node"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
@@ -30,9 +36,11 @@ func Plans(ctx context.Context, cfg *config.Config, mode proxier.Mode, local []n
 	return []*plan.Plan{loop.Plan(plan.IPv4), loop.Plan(plan.IPv6)}, nil
 }
 
-// Explain reads the objects once and answers a question, without looking at this
-// machine. The mode auto stands for the preferred one.
-func Explain(ctx context.Context, cfg *config.Config, local []netip.Addr, q explain.Question) (*explain.Answer, error) {
+// Explain reads the objects once and answers a question without a daemon. noDaemon says why
+// none answered; nil if none was asked. If this machine is the node, the answer also has what
+// the kernel tells without a plan: which mode has rules, rules of kube-proxy, and tracked
+// connections. The mode auto stands for the one that has rules, or the preferred one.
+func Explain(ctx context.Context, cfg *config.Config, local []netip.Addr, q explain.Question, noDaemon error) (*explain.Answer, error) {
 	mode := modes.All[0]
 	if cfg.Mode != modes.Auto {
 		var err error
@@ -40,11 +48,67 @@ func Explain(ctx context.Context, cfg *config.Config, local []netip.Addr, q expl
 			return nil, err
 		}
 	}
+	env := explain.Environment{Node: cfg.NodeName, NoDaemon: noDaemon, Origin: origin(cfg) + "; no signalbox was asked"}
+	if noDaemon != nil {
+		env.Origin = origin(cfg) + "; no signalbox answers"
+	}
+	here := noDaemon != nil || cfg.SourceDir == "" && isThisMachine(cfg.NodeName)
+	if here {
+		mode = inspectKernel(ctx, &env, mode, cfg.Mode == modes.Auto)
+	}
+	env.Mode, env.Traits = mode.Name(), mode.Traits()
 	loop, err := readOnce(ctx, cfg, mode, local, slog.New(slog.DiscardHandler)) // the answer has the problems
 	if err != nil {
 		return nil, err
 	}
-	return explain.Explain(loop, explain.Environment{Node: cfg.NodeName, Mode: mode.Name(), Traits: mode.Traits(), Origin: origin(cfg)}, q), nil
+	answer := explain.Explain(loop, env, q)
+	if here {
+		answer.Track(ctx, conntrack.List, loop.NodeAddrs())
+	}
+	return answer, nil
+}
+
+func isThisMachine(nodeName string) bool {
+	name, err := node.Name("")
+	return err == nil && name == nodeName
+}
+
+// inspectKernel adds to env what the kernel has without a plan to compare it with. It returns
+// mode, or with automatic the first mode that has rules.
+func inspectKernel(ctx context.Context, env *explain.Environment, mode proxier.Mode, automatic bool) proxier.Mode {
+	// The iptables tools do not tell a missing right from missing rules. nf_tables does.
+	if _, _, err := modes.All[0].Written(plan.IPv4); errors.Is(err, fs.ErrPermission) {
+		env.Problems = append(env.Problems, "the rules in the kernel are not known: "+err.Error())
+		return mode
+	}
+	env.Problems = append(env.Problems, "the rules in the kernel are not compared: only a running signalbox does that")
+	if automatic {
+		if i := slices.IndexFunc(modes.All, hasRules); i >= 0 {
+			mode = modes.All[i]
+		}
+	}
+	env.Doubts = map[plan.Family][]string{}
+	for _, family := range plan.Families {
+		found, taken, err := mode.Written(family)
+		switch {
+		case err != nil:
+			env.Doubts[family] = []string{fmt.Sprintf("It is not known whether the kernel has rules of the mode %s for %s (%v)", mode.Name(), family, err)}
+		case !found:
+			env.Doubts[family] = []string{fmt.Sprintf("The kernel has no rules of the mode %s for %s", mode.Name(), family)}
+		}
+		if slices.ContainsFunc(kubeproxy.Remnants(), func(r proxier.Remnant) bool { return r.Found(ctx, family, taken) }) {
+			env.Foreign = append(env.Foreign, family)
+		}
+	}
+	return mode
+}
+
+// hasRules says whether the kernel has rules of a mode.
+func hasRules(m proxier.Mode) bool {
+	return slices.ContainsFunc(plan.Families, func(f plan.Family) bool {
+		found, _, err := m.Written(f)
+		return err == nil && found
+	})
 }
 
 // origin says where the objects come from.

@@ -34,7 +34,7 @@ type Answer struct {
 	Question string `json:"question"`
 	Node     string `json:"node"`
 	Mode     string `json:"mode"`
-	// Origin says where the objects come from.
+	// Origin says where the objects come from, and whether a daemon answered.
 	Origin string `json:"origin"`
 	// Verdict is the worst one of all connections: unknown, dropped, refused, served.
 	Verdict Verdict `json:"verdict"`
@@ -87,7 +87,7 @@ type Port struct {
 	SlicesLeftOut []SliceLeftOut `json:"slicesLeftOut,omitempty"`
 	// Kernel is missing if no daemon was asked.
 	Kernel *Kernel `json:"kernel,omitempty"`
-	// Tracked is missing if no daemon was asked, or if it cannot read the table.
+	// Tracked is missing if the table cannot be read, or if this machine is not the node.
 	Tracked *Tracked `json:"tracked,omitempty"`
 	// Connections have an entry for each frontend and traffic source.
 	Connections []Connection `json:"connections"`

@@ -182,7 +182,7 @@ func (d *Daemon) serveExplain(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	answer.Problems = append(answer.Problems, d.allProblems()...)
-	answer.track(r.Context(), s.Flows, nodeAddrs) // not in the Loop: the table may be large
+	answer.Track(r.Context(), s.Flows, nodeAddrs) // not in the Loop: the table may be large
 	reply(w, answer)
 }
 

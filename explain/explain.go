@@ -25,6 +25,13 @@ type Environment struct {
 	Live bool
 	// Foreign are the IP families in which rules of another service proxy may be in force.
 	Foreign []plan.Family
+	// NoDaemon says why the daemon, which was asked first, did not answer; nil if it was not
+	// asked.
+	NoDaemon error
+	// Doubts are those of Answer.Doubts about an IP family.
+	Doubts map[plan.Family][]string
+	// Problems are lines for Answer.Problems.
+	Problems []string
 	// Link returns the interface by which this node reaches an address; nil if this
 	// is not the node.
 	Link func(netip.Addr) string
@@ -36,7 +43,7 @@ const notRead = "signalbox has not read all objects yet (see signalbox status); 
 
 // Explain answers a question from what a Loop knows. The Loop's goroutine calls it.
 func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
-	x := explainer{loop: l, env: env, question: q, answer: &Answer{Question: q.Text, Node: env.Node, Mode: env.Mode, Origin: env.Origin}}
+	x := explainer{loop: l, env: env, question: q, answer: &Answer{Question: q.Text, Node: env.Node, Mode: env.Mode, Origin: env.Origin, Problems: env.Problems}}
 	if missing, others := l.NodeMissing(); missing && !env.Live { // the daemon lists the problems of its node itself
 		x.problem("no Node object is named %q, so the zone and the Pod ranges of this node are not known; there are %q", env.Node, others)
 	}
@@ -47,6 +54,14 @@ func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
 		x.address()
 	default:
 		x.service(q.Service, plan.FrontendKey{}, l.Families())
+	}
+	if env.NoDaemon != nil {
+		x.answer.doubt("Nothing says whether the kernel has this (%v)", env.NoDaemon)
+	}
+	for _, family := range plan.Families {
+		if x.isAbout(family) {
+			x.answer.Doubts = append(x.answer.Doubts, env.Doubts[family]...)
+		}
 	}
 	for _, family := range env.Foreign {
 		if x.isAbout(family) {

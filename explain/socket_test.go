@@ -359,7 +359,7 @@ func TestTableIsReadOnce(t *testing.T) {
 		return nil
 	}
 	a := w.ask("default/web", "")
-	if a.track(ctx, list, w.loop.NodeAddrs()); !slices.Equal(read, []plan.Protocol{plan.TCP, plan.UDP}) || len(a.Problems) > 0 {
+	if a.Track(ctx, list, w.loop.NodeAddrs()); !slices.Equal(read, []plan.Protocol{plan.TCP, plan.UDP}) || len(a.Problems) > 0 {
 		t.Errorf("the table is read for %v, problems %q", read, a.Problems)
 	}
 	for i := range a.Ports {
@@ -369,7 +369,7 @@ func TestTableIsReadOnce(t *testing.T) {
 		}
 	}
 	cancel()
-	if a.track(ctx, list, nil); len(read) != 2 {
+	if a.Track(ctx, list, nil); len(read) != 2 {
 		t.Errorf("without a client, the table is read for %v", read[2:])
 	}
 }

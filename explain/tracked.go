@@ -17,9 +17,9 @@ const maxFlows = 20
 // FlowLister has the form of conntrack.List.
 type FlowLister func(plan.Family, plan.Protocol, func(conntrack.Flow)) error
 
-// track adds the tracked connections. nodeAddrs are the addresses at which NodePorts
+// Track adds the tracked connections. nodeAddrs are the addresses at which NodePorts
 // may be served.
-func (a *Answer) track(ctx context.Context, list FlowLister, nodeAddrs []netip.Addr) {
+func (a *Answer) Track(ctx context.Context, list FlowLister, nodeAddrs []netip.Addr) {
 	index := newFrontendIndex(nodeAddrs)
 	for i := range a.Ports {
 		a.Ports[i].Tracked = &Tracked{Flows: []Flow{}}

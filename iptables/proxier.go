@@ -41,6 +41,17 @@ func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err
 	return removed, 0, err
 }
 
+// Written implements proxier.Mode.
+func (Dataplane) Written(f plan.Family) (found bool, taken proxier.TakenOver, err error) {
+	ctx := context.Background()
+	t, _, err := xtables.Choose(ctx, f, "")
+	if err != nil {
+		return false, taken, err
+	}
+	found, err = wrote(ctx, t)
+	return found, proxier.TakenOver{IPTables: string(t.Backend)}, err
+}
+
 // Render implements proxier.Mode. It returns the input of iptables-restore,
 // without the jumps from built-in chains.
 func (Dataplane) Render(opts proxier.Options, plan *plan.Plan) (string, error) {

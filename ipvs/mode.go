@@ -36,6 +36,12 @@ func (Dataplane) Name() string { return Mode }
 // New implements proxier.Mode.
 func (Dataplane) New(o proxier.Options) (proxier.Proxier, error) { return New(o) }
 
+// Written implements proxier.Mode.
+func (Dataplane) Written(f plan.Family) (found bool, taken proxier.TakenOver, err error) {
+	found, err = access.HasTable(f, tableName)
+	return found, proxier.TakenOver{IPVS: true}, err
+}
+
 // Traits implements proxier.Mode. IPVS has no transactions, so two processes do not notice
 // each other. The earlier process removes virtual servers that have drained.
 func (Dataplane) Traits() proxier.Traits {

@@ -35,12 +35,7 @@ func Remnants() []proxier.Remnant {
 const table = "kube-proxy"
 
 func hasTable(_ context.Context, f plan.Family, _ proxier.TakenOver) bool {
-	t, err := nft.Open(nft.FamilyOf(f), table, nil)
-	if err != nil {
-		return false
-	}
-	defer t.Close()
-	exists, err := t.Exists()
+	exists, err := access.HasTable(f, table)
 	return err == nil && exists
 }
 

@@ -141,6 +141,12 @@ func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err
 	return removed, 0, nil
 }
 
+// Written implements proxier.Mode.
+func (Dataplane) Written(f plan.Family) (found bool, taken proxier.TakenOver, err error) {
+	found, err = access.HasTable(f, tableName)
+	return found, proxier.TakenOver{}, err
+}
+
 // Traits implements proxier.Mode. As with kube-proxy since 1.31, NodePorts are at
 // the Node's own addresses.
 func (Dataplane) Traits() proxier.Traits {

@@ -29,6 +29,10 @@ type Mode interface {
 	// rules can go without ending connections ignores drain.
 	Cleanup(f plan.Family, drain bool) (removed bool, draining int, err error)
 
+	// Written says whether the kernel has rules of the mode for a family, which may be an
+	// earlier process's, and what of kube-proxy's they have taken over. It writes nothing.
+	// Default: ErrNotCompared.
+	Written(plan.Family) (found bool, taken TakenOver, err error)
 	// KubeProxy lists what kube-proxy leaves in the part of the kernel that the mode
 	// writes. What a later mode removes may depend on an earlier mode's.
 	// Default: nothing.
@@ -106,6 +110,11 @@ const (
 // ModeDefaults are the answers of a mode that needs nothing special. A Mode embeds
 // it.
 type ModeDefaults struct{}
+
+// Written implements Mode.
+func (ModeDefaults) Written(plan.Family) (bool, TakenOver, error) {
+	return false, TakenOver{}, ErrNotCompared
+}
 
 // KubeProxy implements Mode.
 func (ModeDefaults) KubeProxy() []Remnant { return nil }

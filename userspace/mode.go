@@ -25,6 +25,12 @@ func (Dataplane) Name() string { return Mode }
 // New implements proxier.Mode.
 func (Dataplane) New(o proxier.Options) (proxier.Proxier, error) { return New(o) }
 
+// Written implements proxier.Mode.
+func (Dataplane) Written(f plan.Family) (found bool, taken proxier.TakenOver, err error) {
+	found, err = access.HasTable(f, tableName)
+	return found, proxier.TakenOver{}, err
+}
+
 // Traits implements proxier.Mode.
 func (Dataplane) Traits() proxier.Traits {
 	return proxier.Traits{Localhost: proxier.LocalhostByRelay, RelaysByRules: true, GuardsClusterIPs: true, Refused: refused}

@@ -40,18 +40,18 @@ IPs.
 
 It asks the signalbox that serves this node, through a local socket. That needs
 root. It also compares what the kernel has for the Service with what it wrote. With
---source, --kubeconfig or --master, or if no signalbox runs here, it
-reads the objects itself, for the node that --hostname-override names. That needs
-no privileges.
+--source, --kubeconfig or --master, or if no signalbox answers, it reads the objects
+itself, for the node that --hostname-override names. That needs no privileges. The
+first line then says that no signalbox was asked, or that none answers.
 
   signalbox explain 10.96.0.10:80 --from 10.244.1.12
   signalbox explain 192.0.2.1:30053/udp
   signalbox explain default/web:http -o json
 
 The exit code is about the worst connection: 0 if it is served, 2 if it is
-refused, 3 if it is dropped, 4 if signalbox does not serve the Service, if the
-kernel refuses or lacks its rules, or if it has others, such as those of another
-service proxy. 1 says that the question has no answer.`,
+refused, 3 if it is dropped, 4 if signalbox does not serve the Service, if no
+signalbox answers, if the kernel refuses or lacks its rules, or if it has others,
+such as those of another service proxy. 1 says that the question has no answer.`,
 		Args: oneQuestion,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			q, err := explain.ParseQuestion(args[0], from)
@@ -107,7 +107,7 @@ func answerFor(ctx context.Context, flags *config.Flags, q explain.Question, fro
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	answer, err := daemon.Explain(ctx, cfg, addrs, q)
+	answer, err := daemon.Explain(ctx, cfg, addrs, q, noDaemon)
 	if err != nil {
 		return nil, errors.Join(noDaemon, err)
 	}

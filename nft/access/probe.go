@@ -123,3 +123,13 @@ func features(f *nft.IPFamily) []feature {
 		}},
 	}
 }
+
+// HasTable says whether the kernel has a table. It writes nothing.
+func HasTable(f plan.Family, name string) (bool, error) {
+	t, err := nft.Open(nft.FamilyOf(f), name, nil)
+	if err != nil {
+		return false, err
+	}
+	defer t.Close()
+	return t.Exists()
+}
