@@ -342,15 +342,21 @@ func (x *explainer) scopes(family plan.Family, why *service.Reasons, f *plan.Fro
 		if x.listens() {
 			in = out
 		}
-		past := inside & plan.FromNode
+		node := inside & plan.FromNode
 		if client := x.question.From; client.IsValid() && x.isNode(client) {
-			past = inside // also from an address among those of Pods
+			node = inside // also from an address among those of Pods
 		}
-		if past != plan.NoSource && x.bypasses(f) {
-			if !yield(service.Scope{Reason: plan.APIServer}, past) {
+		if node != plan.NoSource && x.bypasses(f) {
+			if !yield(service.Scope{Reason: plan.APIServer}, node) {
 				return
 			}
-			inside &^= past
+			inside, node = inside&^node, plan.NoSource
+		}
+		if left := x.left(f, node, inside|outside); left != plan.NoSource {
+			if !yield(service.Scope{Reason: plan.APIServerHost}, left) {
+				return
+			}
+			inside, outside = inside&^left, outside&^left
 		}
 		switch {
 		case inside|outside == 0:
@@ -375,6 +381,19 @@ func (x *explainer) bypasses(f *plan.Frontend) bool {
 		return slices.Contains(f.Bypass, a.Addr())
 	}
 	return len(f.Bypass) > 0
+}
+
+// left returns those of the traffic sources whose packets to a frontend the mode leaves
+// alone, because another host with the address is an API server. node are the processes of
+// this node.
+func (x *explainer) left(f *plan.Frontend, node, all plan.TrafficSources) plan.TrafficSources {
+	switch {
+	case !x.env.Traits.LeavesAPIServers || !f.ForeignAddr || x.isNode(f.Addr):
+		return plan.NoSource
+	case f.Internal.Len() == 0:
+		return all
+	}
+	return all &^ node
 }
 
 // sources are the traffic sources that are asked about. Where Pods cannot be told

@@ -252,6 +252,7 @@ var (
 	asNFTables  = proxier.Traits{Localhost: proxier.LocalhostByRelay, LocalhostListens: true}
 	asUserspace = proxier.Traits{Localhost: proxier.LocalhostByRelay, Refused: []plan.Protocol{plan.SCTP}}
 	asIPTables  = proxier.Traits{Localhost: proxier.LocalhostByRoute}
+	asIPVS      = proxier.Traits{GuardsClusterIPs: true, LeavesAPIServers: true}
 )
 
 // clone returns another Service of the same form, with these external IPs alone.
@@ -373,6 +374,23 @@ func TestFaults(t *testing.T) {
 		{"an external IP is the API server's, from a bridge of Pods", func(w *world) { w.api("198.51.100.7:80") }, "198.51.100.7:80", "10.244.1.1", Unknown, "from this node's 10.244.1.1 does not go to the Service"},
 		{"a NodePort is the API server's", func(w *world) { w.api("192.0.2.1:30080") }, "192.0.2.1:30080", "192.0.2.1", Unknown, "processes of this node connect to it past the Service"},
 		{"a NodePort is the API server's, at another address", func(w *world) { w.api("192.0.2.1:30080") }, "10.244.1.1:30080", "192.0.2.1", Served, "one of 3"},
+		{"an external IP is the API server's, in ipvs mode, from a Pod", func(w *world) { w.api("198.51.100.7:80"); w.traits = asIPVS }, "198.51.100.7:80", pod, Unknown, "from Pod 10.244.1.12 does not go to the Service: an API server has the address 198.51.100.7, and mode test leaves packets to it alone."},
+		{"an external IP is the API server's, in ipvs mode, from outside", func(w *world) { w.api("198.51.100.7:6443"); w.traits = asIPVS }, "198.51.100.7:80", outside, Unknown, "an API server has the address"},
+		{"an external IP is the API server's, in ipvs mode, from the node", func(w *world) { w.api("198.51.100.7:80"); w.traits = asIPVS }, "198.51.100.7:80", "192.0.2.1", Unknown, "this node connects to it directly"},
+		{"an external IP is the API server's, in ipvs mode, from the node to another port", func(w *world) { w.api("198.51.100.7:6443"); w.traits = asIPVS }, "198.51.100.7:80", "192.0.2.1", Served, "one of 3"},
+		{"an external IP is the API server's, in ipvs mode, from the node to another port, and no endpoint", func(w *world) {
+			w.api("198.51.100.7:6443")
+			w.traits, w.slice.Endpoints = asIPVS, nil
+		}, "198.51.100.7:80", "192.0.2.1", Unknown, "an API server has the address"},
+		{"an external IP is the API server's, in ipvs mode, and source ranges exclude the client", func(w *world) {
+			w.api("203.0.113.5:6443")
+			w.traits, w.service.Spec.LoadBalancerSourceRanges = asIPVS, []string{"198.18.0.0/15"}
+		}, "203.0.113.5:80", outside, Unknown, "an API server has the address"},
+		{"an external IP is the API server's and this node's, in ipvs mode", func(w *world) {
+			w.api("192.0.2.1:6443")
+			w.traits, w.service.Spec.ExternalIPs = asIPVS, []string{"192.0.2.1"}
+		}, "192.0.2.1:80", outside, Served, "one of 3"},
+		{"an external IP is the API server's, in ipvs mode, by the Service", func(w *world) { w.api("198.51.100.7:6443"); w.traits = asIPVS }, "default/web", "", Unknown, "from a Pod of this node or a client outside of this node to 198.51.100.7:80/tcp does not go to the Service"},
 		{"the load balancer answers itself", func(w *world) {
 			w.service.Status.LoadBalancer.Ingress[0].IPMode = ptr.To(corev1.LoadBalancerIPModeProxy)
 		}, "203.0.113.5:80", outside, Unknown, "the load balancer itself answers there (ipMode: Proxy)"},

@@ -3,6 +3,7 @@
 package explain
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -392,11 +393,15 @@ func TestDaemonDoesNotAnswer(t *testing.T) {
 			}
 			defer l.Close()
 			go func() {
-				if c, err := l.Accept(); err == nil {
-					defer c.Close()
-					fmt.Fprint(c, begun)
-					<-t.Context().Done()
+				c, err := l.Accept()
+				if err != nil {
+					return
 				}
+				defer c.Close()
+				if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+					fmt.Fprint(c, begun)
+				}
+				<-t.Context().Done()
 			}()
 			var answer any
 			if err := Ask(t.Context(), dir, path, nil, &answer); err == nil || err.Error() != "the running signalbox does not answer within 1ms" {

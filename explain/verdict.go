@@ -38,7 +38,7 @@ func (c *connection) set() *plan.EndpointSet {
 func (c *connection) explain() Connection {
 	verdict, sentence := c.verdict()
 	endpoints, masqueraded := c.set().Len(), c.masqueraded()
-	if c.scope.Reason == plan.APIServer || verdict == Refused {
+	if c.scope.Reason == plan.APIServer || c.scope.Reason == plan.APIServerHost || verdict == Refused {
 		endpoints, masqueraded = 0, plan.NoSource
 	}
 	return Connection{
@@ -81,6 +81,9 @@ func (c *connection) verdict() (Verdict, string) {
 	case c.scope.Reason == plan.APIServer:
 		return Unknown, fmt.Sprintf("%s does not go to the Service: an API server is at %s, and this node connects to it directly.",
 			c.subject(), netip.AddrPortFrom(c.frontend.Bypass[0], c.frontend.Port))
+	case c.scope.Reason == plan.APIServerHost:
+		return Unknown, fmt.Sprintf("%s does not go to the Service: an API server has the address %s, and mode %s leaves packets to it alone.",
+			c.subject(), c.frontend.Addr, c.env.Mode)
 	case sources != nil && (len(sources) == 0 || client.IsValid() && !plan.AnyContains(sources, client)):
 		return Dropped, c.subject() + " is dropped: " + admitted(sources)
 	case slices.Contains(c.env.Traits.Refused, key.Protocol):

@@ -51,6 +51,7 @@ func (Dataplane) Traits() proxier.Traits {
 		Series:               []string{"sync_proxy_rules_iptables_restore_failures_total"},
 		Schedulers:           true,
 		GuardsClusterIPs:     true,
+		LeavesAPIServers:     true,
 		RewriteAfterTakeover: true,
 	}
 }

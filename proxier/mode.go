@@ -86,6 +86,11 @@ type Traits struct {
 	// that no Service has, and rejects packets to other ports of cluster IPs. Without it,
 	// the node's routes decide about them.
 	GuardsClusterIPs bool
+	// LeavesAPIServers says that the mode serves an address by giving it to the node. So it
+	// gives it no API server's address: Pods and other hosts reach the API server there,
+	// and processes of the node the endpoints, if there are any. See
+	// plan.Frontend.ForeignAddr.
+	LeavesAPIServers bool
 	// RewriteAfterTakeover says that nothing tells the mode when another process
 	// changes its part of the kernel. A Proxier reads it back and mends it after an
 	// earlier process has let go of the node.

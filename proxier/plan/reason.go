@@ -45,6 +45,7 @@ const (
 	ShortWay
 	LocalFallback
 	APIServer
+	APIServerHost
 )
 
 // Reasons why a Service is not served.
@@ -92,6 +93,7 @@ var reasonTexts = map[Reason]struct{ name, text string }{
 	ShortWay:      {"ShortWay", "externalTrafficPolicy Local does not apply to this node's own Pods and processes"},
 	LocalFallback: {"LocalFallback", "the traffic policy is Local, but no endpoint is on this node, and --ipvs-kube-proxy-policies allows others"},
 	APIServer:     {"APIServer", "the address and port are the API server's: processes of this node connect to it past the Service"},
+	APIServerHost: {"APIServerHost", "the address is an API server's, and this mode leaves packets to it alone"},
 
 	NoService:         {"NoService", "signalbox knows no such Service"},
 	OtherProxy:        {"OtherProxy", "its label service.kubernetes.io/service-proxy-name hands it to another proxy"},
