@@ -61,7 +61,7 @@ func (p *daemonState) run(ctx context.Context, cfg *config.Config, log *slog.Log
 		return err
 	}
 	defer g.close()
-	log.Info("starting", "mode", g.choice.Mode.Name(), "because", g.modeReason(), "families", familyNames(g.choice.Families), "node", cfg.NodeName)
+	log.Info("starting", "mode", g.choice.Mode.Name(), "reason", g.modeReason(), "families", familyNames(g.choice.Families), "node", cfg.NodeName)
 	return g.run(ctx)
 }
 

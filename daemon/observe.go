@@ -131,7 +131,7 @@ func (o *observer) reportRouteSources(log *slog.Logger, s node.RouteSources) {
 	}
 	o.conditions.set(routeSources, fmt.Sprintf("%d source addresses of routes are not used, among them %s", n, s.LeftOut[0]))
 	log.Warn("source addresses of routes are not used; masquerade chooses an address of the interface there",
-		"leftOut", n, "among them", s.LeftOut[0].String(), "used", len(s.Served), "limitOfFamily", node.MaxRouteSources)
+		"leftOut", n, "example", s.LeftOut[0].String(), "used", len(s.Served), "limitOfFamily", node.MaxRouteSources)
 }
 
 // reportStale reports since when the state of the cluster that is served was not changed,

@@ -242,7 +242,7 @@ func TestTakenPorts(t *testing.T) {
 	service.Close()
 	d.answers("http://127.0.0.1:31900/", 200, `"localEndpoints": 1`)
 	d.stop()
-	for _, words := range []string{`msg=starting mode=nftables because="--mode=nftables"`, "server=healthz", "address=0.0.0.0:31900", "health checks cannot be answered", "service=default/balanced", "health checks are answered now"} {
+	for _, words := range []string{`msg=starting mode=nftables reason="--mode=nftables"`, "server=healthz", "address=0.0.0.0:31900", "health checks cannot be answered", "service=default/balanced", "health checks are answered now"} {
 		if !strings.Contains(d.log.String(), words) {
 			t.Errorf("the log does not say %q:\n%s", words, d.log)
 		}

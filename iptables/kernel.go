@@ -127,7 +127,7 @@ func tryRules(ctx context.Context, t *xtables.Tools, tried ...feature) error {
 // tryNetlink lets changes of chains go to the kernel without the tools, if it can.
 func (p *Proxier) tryNetlink(ctx context.Context) {
 	if err := p.tools.UseNetlink(ctx, p.log, probeChain, ruleForms(p.opts.Family)); err != nil {
-		p.log.DebugContext(ctx, "The iptables tools write all changes, not netlink", "family", p.opts.Family.String(), "err", err)
+		p.log.DebugContext(ctx, "the iptables tools write all changes, not netlink", "family", p.opts.Family.String(), "error", err)
 	}
 }
 

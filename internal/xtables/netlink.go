@@ -54,8 +54,8 @@ func (n *netlink) apply(ctx context.Context, s Script) (done bool, err error) {
 		return false, fmt.Errorf("write chains of iptables-nft: %w: %w", proxier.ErrUnknownState, err)
 	case !n.logged:
 		n.logged = true
-		n.log.DebugContext(ctx, "The iptables tools write a change that netlink cannot write. Further ones are not logged.",
-			"family", n.family.Family.String(), "err", err)
+		n.log.DebugContext(ctx, "the iptables tools write a change that netlink cannot write; further ones are not logged",
+			"family", n.family.Family.String(), "error", err)
 	}
 	return false, nil
 }
