@@ -28,13 +28,20 @@ func (c *configRun) serve(ctx context.Context) error {
 			return err
 		}
 		c.observer.servers.close() // the other needs the ports
-		c.pool.pause()             // before the contender learns that nothing is written any more
-		if err := c.nodeLock.HandOver(next); err != nil {
-			c.log.Warn("the signalbox that takes over has ended before it could", "error", err)
-		}
-		c.log.Info("another signalbox was started and serves this node; this one is paused until the other ends")
+		handOver(c.pool, c.nodeLock, next, c.log)
 	}
 	return nil
+}
+
+// handOver pauses all Proxiers and hands the node lock over. The pause comes first: the
+// contender must not write before this process has stopped writing.
+func handOver(pool *proxierPool, lock *nodelock.Lock, next *nodelock.Contender, log *slog.Logger) {
+	pool.pause()
+	if err := lock.HandOver(next); err != nil {
+		log.Warn("the signalbox that takes over has ended before it could", "error", err)
+		return
+	}
+	log.Info("another signalbox was started and serves this node; this one is paused")
 }
 
 // serveUntilContender serves until another process requests the node lock, and returns
@@ -125,11 +132,7 @@ func drain(pool *proxierPool, lock *nodelock.Lock, log *slog.Logger) {
 	defer cancel()
 	asked.Go(func() {
 		if next := lock.NextContender(ctx); next != nil {
-			if err := lock.HandOver(next); err != nil {
-				log.Warn("the signalbox that takes over has ended before it could", "error", err)
-				return
-			}
-			pool.pause()
+			handOver(pool, lock, next, log)
 		}
 	})
 	for _, p := range pool.relaying() {

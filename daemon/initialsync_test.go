@@ -3,14 +3,20 @@
 package daemon
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"net/netip"
+	"os"
+	"os/exec"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 
+	"signalbox/daemon/nodelock"
 	"signalbox/internal/nstest"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
@@ -73,5 +79,38 @@ func TestNodeIsReadBeforeFirstSync(t *testing.T) {
 	g.readNode()
 	if got := g.loop.LocalAddrs(); !slices.Contains(got, netip.MustParseAddr("192.0.2.7")) {
 		t.Errorf("the Loop knows the addresses %v", got)
+	}
+}
+
+// The log does not say that another process serves if that process has ended.
+func TestHandOverToAnEndedProcess(t *testing.T) {
+	const own = "SIGNALBOX_TEST_OWN_NAMESPACE" // the node lock belongs to a network namespace
+	if os.Getenv(own) == "" {
+		test := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.timeout=1m")
+		test.Env = append(os.Environ(), own+"=yes")
+		test.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+		if out, err := test.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	var text strings.Builder
+	log := slog.New(slog.NewTextHandler(&text, nil))
+	holder, other := nodelock.New(log, nil), nodelock.New(slog.New(slog.DiscardHandler), nil)
+	if err := holder.Acquire(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	ctx, end := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = other.Acquire(ctx, "") // ends with ctx
+	}()
+	next := holder.NextContender(t.Context())
+	end()
+	<-ended
+	handOver(newProxierPool(), holder, next, log)
+	if got := text.String(); !strings.Contains(got, "has ended before it could") || strings.Contains(got, "serves this node") {
+		t.Errorf("the log says\n%s", got)
 	}
 }

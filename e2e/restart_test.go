@@ -194,7 +194,7 @@ func TestUpgrade(t *testing.T) {
 			s.setEndpoints("moving", []string{"pod-b"})
 			s.reaches(moving, "pod-b")
 		})
-		if !strings.Contains(old.Log(), "this one is paused until the other ends") {
+		if !strings.Contains(old.Log(), "this one is paused") {
 			t.Errorf("the old process did not pause; it said\n%s", old.Tail(20))
 		}
 		e.does("the crash of the new process", func() {
