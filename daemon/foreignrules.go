@@ -196,7 +196,7 @@ func (f *foreignRules) recordFailure(family plan.Family, r removal, err error) (
 	switch {
 	case err == nil && known:
 		delete(f.failed[family], r.what)
-		f.log.Info("removed, after it could not be at first", "what", r.what, "family", family.String())
+		f.log.Info("foreign rules removed by a retry", "what", r.what, "family", family.String())
 	case err != nil && f.failed[family] == nil:
 		f.failed[family] = map[string]removal{r.what: r}
 	case err != nil:

@@ -115,7 +115,7 @@ func (c *configRun) flushFlows(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, flowFlushTimeout)
 	defer cancel()
 	if err := c.flows.Flush(ctx); err != nil {
-		c.log.Debug("UDP flows may yet lead to what served before", "error", err)
+		c.log.Debug("UDP flows may still lead to the previous process or mode", "error", err)
 	}
 }
 
@@ -140,7 +140,7 @@ func drain(pool *proxierPool, lock *nodelock.Lock, log *slog.Logger) {
 	}
 	drained.Wait()
 	if ctx.Err() != nil {
-		log.Warn("connections that are relayed yet end with this process", "after", drainTimeout)
+		log.Warn("connections that are still relayed end with this process", "after", drainTimeout)
 	}
 }
 

@@ -42,7 +42,7 @@ func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan Change,
 		case err != nil && before != nil && !p.pool.serving.Load():
 			p.observer.reportRejection(err)
 			p.rolledBack = err
-			log.Error("the changed configuration does not work here; what was in force before is so again", "error", err)
+			log.Error("the changed configuration failed; signalbox returned to the previous one", "error", err)
 			cfg, before = before, nil
 			continue
 		}
@@ -72,17 +72,17 @@ func (p *daemonState) runUntilChanged(ctx context.Context, cfg *config.Config, c
 			switch {
 			case c.Err != nil:
 				p.reportRejection(c.Err)
-				log.Error("the configuration has changed and cannot be used; what was in force before stays so", "error", c.Err)
+				log.Error("the changed configuration is invalid; the previous one stays in force", "error", c.Err)
 			case rejected && same(c.Config, cfg):
 				p.observer.reportRejection(nil)
-				log.Info("the configuration says again what is in force")
+				log.Info("the file equals the configuration in force again")
 			default:
 				trial, stop := context.WithCancel(ctx)
 				works, giveUp = p.awaitServable(trial, c.Config, log), stop
 			}
 			rejected = c.Err != nil || works != nil
 		case next := <-works:
-			log.Info("the configuration has changed and takes effect")
+			log.Info("the changed configuration takes effect")
 			p.observer.reportRejection(nil)
 			cancel()
 			if err := <-ended; err != nil {
@@ -131,7 +131,7 @@ func (p *daemonState) awaitServable(ctx context.Context, cfg *config.Config, log
 			}
 			if time.Since(said) >= repeatAfter {
 				said = time.Now()
-				log.Error("the configuration has changed and cannot be served; what was in force before stays so, and it is tried again", "error", err)
+				log.Error("the changed configuration cannot be served; the previous one stays in force, and signalbox tries again", "error", err)
 			}
 			if !wait.For(ctx, pause) {
 				return

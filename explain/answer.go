@@ -43,8 +43,7 @@ type Answer struct {
 	// Problems are about the objects. A daemon adds those of the node, the configuration
 	// and the API server.
 	Problems []string `json:"problems,omitempty"`
-	// Doubts say why connections may fare otherwise than Ports say. Then Verdict is
-	// unknown.
+	// Doubts say why Ports may be wrong. Then Verdict is unknown.
 	Doubts []string `json:"doubts,omitempty"`
 	Ports  []Port   `json:"ports,omitempty"`
 	// Compared has an entry for each IP family of Ports. It is missing if no daemon was

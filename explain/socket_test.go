@@ -101,7 +101,7 @@ func TestSocket(t *testing.T) {
 		t.Errorf("without its rules: %+v, %v", answer, err)
 	}
 	var text strings.Builder
-	if answer.Print(&text); !strings.Contains(text.String(), "\n  -rule of default/web:http\n") || !strings.Contains(text.String(), "differences: 1), so connections may fare otherwise.\n") {
+	if answer.Print(&text); !strings.Contains(text.String(), "\n  -rule of default/web:http\n") || !strings.Contains(text.String(), "differences: 1), so the verdict above may be wrong.\n") {
 		t.Errorf("without its rules:\n%s", text.String())
 	}
 	w.removed = false

@@ -36,7 +36,7 @@ func (a *Answer) Print(w io.Writer) {
 		fmt.Fprintln(w, a.Sentence)
 	}
 	for _, doubt := range a.Doubts {
-		fmt.Fprintf(w, "%s, so connections may fare otherwise.\n", doubt)
+		fmt.Fprintf(w, "%s, so the verdict above may be wrong.\n", doubt)
 	}
 }
 

@@ -74,7 +74,7 @@ func (c *connection) verdict() (Verdict, string) {
 	case owner != c.port.Name:
 		return Unknown, fmt.Sprintf("%s is not served for Service %s: Service %s has it.", key, c.port.Name, owner)
 	case c.state.Quarantined != nil:
-		return Unknown, fmt.Sprintf("The kernel has refused the rules of Service %s since %s: %v. What was served there before still is.",
+		return Unknown, fmt.Sprintf("The kernel has refused the rules of Service %s since %s: %v. The kernel keeps the earlier rules.",
 			c.port.Name, c.state.Since.Format(time.RFC3339), c.state.Quarantined)
 	case c.state.Pending:
 		return Unknown, c.pending()

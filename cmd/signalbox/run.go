@@ -43,7 +43,7 @@ func run(ctx context.Context, cfg *config.Config, flags *config.Flags) error {
 	log := logger(cfg)
 	if do, left := chosenAction(cfg, log); do != nil {
 		if len(left) > 0 {
-			log.Warn("of several actions the first alone is done, as by kube-proxy; run signalbox again for the others", "left", strings.Join(left, " "))
+			log.Warn("only the first of several actions is done, as in kube-proxy; run signalbox again for the others", "left", strings.Join(left, " "))
 		}
 		return do()
 	}
@@ -93,6 +93,6 @@ func initOnly(cfg *config.Config, log *slog.Logger) error {
 	if err := daemon.Init(cfg, log); err != nil {
 		return fmt.Errorf("--init-only: %w", err)
 	}
-	log.Info("what needs all privileges is done")
+	log.Info("the kernel settings are written")
 	return nil
 }

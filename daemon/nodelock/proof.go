@@ -24,7 +24,7 @@ import (
 // request on such a socket only if the process that opened it had CAP_NET_ADMIN in the
 // user namespace that owns the network namespace (netlink_net_capable).
 
-var errNotPermitted = errors.New("it does not prove that it has CAP_NET_ADMIN in this network namespace, as signalbox does since 2026-12")
+var errNotPermitted = errors.New("the client has not proved CAP_NET_ADMIN in this network namespace")
 
 // newProof opens the socket that proves what this process may do.
 func newProof() (*os.File, error) {
@@ -56,7 +56,7 @@ func checkProof(proof *os.File) error {
 		return err
 	}
 	if there != here {
-		return fmt.Errorf("it is in another network namespace: %w", errNotPermitted)
+		return fmt.Errorf("the client is in another network namespace: %w", errNotPermitted)
 	}
 	return tryRequest(fd)
 }
@@ -76,13 +76,13 @@ func tryRequest(fd int) error {
 	request := message.Serialize()
 	// With an address, the kernel would ask only what this process may do.
 	if _, err := unix.Write(fd, request); err != nil {
-		return fmt.Errorf("asking the kernel what it may do: %w", err)
+		return fmt.Errorf("asking the kernel what the client may do: %w", err)
 	}
 	answer := make([]byte, 4096)
 	for {
 		size, from, err := unix.Recvfrom(fd, answer, unix.MSG_DONTWAIT)
 		if err != nil {
-			return fmt.Errorf("asking the kernel what it may do: %w", err)
+			return fmt.Errorf("asking the kernel what the client may do: %w", err)
 		}
 		if a, ok := from.(*unix.SockaddrNetlink); ok && a.Pid == 0 && answers(answer[:size], request) {
 			break

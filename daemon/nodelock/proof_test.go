@@ -35,9 +35,9 @@ func TestProof(t *testing.T) {
 		wants string // in the log; "" if the lock is granted
 	}{
 		"root":                             {nil, "proof", ""},
-		"root without proof":               {nil, "none", "does not prove"},
-		"root with a file":                 {nil, "file", "does not prove"},
-		"root with two files":              {nil, "two", "does not prove"},
+		"root without proof":               {nil, "none", "has not proved"},
+		"root with a file":                 {nil, "file", "has not proved"},
+		"root with two files":              {nil, "two", "has not proved"},
 		"root of another user namespace":   {rootWithout, "proof", "operation not permitted"},
 		"root of a namespace of its own":   {&otherNetwork, "proof", "another network namespace"},
 		"root of another network, no user": {&syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}, "proof", "another network namespace"},

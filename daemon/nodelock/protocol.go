@@ -27,7 +27,7 @@ const (
 	wordConditions = "conditions\n" // from signalbox ready; the answer has a line for each
 )
 
-var errAnswered = errors.New("it only asked for the conditions")
+var errAnswered = errors.New("the client asked for the conditions only")
 
 // requestHandover asks the holder for the lock. The connection stays open as long as
 // this process lives: its end tells the other process.
@@ -150,7 +150,7 @@ func receive(c *net.UnixConn, want string) error {
 
 func expect(word, want string) error {
 	if word != want {
-		return fmt.Errorf("it said %q, not %q", word, want)
+		return fmt.Errorf("the other process sent %q, not %q", word, want)
 	}
 	return nil
 }

@@ -91,7 +91,7 @@ func ours(holder *unix.Ucred) error {
 		return fmt.Errorf("not ready: the process that holds the node lock is not signalbox: %w", err)
 	}
 	if holder.Pid == 0 {
-		return errors.New("not ready: a signalbox of another container serves this node yet")
+		return errors.New("not ready: a signalbox of another container still serves this node")
 	}
 	return nil
 }

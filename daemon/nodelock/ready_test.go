@@ -44,7 +44,7 @@ func TestReady(t *testing.T) {
 	elsewhere.Env = append(os.Environ(), askedLock+"="+s.abstract)
 	elsewhere.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID}
 	said, err := elsewhere.CombinedOutput()
-	if err != nil || !strings.Contains(string(said), "a signalbox of another container serves") {
+	if err != nil || !strings.Contains(string(said), "a signalbox of another container still serves") {
 		t.Errorf("in another PID namespace: %v\n%s", err, said)
 	}
 

@@ -82,7 +82,7 @@ func (f *familyLoop) reportQuarantined(service plan.ServiceName, err error) {
 	}
 	f.opts.Report(plan.Problem{
 		Kind: "Service", Object: service.String(), Field: "spec.ports",
-		Reason: fmt.Sprintf("%s rules could not be written: %v; they are tried again, port by port, and what was served there before still is", f.family, err),
+		Reason: fmt.Sprintf("%s rules could not be written: %v; the kernel keeps the earlier rules, and signalbox tries again, port by port", f.family, err),
 	})
 }
 
