@@ -193,37 +193,34 @@ func listOf(names []plan.ServiceName, search string, number int) (*serviceList, 
 }
 
 // find returns the Services whose name has the text, or which have it as an address,
-// with or without a port, sorted.
+// sorted.
 func find(l *syncer.Loop, text string) []plan.ServiceName {
-	at, err := netip.ParseAddrPort(text)
-	if err != nil {
-		a, _ := netip.ParseAddr(strings.Trim(text, "[]"))
-		at = netip.AddrPortFrom(a, 0)
+	var having map[plan.ServiceName]bool
+	if at, ok := parseAddress(text); ok {
+		having = l.Having(at)
 	}
 	text = strings.ToLower(text)
-	having := map[plan.ServiceName]bool{}
-	if at.Addr().IsValid() {
-		for _, family := range l.Families() {
-			for name, sp := range l.Plan(family).Services {
-				if hasAddress(sp, at) {
-					having[name.ServiceName] = true
-				}
-			}
-		}
-	}
 	return slices.DeleteFunc(l.ServiceNames(), func(name plan.ServiceName) bool {
 		return !having[name] && !strings.Contains(name.String(), text)
 	})
 }
 
-// hasAddress says whether a frontend or an endpoint has the address, and the port unless it
-// is 0.
-func hasAddress(sp *plan.ServicePort, at netip.AddrPort) bool {
-	matches := func(a netip.Addr, port uint16) bool { return a == at.Addr() && (at.Port() == 0 || at.Port() == port) }
-	if sp.Usable != nil && slices.ContainsFunc(sp.Usable.Endpoints, func(e plan.Endpoint) bool { return matches(e.Addr(), e.Port()) }) {
-		return true
+// parseAddress reads an address as pages and people write it: ADDRESS[:PORT][/PROTO], or
+// node:PORT[/PROTO].
+func parseAddress(text string) (at plan.FrontendKey, ok bool) {
+	text, at.Protocol = cutProtocol(text)
+	if port, found := strings.CutPrefix(text, "node:"); found {
+		number, err := strconv.ParseUint(port, 10, 16)
+		at.Port = uint16(number)
+		return at, err == nil && number > 0
 	}
-	return slices.ContainsFunc(sp.Frontends, func(f plan.Frontend) bool { return matches(f.Addr, f.Port) })
+	if a, err := netip.ParseAddrPort(text); err == nil {
+		at.Addr, at.Port = a.Addr().Unmap(), a.Port()
+		return at, true
+	}
+	a, err := netip.ParseAddr(strings.Trim(text, "[]"))
+	at.Addr = a.Unmap()
+	return at, err == nil
 }
 
 // row keeps little of an answer, because a Service may have very many endpoints.

@@ -61,8 +61,9 @@ func (w *world) also(name string, number int, change func(*corev1.Service, *disc
 
 func TestPage(t *testing.T) {
 	w := newWorld(t)
-	w.slice.Endpoints[1].Conditions.Ready = ptr.To(false)
+	w.slice.Endpoints[1].Conditions = discoveryv1.EndpointConditions{Ready: ptr.To(false), Serving: ptr.To(false)}
 	w.also("db", 1, func(_ *corev1.Service, e *discoveryv1.Endpoint) { e.Conditions.Ready = ptr.To(false) })
+	w.others = append(w.others, w.clone("app", "10.96.0.11", "198.51.100.7")) // default/web wants the external IP, too
 	h := w.served(filepath.Join(t.TempDir(), "run")).Page()
 	for _, test := range []struct {
 		path string
@@ -70,14 +71,28 @@ func TestPage(t *testing.T) {
 		has  []string
 		not  []string
 	}{
-		{"/services", 200, []string{"2 Services, 1 to 2.", `<a href="/services/default/web">default/web</a>`, "<code>10.96.0.10:80/tcp</code>", "2 of 3", "0 of 1",
+		{"/services", 200, []string{"3 Services, 1 to 3.", `<a href="/services/default/web">default/web</a>`, "<code>10.96.0.10:80/tcp</code>", "2 of 3", "0 of 1",
 			"is refused: the Service has no ready endpoint; 1 is not ready."}, nil},
-		{"/services?q=DB", 200, []string{"1 Services for “DB”, 1 to 1.", "default/db"}, []string{"default/web"}},
-		{"/services?q=203.0.113.5", 200, []string{"1 Services", "default/web"}, []string{"default/db"}},
+		{"/services?q=DB", 200, []string{"1 Services for “DB”, 1 to 1.", "default/db"}, []string{"default/web</a>"}},
+		{"/services?q=203.0.113.5", 200, []string{"1 Services", "default/web"}, []string{"default/db</a>"}},
 		{"/services?q=10.244.2.7:8080", 200, []string{"1 Services", "default/web"}, nil},
-		{"/services?q=10.244.2.7:1", 200, []string{"0 Services for “10.244.2.7:1”.</p>"}, []string{"default/web"}},
+		{"/services?q=10.244.2.7:8080/tcp", 200, []string{"1 Services", "default/web"}, nil},
+		{"/services?q=10.244.2.7:8080/udp", 200, []string{"0 Services"}, nil},
+		{"/services?q=10.244.1.6", 200, []string{"1 Services", "default/web"}, nil},
+		{"/services?q=10.244.1.6:8080", 200, []string{"1 Services", "default/web"}, nil},
+		{"/services?q=10.244.1.6:8081", 200, []string{"0 Services"}, nil},
+		{"/services?q=10.96.0.10:80/tcp", 200, []string{"1 Services", "default/web"}, nil},
+		{"/services?q=node:30080", 200, []string{"1 Services", "default/web"}, nil},
+		{"/services?q=node:30080/TCP", 200, []string{"1 Services", "default/web"}, nil},
+		{"/services?q=node:30080/udp", 200, []string{"0 Services"}, nil},
+		{"/services?q=node:80", 200, []string{"0 Services"}, nil},
+		{"/services?q=192.0.2.1:30080", 200, []string{"1 Services", "default/web"}, nil},
+		{"/services?q=192.0.2.9:30080", 200, []string{"0 Services"}, nil},
+		{"/services?q=198.51.100.7:80", 200, []string{"2 Services", "default/web", "default/app"}, nil},
+		{"/services?q=default/app", 200, []string{"1 Services", "default/app"}, []string{"default/web</a>"}},
+		{"/services?q=10.244.2.7:1", 200, []string{"0 Services for “10.244.2.7:1”.</p>"}, []string{"default/web</a>"}},
 		{"/services?q=" + url.QueryEscape(`"><script>alert(1)</script>`), 200, []string{"&lt;script&gt;"}, []string{"<script>"}},
-		{"/services?page=99999999999999999999", 200, []string{"2 Services, 1 to 2."}, nil},
+		{"/services?page=99999999999999999999", 200, []string{"3 Services, 1 to 3."}, nil},
 		{"/services/default/web", 200, []string{"default/web: ", "<code>10.244.1.6:8080</code>", "left out</span>: not ready", "web-2", "node port", "The kernel has this form, last written"}, nil},
 		{"/services/default/none", 404, []string{"There is no Service default/none"}, nil},
 	} {

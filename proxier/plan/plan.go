@@ -241,6 +241,11 @@ func (k FrontendKey) String() string {
 	return fmt.Sprintf("%s/%s", netip.AddrPortFrom(k.Addr, k.Port), k.Protocol)
 }
 
+// Includes says whether k is the other key, or the other key without port or protocol.
+func (k FrontendKey) Includes(o FrontendKey) bool {
+	return k.Addr == o.Addr && (k.Port == 0 || k.Port == o.Port) && (k.Protocol == 0 || k.Protocol == o.Protocol)
+}
+
 // Frontend is one address and port at which a Service is reached.
 type Frontend struct {
 	Kind FrontendKind

@@ -95,6 +95,13 @@ func (s *endpointSlice) equal(o *endpointSlice) bool {
 		slices.EqualFunc(s.endpoints, o.endpoints, sliceEndpoint.equal)
 }
 
+func (s *endpointSlice) has(at plan.FrontendKey) bool {
+	return slices.ContainsFunc(s.endpoints, func(e sliceEndpoint) bool { return e.addr == at.Addr }) &&
+		slices.ContainsFunc(s.ports, func(p slicePort) bool {
+			return at.Includes(plan.FrontendKey{Addr: at.Addr, Port: p.port, Protocol: p.protocol})
+		})
+}
+
 func (s *endpointSlice) hasZoneHints() bool {
 	return slices.ContainsFunc(s.endpoints, func(e sliceEndpoint) bool { return len(e.hints.forZones()) > 0 })
 }

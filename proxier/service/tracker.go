@@ -193,6 +193,16 @@ func (t *Tracker) setSlice(name sliceName, s *endpointSlice) {
 	t.dirty[s.service] = struct{}{}
 }
 
+// AddWithEndpoint adds the Services of which an EndpointSlice has an endpoint, whatever its
+// conditions.
+func (t *Tracker) AddWithEndpoint(to map[plan.ServiceName]bool, at plan.FrontendKey) {
+	for name, list := range t.slices {
+		if slices.ContainsFunc(list, func(s *endpointSlice) bool { return s.has(at) }) {
+			to[name] = true
+		}
+	}
+}
+
 // findSlice returns where among a Service's slices one is, or belongs.
 func (t *Tracker) findSlice(owner plan.ServiceName, name sliceName) (int, bool) {
 	return slices.BinarySearchFunc(t.slices[owner], name, func(x *endpointSlice, n sliceName) int { return compareSliceNames(x.name, n) })

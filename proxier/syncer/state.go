@@ -112,6 +112,34 @@ func (l *Loop) Owner(family plan.Family, key plan.FrontendKey) (plan.ServicePort
 	return owner.by, found
 }
 
+// Having returns the Services that have an address as a frontend, even if another Service
+// serves it, or as an endpoint, even if it is not ready. Port and protocol may be 0 for
+// any. A key without an address has a NodePort, as has each address of the node.
+func (l *Loop) Having(at plan.FrontendKey) map[plan.ServiceName]bool {
+	out := map[plan.ServiceName]bool{}
+	nodePort := at
+	if at.Port != 0 && slices.Contains(l.NodeAddrs(), at.Addr) {
+		nodePort.Addr = netip.Addr{}
+	}
+	add := func(key plan.FrontendKey, r *requester) {
+		if at.Includes(key) || nodePort.Includes(key) {
+			out[r.by.ServiceName] = true
+		}
+	}
+	for _, f := range l.families {
+		for key, owner := range f.planner.ownership.owners {
+			add(key, &owner)
+		}
+		for key, queue := range f.planner.ownership.waiting {
+			for _, waits := range queue {
+				add(key, waits)
+			}
+		}
+	}
+	l.tracker.AddWithEndpoint(out, at)
+	return out
+}
+
 // UnservedAt returns the Services that have an address and are not served there, sorted.
 func (l *Loop) UnservedAt(family plan.Family, a netip.Addr) []service.Unserved {
 	return service.NewResolver(&l.opts.Settings, l.tracker, family).UnservedAt(a)
