@@ -87,7 +87,7 @@ func (f *Flags) Add(fs *pflag.FlagSet) {
 func (o *signalboxFlags) add(fs *pflag.FlagSet) {
 	fs.StringVar(&o.mode, "mode", "", "how Services are served: "+strings.Join(modes.Names(), ", ")+". It overrides --proxy-mode and the mode in --config. auto, the default, uses the first of "+modes.AutomaticNames()+" that works on this node")
 	fs.StringVar(&o.source, "source", "", "serve the objects in the YAML and JSON files of this directory, and watch it, instead of asking an API server: Services, EndpointSlices, Nodes and ServiceCIDRs")
-	fs.StringVar(&o.runDir, "run-dir", DefaultRunDir, "directory of the local socket that signalbox explain and status ask; no other user may enter it. An empty value means no socket")
+	fs.StringVar(&o.runDir, "run-dir", DefaultRunDir, "directory of the node lock and of the local socket for explain, status, diff and trace; no other user may enter it. An empty value means no local socket, and the node lock is an abstract socket only")
 	fs.StringVar(&o.stateDir, "state-dir", "", "save the known objects in files of this directory, which only root may enter. If the API server does not answer within 5 s of a start, or lists no objects, they are served until it does. Without the flag, nothing is saved")
 	fs.BoolVar(&o.statusPage, "status-page", false, "serve /services on the metrics server: a page for browsers with the Services of this node, their endpoints and reasons. Whoever reaches the server can read it")
 	fs.Var(&o.version, "version", "print the version and exit; raw prints all details. With a release such as v1.36.3, kubernetes_build_info reports that release instead of the API server's")
@@ -140,11 +140,11 @@ func (f *Flags) addKubeProxy(fs *pflag.FlagSet) {
 	k := &f.kubeProxy
 	setDefaults(k)
 	k.IPVS.MinSyncPeriod = k.IPTables.MinSyncPeriod // the flag's default, and not the file's
-	fs.StringVar(&f.file, "config", "", "kube-proxy's configuration file (KubeProxyConfiguration v1alpha1); signalbox watches it. With a file, all flags of this group but --hostname-override are ignored")
+	fs.StringVar(&f.file, "config", "", "kube-proxy's configuration file (KubeProxyConfiguration v1alpha1); signalbox watches it. With a file, only these flags of this group count: --hostname-override, --master, --cleanup, --init-only, --write-config-to")
 	fs.StringVar(&f.writeTo, "write-config-to", "", "write the resulting configuration with all defaults to this file, and exit")
 	fs.BoolVar(&f.cleanup, "cleanup", false, "remove what signalbox wrote into the kernel, and exit")
 	fs.BoolVar(&f.initOnly, "init-only", false, "set the kernel settings, which need all privileges, and exit; afterwards signalbox needs only CAP_NET_ADMIN")
-	fs.Var(cliflag.NewMapStringBool(&k.FeatureGates), "feature-gates", "Kubernetes feature gates. AllowServiceExternalIPs=false ignores spec.externalIPs. KubeProxyIPVS=false refuses --proxy-mode=ipvs. KubeProxyNFTablesLocalhostNodePorts=false serves no NodePorts on loopback in nftables mode. Other gates have no effect, and the log names them")
+	fs.Var(cliflag.NewMapStringBool(&k.FeatureGates), "feature-gates", "Kubernetes feature gates. AllowServiceExternalIPs=false ignores spec.externalIPs. KubeProxyIPVS=false refuses --proxy-mode=ipvs. KubeProxyNFTablesLocalhostNodePorts=false serves no NodePorts on loopback in nftables and userspace mode. Other gates have no effect, and the log names them")
 
 	fs.StringVar(&k.ClientConnection.Kubeconfig, "kubeconfig", "", "kubeconfig file with the API server's address and credentials (default: the Pod's service account)")
 	fs.StringVar(&f.master, "master", "", "address of the API server; overrides the address in the kubeconfig")

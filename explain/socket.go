@@ -68,7 +68,7 @@ func serve(ctx context.Context, dir string, answers http.Handler, log *slog.Logg
 			}
 		}
 		if !logged {
-			log.Info("there is no local socket; signalbox explain and status cannot ask this process, and Services are served without it; trying again",
+			log.Info("there is no local socket; signalbox explain, status, diff and trace cannot ask this process, and Services are served without it; trying again",
 				"directory", dir, "every", httpserve.RetryAfter, "error", err)
 			logged = true
 		}
