@@ -101,8 +101,8 @@ func choose(cfg *config.Config, log *slog.Logger) (modes.Choice, error) {
 	if err != nil {
 		return modes.Choice{}, err
 	}
-	for _, lost := range choice.Lost {
-		log.Warn("an IP family is not served", "reason", lost)
+	for family, err := range choice.Lost {
+		log.Warn("the mode does not serve an IP family here", "family", family.String(), "reason", err)
 	}
 	warnings, err := cfg.CheckFamilies(choice.Families, choice.Mode)
 	for _, w := range warnings {
@@ -117,7 +117,7 @@ func usableFamilies(log *slog.Logger) []plan.Family {
 	var usable []plan.Family
 	for _, family := range plan.Families {
 		if err := node.FamilyUsable(family); err != nil {
-			log.Info("an IP family is not served", "family", family.String(), "reason", err)
+			log.Info("this node does not have an IP family", "family", family.String(), "reason", err)
 			continue
 		}
 		usable = append(usable, family)
@@ -238,7 +238,7 @@ func (c *configRun) reportSync(r syncer.SyncReport) {
 	if c.initialSync.synced(r) {
 		level = slog.LevelInfo
 	}
-	c.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.Services,
+	c.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.ServicePorts,
 		"took", r.Took, "everything", r.All, "quarantined", r.Quarantined, "failed", r.Err != nil)
 }
 

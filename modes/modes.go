@@ -71,7 +71,7 @@ type Choice struct {
 	Mode     proxier.Mode
 	Families []plan.Family
 	// Lost says for each wanted family that cannot be served why not.
-	Lost []error
+	Lost map[plan.Family]error
 }
 
 // candidates are the modes that a name stands for.
@@ -94,15 +94,15 @@ func Choose(name string, wanted []plan.Family) (Choice, error) {
 	var best Choice
 	var lacks []error
 	for _, m := range list {
-		c := Choice{Mode: m}
+		c := Choice{Mode: m, Lost: map[plan.Family]error{}}
 		for _, family := range wanted {
 			if err := m.Supported(family); err != nil {
-				c.Lost = append(c.Lost, err)
+				c.Lost[family] = err
+				lacks = append(lacks, err)
 			} else {
 				c.Families = append(c.Families, family)
 			}
 		}
-		lacks = append(lacks, c.Lost...)
 		if len(c.Families) > len(best.Families) {
 			best = c
 		}
