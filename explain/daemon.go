@@ -330,7 +330,7 @@ func familyStatus(family plan.Family, last lastSync, pending time.Time) FamilySt
 	if last.at.IsZero() {
 		return f
 	}
-	f.LastSync = &LastSync{At: last.at, TookMillis: float64(last.Took.Microseconds()) / 1000, ServicePorts: last.Services, Everything: last.All}
+	f.LastSync = &LastSync{At: last.at, TookMillis: float64(last.Took.Microseconds()) / 1000, ServicePorts: last.ServicePorts, Everything: last.All}
 	if last.Err != nil {
 		f.LastSync.Error = last.Err.Error()
 	}

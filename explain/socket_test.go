@@ -119,7 +119,7 @@ func TestSocket(t *testing.T) {
 	}
 	w.before = nil
 
-	d.Synced(syncer.SyncReport{Family: 4, Took: 1500 * time.Microsecond, Services: 1, Current: true, Totals: syncer.Totals{ServicePorts: 1, Endpoints: 3}})
+	d.Synced(syncer.SyncReport{Family: 4, Took: 1500 * time.Microsecond, ServicePorts: 1, Current: true, Totals: syncer.Totals{ServicePorts: 1, Endpoints: 3}})
 	d.Requested("services", errors.New("connection refused"))
 	d.ConfigurationRejected(errors.New("mode: magic"))
 	var status Status

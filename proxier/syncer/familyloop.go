@@ -102,9 +102,9 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 		f.checkBacklog()
 		return false, nil
 	}
-	report := SyncReport{Family: f.family, Services: f.count(b)}
+	report := SyncReport{Family: f.family, ServicePorts: f.count(b)}
 	if f.all {
-		report.Services = len(f.planner.plan.Services)
+		report.ServicePorts = len(f.planner.plan.Services)
 	}
 	began := time.Now()
 	err = f.turn(ctx, b, due, retry)
@@ -298,7 +298,7 @@ func (f *familyLoop) writeAll(ctx context.Context) error {
 	if f.allFailed >= 2*maxFullSyncFailures {
 		p.forgetKernel()
 	}
-	f.log.Warn("writing everything failed again, looking for the Service it fails for", "services", len(p.changed), "error", err)
+	f.log.Warn("writing everything failed again, looking for the Service it fails for", "servicePorts", len(p.changed), "error", err)
 	if err := f.try(ctx, p.asWritten(nil), plan.Change{All: true}); err != nil {
 		return f.failed(ctx, err)
 	}

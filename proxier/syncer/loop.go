@@ -62,11 +62,11 @@ type LoopOptions struct {
 
 // SyncReport says what one sync of one family did.
 type SyncReport struct {
-	Family      plan.Family
-	Took        time.Duration
-	Services    int  // Service ports to write or remove
-	All         bool // everything was written anew
-	Quarantined int  // Service ports in quarantine: the mode refuses them, or their Service is too large
+	Family       plan.Family
+	Took         time.Duration
+	ServicePorts int  // to write or remove
+	All          bool // everything was written anew
+	Quarantined  int  // Service ports in quarantine: the mode refuses them, or their Service is too large
 	// Current says that the kernel now does what the plan asks for, but for
 	// quarantined Services and for slices of large ones that are still to come.
 	Current bool

@@ -34,7 +34,7 @@ func TestARefusedServiceIsQuarantined(t *testing.T) {
 	if len(b.problems) != 2 || b.problems[0].Object != "default/c" || b.problems[1].Object != "default/f" {
 		t.Errorf("reported: %v", b.problems)
 	}
-	if r := b.reports[len(b.reports)-1]; r.Quarantined != 2 || r.Err == nil || r.Services != 8 {
+	if r := b.reports[len(b.reports)-1]; r.Quarantined != 2 || r.Err == nil || r.ServicePorts != 8 {
 		t.Errorf("report: %+v", r)
 	}
 
