@@ -27,7 +27,7 @@ check: lint release-check unit ## before each commit: linters, unit and a part o
 
 # Each stage also runs after one that failed.
 .PHONY: test
-test: ## before each push: everything; the end lists each stage's duration and what failed in it
+test: ## before each push: vet, unit, race, contract, e2e, vm; the end lists each stage's duration and what failed in it
 	@MAKE="$(MAKE)" hack/stages.sh build vet unit race contract e2e vm
 
 .PHONY: help
