@@ -13,18 +13,20 @@ import (
 )
 
 const (
-	// perClient is how many connections one address may have to one server.
+	// perClient is how many connections one client may have to all servers of a process.
 	perClient = 64
-	// mostConnections is how many all servers of a process have together. They take at
-	// most a quarter of the process's descriptors: the rest is for packets of Services.
+	// mostConnections is how many all clients may have. They take at most a quarter of
+	// the process's descriptors: the rest is for packets of Services.
 	mostConnections   = 1024
 	descriptorsForOne = 4
 	fewestConnections = 16
 	usualDescriptors  = 1024 // if the kernel does not tell the limit
 )
 
-// limits bounds the open connections of several servers. When there are too many in all,
-// or of one client, it closes the one that has waited longest for a request.
+// limits bounds the open TCP connections of several servers. When there are too many in
+// all, or of one client, it closes the one whose state has not changed for the longest
+// time. Also a request can be that old: its client may withhold the body, or not read the
+// answer. Answers to honest clients take milliseconds, except profiles.
 type limits struct {
 	max int
 
@@ -34,9 +36,8 @@ type limits struct {
 
 // conn is an open connection.
 type conn struct {
-	server  net.Listener
-	client  netip.Addr
-	waiting time.Time // for a request since then; zero while it is answered
+	client  netip.Prefix
+	changed time.Time // when it was accepted, or a request began or ended
 }
 
 // shared is for all servers of the process, which share its descriptors.
@@ -55,61 +56,57 @@ type listener struct {
 }
 
 func (l listener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil || l.limits.admit(l.Listener, c) {
-			return c, err
-		}
-		c.Close()
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.limits.admit(c)
 	}
+	return c, err
 }
 
-// admit makes room for a connection, and returns false if there is none.
-func (l *limits) admit(server net.Listener, c net.Conn) bool {
-	client := clientOf(c)
+// admit makes room for a connection. Unix sockets have no limit: only root and the
+// process's own user reach them.
+func (l *limits) admit(c net.Conn) {
+	at, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return
+	}
+	client := clientOf(at)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	own := func(c *conn) bool { return c.server == server && c.client == client }
-	if l.count(own) >= perClient && !l.closeLongestWaiting(own) {
-		return false
-	}
-	if len(l.conns) >= l.max && !l.closeLongestWaiting(func(*conn) bool { return true }) {
-		return false
-	}
-	l.conns[c] = &conn{server, client, time.Now()}
-	return true
+	l.makeRoom(perClient, func(c *conn) bool { return c.client == client })
+	l.makeRoom(l.max, func(*conn) bool { return true })
+	l.conns[c] = &conn{client, time.Now()}
 }
 
-func clientOf(c net.Conn) netip.Addr {
-	if at, ok := c.RemoteAddr().(*net.TCPAddr); ok {
-		return at.AddrPort().Addr().Unmap()
+// clientOf returns an IPv4 address, or an IPv6 subnet: a host can use each address of its
+// subnet.
+func clientOf(at *net.TCPAddr) netip.Prefix {
+	addr := at.AddrPort().Addr().Unmap()
+	bits := 64
+	if addr.Is4() {
+		bits = 32
 	}
-	return netip.Addr{}
+	client, _ := addr.Prefix(bits) // fails only for other lengths
+	return client
 }
 
-func (l *limits) count(among func(*conn) bool) (n int) {
-	for _, c := range l.conns {
-		if among(c) {
-			n++
-		}
-	}
-	return n
-}
-
-// closeLongestWaiting returns false if none waits among the connections.
-func (l *limits) closeLongestWaiting(among func(*conn) bool) bool {
-	var longest net.Conn
+// makeRoom closes the oldest connection if there are as many as allowed.
+func (l *limits) makeRoom(allowed int, among func(*conn) bool) {
+	var oldest net.Conn
+	count := 0
 	for c, state := range l.conns {
-		if !state.waiting.IsZero() && among(state) && (longest == nil || state.waiting.Before(l.conns[longest].waiting)) {
-			longest = c
+		if !among(state) {
+			continue
+		}
+		count++
+		if oldest == nil || state.changed.Before(l.conns[oldest].changed) {
+			oldest = c
 		}
 	}
-	if longest == nil {
-		return false
+	if count >= allowed {
+		delete(l.conns, oldest)
+		oldest.Close()
 	}
-	delete(l.conns, longest)
-	longest.Close()
-	return true
 }
 
 // follow has the form of http.Server.ConnState.
@@ -118,12 +115,10 @@ func (l *limits) follow(c net.Conn, state http.ConnState) {
 	defer l.mu.Unlock()
 	at := l.conns[c]
 	switch {
-	case at == nil: // closed to make room
-	case state == http.StateActive:
-		at.waiting = time.Time{}
-	case state == http.StateIdle:
-		at.waiting = time.Now()
+	case at == nil: // it has no limit, or is closed to make room
 	case state == http.StateClosed, state == http.StateHijacked:
 		delete(l.conns, c)
+	default:
+		at.changed = time.Now()
 	}
 }

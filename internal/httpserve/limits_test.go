@@ -8,6 +8,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +23,12 @@ func serveWith(t *testing.T, l *limits, h http.Handler) (address string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	serveAt(t, socket, l, h)
+	return socket.Addr().String()
+}
+
+func serveAt(t *testing.T, socket net.Listener, l *limits, h http.Handler) {
+	t.Helper()
 	done := make(chan error, 1)
 	go func() { done <- serve(t.Context(), socket, h, quiet, l) }()
 	t.Cleanup(func() {
@@ -27,7 +36,6 @@ func serveWith(t *testing.T, l *limits, h http.Handler) (address string) {
 			t.Error(err)
 		}
 	})
-	return socket.Addr().String()
 }
 
 // client is one connection that stays open between requests.
@@ -81,34 +89,61 @@ func TestConnectionsInAll(t *testing.T) {
 		t.Errorf("%d connections are open", n)
 	}
 	if err := clients[0].get(); err == nil {
-		t.Error("the connection that has waited longest is still open")
+		t.Error("the oldest connection is still open")
 	}
 	if err := clients[19].get(); err != nil {
 		t.Errorf("the last connection: %v", err)
 	}
 }
 
-// A connection that is answered stays. A connection without any request goes first.
-func TestConnectionsThatAreAnsweredStay(t *testing.T) {
-	release, asked := make(chan struct{}), make(chan struct{}, 2)
-	address := serveWith(t, newLimits(2), http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
-		asked <- struct{}{}
-		<-release
-	}))
-	slow := []chan error{make(chan error, 1), make(chan error, 1)}
-	dial(t, 3, address) // says nothing
-	for i, done := range slow {
-		c := dial(t, i+1, address)
-		go func() { done <- c.get() }()
+// A request whose body never comes occupies its connection for requestTimeout. The oldest
+// such connection makes room for a new client.
+func TestConnectionWithoutItsBodyMakesRoom(t *testing.T) {
+	asked := make(chan struct{}, 1)
+	address := serveWith(t, newLimits(4), http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked <- struct{}{} }))
+	for n := range 4 {
+		if _, err := io.WriteString(dial(t, n+1, address), "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
 		<-asked
 	}
-	if err := dial(t, 4, address).get(); err == nil {
-		t.Error("a third connection is answered")
+	if err := dial(t, 9, address).get(); err != nil {
+		t.Error(err)
 	}
-	close(release)
-	for _, done := range slow {
-		if err := <-done; err != nil {
-			t.Error(err)
+}
+
+// Root's local socket answers, whatever connections clients of the network have.
+func TestUnixSocketHasNoLimit(t *testing.T) {
+	socket, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveAt(t, socket, newLimits(1), hello())
+	var clients []client
+	for range 3 {
+		c, err := net.Dial("unix", socket.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		clients = append(clients, client{c, bufio.NewReader(c)})
+	}
+	for i, c := range slices.Concat(clients, clients) {
+		if err := c.get(); err != nil {
+			t.Errorf("request %d: %v", i, err)
+		}
+	}
+}
+
+// The hosts of one IPv6 subnet are one client, because a host may have all its addresses.
+func TestClient(t *testing.T) {
+	for address, want := range map[string]string{
+		"192.0.2.1": "192.0.2.1/32", "::ffff:192.0.2.1": "192.0.2.1/32",
+		"2001:db8:1:2:3::4": "2001:db8:1:2::/64", "fe80::1%eth0": "fe80::/64",
+	} {
+		at := net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(address), 1))
+		if got := clientOf(at); got.String() != want {
+			t.Errorf("%s is of client %v, not %s", address, got, want)
 		}
 	}
 }
@@ -117,12 +152,13 @@ func TestConnectionsThatAreAnsweredStay(t *testing.T) {
 func TestConnectionsOfOneClient(t *testing.T) {
 	l := newLimits(10 * perClient)
 	address := serveWith(t, l, hello())
+	servers := []string{address, serveWith(t, l, hello())}
 	other := dial(t, 2, address)
 	if err := other.get(); err != nil {
 		t.Fatal(err)
 	}
 	for n := range perClient + 10 {
-		if err := dial(t, 1, address).get(); err != nil {
+		if err := dial(t, 1, servers[n%2]).get(); err != nil {
 			t.Errorf("connection %d: %v", n, err)
 		}
 	}
