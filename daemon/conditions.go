@@ -54,8 +54,8 @@ type sysctlProblems struct {
 	byOwner map[string][]*node.KernelProblem // who needs them -> those that could not be made
 }
 
-func newSysctlProblems(log *slog.Logger, told func(name string, err error)) *sysctlProblems {
-	return &sysctlProblems{log: log, report: told, byOwner: map[string][]*node.KernelProblem{}}
+func newSysctlProblems(log *slog.Logger, report func(name string, err error)) *sysctlProblems {
+	return &sysctlProblems{log: log, report: report, byOwner: map[string][]*node.KernelProblem{}}
 }
 
 // set replaces the problems with the settings that one part of the daemon needs.

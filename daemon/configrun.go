@@ -81,7 +81,7 @@ func newConfigRun(ctx context.Context, p *daemonState, cfg *config.Config, log *
 	g.loop = syncer.NewLoop(g.loopOptions())
 	g.servers.Follow(g.loop.SetAPIServers)
 	g.foreignRules = newForeignRules(foreignRulesOptions{
-		choice: choice, proxiers: g.proxiers, resync: g.loop.Resync, drained: g.pool.waitDrained, present: g.observer.foreignRules, log: log,
+		choice: choice, proxiers: g.proxiers, fullWrite: g.loop.RequestFullWrite, drained: g.pool.waitDrained, present: g.observer.foreignRules, log: log,
 	})
 	g.observer.follow(g)
 	return g, nil
@@ -202,15 +202,15 @@ func (c *configRun) watchAffinity(ctx context.Context) {
 	}
 }
 
-// fullSyncPeriod is how often everything is written anew, as kube-proxy does,
-// in case other software changed our rules without an error telling us.
-const fullSyncPeriod = time.Hour
+// fullWritePeriod is kube-proxy's. A full write repairs changes of other software that
+// nothing has reported.
+const fullWritePeriod = time.Hour
 
 func (c *configRun) loopOptions() syncer.LoopOptions {
 	logProblem := syncer.LogProblems(c.log)
 	opts := syncer.LoopOptions{
 		NodeName: c.cfg.NodeName, Settings: c.cfg.ForMode(c.choice.Mode), MinSyncPeriod: c.cfg.MinSyncPeriod, MaxProcessor: c.cfg.MaxProcessor,
-		Proxiers: c.proxiers, Logger: c.log, SyncPeriod: fullSyncPeriod, RetryPeriod: c.cfg.SyncPeriod,
+		Proxiers: c.proxiers, Logger: c.log, SyncPeriod: fullWritePeriod, RetryPeriod: c.cfg.SyncPeriod,
 		Report: func(p plan.Problem) {
 			logProblem(p)
 			c.observer.metrics.Problem(p)
@@ -239,7 +239,7 @@ func (c *configRun) reportSync(r syncer.SyncReport) {
 		level = slog.LevelInfo
 	}
 	c.log.Log(context.Background(), level, "synced", "family", r.Family.String(), "servicePorts", r.ServicePorts,
-		"took", r.Took, "everything", r.All, "quarantined", r.Quarantined, "failed", r.Err != nil)
+		"took", r.Took, "fullWrite", r.All, "quarantined", r.Quarantined, "failed", r.Err != nil)
 }
 
 // reportStart writes Events about the start of the process, about a mode that is

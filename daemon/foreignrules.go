@@ -53,8 +53,8 @@ type foreignRulesOptions struct {
 	// choice and proxiers are the mode at work.
 	choice   modes.Choice
 	proxiers map[plan.Family]proxier.Proxier
-	// resync writes this mode's own rules anew.
-	resync func()
+	// fullWrite requests a full write of this mode's rules.
+	fullWrite func()
 	// drained waits until no connection passes through the relays of an earlier
 	// configuration; false if its context ends first.
 	drained func(context.Context) bool
@@ -227,8 +227,8 @@ func (f *foreignRules) reportPresent() {
 	}
 }
 
-// check removes kube-proxy's rules if they are back, and writes this mode's own anew
-// if another program replaced them.
+// check removes kube-proxy's rules if they are back, and requests a full write if
+// another program replaced this mode's own.
 func (f *foreignRules) check(ctx context.Context, family plan.Family) (found bool) {
 	f.removeDrained(family, false)
 	if f.kubeProxyWrote(ctx, family) {
@@ -238,8 +238,8 @@ func (f *foreignRules) check(ctx context.Context, family plan.Family) (found boo
 	f.logged[family] = false
 	if intact, err := f.proxiers[family].Intact(ctx); err == nil && !intact {
 		found = true
-		f.log.Warn("another program has replaced the rules of Services; they are written anew", "family", family.String())
-		f.resync()
+		f.log.Warn("another program has replaced the rules of Services; a full write follows", "family", family.String())
+		f.fullWrite()
 	}
 	return found
 }
@@ -251,7 +251,7 @@ func (f *foreignRules) handleKubeProxy(family plan.Family) (removed bool) {
 		f.log.Warn("kube-proxy has written its rules again, and they are removed again; does it still run on this node?", "family", family.String())
 		f.remove(family, f.kubeProxy(family))
 		if f.taken[family].IPTables != "" {
-			f.resync()
+			f.fullWrite()
 		}
 		return true
 	}

@@ -117,7 +117,7 @@ func rulesOfMode(t *testing.T, name string) *foreignRules {
 	}
 	l := newForeignRules(foreignRulesOptions{
 		choice: modes.Choice{Mode: mode, Families: []plan.Family{plan.IPv4}}, proxiers: map[plan.Family]proxier.Proxier{plan.IPv4: p},
-		resync: func() { t.Error("rules count as replaced") }, log: slog.New(slog.DiscardHandler),
+		fullWrite: func() { t.Error("rules count as replaced") }, log: slog.New(slog.DiscardHandler),
 	})
 	l.hadKubeProxy, l.logged = map[plan.Family]bool{}, map[plan.Family]bool{}
 	return l

@@ -21,7 +21,7 @@ func (c *configRun) serve(ctx context.Context) error {
 		if again {
 			c.log.Warn("the other signalbox has ended; this one serves the node again")
 			c.initialSync.reset()
-			c.loop.Resync()
+			c.loop.RequestFullWrite()
 		}
 		next, err := c.serveUntilContender(ctx)
 		if next == nil || err != nil {
@@ -84,7 +84,7 @@ func (c *configRun) acquireNodeLock(ctx context.Context, work *sync.WaitGroup) *
 }
 
 // acquire acquires the node lock. It has the mode mend what an earlier process may have
-// changed before it handed over. A mode with RewriteAfterTakeover does that before acquire
+// changed before it handed over. A mode with FullWriteAfterTakeover does that before acquire
 // returns, because afterwards things are removed that serve meanwhile.
 func (c *configRun) acquire(ctx context.Context) error {
 	if c.nodeLock.Held() {
@@ -93,12 +93,12 @@ func (c *configRun) acquire(ctx context.Context) error {
 	if err := c.nodeLock.Acquire(ctx, c.cfg.RunDir); err != nil || !c.nodeLock.TookOver() {
 		return err
 	}
-	if !c.choice.Mode.Traits().RewriteAfterTakeover {
+	if !c.choice.Mode.Traits().FullWriteAfterTakeover {
 		c.loop.RepairNow()
 		return nil
 	}
 	c.initialSync.reset()
-	c.loop.Resync()
+	c.loop.RequestFullWrite()
 	c.initialSync.wait(ctx)
 	return ctx.Err()
 }

@@ -71,7 +71,7 @@ func TestRepair(t *testing.T) {
 				t.Errorf("%s: by %s, want %q", damage, by, want)
 			}
 			got, err := p.Repair(t.Context())
-			if err != nil || !got.Rewrite || !slices.Contains(got.Objects, found) {
+			if err != nil || !got.NeedsFullWrite || !slices.Contains(got.Objects, found) {
 				t.Errorf("%s: found %+v, %v, want %q", damage, got, err, found)
 			}
 			mustSync(t, p, desired, plan.Change{All: true})
@@ -101,14 +101,14 @@ func TestUnknownWords(t *testing.T) {
 		for i, want := range []bool{true, false} {
 			run(t, "", p.tools.Command, "-t", "nat", "-N", fmt.Sprintf("OTHER%d", i))
 			noticed(t, p, "a foreign chain")
-			if found, err := p.Repair(t.Context()); err != nil || found.Rewrite != want {
+			if found, err := p.Repair(t.Context()); err != nil || found.NeedsFullWrite != want {
 				t.Errorf("comparison %d finds %q, %v", i, found.Objects, err)
 			}
 			mustSync(t, p, desired, plan.Change{All: true})
 		}
 		run(t, "", p.tools.Command, "-t", "nat", "-F", servicesChain)
 		noticed(t, p, "the flush")
-		if found, err := p.Repair(t.Context()); err != nil || !found.Rewrite {
+		if found, err := p.Repair(t.Context()); err != nil || !found.NeedsFullWrite {
 			t.Errorf("after a flush: found %+v, %v", found, err)
 		}
 	})
@@ -190,7 +190,7 @@ func TestChangeBesideWrite(t *testing.T) {
 					t.Errorf("with a foreign change (%v), one is noticed: %v, by %s", foreign, changed, by)
 				}
 			}
-			if found, err := p.Repair(t.Context()); err != nil || !found.Rewrite {
+			if found, err := p.Repair(t.Context()); err != nil || !found.NeedsFullWrite {
 				t.Errorf("found %+v, %v", found, err)
 			}
 		})
@@ -213,7 +213,7 @@ func TestChangeAfterFirstListing(t *testing.T) {
 		mustSync(t, p, desired, plan.Change{All: true})
 		p.tools.Save = program
 		noticed(t, p, "the flush of nat")
-		if found, err := p.Repair(t.Context()); err != nil || !found.Rewrite {
+		if found, err := p.Repair(t.Context()); err != nil || !found.NeedsFullWrite {
 			t.Errorf("found %+v, %v", found, err)
 		}
 	})

@@ -101,9 +101,9 @@ func sortedLines(s string) string {
 	return strings.Join(lines, "\n")
 }
 
-// TestChangesEqualFullSync compares the kernel after random changes with the
+// TestChangesEqualFullWrite compares the kernel after random changes with the
 // kernel after one sync of everything.
-func TestChangesEqualFullSync(t *testing.T) {
+func TestChangesEqualFullWrite(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		w := newWorld(p.opts.Family, 3)
 		desired := w.plan(60)
@@ -121,7 +121,7 @@ func TestChangesEqualFullSync(t *testing.T) {
 		}
 		mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), desired, plan.Change{All: true})
 		if diff := cmp.Diff(sortedLines(saved(t, p)), sortedLines(changed)); diff != "" {
-			t.Errorf("-full sync +changes\n%s", diff)
+			t.Errorf("-full write +changes\n%s", diff)
 		}
 	})
 }

@@ -184,7 +184,7 @@ func (p *Proxier) Close() error {
 // Sync implements proxier.Proxier. The rules of nearly every Service tell local
 // Pods from others: a change of these writes everything anew, as change.All does.
 func (p *Proxier) Sync(ctx context.Context, desired *plan.Plan, change plan.Change) error {
-	if err := desired.For(ctx, Mode, p.opts.Family); err != nil {
+	if err := desired.Check(ctx, Mode, p.opts.Family); err != nil {
 		return err
 	}
 	if change.All || p.state == nil || change.Node && needsFull(&p.state.node, &desired.Node) {
@@ -383,7 +383,7 @@ func (p *Proxier) Repair(ctx context.Context) (found proxier.Difference, err err
 		return found, err
 	}
 	found.Objects = append(found.Objects, exposed...)
-	found.Rewrite = len(found.Objects) > 0
+	found.NeedsFullWrite = len(found.Objects) > 0
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.compareTook = time.Since(began)

@@ -44,7 +44,7 @@ func stateOf(t testing.TB, plan *plan.Plan) (*compiledState, *model) {
 }
 
 // FuzzChanges applies a sequence of changes, of which some fail and are rolled
-// back. Kernel and state must then be what a full sync makes of them.
+// back. Kernel and state must then be what a full write makes of them.
 func FuzzChanges(f *testing.F) {
 	for seed := range uint64(12) {
 		f.Add(seed, uint8(1+seed*seed%20))
@@ -80,7 +80,7 @@ func changeByChange(t *testing.T, seed uint64, changes uint8) {
 	}
 	fresh, want := stateOf(t, plan)
 	if diff := cmp.Diff(want.dump(), kernel.dump()); diff != "" {
-		t.Errorf("a full sync writes something else than %d changes (-full +changes):\n%s", changes, diff)
+		t.Errorf("a full write writes something else than %d changes (-full +changes):\n%s", changes, diff)
 	}
 	known := func(s *compiledState) []string {
 		return slices.Sorted(func(yield func(string) bool) {
@@ -91,7 +91,7 @@ func changeByChange(t *testing.T, seed uint64, changes uint8) {
 	}
 	if s.totals != fresh.totals || !maps.Equal(s.written[nat], fresh.written[nat]) || !maps.Equal(s.written[filter], fresh.written[filter]) ||
 		!slices.Equal(known(s), known(fresh)) {
-		t.Errorf("the state after %d changes is not that of a full sync: %+v, want %+v", changes, s.totals, fresh.totals)
+		t.Errorf("the state after %d changes is not that of a full write: %+v, want %+v", changes, s.totals, fresh.totals)
 	}
 }
 

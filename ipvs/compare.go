@@ -327,7 +327,7 @@ func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 		p.stale = false // the failed write has left what the state says
 		p.wakeDrain()
 	}
-	return proxier.Difference{Objects: found, Rewrite: len(found) > 0}, nil
+	return proxier.Difference{Objects: found, NeedsFullWrite: len(found) > 0}, nil
 }
 
 // Compare implements proxier.Proxier.

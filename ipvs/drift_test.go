@@ -126,7 +126,7 @@ func TestDrift(t *testing.T) {
 			}
 			wantChanged("after the damage", test.noticed)
 			found, err := p.Repair(t.Context())
-			if err != nil || len(found.Objects) == 0 || !strings.HasPrefix(found.Objects[0], test.found) || !found.Rewrite {
+			if err != nil || len(found.Objects) == 0 || !strings.HasPrefix(found.Objects[0], test.found) || !found.NeedsFullWrite {
 				t.Errorf("found %+v, %v, want %q", found, err, test.found)
 			}
 			syncAll(t, p, desired)
@@ -172,10 +172,10 @@ func TestFailedRemoval(t *testing.T) {
 				t.Errorf("Compare finds %+v, %v", c, err)
 			}
 			found, err := p.Repair(t.Context())
-			if err != nil || !slices.Equal(found.Objects, test.found) || found.Rewrite != (test.found != nil) {
+			if err != nil || !slices.Equal(found.Objects, test.found) || found.NeedsFullWrite != (test.found != nil) {
 				t.Errorf("found %+v, %v", found, err)
 			}
-			if found.Rewrite {
+			if found.NeedsFullWrite {
 				syncAll(t, p, empty)
 			}
 			waits(false)
@@ -214,7 +214,7 @@ func TestRepairAfterKubeProxy(t *testing.T) {
 	if differ, err := p.serversDiffer(); !differ || err != nil {
 		t.Errorf("without kube-proxy's ipsets: differ %v, %v", differ, err)
 	}
-	if found, err := p.Repair(t.Context()); err != nil || len(found.Objects) != 2 || !found.Rewrite {
+	if found, err := p.Repair(t.Context()); err != nil || len(found.Objects) != 2 || !found.NeedsFullWrite {
 		t.Errorf("without kube-proxy's ipsets: found %+v, %v", found, err)
 	}
 	syncAll(t, p, desired)

@@ -46,13 +46,13 @@ func (Dataplane) Written(f plan.Family) (found bool, taken proxier.TakenOver, er
 // each other. The earlier process removes virtual servers that have drained.
 func (Dataplane) Traits() proxier.Traits {
 	return proxier.Traits{
-		FileSection:          "ipvs",
-		FeatureGate:          "KubeProxyIPVS",
-		Series:               []string{"sync_proxy_rules_iptables_restore_failures_total"},
-		Schedulers:           true,
-		GuardsClusterIPs:     true,
-		LeavesAPIServers:     true,
-		RewriteAfterTakeover: true,
+		FileSection:            "ipvs",
+		FeatureGate:            "KubeProxyIPVS",
+		Series:                 []string{"sync_proxy_rules_iptables_restore_failures_total"},
+		Schedulers:             true,
+		GuardsClusterIPs:       true,
+		LeavesAPIServers:       true,
+		FullWriteAfterTakeover: true,
 	}
 }
 

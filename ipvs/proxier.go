@@ -121,7 +121,7 @@ func (p *Proxier) TakenOver() proxier.TakenOver { return proxier.TakenOver{IPVS:
 
 // Sync implements proxier.Proxier.
 func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
-	if err := plan.For(ctx, Mode, p.Family); err != nil {
+	if err := plan.Check(ctx, Mode, p.Family); err != nil {
 		return err
 	}
 	p.mu.Lock()

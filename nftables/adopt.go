@@ -271,10 +271,10 @@ func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 	a := &adoption{Table: p.table, rules: rulesetOf(p.IPFamily, p.mark, p.state.node)}
 	found, err := p.watch.CompareChains(contents, a.rules.chains(p.state))
 	if err != nil || len(found) > 0 {
-		return proxier.Difference{Objects: found, Rewrite: true}, err
+		return proxier.Difference{Objects: found, NeedsFullWrite: true}, err
 	}
 	if n := countEndpoints(p.state.servicePorts); n > p.maxEndpointsRead {
-		return proxier.Difference{Objects: []string{fmt.Sprintf("elements, which are not compared among %d endpoints", n)}, Rewrite: true}, nil
+		return proxier.Difference{Objects: []string{fmt.Sprintf("elements, which are not compared among %d endpoints", n)}, NeedsFullWrite: true}, nil
 	}
 	if err := a.read(); err != nil {
 		return proxier.Difference{}, err

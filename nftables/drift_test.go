@@ -65,7 +65,7 @@ func (h *healer) repair() proxier.Difference {
 	if err != nil {
 		h.Fatal(err)
 	}
-	if found.Rewrite {
+	if found.NeedsFullWrite {
 		h.sync(plan.Change{All: true})
 	}
 	compareKernel(h, h.Proxier, h.desired.Node)
@@ -103,7 +103,7 @@ func TestRepair(t *testing.T) {
 				before := expectedElements(h.state)
 				nstest.NFT(t, test.damage, "-f", "-")
 				found := h.repair()
-				if len(found.Objects) == 0 || !strings.HasPrefix(found.Objects[0], test.found) || found.Rewrite != test.all {
+				if len(found.Objects) == 0 || !strings.HasPrefix(found.Objects[0], test.found) || found.NeedsFullWrite != test.all {
 					t.Errorf("found %+v, want %q, everything: %v", found, test.found, test.all)
 				}
 				if after := expectedElements(h.state); !slices.Equal(before, after) {
@@ -143,7 +143,7 @@ func TestRepairAfterPredecessor(t *testing.T) {
 			if err := sync(earlier, plan.Change{All: true}); err != nil {
 				t.Fatal(err)
 			}
-			if found, err := later.Repair(t.Context()); err != nil || len(found.Objects) == 0 || found.Rewrite {
+			if found, err := later.Repair(t.Context()); err != nil || len(found.Objects) == 0 || found.NeedsFullWrite {
 				t.Fatalf("found %+v, %v", found, err)
 			}
 			compareKernel(t, later, desired.Node)
@@ -161,7 +161,7 @@ func TestRepairMany(t *testing.T) {
 	h := newHealer(t, examplePlan(plan.IPv4))
 	h.maxEndpointsRead = 0
 	nstest.NFT(t, "flush map ip signalbox endpoints", "-f", "-")
-	if found := h.repair(); !found.Rewrite || len(found.Objects) != 1 || !strings.HasPrefix(found.Objects[0], "elements, ") {
+	if found := h.repair(); !found.NeedsFullWrite || len(found.Objects) != 1 || !strings.HasPrefix(found.Objects[0], "elements, ") {
 		t.Errorf("found %+v", found)
 	}
 }
@@ -185,7 +185,7 @@ func TestReplacedRule(t *testing.T) {
 			t.Errorf("%s finds %q", what, differences)
 		}
 	}
-	if !found.Rewrite {
+	if !found.NeedsFullWrite {
 		t.Error("nothing is written")
 	}
 }
@@ -216,7 +216,7 @@ func TestOwnWritesDoNotDrift(t *testing.T) {
 		h.sync(plan.Change{All: true})
 	}
 	runNft(t, "add", "element", "ip", tableName, "rejected", "{ 10.0.0.99 . tcp . 80 }")
-	if found := h.repair(); found.Rewrite || len(found.Objects) != 1 {
+	if found := h.repair(); found.NeedsFullWrite || len(found.Objects) != 1 {
 		t.Errorf("found %+v, want the foreign element alone", found)
 	}
 	select {

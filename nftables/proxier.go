@@ -75,7 +75,7 @@ func (p *Proxier) Drain(ctx context.Context) { p.localhost.Drain(ctx) }
 // Sync implements proxier.Proxier. Each call writes one transaction. The listeners on
 // loopback follow it. If they fail, Sync does not fail: see Problem.
 func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
-	if err := plan.For(ctx, Mode, p.Family); err != nil {
+	if err := plan.Check(ctx, Mode, p.Family); err != nil {
 		return err
 	}
 	change.All = change.All || p.state == nil || change.Node && p.state.node.LocalhostNodePorts != plan.Node.LocalhostNodePorts

@@ -11,8 +11,8 @@ import (
 type Difference struct {
 	// Objects says what differs, one text for each kind of objects; none if nothing does.
 	Objects []string
-	// Rewrite says that nothing is repaired yet: the caller's next change has All set.
-	Rewrite bool
+	// NeedsFullWrite says that nothing is repaired yet: the caller's next change has All set.
+	NeedsFullWrite bool
 }
 
 // Comparison is what the kernel has, beside what a Proxier wrote. Its lines are in the words

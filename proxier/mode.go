@@ -91,10 +91,10 @@ type Traits struct {
 	// and processes of the node the endpoints, if there are any. See
 	// plan.Frontend.ForeignAddr.
 	LeavesAPIServers bool
-	// RewriteAfterTakeover says that nothing tells the mode when another process
+	// FullWriteAfterTakeover says that nothing tells the mode when another process
 	// changes its part of the kernel. A Proxier reads it back and mends it after an
 	// earlier process has let go of the node.
-	RewriteAfterTakeover bool
+	FullWriteAfterTakeover bool
 }
 
 // LocalhostNodePorts is how a mode serves NodePorts on the loopback address.

@@ -68,7 +68,7 @@ func TestRepair(t *testing.T) {
 				}
 			}
 			found, err := w.p.Repair(t.Context())
-			if err != nil || len(found.Objects) == 0 || !strings.HasPrefix(found.Objects[0], test.found) || !found.Rewrite {
+			if err != nil || len(found.Objects) == 0 || !strings.HasPrefix(found.Objects[0], test.found) || !found.NeedsFullWrite {
 				t.Errorf("found %+v, %v, want %q", found, err, test.found)
 			}
 			w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))

@@ -130,7 +130,7 @@ func TestRepairRoutes(t *testing.T) {
 			if c, err := w.p.Compare(t.Context()); !slices.Equal(c.Differences, step.compared) || err != nil {
 				t.Errorf("%s: compared %q, %v", step.name, c.Differences, err)
 			}
-			if found, err := w.p.Repair(t.Context()); !slices.Equal(found.Objects, step.repaired) || found.Rewrite || err != nil {
+			if found, err := w.p.Repair(t.Context()); !slices.Equal(found.Objects, step.repaired) || found.NeedsFullWrite || err != nil {
 				t.Errorf("%s: found %+v, %v", step.name, found, err)
 			}
 			if differ, err := w.p.routes.differ(); differ || err != nil {

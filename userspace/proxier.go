@@ -78,7 +78,7 @@ func (p *Proxier) RelayStats() (proxier.RelayStats, bool) { return p.relay.stats
 
 // Sync implements proxier.Proxier. Every call is one transaction.
 func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change) error {
-	if err := plan.For(ctx, Mode, p.family.Family); err != nil {
+	if err := plan.Check(ctx, Mode, p.family.Family); err != nil {
 		return err
 	}
 	if change.All || p.state == nil {
@@ -167,7 +167,7 @@ func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 		return proxier.Difference{}, err
 	}
 	missing, err := p.routes.repair()
-	return proxier.Difference{Objects: append(found, missing...), Rewrite: len(found) > 0}, err
+	return proxier.Difference{Objects: append(found, missing...), NeedsFullWrite: len(found) > 0}, err
 }
 
 func (p *Proxier) rules(node plan.Node) ruleset {
@@ -218,7 +218,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 	p.relay.setNode(plan.Node)
 	p.state = st
 	if err := p.routes.removeOthers(); err != nil { // no packet gets such a mark any more
-		slog.Warn("userspace: a routing rule of an earlier configuration cannot be removed; it stays until the next full sync", "family", p.family.Family.String(), "error", err)
+		slog.Warn("userspace: a routing rule of an earlier configuration cannot be removed; it stays until the next full write", "family", p.family.Family.String(), "error", err)
 	}
 	return nil
 }

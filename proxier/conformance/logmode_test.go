@@ -90,7 +90,7 @@ type logProxier struct {
 // Sync compiles what has changed, compares it with what it wrote before, and
 // writes the difference. It remembers the new lines only once they are written.
 func (l *logProxier) Sync(ctx context.Context, desired *plan.Plan, change plan.Change) error {
-	if err := desired.For(ctx, l.mode, l.family); err != nil {
+	if err := desired.Check(ctx, l.mode, l.family); err != nil {
 		return err
 	}
 	var text bytes.Buffer

@@ -396,9 +396,9 @@ type Plan struct {
 	Services map[ServicePortName]*ServicePort // by ServicePort.Name
 }
 
-// For is what every Sync begins with: an error if ctx has ended, or if a mode's
+// Check is what every Sync begins with: an error if ctx has ended, or if a mode's
 // Proxier of a family was given another family's plan.
-func (p *Plan) For(ctx context.Context, mode string, f Family) error {
+func (p *Plan) Check(ctx context.Context, mode string, f Family) error {
 	if p.Family != f {
 		return fmt.Errorf("mode %s: a plan for %s given to the proxier of %s", mode, p.Family, f)
 	}
@@ -407,7 +407,7 @@ func (p *Plan) For(ctx context.Context, mode string, f Family) error {
 
 // Change names what differs between a Plan and the one last synced.
 type Change struct {
-	// All asks for everything to be written anew: nothing is known about the
+	// All asks for a full write: nothing is known about the
 	// kernel's state.
 	All bool
 	// Node says that Plan.Node changed.

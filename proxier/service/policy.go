@@ -22,8 +22,8 @@ type Resolver struct {
 	primary netip.Addr
 	// knowsPods says whether Pods of this node can be told apart.
 	knowsPods bool
-	// remotePodsCount says that Pods of other nodes are taken for this node's.
-	remotePodsCount bool
+	// countsRemotePodsAsLocal says that Pods of other nodes are taken for this node's.
+	countsRemotePodsAsLocal bool
 	// apiServers are those of both families.
 	apiServers []apiServer
 }
@@ -38,8 +38,8 @@ func NewResolver(settings *Settings, t *Tracker, family plan.Family) *Resolver {
 		primary:   settings.primary(family, &t.node),
 		knowsPods: settings.localPods(family, t.node.podCIDRs).Known(),
 
-		remotePodsCount: settings.takesRemotePodsForLocal(family),
-		apiServers:      t.apiServers(),
+		countsRemotePodsAsLocal: settings.takesRemotePodsForLocal(family),
+		apiServers:              t.apiServers(),
 	}
 }
 
@@ -245,7 +245,7 @@ func (s selection) frontend(inside, outside Scope) plan.Frontend {
 // externalTrafficPolicy Local a Pod of another node that is taken for one of this
 // node takes the short way. All other external traffic from other nodes is
 // masqueraded, or its endpoints are on this node.
-func (r *Resolver) remoteHairpins(s *svc) bool { return r.remotePodsCount && s.externalLocal }
+func (r *Resolver) remoteHairpins(s *svc) bool { return r.countsRemotePodsAsLocal && s.externalLocal }
 
 // restrict gives load-balancer IPs their source ranges, sorted. Where they cover
 // the node, the IP itself is a source too: the node may use it as its own when

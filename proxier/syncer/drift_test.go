@@ -82,7 +82,7 @@ func TestRepairs(t *testing.T) {
 	}{
 		{"nothing differs", proxier.Difference{}, nil, false, false, ""},
 		{"elements differ", proxier.Difference{Objects: []string{"an element"}}, nil, true, false, `process="nft (7)" differences="[an element]"`},
-		{"rules differ", proxier.Difference{Objects: []string{"a rule"}, Rewrite: true}, nil, true, true, `process="nft (7)" differences="[a rule]"`},
+		{"rules differ", proxier.Difference{Objects: []string{"a rule"}, NeedsFullWrite: true}, nil, true, true, `process="nft (7)" differences="[a rule]"`},
 		{"the kernel refuses", proxier.Difference{}, errors.New("refused"), true, true, "error=refused"},
 		{"the mode panics", proxier.Difference{}, errPanic, true, true, "panic=broken"},
 	} {
@@ -119,7 +119,7 @@ func TestFailingRepair(t *testing.T) {
 		found proxier.Difference
 		err   error
 	}{
-		"rules differ":       {found: proxier.Difference{Objects: []string{"a rule"}, Rewrite: true}},
+		"rules differ":       {found: proxier.Difference{Objects: []string{"a rule"}, NeedsFullWrite: true}},
 		"the kernel refuses": {err: errors.New("refused")},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -170,7 +170,7 @@ func TestFullWriteRepairs(t *testing.T) {
 		if fights, drift := b.Fights(), b.Drift(); len(fights) > 0 || len(drift) != 1 {
 			t.Errorf("the fights are %q, and what drifts is %q", fights, drift)
 		}
-		b.Resync()
+		b.RequestFullWrite()
 		time.Sleep(time.Second)
 		if _, pending := b.families[0].repairs.Due(); pending || m.repairs > 0 {
 			t.Errorf("pending: %v, %d repairs", pending, m.repairs)

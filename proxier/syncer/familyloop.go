@@ -27,10 +27,10 @@ type familyLoop struct {
 	opts    *LoopOptions
 	log     *slog.Logger
 
-	all bool // everything must be written anew
-	// unknown says that the kernel may not have what was written.
-	unknown bool
-	// allFailed counts how often in a row writing everything failed.
+	fullWriteDue bool
+	// stateUnknown says that the kernel may not have what was written.
+	stateUnknown bool
+	// allFailed counts the full writes that failed in a row.
 	allFailed int
 	// suspects are groups of changes that failed together; the last is next.
 	suspects [][]plan.ServicePortName
@@ -38,7 +38,7 @@ type familyLoop struct {
 	// so its state is not the cause of a failure.
 	kernelAccepts bool
 	failedAlone   int       // suspects that failed alone since the search began
-	rewrittenAt   time.Time // when everything was last written anew to find out
+	fullWriteAt   time.Time // of the last full write that a failed suspect caused
 	quarantine
 	retryAt time.Time // zero: nothing is due
 	backoff time.Duration
@@ -50,13 +50,13 @@ type familyLoop struct {
 	problemOf map[plan.ServicePortName]plan.Problem
 	problems  modeProblems
 
-	written  bool          // everything was written once or more
-	asked    bool          // all is set on request, not after a failure
-	repaired bool          // in this sync; see SyncReport
-	wroteAll bool          // in this sync, or it was tried
-	took     time.Duration // of the last try
-	more     bool          // the next sync is due at once
-	current  bool          // see SyncReport
+	everWritten        bool          // a full write has succeeded
+	fullWriteRequested bool          // not after a failure
+	repaired           bool          // in this sync; see SyncReport
+	triedFullWrite     bool          // in this sync
+	took               time.Duration // of the last try
+	more               bool          // the next sync is due at once
+	current            bool          // see SyncReport
 	// failure is the error of the last turn, and failingSince the time of the first
 	// failure in a row.
 	failure      error
@@ -69,17 +69,17 @@ type familyLoop struct {
 
 const (
 	firstRetry = 100 * time.Millisecond
-	// maxFullSyncFailures is how often writing everything may fail before the
-	// search for a Service begins. Until then the kernel keeps what it has, and
+	// maxFullWriteFailures is how often in a row a full write may fail before
+	// the search for a Service begins. Until then the kernel keeps what it has, and
 	// a lock that another program holds for a moment costs no Service.
-	maxFullSyncFailures = 3
+	maxFullWriteFailures = 3
 )
 
 func newFamilyLoop(family plan.Family, p proxier.Proxier, opts *LoopOptions, problems modeProblems, quarantined map[plan.ServiceName]int) *familyLoop {
 	return &familyLoop{
 		family: family, proxier: p, planner: newPlanner(family), opts: opts,
-		log: opts.Logger.With("family", family.String()),
-		all: true, quarantine: newQuarantine(quarantined), repairs: drift.New(), problemOf: map[plan.ServicePortName]plan.Problem{}, problems: problems,
+		log:          opts.Logger.With("family", family.String()),
+		fullWriteDue: true, quarantine: newQuarantine(quarantined), repairs: drift.New(), problemOf: map[plan.ServicePortName]plan.Problem{}, problems: problems,
 	}
 }
 
@@ -88,14 +88,14 @@ func newFamilyLoop(family plan.Family, p proxier.Proxier, opts *LoopOptions, pro
 // family whose kernel state is unknown waits for its next try, however much changes.
 func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err error) {
 	due := urgent || f.retryAt.IsZero() || !time.Now().Before(f.retryAt)
-	if f.all && !due {
+	if f.fullWriteDue && !due {
 		return false, nil
 	}
 	f.prune()
 	b := f.backlog()
 	retry := due && len(f.quarantinedPorts) > 0
 	worked = f.repair(ctx)
-	if !worked && !f.all && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
+	if !worked && !f.fullWriteDue && !f.planner.node && b.empty() && len(f.suspects) == 0 && !retry {
 		f.schedule(due, false)
 		f.since, f.triggers = time.Time{}, nil // these events changed nothing in the plan
 		f.ended(nil)
@@ -103,7 +103,7 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 		return false, nil
 	}
 	report := SyncReport{Family: f.family, ServicePorts: f.count(b)}
-	if f.all {
+	if f.fullWriteDue {
 		report.ServicePorts = len(f.planner.plan.Services)
 	}
 	began := time.Now()
@@ -117,25 +117,25 @@ func (f *familyLoop) sync(ctx context.Context, urgent bool) (worked bool, err er
 // something differed.
 func (f *familyLoop) repair(ctx context.Context) (differed bool) {
 	writer, due := f.repairs.Begin()
-	if !due || f.all {
+	if !due || f.fullWriteDue {
 		return false
 	}
 	began := time.Now()
 	found, err := f.tryRepair(ctx)
 	if err != nil {
-		f.all, f.unknown = true, true
+		f.fullWriteDue, f.stateUnknown = true, true
 		if ctx.Err() == nil { // otherwise the daemon is stopping
-			f.log.Error("what another program changed cannot be compared or repaired; everything is written anew", "process", writer.String(), "error", err)
+			f.log.Error("what another program changed cannot be compared or repaired; a full write follows", "process", writer.String(), "error", err)
 		}
 		return true
 	}
-	if !found.Rewrite {
+	if !found.NeedsFullWrite {
 		f.repairs.Succeeded()
 	}
 	if len(found.Objects) == 0 {
 		return false
 	}
-	f.all, f.unknown, f.repaired = found.Rewrite, found.Rewrite, !found.Rewrite // try counts a rewrite
+	f.fullWriteDue, f.stateUnknown, f.repaired = found.NeedsFullWrite, found.NeedsFullWrite, !found.NeedsFullWrite // try counts a full write
 	f.logRepair(writer, found, time.Since(began))
 	return true
 }
@@ -167,7 +167,7 @@ func (f *familyLoop) logRepair(writer proxier.Writer, found proxier.Difference, 
 		level = slog.LevelDebug
 	}
 	f.log.Log(context.Background(), level, "another program has changed what signalbox has in the kernel; it is repaired", "process", writer.String(),
-		"differences", found.Objects[:min(len(found.Objects), maxDifferences)], "everythingIsWrittenAnew", found.Rewrite, "took", took)
+		"differences", found.Objects[:min(len(found.Objects), maxDifferences)], "fullWrite", found.NeedsFullWrite, "took", took)
 	if isNew {
 		f.log.Error("a program undoes what signalbox writes again and again; repairs wait, at most 30s; stop the program, or exclude signalbox's tables from it",
 			"program", writer.Program(), "pause", pause)
@@ -188,11 +188,11 @@ func (f *familyLoop) count(b backlog) int {
 // turn writes everything if that is due, then the small changes together, then a part
 // of the rest. In this order nobody waits for a search or for a large Service.
 func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error {
-	f.wroteAll, f.searchesPorts = false, false
+	f.triedFullWrite, f.searchesPorts = false, false
 	if len(f.suspects) == 0 {
 		f.kernelAccepts, f.failedAlone = false, 0
 	}
-	if f.all {
+	if f.fullWriteDue {
 		if err := f.writeAll(ctx); err != nil {
 			f.schedule(due, false)
 			return err
@@ -214,7 +214,7 @@ func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error
 		progress = f.retry(ctx, a)
 	}
 	err := f.drainFailures()
-	if f.all && ctx.Err() == nil { // the other Services need a known state
+	if f.fullWriteDue && ctx.Err() == nil { // the other Services need a known state
 		err = errors.Join(err, f.writeAll(ctx))
 	}
 	f.schedule(due, progress)
@@ -229,14 +229,14 @@ func (f *familyLoop) turn(ctx context.Context, b backlog, due, retry bool) error
 func (f *familyLoop) schedule(due, progress bool) {
 	now := time.Now()
 	switch {
-	case !f.all && len(f.quarantinedPorts) == 0:
+	case !f.fullWriteDue && len(f.quarantinedPorts) == 0:
 		f.retryAt, f.backoff = time.Time{}, 0
 	case progress:
 		f.backoff, f.retryAt = firstRetry, now.Add(firstRetry)
 	case due:
 		f.backoff = min(max(firstRetry, 2*f.backoff), f.opts.RetryPeriod)
 		f.retryAt = now.Add(f.backoff)
-	case (f.all || f.searchesPorts) && f.retryAt.After(now.Add(firstRetry)):
+	case (f.fullWriteDue || f.searchesPorts) && f.retryAt.After(now.Add(firstRetry)):
 		f.retryAt = now.Add(firstRetry)
 	}
 }
@@ -245,8 +245,8 @@ func (f *familyLoop) schedule(due, progress bool) {
 func (f *familyLoop) checkBacklog() {
 	b := f.backlog()
 	waits := f.planner.node || len(f.suspects)+len(b.small)+len(b.altered) > 0
-	f.current = !f.all && !waits
-	f.more = !f.all && (waits || len(b.slices) > 0)
+	f.current = !f.fullWriteDue && !waits
+	f.more = !f.fullWriteDue && (waits || len(b.slices) > 0)
 }
 
 // writeSmall writes the changes of small Services, and of the node.
@@ -264,9 +264,9 @@ func (f *familyLoop) writeSmall(ctx context.Context, names []plan.ServicePortNam
 	if ctx.Err() != nil {
 		return f.failed(ctx, err)
 	}
-	if p.node && !f.all {
+	if p.node && !f.fullWriteDue {
 		if err := f.try(ctx, p.plan, plan.Change{Node: true}); err != nil {
-			f.all = true
+			f.fullWriteDue = true
 			return f.failed(ctx, err)
 		}
 		p.node, f.kernelAccepts = false, true
@@ -284,7 +284,7 @@ func (f *familyLoop) writeSmall(ctx context.Context, names []plan.ServicePortNam
 func (f *familyLoop) writeAll(ctx context.Context) error {
 	p := f.planner
 	names := f.unsuspected()
-	f.wroteAll = true
+	f.triedFullWrite = true
 	err := f.try(ctx, p.asWritten(names), plan.Change{All: true})
 	if err == nil {
 		f.acceptedAll()
@@ -292,13 +292,13 @@ func (f *familyLoop) writeAll(ctx context.Context) error {
 		return nil
 	}
 	f.allFailed++
-	if ctx.Err() != nil || f.allFailed < maxFullSyncFailures || len(names) == 0 && f.allFailed < 2*maxFullSyncFailures {
+	if ctx.Err() != nil || f.allFailed < maxFullWriteFailures || len(names) == 0 && f.allFailed < 2*maxFullWriteFailures {
 		return f.failed(ctx, err)
 	}
-	if f.allFailed >= 2*maxFullSyncFailures {
+	if f.allFailed >= 2*maxFullWriteFailures {
 		p.forgetKernel()
 	}
-	f.log.Warn("writing everything failed again, looking for the Service it fails for", "servicePorts", len(p.changed), "error", err)
+	f.log.Warn("a full write failed again; looking for the Service that causes it", "servicePorts", len(p.changed), "error", err)
 	if err := f.try(ctx, p.asWritten(nil), plan.Change{All: true}); err != nil {
 		return f.failed(ctx, err)
 	}
@@ -333,17 +333,17 @@ func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Chang
 	defer func() {
 		switch {
 		case errors.Is(err, proxier.ErrUnknownState):
-			f.all, f.unknown = true, true
+			f.fullWriteDue, f.stateUnknown = true, true
 		case err == nil && change.All:
-			f.repaired = f.repaired || f.written && !f.asked
-			f.all, f.unknown, f.asked, f.written = false, false, false, true
+			f.repaired = f.repaired || f.everWritten && !f.fullWriteRequested
+			f.fullWriteDue, f.stateUnknown, f.fullWriteRequested, f.everWritten = false, false, false, true
 			f.repairs.Succeeded()
 		}
 	}()
 	defer f.recoverPanic(&err)
 	slow := time.AfterFunc(slowSync, func() {
 		f.opts.Logger.Warn("a sync takes long; changes wait for it, what was served before still is",
-			"family", f.family.String(), "servicePorts", len(change.Services), "everything", change.All, "for", slowSync)
+			"family", f.family.String(), "servicePorts", len(change.Services), "fullWrite", change.All, "for", slowSync)
 	})
 	defer slow.Stop()
 	if change.All {
@@ -381,7 +381,7 @@ func (f *familyLoop) changed() []plan.ServicePortName {
 func (f *familyLoop) failed(ctx context.Context, err error) error {
 	err = fmt.Errorf("sync of %s: %w", f.family, err)
 	if ctx.Err() == nil { // otherwise the daemon is stopping
-		f.log.Error("sync failed", "error", err, "everythingIsWrittenAnew", f.all)
+		f.log.Error("sync failed", "error", err, "fullWrite", f.fullWriteDue)
 	}
 	return err
 }

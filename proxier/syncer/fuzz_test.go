@@ -343,7 +343,7 @@ func FuzzRefusals(f *testing.F) {
 				_ = loop.SyncNow(t.Context())
 			}
 		}
-		for range 4 * maxFullSyncFailures {
+		for range 4 * maxFullWriteFailures {
 			_ = loop.SyncNow(t.Context())
 		}
 		for i, family := range plan.Families {

@@ -31,9 +31,9 @@ type inbox struct {
 	moved  bool // addrs or routes changed since the last sync read them
 	// servers are the addresses and ports to which this process connects for the API
 	// server.
-	servers []netip.AddrPort
-	resync  bool
-	synced  bool
+	servers   []netip.AddrPort
+	fullWrite bool
+	synced    bool
 	// progress counts no event as waiting before synced, because no sync runs
 	// until then.
 	progress progress
@@ -100,11 +100,11 @@ func (b *inbox) LocalAddrs() []netip.Addr {
 	return slices.Clone(b.addrs)
 }
 
-// Resync requests that everything is written anew, because another program may have
-// changed the kernel's state.
-func (b *inbox) Resync() {
+// RequestFullWrite requests a full write, because another program may have changed the
+// kernel's state.
+func (b *inbox) RequestFullWrite() {
 	b.mu.Lock()
-	b.resync = true
+	b.fullWrite = true
 	b.mu.Unlock()
 	b.wakeUp()
 }
@@ -173,7 +173,7 @@ func (b *inbox) finish(held service.ObjectCounts, done []plan.Family) {
 	b.progress.finish(held, done)
 }
 
-// resume records that a family's Proxier continues with the rest of its last sync.
+// resume records that a family's Proxier continues with the unwritten slices.
 // Each sync of slices is progress, so only one that hangs keeps the family pending.
 func (b *inbox) resume(family plan.Family) {
 	b.mu.Lock()
@@ -183,22 +183,22 @@ func (b *inbox) resume(family plan.Family) {
 
 // batch is what an inbox had queued.
 type batch struct {
-	events  []event
-	addrs   []netip.Addr
-	routes  []plan.RouteSource
-	moved   bool
-	servers []netip.AddrPort
-	resync  bool
-	synced  bool
-	first   bool      // no batch before was synced
-	since   time.Time // time of the oldest event; zero for none
+	events    []event
+	addrs     []netip.Addr
+	routes    []plan.RouteSource
+	moved     bool
+	servers   []netip.AddrPort
+	fullWrite bool
+	synced    bool
+	first     bool      // no batch before was synced
+	since     time.Time // time of the oldest event; zero for none
 }
 
 func (b *inbox) drain() batch {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	first := b.synced && !b.progress.synced
-	d := batch{b.events, b.addrs, b.routes, b.moved, b.servers, b.resync, b.synced, first, b.progress.startSync(b.synced)}
-	b.events, b.dropAt, b.moved, b.resync = nil, 0, false, false
+	d := batch{b.events, b.addrs, b.routes, b.moved, b.servers, b.fullWrite, b.synced, first, b.progress.startSync(b.synced)}
+	b.events, b.dropAt, b.moved, b.fullWrite = nil, 0, false, false
 	return d
 }

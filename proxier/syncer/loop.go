@@ -38,7 +38,7 @@ type LoopOptions struct {
 	// MaxProcessor is the share of one processor that the process may take on average;
 	// 0 for no limit. Syncs then wait, and take more changes each.
 	MaxProcessor float64
-	// SyncPeriod is how often everything is written anew, whatever is known to
+	// SyncPeriod is the time between two full writes, whatever is known to
 	// have changed; 0 for never.
 	SyncPeriod time.Duration
 	// RetryPeriod bounds the wait before what failed is tried again; 30 s when
@@ -65,7 +65,7 @@ type SyncReport struct {
 	Family       plan.Family
 	Took         time.Duration
 	ServicePorts int  // to write or remove
-	All          bool // everything was written anew
+	All          bool // a full write
 	Quarantined  int  // Service ports in quarantine: the mode refuses them, or their Service is too large
 	// Current says that the kernel now does what the plan asks for, but for
 	// quarantined Services and for slices of large ones that are still to come.
@@ -93,8 +93,8 @@ type SyncReport struct {
 
 // Loop feeds objects through Tracker and resolver into the Proxiers. It is a
 // Sink: Apply, Delete, Synced, SetLocalAddrs, SetRouteSources, SetAPIServers, LocalAddrs,
-// Resync, RepairNow, Progress, Drift, Fights and Ask may be called from any goroutine;
-// everything else belongs to the one that calls Run or SyncNow.
+// RequestFullWrite, RepairNow, Progress, Drift, Fights and Ask may be called from any
+// goroutine; everything else belongs to the one that calls Run or SyncNow.
 type Loop struct {
 	*inbox
 	opts LoopOptions
@@ -147,18 +147,18 @@ func (l *Loop) Run(ctx context.Context) error {
 	retry := time.NewTimer(0)
 	retry.Stop()
 	defer retry.Stop()
-	resync, stop := every(l.opts.SyncPeriod)
+	fullWrite, stop := every(l.opts.SyncPeriod)
 	defer stop()
 	defer l.watch(ctx)()
-	var free time.Time // when the last pause ended
+	var pauseEnded time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-l.wake:
 		case <-retry.C:
-		case <-resync:
-			l.Resync()
+		case <-fullWrite:
+			l.RequestFullWrite()
 		case answer := <-l.questions:
 			answer()
 			continue
@@ -169,15 +169,15 @@ func (l *Loop) Run(ctx context.Context) error {
 		if due, ok := l.nextRetry(); ok {
 			retry.Reset(time.Until(due))
 		}
-		if worked && !l.rest(ctx, l.pause(began, began.Sub(free) <= stormPause)) {
+		if worked && !l.pauseFor(ctx, l.pause(began, began.Sub(pauseEnded) <= stormPause)) {
 			return nil
 		}
-		free = time.Now()
+		pauseEnded = time.Now()
 	}
 }
 
-// rest answers questions for the time of a pause. It returns false as soon as ctx ends.
-func (l *Loop) rest(ctx context.Context, pause time.Duration) bool {
+// pauseFor answers questions for the time of a pause. It returns false as soon as ctx ends.
+func (l *Loop) pauseFor(ctx context.Context, pause time.Duration) bool {
 	over := time.NewTimer(pause)
 	defer over.Stop()
 	for {
@@ -192,7 +192,7 @@ func (l *Loop) rest(ctx context.Context, pause time.Duration) bool {
 	}
 }
 
-// pause is how long the Loop waits after a sync. The rest of a large Service is no storm.
+// pause is how long the Loop waits after a sync. The slices of a large Service are no storm.
 func (l *Loop) pause(began time.Time, storm bool) time.Duration {
 	pause := max(l.opts.MinSyncPeriod, min(time.Since(began), time.Second), l.processor.Pause())
 	if storm && !l.more() {
@@ -228,7 +228,7 @@ func every(period time.Duration) (<-chan time.Time, func()) {
 	return t.C, t.Stop
 }
 
-// nextRetry is the time of the next retry, or now if the last sync left a rest.
+// nextRetry is the time of the next retry, or now if unwritten slices remain.
 func (l *Loop) nextRetry() (due time.Time, ok bool) {
 	for _, f := range l.families {
 		if f.more {
@@ -237,14 +237,14 @@ func (l *Loop) nextRetry() (due time.Time, ok bool) {
 		if !f.retryAt.IsZero() && (!ok || f.retryAt.Before(due)) {
 			due, ok = f.retryAt, true
 		}
-		if at, pending := f.repairs.Due(); pending && !f.all && (!ok || at.Before(due)) {
+		if at, pending := f.repairs.Due(); pending && !f.fullWriteDue && (!ok || at.Before(due)) {
 			due, ok = at, true
 		}
 	}
 	return due, ok
 }
 
-// more says whether the last sync left a rest, which is due at once.
+// more says whether unwritten slices remain, which are due at once.
 func (l *Loop) more() bool {
 	return slices.ContainsFunc(l.families, func(f *familyLoop) bool { return f.more })
 }
@@ -311,8 +311,8 @@ func (l *Loop) update() bool {
 	triggers := l.tracker.TakeTriggerTimes()
 	for _, f := range l.families {
 		f.queued(got.since, triggers[f.family])
-		if got.resync && !f.all {
-			f.all, f.asked, f.retryAt = true, true, time.Time{}
+		if got.fullWrite && !f.fullWriteDue {
+			f.fullWriteDue, f.fullWriteRequested, f.retryAt = true, true, time.Time{}
 		}
 		todo := names
 		if node || got.moved || got.first {

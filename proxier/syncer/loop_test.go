@@ -476,10 +476,10 @@ func TestSyncPeriodWritesEverythingAnew(t *testing.T) {
 		if n := len(b.mode.calls); n != 3 || !b.last().change.All {
 			t.Errorf("%d syncs in 150 minutes, the last %+v", n, b.last().change)
 		}
-		b.Resync()
+		b.RequestFullWrite()
 		synctest.Wait()
 		if n := len(b.mode.calls); n != 4 || !b.last().change.All {
-			t.Errorf("Resync: %d syncs, the last %+v", n, b.last().change)
+			t.Errorf("RequestFullWrite: %d syncs, the last %+v", n, b.last().change)
 		}
 	})
 }

@@ -309,7 +309,7 @@ func TestRepairsAreTold(t *testing.T) {
 	if r := b.reports[0]; r.Repaired || !r.All {
 		t.Errorf("the first sync: %+v", r)
 	}
-	b.Resync()
+	b.RequestFullWrite()
 	b.mustSync()
 	if r := b.reports[1]; r.Repaired || !r.All {
 		t.Errorf("a sync that was asked for: %+v", r)

@@ -140,7 +140,7 @@ func TestNothingIsWipedToFindWhatFails(t *testing.T) {
 		_ = b.syncNow()
 	}
 	b.wantInKernel("bad")
-	b.Resync()
+	b.RequestFullWrite()
 	_ = b.syncNow()
 	b.wantInKernel("bad")
 	if all := countAll(b); all != 3 {
@@ -172,7 +172,7 @@ func TestARefusedServiceKeepsItsOldFormWhenAllIsWritten(t *testing.T) {
 	b.Apply(newSlice("b", "10.244.2.2"))
 	for range 5 {
 		_ = b.syncNow()
-		b.Resync()
+		b.RequestFullWrite()
 	}
 	if b.mode.kernel[name] != was {
 		t.Errorf("the kernel has %v", b.mode.kernel[name])
@@ -181,7 +181,7 @@ func TestARefusedServiceKeepsItsOldFormWhenAllIsWritten(t *testing.T) {
 
 func TestAFirstSyncThatFailsIsTriedAgainBeforeServicesAreBlamed(t *testing.T) {
 	b := newRig(t)
-	fails := maxFullSyncFailures - 1
+	fails := maxFullWriteFailures - 1
 	b.mode.setRefuse(func(_ *plan.Plan, change plan.Change) error {
 		if !change.All {
 			t.Errorf("wrote parts: %+v", change)
@@ -193,7 +193,7 @@ func TestAFirstSyncThatFailsIsTriedAgainBeforeServicesAreBlamed(t *testing.T) {
 	})
 	b.Apply(newService("web", "10.96.0.1"))
 	b.Synced()
-	for range maxFullSyncFailures - 1 {
+	for range maxFullWriteFailures - 1 {
 		if err := b.syncNow(); err == nil {
 			t.Fatal("no error")
 		}
@@ -219,7 +219,7 @@ func TestABadServiceAtTheStartKeepsNobodyElseOut(t *testing.T) {
 			}
 			b.mode.setRefuse(refusing(badNames...))
 			b.Synced()
-			for range maxFullSyncFailures {
+			for range maxFullWriteFailures {
 				_ = b.syncNow()
 			}
 			b.wantInKernel(badNames...)
@@ -278,7 +278,7 @@ func TestAPanicCostsTheServiceThatCausesIt(t *testing.T) {
 	})
 	b.Apply(newService("bad", "10.96.7.7"))
 	b.Apply(newSlice("a", "10.244.2.2"))
-	for range 1 + maxFullSyncFailures {
+	for range 1 + maxFullWriteFailures {
 		if err := b.syncNow(); err == nil {
 			t.Fatal("no error")
 		}
@@ -380,8 +380,8 @@ func TestARefusedNewServiceThatIsDeletedIsForgotten(t *testing.T) {
 func TestWhatWasTakenOnceMayBeRefusedLater(t *testing.T) {
 	b := filled(t, 'h')
 	b.mode.setRefuse(refusing("c"))
-	b.Resync()
-	for range 2 * maxFullSyncFailures {
+	b.RequestFullWrite()
+	for range 2 * maxFullWriteFailures {
 		if err := b.syncNow(); err == nil {
 			t.Fatal("no error")
 		}

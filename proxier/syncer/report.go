@@ -94,7 +94,7 @@ func (f *familyLoop) ended(err error) {
 func (f *familyLoop) report(r SyncReport) {
 	f.checkBacklog()
 	f.ended(r.Err)
-	r.All, r.Quarantined, r.Totals, r.NodePortAddrs = f.wroteAll, f.portCount(), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
+	r.All, r.Quarantined, r.Totals, r.NodePortAddrs = f.triedFullWrite, f.portCount(), f.planner.totals.Totals, f.planner.plan.Node.NodePortAddrs
 	r.Repaired, f.repaired = f.repaired, false
 	if r.Current = f.current; r.Current {
 		r.Queued, r.Triggers = f.since, f.triggers

@@ -57,8 +57,8 @@ func TestModesProblemsAreToldOnce(t *testing.T) {
 	said("the first sync", "default/web no mh")
 	b.Apply(newSlice("web", "10.244.2.1"))
 	said("its endpoints change")
-	b.Resync()
-	said("everything is written anew")
+	b.RequestFullWrite()
+	said("a full write follows")
 	apply("api", 1, "mh")
 	said("another Service", "default/api no mh")
 	name := plan.ServiceName{Namespace: "default", Name: "api"}
@@ -79,6 +79,6 @@ func TestModesProblemsAreToldOnce(t *testing.T) {
 	apply("web", 0, "sed")
 	said("back, and one family is busy", "default/web no sed")
 	v6.setRefuse(nil)
-	b.Resync()
+	b.RequestFullWrite()
 	said("it is not busy any more")
 }

@@ -34,7 +34,7 @@ func (a *allowance) left() bool { return a.tries > 0 && time.Now().Before(a.unti
 // each calls step until there is nothing to do, or the turn is over. It calls step at
 // least once, so that no kind of work starves. An unknown kernel state ends the turn.
 func (f *familyLoop) each(ctx context.Context, a *allowance, step func() (more bool)) {
-	for first := true; !f.all && ctx.Err() == nil && (first || a.left()); first = false {
+	for first := true; !f.fullWriteDue && ctx.Err() == nil && (first || a.left()); first = false {
 		if !step() {
 			return
 		}
@@ -111,7 +111,7 @@ func (f *familyLoop) suspect(groups [][]plan.ServicePortName) {
 // failedTogether handles the failure of a group. Among several Services the search
 // continues. A single Service is quarantined. But if the kernel has accepted nothing
 // else, its state may be the cause. Then other Services are tried first, and if they
-// fail too, everything is written anew.
+// fail too, a full write follows.
 func (f *familyLoop) failedTogether(group []plan.ServicePortName, err error) {
 	halves, severalServices := f.halves(group)
 	switch {
@@ -122,9 +122,9 @@ func (f *familyLoop) failedTogether(group []plan.ServicePortName, err error) {
 		f.suspects = slices.Insert(f.suspects, 0, group) // the last to be tried
 		f.failedAlone++
 	case f.inDoubt(group[0].ServiceName):
-		f.log.Info("a sync failed, everything is written anew in case the kernel's state is to blame", "service", group[0].ServiceName.String(), "error", err)
+		f.log.Info("a sync failed; a full write follows, in case the kernel's state is to blame", "service", group[0].ServiceName.String(), "error", err)
 		f.suspects = append(f.suspects, group)
-		f.all, f.rewrittenAt, f.failedAlone = true, time.Now(), 0
+		f.fullWriteDue, f.fullWriteAt, f.failedAlone = true, time.Now(), 0
 	default:
 		f.putInQuarantine(group, err)
 		if len(halves) > 0 {
@@ -135,9 +135,9 @@ func (f *familyLoop) failedTogether(group []plan.ServicePortName, err error) {
 }
 
 // inDoubt says whether the kernel's state may be the cause of a Service's failure.
-// Writing everything anew delays all Services, so it happens once per RetryPeriod.
+// A full write delays all Services, so it happens once per RetryPeriod.
 func (f *familyLoop) inDoubt(name plan.ServiceName) bool {
-	return !f.kernelAccepts && f.portCounts[name] == 0 && (f.rewrittenAt.IsZero() || time.Since(f.rewrittenAt) >= f.opts.RetryPeriod)
+	return !f.kernelAccepts && f.portCounts[name] == 0 && (f.fullWriteAt.IsZero() || time.Since(f.fullWriteAt) >= f.opts.RetryPeriod)
 }
 
 // halves divides a group in two, smaller Services first. If it has several Services,

@@ -86,7 +86,7 @@ func (l *Loop) Service(family plan.Family, name plan.ServiceName) ServiceState {
 
 // lags says whether the kernel may lack the rules of any Service port: it may not have what
 // was written, or a change of the node waits.
-func (f *familyLoop) lags() bool { return f.unknown || f.planner.node }
+func (f *familyLoop) lags() bool { return f.stateUnknown || f.planner.node }
 
 // FamilyState says how the kernel follows the plan of a family.
 type FamilyState struct {

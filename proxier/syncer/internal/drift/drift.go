@@ -43,7 +43,7 @@ type Repairs struct {
 	due        time.Time
 	writer     proxier.Writer // of the last change
 	began      time.Time      // of the last repair
-	rest       time.Time      // no repair before
+	notBefore  time.Time      // for the next repair
 	past       []repair       // within fightTime
 	pause      time.Duration  // 0 without a fight
 }
@@ -85,7 +85,7 @@ func (r *Repairs) RequestNow() {
 	if !r.pending {
 		r.pending, r.writer = true, proxier.Writer{}
 	}
-	r.due, r.rest = r.now(), time.Time{}
+	r.due, r.notBefore = r.now(), time.Time{}
 }
 
 // forget drops repairs from before fightTime, and ends the fight with the last of them.
@@ -107,8 +107,8 @@ func (r *Repairs) Due() (at time.Time, pending bool) {
 
 // next is the time of the pending repair.
 func (r *Repairs) next() time.Time {
-	if r.due.Before(r.rest) {
-		return r.rest
+	if r.due.Before(r.notBefore) {
+		return r.notBefore
 	}
 	return r.due
 }
@@ -130,10 +130,10 @@ func (r *Repairs) End() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := r.now()
-	r.rest = now.Add(restFactor * now.Sub(r.began))
+	r.notBefore = now.Add(restFactor * now.Sub(r.began))
 }
 
-// Cancel is called before everything is written anew, which repairs all changes so far.
+// Cancel is called before a full write, which repairs all changes so far.
 func (r *Repairs) Cancel() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

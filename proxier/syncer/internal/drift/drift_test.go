@@ -80,7 +80,7 @@ func TestRest(t *testing.T) {
 	}
 	c.Time = c.Add(restFactor * time.Second)
 	if _, due := r.Begin(); !due {
-		t.Error("the next repair is not due after the rest")
+		t.Error("the next repair is not due after the pause")
 	}
 }
 
