@@ -67,18 +67,26 @@ func sampleReport() *Report {
 func TestMarkdown(t *testing.T) {
 	text := sampleReport().markdown("charts")
 	for _, want := range []string{
-		"| cold start until every virtual IP answers | 100 ms (0.1) | - | - | 1.00 s | 50.0 ms |",
-		"| one endpoint moves: API write to first packet, median | ~2.00 ms (0.002) | - | - | 1.00 s |  |",
-		"| memory of the process, settled | 32 MiB (0.5) | - | - | 64 MiB |  |",
+		"| cold start until every virtual IP answers | 0.100 s (0.1) | - | - | 1.00 s | 0.0500 s |",
+		"| one endpoint moves: API write to first packet, median | ~0.00200 s (0.002) | - | - | 1.00 s |  |",
+		"| memory of the process, settled | 32.0 MiB (0.5) | - | - | 64.0 MiB |  |",
 		"| processor during 100 changes a second | 3.0 % | 1.5 % (0.5) | - | - |  |",
 		"| cold start until every virtual IP answers | 2 | - | - | 20 |\n",
 		"| one endpoint moves: API write to first packet, median |  | - | - | 4 (250 ms) |\n",
-		"### 1000 Services with 10 endpoints each, 3 round(s)\n", "| signalbox nftables --max-cpu=10% |",
+		"### 1000 Services with 10 endpoints each, 3 rounds\n", "| signalbox nftables --max-cpu=10% |",
 		"kube-proxy iptables-legacy failed: cold start: no answer\n",
 		"(charts/move.svg)", "\nMemory of the kernel is left out: no control groups.\n",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no line %q in\n%s", want, text)
+		}
+	}
+}
+
+func TestRatioText(t *testing.T) {
+	for ratio, want := range map[float64]string{0.034: "0.034", 2.1: "2.1", 99.4: "99", 99.6: "100", 312: "312"} {
+		if got := ratioText(ratio); got != want {
+			t.Errorf("%v is %q, want %q", ratio, got, want)
 		}
 	}
 }

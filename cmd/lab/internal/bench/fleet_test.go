@@ -24,7 +24,7 @@ func TestFleetMarkdown(t *testing.T) {
 		"| one change, the API server's processor time | 10.0 ms | 20.0 ms |",
 		// 0.02 s a daemon for a start, 0.1 ms a daemon for a change.
 		"All daemons start at once: 100 s of the API server's processor time, and 5000 MiB sent.",
-		"One change: 500 ms of processor time, and 49 MiB sent. 10 changes a second keep 5.0 processors busy.",
+		"One change: 500 ms of processor time, and 48.8 MiB sent. 10 changes a second keep 5.0 processors busy.",
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the report lacks %q:\n%s", want, text)

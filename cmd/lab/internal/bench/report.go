@@ -4,13 +4,12 @@ package bench
 
 import (
 	"fmt"
+	"math"
 	"os"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
-	"time"
-
-	"signalbox/internal/measure"
 )
 
 // unit is what a figure counts.
@@ -24,27 +23,41 @@ const (
 	count
 )
 
-func (u unit) text(v float64) string {
-	switch u {
-	case bytes:
-		if v < 10<<10 {
-			return fmt.Sprintf("%.0f B", v)
-		}
-		if v < 10<<20 {
-			return fmt.Sprintf("%.0f KiB", v/(1<<10))
-		}
-		return fmt.Sprintf("%.0f MiB", v/(1<<20))
-	case share:
+func (u unit) text(v float64) string { return u.textBeside(v, v) }
+
+// textBeside is the text of a figure in a row. The row's largest figure decides whether
+// all of them are in ms or s, in KiB or MiB.
+func (u unit) textBeside(v, largest float64) string {
+	switch {
+	case u == share:
 		return fmt.Sprintf("%.1f %%", 100*v)
-	case rate:
+	case u == rate:
 		return fmt.Sprintf("%.0f", v)
-	case count:
-		return fmt.Sprintf("%.3g", v)
-	}
-	if v <= 0 {
+	case u == count:
+		return strconv.FormatFloat(math.Round(100*v)/100, 'f', -1, 64)
+	case v <= 0:
 		return "0"
+	case u == bytes && largest < 10<<10:
+		return threeDigits(v) + " B"
+	case u == bytes && largest < 10<<20:
+		return threeDigits(v/(1<<10)) + " KiB"
+	case u == bytes:
+		return threeDigits(v/(1<<20)) + " MiB"
+	case largest < 1e-3:
+		return threeDigits(v*1e6) + " µs"
+	case largest < 1:
+		return threeDigits(v*1e3) + " ms"
 	}
-	return measure.Brief(time.Duration(v * float64(time.Second)))
+	return threeDigits(v) + " s"
+}
+
+// threeDigits has three significant digits, and never an exponent.
+func threeDigits(v float64) string {
+	decimals := 0
+	if v > 0 {
+		decimals = max(0, 2-int(math.Floor(math.Log10(v))))
+	}
+	return strconv.FormatFloat(v, 'f', decimals, 64)
 }
 
 // row is a figure as a row of a table.
@@ -128,7 +141,11 @@ func (r *Report) markdown(charts string) string {
 }
 
 func (s *SizeResult) markdown(b *strings.Builder, rows []row) {
-	fmt.Fprintf(b, "\n### %d Services with %d endpoints each, %d round(s)\n\n| |", s.Services, s.Endpoints, s.Rounds)
+	rounds := "1 round"
+	if s.Rounds != 1 {
+		rounds = fmt.Sprintf("%d rounds", s.Rounds)
+	}
+	fmt.Fprintf(b, "\n### %d Services with %d endpoints each, %s\n\n| |", s.Services, s.Endpoints, rounds)
 	for i := range s.Proxies {
 		fmt.Fprintf(b, " %s |", s.Proxies[i].name())
 	}
@@ -149,36 +166,47 @@ func (s *SizeResult) row(b *strings.Builder, r row) {
 	if !slices.ContainsFunc(s.Proxies, func(p ProxyResult) bool { return len(p.Figures[r.key]) > 0 }) {
 		return
 	}
+	floor, hasFloor := median(s.Floors[r.key])
+	largest := floor
+	for i := range s.Proxies {
+		v, _ := median(s.Proxies[i].Figures[r.key])
+		largest = max(largest, v)
+	}
 	fmt.Fprintf(b, "| %s |", r.title)
 	for i := range s.Proxies {
-		fmt.Fprintf(b, " %s |", s.cell(&s.Proxies[i], r.key, r.unit))
+		fmt.Fprintf(b, " %s |", s.cell(&s.Proxies[i], r, largest))
 	}
 	text := ""
-	if floor, has := median(s.Floors[r.key]); has {
-		text = r.unit.text(floor)
+	if hasFloor {
+		text = r.unit.textBeside(floor, largest)
 	}
 	fmt.Fprintf(b, " %s |\n", text)
 }
 
-func (s *SizeResult) cell(p *ProxyResult, key string, u unit) string {
-	v, has := median(p.Figures[key])
+func (s *SizeResult) cell(p *ProxyResult, r row, largest float64) string {
+	v, has := median(p.Figures[r.key])
 	if !has {
 		return "-"
 	}
-	text := u.text(v)
-	if noisy(p.Figures[key]) {
+	text := r.unit.textBeside(v, largest)
+	if noisy(p.Figures[r.key]) {
 		text = "~" + text
 	}
 	if ref := s.reference(p); ref != nil {
-		if base, has := median(ref.Figures[key]); has && base > 0 {
+		if base, has := median(ref.Figures[r.key]); has && base > 0 {
 			text += fmt.Sprintf(" (%s)", ratioText(v/base))
 		}
 	}
 	return text
 }
 
-// ratioText has two significant digits.
-func ratioText(r float64) string { return fmt.Sprintf("%.2g", r) }
+// ratioText has two significant digits, and no exponent for a large ratio.
+func ratioText(r float64) string {
+	if r >= 99.5 {
+		return fmt.Sprintf("%.0f", r)
+	}
+	return fmt.Sprintf("%.2g", r)
+}
 
 // multiples says how often each proxy needs the floor.
 func (s *SizeResult) multiples(b *strings.Builder, rows []row) {
