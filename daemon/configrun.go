@@ -56,10 +56,10 @@ type configRun struct {
 
 // newConfigRun makes all parts, and starts only the recorder of Events, which ends
 // with ctx.
-func newConfigRun(ctx context.Context, p *daemonState, cfg *config.Config, log *slog.Logger) (*configRun, error) {
-	g := &configRun{daemonState: p, cfg: cfg, log: log, sysctls: newSysctlProblems(log, p.observer.metrics.Sysctl)}
+func newConfigRun(ctx context.Context, d *daemonState, cfg *config.Config, log *slog.Logger) (*configRun, error) {
+	c := &configRun{daemonState: d, cfg: cfg, log: log, sysctls: newSysctlProblems(log, d.observer.metrics.Sysctl)}
 	// What may fail comes first: a warning about something else would hide the error.
-	if err := g.connect(ctx); err != nil {
+	if err := c.connect(ctx); err != nil {
 		return nil, err
 	}
 	for _, w := range cfg.Warnings {
@@ -70,21 +70,21 @@ func newConfigRun(ctx context.Context, p *daemonState, cfg *config.Config, log *
 		return nil, err
 	}
 	cfg.ShowFeatureGates()
-	g.choice = choice
-	g.pool.begin()
-	g.observer.metrics.Serve(choice.Mode, choice.Families)
-	if err := g.openProxiers(); err != nil {
+	c.choice = choice
+	c.pool.begin()
+	c.observer.metrics.Serve(choice.Mode, choice.Families)
+	if err := c.openProxiers(); err != nil {
 		return nil, err
 	}
-	g.makeFlowCleaner()
-	g.initialSync = newInitialSync(len(choice.Families), func() { g.pool.closeUnused(log) })
-	g.loop = syncer.NewLoop(g.loopOptions())
-	g.servers.Follow(g.loop.SetAPIServers)
-	g.foreignRules = newForeignRules(foreignRulesOptions{
-		choice: choice, proxiers: g.proxiers, fullWrite: g.loop.RequestFullWrite, drained: g.pool.waitDrained, present: g.observer.foreignRules, log: log,
+	c.makeFlowCleaner()
+	c.initialSync = newInitialSync(len(choice.Families), func() { c.pool.closeUnused(log) })
+	c.loop = syncer.NewLoop(c.loopOptions())
+	c.servers.Follow(c.loop.SetAPIServers)
+	c.foreignRules = newForeignRules(foreignRulesOptions{
+		choice: choice, proxiers: c.proxiers, fullWrite: c.loop.RequestFullWrite, drained: c.pool.waitDrained, present: c.observer.foreignRules, log: log,
 	})
-	g.observer.follow(g)
-	return g, nil
+	c.observer.follow(c)
+	return c, nil
 }
 
 // close closes what does not outlive the configuration.

@@ -44,36 +44,36 @@ type daemonState struct {
 }
 
 func newDaemonState() *daemonState {
-	p := &daemonState{log: newSwappableHandler(slog.Default()), pool: newProxierPool(), known: map[string]int{}}
-	log := slog.New(p.log)
+	d := &daemonState{log: newSwappableHandler(slog.Default()), pool: newProxierPool(), known: map[string]int{}}
+	log := slog.New(d.log)
 	apiserver.LogTo(log)
-	p.observer = newObserver(log)
-	p.nodeLock = nodelock.New(log, p.observer.conditions.list)
-	p.observer.metrics.ReadRelays(p.pool.relays)
-	p.observer.metrics.ReadLocalhost(p.pool.localhost)
-	return p
+	d.observer = newObserver(log)
+	d.nodeLock = nodelock.New(log, d.observer.conditions.list)
+	d.observer.metrics.ReadRelays(d.pool.relays)
+	d.observer.metrics.ReadLocalhost(d.pool.localhost)
+	return d
 }
 
 // run serves with one configuration until ctx ends.
-func (p *daemonState) run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
-	g, err := newConfigRun(ctx, p, cfg, log)
+func (d *daemonState) run(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
+	c, err := newConfigRun(ctx, d, cfg, log)
 	if err != nil {
 		return err
 	}
-	defer g.close()
-	log.Info("starting", "mode", g.choice.Mode.Name(), "reason", g.modeReason(), "families", familyNames(g.choice.Families), "node", cfg.NodeName)
-	return g.run(ctx)
+	defer c.close()
+	log.Info("starting", "mode", c.choice.Mode.Name(), "reason", c.modeReason(), "families", familyNames(c.choice.Families), "node", cfg.NodeName)
+	return c.run(ctx)
 }
 
 // close closes everything. Rules stay in the kernel.
-func (p *daemonState) close(log *slog.Logger) {
-	p.observer.servers.close()
+func (d *daemonState) close(log *slog.Logger) {
+	d.observer.servers.close()
 	notifyManager(systemd.SdNotifyStopping, log)
-	drain(p.pool, p.nodeLock, log)
-	if err := p.pool.close(); err != nil {
+	drain(d.pool, d.nodeLock, log)
+	if err := d.pool.close(); err != nil {
 		log.Warn("closing", "error", err)
 	}
-	p.nodeLock.Release()
+	d.nodeLock.Release()
 }
 
 // run serves until ctx ends.

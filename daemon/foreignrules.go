@@ -64,11 +64,11 @@ type foreignRulesOptions struct {
 }
 
 func newForeignRules(opts foreignRulesOptions) *foreignRules {
-	l := &foreignRules{foreignRulesOptions: opts, taken: map[plan.Family]proxier.TakenOver{}, draining: map[plan.Family]map[string]removal{}, failed: map[plan.Family]map[string]removal{}}
+	f := &foreignRules{foreignRulesOptions: opts, taken: map[plan.Family]proxier.TakenOver{}, draining: map[plan.Family]map[string]removal{}, failed: map[plan.Family]map[string]removal{}}
 	for family, p := range opts.proxiers {
-		l.taken[family] = p.TakenOver()
+		f.taken[family] = p.TakenOver()
 	}
-	return l
+	return f
 }
 
 const (
@@ -80,14 +80,14 @@ const (
 )
 
 // run removes all foreign rules, and then those that come back, until ctx ends.
-func (f *foreignRules) run(ctx context.Context, s *nodelock.Lock) {
+func (f *foreignRules) run(ctx context.Context, lock *nodelock.Lock) {
 	f.removeAll(ctx)
 	f.reportPresent()
 	returnMemory()
 	var late sync.WaitGroup
 	defer late.Wait()
 	late.Go(func() {
-		if s.WaitForPredecessors(ctx) && f.drained(ctx) {
+		if lock.WaitForPredecessors(ctx) && f.drained(ctx) {
 			f.removeRelay()
 		}
 	})

@@ -48,7 +48,7 @@ func newServers(o *observer, log *slog.Logger) *servers {
 // open serves the pages of a configuration run. alone says that no earlier signalbox
 // has a port; otherwise predecessorGone is to be called when that is so. An error is
 // about a port of another program, if the configuration ends the process then.
-func (s *servers) open(g *configRun, alone bool) error {
+func (s *servers) open(c *configRun, alone bool) error {
 	if s.stop == nil {
 		ctx, cancel := context.WithCancel(context.Background())
 		free := make(chan struct{})
@@ -66,13 +66,13 @@ func (s *servers) open(g *configRun, alone bool) error {
 	for len(s.failed) > 0 {
 		<-s.failed //nolint:errcheck // of a configuration run that has ended
 	}
-	cfg := g.cfg
-	s.healthz.serve(cfg.HealthzBindAddress, cfg.BindAddressHardFail, g.observer.health.Handler(), s.free)
-	s.metrics.serve(cfg.MetricsBindAddress, cfg.BindAddressHardFail, g.metricsPages(), s.free)
-	s.socket.Open(cfg.RunDir, g.observer.explain.Handler(), g.log)
+	cfg := c.cfg
+	s.healthz.serve(cfg.HealthzBindAddress, cfg.BindAddressHardFail, c.observer.health.Handler(), s.free)
+	s.metrics.serve(cfg.MetricsBindAddress, cfg.BindAddressHardFail, c.metricsPages(), s.free)
+	s.socket.Open(cfg.RunDir, c.observer.explain.Handler(), c.log)
 	select {
 	case err := <-s.failed:
-		g.events.Flush(flushFor)
+		c.events.Flush(flushFor)
 		return err
 	default:
 		return nil

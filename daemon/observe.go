@@ -68,21 +68,21 @@ func newObserver(log *slog.Logger) *observer {
 }
 
 // follow makes the observer report another configuration run.
-func (o *observer) follow(g *configRun) {
-	o.metrics.ReadProgress(g.loop.Progress)
+func (o *observer) follow(c *configRun) {
+	o.metrics.ReadProgress(c.loop.Progress)
 	for subject := range subjects {
 		o.conditions.set(subject)
 	}
 	o.health.Follow(health.Subject{
-		Progress: g.loop.Progress, Degraded: g.sysctls.names, Conditions: func() []string { return append(o.conditions.list(), g.loop.Drift()...) }, SyncPeriod: g.cfg.SyncPeriod, NodeName: g.cfg.NodeName, NodeOptional: g.cfg.SourceDir != "",
+		Progress: c.loop.Progress, Degraded: c.sysctls.names, Conditions: func() []string { return append(o.conditions.list(), c.loop.Drift()...) }, SyncPeriod: c.cfg.SyncPeriod, NodeName: c.cfg.NodeName, NodeOptional: c.cfg.SourceDir != "",
 	})
 	o.explain.Follow(explain.Subject{
-		Environment: explain.Environment{Node: g.cfg.NodeName, Mode: g.choice.Mode.Name(), Traits: g.choice.Mode.Traits(), Origin: origin(g.cfg), Live: true, Link: node.LinkTo},
-		Loop:        g.loop, ModeReason: g.modeReason(), Flows: conntrack.List, Problems: g.problems,
+		Environment: explain.Environment{Node: c.cfg.NodeName, Mode: c.choice.Mode.Name(), Traits: c.choice.Mode.Traits(), Origin: origin(c.cfg), Live: true, Link: node.LinkTo},
+		Loop:        c.loop, ModeReason: c.modeReason(), Flows: conntrack.List, Problems: c.problems,
 	})
-	o.services.Serve(g.choice.Families)
-	o.events.Store(g.events)
-	o.offersHealthz.Store(g.cfg.HealthzBindAddress.IsValid())
+	o.services.Serve(c.choice.Families)
+	o.events.Store(c.events)
+	o.offersHealthz.Store(c.cfg.HealthzBindAddress.IsValid())
 }
 
 // reportRejection reports why the changed configuration is not in force; nil: it is.

@@ -29,36 +29,36 @@ type Change struct {
 // no retry can reach the source.
 func RunChanging(ctx context.Context, cfg *config.Config, changes <-chan Change, logger func(*config.Config) *slog.Logger) (err error) {
 	tuneGC()
-	p := newDaemonState()
+	d := newDaemonState()
 	var before *config.Config
 	for {
 		log := logger(cfg)
-		p.log.set(log)
-		next, err := p.runUntilChanged(ctx, cfg, changes, log)
+		d.log.set(log)
+		next, err := d.runUntilChanged(ctx, cfg, changes, log)
 		switch {
 		case next != nil:
 			cfg, before = next, cfg
 			continue
-		case err != nil && before != nil && !p.pool.serving.Load():
-			p.observer.reportRejection(err)
-			p.rolledBack = err
+		case err != nil && before != nil && !d.pool.serving.Load():
+			d.observer.reportRejection(err)
+			d.rolledBack = err
 			log.Error("the changed configuration failed; signalbox returned to the previous one", "error", err)
 			cfg, before = before, nil
 			continue
 		}
-		p.close(log)
+		d.close(log)
 		return err
 	}
 }
 
 // runUntilChanged runs with one configuration until it returns another that can be
 // served, or until ctx ends.
-func (p *daemonState) runUntilChanged(ctx context.Context, cfg *config.Config, changes <-chan Change, log *slog.Logger) (next *config.Config, err error) {
+func (d *daemonState) runUntilChanged(ctx context.Context, cfg *config.Config, changes <-chan Change, log *slog.Logger) (next *config.Config, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	rejected := p.rolledBack != nil // what the file says is not in force
+	rejected := d.rolledBack != nil // what the file says is not in force
 	ended := make(chan error, 1)
-	go func() { ended <- p.run(ctx, cfg, log) }()
+	go func() { ended <- d.run(ctx, cfg, log) }()
 	var works <-chan *config.Config // the change that is to take effect
 	giveUp := func() {}
 	defer func() { giveUp() }()
@@ -71,19 +71,19 @@ func (p *daemonState) runUntilChanged(ctx context.Context, cfg *config.Config, c
 			works, giveUp = nil, func() {}
 			switch {
 			case c.Err != nil:
-				p.reportRejection(c.Err)
+				d.reportRejection(c.Err)
 				log.Error("the changed configuration is invalid; the previous one stays in force", "error", c.Err)
 			case rejected && same(c.Config, cfg):
-				p.observer.reportRejection(nil)
+				d.observer.reportRejection(nil)
 				log.Info("the file equals the configuration in force again")
 			default:
 				trial, stop := context.WithCancel(ctx)
-				works, giveUp = p.awaitServable(trial, c.Config, log), stop
+				works, giveUp = d.awaitServable(trial, c.Config, log), stop
 			}
 			rejected = c.Err != nil || works != nil
 		case next := <-works:
 			log.Info("the changed configuration takes effect")
-			p.observer.reportRejection(nil)
+			d.observer.reportRejection(nil)
 			cancel()
 			if err := <-ended; err != nil {
 				log.Warn("stopping before a changed configuration takes effect", "error", err)
@@ -100,9 +100,9 @@ func same(a, b *config.Config) bool {
 
 // reportRejection reports that a changed file is not in force: in metrics, health and
 // an Event.
-func (p *daemonState) reportRejection(err error) {
-	p.observer.reportRejection(err)
-	p.observer.events.Load().ConfigurationRejected(err)
+func (d *daemonState) reportRejection(err error) {
+	d.observer.reportRejection(err)
+	d.observer.events.Load().ConfigurationRejected(err)
 }
 
 // repeatAfter is how often the log repeats that a changed configuration waits.
@@ -110,13 +110,13 @@ const repeatAfter = time.Minute
 
 // awaitServable returns a channel that takes the configuration once it can be served,
 // and the old one serves.
-func (p *daemonState) awaitServable(ctx context.Context, cfg *config.Config, log *slog.Logger) <-chan *config.Config {
+func (d *daemonState) awaitServable(ctx context.Context, cfg *config.Config, log *slog.Logger) <-chan *config.Config {
 	works := make(chan *config.Config, 1)
 	go func() {
 		var said time.Time
 		for pause := 100 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
 			var err error
-			if p.pool.serving.Load() {
+			if d.pool.serving.Load() {
 				err = servable(ctx, cfg)
 			}
 			if ctx.Err() != nil {
@@ -127,7 +127,7 @@ func (p *daemonState) awaitServable(ctx context.Context, cfg *config.Config, log
 				return
 			}
 			if said.IsZero() {
-				p.reportRejection(err)
+				d.reportRejection(err)
 			}
 			if time.Since(said) >= repeatAfter {
 				said = time.Now()
