@@ -116,22 +116,22 @@ func (Dataplane) KubeProxy() []proxier.Remnant {
 	return []proxier.Remnant{{
 		What: "kube-proxy's iptables rules",
 		Found: func(ctx context.Context, f plan.Family, taken proxier.TakenOver) bool {
-			return HasKubeProxy(ctx, f, Backend(taken.IPTables))
+			return hasKubeProxy(ctx, f, Backend(taken.IPTables))
 		},
 		Remove: func(f plan.Family, taken proxier.TakenOver, _ bool) (removed bool, draining int, err error) {
-			removed, err = CleanupKubeProxy(f, Backend(taken.IPTables))
+			removed, err = cleanupKubeProxy(f, Backend(taken.IPTables))
 			return removed, 0, err
 		},
 	}}
 }
 
-// HasKubeProxy says whether kube-proxy has written rules since they were last
+// hasKubeProxy says whether kube-proxy has written rules since they were last
 // removed. A running kube-proxy writes changes at once, and its canaries half a
 // minute later. In the active backend the names of the other chains do not tell.
 //
 // The daemon asks every minute. So the kernel is asked first, and the tools only
 // about a chain that it names.
-func HasKubeProxy(ctx context.Context, f plan.Family, active Backend) bool {
+func hasKubeProxy(ctx context.Context, f plan.Family, active Backend) bool {
 	return slices.ContainsFunc(xtables.Backends, func(b Backend) bool {
 		return hasChain(ctx, f, b, "mangle", canaryChain) || b != active && hasChain(ctx, f, b, nat.String(), servicesChain)
 	})
@@ -153,7 +153,7 @@ func hasChain(ctx context.Context, f plan.Family, b Backend, table, chain string
 // rules would change their meaning. KUBE-FIREWALL, which the kubelet shares,
 // and the sysctl route_localnet stay as they are.
 //
-// Without the tools the error is an *UnknownOwnerError if the kernel has such
+// Without the tools the error is an *unknownOwnerError if the kernel has such
 // chains, and a *proxier.UnsupportedError if there is nothing to remove.
 func Cleanup(f plan.Family) (removed bool, err error) {
 	return cleanup(f, withoutTools, func(ctx context.Context, t *xtables.Tools) (ownedChains, error) {
@@ -168,12 +168,12 @@ func Cleanup(f plan.Family) (removed bool, err error) {
 	})
 }
 
-// CleanupKubeProxy removes from both variants what kube-proxy wrote, in any of
+// cleanupKubeProxy removes from both variants what kube-proxy wrote, in any of
 // its modes, and leaves what Cleanup leaves. In the active backend ("" for
 // none), this mode has filled kube-proxy's chains with its own rules, and only
 // the others go. Without the tools the error is a *proxier.UnsupportedError:
 // the kernel may have rules of signalbox, which Cleanup reports.
-func CleanupKubeProxy(f plan.Family, active Backend) (removed bool, err error) {
+func cleanupKubeProxy(f plan.Family, active Backend) (removed bool, err error) {
 	withoutTools := func(f plan.Family) error { return xtables.Missing(f) }
 	return cleanup(f, withoutTools, func(_ context.Context, t *xtables.Tools) (ownedChains, error) {
 		if t.Backend == active {
@@ -209,31 +209,31 @@ func cleanup(f plan.Family, withoutTools func(plan.Family) error, toRemove func(
 	return removed, errors.Join(failed...)
 }
 
-// UnknownOwnerError says that the kernel has chains whose names this mode and
+// unknownOwnerError says that the kernel has chains whose names this mode and
 // kube-proxy share. Without the iptables tools nobody can tell who wrote them, or
 // remove them.
-type UnknownOwnerError struct {
+type unknownOwnerError struct {
 	Family plan.Family
 	// Found says which chains.
 	Found string
 }
 
 // Error says it in one sentence.
-func (e *UnknownOwnerError) Error() string {
+func (e *unknownOwnerError) Error() string {
 	return fmt.Sprintf("%s, and without the program %s nobody can tell whether signalbox or kube-proxy wrote them, nor remove them: use the image signalbox-iptables, or install the package iptables; until then they may come before other rules, and nobody keeps them up to date",
 		e.Found, xtables.CommandName(e.Family))
 }
 
 // Is lets errors.Is find proxier.ErrUnknownOwner.
-func (*UnknownOwnerError) Is(target error) bool { return target == proxier.ErrUnknownOwner }
+func (*unknownOwnerError) Is(target error) bool { return target == proxier.ErrUnknownOwner }
 
 // withoutTools is the error of Cleanup on a node without iptables.
 func withoutTools(f plan.Family) error {
 	if names := xtables.LegacyTables(f); len(names) > 0 {
-		return &UnknownOwnerError{f, fmt.Sprintf("the kernel may have iptables rules for Services of %s (legacy, tables %s)", f, strings.Join(names, ", "))}
+		return &unknownOwnerError{f, fmt.Sprintf("the kernel may have iptables rules for Services of %s (legacy, tables %s)", f, strings.Join(names, ", "))}
 	}
 	if xtables.HasNFTChain(f, nat.String(), servicesChain) {
-		return &UnknownOwnerError{f, fmt.Sprintf("the kernel has iptables rules for Services of %s (nft, chain %s)", f, servicesChain)}
+		return &unknownOwnerError{f, fmt.Sprintf("the kernel has iptables rules for Services of %s (nft, chain %s)", f, servicesChain)}
 	}
 	return xtables.Missing(f)
 }

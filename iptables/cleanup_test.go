@@ -84,13 +84,13 @@ func TestCleanupKubeProxy(t *testing.T) {
 				run(t, foreignRules+"*mangle\n:KUBE-IPTABLES-HINT - [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n", p.tools.Restore, "--noflush")
 				before := wholeSave(t, p)
 				run(t, rules(p.opts.Family), p.tools.Restore, "--noflush")
-				if removed, err := CleanupKubeProxy(p.opts.Family, ""); err != nil || !removed {
+				if removed, err := cleanupKubeProxy(p.opts.Family, ""); err != nil || !removed {
 					t.Fatalf("something was removed: %v, %v", removed, err)
 				}
 				if diff := cmp.Diff(before, wholeSave(t, p)); diff != "" {
-					t.Errorf("CleanupKubeProxy leaves (-before +after)\n%s", diff)
+					t.Errorf("cleanupKubeProxy leaves (-before +after)\n%s", diff)
 				}
-				if removed, err := CleanupKubeProxy(p.opts.Family, ""); err != nil || removed {
+				if removed, err := cleanupKubeProxy(p.opts.Family, ""); err != nil || removed {
 					t.Errorf("nothing to clean up: %v, %v", removed, err)
 				}
 			})
@@ -140,7 +140,7 @@ func TestCleanupKubeProxyInUse(t *testing.T) {
 		}
 		run(t, otherModesRules, p.tools.Restore, "--noflush")
 		mustSync(t, newProxier(t, p.opts.Family, p.tools.Backend), desired, plan.Change{All: true})
-		if _, err := CleanupKubeProxy(p.opts.Family, p.tools.Backend); err != nil {
+		if _, err := cleanupKubeProxy(p.opts.Family, p.tools.Backend); err != nil {
 			t.Fatal(err)
 		}
 		// Jumps that were there stay where they are.

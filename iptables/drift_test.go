@@ -135,7 +135,7 @@ func TestOtherTables(t *testing.T) {
 		}
 		mustSync(t, p, newWorld(p.opts.Family, 3).plan(3), plan.Change{All: true})
 		before, _, _ := p.observer.Changes()
-		if removed, err := CleanupKubeProxy(p.opts.Family, p.tools.Backend); !removed || err != nil {
+		if removed, err := cleanupKubeProxy(p.opts.Family, p.tools.Backend); !removed || err != nil {
 			t.Fatalf("the removal: %v, %v", removed, err)
 		}
 		run(t, "", p.tools.Command, "-t", "mangle", "-N", "OTHER")
