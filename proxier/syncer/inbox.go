@@ -61,32 +61,25 @@ func (b *inbox) Synced() {
 
 // SetLocalAddrs sets the addresses of the node's interfaces, of both families.
 func (b *inbox) SetLocalAddrs(addrs []netip.Addr) {
-	b.mu.Lock()
-	if !slices.Equal(b.addrs, addrs) {
-		b.addrs, b.moved = slices.Clone(addrs), true
-		b.queue()
-	}
-	b.mu.Unlock()
-	b.wakeUp()
+	replace(b, &b.addrs, addrs, true)
 }
 
 // SetRouteSources sets the source addresses in the node's routes, of both families.
 func (b *inbox) SetRouteSources(sources []plan.RouteSource) {
-	b.mu.Lock()
-	if !slices.Equal(b.routes, sources) {
-		b.routes, b.moved = slices.Clone(sources), true
-		b.queue()
-	}
-	b.mu.Unlock()
-	b.wakeUp()
+	replace(b, &b.routes, sources, true)
 }
 
 // SetAPIServers sets the addresses and ports to which this process connects for the API
 // server. Services that have them must not get these connections.
 func (b *inbox) SetAPIServers(servers []netip.AddrPort) {
+	replace(b, &b.servers, servers, false)
+}
+
+// replace sets a list of an inbox. moved says that it is one of the node's addresses.
+func replace[T comparable](b *inbox, list *[]T, to []T, moved bool) {
 	b.mu.Lock()
-	if !slices.Equal(b.servers, servers) {
-		b.servers = slices.Clone(servers)
+	if !slices.Equal(*list, to) {
+		*list, b.moved = slices.Clone(to), b.moved || moved
 		b.queue()
 	}
 	b.mu.Unlock()

@@ -144,7 +144,7 @@ func (f *familyLoop) inDoubt(name plan.ServiceName) bool {
 // these stay whole. Linked Service ports stay together. A group that cannot be divided
 // has no halves.
 func (f *familyLoop) halves(group []plan.ServicePortName) (halves [][]plan.ServicePortName, severalServices bool) {
-	linked := f.links()
+	linked := newLinks(f.planner)
 	parts := linked.services(group)
 	severalServices = len(parts) > 1
 	if !severalServices {
@@ -167,7 +167,5 @@ func (f *familyLoop) withLinked(group []plan.ServicePortName) []plan.ServicePort
 			names = append(names, name)
 		}
 	}
-	return f.links().addLinked(f.planner, names)
+	return newLinks(f.planner).addLinked(f.planner, names)
 }
-
-func (f *familyLoop) links() links { return newLinks(f.planner) }
