@@ -5,7 +5,6 @@ package explain
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -216,7 +215,7 @@ func TestTraceFollowsTheDaemon(t *testing.T) {
 	tr.want("new tcp 10.244.1.12:4003 -> 10.96.0.11:81 -> 10.244.1.5:8080")
 	answers <- with()
 	tr.want("# There is no Service.")
-	tr.events <- fmt.Errorf("broken")
+	tr.events <- errors.New("broken")
 	if err := <-tr.done; err == nil || err.Error() != "broken" {
 		t.Errorf("a source that fails: %v", err)
 	}

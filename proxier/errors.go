@@ -3,6 +3,7 @@
 package proxier
 
 import (
+	"errors"
 	"fmt"
 
 	"signalbox/proxier/plan"
@@ -10,17 +11,17 @@ import (
 
 // ErrUnknownState says that a failed Sync may have changed part of the kernel's
 // state. See Proxier.
-var ErrUnknownState = fmt.Errorf("the kernel may hold part of the change")
+var ErrUnknownState = errors.New("the kernel may hold part of the change")
 
 // ErrUnknownOwner says that the kernel has objects whose names signalbox and
 // kube-proxy share, and that nothing on this node can tell who wrote them.
-var ErrUnknownOwner = fmt.Errorf("signalbox or kube-proxy may have written it")
+var ErrUnknownOwner = errors.New("signalbox or kube-proxy may have written it")
 
 // ErrNotCompared says that a mode cannot compare the kernel with what it wrote.
-var ErrNotCompared = fmt.Errorf("this mode does not read back what it wrote")
+var ErrNotCompared = errors.New("this mode does not read back what it wrote")
 
 // ErrNothingWritten says that there is nothing to compare the kernel with.
-var ErrNothingWritten = fmt.Errorf("nothing is written yet, or a sync that failed left the kernel's state unknown")
+var ErrNothingWritten = errors.New("nothing is written yet, or a sync that failed left the kernel's state unknown")
 
 // UnsupportedError says why a mode cannot work on this node.
 type UnsupportedError struct {

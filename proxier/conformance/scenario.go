@@ -5,6 +5,7 @@ package conformance
 import (
 	"bytes"
 	"embed"
+	"errors"
 	"fmt"
 	"io/fs"
 	"path"
@@ -99,7 +100,7 @@ func parseScenario(file string, text []byte) (*Scenario, error) {
 		case strings.HasSuffix(f.Name, ".yaml"):
 			s.manifests[f.Name] = string(f.Data)
 		default:
-			err = fmt.Errorf("is neither setup, script nor a .yaml file")
+			err = errors.New("is neither setup, script nor a .yaml file")
 		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: %s: %w", file, f.Name, err)
@@ -131,7 +132,7 @@ func (s *Setup) parse(text string) error {
 		}
 	}
 	if (len(s.Modes) > 0 || len(s.Families) == 1 && s.Families[0] != "both") && s.Why == "" {
-		return fmt.Errorf("why: must say why other modes or families are left out")
+		return errors.New("why: must say why other modes or families are left out")
 	}
 	return nil
 }

@@ -3,6 +3,7 @@
 package conformance
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"regexp"
@@ -103,7 +104,7 @@ func (s *symbols) lookup(name string, family plan.Family) (string, error) {
 			return nthAddr(rangeOf(network.in, family).Addr(), network.first+n).String(), nil
 		}
 	}
-	return "", fmt.Errorf("there is no such name")
+	return "", errors.New("there is no such name")
 }
 
 var ranges = map[string]netlab.PrefixPair{

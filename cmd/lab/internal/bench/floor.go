@@ -4,6 +4,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os/exec"
 	"regexp"
@@ -139,7 +140,7 @@ func (o *objects) watchLatency(ctx context.Context) (time.Duration, error) {
 			return 0, err
 		}
 		if _, open := <-w.ResultChan(); !open {
-			return 0, fmt.Errorf("the watch ended")
+			return 0, errors.New("the watch ended")
 		}
 		took = append(took, time.Since(began))
 	}
