@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -102,49 +101,7 @@ func listen(dir string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	l.SetUnlinkOnClose(false)
-	file, err := os.Lstat(path)
-	if err != nil {
-		l.Close()
-		return nil, err
-	}
-	return &rootListener{l, path, file}, nil
-}
-
-// rootListener accepts connections of root and of this process's own user.
-type rootListener struct {
-	*net.UnixListener
-	path string
-	file fs.FileInfo // at path
-}
-
-// Accept implements net.Listener.
-func (l *rootListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.AcceptUnix()
-		if err != nil {
-			return nil, err
-		}
-		if rootonly.CheckPeer(c) == nil {
-			return c, nil
-		}
-		c.Close()
-	}
-}
-
-// Close leaves the socket of a process that has taken the place of this one.
-func (l *rootListener) Close() error {
-	if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.file) {
-		_ = os.Remove(l.path) // the next process removes it otherwise
-	}
-	return l.UnixListener.Close()
+	return rootonly.Listen(path)
 }
 
 // ErrNoDaemon says that no daemon has a socket for this network namespace.

@@ -24,7 +24,6 @@ import (
 	"golang.org/x/time/rate"
 
 	"signalbox/internal/namespace"
-	"signalbox/internal/rootonly"
 	"signalbox/internal/wait"
 )
 
@@ -91,12 +90,12 @@ func (n *Lock) acquireInDirectory(ctx context.Context, dir string) (bool, error)
 	if err != nil {
 		return false, err
 	}
-	if err := rootonly.MakeDir(dir); err != nil {
-		n.log.Info("the node lock is not in --run-dir; its abstract socket alone decides which signalbox serves this node", "directory", dir, "error", err)
-		return false, nil
-	}
 	err = n.acquireAt(ctx, socketPath(dir, id), func() (*heldPlace, error) { return listenIn(dir, id) })
-	return err == nil, err
+	if err == nil || errors.Is(err, errHeld) || isTransient(err) {
+		return err == nil, err
+	}
+	n.log.Info("the node lock is not in --run-dir; its abstract socket alone decides which signalbox serves this node", "directory", dir, "error", err)
+	return false, nil
 }
 
 // acquireAt listens at one place, or has its holder hand over.
@@ -115,11 +114,14 @@ func (n *Lock) acquireAt(ctx context.Context, address string, listen func() (*he
 			return err
 		}
 		err = n.requestHandover(ctx, address)
+		if errors.Is(err, fs.ErrNotExist) && n.requestHandover(ctx, n.abstract) == nil {
+			continue // the holder's socket in the directory has been deleted
+		}
 		if holderIsGone(err) && wait.For(ctx, acquireRetry) {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("the signalbox that serves this node does not hand it over: %w", err)
+			return fmt.Errorf("%w and does not hand it over: %w", errHeld, err)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -16,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"signalbox/internal/namespace"
 	"signalbox/internal/nstest"
 )
 
@@ -342,9 +344,12 @@ func TestNodeLockAfterKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, p := range killed.held {
-		p.listener.SetUnlinkOnClose(false)
+		p.listener.Close() // and leaves its socket in the directory
+		if p.file != nil {
+			p.file.Close()
+		}
 	}
-	killed.Release()
+	killed.held = nil
 	if err := next.Acquire(t.Context(), dir); err != nil {
 		t.Fatal(err)
 	}
@@ -372,14 +377,98 @@ func TestNodeLockWithoutAbstractSocket(t *testing.T) {
 	}
 }
 
-// A directory that cannot be used leaves the abstract socket.
+// A directory that cannot have the lock leaves the abstract socket. A process without a
+// descriptor tries again instead.
 func TestNodeLockWithoutDirectory(t *testing.T) {
-	lock := locksFor(t)()
-	file := filepath.Join(t.TempDir(), "file")
+	dir := t.TempDir()
+	file, long := filepath.Join(dir, "file"), filepath.Join(dir, strings.Repeat("long", 30))
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := lock.Acquire(t.Context(), file); err != nil || len(lock.held) != 1 {
-		t.Errorf("%d places are held: %v", len(lock.held), err)
+	noLocks := filepath.Join(dir, "no-locks")
+	if err := os.MkdirAll(filepath.Join(noLocks, lockFile), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, dir := range map[string]string{"not a directory": file, "long path": long, "cannot open the lock file": noLocks} {
+		t.Run(name, func(t *testing.T) {
+			lock := locksFor(t)()
+			if err := lock.Acquire(t.Context(), dir); err != nil || len(lock.held) != 1 {
+				t.Errorf("%d places are held: %v", len(lock.held), err)
+			}
+		})
+	}
+	for _, err := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+		if !isTransient(&os.PathError{Err: err}) {
+			t.Errorf("the lock does not wait for the end of %v", err)
+		}
+	}
+}
+
+// A holder whose socket has been deleted hands over at its abstract socket.
+func TestNodeLockWithoutItsSocket(t *testing.T) {
+	newLock := locksFor(t)
+	old, next := newLock(), newLock()
+	dir := t.TempDir()
+	if err := old.Acquire(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(socketIn(t, dir)); err != nil {
+		t.Fatal(err)
+	}
+	handOverTo(t, old, next, dir)
+	if len(next.held) != 2 {
+		t.Errorf("%d places are held", len(next.held))
+	}
+}
+
+// A holder whose lock file has been deleted leaves the next holder's socket.
+func TestReleaseLeavesOtherSockets(t *testing.T) {
+	newLock := locksFor(t)
+	old, next := newLock(), newLock()
+	dir := t.TempDir()
+	if err := old.Acquire(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, lockFile)); err != nil {
+		t.Fatal(err)
+	}
+	handOverTo(t, old, next, dir)
+	if _, err := os.Stat(socketIn(t, dir)); err != nil {
+		t.Error(err)
+	}
+	next.Release()
+	if _, err := os.Stat(socketIn(t, dir)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after its own release: %v", err)
+	}
+}
+
+func socketIn(t *testing.T, dir string) string {
+	t.Helper()
+	id, err := namespace.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return socketPath(dir, id)
+}
+
+// handOverTo has next acquire the lock that old holds.
+func handOverTo(t *testing.T, old, next *Lock, dir string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	handedOver := make(chan error, 1)
+	go func() {
+		who := old.NextContender(ctx)
+		if who == nil {
+			handedOver <- ctx.Err()
+			return
+		}
+		handedOver <- old.HandOver(who)
+	}()
+	if err := next.Acquire(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-handedOver; err != nil {
+		t.Error(err)
 	}
 }

@@ -5,7 +5,7 @@ package nodelock
 import (
 	"errors"
 	"fmt"
-	"io/fs"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/namespace"
+	"signalbox/internal/rootonly"
 )
 
 // This file knows the two places of the lock.
@@ -27,31 +28,35 @@ import (
 
 const abstractName = "@signalbox-serves-this-node"
 
+// lockFile is the file in the directory of which a byte is locked.
+const lockFile = "node-locks"
+
 // errHeld says that another process has the place.
 var errHeld = errors.New("another process holds the node lock")
 
 // heldPlace is a place that this process has.
 type heldPlace struct {
 	listener *net.UnixListener
-	file     *os.File // a byte is locked as long as it is open; nil for the abstract socket
+	socket   io.Closer // closes the listener, and removes its file
+	file     *os.File  // a byte is locked as long as it is open; nil for the abstract socket
 }
 
 func (p *heldPlace) release() {
-	p.listener.Close() // and removes the socket
+	p.socket.Close()
 	if p.file != nil {
 		p.file.Close()
 	}
 }
 
 func listenAbstract(name string) (*heldPlace, error) {
-	l, err := listenUnix(name)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: name, Net: "unix"})
 	if errors.Is(err, unix.EADDRINUSE) {
 		return nil, errHeld
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &heldPlace{listener: l}, nil
+	return &heldPlace{listener: l, socket: l}, nil
 }
 
 func socketPath(dir string, id namespace.ID) string {
@@ -61,19 +66,19 @@ func socketPath(dir string, id namespace.ID) string {
 // listenIn locks the namespace's byte of the file. The kernel unlocks it when its process
 // ends, also by a signal. The socket of such a process is left, and replaced.
 func listenIn(dir string, id namespace.ID) (*heldPlace, error) {
-	file, err := lockByte(filepath.Join(dir, "node-locks"), int64(id.Inode))
+	if err := rootonly.MakeDir(dir); err != nil {
+		return nil, err
+	}
+	file, err := lockByte(filepath.Join(dir, lockFile), int64(id.Inode))
 	if err != nil {
 		return nil, err
 	}
-	path := socketPath(dir, id)
-	if err = os.Remove(path); err == nil || errors.Is(err, fs.ErrNotExist) {
-		var l *net.UnixListener
-		if l, err = listenUnix(path); err == nil {
-			return &heldPlace{listener: l, file: file}, nil
-		}
+	socket, err := rootonly.Listen(socketPath(dir, id))
+	if err != nil {
+		file.Close()
+		return nil, err
 	}
-	file.Close()
-	return nil, err
+	return &heldPlace{listener: socket.UnixListener, socket: socket, file: file}, nil
 }
 
 // lockByte returns a file of which one byte is locked until it is closed.
@@ -93,6 +98,8 @@ func lockByte(name string, at int64) (*os.File, error) {
 	return nil, fmt.Errorf("locking byte %d of %s: %w", at, name, err)
 }
 
-func listenUnix(address string) (*net.UnixListener, error) {
-	return net.ListenUnix("unix", &net.UnixAddr{Name: address, Net: "unix"})
+// isTransient says whether the process or the node lacks descriptors or memory. A place
+// may be free later.
+func isTransient(err error) bool {
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM)
 }
