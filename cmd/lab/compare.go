@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -62,7 +63,7 @@ takes minutes. With --kubernetes it needs no Go.`,
 	fs := cmd.Flags()
 	addSignalboxFlag(fs, &signalbox)
 	fs.StringVar(&cfg.Mode, "mode", "nftables", "signalbox's mode: "+strings.Join(testbed.Modes, ", "))
-	fs.StringVar(&cfg.KubeProxyMode, "kube-proxy-mode", "", "kube-proxy's mode (default: the same, or iptables-nft for userspace)")
+	fs.StringVar(&cfg.KubeProxyMode, "kube-proxy-mode", "", "kube-proxy's mode (default: the same, or iptables-nft where kube-proxy has no such mode)")
 	fs.IntVar(&random, "random", 100, "number of random Services")
 	fs.Uint64Var(&seed, "seed", 1, "seed of the random Services: the same seed makes the same Services")
 	fs.StringVar(&objects, "objects", "", "Services of a cluster instead of random ones, as written by: kubectl get services,endpointslices,nodes -A -o yaml")
@@ -77,7 +78,7 @@ takes minutes. With --kubernetes it needs no Go.`,
 func compareModes(cfg *compare.Config) error {
 	if cfg.KubeProxyMode == "" {
 		cfg.KubeProxyMode = cfg.Mode
-		if cfg.Mode == "userspace" {
+		if !slices.Contains(testbed.KubeProxyModes, cfg.Mode) {
 			cfg.KubeProxyMode = "iptables-nft"
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"signalbox/internal/netlab"
+	"signalbox/modes"
 )
 
 // Proxy is a service proxy as a command line. In its arguments, {kubeconfig}, {source},
@@ -52,8 +53,20 @@ func (p Proxy) Args(kubeconfig, source string) []string {
 // variant of the tools.
 var KubeProxyModes = []string{"nftables", "iptables-nft", "iptables-legacy", "ipvs"}
 
-// Modes are the names that Signalbox accepts.
-var Modes = append(slices.Clone(KubeProxyModes), "userspace")
+// Modes are the names that Signalbox accepts: the modes of signalbox, where that of
+// iptables also names the variant of the tools.
+var Modes = modeNames()
+
+func modeNames() (names []string) {
+	for _, m := range modes.All {
+		if m.Name() == "iptables" {
+			names = append(names, m.Name()+"-nft", m.Name()+"-legacy")
+		} else {
+			names = append(names, m.Name())
+		}
+	}
+	return names
+}
 
 // SignalboxProgram is the Program of Signalbox.
 const SignalboxProgram = "signalbox"
