@@ -130,10 +130,7 @@ func (c *Cleaner) Clean(family plan.Family, owners []plan.FlowOwner) {
 	}
 	c.calls++
 	c.mu.Unlock()
-	select {
-	case c.wake <- struct{}{}:
-	default:
-	}
+	wait.Wake(c.wake)
 }
 
 // Flush waits until the first scan for everything that was queued before the

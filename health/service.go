@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"signalbox/internal/httpserve"
+	"signalbox/internal/wait"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
 )
@@ -115,7 +116,7 @@ func (s *Services) Synced(r syncer.SyncReport) {
 	}
 	s.mu.Unlock()
 	if changed {
-		put(s.wake)
+		wait.Wake(s.wake)
 	}
 }
 
@@ -125,20 +126,12 @@ func (s *Services) Serve(families []plan.Family) {
 	s.mu.Lock()
 	maps.DeleteFunc(s.wanted, func(f plan.Family, _ *wanted) bool { return !slices.Contains(families, f) })
 	s.mu.Unlock()
-	put(s.wake)
+	wait.Wake(s.wake)
 }
 
 // PortsFree makes Run retry at once: a predecessor of this process has closed its
 // ports.
-func (s *Services) PortsFree() { put(s.free) }
-
-// put leaves a token in a channel that holds none.
-func put(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
+func (s *Services) PortsFree() { wait.Wake(s.free) }
 
 // Run opens and closes servers until ctx ends. When it returns, all are closed. It
 // may be called again afterwards.

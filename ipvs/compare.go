@@ -325,7 +325,7 @@ func (p *Proxier) Repair(context.Context) (proxier.Difference, error) {
 	found = append(found, st.differences(have)...)
 	if p.stale && len(found) == 0 {
 		p.stale = false // the failed write has left what the state says
-		p.wakeDrain()
+		wait.Wake(p.wake)
 	}
 	return proxier.Difference{Objects: found, NeedsFullWrite: len(found) > 0}, nil
 }

@@ -84,13 +84,6 @@ func (st *state) drainingServersOf(a netip.Addr) (keys []kernel.ServerKey) {
 	return keys
 }
 
-func (p *Proxier) wakeDrain() {
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
-}
-
 // drainLoop runs drainOnce while something drains, until Close.
 func (p *Proxier) drainLoop() {
 	defer close(p.done)

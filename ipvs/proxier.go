@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"signalbox/internal/wait"
 	"signalbox/ipvs/internal/kernel"
 	"signalbox/nft"
 	"signalbox/nft/access"
@@ -126,7 +127,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	defer p.wakeDrain()
+	defer wait.Wake(p.wake)
 	switch {
 	case change.All || p.current() == nil:
 		return p.syncAll(plan)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package wait pauses a goroutine.
+// Package wait pauses goroutines and wakes them.
 package wait
 
 import (
@@ -28,5 +28,14 @@ func Closed(c <-chan struct{}) bool {
 		return true
 	default:
 		return false
+	}
+}
+
+// Wake puts a token into a channel with room for one, unless it is there. Whoever reads
+// the channel sees one token for all calls before.
+func Wake(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
 	}
 }

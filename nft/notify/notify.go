@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"signalbox/internal/namespace"
+	"signalbox/internal/wait"
 
 	"golang.org/x/sys/unix"
 )
@@ -108,7 +109,7 @@ func (s *Subscription) Next(ctx context.Context) (Change, bool) {
 	for quiet := false; !quiet; {
 		select {
 		case <-ctx.Done():
-			s.wakeUp() // for the next caller
+			wait.Wake(s.wake) // for the next caller
 			return Change{}, false
 		case <-s.wake:
 		case <-time.After(quietTime):
@@ -129,13 +130,6 @@ func (s *Subscription) Changes() (n int, last Change) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.changes, s.last
-}
-
-func (s *Subscription) wakeUp() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
 }
 
 // touch records that the transaction whose end is to come concerns the table.
@@ -161,7 +155,7 @@ func (s *Subscription) commit(g generation) {
 func (s *Subscription) count(c Change) {
 	s.changes++
 	s.last, s.touched, s.rules = c, false, false
-	s.wakeUp()
+	wait.Wake(s.wake)
 }
 
 func (s *Subscription) lose() {

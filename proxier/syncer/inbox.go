@@ -13,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
+	"signalbox/internal/wait"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
 )
@@ -56,7 +57,7 @@ func (b *inbox) Synced() {
 	b.synced = true
 	b.progress.queue(time.Now())
 	b.mu.Unlock()
-	b.wakeUp()
+	wait.Wake(b.wake)
 }
 
 // SetLocalAddrs sets the addresses of the node's interfaces, of both families.
@@ -83,7 +84,7 @@ func replace[T comparable](b *inbox, list *[]T, to []T, moved bool) {
 		b.queue()
 	}
 	b.mu.Unlock()
-	b.wakeUp()
+	wait.Wake(b.wake)
 }
 
 // LocalAddrs returns the addresses of the last SetLocalAddrs.
@@ -99,7 +100,7 @@ func (b *inbox) RequestFullWrite() {
 	b.mu.Lock()
 	b.fullWrite = true
 	b.mu.Unlock()
-	b.wakeUp()
+	wait.Wake(b.wake)
 }
 
 // fewestDrops is the least number of events at which an inbox drops outdated ones. Below
@@ -115,7 +116,7 @@ func (b *inbox) push(e event) {
 	b.progress.count(e.obj)
 	b.queue()
 	b.mu.Unlock()
-	b.wakeUp()
+	wait.Wake(b.wake)
 }
 
 // dropOutdated drops each event that a later one about the same object outdates. Without
@@ -150,13 +151,6 @@ func (b *inbox) dropOutdated() {
 func (b *inbox) queue() {
 	if b.synced {
 		b.progress.queue(time.Now())
-	}
-}
-
-func (b *inbox) wakeUp() {
-	select {
-	case b.wake <- struct{}{}:
-	default:
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"signalbox/internal/budget"
+	"signalbox/internal/wait"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/service"
@@ -209,7 +210,7 @@ func (l *Loop) watch(ctx context.Context) (stop func()) {
 		watches.Go(func() {
 			f.proxier.Watch(ctx, func(w proxier.Writer) {
 				f.repairs.Request(w)
-				l.wakeUp()
+				wait.Wake(l.wake)
 			})
 		})
 	}
@@ -392,7 +393,7 @@ func (l *Loop) RepairNow() {
 	for _, f := range l.families {
 		f.repairs.RequestNow()
 	}
-	l.wakeUp()
+	wait.Wake(l.wake)
 }
 
 // LogProblems returns a function for LoopOptions.Report, which logs each Problem as a

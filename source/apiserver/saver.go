@@ -79,7 +79,7 @@ func (s *saver) put(name cache.ObjectName, text []byte, created bool) {
 		s.objects++
 	}
 	s.merge(name, change{bytes.Clone(text), created})
-	s.kick()
+	wait.Wake(s.wake)
 }
 
 // merge adds a change to those that wait. The lock is held.
@@ -101,14 +101,7 @@ func (s *saver) listed() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.complete = true
-	s.kick()
-}
-
-func (s *saver) kick() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
+	wait.Wake(s.wake)
 }
 
 // run writes until ctx ends, and then once more.
@@ -130,7 +123,7 @@ func (s *saver) run(ctx context.Context) {
 		} else {
 			failing = min(max(2*failing, savePeriod), maxSavePause)
 			pause = failing
-			s.kick()
+			wait.Wake(s.wake)
 		}
 		wait.For(ctx, pause)
 	}
@@ -161,7 +154,7 @@ func (s *saver) write() (pause time.Duration, err error) {
 	case !s.file.InPlace() && s.owns():
 		return savePeriod, s.file.Commit()
 	case !s.file.InPlace():
-		s.kick() // to ask again
+		wait.Wake(s.wake) // to ask again
 	}
 	return savePeriod, nil
 }
