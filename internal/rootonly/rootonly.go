@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
+	"slices"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -44,8 +46,13 @@ func CheckPeer(c *net.UnixConn) error {
 	return Check(cred)
 }
 
-// MakeDir makes a directory, or changes an existing one, so that no other user may enter
-// it.
+// ownFiles are patterns for the names of signalbox's files in --run-dir and --state-dir.
+var ownFiles = []string{"net-*.sock", "node-locks", "*.state", "*.state.*"}
+
+// MakeDir makes a directory that no other user may enter. It closes an existing directory
+// to other users if that is empty, or has files of signalbox only. The kubelet and systemd
+// make such directories with mode 0755. Other programs use /run or /var/lib: closing those
+// would stop them.
 func MakeDir(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
@@ -60,5 +67,21 @@ func MakeDir(dir string) error {
 	if info.Mode().Perm()&0o077 == 0 {
 		return nil
 	}
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if !isOwn(f.Name()) {
+			return fmt.Errorf("other users may enter %s, and %s in it is not a file of signalbox: name a directory that only signalbox uses, or change the mode to 0700", dir, f.Name())
+		}
+	}
 	return os.Chmod(dir, 0o700)
+}
+
+func isOwn(name string) bool {
+	return slices.ContainsFunc(ownFiles, func(pattern string) bool {
+		own, _ := filepath.Match(pattern, name) // fails only for a wrong pattern
+		return own
+	})
 }
