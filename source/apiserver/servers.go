@@ -4,6 +4,7 @@ package apiserver
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
 	"slices"
@@ -16,6 +17,7 @@ import (
 // server, or of a proxy in front of it (HTTPS_PROXY).
 type Servers struct {
 	mu     sync.Mutex // guards what follows
+	name   string     // host and port whose addresses are latest
 	latest []netip.AddrPort
 	follow func([]netip.AddrPort)
 }
@@ -39,12 +41,33 @@ const (
 )
 
 // dial connects to the host and port of a URL. A name may have other addresses each time.
+// If no DNS server answers, dial tries the addresses that the name had last: a Service can
+// take the address and port of the node's DNS server.
 func (s *Servers) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	if err := s.resolve(ctx, address); err != nil {
-		return nil, err
-	}
 	d := net.Dialer{Timeout: connectTimeout, KeepAlive: keepAlive}
-	return d.DialContext(ctx, network, address)
+	err := s.resolve(ctx, address)
+	if err == nil {
+		return d.DialContext(ctx, network, address)
+	}
+	failed := []error{err}
+	for _, at := range s.lastOf(address) {
+		conn, err := d.DialContext(ctx, network, at.String())
+		if err == nil {
+			return conn, nil
+		}
+		failed = append(failed, err)
+	}
+	return nil, errors.Join(failed...)
+}
+
+// lastOf returns the addresses that a name had at the last successful lookup.
+func (s *Servers) lastOf(name string) []netip.AddrPort {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.name != name {
+		return nil
+	}
+	return s.latest
 }
 
 func (s *Servers) resolve(ctx context.Context, address string) error {
@@ -69,6 +92,7 @@ func (s *Servers) resolve(ctx context.Context, address string) error {
 	slices.SortFunc(servers, netip.AddrPort.Compare)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.name = address
 	if !slices.Equal(s.latest, servers) {
 		s.latest = servers
 		if s.follow != nil {

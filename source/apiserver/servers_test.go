@@ -3,6 +3,8 @@
 package apiserver
 
 import (
+	"context"
+	"errors"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -57,5 +59,30 @@ current-context: c
 	})
 	if at.IsValid() {
 		t.Error("a later follower gets nothing")
+	}
+}
+
+// TestServersWithoutDNS: while no DNS server answers, a client connects to the addresses
+// that the name had last. Another name has none.
+func TestServersWithoutDNS(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	resolver := net.DefaultResolver
+	defer func() { net.DefaultResolver = resolver }()
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		return nil, errors.New("no DNS server answers")
+	}}
+	servers := Servers{name: "api.example:6443", latest: []netip.AddrPort{netip.MustParseAddrPort(listener.Addr().String())}}
+	conn, err := servers.dial(t.Context(), "tcp", "api.example:6443")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	if conn, err := servers.dial(t.Context(), "tcp", "other.example:6443"); err == nil {
+		conn.Close()
+		t.Error("connected to a name whose addresses were never known")
 	}
 }
