@@ -177,6 +177,8 @@ func (x *explainer) nobody(family plan.Family, a netip.Addr) {
 		x.answer.Sentence += " This mode has no rule for it: the node's routes decide."
 	case !x.loop.Follows(family, a):
 		x.answer.Sentence += " A sync is due, so it is not known what the kernel does."
+	case x.question.Protocol == plan.TCP && x.sources(family)&plan.FromNode != 0 && slices.Contains(p.Node.Bypass, x.question.Address):
+		x.answer.Sentence += " An API server is there, and this node connects to it directly. Connections of Pods and other hosts are not let through."
 	case clusterIP:
 		x.answer.unserved = Refused
 		x.answer.Sentence += " A new connection is refused, because the Service does not have this port."

@@ -354,6 +354,8 @@ func TestFaults(t *testing.T) {
 		{"wrong protocol at the cluster IP", func(*world) {}, "10.96.0.10:80/udp", pod, Refused, "No Service that signalbox serves has 10.96.0.10:80/udp"},
 		{"an unallocated cluster IP", func(*world) {}, "10.96.0.99:80", pod, Dropped, "in the range of cluster IPs, and no Service that signalbox knows has it. A new connection is dropped"},
 		{"an unallocated cluster IP, in a mode without a rule for it", func(w *world) { w.traits.GuardsClusterIPs = false }, "10.96.0.99:80", pod, Unknown, "the node's routes decide"},
+		{"an API server at an unallocated cluster IP, from the node", func(w *world) { w.api("10.96.0.99:80") }, "10.96.0.99:80", "192.0.2.1", Unknown, "An API server is there, and this node connects to it directly."},
+		{"an API server at an unallocated cluster IP, from a Pod", func(w *world) { w.api("10.96.0.99:80") }, "10.96.0.99:80", pod, Dropped, "A new connection is dropped"},
 		{"an unallocated cluster IP that the node has", func(w *world) {
 			w.node.Status.Addresses = append(w.node.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: "10.96.0.99"})
 		}, "10.96.0.99:80", pod, Unknown, "in the range of cluster IPs"},

@@ -373,8 +373,8 @@ type Node struct {
 	// by. The first that fits a packet counts. Where none does, masquerade chooses.
 	RouteSources []RouteSource
 	// Bypass has the addresses and TCP ports at which processes of this node reach
-	// the API server, although a Service has them too. Their packets pass as if that
-	// Service did not exist.
+	// the API server, although a Service has them too or a ServiceCIDR has the address.
+	// Their packets pass as if that Service or ServiceCIDR did not exist.
 	Bypass []netip.AddrPort
 	// ResetStrays has TCP packets to Services reset that belong to no connection the
 	// kernel knows, as after the end of their endpoint.

@@ -3,6 +3,7 @@
 package service
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -61,6 +62,32 @@ func (t *Tracker) apiServers() []apiServer {
 		servers = append(servers, apiServer{a, a.Addr().IsLoopback() || slices.Contains(t.localAddrs, a.Addr())})
 	}
 	return servers
+}
+
+// APIServersInServiceCIDRs returns the API servers of other hosts whose addresses are in
+// the ServiceCIDRs of the family. Packets to an unallocated cluster IP are dropped. They
+// must pass if an API server has the address: only it can say that a ServiceCIDR is gone.
+func (t *Tracker) APIServersInServiceCIDRs(family plan.Family) (at []netip.AddrPort) {
+	cidrs := t.cidrsOf(family)
+	if len(cidrs) == 0 {
+		return nil
+	}
+	for _, server := range t.apiServers() {
+		if !server.local && plan.AnyContains(cidrs, server.Addr()) {
+			at = append(at, server.AddrPort)
+		}
+	}
+	return at
+}
+
+// ServiceCIDROf names the first ServiceCIDR with the address.
+func (t *Tracker) ServiceCIDROf(a netip.Addr) string {
+	for _, name := range slices.Sorted(maps.Keys(t.serviceCIDRs)) {
+		if plan.AnyContains(t.serviceCIDRs[name], a) {
+			return name
+		}
+	}
+	return ""
 }
 
 // mayHave says whether a frontend of the Service may have the API server's address, or

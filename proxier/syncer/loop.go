@@ -323,10 +323,21 @@ func (l *Loop) update() bool {
 		}
 		if len(todo) > 0 {
 			l.plan(f, todo)
-			f.planner.setBypass()
 		}
+		l.setBypass(f)
 	}
 	return true
+}
+
+// setBypass also reports API servers in ServiceCIDRs.
+func (l *Loop) setBypass(f *familyLoop) {
+	for _, at := range f.planner.setBypass(l.tracker.APIServersInServiceCIDRs(f.family)) {
+		found := plan.Problems{Kind: "ServiceCIDR", Object: l.tracker.ServiceCIDROf(at.Addr())}
+		found.Add("spec.cidrs", "an API server is at %s, and no Service has that address and port; processes of this node connect to it as if it were outside the range", at)
+		for _, p := range found.All() {
+			l.opts.Report(p)
+		}
+	}
 }
 
 // checkNode reports a change of whether this node's Node object is missing.

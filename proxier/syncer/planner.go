@@ -173,14 +173,28 @@ func (p *planner) countBypasses(sp *plan.ServicePort, by int) {
 	}
 }
 
-// setBypass puts the bypasses of all frontends into the node's facts.
-func (p *planner) setBypass() {
-	if len(p.bypasses)+len(p.plan.Node.Bypass) == 0 {
-		return
+// setBypass puts the bypasses of all frontends into the node's facts, and those of the
+// API servers in the ServiceCIDRs that have no frontend. It returns the new ones of the
+// latter.
+func (p *planner) setBypass(inServiceCIDRs []netip.AddrPort) (unallocated []netip.AddrPort) {
+	if len(p.bypasses)+len(p.plan.Node.Bypass)+len(inServiceCIDRs) == 0 {
+		return nil
 	}
-	if list := slices.SortedFunc(maps.Keys(p.bypasses), netip.AddrPort.Compare); !slices.Equal(list, p.plan.Node.Bypass) {
+	list := slices.Collect(maps.Keys(p.bypasses))
+	for _, at := range inServiceCIDRs {
+		if _, served := p.ownership.owners[plan.FrontendKey{Addr: at.Addr(), Port: at.Port(), Protocol: plan.TCP}]; served {
+			continue
+		}
+		list = append(list, at)
+		if !slices.Contains(p.plan.Node.Bypass, at) {
+			unallocated = append(unallocated, at)
+		}
+	}
+	slices.SortFunc(list, netip.AddrPort.Compare)
+	if !slices.Equal(list, p.plan.Node.Bypass) {
 		p.plan.Node.Bypass, p.node = list, true
 	}
+	return unallocated
 }
 
 // reportBypasses reports the frontends that the node's own processes have begun to
