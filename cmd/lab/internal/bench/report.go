@@ -121,12 +121,12 @@ func rows(families []string) []row {
 func (r *Report) markdown(charts string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "Measured %s on %s, with\n\n    %s\n\n", r.Date, r.Machine, r.Command)
-	fmt.Fprintf(&b, "Each figure is the median of its size's rounds. In parentheses is its ratio to kube-proxy's in the same\n"+
-		"mode, or to the first other proxy's; with one more flag, the ratio to signalbox without it. `~` marks a\n"+
-		"figure whose rounds differ by more than %.0f %%: the machine was too noisy to tell. The floor is what no\n"+
-		"proxy can avoid: list and decode the objects, write as many elements in one transaction, hear of a\n"+
-		"change. A proxy with the legacy iptables tools has a floor of its own, which the table of multiples\n"+
-		"shows in parentheses.\n",
+	fmt.Fprintf(&b, "Each figure is the median of its size's rounds. The ratio in parentheses is to kube-proxy in\n"+
+		"the same mode, or to the first other proxy. With one more flag, it is to signalbox without this flag.\n"+
+		"`~` marks a figure whose rounds differ by more than %.0f %%: the machine was too noisy to tell. The floor\n"+
+		"is what no proxy can avoid: list and decode the objects, write as many elements in one transaction, and\n"+
+		"hear of a change. A proxy with the legacy iptables tools has a floor of its own. The table of multiples\n"+
+		"shows it in parentheses.\n",
 		100*noisySpread)
 	if r.NoKernelMemory != "" {
 		fmt.Fprintf(&b, "\nMemory of the kernel is left out: %s.\n", r.NoKernelMemory)
