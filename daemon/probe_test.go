@@ -167,7 +167,7 @@ func TestPortsThatChange(t *testing.T) {
 	}
 	defer taken.Close()
 	mounted.write(fixed + "healthzBindAddress: 0.0.0.0:10276\nbindAddressHardFail: true\n")
-	eventually(t, "it goes back", func() bool { return log.count("what was in force before is so again") == 1 })
+	eventually(t, "it goes back", func() bool { return log.count("signalbox returned to the previous one") == 1 })
 	eventually(t, "health is answered as before", func() bool { return page(node, is) != "" })
 	mounted.write(fixed + "healthzBindAddress: \"0\"\n")
 	eventually(t, "health is not answered any more", func() bool { return page(node, is) == "" })

@@ -329,7 +329,7 @@ func TestConfigurationThatDoesNotWork(t *testing.T) {
 	rejected("0")
 	mounted.write(measured + filepath.Join(dir, "none") + "}\n")
 	eventually(t, "it goes back", func() bool {
-		return log.count("what was in force before is so again") == 1 && log.count("msg=starting") == 2
+		return log.count("signalbox returned to the previous one") == 1 && log.count("msg=starting") == 2
 	})
 	rejected("1")
 	mounted.write(measured + kubeconfig + "}\nnftables: {masqueradeAll: true}\n")

@@ -151,7 +151,7 @@ func TestUnreachableAPIServer(t *testing.T) {
 	if body := page(node, healthz); !strings.Contains(body, "nothing listens at its address") {
 		t.Errorf("/healthz does not say what is wrong: %s", body)
 	}
-	if n := log.count("cannot be served; what was in force before stays so"); n != 1 {
+	if n := log.count("cannot be served; the previous one stays in force"); n != 1 {
 		t.Errorf("it is logged %d times", n)
 	}
 	// What was in force is what the file says again.
