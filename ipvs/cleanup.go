@@ -9,8 +9,6 @@ import (
 	"slices"
 
 	"signalbox/ipvs/internal/kernel"
-	"signalbox/nft"
-	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
 
@@ -179,19 +177,4 @@ func quiesce(k ipvsClient, key kernel.ServerKey) (busy bool, err error) {
 		return busy, fmt.Errorf("drain %s: %w", key, err)
 	}
 	return busy, nil
-}
-
-func (c *cleanup) removeTable(f plan.Family) {
-	t, err := nft.Open(nft.FamilyOf(f), tableName, nil)
-	if err != nil {
-		c.fail(err)
-		return
-	}
-	defer t.Close()
-	found := t.DeleteTable()
-	if err := access.Commit(t); err != nil {
-		c.fail(fmt.Errorf("delete table %s of %s: %w", tableName, f, err))
-		return
-	}
-	c.removed = c.removed || found
 }

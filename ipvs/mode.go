@@ -157,7 +157,9 @@ func (Dataplane) Cleanup(f plan.Family, drain bool) (removed bool, draining int,
 	draining = c.removeServers(f, func(key kernel.ServerKey) bool {
 		return isOurs(key.Mark) || key.Mark == 0 && c.onDevice[key.Addr]
 	})
-	c.removeTable(f)
+	removedTable, err := access.DropTable(f, tableName)
+	c.removed = c.removed || removedTable
+	c.fail(err)
 	removedProbe, err := d.RemoveProbe()
 	c.removed = c.removed || removedProbe
 	c.fail(err)

@@ -10,13 +10,8 @@ package kubeproxy
 
 import (
 	"context"
-	"errors"
-	"fmt"
-
-	"golang.org/x/sys/unix"
 
 	"signalbox/modes"
-	"signalbox/nft"
 	"signalbox/nft/access"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
@@ -40,18 +35,6 @@ func hasTable(_ context.Context, f plan.Family, _ proxier.TakenOver) bool {
 }
 
 func removeTable(f plan.Family, _ proxier.TakenOver, _ bool) (removed bool, draining int, err error) {
-	t, err := nft.Open(nft.FamilyOf(f), table, nil)
-	if err != nil {
-		return false, 0, err
-	}
-	defer t.Close()
-	removed = t.DeleteTable()
-	err = access.Commit(t)
-	switch {
-	case errors.Is(err, unix.EINVAL): // of nfnetlink, which knows no nf_tables
-		return false, 0, nil
-	case err != nil:
-		return false, 0, fmt.Errorf("delete table %s of %s: %w", table, f, err)
-	}
-	return removed, 0, nil
+	removed, err = access.DropTable(f, table)
+	return removed, 0, err
 }

@@ -52,11 +52,8 @@
 package nftables
 
 import (
-	"errors"
 	"fmt"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"signalbox/nft"
 	"signalbox/nft/access"
@@ -125,20 +122,8 @@ func (r ruleset) render(st *state) string {
 // Cleanup implements proxier.Mode. It removes the mode's table and nothing else; conntrack keeps
 // connections. Without a table nothing is written.
 func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err error) {
-	t, err := openTable(nft.FamilyOf(f))
-	if err != nil {
-		return false, 0, err
-	}
-	defer t.Close()
-	removed = t.DeleteTable()
-	err = access.Commit(t)
-	if errors.Is(err, unix.EINVAL) { // of nfnetlink, which knows no nf_tables
-		return false, 0, &proxier.UnsupportedError{Mode: Mode, Family: f, Missing: "nf_tables", Remedy: "the kernel needs CONFIG_NF_TABLES (module nf_tables)", Err: err}
-	}
-	if err != nil {
-		return false, 0, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
-	}
-	return removed, 0, nil
+	removed, err = access.DropTable(f, tableName)
+	return removed, 0, err
 }
 
 // Written implements proxier.Mode.

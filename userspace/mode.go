@@ -82,14 +82,9 @@ func trySockets(f plan.Family) error {
 // Connections end with the relay, and not with its rules; see
 // proxier.Traits.RelaysByRules.
 func (Dataplane) Cleanup(f plan.Family, _ bool) (removed bool, draining int, err error) {
-	t, err := nft.Open(nft.FamilyOf(f), tableName, makeSets())
+	table, err := access.DropTable(f, tableName)
 	if err != nil {
 		return false, 0, err
-	}
-	defer t.Close()
-	table := t.DeleteTable()
-	if err := access.Commit(t); err != nil {
-		return false, 0, fmt.Errorf("delete table %s of %s: %w", tableName, f, err)
 	}
 	r, err := newRoutes(f, 0)
 	if err != nil {

@@ -4,6 +4,7 @@ package access
 
 import (
 	"errors"
+	"fmt"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -122,6 +123,31 @@ func features(f *nft.IPFamily) []feature {
 			ruleOf(NATPrerouting, nft.Remember("clients", client, nft.Priority, time.Second), nft.Forget("clients", client, nft.Priority))(t)
 		}},
 	}
+}
+
+// DropTable deletes a table, and says whether it was there.
+func DropTable(f plan.Family, name string) (removed bool, err error) {
+	t, err := nft.Open(nft.FamilyOf(f), name, nil)
+	if errors.Is(err, unix.EPROTONOSUPPORT) { // a kernel without nfnetlink has no tables
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer t.Close()
+	if removed, err = drop(t); err != nil {
+		return false, fmt.Errorf("delete table %s of %s: %w", name, f, err)
+	}
+	return removed, nil
+}
+
+func drop(t *nft.Table) (removed bool, err error) {
+	removed = t.DeleteTable()
+	err = Commit(t)
+	if errors.Is(err, unix.EINVAL) { // of nfnetlink, without nf_tables
+		return false, nil
+	}
+	return removed && err == nil, err
 }
 
 // HasTable says whether the kernel has a table. It writes nothing.

@@ -5,12 +5,14 @@ package access
 import (
 	"errors"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/nstest"
 	"signalbox/nft"
+	"signalbox/nft/nfttest"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 )
@@ -74,5 +76,19 @@ func TestDiagnose(t *testing.T) {
 		if !errors.As(err, &unsupported) || unsupported.Mode != "a mode" || !strings.Contains(err.Error(), test.want) || unsupported.Err == nil {
 			t.Errorf("error %v, want an UnsupportedError that names %q", err, test.want)
 		}
+	}
+}
+
+// TestDropWithoutNFTables: in a kernel without nf_tables, nfnetlink refuses each message.
+// There is no table then, and that is no failure.
+func TestDropWithoutNFTables(t *testing.T) {
+	k := &nfttest.Kernel{Refuse: func(int, int) syscall.Errno { return unix.EINVAL }}
+	table, err := nft.Open(nft.FamilyOf(plan.IPv4), "services", nil, k.Connection())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.Close()
+	if removed, err := drop(table); removed || err != nil {
+		t.Errorf("removed: %t, error: %v; want neither", removed, err)
 	}
 }
