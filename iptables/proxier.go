@@ -57,7 +57,7 @@ func (Dataplane) Written(f plan.Family) (found bool, taken proxier.TakenOver, er
 func (Dataplane) Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	c, err := newCompiler(opts, &plan.Node, true)
 	if err != nil {
-		return "", fmt.Errorf("render %s rules: %w", Mode, err)
+		return "", err
 	}
 	return newState(opts.Family).change(c.compile(plan, everything(plan))).script().String(), nil
 }

@@ -111,13 +111,12 @@ func (Dataplane) Render(opts proxier.Options, desired *plan.Plan) (string, error
 		endpointMarks: st.endpointMarks, foreign: func(netip.Addr) bool { return false },
 	}
 	names := sortedNames(desired)
-	err := access.ValidateNode(f, desired.Node)
-	var records []*record
-	if err == nil {
-		records, err = c.compile(desired, names)
+	if err := access.ValidateNode(f, desired.Node); err != nil {
+		return "", err
 	}
+	records, err := c.compile(desired, names)
 	if err != nil {
-		return fmt.Sprintf("# cannot be programmed: %v\n", err), nil
+		return "", err
 	}
 	b := st.compare(names, records)
 	var out strings.Builder

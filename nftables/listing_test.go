@@ -404,13 +404,13 @@ func TestRender(t *testing.T) {
 	}
 }
 
-// TestRenderRefused: a plan that cannot be programmed says so.
+// TestRenderRefused: a plan that cannot be programmed is an error.
 func TestRenderRefused(t *testing.T) {
 	desired := examplePlan(plan.IPv4)
 	opts := testOptions
 	opts.Family = plan.IPv6
-	if got := render(t, opts, desired); !strings.HasPrefix(got, "# cannot be programmed: node: prefix 10.") {
-		t.Errorf("rendered %q", got)
+	if got, err := (Dataplane{}).Render(opts, desired); err == nil || !strings.HasPrefix(err.Error(), "node: prefix 10.") {
+		t.Errorf("rendered %q, error %v", got, err)
 	}
 }
 

@@ -52,7 +52,6 @@
 package nftables
 
 import (
-	"fmt"
 	"time"
 
 	"signalbox/nft"
@@ -96,18 +95,16 @@ func (Dataplane) Supported(f plan.Family) error {
 func (Dataplane) New(o proxier.Options) (proxier.Proxier, error) { return New(o) }
 
 // Render implements proxier.Mode. It prints the table that New and one Sync would make,
-// as `nft list table` does, without a kernel. If Sync would refuse the plan, a comment
-// says why.
+// as `nft list table` does, without a kernel.
 func (Dataplane) Render(o proxier.Options, p *plan.Plan) (string, error) {
 	f := nft.FamilyOf(o.Family)
 	rules := rulesetOf(f, o.MasqueradeMark, p.Node)
-	err := access.ValidateNode(f, rules.Node)
-	var st *state
-	if err == nil {
-		st, err = stateOf(f, p, nil, nil)
+	if err := access.ValidateNode(f, rules.Node); err != nil {
+		return "", err
 	}
+	st, err := stateOf(f, p, nil, nil)
 	if err != nil {
-		return fmt.Sprintf("# cannot be programmed: %v\n", err), nil
+		return "", err
 	}
 	return rules.render(st), nil
 }

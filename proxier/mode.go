@@ -16,7 +16,8 @@ type Mode interface {
 	// New makes the mode work in one family. It writes nothing: the first Sync does.
 	New(Options) (Proxier, error)
 	// Render writes what New's Proxier would put into the kernel for a plan, in the
-	// words in which the kernel's own tool for it lists rules. It touches no kernel.
+	// words in which the kernel's own tool for it lists rules. It touches no kernel. It refuses
+	// a plan that Sync would refuse.
 	Render(Options, *plan.Plan) (string, error)
 	// Cleanup removes everything that the mode ever put into the kernel for a
 	// family, and nothing else. removed says whether anything went, also where the
