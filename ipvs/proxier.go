@@ -70,22 +70,21 @@ type ipvsClient interface {
 
 // New opens the connections to the kernel. Nothing is written before Sync.
 func New(opts proxier.Options) (*Proxier, error) {
-	fail := func(err error) (*Proxier, error) { return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err) }
 	f := nft.FamilyOf(opts.Family)
 	table, err := nft.Open(f, tableName, newSets())
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
 	dev, err := kernel.OpenDevice(opts.Family)
 	if err != nil {
 		table.Close()
-		return fail(err)
+		return nil, err
 	}
 	ipvs, err := kernel.OpenIPVS(opts.Family)
 	if err != nil {
 		table.Close()
 		dev.Close()
-		return fail(err)
+		return nil, err
 	}
 	p := &Proxier{
 		IPFamily: f, mark: opts.MasqueradeMark, tuning: opts.IPVS, watch: access.NewWatch(table), table: table, ipvs: ipvs, device: dev,
@@ -95,7 +94,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 	go p.drainLoop()
 	if own := p.schedulers.own; !p.schedulers.has(own) {
 		p.Close()
-		return fail(fmt.Errorf("--ipvs-scheduler=%s: %w", own, kernel.ErrNoScheduler(own)))
+		return nil, fmt.Errorf("--ipvs-scheduler=%s: %w", own, kernel.ErrNoScheduler(own))
 	}
 	return p, nil
 }

@@ -40,7 +40,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 	f := nft.FamilyOf(opts.Family)
 	t, err := openTable(f)
 	if err != nil {
-		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
+		return nil, err
 	}
 	return &Proxier{
 		IPFamily: f, mark: opts.MasqueradeMark, table: t,

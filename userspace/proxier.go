@@ -38,23 +38,20 @@ var _ proxier.Proxier = (*Proxier)(nil)
 // New opens the connections to the kernel. The relay begins with the first Sync.
 func New(opts proxier.Options) (*Proxier, error) {
 	f := nft.FamilyOf(opts.Family)
-	fail := func(err error) (*Proxier, error) {
-		return nil, fmt.Errorf("mode %s, %s: %w", Mode, opts.Family, err)
-	}
 	t, err := nft.Open(f, tableName, makeSets())
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
 	routes, err := newRoutes(opts.Family, answersMark(opts.MasqueradeMark))
 	if err != nil {
 		t.Close()
-		return fail(err)
+		return nil, err
 	}
 	relay, err := newRelay(opts.Family, routes)
 	if err != nil {
 		routes.close()
 		t.Close()
-		return fail(err)
+		return nil, err
 	}
 	return &Proxier{family: f, mark: answersMark(opts.MasqueradeMark), table: t, watch: access.NewWatch(t), routes: routes, relay: relay}, nil
 }
