@@ -47,7 +47,7 @@ type configRun struct {
 	events   *events.Recorder
 	sysctls  *sysctlProblems
 	proxiers map[plan.Family]proxier.Proxier
-	// flows removes stale UDP flows; nil where they cannot be.
+	// flows removes stale flows; nil where they cannot be.
 	flows        *conntrack.Cleaner
 	initialSync  *initialSync
 	loop         *syncer.Loop
@@ -170,7 +170,7 @@ func (c *configRun) openProxiers() error {
 	return nil
 }
 
-// makeFlowCleaner makes what removes stale UDP flows, if the kernel allows it.
+// makeFlowCleaner makes what removes stale flows, if the kernel allows it.
 func (c *configRun) makeFlowCleaner() {
 	var relays []netip.Prefix
 	for _, p := range c.proxiers {

@@ -21,7 +21,7 @@ const (
 	endpoints
 	affinity
 	affinitySlots
-	// affinityEndpoints is the first of maxVariants maps.
+	// affinityEndpoints is the first of maxAffinitySets maps.
 	affinityEndpoints
 )
 
