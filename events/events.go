@@ -65,7 +65,7 @@ type Recorder struct {
 	opts     Options
 	limit    flowcontrol.PassiveRateLimiter
 	recorder events.EventRecorder
-	uids     sync.Map    // proxier.ServiceName -> types.UID
+	uids     sync.Map    // plan.ServiceName -> types.UID
 	pending  sync.Map    // eventKey -> nil: no attempt to write it has ended
 	failing  atomic.Bool // the last attempt failed
 }

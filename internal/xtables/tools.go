@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package xtables runs the iptables tools: it finds their variant (tools.go),
-// lists a table (list.go) and restores chains (restore.go). For the nft variant it
-// also writes chains itself (netlink.go, translate.go). It asks the kernel about tables
-// of the legacy variant (legacy.go). It knows no Service.
+// Package xtables finds the iptables tools. It lists, writes and compares chains, and
+// notices writes of other software. It decides nothing about Services.
 package xtables
 
 import (

@@ -34,7 +34,7 @@ func (r Rules) Bypass() (rules []nft.Rule) {
 }
 
 // ResetStrays resets TCP packets to Services that belong to no known connection: see
-// plan.Node.ResetStrays. find matches packets with a key of a frontend or a NodePort.
+// plan.Node.ResetStrays. frontend and nodePort match packets with a key of a frontend or a NodePort.
 func (r Rules) ResetStrays(frontend, nodePort nft.Statement) []nft.Rule {
 	if !r.Node.ResetStrays {
 		return nil
