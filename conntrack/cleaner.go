@@ -153,11 +153,10 @@ func (c *Cleaner) Flush(ctx context.Context) error {
 }
 
 // Close ends the Cleaner. It does not wait for queued changes.
-func (c *Cleaner) Close() error {
+func (c *Cleaner) Close() {
 	c.cancel()
 	<-c.done
 	c.table.close()
-	return nil
 }
 
 func (c *Cleaner) run(ctx context.Context) {

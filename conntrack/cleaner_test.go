@@ -32,11 +32,7 @@ func (w *world) cleaner(opts Options) *Cleaner {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	w.t.Cleanup(func() {
-		if err := c.Close(); err != nil {
-			w.t.Error(err)
-		}
-	})
+	w.t.Cleanup(c.Close)
 	return c
 }
 

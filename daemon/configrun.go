@@ -90,7 +90,7 @@ func newConfigRun(ctx context.Context, d *daemonState, cfg *config.Config, log *
 // close closes what does not outlive the configuration.
 func (c *configRun) close() {
 	if c.flows != nil {
-		logClosing(c.flows.Close(), c.log)
+		c.flows.Close()
 	}
 }
 

@@ -70,9 +70,7 @@ func (d *daemonState) close(log *slog.Logger) {
 	d.observer.servers.close()
 	notifyManager(systemd.SdNotifyStopping, log)
 	drain(d.pool, d.nodeLock, log)
-	if err := d.pool.close(); err != nil {
-		log.Warn("closing", "error", err)
-	}
+	logClosing(d.pool.close(), log)
 	d.nodeLock.Release()
 }
 

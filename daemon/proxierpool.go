@@ -228,7 +228,7 @@ func (pool *proxierPool) close() error {
 
 func logClosing(err error, log *slog.Logger) {
 	if err != nil {
-		log.Warn("closing", "error", err)
+		log.Warn("a mode's connections to the kernel cannot be closed cleanly", "error", err)
 	}
 }
 

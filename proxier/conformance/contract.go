@@ -65,7 +65,7 @@ type Flows interface {
 	syncer.FlowCleaner
 	// Flush waits until what was queued has been done.
 	Flush(context.Context) error
-	Close() error
+	Close()
 }
 
 // Run runs the whole contract against a mode, in both families.

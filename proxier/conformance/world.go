@@ -307,7 +307,7 @@ func (w *world) stop() error {
 			failed = append(failed, p.Close())
 		}
 		if w.flows != nil {
-			failed = append(failed, w.flows.Close())
+			w.flows.Close()
 			w.flows = nil
 		}
 		return errors.Join(failed...)

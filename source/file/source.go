@@ -224,7 +224,7 @@ func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, identit
 			if !ok {
 				return c, fs.ErrNotExist
 			}
-			s.log.Debug("watching files", "error", err)
+			s.log.Debug("events of the directory were lost; all its files are read again", "error", err)
 			c.all = true
 		case event, ok := <-watcher.Events:
 			base := filepath.Base(event.Name)
