@@ -156,7 +156,7 @@ func (f *foreignRules) recordDraining(family plan.Family, r removal, servers int
 		delete(f.draining[family], r.what)
 		return
 	case !known:
-		f.log.Info("virtual servers of "+r.owner+" have connections; they are removed when the last has ended", "family", family.String(), "servers", servers)
+		f.log.Info("virtual servers have connections; they are removed when the last has ended", "of", r.owner, "family", family.String(), "servers", servers)
 	}
 	if f.draining[family] == nil {
 		f.draining[family] = map[string]removal{}
@@ -177,12 +177,14 @@ func (f *foreignRules) remove(family plan.Family, todo []removal) {
 	for _, r := range todo {
 		removed, draining, err := r.do(family)
 		f.recordDraining(family, r, draining)
-		if removed {
-			f.log.Info("foreign rules removed", "what", r.what, "family", family.String())
-		} else if err == nil {
+		known := f.recordFailure(family, r, err)
+		switch {
+		case removed, err == nil && known:
+			f.log.Info("foreign rules removed", "what", r.what, "family", family.String(), "retry", known)
+		case err == nil:
 			f.log.Debug("no foreign rules to remove", "what", r.what, "family", family.String())
 		}
-		if known := f.recordFailure(family, r, err); err != nil && !known {
+		if err != nil && !known {
 			f.log.Warn("foreign rules cannot be removed and may still be obeyed; trying again", "family", family.String(), "error", err)
 		}
 	}
@@ -196,7 +198,6 @@ func (f *foreignRules) recordFailure(family plan.Family, r removal, err error) (
 	switch {
 	case err == nil && known:
 		delete(f.failed[family], r.what)
-		f.log.Info("foreign rules removed by a retry", "what", r.what, "family", family.String())
 	case err != nil && f.failed[family] == nil:
 		f.failed[family] = map[string]removal{r.what: r}
 	case err != nil:
