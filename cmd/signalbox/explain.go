@@ -26,7 +26,8 @@ func (e exitStatus) Error() string { return fmt.Sprintf("exit code %d", int(e)) 
 
 func explainCommand() *cobra.Command {
 	var flags config.Flags
-	var from, output string
+	var from string
+	var output format
 	var nodeAddresses []string
 	var kernel bool
 	cmd := &cobra.Command{
@@ -75,7 +76,7 @@ such as those of another service proxy. 1 says that the question has no answer.`
 	cmd.Flags().StringVar(&from, "from", "", "IP address of the client; without it, the answer is about Pods and processes of this node, and about all other clients")
 	cmd.Flags().StringSliceVar(&nodeAddresses, "node-addresses", nil, "addresses of the node's interfaces, if no running signalbox is asked; those of the Node object are known")
 	cmd.Flags().BoolVar(&kernel, "kernel", true, "have the running signalbox compare the Service with the kernel; changes wait meanwhile")
-	addOutput(cmd, &output)
+	addOutput(cmd, &output, outputHelp)
 	return cmd
 }
 
@@ -118,7 +119,8 @@ func answerFor(ctx context.Context, flags *config.Flags, q explain.Question, fro
 const readTimeout = 30 * time.Second
 
 func statusCommand() *cobra.Command {
-	var output, runDir string
+	var runDir string
+	var output format
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Print the state of the signalbox that serves this node",
@@ -145,12 +147,13 @@ not, and 1 if no signalbox answers.`,
 		},
 	}
 	cmd.Flags().StringVar(&runDir, "run-dir", config.DefaultRunDir, "directory of the local socket")
-	addOutput(cmd, &output)
+	addOutput(cmd, &output, outputHelp)
 	return cmd
 }
 
 func diffCommand() *cobra.Command {
-	var output, runDir string
+	var runDir string
+	var output format
 	cmd := &cobra.Command{
 		Use:   "diff",
 		Short: "Print how the kernel differs from what signalbox wrote",
@@ -180,7 +183,7 @@ not compared.`,
 	}
 	cmd.Flags().StringVar(&runDir, "run-dir", config.DefaultRunDir, "directory of the local socket")
 	cmd.SetFlagErrorFunc(notCompared)
-	addOutput(cmd, &output)
+	addOutput(cmd, &output, outputHelp)
 	return cmd
 }
 
@@ -194,20 +197,37 @@ func notCompared(cmd *cobra.Command, err error) error {
 	return exitStatus(2)
 }
 
-func addOutput(cmd *cobra.Command, output *string) {
-	cmd.Flags().StringVarP(output, "output", "o", "", "format of the output: json, or empty for text")
+// format is the value of --output: text if it is empty.
+type format string
+
+const inJSON format = "json"
+
+func (f *format) String() string { return string(*f) }
+func (f *format) Type() string   { return "string" }
+
+// Set implements pflag.Value.
+func (f *format) Set(value string) error {
+	if value != "" && format(value) != inJSON {
+		return errors.New("leave it out, or take json")
+	}
+	*f = format(value)
+	return nil
 }
 
+func addOutput(cmd *cobra.Command, output *format, help string) {
+	cmd.Flags().VarP(output, "output", "o", help)
+}
+
+// outputHelp is the help of --output for one answer.
+const outputHelp = "format of the output: json, or empty for text"
+
 // write prints an answer in the format that is asked for.
-func write(w io.Writer, output string, answer interface{ Print(io.Writer) }) error {
-	switch output {
-	case "":
-		answer.Print(w)
-		return nil
-	case "json":
+func write(w io.Writer, output format, answer interface{ Print(io.Writer) }) error {
+	if output == inJSON {
 		e := json.NewEncoder(w)
 		e.SetIndent("", "  ")
 		return e.Encode(answer)
 	}
-	return fmt.Errorf("--output=%s: leave it out, or take json", output)
+	answer.Print(w)
+	return nil
 }

@@ -74,11 +74,14 @@ func TestNobodyToAsk(t *testing.T) {
 	for args, want := range map[string]string{
 		"explain shop/web " + dir:              "no --kubeconfig, --master or --source is given",
 		"explain shop " + dir:                  "is neither HOST:PORT",
-		"explain shop/web --source=x -o yaml":  "no such file",
+		"explain shop/web --source=x -o json":  "no such file",
 		"explain shop/web --from=web-0 " + dir: "--from=web-0: give the IP address of a client",
 		"status " + dir:                        "no signalbox of this network namespace answers",
 		"status extra":                         "takes flags and no arguments",
-		"explain shop/web -o yaml --source=" + "testdata/explain/objects": "--output=yaml: leave it out, or take json",
+		"explain shop/web -o yaml " + dir:      `invalid argument "yaml" for "-o, --output" flag: leave it out, or take json`,
+		"diff -o yaml " + dir:                  "exit code 2",
+		"trace shop/web -o yaml " + dir:        "leave it out, or take json",
+		"version -o yaml":                      "leave it out, or take json",
 	} {
 		if out, err := execute(t, strings.Fields(args)...); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %q, %v; want %q", args, out, err, want)

@@ -17,7 +17,8 @@ import (
 )
 
 func traceCommand() *cobra.Command {
-	var output, runDir string
+	var runDir string
+	var output format
 	var limit int
 	cmd := &cobra.Command{
 		Use:   "trace NAMESPACE/SERVICE[:PORT] | HOST:PORT[/PROTO]",
@@ -40,16 +41,12 @@ through a local socket, and needs root.`,
 			if limit < 1 {
 				return fmt.Errorf("--limit=%d: give a number of at least 1", limit)
 			}
-			printLine, err := linePrinter(cmd, output)
-			if err != nil {
-				return err
-			}
 			ask := func(ctx context.Context) (*explain.Frontends, error) {
 				f := &explain.Frontends{}
 				return f, explain.Ask(ctx, runDir, "/frontends", url.Values{"target": {args[0]}}, f)
 			}
-			t := explain.Trace{Ask: ask, Follow: followKernel, Flows: conntrack.List, Limit: limit, Print: printLine}
-			err = t.Run(cmd.Context())
+			t := explain.Trace{Ask: ask, Follow: followKernel, Flows: conntrack.List, Limit: limit, Print: linePrinter(cmd, output)}
+			err := t.Run(cmd.Context())
 			if errors.Is(err, explain.ErrNoDaemon) {
 				return fmt.Errorf("%w; start it, or follow an address without it: conntrack -E --orig-dst ADDRESS", err)
 			}
@@ -58,7 +55,7 @@ through a local socket, and needs root.`,
 	}
 	cmd.Flags().StringVar(&runDir, "run-dir", config.DefaultRunDir, "directory of the local socket")
 	cmd.Flags().IntVar(&limit, "limit", 200, "lines a second; the number of other events is printed")
-	cmd.Flags().StringVarP(&output, "output", "o", "", "format of the output: json for one object a line, or empty for text")
+	addOutput(cmd, &output, "format of the output: json for one object a line, or empty for text")
 	return cmd
 }
 
@@ -66,13 +63,10 @@ through a local socket, and needs root.`,
 func followKernel() (explain.EventSource, error) { return conntrack.Follow() }
 
 // linePrinter prints lines in the format that is asked for.
-func linePrinter(cmd *cobra.Command, output string) (func(explain.TraceLine), error) {
-	switch output {
-	case "":
-		return func(l explain.TraceLine) { l.PrintText(cmd.OutOrStdout()) }, nil
-	case "json":
+func linePrinter(cmd *cobra.Command, output format) func(explain.TraceLine) {
+	if output == inJSON {
 		lines := json.NewEncoder(cmd.OutOrStdout())
-		return func(l explain.TraceLine) { _ = lines.Encode(l) }, nil
+		return func(l explain.TraceLine) { _ = lines.Encode(l) }
 	}
-	return nil, fmt.Errorf("--output=%s: leave it out, or take json", output)
+	return func(l explain.TraceLine) { l.PrintText(cmd.OutOrStdout()) }
 }

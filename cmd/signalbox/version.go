@@ -19,25 +19,21 @@ var version = "devel"
 func init() { buildinfo.Version = version }
 
 func versionCommand() *cobra.Command {
-	var output string
+	var output format
 	cmd := &cobra.Command{
 		Use:   "version",
 		Short: "Print the version of signalbox",
 		Args:  noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			text := "signalbox " + versionText()
-			switch output {
-			case "":
-			case "json":
+			if output == inJSON {
 				text = versionJSON()
-			default:
-				return fmt.Errorf("--output=%s: leave it out, or take json", output)
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), text)
 			return nil
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "", "format of the output: json, or empty for text")
+	addOutput(cmd, &output, outputHelp)
 	return cmd
 }
 
