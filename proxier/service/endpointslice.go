@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/utils/ptr"
 
 	"signalbox/proxier/plan"
 )
@@ -181,11 +182,11 @@ func (s *endpointSlice) readEndpoints(p *plan.Problems, endpoints []discoveryv1.
 		}
 		e := sliceEndpoint{
 			addr:        a,
-			node:        unique.Make(deref(ep.NodeName)),
-			ready:       ep.Conditions.Ready == nil || *ep.Conditions.Ready,
-			serving:     ep.Conditions.Serving == nil || *ep.Conditions.Serving,
-			terminating: deref(ep.Conditions.Terminating),
-			target:      deref(ep.TargetRef).Name,
+			node:        unique.Make(ptr.Deref(ep.NodeName, "")),
+			ready:       ptr.Deref(ep.Conditions.Ready, true),
+			serving:     ptr.Deref(ep.Conditions.Serving, true),
+			terminating: ptr.Deref(ep.Conditions.Terminating, false),
+			target:      ptr.Deref(ep.TargetRef, corev1.ObjectReference{}).Name,
 			hints:       readHints(ep.Hints),
 		}
 		e.weight, e.weighted = weights.of(e.addr, e.target)

@@ -12,6 +12,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/utils/ptr"
 
 	"signalbox/proxier/plan"
 )
@@ -78,7 +79,7 @@ func readService(obj *corev1.Service, externalIPCIDRs []netip.Prefix) (*svc, []p
 	s.readExternalIPs(&p, obj.Spec.ExternalIPs, externalIPCIDRs)
 	s.readIngressIPs(&p, obj.Status.LoadBalancer.Ingress)
 	s.readSources(&p, obj.Spec.LoadBalancerSourceRanges)
-	s.internalLocal = isLocal(&p, "spec.internalTrafficPolicy", string(deref(obj.Spec.InternalTrafficPolicy)))
+	s.internalLocal = isLocal(&p, "spec.internalTrafficPolicy", string(ptr.Deref(obj.Spec.InternalTrafficPolicy, "")))
 	s.externalLocal = isLocal(&p, "spec.externalTrafficPolicy", string(obj.Spec.ExternalTrafficPolicy))
 	return s, p.All()
 }
@@ -344,7 +345,7 @@ func readServicePort(p *plan.Problems, field string, sp *corev1.ServicePort) (se
 }
 
 func readProtocol(p *plan.Problems, field string, proto *corev1.Protocol) (plan.Protocol, bool) {
-	switch deref(proto) {
+	switch ptr.Deref(proto, "") {
 	case corev1.ProtocolTCP, "":
 		return plan.TCP, true
 	case corev1.ProtocolUDP:
