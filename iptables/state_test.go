@@ -107,7 +107,7 @@ func (w *world) change(desired *plan.Plan) plan.Change {
 		change.Services = append(change.Services, name)
 		return true
 	}
-	names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
+	names := desired.Names()
 	for range w.IntN(30) {
 		if len(names) > 0 && w.IntN(2) == 0 {
 			name := names[w.IntN(len(names))]

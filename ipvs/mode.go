@@ -110,7 +110,7 @@ func (Dataplane) Render(opts proxier.Options, desired *plan.Plan) (string, error
 		IPFamily: f, schedulers: newSchedulerChoice(opts.IPVS.Scheduler, anyScheduler), marks: st.marks, rules: rules,
 		endpointMarks: st.endpointMarks, foreign: func(netip.Addr) bool { return false },
 	}
-	names := sortedNames(desired)
+	names := desired.Names()
 	if err := access.ValidateNode(f, desired.Node); err != nil {
 		return "", err
 	}

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
-	"slices"
 	"sync"
 	"time"
 
@@ -163,7 +162,7 @@ func (p *Proxier) syncAll(desired *plan.Plan) error {
 		slog.Warn("ipvs: cannot read the old table: open connections and session affinity of some Services may be lost", "family", p.Family.String(), "error", err)
 	}
 	c := p.compiler(st, st.rules, oldMarks, func(a netip.Addr) bool { return others[a] })
-	names := sortedNames(desired)
+	names := desired.Names()
 	records, err := c.compile(desired, names)
 	if err != nil {
 		return err
@@ -221,10 +220,6 @@ func (p *Proxier) compiler(st *state, rules *ruleset, oldMarks map[markKey]uint3
 		oldMarks: oldMarks, endpointMarks: st.endpointMarks,
 		foreign: func(a netip.Addr) bool { return !st.onDevice[a] && foreign(a) },
 	}
-}
-
-func sortedNames(desired *plan.Plan) []plan.ServicePortName {
-	return slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
 }
 
 // prepare makes the device and the kernel settings. Most Services work without the settings,

@@ -70,7 +70,7 @@ func TestListing(t *testing.T) {
 			defer table.Close()
 			p := &Proxier{IPFamily: f, table: table}
 			st := newState(newRuleset(f, proxier.DefaultMasqueradeMark, desired.Node, affinityTimeouts(nil, desired.Services)))
-			b := compileBatch(t, st, desired, sortedNames(desired))
+			b := compileBatch(t, st, desired, desired.Names())
 			b.all = true
 			compare := func(t *testing.T) {
 				out := nstest.NFT(t, "", "list", "table", f.Word, tableName)

@@ -5,7 +5,6 @@ package nftables
 import (
 	"fmt"
 	"maps"
-	"slices"
 
 	"signalbox/nft"
 	"signalbox/nft/access"
@@ -53,7 +52,7 @@ func stateOf(f *nft.IPFamily, desired *plan.Plan, before map[plan.ServicePortNam
 			st.chains[c] = n
 		}
 	}
-	names := slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
+	names := desired.Names()
 	st.keepIDs(desired, names, before)
 	c, err := st.number(desired, names)
 	if err != nil {

@@ -105,7 +105,7 @@ func stealFrontend(desired *plan.Plan, changed []plan.ServicePortName) bool {
 	if thief == nil {
 		return false
 	}
-	for _, name := range slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare) {
+	for _, name := range desired.Names() {
 		sp := desired.Services[name]
 		if !slices.Contains(changed, name) && len(sp.Frontends) > 0 && name.Protocol == thief.Name.Protocol {
 			robbed := *thief

@@ -107,7 +107,7 @@ func (Dataplane) Render(opts proxier.Options, plan *plan.Plan) (string, error) {
 	}
 	st := newState(f)
 	st.pool.StartAt(0)
-	s, err := st.prepare(plan, sortedNames(plan))
+	s, err := st.prepare(plan, plan.Names())
 	if err != nil {
 		return "", err
 	}

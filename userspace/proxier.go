@@ -189,7 +189,7 @@ func (p *Proxier) syncAll(plan *plan.Plan) error {
 		st.pool.StartAt(p.state.pool.Next())
 	}
 	p.adopt(st, plan, p.table.Read)
-	s, err := st.prepare(plan, sortedNames(plan))
+	s, err := st.prepare(plan, plan.Names())
 	if err != nil {
 		return err
 	}

@@ -5,9 +5,7 @@ package userspace
 import (
 	"fmt"
 	"log/slog"
-	"maps"
 	"net/netip"
-	"slices"
 
 	"github.com/google/nftables"
 
@@ -160,11 +158,6 @@ func (s *pendingChange) targets() []*target {
 		}
 	}
 	return list
-}
-
-// sortedNames lists the plan's Service ports in a fixed order.
-func sortedNames(desired *plan.Plan) []plan.ServicePortName {
-	return slices.SortedFunc(maps.Keys(desired.Services), plan.ServicePortName.Compare)
 }
 
 // adopt takes over the numbers that frontends have in the existing table, of this

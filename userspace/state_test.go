@@ -103,7 +103,7 @@ func TestChangesAddUp(t *testing.T) {
 		full := examplePlan(w.family)
 		w.plan.Node = full.Node
 		w.must(w.p.Sync(t.Context(), w.plan, plan.Change{All: true}))
-		names := slices.SortedFunc(maps.Keys(full.Services), plan.ServicePortName.Compare)
+		names := full.Names()
 		for range 300 {
 			name := names[random.IntN(len(names))]
 			if random.IntN(3) == 0 {

@@ -8,6 +8,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -394,6 +395,11 @@ type Plan struct {
 	Family   Family
 	Node     Node
 	Services map[ServicePortName]*ServicePort // by ServicePort.Name
+}
+
+// Names lists the Service ports, sorted.
+func (p *Plan) Names() []ServicePortName {
+	return slices.SortedFunc(maps.Keys(p.Services), ServicePortName.Compare)
 }
 
 // Check is what every Sync begins with: an error if ctx has ended, or if a mode's

@@ -5,7 +5,6 @@ package plan
 import (
 	"fmt"
 	"io"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -31,7 +30,7 @@ func (p *Plan) String() string {
 	var b strings.Builder
 	fmt.Fprintln(&b, p.Family)
 	p.Node.print(&b)
-	for _, name := range slices.SortedFunc(maps.Keys(p.Services), ServicePortName.Compare) {
+	for _, name := range p.Names() {
 		p.Services[name].print(&b)
 	}
 	return b.String()
