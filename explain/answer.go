@@ -7,6 +7,7 @@ package explain
 
 import (
 	"cmp"
+	"net/netip"
 	"time"
 
 	"signalbox/proxier/plan"
@@ -52,6 +53,8 @@ type Answer struct {
 
 	// unserved is the verdict if there are no Ports; "" for unknown.
 	unserved Verdict
+	// client is Question.From of the question.
+	client netip.Addr
 }
 
 // Compared is what the kernel has for the ports of an answer, beside what signalbox wrote.
@@ -148,8 +151,9 @@ type Kernel struct {
 // Tracked are the connections to the Service port's frontends in the kernel's
 // connection tracking table.
 type Tracked struct {
-	Count int    `json:"count"`
-	Flows []Flow `json:"flows"` // at most 20 of them
+	Client string `json:"client,omitempty"` // Count and Flows have connections of this client only
+	Count  int    `json:"count"`
+	Flows  []Flow `json:"flows"` // at most 20 of them
 }
 
 // Flow is a tracked connection. Its addresses have ports.

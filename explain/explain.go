@@ -43,7 +43,7 @@ const notRead = "signalbox has not read all objects yet (see signalbox status); 
 
 // Explain answers a question from what a Loop knows. The Loop's goroutine calls it.
 func Explain(l *syncer.Loop, env Environment, q Question) *Answer {
-	x := explainer{loop: l, env: env, question: q, answer: &Answer{Question: q.Text, Node: env.Node, Mode: env.Mode, Origin: env.Origin, Problems: env.Problems}}
+	x := explainer{loop: l, env: env, question: q, answer: &Answer{Question: q.Text, Node: env.Node, Mode: env.Mode, Origin: env.Origin, Problems: env.Problems, client: q.From}}
 	if missing, others := l.NodeMissing(); missing && !env.Live { // the daemon lists the problems of its node itself
 		x.problem("no Node object is named %q, so the zone and the Pod ranges of this node are not known; there are %q", env.Node, others)
 	}

@@ -85,7 +85,11 @@ func TestSocket(t *testing.T) {
 	if err := ask(clusterIP); err != nil || answer.Verdict != Served || answer.Ports[0].Kernel.Written == nil {
 		t.Errorf("%+v, %v", answer, err)
 	}
-	if err := ask("default/web"); err != nil || answer.Ports[0].Tracked.Count != 2 || len(answer.Ports[0].Tracked.Flows) != 2 {
+	if err := ask("default/web"); err != nil || answer.Ports[0].Tracked.Count != 1 || answer.Ports[0].Tracked.Flows[0].Client != "10.244.1.12:4000" {
+		t.Errorf("%+v, %v", answer, err)
+	}
+	answer = Answer{}
+	if err := Ask(t.Context(), dir, "/explain", url.Values{"target": {"default/web"}}, &answer); err != nil || answer.Ports[0].Tracked.Count != 2 || len(answer.Ports[0].Tracked.Flows) != 2 {
 		t.Errorf("%+v, %v", answer, err)
 	}
 	if f := answer.Ports[0].Tracked.Flows; !f[0].Used || f[1] != (Flow{"192.0.2.99:4001", "192.0.2.1:30080", "10.244.1.99:8080", "192.0.2.1:5000", false}) {
@@ -372,6 +376,31 @@ func TestTableIsReadOnce(t *testing.T) {
 	cancel()
 	if a.Track(ctx, list, nil); len(read) != 2 {
 		t.Errorf("without a client, the table is read for %v", read[2:])
+	}
+}
+
+// With a client, the answer has that client's connections, also after many of other clients.
+func TestConnectionsOfOneClient(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	list := func(family plan.Family, protocol plan.Protocol, fn func(conntrack.Flow)) error {
+		other := conntrack.Flow{Client: netip.MustParseAddrPort("10.244.1.99:4000"), Frontend: netip.MustParseAddrPort(clusterIP)}
+		for range maxFlows + 5 {
+			fn(other)
+		}
+		return flows(family, protocol, fn)
+	}
+	for from, want := range map[string]string{
+		pod:           "\n  tracked connections from 10.244.1.12: 1\n    10.244.1.12:4000  -> 10.96.0.10:80  -> 10.244.1.5:8080\n",
+		"10.244.1.13": "\n  tracked connections from 10.244.1.13: 0\n",
+		"":            "\n  tracked connections: 26\n",
+	} {
+		a := w.ask(clusterIP, from)
+		a.Track(t.Context(), list, w.loop.NodeAddrs())
+		var text strings.Builder
+		if a.Print(&text); !strings.Contains(text.String(), want) {
+			t.Errorf("from %q:\n%s\nwant %q", from, text.String(), want)
+		}
 	}
 }
 

@@ -95,10 +95,14 @@ func (p *Port) print(w io.Writer) {
 }
 
 func (t *Tracked) print(w io.Writer) {
-	if t == nil || t.Count == 0 {
+	if t == nil || t.Count == 0 && t.Client == "" {
 		return
 	}
-	fmt.Fprintf(w, "  tracked connections: %d\n", t.Count)
+	from := ""
+	if t.Client != "" {
+		from = " from " + t.Client
+	}
+	fmt.Fprintf(w, "  tracked connections%s: %d\n", from, t.Count)
 	lines := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, f := range t.Flows {
 		source := ""

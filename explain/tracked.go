@@ -17,15 +17,21 @@ const maxFlows = 20
 // FlowLister has the form of conntrack.List.
 type FlowLister func(plan.Family, plan.Protocol, func(conntrack.Flow)) error
 
-// Track adds the tracked connections. nodeAddrs are the addresses at which NodePorts
-// may be served.
+// Track adds the tracked connections, of the client only if the question names one.
+// nodeAddrs are the addresses at which NodePorts may be served.
 func (a *Answer) Track(ctx context.Context, list FlowLister, nodeAddrs []netip.Addr) {
 	index := newFrontendIndex(nodeAddrs)
 	for i := range a.Ports {
 		a.Ports[i].Tracked = &Tracked{Flows: []Flow{}}
+		if a.client.IsValid() {
+			a.Ports[i].Tracked.Client = a.client.String()
+		}
 		index.add(i, a.Ports[i].family(), a.Ports[i].frontends)
 	}
 	err := index.list(ctx, list, func(e conntrack.Event) {
+		if a.client.IsValid() && e.Client.Addr() != a.client {
+			return
+		}
 		if i, found := index.find(e.Frontend, e.Protocol); found {
 			a.Ports[i].show(e.Flow)
 		}
