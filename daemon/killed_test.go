@@ -100,7 +100,7 @@ func newKilledNode(t *testing.T, variant string) *killedNode {
 		if k.cmd != nil {
 			k.kill()
 		}
-		if t.Failed() {
+		if t.Failed() && k.log != nil {
 			t.Logf("the last process logged:\n%s", k.log.text.String())
 		}
 	})
