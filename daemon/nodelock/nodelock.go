@@ -102,26 +102,51 @@ func (n *Lock) acquireInDirectory(ctx context.Context, dir string) (bool, error)
 func (n *Lock) acquireAt(ctx context.Context, address string, listen func() (*heldPlace, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, n.handoverTimeout)
 	defer cancel()
+	place, predecessors, err := n.requestPlace(ctx, address, listen)
+	if err != nil {
+		for _, c := range predecessors {
+			c.Close()
+		}
+		return err
+	}
+	if len(predecessors) > 0 {
+		n.log.Info("the signalbox that served this node before has stopped writing")
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.held = append(n.held, place)
+	n.predecessors = append(n.predecessors, predecessors...)
+	return nil
+}
+
+// maxHandovers is how many processes may hand over before one attempt gets a place. More
+// than one do if several processes request the lock at once. A process that keeps the place
+// after its answer is not a signalbox.
+const maxHandovers = 3
+
+// requestPlace returns the place, and connections to the processes that handed over, also
+// with an error.
+func (n *Lock) requestPlace(ctx context.Context, address string, listen func() (*heldPlace, error)) (place *heldPlace, predecessors []*net.UnixConn, err error) {
 	for {
-		place, err := listen()
-		if err == nil {
-			n.mu.Lock()
-			n.held = append(n.held, place)
-			n.mu.Unlock()
-			return nil
+		place, err = listen()
+		if err == nil || !errors.Is(err, errHeld) {
+			return place, predecessors, err
 		}
-		if !errors.Is(err, errHeld) {
-			return err
+		if len(predecessors) == maxHandovers {
+			return nil, predecessors, fmt.Errorf("%w and keeps it after its answer", errHeld)
 		}
-		err = n.requestHandover(ctx, address)
-		if errors.Is(err, fs.ErrNotExist) && n.requestHandover(ctx, n.abstract) == nil {
-			continue // the holder's socket in the directory has been deleted
+		var c *net.UnixConn
+		c, err = requestHandover(ctx, address)
+		if errors.Is(err, fs.ErrNotExist) { // the holder's socket in the directory has been deleted
+			if other, otherErr := requestHandover(ctx, n.abstract); otherErr == nil {
+				c, err = other, nil
+			}
 		}
-		if holderIsGone(err) && wait.For(ctx, acquireRetry) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("%w and does not hand it over: %w", errHeld, err)
+		switch {
+		case err == nil:
+			predecessors = append(predecessors, c)
+		case !holderIsGone(err) || !wait.For(ctx, acquireRetry):
+			return nil, predecessors, fmt.Errorf("%w and does not hand it over: %w", errHeld, err)
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -374,6 +375,85 @@ func TestNodeLockWithoutAbstractSocket(t *testing.T) {
 	}
 	if line := <-logged; !strings.Contains(line, "another process has the node lock's abstract socket") {
 		t.Errorf("the log says %q", line)
+	}
+}
+
+// A process that says that it hands the lock over, and keeps it, is asked a few times only.
+// It is no predecessor.
+func TestNodeLockOfFalseHolder(t *testing.T) {
+	shared := t.TempDir()
+	for name, test := range map[string]struct {
+		dir         string
+		beforehand  func(t *testing.T, newLock func() *Lock)
+		wantsPlaces int
+	}{
+		"abstract socket alone": {"", nil, 0},
+		"directory":             {t.TempDir(), nil, 1},
+		"directory of a holder without its socket": {shared, func(t *testing.T, newLock func() *Lock) {
+			if _, err := newLock().acquireInDirectory(t.Context(), shared); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Remove(socketIn(t, shared)); err != nil {
+				t.Fatal(err)
+			}
+		}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			newLock := locksFor(t)
+			lock := newLock()
+			if test.beforehand != nil {
+				test.beforehand(t, newLock)
+			}
+			lock.handoverTimeout = time.Second
+			logged := make(chan string, 1_000_000)
+			lock.log = slog.New(slog.NewTextHandler(lineWriter(logged), nil))
+			open := falseHolder(t, lock.abstract)
+			err := lock.Acquire(t.Context(), test.dir)
+			if held := test.wantsPlaces > 0; held != (err == nil) || !held && !errors.Is(err, errHeld) || len(lock.held) != test.wantsPlaces {
+				t.Errorf("%d places are held: %v", len(lock.held), err)
+			}
+			if lock.TookOver() {
+				t.Error("the false holder is a predecessor")
+			}
+			if n := len(logged); n > test.wantsPlaces {
+				t.Errorf("the log has %d lines", n)
+			}
+			if n := open(); n > 10 {
+				t.Errorf("the false holder was asked %d times", n)
+			}
+		})
+	}
+}
+
+// falseHolder says to each client that it hands the lock over, and keeps the name. The
+// returned function waits until the clients have gone, and returns how many there were.
+func falseHolder(t *testing.T, name string) (clients func() int) {
+	t.Helper()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: name, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var connections sync.WaitGroup
+	accepted := make(chan int)
+	go func() {
+		n := 0
+		for ; ; n++ {
+			c, err := l.AcceptUnix()
+			if err != nil {
+				break
+			}
+			connections.Go(func() {
+				defer c.Close()
+				_ = send(c, wordReleased) // fails if the client has gone
+				waitForEnd(t.Context(), c)
+			})
+		}
+		connections.Wait()
+		accepted <- n
+	}()
+	return func() int {
+		l.Close()
+		return <-accepted
 	}
 }
 

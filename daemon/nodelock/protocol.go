@@ -31,11 +31,11 @@ var errAnswered = errors.New("the client asked for the conditions only")
 
 // requestHandover asks the holder for the lock. The connection stays open as long as
 // this process lives: its end tells the other process.
-func (n *Lock) requestHandover(ctx context.Context, address string) error {
+func requestHandover(ctx context.Context, address string) (*net.UnixConn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", address)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	c := conn.(*net.UnixConn)
 	deadline, _ := ctx.Deadline()
@@ -49,13 +49,9 @@ func (n *Lock) requestHandover(ctx context.Context, address string) error {
 	}
 	if err != nil {
 		c.Close()
-		return err
+		return nil, err
 	}
-	n.log.Info("the signalbox that served this node before has stopped writing")
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.predecessors = append(n.predecessors, c)
-	return nil
+	return c, nil
 }
 
 // sendRequest sends the proof with the word.
