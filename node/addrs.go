@@ -38,7 +38,7 @@ func Addrs() ([]netip.Addr, error) {
 }
 
 func addrs(h *netlink.Handle) ([]netip.Addr, error) {
-	list, err := whole(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
+	list, err := Whole(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("listing this node's addresses: %w", err)
 	}
@@ -57,7 +57,9 @@ func addrs(h *netlink.Handle) ([]netip.Addr, error) {
 // that anybody could rely on.
 func defaultLink(h *netlink.Handle) int {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, _ := h.RouteListFiltered(family, &netlink.Route{}, netlink.RT_FILTER_DST)
+		routes, _ := Whole(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(family, &netlink.Route{}, netlink.RT_FILTER_DST)
+		})
 		for _, r := range routes {
 			if r.LinkIndex > 0 && (r.Type == unix.RTN_UNICAST || r.Type == 0) {
 				return r.LinkIndex

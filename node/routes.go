@@ -77,7 +77,7 @@ func WatchRouteSources(ctx context.Context, changed func(RouteSources)) error {
 }
 
 func routeSources(h *netlink.Handle) (s RouteSources, err error) {
-	routes, err := whole(func() ([]netlink.Route, error) { return h.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, 0) })
+	routes, err := Whole(func() ([]netlink.Route, error) { return h.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, 0) })
 	if err != nil {
 		return s, fmt.Errorf("listing this node's routes: %w", err)
 	}
@@ -85,7 +85,7 @@ func routeSources(h *netlink.Handle) (s RouteSources, err error) {
 	if !slices.ContainsFunc(hops, func(h hop) bool { return h.source.IsValid() }) {
 		return s, nil
 	}
-	addrs, err := whole(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := Whole(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return s, fmt.Errorf("listing this node's addresses: %w", err)
 	}

@@ -19,8 +19,8 @@ import (
 // anew.
 const maxInterrupted = 10
 
-// whole lists until no change interrupts it.
-func whole[T any](list func() ([]T, error)) (all []T, err error) {
+// Whole lists until no change interrupts it.
+func Whole[T any](list func() ([]T, error)) (all []T, err error) {
 	err = netlink.ErrDumpInterrupted
 	for try := 0; try < maxInterrupted && errors.Is(err, netlink.ErrDumpInterrupted); try++ {
 		all, err = list()

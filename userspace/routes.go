@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"signalbox/node"
 	"signalbox/proxier/plan"
 )
 
@@ -228,8 +229,10 @@ func (r *routes) find() (found []string, err error) {
 
 // rules lists the rules for answers, with any mark.
 func (r *routes) rules() ([]netlink.Rule, error) {
-	found, err := r.handle.RuleListFiltered(r.number(), &netlink.Rule{Table: answersTable, Priority: answersPriority},
-		netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
+	found, err := node.Whole(func() ([]netlink.Rule, error) {
+		return r.handle.RuleListFiltered(r.number(), &netlink.Rule{Table: answersTable, Priority: answersPriority},
+			netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list the rules for marked packets: %w", err)
 	}

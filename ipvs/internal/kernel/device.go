@@ -106,12 +106,7 @@ func (d *Device) Addresses() (ours, others map[netip.Addr]bool, err error) {
 		af = netlink.FAMILY_V6
 	}
 	ours, others = make(map[netip.Addr]bool), make(map[netip.Addr]bool)
-	var list []netlink.Addr
-	for range 5 { // a change interrupts the listing
-		if list, err = d.nl.AddrList(nil, af); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
+	list, err := node.Whole(func() ([]netlink.Addr, error) { return d.nl.AddrList(nil, af) })
 	if err != nil {
 		return nil, nil, fmt.Errorf("list the node's addresses: %w", err)
 	}
@@ -212,7 +207,7 @@ func (d *Device) AwaitLocal(addrs []netip.Addr) error {
 // whether it did.
 func (d *Device) RemoveUnused() (removed bool, err error) {
 	for _, af := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		list, err := d.nl.AddrList(d.link, af)
+		list, err := node.Whole(func() ([]netlink.Addr, error) { return d.nl.AddrList(d.link, af) })
 		if err != nil {
 			return false, fmt.Errorf("list the addresses of %s: %w", DeviceName, err)
 		}
