@@ -210,7 +210,7 @@ func (c *configRun) loopOptions() syncer.LoopOptions {
 	logProblem := syncer.LogProblems(c.log)
 	opts := syncer.LoopOptions{
 		NodeName: c.cfg.NodeName, Settings: c.cfg.ForMode(c.choice.Mode), MinSyncPeriod: c.cfg.MinSyncPeriod, MaxProcessor: c.cfg.MaxProcessor,
-		Proxiers: c.proxiers, Logger: c.log, SyncPeriod: fullWritePeriod, RetryPeriod: c.cfg.SyncPeriod,
+		Proxiers: c.proxiers, Logger: c.log, FullWritePeriod: fullWritePeriod, RetryPeriod: c.cfg.SyncPeriod,
 		Report: func(p plan.Problem) {
 			logProblem(p)
 			c.observer.metrics.Problem(p)

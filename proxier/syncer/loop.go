@@ -39,9 +39,9 @@ type LoopOptions struct {
 	// MaxProcessor is the share of one processor that the process may take on average;
 	// 0 for no limit. Syncs then wait, and take more changes each.
 	MaxProcessor float64
-	// SyncPeriod is the time between two full writes, whatever is known to
+	// FullWritePeriod is the time between two full writes, whatever is known to
 	// have changed; 0 for never.
-	SyncPeriod time.Duration
+	FullWritePeriod time.Duration
 	// RetryPeriod bounds the wait before what failed is tried again; 30 s when
 	// zero.
 	RetryPeriod time.Duration
@@ -148,7 +148,7 @@ func (l *Loop) Run(ctx context.Context) error {
 	retry := time.NewTimer(0)
 	retry.Stop()
 	defer retry.Stop()
-	fullWrite, stop := every(l.opts.SyncPeriod)
+	fullWrite, stop := every(l.opts.FullWritePeriod)
 	defer stop()
 	defer l.watch(ctx)()
 	var pauseEnded time.Time

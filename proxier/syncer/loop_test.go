@@ -465,9 +465,9 @@ func TestEventsThatChangeNothingCauseNoPause(t *testing.T) {
 	})
 }
 
-func TestSyncPeriodWritesEverythingAnew(t *testing.T) {
+func TestFullWritePeriod(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newRig(t, func(o *LoopOptions) { o.SyncPeriod = time.Hour })
+		b := newRig(t, func(o *LoopOptions) { o.FullWritePeriod = time.Hour })
 		b.Apply(newService("web", "10.96.0.1"))
 		b.Synced()
 		b.run()
