@@ -278,7 +278,7 @@ func destinations(set *plan.EndpointSet) []kernel.Destination {
 func addrBytes(a netip.Addr) string { return string(a.AsSlice()) }
 
 func addrPortBytes(a netip.AddrPort) string {
-	return addrBytes(a.Addr()) + string([]byte{byte(a.Port() >> 8), byte(a.Port()), 0, 0})
+	return string(nft.AppendPort(nft.AppendAddr(nil, a.Addr()), a.Port()))
 }
 
 // affinityTimeouts appends the affinity timeouts of Service ports that known lacks.

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"signalbox/ipvs/internal/kernel"
 	"signalbox/nft/access"
 	"signalbox/proxier/plan"
 )
@@ -25,7 +26,7 @@ const (
 	markMask  uint32 = 0xc000_0000
 
 	// noEndpoints stands for an empty endpoint set, if the frontend's other set is not empty.
-	noEndpoints uint32 = markSpace
+	noEndpoints = kernel.ProbeMark
 
 	setFirst, setLast        = markSpace + 1, uint32(0x5fff_ffff)
 	affinitySpace            = uint32(0x6000_0000)
@@ -47,9 +48,6 @@ func isOurs(mark uint32) bool { return mark&markMask == markSpace }
 
 // isOfAffinity says whether a mark belongs to a Service port with affinity.
 func isOfAffinity(mark uint32) bool { return mark&affinityMask == affinitySpace }
-
-// isOfEndpoint says whether the mark's virtual server has one remembered endpoint.
-func isOfEndpoint(mark uint32) bool { return isOfAffinity(mark) && mark&endpointFlag != 0 }
 
 // allocationOf is the number that the pool counts for a mark: the first mark of a range, or
 // the mark of an endpoint set.

@@ -33,8 +33,8 @@ func TestTuning(t *testing.T) {
 			}
 			for key, got := range all {
 				want := scheduler
-				if isOfEndpoint(key.Mark) {
-					want = defaultScheduler // one destination
+				if isOfAffinity(key.Mark) && key.Mark&endpointFlag != 0 {
+					want = defaultScheduler // one remembered endpoint
 				}
 				if got != want {
 					t.Errorf("%s has the scheduler %s, not %s", key, got, want)

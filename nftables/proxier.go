@@ -88,11 +88,13 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 			return err
 		}
 	}
-	write := p.syncChange
+	var err error
 	if change.All {
-		write = p.syncAll
+		err = p.syncAll(rules, plan)
+	} else {
+		err = p.syncChange(rules, plan, change)
 	}
-	if err := write(rules, plan, change); err != nil {
+	if err != nil {
 		return err
 	}
 	p.localhost.Sync(plan, change)
@@ -105,7 +107,7 @@ func (p *Proxier) Sync(ctx context.Context, plan *plan.Plan, change plan.Change)
 // syncAll adopts the table that an earlier process wrote, if it can. Otherwise it
 // writes the table anew and keeps the affinity map with its clients. If other software
 // has changed the table so that this fails, the map goes too.
-func (p *Proxier) syncAll(rules ruleset, plan *plan.Plan, _ plan.Change) error {
+func (p *Proxier) syncAll(rules ruleset, plan *plan.Plan) error {
 	p.watch.RulesChanged() // this write corrects them
 	old, err := p.existingTable(rules, plan)
 	if err != nil {

@@ -42,7 +42,8 @@ func New(opts proxier.Options) (*Proxier, error) {
 	if err != nil {
 		return nil, err
 	}
-	routes, err := newRoutes(opts.Family, answersMark(opts.MasqueradeMark))
+	mark := answersMark(opts.MasqueradeMark)
+	routes, err := newRoutes(opts.Family, mark)
 	if err != nil {
 		t.Close()
 		return nil, err
@@ -53,7 +54,7 @@ func New(opts proxier.Options) (*Proxier, error) {
 		t.Close()
 		return nil, err
 	}
-	return &Proxier{family: f, mark: answersMark(opts.MasqueradeMark), table: t, watch: access.NewWatch(t), routes: routes, relay: relay}, nil
+	return &Proxier{family: f, mark: mark, table: t, watch: access.NewWatch(t), routes: routes, relay: relay}, nil
 }
 
 // Close ends the relay with all its connections. The rules stay: until another
@@ -178,7 +179,7 @@ func (p *Proxier) rules(node plan.Node) ruleset {
 // syncAll replaces the table. Frontends keep their numbers.
 func (p *Proxier) syncAll(plan *plan.Plan) error {
 	p.watch.RulesChanged() // this write corrects them
-	if err := access.ValidateNode(p.rules(plan.Node).IPFamily, plan.Node); err != nil {
+	if err := access.ValidateNode(p.family, plan.Node); err != nil {
 		return err
 	}
 	if err := p.routes.ensure(); err != nil {

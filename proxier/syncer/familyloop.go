@@ -149,8 +149,7 @@ func (f *familyLoop) tryRepair(ctx context.Context) (found proxier.Difference, e
 // recoverPanic makes an error of a panic in a mode, which ends a sync, not the daemon.
 func (f *familyLoop) recoverPanic(err *error) {
 	if r := recover(); r != nil {
-		f.opts.Logger.Error("a sync has panicked: this is a defect, please report it", "family", f.family.String(),
-			"panic", r, "stack", string(debug.Stack()))
+		f.log.Error("a sync has panicked: this is a defect, please report it", "panic", r, "stack", string(debug.Stack()))
 		*err = fmt.Errorf("panic: %v: %w", r, proxier.ErrUnknownState)
 	}
 }
@@ -342,8 +341,8 @@ func (f *familyLoop) try(ctx context.Context, plan *plan.Plan, change plan.Chang
 	}()
 	defer f.recoverPanic(&err)
 	slow := time.AfterFunc(slowSync, func() {
-		f.opts.Logger.Warn("a sync takes long; changes wait for it, what was served before still is",
-			"family", f.family.String(), "servicePorts", len(change.Services), "fullWrite", change.All, "for", slowSync)
+		f.log.Warn("a sync takes long; changes wait for it, what was served before still is",
+			"servicePorts", len(change.Services), "fullWrite", change.All, "for", slowSync)
 	})
 	defer slow.Stop()
 	if change.All {

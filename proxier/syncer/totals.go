@@ -2,11 +2,7 @@
 
 package syncer
 
-import (
-	"maps"
-
-	"signalbox/proxier/plan"
-)
+import "signalbox/proxier/plan"
 
 // Totals are sums over a family's plan.
 type Totals struct {
@@ -68,7 +64,7 @@ func (t *totals) changedHealthChecks() map[plan.ServiceName]plan.HealthCheck {
 	}
 	t.healthChanged = false
 	checks := make(map[plan.ServiceName]plan.HealthCheck, len(t.health))
-	for name, check := range maps.All(t.health) {
+	for name, check := range t.health {
 		checks[name.ServiceName] = check
 	}
 	return checks

@@ -194,13 +194,13 @@ func (h *IPVS) Destinations(key ServerKey) ([]Destination, error) {
 	return dests, nil
 }
 
-// probeMark is in the mode's range of marks, and stands for no virtual server.
-const probeMark uint32 = 0x4000_0000
+// ProbeMark is in the mode's range of marks, and stands for no virtual server.
+const ProbeMark uint32 = 0x4000_0000
 
 // HasScheduler says whether the kernel has, or can load, a scheduler. The kernel does not list
-// its schedulers, so HasScheduler adds a virtual server by probeMark and removes it.
+// its schedulers, so HasScheduler adds a virtual server by ProbeMark and removes it.
 func (h *IPVS) HasScheduler(name string) (bool, error) {
-	probe := Op{Verb: AddServer, Key: ServerKey{Mark: probeMark}, Scheduler: name}
+	probe := Op{Verb: AddServer, Key: ServerKey{Mark: ProbeMark}, Scheduler: name}
 	err := h.do(probe)
 	switch {
 	case errors.Is(err, unix.ENOENT):

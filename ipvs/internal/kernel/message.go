@@ -54,7 +54,7 @@ const (
 	// schedulerPort adds the client's port to the hash.
 	schedulerPort = 1 << 4
 	// schedulerFlags are all flags of schedulers.
-	schedulerFlags = 1<<3 | 1<<4 | 1<<5
+	schedulerFlags = schedulerFallback | schedulerPort | 1<<5
 	allFlags       = ^uint32(0)
 )
 

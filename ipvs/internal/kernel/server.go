@@ -109,7 +109,7 @@ func schedulerText(name string, flags uint32) string {
 // schedulerFlagNames has the names of ipvsadm.
 func schedulerFlagNames(flags uint32) []string {
 	var names []string
-	for i, flag := range []uint32{1 << 3, 1 << 4, 1 << 5} {
+	for i, flag := range []uint32{schedulerFallback, schedulerPort, 1 << 5} {
 		if flags&flag != 0 {
 			names = append(names, fmt.Sprintf("flag-%d", i+1))
 		}
