@@ -53,7 +53,7 @@ func ParseQuestion(target, from string) (Question, error) {
 	}
 	namespace, name, slash := strings.Cut(rest, "/")
 	name, q.Port, _ = strings.Cut(name, ":")
-	if !slash || namespace == "" || name == "" || strings.Contains(name, "/") {
+	if !slash || namespace == "" || strings.ContainsAny(namespace, ".:") || name == "" || strings.Contains(name, "/") {
 		return q, fmt.Errorf("%q is neither HOST:PORT[/PROTO], such as 10.96.0.10:80 or [fd00::a]:53/udp, nor namespace/service[:port]", target)
 	}
 	q.Service, q.Protocol = plan.ServiceName{Namespace: namespace, Name: name}, protocol
