@@ -3,10 +3,12 @@
 package explain
 
 import (
+	"cmp"
 	"fmt"
 	"iter"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -77,7 +79,7 @@ func (x *explainer) isAbout(family plan.Family) bool {
 	if a := x.question.Address; a.IsValid() {
 		return plan.FamilyOf(a.Addr()) == family
 	}
-	return slices.ContainsFunc(x.answer.Ports, func(p Port) bool { return p.family() == family })
+	return slices.Contains(x.lacking, family) || slices.ContainsFunc(x.answer.Ports, func(p Port) bool { return p.family() == family })
 }
 
 func (a *Answer) doubt(format string, args ...any) {
@@ -91,6 +93,8 @@ type explainer struct {
 	question Question
 	answer   *Answer
 	client   plan.TrafficSources // what Question.From is; plan.NoSource: not known yet
+	// lacking are the families in which the Service lacks the port at its cluster IP.
+	lacking []plan.Family
 }
 
 func (x *explainer) problem(format string, args ...any) {
@@ -118,7 +122,7 @@ func (x *explainer) address() {
 		owner, found = x.loop.Owner(family, key)
 	}
 	if !found {
-		x.nobody(family, at.Addr())
+		x.nobody(family, at)
 		return
 	}
 	x.service(owner.ServiceName, key, []plan.Family{family})
@@ -141,7 +145,8 @@ func (x *explainer) servesNodePorts(family plan.Family, a netip.Addr) bool {
 }
 
 // nobody answers for an address and port that no Service has.
-func (x *explainer) nobody(family plan.Family, a netip.Addr) {
+func (x *explainer) nobody(family plan.Family, at netip.AddrPort) {
+	a := at.Addr()
 	var others []string
 	var kinds []plan.FrontendKind
 	p := x.loop.Plan(family)
@@ -160,7 +165,7 @@ func (x *explainer) nobody(family plan.Family, a netip.Addr) {
 		otherProxy = otherProxy || s.Reason == plan.OtherProxy
 	}
 	inRange, clusterIP := plan.AnyContains(p.Node.ServiceCIDRs, a), slices.Contains(kinds, plan.ClusterIP)
-	text := fmt.Sprintf("No Service that signalbox serves has %s/%s", x.question.Address, x.question.Protocol)
+	text := fmt.Sprintf("No Service that signalbox serves has %s/%s", at, x.question.Protocol)
 	switch {
 	case len(others) > 0:
 		text += "; at this address there is " + list(others)
@@ -177,7 +182,7 @@ func (x *explainer) nobody(family plan.Family, a netip.Addr) {
 		x.answer.Sentence += " This mode has no rule for it: the node's routes decide."
 	case !x.loop.Follows(family, a):
 		x.answer.Sentence += " A sync is due, so it is not known what the kernel does."
-	case x.question.Protocol == plan.TCP && x.sources(family)&plan.FromNode != 0 && slices.Contains(p.Node.Bypass, x.question.Address):
+	case x.question.Protocol == plan.TCP && x.sources(family)&plan.FromNode != 0 && slices.Contains(p.Node.Bypass, at):
 		x.answer.Sentence += " An API server is there, and this node connects to it directly. Connections of Pods and other hosts are not let through."
 	case clusterIP:
 		x.answer.unserved = Refused
@@ -204,9 +209,42 @@ func (x *explainer) service(name plan.ServiceName, key plan.FrontendKey, familie
 			x.port(family, &s, sp, key)
 		}
 	}
-	if len(x.answer.Ports) == 0 && !x.question.Address.IsValid() {
+	if len(x.answer.Ports) == 0 && !x.question.Address.IsValid() && !x.lacksPort(families, reasons) {
 		x.answer.Sentence = x.notServed(name, reasons)
 	}
+}
+
+// lacksPort answers for each cluster IP if the question has the DNS name of a Service that
+// lacks the port. It returns false if nothing is said.
+func (x *explainer) lacksPort(families []plan.Family, reasons []service.Explanation) bool {
+	if !x.question.ByDNS {
+		return false
+	}
+	var sentences []string
+	worst := Served
+	number, _ := strconv.ParseUint(x.question.Port, 10, 16) // ParseQuestion has checked it
+	for i, family := range families {
+		ports := reasons[i].Ports
+		if !x.question.includes(family) || len(ports) == 0 || len(ports[0].Frontends) == 0 {
+			continue
+		}
+		at := netip.AddrPortFrom(ports[0].Frontends[0].Addr, uint16(number)) // the cluster IP is the first
+		if _, found := x.loop.Owner(family, plan.FrontendKey{Addr: at.Addr(), Port: at.Port(), Protocol: x.question.Protocol}); found {
+			x.answer.unserved = ""
+			return false // another Service has it, as an external IP
+		}
+		x.answer.unserved = ""
+		x.nobody(family, at)
+		x.lacking, sentences = append(x.lacking, family), append(sentences, x.answer.Sentence)
+		if v := cmp.Or(x.answer.unserved, Unknown); badness[v] > badness[worst] {
+			worst = v
+		}
+	}
+	if len(sentences) == 0 {
+		return false
+	}
+	x.answer.Sentence, x.answer.unserved = strings.Join(sentences, " "), worst
+	return true
 }
 
 // notServed says why nothing of a Service is served, in any of the families or to the

@@ -347,6 +347,14 @@ func TestFaults(t *testing.T) {
 		{"policy Local without a local endpoint, by the DNS name", func(w *world) { w.local(); w.remote() }, "web.default.svc:80", "", Served, "from any client to 10.96.0.10:80/tcp goes to one of 3"},
 		{"no such Service", func(*world) {}, "default/wbe", "", Unknown, "There is no Service default/wbe"},
 		{"no such port of the Service", func(*world) {}, "default/web:443", "", Unknown, "Service default/web has no port 443; it has http 80/tcp."},
+		{"wrong port by the DNS name", func(*world) {}, "web.default.svc:81", pod, Refused, "No Service that signalbox serves has 10.96.0.10:81/tcp; at this address there is default/web:http for port 80/tcp. A new connection is refused"},
+		{"wrong protocol by the DNS name", func(*world) {}, "web.default.svc:80/udp", "", Refused, "No Service that signalbox serves has 10.96.0.10:80/udp"},
+		{"wrong port by the DNS name, in a mode without a rule for it", func(w *world) { w.traits.GuardsClusterIPs = false }, "web.default.svc:81", pod, Unknown, "the node's routes decide"},
+		{"wrong port by the DNS name, and the kernel refuses every sync", func(w *world) { w.broken = errors.New("operation not permitted") }, "web.default.svc:81", pod, Unknown, "A sync is due"},
+		{"wrong port by the DNS name, beside rules of another proxy", func(w *world) { w.otherProxy = []plan.Family{plan.IPv4} }, "web.default.svc:81", pod, Unknown, "another service proxy"},
+		{"wrong port by the DNS name, and the client is of the other family", func(*world) {}, "web.default.svc:81", "fd00::1", Unknown, "Service default/web has no port 81/tcp"},
+		{"wrong port by the DNS name, and an API server has it, from the node", func(w *world) { w.api("10.96.0.10:81") }, "web.default.svc:81", "192.0.2.1", Unknown, "An API server is there"},
+		{"the DNS name of a Service that does not exist", func(*world) {}, "wbe.default.svc:80", pod, Unknown, "There is no Service default/wbe"},
 		{"wrong port at the cluster IP", func(*world) {}, "10.96.0.10:443", pod, Refused, "at this address there is default/web:http for port 80/tcp. A new connection is refused"},
 		{"wrong port at the cluster IP, in a mode without a rule for it", func(w *world) { w.traits.GuardsClusterIPs = false }, "10.96.0.10:443", pod, Unknown, "the node's routes decide"},
 		{"wrong port at the cluster IP, beside rules of another proxy", func(w *world) { w.otherProxy = []plan.Family{plan.IPv4} }, "10.96.0.10:443", pod, Unknown, "another service proxy"},
@@ -553,6 +561,10 @@ func TestQuestions(t *testing.T) {
 		"web":                                "error",
 		"default/":                           "error",
 		"a/b/c":                              "error",
+		"10.96.0.10/udp":                     "error",
+		"10.96.0.10/web":                     "error",
+		"fd00::a:53/udp":                     "error",
+		"web.default.svc/udp":                "error",
 	} {
 		q, err := ParseQuestion(text, "")
 		got := q.Service.String()
