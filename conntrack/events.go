@@ -5,14 +5,13 @@ package conntrack
 import (
 	"errors"
 	"fmt"
-	"os"
-	"strings"
 
 	"github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
+	"signalbox/node"
 	"signalbox/proxier/plan"
 )
 
@@ -54,8 +53,7 @@ const eventsBuffer = 4 << 20
 
 // Follow returns the events of the calling thread's network namespace.
 func Follow() (*Events, error) {
-	value, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_events")
-	if err == nil && strings.TrimSpace(string(value)) == "0" {
+	if value, _ := node.Sysctl("net/netfilter/nf_conntrack_events"); value == "0" {
 		return nil, ErrNoEvents
 	}
 	conn, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)

@@ -170,8 +170,8 @@ func ruleForms(f plan.Family) map[string][]string {
 
 // dropInvalid asks the kernel: see staticChains.
 func dropInvalid() bool {
-	liberal, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
-	return err != nil || strings.TrimSpace(string(liberal)) == "0"
+	liberal, err := node.Sysctl("net/netfilter/nf_conntrack_tcp_be_liberal")
+	return err != nil || liberal == "0"
 }
 
 // The lists of the match recent in the network namespace of this thread, and how

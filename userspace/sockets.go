@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/tcprelay"
+	"signalbox/node"
 	"signalbox/proxier/plan"
 )
 
@@ -212,11 +213,11 @@ type sourcePorts []uint16
 
 // readSourcePorts leaves out net.ipv4.ip_local_reserved_ports, which is for IPv6 too.
 func readSourcePorts() sourcePorts {
-	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_reserved_ports")
+	reserved, err := node.Sysctl("net/ipv4/ip_local_reserved_ports")
 	if err != nil {
 		slog.Warn("userspace: net.ipv4.ip_local_reserved_ports cannot be read; connections to endpoints may take reserved ports", "error", err)
 	}
-	return sourcePortsWithout(string(text))
+	return sourcePortsWithout(reserved)
 }
 
 // sourcePortsWithout takes reserved ports in the notation of the sysctl: "80,100-120".

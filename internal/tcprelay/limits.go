@@ -4,13 +4,13 @@ package tcprelay
 
 import (
 	"fmt"
-	"os"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"signalbox/node"
 )
 
 // File descriptors of a relayed connection (two sockets, and for splice a pipe of
@@ -75,10 +75,9 @@ func raiseFileLimit() (uint64, error) {
 		return 0, fmt.Errorf("read the limit of open files: %w", err)
 	}
 	most := uint64(wantedFiles)
-	if text, err := os.ReadFile("/proc/sys/fs/nr_open"); err == nil {
-		if n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64); err == nil {
-			most = min(most, n)
-		}
+	files, _ := node.Sysctl("fs/nr_open")
+	if n, err := strconv.ParseUint(files, 10, 64); err == nil {
+		most = min(most, n)
 	}
 	if r.Cur >= most {
 		return r.Cur, nil
