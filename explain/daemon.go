@@ -160,6 +160,13 @@ func (d *Daemon) foreignFamilies() []plan.Family {
 	return slices.DeleteFunc(slices.Clone(plan.Families), func(f plan.Family) bool { return !d.foreign[f] })
 }
 
+// ask has the Loop call fn, and waits for it no longer than askTimeout.
+func (s *Subject) ask(r *http.Request, fn func(ctx context.Context)) error {
+	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
+	defer cancel()
+	return s.Loop.Ask(ctx, func() { fn(ctx) })
+}
+
 func (d *Daemon) serveExplain(w http.ResponseWriter, r *http.Request) {
 	q, err := ParseQuestion(r.FormValue("target"), r.FormValue("from"))
 	if err != nil {
@@ -169,9 +176,7 @@ func (d *Daemon) serveExplain(w http.ResponseWriter, r *http.Request) {
 	var answer *Answer
 	var nodeAddrs []netip.Addr
 	s := d.current()
-	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
-	defer cancel()
-	err = s.Loop.Ask(ctx, func() {
+	err = s.ask(r, func(ctx context.Context) {
 		answer, nodeAddrs = Explain(s.Loop, s.Environment, q), s.Loop.NodeAddrs()
 		if r.FormValue("kernel") != "false" {
 			answer.compare(ctx, s.Loop)
@@ -189,9 +194,7 @@ func (d *Daemon) serveExplain(w http.ResponseWriter, r *http.Request) {
 func (d *Daemon) serveStatus(w http.ResponseWriter, r *http.Request) {
 	s := d.current()
 	var known loopStatus
-	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
-	defer cancel()
-	err := s.Loop.Ask(ctx, func() { known = s.loopStatus() })
+	err := s.ask(r, func(context.Context) { known = s.loopStatus() })
 	status := d.status(known)
 	if err != nil {
 		status.Busy = err.Error()
@@ -202,9 +205,7 @@ func (d *Daemon) serveStatus(w http.ResponseWriter, r *http.Request) {
 func (d *Daemon) serveDiff(w http.ResponseWriter, r *http.Request) {
 	s := d.current()
 	diff := Diff{Mode: s.Mode}
-	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
-	defer cancel()
-	err := s.Loop.Ask(ctx, func() {
+	err := s.ask(r, func(ctx context.Context) {
 		for _, family := range s.Loop.Families() {
 			c, err := s.Loop.Compare(ctx, family)
 			f := FamilyDiff{Family: family.String(), Lines: append(unwritten(s.Loop.State(family)), c.Differences...)}

@@ -45,9 +45,7 @@ func (d *Daemon) serveFrontends(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	var f *Frontends
-	ctx, cancel := context.WithTimeout(r.Context(), askTimeout)
-	defer cancel()
-	if err := s.Loop.Ask(ctx, func() { f = s.frontends(q) }); err != nil {
+	if err := s.ask(r, func(context.Context) { f = s.frontends(q) }); err != nil {
 		http.Error(w, err.Error(), http.StatusServiceUnavailable)
 		return
 	}
