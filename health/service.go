@@ -181,7 +181,7 @@ func (s *Services) sockets() map[socket]target {
 	for family, w := range s.wanted {
 		addrs := w.addrs.Addrs
 		if w.addrs.All {
-			addrs = []netip.Addr{unspecified(family)}
+			addrs = []netip.Addr{plan.Unspecified(family)}
 		}
 		for name, check := range w.checks {
 			for _, a := range addrs {
@@ -190,13 +190,6 @@ func (s *Services) sockets() map[socket]target {
 		}
 	}
 	return all
-}
-
-func unspecified(family plan.Family) netip.Addr {
-	if family == plan.IPv6 {
-		return netip.IPv6Unspecified()
-	}
-	return netip.IPv4Unspecified()
 }
 
 // update makes the servers those of want. It closes before it opens, because a

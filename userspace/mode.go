@@ -65,7 +65,7 @@ func (Dataplane) Supported(f plan.Family) error {
 // trySockets opens sockets with the relay's options. The kernel chooses their ports:
 // at the relay's own ports they would take connections from a running relay.
 func trySockets(f plan.Family) error {
-	at := netip.AddrPortFrom(unspecified(f), 0)
+	at := netip.AddrPortFrom(plan.Unspecified(f), 0)
 	t, err := tcprelay.ListenTCP(at)
 	if err != nil {
 		return err

@@ -101,7 +101,7 @@ func (r *routes) entries() (own, answers *netlink.Route, rule *netlink.Rule, err
 		Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Family: r.number(),
 	}
 	answers = &netlink.Route{
-		LinkIndex: link, Dst: ipNet(netip.PrefixFrom(unspecified(r.family), 0)), Table: answersTable,
+		LinkIndex: link, Dst: ipNet(netip.PrefixFrom(plan.Unspecified(r.family), 0)), Table: answersTable,
 		Type: unix.RTN_LOCAL, Scope: unix.RT_SCOPE_HOST, Family: r.number(),
 	}
 	rule = netlink.NewRule()

@@ -71,7 +71,7 @@ func listen(f plan.Family) (*listeners, error) {
 
 func (l *listeners) open(f plan.Family) (err error) {
 	for o := range trafficSourceCount {
-		at := netip.AddrPortFrom(unspecified(f), l.ports.of(o))
+		at := netip.AddrPortFrom(plan.Unspecified(f), l.ports.of(o))
 		if l.tcp[o], err = tcprelay.ListenTCP(at); err != nil {
 			return err
 		}
@@ -80,14 +80,6 @@ func (l *listeners) open(f plan.Family) (err error) {
 		}
 	}
 	return l.selectAny()
-}
-
-// unspecified is 0.0.0.0 or ::.
-func unspecified(f plan.Family) netip.Addr {
-	if f == plan.IPv6 {
-		return netip.IPv6Unspecified()
-	}
-	return netip.IPv4Unspecified()
 }
 
 // secondSocket is a program that has the kernel choose the second of the sockets

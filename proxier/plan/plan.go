@@ -54,6 +54,14 @@ func Localhost(f Family) netip.Addr {
 	return netip.AddrFrom4([4]byte{127, 0, 0, 1})
 }
 
+// Unspecified is 0.0.0.0 or ::.
+func Unspecified(f Family) netip.Addr {
+	if f == IPv6 {
+		return netip.IPv6Unspecified()
+	}
+	return netip.IPv4Unspecified()
+}
+
 // Protocol is an IANA protocol number (RFC 5237); only the three that a
 // Service may name are valid.
 type Protocol uint8
