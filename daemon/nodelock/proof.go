@@ -78,21 +78,34 @@ func tryRequest(fd int) error {
 	if _, err := unix.Write(fd, request); err != nil {
 		return fmt.Errorf("asking the kernel what the client may do: %w", err)
 	}
-	answer := make([]byte, 4096)
-	for {
-		size, from, err := unix.Recvfrom(fd, answer, unix.MSG_DONTWAIT)
-		if err != nil {
-			return fmt.Errorf("asking the kernel what the client may do: %w", err)
-		}
-		if a, ok := from.(*unix.SockaddrNetlink); ok && a.Pid == 0 && answers(answer[:size], request) {
-			break
-		}
+	answer, err := readAnswer(fd, request)
+	if err != nil {
+		return fmt.Errorf("asking the kernel what the client may do: %w", err)
 	}
 	errno := unix.Errno(-int32(binary.NativeEndian.Uint32(answer[unix.SizeofNlMsghdr:])))
 	if errno == unix.ENODEV {
 		return nil
 	}
 	return fmt.Errorf("%w (%w)", errNotPermitted, errno)
+}
+
+// maxMessages bounds the messages before the kernel's answer. The other process can write
+// faster than this one reads. Then the kernel drops its answer.
+const maxMessages = 1000
+
+// readAnswer returns the kernel's answer to a request. The kernel has sent it already.
+func readAnswer(fd int, request []byte) ([]byte, error) {
+	message := make([]byte, 4096)
+	for range maxMessages {
+		size, from, err := unix.Recvfrom(fd, message, unix.MSG_DONTWAIT)
+		if err != nil {
+			return nil, err
+		}
+		if a, ok := from.(*unix.SockaddrNetlink); ok && a.Pid == 0 && answers(message[:size], request) {
+			return message[:size], nil
+		}
+	}
+	return nil, fmt.Errorf("the client's socket has more than %d other messages", maxMessages)
 }
 
 // answers says whether a message is the kernel's answer to a request: an error code, and

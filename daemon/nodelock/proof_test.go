@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"signalbox/internal/nstest"
+	"signalbox/internal/wait"
 )
 
 // prover names the lock that TestProver asks for in a process of its own.
@@ -122,5 +124,44 @@ func TestProofWithOldAnswer(t *testing.T) {
 	}
 	if err := checkProof(proof); err != nil {
 		t.Error(err)
+	}
+}
+
+// A client that fills the receive queue of its socket does not delay the check. The kernel
+// then drops its answer.
+func TestProofWithFullSocket(t *testing.T) {
+	nstest.Enter(t)
+	proof, err := newProof()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer proof.Close()
+	fd := int(proof.Fd())
+	if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_NO_ENOBUFS, 1); err != nil {
+		t.Fatal(err)
+	}
+	requests := make([]byte, 4096*unix.SizeofNlMsghdr)
+	for r := requests; len(r) > 0; r = r[unix.SizeofNlMsghdr:] {
+		r[0], r[4], r[6] = unix.SizeofNlMsghdr, unix.NLMSG_NOOP, unix.NLM_F_REQUEST|unix.NLM_F_ACK
+	}
+	var writers sync.WaitGroup
+	defer writers.Wait()
+	ended := make(chan struct{})
+	defer close(ended)
+	for range 4 {
+		writers.Go(func() {
+			for !wait.Closed(ended) {
+				_ = unix.Sendto(fd, requests, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}) // fails when the queue is full
+			}
+		})
+	}
+	for range 20 {
+		checked := make(chan error, 1)
+		go func() { checked <- tryRequest(fd) }()
+		select {
+		case <-checked:
+		case <-time.After(2 * time.Second):
+			t.Fatal("the check does not end")
+		}
 	}
 }
