@@ -54,7 +54,7 @@ func (s *Socket) Open(dir string, answers http.Handler, log *slog.Logger) {
 }
 
 // serve serves answers until ctx ends. It tries again while it cannot listen, or accept
-// connections. It calls tried after each attempt to listen.
+// connections, and after its socket was lost. It calls tried after each attempt to listen.
 func serve(ctx context.Context, dir string, answers http.Handler, log *slog.Logger, tried func()) {
 	logged := false
 	for again := true; again; again = wait.For(ctx, httpserve.RetryAfter) {
@@ -62,7 +62,7 @@ func serve(ctx context.Context, dir string, answers http.Handler, log *slog.Logg
 		tried()
 		if err == nil {
 			logged = false
-			if err = httpserve.Serve(ctx, l, answers, log); err == nil {
+			if err = serveUntilLost(ctx, l, answers, log); err == nil {
 				return
 			}
 		}
@@ -72,6 +72,29 @@ func serve(ctx context.Context, dir string, answers http.Handler, log *slog.Logg
 			logged = true
 		}
 	}
+}
+
+var errLost = errors.New("the socket has been removed, or replaced by a process that has ended")
+
+// serveUntilLost returns nil when ctx ends. In an update that is given up, the new process
+// replaces the socket, and ends.
+func serveUntilLost(ctx context.Context, l *rootonly.Listener, answers http.Handler, log *slog.Logger) error {
+	serving, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		for wait.For(serving, httpserve.RetryAfter) {
+			if l.Lost() {
+				cancel(errLost)
+			}
+		}
+	}()
+	if err := httpserve.Serve(serving, l, answers, log); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	return context.Cause(serving)
 }
 
 // Close returns when the socket is closed.
@@ -93,7 +116,7 @@ func socketPath(dir string) (string, error) {
 }
 
 // listen takes the place of a process that serves the namespace now, or did.
-func listen(dir string) (net.Listener, error) {
+func listen(dir string) (*rootonly.Listener, error) {
 	if err := rootonly.MakeDir(dir); err != nil {
 		return nil, err
 	}

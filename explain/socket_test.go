@@ -30,6 +30,7 @@ import (
 	"k8s.io/utils/ptr"
 
 	"signalbox/conntrack"
+	"signalbox/internal/httpserve"
 	"signalbox/proxier"
 	"signalbox/proxier/plan"
 	"signalbox/proxier/syncer"
@@ -503,6 +504,52 @@ func TestSocketIsTriedAgain(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatal("nothing answers")
 		}
+	}
+}
+
+// In an update that is given up, the new process replaces the socket and ends. The old
+// process then listens again. While the new one answers, the old one leaves it.
+func TestSocketAfterAbortedUpdate(t *testing.T) {
+	t.Parallel()
+	answer := func(text string) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintf(w, "%q", text) })
+	}
+	log := slog.New(slog.DiscardHandler)
+	for name, killed := range map[string]bool{"ended": false, "killed": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			var first, second Socket
+			first.Open(dir, answer("first"), log)
+			defer first.Close()
+			second.Open(dir, answer("second"), log)
+			time.Sleep(httpserve.RetryAfter + time.Second)
+			var got string
+			if err := Ask(t.Context(), dir, "/status", nil, &got); err != nil || got != "second" {
+				t.Errorf("%q answers: %v", got, err)
+			}
+			second.Close()
+			if killed {
+				path, err := socketPath(dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				stale.SetUnlinkOnClose(false)
+				stale.Close()
+			}
+			for end := time.Now().Add(3 * httpserve.RetryAfter); Ask(t.Context(), dir, "/status", nil, &got) != nil; time.Sleep(50 * time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatal("nothing answers")
+				}
+			}
+			if got != "first" {
+				t.Errorf("%q answers", got)
+			}
+		})
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"syscall"
 )
 
 // Listener is a Unix socket at a path.
@@ -47,6 +48,19 @@ func (l *Listener) Accept() (net.Conn, error) {
 		}
 		c.Close()
 	}
+}
+
+// Lost says whether clients reach no process at the path: the socket has been removed, or
+// a process has replaced it and ended.
+func (l *Listener) Lost() bool {
+	if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.file) {
+		return false
+	}
+	c, err := net.Dial("unix", l.path)
+	if err == nil {
+		c.Close()
+	}
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // Close removes the socket, but leaves the socket of a process that has replaced it.
