@@ -77,7 +77,7 @@ func (n *Lock) Acquire(ctx context.Context, dir string) error {
 	if err == nil || !inDirectory || ctx.Err() != nil {
 		return err
 	}
-	n.log.Warn("another process has the node lock's abstract socket; a signalbox that does not share --run-dir cannot take this node over", "socket", n.abstract, "error", err)
+	n.log.Warn("this process does not have the node lock's abstract socket; a signalbox that does not share --run-dir may write rules on this node, too", "socket", n.abstract, "error", err)
 	return nil
 }
 
@@ -129,6 +129,9 @@ const maxHandovers = 3
 func (n *Lock) requestPlace(ctx context.Context, address string, listen func() (*heldPlace, error)) (place *heldPlace, predecessors []*net.UnixConn, err error) {
 	for {
 		place, err = listen()
+		if isTransient(err) && wait.For(ctx, acquireRetry) {
+			continue
+		}
 		if err == nil || !errors.Is(err, errHeld) {
 			return place, predecessors, err
 		}

@@ -373,8 +373,23 @@ func TestNodeLockWithoutAbstractSocket(t *testing.T) {
 	if err := lock.Acquire(t.Context(), t.TempDir()); err != nil {
 		t.Fatal(err)
 	}
-	if line := <-logged; !strings.Contains(line, "another process has the node lock's abstract socket") {
+	if line := <-logged; !strings.Contains(line, "does not have the node lock's abstract socket") {
 		t.Errorf("the log says %q", line)
+	}
+}
+
+// A place that cannot be had for want of a descriptor is tried again.
+func TestNodeLockIsTriedAgain(t *testing.T) {
+	lock := locksFor(t)()
+	tries := 0
+	err := lock.acquireAt(t.Context(), lock.abstract, func() (*heldPlace, error) {
+		if tries++; tries < 3 {
+			return nil, os.NewSyscallError("socket", unix.EMFILE)
+		}
+		return listenAbstract(lock.abstract)
+	})
+	if err != nil || !lock.Held() {
+		t.Errorf("after %d tries: %v", tries, err)
 	}
 }
 
