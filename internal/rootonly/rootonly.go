@@ -46,8 +46,9 @@ func CheckPeer(c *net.UnixConn) error {
 	return Check(cred)
 }
 
-// ownFiles are patterns for the names of signalbox's files in --run-dir and --state-dir.
-var ownFiles = []string{"net-*.sock", "node-locks", "*.state", "*.state.*"}
+// ownFiles are patterns for the names of signalbox's files in --run-dir and --state-dir. A file
+// system of its own has lost+found, which only root may enter.
+var ownFiles = []string{"net-*.sock", "node-locks", "*.state", "*.state.*", "lost+found"}
 
 // MakeDir makes a directory that no other user may enter. It closes an existing directory
 // to other users if that is empty, or has files of signalbox only. The kubelet and systemd

@@ -19,6 +19,7 @@ func TestMakeDir(t *testing.T) {
 		"made by the kubelet":         {nil, 0o755, false},
 		"an emptyDir":                 {nil, 0o777, false},
 		"with files of signalbox":     {[]string{"net-1.sock", "net-1-lock.sock", "node-locks", "services.state", "services.state.123"}, 0o755, false},
+		"a file system of its own":    {[]string{"lost+found", "services.state"}, 0o755, false},
 		"of other programs":           {[]string{"dbus"}, 0o755, true},
 		"of signalbox and others":     {[]string{"node-locks", "systemd"}, 0o711, true},
 		"of others, closed to users":  {[]string{"dbus"}, 0o700, false},
