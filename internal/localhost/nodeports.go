@@ -27,6 +27,20 @@ import (
 // program has.
 const RetryAfter = 5 * time.Second
 
+// mostConnections is how many connections the NodePorts of both IP families have
+// together. Every process on the node can open them, and all have one client address. So
+// the limit keeps memory, file descriptors and source ports for the rest of the node.
+const mostConnections = 1024
+
+// limits are for all NodePorts of the process.
+var limits = sync.OnceValues(func() (*tcprelay.Limits, error) {
+	process, err := tcprelay.ProcessLimits()
+	if err != nil {
+		return nil, err
+	}
+	return &tcprelay.Limits{Connections: tcprelay.Limit{Max: min(mostConnections, process.Connections.Max), Within: &process.Connections}}, nil
+})
+
 // NodePorts are the listeners of one IP family.
 type NodePorts struct {
 	family   plan.Family
@@ -187,6 +201,10 @@ func (n *NodePorts) start() error {
 	if n.relay != nil {
 		return nil
 	}
+	limits, err := limits()
+	if err != nil {
+		return err
+	}
 	ns, err := tcprelay.CurrentNamespace()
 	if err != nil {
 		return err
@@ -196,6 +214,7 @@ func (n *NodePorts) start() error {
 		ns.Close()
 		return err
 	}
+	relay.Limits = limits
 	ctx, cancel := context.WithCancel(context.Background())
 	n.relay, n.ns, n.stop, n.ended = relay, ns, cancel, make(chan struct{})
 	go func() {

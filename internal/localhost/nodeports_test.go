@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -163,6 +164,33 @@ func TestTakenPort(t *testing.T) {
 		b.serves("the other program has ended", 30080)
 		if problem, ok := b.Problem(web); ok {
 			b.Errorf("a problem is left: %+v", problem)
+		}
+	})
+}
+
+// A local process cannot take all connections that the process's descriptors allow. Beyond
+// the limit of loopback, connections are reset until others end.
+func TestConnectionLimit(t *testing.T) {
+	eachFamily(t, func(b *bench) {
+		b.put(named("web", plan.TCP), 30080)
+		b.sync(plan.Change{All: true})
+		limit, open := &b.relay.Limits.Connections, atomic.Int64{}
+		for open.Load() <= mostConnections && limit.Acquire(&open) {
+		}
+		defer func() {
+			for open.Load() > 0 {
+				limit.Release(&open)
+			}
+		}()
+		if open.Load() > mostConnections {
+			b.Fatal("the limit is that of the process")
+		}
+		if err := b.ask(30080); err == nil || b.relay.Counts.Refused.Load() != 1 {
+			b.Errorf("beyond the limit: %v, %d connections were refused", err, b.relay.Counts.Refused.Load())
+		}
+		limit.Release(&open)
+		if err := b.ask(30080); err != nil {
+			b.Errorf("one connection has ended: %v", err)
 		}
 	})
 }

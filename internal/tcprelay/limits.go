@@ -47,24 +47,32 @@ var ProcessLimits = sync.OnceValues(func() (*Limits, error) {
 
 // Limit is a semaphore that does not block.
 type Limit struct {
-	Max  int64
-	open atomic.Int64
+	Max int64
+	// Within is a limit that also applies; may be nil.
+	Within *Limit
+	open   atomic.Int64
 }
 
 // Acquire counts one more, here and in n, the relay's own count; false at the limit.
 func (l *Limit) Acquire(n *atomic.Int64) bool {
-	if l.open.Add(1) > l.Max {
+	if l.open.Add(1) > l.Max || l.Within != nil && !l.Within.Acquire(n) {
 		l.open.Add(-1)
 		return false
 	}
-	n.Add(1)
+	if l.Within == nil {
+		n.Add(1)
+	}
 	return true
 }
 
 // Release undoes an Acquire.
 func (l *Limit) Release(n *atomic.Int64) {
-	n.Add(-1)
 	l.open.Add(-1)
+	if l.Within != nil {
+		l.Within.Release(n)
+		return
+	}
+	n.Add(-1)
 }
 
 // raiseFileLimit raises RLIMIT_NOFILE to wantedFiles or as far as possible, and

@@ -60,3 +60,24 @@ func TestRelaysShareLimits(t *testing.T) {
 		}
 	}
 }
+
+// A limit within another has no more open than either, and gives back to both.
+func TestLimitWithin(t *testing.T) {
+	outer := &Limit{Max: 3}
+	inner := &Limit{Max: 2, Within: outer}
+	var a, b atomic.Int64
+	if !inner.Acquire(&a) || !inner.Acquire(&a) || inner.Acquire(&a) {
+		t.Errorf("the inner limit of 2 has %d open", a.Load())
+	}
+	if !outer.Acquire(&b) || outer.Acquire(&b) {
+		t.Errorf("the outer limit of 3 has %d open", a.Load()+b.Load())
+	}
+	inner.Release(&a)
+	if !outer.Acquire(&b) || inner.Acquire(&a) {
+		t.Error("the inner limit exceeds the outer one, or gives nothing back")
+	}
+	outer.Release(&b)
+	if !inner.Acquire(&a) || a.Load() != 2 || b.Load() != 1 {
+		t.Errorf("%d and %d are open, want 2 and 1", a.Load(), b.Load())
+	}
+}
