@@ -59,7 +59,7 @@ func TestMigration(t *testing.T) {
 	s.run("kube-proxy serves", (*site).testClusterIP)
 	s.run("there", func(s *site) {
 		s.Cleanup(s.report)
-		s.underLoad(mode, func() { s.setImage(toolsImage()) })
+		s.underLoad(mode, mode, func() { s.setImage(toolsImage()) })
 		s.saysMode(mode)
 		s.run("ClusterIP", (*site).testClusterIP)
 		s.run("NodePort", (*site).testNodePort)
@@ -68,7 +68,7 @@ func TestMigration(t *testing.T) {
 		s.noErrors()
 	})
 	s.run("and back", func(s *site) {
-		s.underLoad(mode, func() { s.setImage(original) })
+		s.underLoad(mode, mode, func() { s.setImage(original) })
 		s.saysMode(mode)
 		s.run("ClusterIP", (*site).testClusterIP)
 		s.run("NodePort", (*site).testNodePort)
@@ -94,7 +94,7 @@ func TestMigrationToOwnDaemonSet(t *testing.T) {
 	})
 	s.run("there", func(s *site) {
 		s.Cleanup(s.report)
-		s.underLoad(before, func() {
+		s.underLoad(before, before, func() {
 			s.must(s.asleep(s.Context()))
 			s.must(s.applier.Apply(s.Context(), objects))
 			s.rolledOut()
@@ -114,7 +114,7 @@ func TestMigrationToOwnDaemonSet(t *testing.T) {
 		s.noErrors()
 	})
 	s.run("and back", func(s *site) {
-		s.underLoad(before, func() {
+		s.underLoad(before, before, func() {
 			s.must(s.applier.Delete(s.Context(), objects))
 			s.must(s.wake(s.Context()))
 			s.watched = kubeProxy

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,10 +27,13 @@ import (
 // load is traffic that goes on while something is done to signalbox, and must
 // not notice.
 type load struct {
-	stop   context.CancelFunc
-	all    sync.WaitGroup
-	done   atomic.Int64
-	ended  atomic.Int64 // lasting connections that a relay ended with itself
+	stop  context.CancelFunc
+	all   sync.WaitGroup
+	done  atomic.Int64
+	ended atomic.Int64 // lasting connections that a relay ended with itself
+	// again counts datagrams without an answer that were sent again. A node that leaves
+	// the relay removes its UDP flows from conntrack, and an answer on its way is lost.
+	again  atomic.Int64
 	mu     sync.Mutex
 	failed []string
 }
@@ -61,8 +65,8 @@ func (l *load) every(ctx context.Context, pause time.Duration, ask func() error)
 }
 
 // startLoad asks a NodePort of every worker from outside: by new connections,
-// by one connection that lasts, and by one UDP flow.
-func (s *site) startLoad(svc *corev1.Service, mode string) *load {
+// by one connection that lasts, and by one UDP flow. next is the mode that follows.
+func (s *site) startLoad(svc *corev1.Service, mode, next string) *load {
 	s.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	l := &load{stop: stop}
@@ -79,8 +83,14 @@ func (s *site) startLoad(svc *corev1.Service, mode string) *load {
 			flow, err := net.Dial("udp", udp.String())
 			s.must(err)
 			s.Cleanup(func() { flow.Close() })
+			lossy := mode == relay && next != relay
 			l.every(ctx, 50*time.Millisecond, func() error {
 				_, err := askOn(flow, "hostname")
+				if lossy && errors.Is(err, os.ErrDeadlineExceeded) {
+					lossy = false
+					l.again.Add(1)
+					_, err = askOn(flow, "hostname")
+				}
 				return describe("the flow to", udp, err)
 			})
 		}
@@ -158,7 +168,8 @@ func (l *load) end(s *site) {
 	s.Helper()
 	l.stop()
 	l.all.Wait()
-	s.Logf("%d requests from outside, %d failed; %d lasting connections ended", l.done.Load(), len(l.failed), l.ended.Load())
+	s.Logf("%d requests from outside, %d failed; %d lasting connections ended; %d datagrams sent again",
+		l.done.Load(), len(l.failed), l.ended.Load(), l.again.Load())
 	if l.done.Load() == 0 {
 		s.Error("nothing was asked")
 	}
@@ -215,8 +226,8 @@ func (s *site) endPodLoad() {
 }
 
 // underLoad does something to nodes in a mode while Pods and the outside go on
-// as if nothing were.
-func (s *site) underLoad(mode string, do func()) {
+// as if nothing were. next is the mode afterwards.
+func (s *site) underLoad(mode, next string, do func()) {
 	s.Helper()
 	svc := s.fresh("busy", bothServers, func(spec *corev1.ServiceSpec) { spec.Type = corev1.ServiceTypeNodePort })
 	for _, family := range s.families {
@@ -229,7 +240,7 @@ func (s *site) underLoad(mode string, do func()) {
 	}
 	s.reaches(client, "tcp", svc.Spec.ClusterIP, 80, serverA, serverB)
 	s.startPodLoad(net.JoinHostPort(svc.Spec.ClusterIP, "80"))
-	l := s.startLoad(svc, mode)
+	l := s.startLoad(svc, mode, next)
 	do()
 	l.end(s)
 	s.endPodLoad()

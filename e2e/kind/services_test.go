@@ -37,7 +37,7 @@ func TestModes(t *testing.T) {
 			if before == "" {
 				s.deploy(mode, before)
 			} else {
-				s.run("switch under load", func(s *site) { s.underLoad(before, func() { s.deploy(mode, before) }) })
+				s.run("switch under load", func(s *site) { s.underLoad(before, mode, func() { s.deploy(mode, before) }) })
 			}
 			before = mode
 			s.run("says its mode", func(s *site) { s.saysMode(mode) })
@@ -49,9 +49,9 @@ func TestModes(t *testing.T) {
 			s.run("no endpoint", (*site).testNoEndpoint)
 			s.run("an endpoint comes and goes", (*site).testEndpointChange)
 			s.run("cluster DNS", (*site).testDNS)
-			s.run("rolling restart under load", func(s *site) { s.underLoad(mode, s.restart) })
+			s.run("rolling restart under load", func(s *site) { s.underLoad(mode, mode, s.restart) })
 			if mode != relay {
-				s.run("a kill under load", func(s *site) { s.underLoad(mode, func() { s.kill(s.workers[1].name) }) })
+				s.run("a kill under load", func(s *site) { s.underLoad(mode, mode, func() { s.kill(s.workers[1].name) }) })
 			}
 			s.noErrors()
 		})
