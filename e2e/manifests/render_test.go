@@ -148,19 +148,38 @@ func TestTakeover(t *testing.T) {
 			values := chartValues(mode)
 			values["takeover"] = true
 			for by, objects := range map[string][]*unstructured.Unstructured{"kustomize": kustomized(t, dir), "helm": helmed(t, values)} {
-				c := daemonSet(t, objects).Spec.Template.Spec.Containers[0]
-				if !strings.HasPrefix(c.Image, "signalbox-iptables:") {
-					t.Errorf("%s: image %s", by, c.Image)
-				}
-				if !slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/run/xtables.lock" }) {
-					t.Errorf("%s: no lock among %+v", by, c.VolumeMounts)
-				}
+				pod := daemonSet(t, objects).Spec.Template.Spec
+				wantTools(t, by, pod)
+				c := pod.Containers[0]
 				privileged := c.SecurityContext.Privileged != nil && *c.SecurityContext.Privileged
 				if !privileged && !slices.Contains(c.SecurityContext.Capabilities.Add, "NET_RAW") {
 					t.Errorf("%s: capabilities %+v", by, c.SecurityContext.Capabilities)
 				}
 			}
 		})
+	}
+}
+
+// wantTools wants the tools of iptables, and their lock, in each container.
+func wantTools(t *testing.T, by string, pod corev1.PodSpec) {
+	t.Helper()
+	for _, c := range slices.Concat(pod.InitContainers, pod.Containers) {
+		if !strings.HasPrefix(c.Image, "signalbox-iptables:") {
+			t.Errorf("%s: %s has the image %s", by, c.Name, c.Image)
+		}
+		if !slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/run/xtables.lock" }) {
+			t.Errorf("%s: %s has no lock among %+v", by, c.Name, c.VolumeMounts)
+		}
+	}
+}
+
+// The tools of iptables, legacy, cannot even list without their lock.
+func TestIPTablesTools(t *testing.T) {
+	for _, mode := range []string{"iptables", "ipvs"} {
+		wantTools(t, "kustomize "+mode, daemonSet(t, kustomized(t, overlay(mode))).Spec.Template.Spec)
+	}
+	for _, mode := range []string{"auto", "iptables", "ipvs"} {
+		wantTools(t, "helm "+mode, daemonSet(t, helmed(t, chartValues(mode))).Spec.Template.Spec)
 	}
 }
 
