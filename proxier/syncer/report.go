@@ -11,30 +11,39 @@ import (
 
 // collectProblems asks the mode about the Service ports that it has just written.
 func (f *familyLoop) collectProblems(desired *plan.Plan, change plan.Change) {
-	ask := func(name plan.ServicePortName) {
-		p, found := f.proxier.Problem(name)
-		if f.problems.replace(f.problemOf[name], p, found) {
-			f.opts.Report(p)
-		}
-		if found {
-			f.problemOf[name] = p
-		} else {
-			delete(f.problemOf, name)
-		}
-	}
 	if !change.All {
 		for _, name := range change.Services {
-			ask(name)
+			f.collectProblem(name)
 		}
 		return
 	}
 	for name := range f.problemOf {
 		if desired.Services[name] == nil {
-			ask(name)
+			f.collectProblem(name)
 		}
 	}
 	for name := range desired.Services {
-		ask(name)
+		f.collectProblem(name)
+	}
+}
+
+func (f *familyLoop) collectProblem(name plan.ServicePortName) {
+	p, found := f.proxier.Problem(name)
+	if f.problems.replace(f.problemOf[name], p, found) {
+		f.opts.Report(p)
+	}
+	if found {
+		f.problemOf[name] = p
+	} else {
+		delete(f.problemOf, name)
+	}
+}
+
+// updateProblems asks the mode again about the Service ports that had a problem. Modes
+// solve some without a sync: they listen again at a NodePort that another program had.
+func (f *familyLoop) updateProblems() {
+	for name := range f.problemOf {
+		f.collectProblem(name)
 	}
 }
 

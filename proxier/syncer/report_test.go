@@ -82,3 +82,31 @@ func TestModesProblemsAreToldOnce(t *testing.T) {
 	b.RequestFullWrite()
 	said("it is not busy any more")
 }
+
+// TestSolvedProblemsAreNotListed: a mode solves a problem without a sync, as a listener
+// that opens its port later does.
+func TestSolvedProblemsAreNotListed(t *testing.T) {
+	v4, v6 := &fussy{}, &fussy{}
+	b := newRig(t, func(o *LoopOptions) {
+		o.Settings.HasSchedulers = true
+		o.Proxiers = map[plan.Family]proxier.Proxier{plan.IPv4: v4, plan.IPv6: v6}
+	})
+	b.Apply(newService("web", clusterIP(0), annotated(plan.AnnotationScheduler, "mh"), func(s *corev1.Service) {
+		s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, "fd00::1")
+	}))
+	b.Synced()
+	if err := b.SyncNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	listed := func(when string, want int) {
+		t.Helper()
+		if list, objects := b.ObjectProblems(10); len(list) != want || objects != want {
+			t.Errorf("%s: %d problems of %d objects, want %d: %v", when, len(list), objects, want, list)
+		}
+	}
+	listed("in both families", 1)
+	clear(v4.kernel)
+	listed("solved in one family", 1)
+	clear(v6.kernel)
+	listed("solved", 0)
+}

@@ -216,6 +216,9 @@ func (l *Loop) ObjectProblems(most int) (list []ObjectProblem, objects int) {
 	for p := range l.tracker.Problems() {
 		all = append(all, source{p.Found[0].Kind, p.Found[0].Object, p.Since, func() []plan.Problem { return p.Found }})
 	}
+	for _, f := range l.families {
+		f.updateProblems()
+	}
 	for p, reported := range l.problems {
 		all = append(all, source{p.Kind, p.Object, reported.since, func() []plan.Problem { return []plan.Problem{p} }})
 	}
