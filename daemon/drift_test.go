@@ -19,28 +19,37 @@ import (
 )
 
 // TestHeals: what another program removes from the kernel is there again, without any
-// change of a Service, in each mode.
+// change of a Service, in each mode and family. Packets are IPv4.
 func TestHeals(t *testing.T) {
-	for mode, damages := range map[string][]string{
+	for variant, damages := range map[string][]string{
 		"nftables": {
 			"nft flush map ip signalbox frontends", "nft flush chain ip signalbox nat-prerouting",
 			"nft delete table ip signalbox", "nft flush ruleset",
+			"nft flush chain ip6 signalbox nat-prerouting", "nft delete table ip6 signalbox",
 		},
 		"userspace": {
 			"nft flush map ip signalbox-userspace frontends", "nft flush chain ip signalbox-userspace nat-prerouting",
 			"nft delete table ip signalbox-userspace", "nft flush ruleset", "ip rule del priority 83", "ip route flush table 21314",
+			"nft delete table ip6 signalbox-userspace", "ip -6 rule del priority 83", "ip -6 route flush table 21314",
 		},
-		"iptables": {"iptables -t nat -F KUBE-SERVICES", "iptables -t nat -F", "iptables -F KUBE-FIREWALL"},
+		"iptables": {
+			"iptables -t nat -F KUBE-SERVICES", "iptables -t nat -F", "iptables -F KUBE-FIREWALL",
+			"ip6tables -t nat -F KUBE-SERVICES", "ip6tables -t nat -F",
+		},
+		"iptables-legacy": {
+			"iptables-legacy -t nat -F KUBE-SERVICES", "iptables-legacy -t nat -F", "iptables-legacy -F KUBE-FIREWALL",
+			"ip6tables-legacy -t nat -F KUBE-SERVICES", "ip6tables-legacy -t nat -F",
+		},
 	} {
-		t.Run(mode, func(t *testing.T) { heals(t, mode, damages) })
+		t.Run(variant, func(t *testing.T) { heals(t, variant, damages) })
 	}
 }
 
-func heals(t *testing.T, mode string, damages []string) {
+func heals(t *testing.T, variant string, damages []string) {
 	const metrics = "http://127.0.0.1:10249/metrics"
 	lab := newLab(t)
 	node, client, pod := lab.Host("node1"), lab.Host("pod-x"), lab.Host("pod-a")
-	log := start(t, node, build(t), "run", "--source", serviceTo(t, pod), "--mode", mode, "--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16",
+	log := start(t, node, build(t), "run", "--source", serviceTo(t, pod), "--mode", modeOf(t, node, variant), "--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16",
 		"--conntrack-max-per-core=0", "--conntrack-min=0", "--oom-score-adj=0")
 	web := netip.MustParseAddrPort("10.96.0.10:80")
 	eventually(t, "the rules are there", func() bool {
@@ -50,25 +59,59 @@ func heals(t *testing.T, mode string, damages []string) {
 	if !answers(t, client, web, hangTimeout) {
 		t.Fatal("the Service does not answer")
 	}
-	repairs := map[string]int{} // by what the log says of the process
-	for i, damage := range damages {
+	counted, logged := map[string]int{}, map[string]int{} // by family, and by line of the log
+	for _, damage := range damages {
+		for _, family := range familiesOf(damage) {
+			counted[family]++
+			line := fmt.Sprintf("it is repaired\" family=%s process=%s", family, writerOf(damage))
+			logged[line]++
+		}
 		command(t, node, damage)
-		eventually(t, "after "+damage+", the repair is counted", func() bool {
-			return strings.Contains(page(node, metrics), fmt.Sprintf("signalbox_drift_repaired_total{ip_family=\"IPv4\"} %d\n", i+1))
-		})
+		for family, n := range counted {
+			eventually(t, fmt.Sprintf("after %s, %s has %d repairs", damage, family, n), func() bool {
+				return strings.Contains(page(node, metrics), fmt.Sprintf("signalbox_drift_repaired_total{ip_family=%q} %d\n", family, n))
+			})
+		}
 		if !answers(t, client, web, hangTimeout) {
 			t.Errorf("after %s, the Service does not answer", damage)
 		}
-		program, _, _ := strings.Cut(damage, " ")
-		process := fmt.Sprintf("process=\"%s (", program)
-		if program == "ip" { // the kernel does not tell
-			process = "process=unknown"
-		}
-		repairs[process]++
-		if n := log.count("it is repaired\" family=IPv4 " + process); n < repairs[process] {
-			t.Errorf("after %s, the log names the program in %d repairs", damage, n)
+		for line, n := range logged { // the page may be read before the log's last lines
+			eventually(t, fmt.Sprintf("after %s, the log has %d times %s", damage, n, line), func() bool { return log.count(line) == n })
 		}
 	}
+}
+
+// familiesOf names the families of which a program removes something.
+func familiesOf(damage string) []string {
+	switch {
+	case damage == "nft flush ruleset":
+		return []string{"IPv4", "IPv6"}
+	case strings.Contains(damage, " ip6 "), strings.Contains(damage, " -6 "), strings.HasPrefix(damage, "ip6"):
+		return []string{"IPv6"}
+	}
+	return []string{"IPv4"}
+}
+
+// writerOf is how the log names the program that did a damage.
+func writerOf(damage string) string {
+	program, _, _ := strings.Cut(damage, " ")
+	if program == "ip" || strings.HasSuffix(program, "-legacy") { // the kernel does not tell
+		return "unknown"
+	}
+	return fmt.Sprintf("\"%s (", program)
+}
+
+// modeOf is the mode of a variant. For the legacy variant of iptables, it marks a node as the
+// kubelet does.
+func modeOf(t *testing.T, on *netlab.Host, variant string) string {
+	t.Helper()
+	mode, legacy := strings.CutSuffix(variant, "-legacy")
+	if legacy {
+		for _, restore := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore"} {
+			node{t, on}.must("*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n", restore)
+		}
+	}
+	return mode
 }
 
 // TestRepairAfterTakeover: what an earlier signalbox has changed is repaired as soon as it has

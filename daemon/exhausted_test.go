@@ -39,12 +39,13 @@ func answeredBy(t *testing.T, from *netlab.Host, at netip.AddrPort, pod *netlab.
 // TestDescriptorsRunOut: a process that can open no file for a while goes on serving. What
 // changes meanwhile takes effect as soon as it can.
 func TestDescriptorsRunOut(t *testing.T) {
-	for _, mode := range []string{"nftables", "iptables", "userspace"} {
-		t.Run(mode, func(t *testing.T) {
+	for _, variant := range []string{"nftables", "iptables", "iptables-legacy", "userspace"} {
+		t.Run(variant, func(t *testing.T) {
 			t.Parallel()
 			lab := newLab(t)
 			client, before, after := lab.Host("pod-x"), lab.Host("pod-a"), lab.Host("pod-b")
 			source := serviceTo(t, before)
+			mode := modeOf(t, lab.Host("node1"), variant)
 			process, log := startProcess(t, lab.Host("node1"), build(t), "run", "--source", source, "--mode", mode,
 				"--hostname-override=node1", "--cluster-cidr=10.244.0.0/16", "--conntrack-max-per-core=0", "--oom-score-adj=0")
 			web := netip.MustParseAddrPort("10.96.0.10:80")
@@ -85,16 +86,11 @@ func TestReadOnlyRun(t *testing.T) {
 			t.Parallel()
 			lab := newLab(t)
 			host, client, pod := lab.Host("node1"), lab.Host("pod-x"), lab.Host("pod-a")
-			mode, legacy := strings.CutSuffix(variant, "-legacy")
-			if legacy {
-				for _, restore := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore"} {
-					node{t, host}.must("*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n", restore)
-				}
-			}
+			mode := modeOf(t, host, variant)
 			args := []string{"-m", "sh", "-ec", `mount -t tmpfs -o ro none /run; exec "$@"`, "sh", build(t),
 				"run", "--source", serviceTo(t, pod), "--mode", mode, "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16",
 				"--conntrack-max-per-core=0", "--oom-score-adj=0", "--run-dir=/run/signalbox-of-a-test"}
-			if legacy {
+			if variant == "iptables-legacy" {
 				if out, err := runOn(host, "unshare", args...); err == nil || !strings.Contains(out, "the lock /run/xtables.lock is missing") || !strings.Contains(out, "mount the host's file") {
 					t.Errorf("without its lock: %v\n%s", err, out)
 				}

@@ -109,14 +109,9 @@ func newKilledNode(t *testing.T, variant string) *killedNode {
 
 func (k *killedNode) mode() string { return strings.TrimSuffix(k.variant, "-legacy") }
 
-// prepare marks a node of the legacy variant as the kubelet does.
+// prepare is modeOf for a host of the lab.
 func (k *killedNode) prepare(host *netlab.Host) {
-	k.Helper()
-	if k.variant == "iptables-legacy" {
-		for _, restore := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore"} {
-			node{k.T, host}.must("*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n", restore)
-		}
-	}
+	modeOf(k.T, host, k.variant)
 }
 
 // launch starts signalbox on a host.
