@@ -31,6 +31,7 @@ const (
 
 var (
 	errReplaced     = errors.New("another directory is at the path")
+	errNotWatched   = errors.New("no events of the directory come")
 	errBeingWritten = errors.New("being written")
 	errNotAFile     = errors.New("not a regular file")
 )

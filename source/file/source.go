@@ -62,11 +62,16 @@ type Source struct {
 	// whenever the lines change; may be nil.
 	OnProblems func(problems []string)
 
-	dir     string
-	watched bool // the directory could be watched once
-	log     *slog.Logger
-	grace   time.Duration // emptyGrace
-	catalog *catalog
+	dir string
+	log *slog.Logger
+	// newWatcher is fsnotify.NewWatcher. It fails if root's programs have all inotify instances
+	// that the kernel allows.
+	newWatcher func() (*fsnotify.Watcher, error)
+	watched    bool          // events of the directory come
+	unwatched  string        // the last logged error of a watch
+	synced     bool          // the sink has all objects
+	grace      time.Duration // emptyGrace
+	catalog    *catalog
 	// fingerprints of the files as they were last read.
 	fingerprints map[string]uint64
 	// writers has the time when a file was first seen open for writing.
@@ -98,33 +103,25 @@ func New(dir string, log *slog.Logger) (*Source, error) {
 		return nil, fmt.Errorf("%s is not a directory", dir)
 	}
 	return &Source{
-		dir: dir, log: log.With("directory", dir), grace: emptyGrace, catalog: newCatalog(log), fingerprints: map[string]uint64{},
+		dir: dir, log: log.With("directory", dir), newWatcher: fsnotify.NewWatcher, grace: emptyGrace, catalog: newCatalog(log), fingerprints: map[string]uint64{},
 		writers: map[string]time.Time{}, large: map[string]*reading{}, largeRead: make(chan *reading), unread: map[string]bool{}, problems: map[string]string{},
 	}, nil
 }
 
 // Run sends the objects of the manifests to the sink until ctx ends, and returns
 // nil then. If the directory cannot be read, the source tries again and the sink
-// keeps its objects. An error means that the kernel allows no file watches at the
-// start.
+// keeps its objects. If the kernel allows no file watches, the source reads the directory
+// every pollPeriod.
 func (s *Source) Run(ctx context.Context, sink service.Sink) error {
-	last := ""
 	for ctx.Err() == nil {
 		err := s.watch(ctx, sink)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if errors.Is(err, errReplaced) {
+		if errors.Is(err, errReplaced) || errors.Is(err, errNotWatched) {
 			continue
 		}
-		if !s.watched && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
-			return err
-		}
-		if text := fmt.Sprint(err); text != last {
-			last = text
-			s.log.Warn("the directory cannot be watched; its objects stay, and the source tries again", "error", err)
-		}
-		s.problems[s.dir] = fmt.Sprintf("the directory cannot be watched: %v", err)
+		s.reportUnwatched("the directory cannot be read; its objects stay, and the source tries again", err)
 		s.reportProblems()
 		select {
 		case <-ctx.Done():
@@ -134,28 +131,43 @@ func (s *Source) Run(ctx context.Context, sink service.Sink) error {
 	return nil
 }
 
+// reportUnwatched logs each error once.
+func (s *Source) reportUnwatched(what string, err error) {
+	if text := fmt.Sprint(err); text != s.unwatched {
+		s.unwatched = text
+		s.log.Warn(what, "error", err)
+	}
+	s.problems[s.dir] = fmt.Sprintf("the directory cannot be watched: %v", err)
+}
+
 // watch reads all of the directory, and then each change, until the directory
-// is gone.
+// is gone. If there can be no events, it returns after pollPeriod.
 func (s *Source) watch(ctx context.Context, sink service.Sink) error {
 	identity, err := os.Stat(s.dir) // before the watch begins, so that no replacement is missed
 	if err != nil {
 		return err
 	}
-	watcher, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watching files: %w", err)
+	watcher, err := s.newWatcher()
+	if err == nil {
+		defer watcher.Close()
+		err = watcher.Add(s.dir)
 	}
-	defer watcher.Close()
-	if err := watcher.Add(s.dir); err != nil {
+	s.watched = err == nil
+	switch {
+	case errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("watching %s: %w", s.dir, err)
+	case err != nil:
+		s.reportUnwatched("the directory cannot be watched; it is read every second", err)
+		watcher = &fsnotify.Watcher{} // without events
+	default:
+		s.unwatched, s.synced = "", false
+		delete(s.problems, s.dir)
 	}
-	s.watched = true
-	delete(s.problems, s.dir)
 	unfinished, err := s.readAll(ctx, sink)
-	for synced := false; err == nil; {
+	for err == nil {
 		s.reportProblems()
-		if !synced && len(unfinished) == 0 && len(s.large) == 0 {
-			synced = true
+		if !s.synced && len(unfinished) == 0 && len(s.large) == 0 {
+			s.synced = true
 			sink.Synced()
 		}
 		var c change
@@ -184,7 +196,8 @@ type change struct {
 
 // changes waits for changes and then, unless files appeared, for quietTime.
 // Unfinished files count as changed. The error errReplaced says that another
-// directory than that of the identity is at the path.
+// directory than that of the identity is at the path. errNotWatched says that no events
+// come, and that pollPeriod is over.
 func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, identity fs.FileInfo, unfinished map[string]bool) (change, error) {
 	c := change{names: map[string]bool{}}
 	poll := time.NewTicker(pollPeriod)
@@ -211,6 +224,9 @@ func (s *Source) changes(ctx context.Context, watcher *fsnotify.Watcher, identit
 		case <-poll.C:
 			if now, err := os.Stat(s.dir); err == nil && !os.SameFile(now, identity) {
 				return c, errReplaced
+			}
+			if !s.watched {
+				return c, errNotWatched
 			}
 			if len(s.unread) == 0 {
 				continue

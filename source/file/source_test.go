@@ -12,9 +12,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/runtime"
 )
 
@@ -64,12 +67,18 @@ func newLab(t *testing.T, dir string) *lab {
 
 func newLabWith(t *testing.T, dir string, grace time.Duration) *lab {
 	t.Helper()
+	return newLabOf(t, dir, func(s *Source) { s.grace = grace })
+}
+
+// newLabOf makes a lab whose source setup changes.
+func newLabOf(t *testing.T, dir string, setup func(*Source)) *lab {
+	t.Helper()
 	l := &lab{t, dir, &lockedBuffer{}, make(chan string, 1000), make(chan []string, 1000)}
 	s, err := New(dir, slog.New(slog.NewTextHandler(l.log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.grace = grace
+	setup(s)
 	s.OnProblems = func(problems []string) { l.problems <- problems }
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -119,6 +128,36 @@ func (l *lab) want(lines ...string) {
 	slices.Sort(lines)
 	if !slices.Equal(got, lines) {
 		l.t.Fatalf("told %q, want %q", got, lines)
+	}
+}
+
+// TestNoInotifyInstance: while other programs have all inotify instances, the directory is read
+// every second. Once there is one, events come.
+func TestNoInotifyInstance(t *testing.T) {
+	var free atomic.Bool
+	l := newLabOf(t, t.TempDir(), func(s *Source) {
+		s.newWatcher = func() (*fsnotify.Watcher, error) {
+			if free.Load() {
+				return fsnotify.NewWatcher()
+			}
+			return nil, unix.EMFILE
+		}
+	})
+	l.want("synced")
+	if problems := <-l.problems; len(problems) != 1 || !strings.Contains(problems[0], "too many open files") {
+		t.Errorf("without an instance, the problems are %q", problems)
+	}
+	l.write("web.yaml", serviceManifest("web"))
+	l.want("apply Service web")
+	free.Store(true)
+	if problems := <-l.problems; len(problems) > 0 {
+		t.Errorf("with an instance, the problems are %q", problems)
+	}
+	l.want("synced")
+	l.write("web.yaml", serviceManifest("other"))
+	l.want("apply Service other", "delete Service web")
+	if n := strings.Count(l.log.String(), "cannot be watched"); n != 1 {
+		t.Errorf("the log says %d times that the directory cannot be watched:\n%s", n, l.log)
 	}
 }
 
