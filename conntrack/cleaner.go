@@ -3,6 +3,7 @@
 package conntrack
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,8 @@ type Options struct {
 	Relays []netip.Prefix
 	// Logger is slog.Default() when nil.
 	Logger *slog.Logger
+	// Opened is called after every try to open the table, with its error; may be nil.
+	Opened func(error)
 	// Scanned is called after every scan of the table, by the Cleaner's goroutine;
 	// may be nil.
 	Scanned func(Scan)
@@ -69,7 +72,6 @@ const maxInterrupted = 5
 // meanwhile are the next batch.
 type Cleaner struct {
 	opts   Options
-	table  *table
 	cancel context.CancelFunc
 	done   chan struct{} // closed when the goroutine has ended
 	wake   chan struct{} // holds one token while there is something new
@@ -79,8 +81,10 @@ type Cleaner struct {
 	calls   uint64     // of Clean so far
 	scanned uint64     // calls whose first scan has succeeded
 	changed *sync.Cond // of scanned
+	closed  error      // why the table is not open
 
-	// Used by the goroutine alone.
+	// Used by the goroutine alone, and by New.
+	table *table // nil: not open
 	tasks map[plan.Family]tasks
 	local []netip.Addr
 	retry time.Duration
@@ -88,8 +92,8 @@ type Cleaner struct {
 
 var _ syncer.FlowCleaner = (*Cleaner)(nil)
 
-// New returns a Cleaner for the caller's network namespace. It fails if this
-// process cannot use the namespace's connection tracking table.
+// New returns a Cleaner for the caller's network namespace. If it cannot open the connection
+// tracking table, the Cleaner tries again, in the process's own namespace.
 func New(opts Options) (*Cleaner, error) {
 	if opts.LocalAddrs == nil {
 		return nil, errors.New("conntrack: Options.LocalAddrs is not set")
@@ -100,19 +104,41 @@ func New(opts Options) (*Cleaner, error) {
 	if opts.RecheckAfter == 0 {
 		opts.RecheckAfter = defaultRecheck
 	}
-	t, err := openTable()
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithCancel(context.Background())
 	c := &Cleaner{
-		opts: opts, table: t, cancel: cancel,
+		opts: opts, cancel: cancel,
 		done: make(chan struct{}), wake: make(chan struct{}, 1),
 		queued: map[plan.Family]tasks{}, tasks: map[plan.Family]tasks{},
 	}
 	c.changed = sync.NewCond(&c.mu)
+	if c.open() != nil {
+		wait.Wake(c.wake)
+	}
 	go c.run(ctx)
 	return c, nil
+}
+
+// open opens the table if it is not open. A process may have no free descriptor, or the
+// kernel may load the module later.
+func (c *Cleaner) open() error {
+	if c.table != nil {
+		return nil
+	}
+	t, err := openTable()
+	if err == nil {
+		c.table = t
+	}
+	c.mu.Lock()
+	isNew := err != nil && c.closed == nil
+	c.closed = err
+	c.mu.Unlock()
+	if isNew {
+		c.opts.Logger.Warn("stale UDP flows, and TCP connections to removed endpoints, are not removed yet; signalbox tries again", "error", err)
+	}
+	if c.opts.Opened != nil {
+		c.opts.Opened(err)
+	}
+	return err
 }
 
 // Clean implements syncer.FlowCleaner.
@@ -134,7 +160,7 @@ func (c *Cleaner) Clean(family plan.Family, owners []plan.FlowOwner) {
 }
 
 // Flush waits until the first scan for everything that was queued before the
-// call has succeeded.
+// call has succeeded. It fails while the table cannot be opened.
 func (c *Cleaner) Flush(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() {
 		c.mu.Lock()
@@ -145,7 +171,7 @@ func (c *Cleaner) Flush(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for want := c.calls; c.scanned < want; c.changed.Wait() {
-		if err := ctx.Err(); err != nil {
+		if err := cmp.Or(ctx.Err(), c.closed); err != nil {
 			return fmt.Errorf("flushing stale flows: %w", err)
 		}
 	}
@@ -156,7 +182,9 @@ func (c *Cleaner) Flush(ctx context.Context) error {
 func (c *Cleaner) Close() {
 	c.cancel()
 	<-c.done
-	c.table.close()
+	if c.table != nil {
+		c.table.close()
+	}
 }
 
 func (c *Cleaner) run(ctx context.Context) {
@@ -189,9 +217,9 @@ func (c *Cleaner) run(ctx context.Context) {
 // scan is due; zero for never.
 func (c *Cleaner) scanAll(ctx context.Context) (next time.Time) {
 	calls := c.drain()
-	failed := false
+	failed := c.open() != nil
 	for _, family := range plan.Families {
-		if t := c.tasks[family]; len(t) > 0 {
+		if t := c.tasks[family]; len(t) > 0 && c.table != nil {
 			failed = c.scan(ctx, family, t) != nil || failed
 			for _, task := range t {
 				if !task.recheck.IsZero() && (next.IsZero() || task.recheck.Before(next)) {

@@ -232,14 +232,47 @@ func TestWithoutPrivilege(t *testing.T) {
 			answer <- err
 			return
 		}
-		c, err := New(Options{LocalAddrs: func() ([]netip.Addr, error) { return nil, nil }})
+		table, err := openTable()
 		if err == nil {
-			c.Close()
+			table.close()
 		}
 		answer <- err
 	}()
 	err := <-answer
 	if !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
-		t.Errorf("New without CAP_NET_ADMIN = %v, want EPERM and the remedy", err)
+		t.Errorf("openTable without CAP_NET_ADMIN = %v, want EPERM and the remedy", err)
+	}
+}
+
+// TestTableOpensLater: a Cleaner that cannot open the table at first tries again.
+func TestTableOpensLater(t *testing.T) {
+	opened := make(chan error, 10)
+	made := make(chan *Cleaner)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with its lack of privilege
+		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var caps [2]unix.CapUserData
+		if err := unix.Capset(&hdr, &caps[0]); err != nil {
+			t.Error(err)
+		}
+		c, err := New(Options{LocalAddrs: func() ([]netip.Addr, error) { return nil, nil }, Opened: func(err error) { opened <- err }})
+		if err != nil {
+			t.Error(err)
+		}
+		made <- c
+	}()
+	c := <-made
+	defer c.Close()
+	if err := <-opened; !errors.Is(err, unix.EPERM) {
+		t.Errorf("the first try: %v", err)
+	}
+	if err := <-opened; err != nil {
+		t.Errorf("the second try, with privileges: %v", err)
+	}
+	c.Clean(plan.IPv4, []plan.FlowOwner{{Frontends: []plan.FrontendKey{vipKey(netip.MustParseAddrPort("192.0.2.1:53"))}, Usable: set()}})
+	ctx, cancel := context.WithTimeout(t.Context(), hangTimeout)
+	defer cancel()
+	if err := c.Flush(ctx); err != nil {
+		t.Error(err)
 	}
 }

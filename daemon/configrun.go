@@ -47,7 +47,7 @@ type configRun struct {
 	events   *events.Recorder
 	sysctls  *sysctlProblems
 	proxiers map[plan.Family]proxier.Proxier
-	// flows removes stale flows; nil where they cannot be.
+	// flows removes stale flows.
 	flows        *conntrack.Cleaner
 	initialSync  *initialSync
 	loop         *syncer.Loop
@@ -76,7 +76,9 @@ func newConfigRun(ctx context.Context, d *daemonState, cfg *config.Config, log *
 	if err := c.openProxiers(); err != nil {
 		return nil, err
 	}
-	c.makeFlowCleaner()
+	if err := c.makeFlowCleaner(); err != nil {
+		return nil, err
+	}
 	c.initialSync = newInitialSync(len(choice.Families), func() { c.pool.closeUnused(log) })
 	c.loop = syncer.NewLoop(c.loopOptions())
 	c.servers.Follow(c.loop.SetAPIServers)
@@ -89,9 +91,7 @@ func newConfigRun(ctx context.Context, d *daemonState, cfg *config.Config, log *
 
 // close closes what does not outlive the configuration.
 func (c *configRun) close() {
-	if c.flows != nil {
-		c.flows.Close()
-	}
+	c.flows.Close()
 }
 
 // choose returns the mode that a configuration asks for, and the families that it
@@ -170,21 +170,18 @@ func (c *configRun) openProxiers() error {
 	return nil
 }
 
-// makeFlowCleaner makes what removes stale flows, if the kernel allows it.
-func (c *configRun) makeFlowCleaner() {
+// makeFlowCleaner makes what removes stale flows.
+func (c *configRun) makeFlowCleaner() (err error) {
 	var relays []netip.Prefix
 	for _, p := range c.proxiers {
 		if prefix := p.RelayPrefix(); prefix.IsValid() {
 			relays = append(relays, prefix)
 		}
 	}
-	flows, err := conntrack.New(conntrack.Options{Logger: c.log, LocalAddrs: node.Addrs, Relays: relays, Scanned: c.observer.metrics.FlowsScanned})
-	if err != nil {
-		c.log.Warn("stale UDP flows, and TCP connections to removed endpoints, are not removed", "reason", err)
-		c.observer.metrics.ConntrackUnavailable()
-		return
-	}
-	c.flows = flows
+	c.flows, err = conntrack.New(conntrack.Options{
+		Logger: c.log, LocalAddrs: node.Addrs, Relays: relays, Opened: c.observer.metrics.ConntrackOpened, Scanned: c.observer.metrics.FlowsScanned,
+	})
+	return err
 }
 
 // affinityPeriod is how often the clients with session affinity are counted.
@@ -208,7 +205,7 @@ const fullWritePeriod = time.Hour
 
 func (c *configRun) loopOptions() syncer.LoopOptions {
 	logProblem := syncer.LogProblems(c.log)
-	opts := syncer.LoopOptions{
+	return syncer.LoopOptions{
 		NodeName: c.cfg.NodeName, Settings: c.cfg.ForMode(c.choice.Mode), MinSyncPeriod: c.cfg.MinSyncPeriod, MaxProcessor: c.cfg.MaxProcessor,
 		Proxiers: c.proxiers, Logger: c.log, FullWritePeriod: fullWritePeriod, RetryPeriod: c.cfg.SyncPeriod,
 		Report: func(p plan.Problem) {
@@ -225,11 +222,8 @@ func (c *configRun) loopOptions() syncer.LoopOptions {
 			c.observer.reportNode(c.log, c.cfg.NodeName, missing, others)
 		},
 		NodeOptional: c.cfg.SourceDir != "",
+		Flows:        c.flows,
 	}
-	if c.flows != nil { // a nil *Cleaner would be a FlowCleaner that is not nil
-		opts.Flows = c.flows
-	}
-	return opts
 }
 
 // reportSync logs the first sync that serves a family, and others at debug level.

@@ -109,9 +109,6 @@ const flowFlushTimeout = 5 * time.Second
 // flushFlows waits until UDP flows have left what served before. A relay that is
 // paused refuses their datagrams.
 func (c *configRun) flushFlows(ctx context.Context) {
-	if c.flows == nil {
-		return
-	}
 	ctx, cancel := context.WithTimeout(ctx, flowFlushTimeout)
 	defer cancel()
 	if err := c.flows.Flush(ctx); err != nil {

@@ -81,7 +81,7 @@ func exercised(mode string) *Metrics {
 	m.Sysctl("net.ipv4.vs.conntrack", nil)
 	m.Source("services", nil)
 	m.Source("nodes", errors.New("no"))
-	m.ConntrackUnavailable()
+	m.ConntrackOpened(errors.New("no"))
 	m.ForeignRules(plan.IPv4, true)
 	m.ForeignRules(plan.IPv6, false)
 	m.HealthChecks(plan.IPv4, 13)

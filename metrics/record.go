@@ -62,8 +62,11 @@ func (m *Metrics) FlowsScanned(s conntrack.Scan) {
 	}
 }
 
-// ConntrackUnavailable records that the connection-tracking table cannot be read.
-func (m *Metrics) ConntrackUnavailable() { m.own.conntrackUnavailable.WithLabelValues().Set(1) }
+// ConntrackOpened records whether the connection-tracking table can be read. It has the form
+// of conntrack.Options.Opened.
+func (m *Metrics) ConntrackOpened(err error) {
+	m.own.conntrackUnavailable.WithLabelValues().Set(oneIf(err != nil))
+}
 
 // Problem counts a part of an object that cannot be served. It has the form of LoopOptions.Report.
 func (m *Metrics) Problem(p plan.Problem) { m.own.problems.WithLabelValues(p.Kind).Inc() }
