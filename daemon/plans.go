@@ -38,8 +38,8 @@ func Plans(ctx context.Context, cfg *config.Config, mode proxier.Mode, local []n
 
 // Explain reads the objects once and answers a question without a daemon. noDaemon says why
 // none answered; nil if none was asked. If this machine is the node, the answer also has what
-// the kernel tells without a plan: which mode has rules, rules of kube-proxy, and tracked
-// connections. The mode auto stands for the one that has rules, or the preferred one.
+// the kernel tells without a plan: which mode has rules, rules of kube-proxy, tracked
+// connections, and the interfaces. The mode auto stands for the one that has rules, or the preferred one.
 func Explain(ctx context.Context, cfg *config.Config, local []netip.Addr, q explain.Question, noDaemon error) (*explain.Answer, error) {
 	mode := modes.All[0]
 	if cfg.Mode != modes.Auto {
@@ -55,6 +55,12 @@ func Explain(ctx context.Context, cfg *config.Config, local []netip.Addr, q expl
 	here := noDaemon != nil || cfg.SourceDir == "" && isThisMachine(cfg.NodeName)
 	if here {
 		mode = inspectKernel(ctx, &env, mode, cfg.Mode == modes.Auto)
+		env.Link = node.LinkTo
+		addrs, err := node.Addrs()
+		if err != nil {
+			env.Problems = append(env.Problems, "this node's addresses cannot be read; those of the Node object are known: "+err.Error())
+		}
+		local = slices.Concat(local, addrs)
 	}
 	env.Mode, env.Traits = mode.Name(), mode.Traits()
 	loop, err := readOnce(ctx, cfg, mode, local, slog.New(slog.DiscardHandler)) // the answer has the problems

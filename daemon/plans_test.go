@@ -3,6 +3,7 @@
 package daemon
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -10,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/spf13/pflag"
+	"github.com/vishvananda/netlink"
 
 	"signalbox/config"
 	"signalbox/explain"
@@ -34,6 +36,62 @@ addressType: IPv4
 ports: [{name: http, port: 8080}]
 endpoints: [{addresses: [10.244.1.10]}]
 `
+
+// TestExplainKnowsTheInterfaces: on the node, explain reads the interfaces as the daemon does.
+// Elsewhere it knows only the addresses of the Node object.
+func TestExplainKnowsTheInterfaces(t *testing.T) {
+	nstest.Enter(t)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "cali0"
+	link := &netlink.Bridge{LinkAttrs: attrs}
+	if err := netlink.LinkAdd(link); err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 1, 2, 3).To4(), Mask: net.CIDRMask(24, 32)}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := netlink.LinkSetUp(link); err != nil {
+		t.Fatal(err)
+	}
+	source := t.TempDir()
+	manifest := strings.Replace(servedManifest, "port: 80}", "port: 80, nodePort: 30080}", 1)
+	manifest = strings.Replace(manifest, "spec:", "spec:\n  type: NodePort", 1)
+	if err := os.WriteFile(filepath.Join(source, "web.yaml"), []byte(manifest), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var flags config.Flags
+	fs := pflag.NewFlagSet("", pflag.ContinueOnError)
+	flags.Add(fs)
+	if err := fs.Parse([]string{"--source=" + source, "--hostname-override=node1", "--nodeport-addresses=0.0.0.0/0",
+		"--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=cali"}); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := flags.Config()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, test := range []struct {
+		from     string
+		noDaemon error
+		says     string
+	}{
+		{"10.1.2.9", explain.ErrNoDaemon, "A new TCP connection from Pod 10.1.2.9 goes to the endpoint 10.244.1.10:8080."},
+		{"10.1.2.9", nil, "No Service that signalbox serves has 10.1.2.3:30080/tcp."},
+	} {
+		q, err := explain.ParseQuestion("10.1.2.3:30080", test.from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := Explain(t.Context(), cfg, nil, q, test.noDaemon)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var text strings.Builder
+		if a.Print(&text); !strings.Contains(text.String(), "\n"+test.says+"\n") {
+			t.Errorf("without a daemon (%v):\n%s\nwant %q", test.noDaemon, text.String(), test.says)
+		}
+	}
+}
 
 // TestExplainWithoutDaemon: where no daemon answers, the answer says so. It names the mode that
 // has rules in the kernel, and doubts if none has, or if kube-proxy has. Where none was asked, the
