@@ -56,9 +56,13 @@ type flow struct {
 	socket   *net.UDPConn
 	raw      syscall.RawConn // of socket
 	sent     atomic.Int64    // datagrams of the client
-	last     atomic.Int64    // when a datagram was sent or received last, Unix time in ns, or flowOver
+	last     atomic.Int64    // when a datagram was sent or received last, in ns since clockStart, or flowOver
 	refused  atomic.Bool     // the endpoint's port is closed
 }
+
+// clockStart is the zero of the times of flows. It has a monotonic clock reading: when the
+// wall clock is set, flows keep their timeouts.
+var clockStart = time.Now()
 
 // flowOver in flow.last: the flow forwards no more datagrams.
 const flowOver = math.MinInt64
@@ -72,19 +76,21 @@ func (f *flow) use() bool {
 		if last == flowOver {
 			return false
 		}
-		if f.last.CompareAndSwap(last, time.Now().UnixNano()) {
+		if f.last.CompareAndSwap(last, int64(time.Since(clockStart))) {
 			return true
 		}
 	}
 }
 
 // ends is when the flow ends if no datagram is sent or received before.
-func (f *flow) ends(idle idleTimes) time.Time { return time.Unix(0, f.last.Load()).Add(idle.of(f)) }
+func (f *flow) ends(idle idleTimes) time.Time {
+	return clockStart.Add(time.Duration(f.last.Load()) + idle.of(f))
+}
 
 // expire ends the flow if it has been idle for long enough.
 func (f *flow) expire(idle idleTimes) bool {
 	last := f.last.Load()
-	return time.Since(time.Unix(0, last)) >= idle.of(f) && f.last.CompareAndSwap(last, flowOver)
+	return time.Since(clockStart)-time.Duration(last) >= idle.of(f) && f.last.CompareAndSwap(last, flowOver)
 }
 
 // idleTimes are answerIdle and flowIdle, except in tests.
@@ -297,7 +303,7 @@ func (r *relay) openFlow(k flowKey, t *target, tried []netip.AddrPort) (opened *
 		f.socket.Close()
 		return nil, netip.AddrPort{}
 	}
-	f.last.Store(time.Now().UnixNano()) // before expire can look at it
+	f.last.Store(int64(time.Since(clockStart))) // before expire can look at it
 	return f, netip.AddrPort{}
 }
 

@@ -253,6 +253,9 @@ func TestFlowIsUsedOrExpires(t *testing.T) {
 	if f.expire(idleTimes{answerIdle, flowIdle}) {
 		t.Error("a flow expired just after a datagram")
 	}
+	if end := f.ends(idleTimes{answerIdle, flowIdle}); end == end.Round(0) { // Round removes the monotonic reading
+		t.Error("a clock that is set changes when a flow ends")
+	}
 }
 
 // TestExpiredFlowIsReplaced sends a datagram into a flow between its end and
