@@ -86,8 +86,9 @@ func TestRepair(t *testing.T) {
 	})
 }
 
-// TestUnknownWords: where the tools print rules in words that the comparison does not know, one
-// full write is the last for that reason.
+// TestUnknownWords: where the tools print rules in words that the comparison does not know, two
+// full writes are the last for that reason. When the tools print known words again, a full write
+// ends that.
 func TestUnknownWords(t *testing.T) {
 	eachVariant(t, func(t *testing.T, p *Proxier) {
 		save := filepath.Join(t.TempDir(), "save")
@@ -95,10 +96,11 @@ func TestUnknownWords(t *testing.T) {
 		if err := os.WriteFile(save, []byte(script), 0o700); err != nil {
 			t.Fatal(err)
 		}
+		program := p.tools.Save
 		p.tools.Save = save
 		desired := newWorld(p.opts.Family, 3).plan(10)
 		mustSync(t, p, desired, plan.Change{All: true})
-		for i, want := range []bool{true, false} {
+		for i, want := range []bool{true, true, false, false} {
 			run(t, "", p.tools.Command, "-t", "nat", "-N", fmt.Sprintf("OTHER%d", i))
 			noticed(t, p, "a foreign chain")
 			if found, err := p.Repair(t.Context()); err != nil || found.NeedsFullWrite != want {
@@ -110,6 +112,35 @@ func TestUnknownWords(t *testing.T) {
 		noticed(t, p, "the flush")
 		if found, err := p.Repair(t.Context()); err != nil || !found.NeedsFullWrite {
 			t.Errorf("after a flush: found %+v, %v", found, err)
+		}
+		p.tools.Save = program
+		mustSync(t, p, desired, plan.Change{All: true})
+		run(t, "", p.tools.Command, "-t", "filter", "-R", forwardChain, "1", "-j", "RETURN")
+		if found, err := p.Repair(t.Context()); err != nil || !found.NeedsFullWrite {
+			t.Errorf("with known words again, a replaced rule leads to %+v, %v", found, err)
+		}
+	})
+}
+
+// TestReplacedDuringListing: another program replaces a rule whenever signalbox lists the rules,
+// also after a full write. That does not end the comparison of rules.
+func TestReplacedDuringListing(t *testing.T) {
+	eachVariant(t, func(t *testing.T, p *Proxier) {
+		desired := newWorld(p.opts.Family, 3).plan(10)
+		mustSync(t, p, desired, plan.Change{All: true})
+		program, save := p.tools.Save, filepath.Join(t.TempDir(), "save")
+		script := fmt.Sprintf("#!/bin/sh\ncase $* in *filter*) %s -t filter -R %s 1 -j RETURN;; esac\nexec %s \"$@\"\n", p.tools.Command, forwardChain, program)
+		if err := os.WriteFile(save, []byte(script), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		p.tools.Save = save
+		for i := range 4 {
+			found, err := p.Repair(t.Context())
+			if err != nil || !found.NeedsFullWrite {
+				t.Fatalf("comparison %d finds %+v, %v", i, found, err)
+			}
+			noticed(t, p, "the replaced rule") // the count has it before the write
+			mustSync(t, p, desired, plan.Change{All: true})
 		}
 	})
 }

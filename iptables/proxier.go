@@ -117,8 +117,9 @@ type Proxier struct {
 	// since the last full write.
 	rulesDiffer bool
 	// unreadable says that the tools print rules in words that the comparison does not know:
-	// see checkWords.
+	// see checkWords. suspects are differences that its last look found.
 	unreadable bool
+	suspects   []string
 
 	mu sync.Mutex // guards what follows against Watch
 	// observer is nil until the kernel can be asked.
@@ -240,8 +241,8 @@ func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
 	}
 	t.commit()
 	p.state, p.compiler, p.started = next, compiler, true
-	if p.rulesDiffer && p.changes() == before {
-		p.checkWords(ctx)
+	if p.rulesDiffer || p.unreadable {
+		p.checkWords(ctx, before)
 	}
 	p.rulesDiffer = false
 	return nil
@@ -260,24 +261,43 @@ func (p *Proxier) differences(written *totals, kernel [tableCount]*xtables.Listi
 	if len(found) > 0 || p.unreadable {
 		return found
 	}
+	found = p.differentRules(kernel, rules())
+	p.rulesDiffer = len(found) > 0
+	return found
+}
+
+func (p *Proxier) differentRules(kernel [tableCount]*xtables.Listing, rules [tableCount]map[string][]string) []string {
 	var c proxier.Comparison
-	for t, wanted := range rules() {
+	for t, wanted := range rules {
 		p.tools.Compare(&c, table(t).String(), wanted, kernel[t].OwnRules, nil)
 	}
-	p.rulesDiffer = len(c.Differences) > 0
 	return c.Differences
 }
 
+// maxSuspects bounds the memory for the differences that two looks of checkWords compare.
+const maxSuspects = 100
+
 // checkWords compares each rule after a full write for which such a comparison was the only
-// reason. If it finds differences again, the tools print rules in words that it does not know.
-// Then rules are no longer compared: each comparison would lead to a full write.
-func (p *Proxier) checkWords(ctx context.Context) {
+// reason. Before the write there were so many changes by other software. If two such looks
+// find the same difference, the tools print rules in words that the comparison does not know.
+// Then rules are no longer compared: each comparison would lead to a full write. The first
+// full write without a difference ends that.
+func (p *Proxier) checkWords(ctx context.Context, changes int) {
 	_, kernel, _, err := p.list(ctx)
 	if err != nil {
 		return // the next comparison leads here again
 	}
-	found := p.differences(&p.state.totals, kernel, func() [tableCount]map[string][]string { return p.state.rules(p.compiler) })
-	if p.unreadable = p.rulesDiffer; p.unreadable {
+	found := p.differentRules(kernel, p.state.rules(p.compiler))
+	if changes < 0 || p.changes() != changes {
+		return // other software may have made the differences
+	}
+	again := slices.ContainsFunc(found, func(difference string) bool { return slices.Contains(p.suspects, difference) })
+	p.suspects = slices.Clone(found[:min(len(found), maxSuspects)])
+	switch {
+	case len(found) == 0:
+		p.unreadable = false
+	case again && !p.unreadable:
+		p.unreadable = true
 		p.log.Warn("the iptables tools print rules in a form that signalbox does not know; a rule that another program replaces by another one is not noticed",
 			"family", p.opts.Family.String(), "program", p.tools.Save, "differences", len(found), "first", found[0])
 	}
