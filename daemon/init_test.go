@@ -38,6 +38,9 @@ func TestReadOnlySysctls(t *testing.T) {
 	if out, err := runOn(host, "unshare", append(locked, "--init-only")...); err == nil || !strings.Contains(out, "nf_conntrack_udp_timeout should be 77") || !strings.Contains(out, "route_localnet") {
 		t.Errorf("--init-only without the right to anything: %v\n%s", err, out)
 	}
+	if out, err := runOn(host, "unshare", append(locked, "--init-only", "--iptables-localhost-nodeports=false")...); err != nil || !strings.Contains(out, "nf_conntrack_udp_timeout should be 77") {
+		t.Errorf("--init-only without the right to a setting of connection tracking: %v\n%s", err, out)
+	}
 	if out, err := runOn(host, binary, append(flags, "--init-only")...); err != nil {
 		t.Fatalf("--init-only: %v\n%s", err, out)
 	}

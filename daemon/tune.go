@@ -26,12 +26,15 @@ func tune(cfg *config.Config, log *slog.Logger) []*node.KernelProblem {
 	return node.TuneConntrack(cfg.Conntrack)
 }
 
-// Init does what needs all privileges and ends (--init-only). It returns every
-// failure: nothing else would use the rest.
+// Init does what needs all privileges and ends (--init-only). It returns every failure of
+// the mode. The node can be served without a setting of connection tracking, and the
+// daemon reports it: Init logs that only.
 func Init(cfg *config.Config, log *slog.Logger) error {
-	failed := []error{node.JoinProblems(node.TuneConntrack(cfg.Conntrack))}
+	for _, p := range node.TuneConntrack(cfg.Conntrack) {
+		log.Warn(p.Impact, "error", p, "remedy", p.Remedy())
+	}
 	choice, err := modes.Choose(cfg.Mode, usableFamilies(log))
-	failed = append(failed, err)
+	failed := []error{err}
 	for _, family := range choice.Families {
 		settings := cfg.ForMode(choice.Mode)
 		if err := choice.Mode.Init(cfg.Options(choice.Mode, family), settings.ServesLocalhost(family)); err != nil {

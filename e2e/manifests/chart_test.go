@@ -53,7 +53,7 @@ var chartCases = map[string]chartCase{
 		}
 	}},
 	"flags and environment": {values: map[string]any{
-		"extraArgs": []any{"--max-cpu=5%"},
+		"extraArgs": []any{"-v=2", "--max-cpu=5%"},
 		"extraEnv":  []any{map[string]any{"name": "GOMEMLIMIT", "value": "200MiB"}},
 	}, check: func(t *testing.T, pod corev1.PodTemplateSpec) {
 		for _, c := range append(pod.Spec.InitContainers, pod.Spec.Containers...) {

@@ -210,6 +210,7 @@ func TestChartRefuses(t *testing.T) {
 		"health for the node alone":   {"config", map[string]any{"healthzBindAddress": "127.0.0.1:10256"}, "healthzBindAddress"},
 		"metrics out of reach":        {"podMonitor", map[string]any{"enabled": true}, "metricsBindAddress"},
 		"a flag of the chart's own":   {"extraArgs", []any{"--mode=ipvs"}, "extraArgs"},
+		"a flag that ends signalbox":  {"extraArgs", []any{"--cleanup"}, "extraArgs"},
 		"no node at a time":           {"maxSurge", 0, "maxSurge"},
 		"no share of the nodes":       {"maxSurge", "0%", "maxSurge"},
 		"a registry that ends in /":   {"image", map[string]any{"registry": "registry.example.com/"}, "registry"},
