@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"iter"
 	"sync"
 	"time"
 
@@ -22,6 +23,9 @@ const (
 	gatherPeriod = 10 * time.Millisecond
 	// maxSavePause is the longest pause after writes that failed.
 	maxSavePause = time.Minute
+	// fullPause is the pause after a state that is larger than a file may be. A further try
+	// reads and writes all of it.
+	fullPause = 10 * time.Minute
 	// stuckAfter is how long a write may take before it counts as failed.
 	stuckAfter = 30 * time.Second
 )
@@ -118,9 +122,13 @@ func (s *saver) run(ctx context.Context) {
 		pause, err := s.write()
 		stuck.Stop()
 		s.report(err)
-		if err == nil {
+		switch {
+		case err == nil:
 			failing = 0
-		} else {
+		case errors.Is(err, saved.ErrFull):
+			pause = fullPause
+			wait.Wake(s.wake)
+		default:
 			failing = min(max(2*failing, savePeriod), maxSavePause)
 			pause = failing
 			wait.Wake(s.wake)
@@ -137,16 +145,9 @@ func (s *saver) write() (pause time.Duration, err error) {
 			return 0, err
 		}
 	}
-	objects, complete, err := s.append()
-	if err != nil {
+	batch, objects, complete := s.take()
+	if err := s.store(batch, objects); err != nil {
 		return 0, err
-	}
-	if s.file.Lost() || s.file.Wasteful(objects) {
-		next, err := s.file.Compact()
-		if err != nil {
-			return 0, err
-		}
-		s.file = next
 	}
 	switch {
 	case !complete:
@@ -159,22 +160,51 @@ func (s *saver) write() (pause time.Duration, err error) {
 	return savePeriod, nil
 }
 
-// append writes the changes that wait. They wait on if that fails.
-func (s *saver) append() (objects int, complete bool, err error) {
-	s.mu.Lock()
-	batch := s.pending
-	s.pending = map[cache.ObjectName]change{}
-	objects, complete = s.objects, s.complete
-	s.mu.Unlock()
-	err = s.file.Append(func(yield func(string, []byte) bool) {
+// store writes changes to the file, or to a new file if this one is full, is lost or has
+// mostly out-of-date records. Changes that no file has are pending again after an error.
+func (s *saver) store(batch map[cache.ObjectName]change, objects int) error {
+	err := s.file.Append(texts(batch))
+	if err == nil {
+		batch = nil
+		if !s.file.Lost() && !s.file.Wasteful(objects) {
+			return nil
+		}
+	}
+	if err == nil || errors.Is(err, saved.ErrFull) {
+		var next *saved.File
+		if next, err = s.file.Compact(texts(batch)); err == nil {
+			s.file = next
+			return nil
+		}
+	}
+	s.putBack(batch)
+	return err
+}
+
+// texts returns the forms of the objects in a batch by name.
+func texts(batch map[cache.ObjectName]change) iter.Seq2[string, []byte] {
+	return func(yield func(string, []byte) bool) {
 		for name, c := range batch {
 			if !yield(name.String(), c.text) {
 				return
 			}
 		}
-	})
-	if err == nil {
-		return objects, complete, nil
+	}
+}
+
+// take removes the pending changes and returns them.
+func (s *saver) take() (batch map[cache.ObjectName]change, objects int, complete bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	batch = s.pending
+	s.pending = map[cache.ObjectName]change{}
+	return batch, s.objects, s.complete
+}
+
+// putBack makes changes pending again that were not written.
+func (s *saver) putBack(batch map[cache.ObjectName]change) {
+	if len(batch) == 0 {
+		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -183,7 +213,6 @@ func (s *saver) append() (objects int, complete bool, err error) {
 	for name, c := range later {
 		s.merge(name, c)
 	}
-	return 0, false, err
 }
 
 func (s *saver) close() {

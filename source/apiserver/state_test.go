@@ -220,6 +220,97 @@ func TestSaverWritesTheLatest(t *testing.T) {
 	}
 }
 
+// createLimited creates a file of at most 10,000 bytes.
+func createLimited(path string) (*saved.File, error) {
+	f, err := saved.Create(path)
+	if err == nil {
+		f.Limit = 10_000
+	}
+	return f, err
+}
+
+// A file that is full of out-of-date records is written anew, also if all objects change at
+// once.
+func TestFullFileIsWrittenAnew(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "services.state")
+	s := newSaver(path, func() bool { return true }, nil)
+	s.create = createLimited
+	text := func(round int) []byte { return bytes.Repeat([]byte{byte(round)}, 1000) }
+	for round := range 20 {
+		for i := range 7 {
+			s.put(cache.ObjectName{Namespace: "default", Name: fmt.Sprint(i)}, text(round), round == 0)
+		}
+		s.listed()
+		if _, err := s.write(); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+	}
+	s.put(cache.ObjectName{Namespace: "default", Name: "0"}, nil, false)
+	if _, err := s.write(); err != nil {
+		t.Fatal(err)
+	}
+	s.close()
+	objects, _, err := saved.Load(path)
+	if err != nil || len(objects) != 6 || !bytes.Equal(objects["default/1"], text(19)) {
+		t.Errorf("the file has %d objects, %v", len(objects), err)
+	}
+}
+
+// A state that does not fit is reported. It is saved when it fits again.
+func TestStateIsTooLarge(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "services.state")
+	s := newSaver(path, func() bool { return true }, nil)
+	s.create = createLimited
+	name := func(i int) cache.ObjectName { return cache.ObjectName{Namespace: "default", Name: fmt.Sprint(i)} }
+	for i := range 12 {
+		s.put(name(i), make([]byte, 1000), true)
+		s.listed()
+		if _, err := s.write(); errors.Is(err, saved.ErrFull) != (i > 8) {
+			t.Fatalf("with %d objects: %v", i+1, err)
+		}
+	}
+	for i := range 4 {
+		s.put(name(i), nil, false)
+	}
+	if _, err := s.write(); err != nil {
+		t.Fatal(err)
+	}
+	s.close()
+	if objects, _, err := saved.Load(path); err != nil || len(objects) != 8 {
+		t.Errorf("the file has %d objects, %v", len(objects), err)
+	}
+}
+
+// A state that is too large is not written anew all the time.
+func TestPauseWhileStateIsTooLarge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tries := 0
+		s := newSaver(filepath.Join(t.TempDir(), "services.state"), func() bool { return true }, func(error) { tries++ })
+		s.create = createLimited
+		ctx, cancel := context.WithCancel(t.Context())
+		go s.run(ctx)
+		for i := range 3600 {
+			s.put(cache.ObjectName{Namespace: "default", Name: fmt.Sprint(i % 20)}, make([]byte, 1000), i < 20)
+			time.Sleep(time.Second)
+		}
+		cancel()
+		<-s.ended
+		if tries > 30 {
+			t.Errorf("%d tries in an hour", tries)
+		}
+	})
+}
+
+// A new file does not help against an object that no file takes.
+func TestTooLargeObject(t *testing.T) {
+	s := newSaver(filepath.Join(t.TempDir(), "services.state"), func() bool { return true }, nil)
+	defer s.close()
+	s.put(cache.ObjectName{Namespace: "default", Name: "large"}, make([]byte, 9<<20), true)
+	if _, err := s.write(); err == nil || errors.Is(err, saved.ErrFull) || !strings.Contains(err.Error(), "default/large") {
+		t.Errorf("the write ended with %v", err)
+	}
+}
+
 // What waits for the disk is at most one form of each object: objects that came and went
 // meanwhile need nothing.
 func TestChangesWaitForTheDisk(t *testing.T) {

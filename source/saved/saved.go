@@ -32,7 +32,7 @@ import (
 const magic = "signalbox saved state 1\n"
 
 const (
-	// MaxSize bounds a file. 50,000 Services with 10 endpoints each need 90 MiB.
+	// MaxSize is the limit of a new file, in bytes. 50,000 Services with 10 endpoints each need 90 MiB.
 	MaxSize = 512 << 20
 	// maxRecord is more than etcd stores for an object.
 	maxRecord = 8 << 20
@@ -41,17 +41,20 @@ const (
 )
 
 var (
-	// ErrFull is for an object that would make a file larger than MaxSize.
-	ErrFull = fmt.Errorf("the file would exceed %d MiB", MaxSize>>20)
+	// ErrFull is for an object that would make a file larger than its limit.
+	ErrFull = errors.New("the file would exceed its limit")
 
-	errFormat  = errors.New("not a saved state of this version")
-	errDamaged = errors.New("a record is damaged")
+	errTooLarge = fmt.Errorf("the object has more than %d MiB", maxRecord>>20)
+	errFormat   = errors.New("not a saved state of this version")
+	errDamaged  = errors.New("a record is damaged")
 )
 
 var checksums = crc32.MakeTable(crc32.Castagnoli)
 
 // File is a journal that is being written. One goroutine at a time uses it.
 type File struct {
+	Limit int64 // of the size; a file that Compact returns has the same
+
 	path    string // where Commit puts it
 	name    string // where it is
 	file    *os.File
@@ -71,7 +74,7 @@ func Create(path string) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &File{path: path, name: file.Name(), file: file, size: int64(len(magic))}
+	f := &File{Limit: MaxSize, path: path, name: file.Name(), file: file, size: int64(len(magic))}
 	if _, err := file.WriteString(magic); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
@@ -105,8 +108,11 @@ func (f *File) Append(objects iter.Seq2[string, []byte]) error {
 	var record []byte
 	for name, text := range objects {
 		length := int64(nameBegin + len(name) + len(text))
-		if length > maxRecord || size+headerSize+length > MaxSize {
-			return ErrFull
+		switch {
+		case length > maxRecord:
+			return fmt.Errorf("%s: %w", name, errTooLarge)
+		case size+headerSize+length > f.Limit:
+			return fmt.Errorf("%w of %d MiB", ErrFull, f.Limit>>20)
 		}
 		record = appendRecord(record[:0], name, text)
 		if _, err := buf.Write(record); err != nil {
@@ -168,9 +174,9 @@ func (f *File) Lost() bool {
 // Wasteful says whether most records are out of date, if that many objects exist.
 func (f *File) Wasteful(objects int) bool { return f.records > 2*objects+wasteFrom }
 
-// Compact returns a new file with the latest records alone, for Commit to put in place. The
-// old one is then closed.
-func (f *File) Compact() (*File, error) {
+// Compact returns a new file with the latest records alone, and with changes, for Commit to
+// put in place. The old one is then closed.
+func (f *File) Compact(changes iter.Seq2[string, []byte]) (*File, error) {
 	latest := map[string]int64{} // where the last record of each object is
 	err := f.scan(func(at int64, name string, text []byte) bool {
 		latest[name] = at
@@ -182,13 +188,29 @@ func (f *File) Compact() (*File, error) {
 	if err != nil {
 		return nil, err
 	}
+	for name := range changes {
+		delete(latest, name)
+	}
 	next, err := Create(f.path)
 	if err != nil {
 		return nil, err
 	}
+	next.Limit = f.Limit
 	var read error
 	err = next.Append(func(yield func(string, []byte) bool) {
-		read = f.scan(func(at int64, name string, text []byte) bool { return latest[name] != at || yield(name, text) })
+		more := true
+		read = f.scan(func(at int64, name string, text []byte) bool {
+			more = latest[name] != at || yield(name, text)
+			return more
+		})
+		if !more || read != nil {
+			return
+		}
+		for name, text := range changes {
+			if text != nil && !yield(name, text) {
+				return
+			}
+		}
 	})
 	if err := errors.Join(err, read); err != nil {
 		return nil, errors.Join(err, next.Close())

@@ -120,7 +120,7 @@ func TestIncompleteRecordsDoNotCount(t *testing.T) {
 
 func compact(t *testing.T, f *File) *File {
 	t.Helper()
-	next, err := f.Compact()
+	next, err := f.Compact(objects())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +190,7 @@ func TestFailedWriteLeavesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	long := strings.Repeat("x", 1<<20)
-	if err := f.Append(objects("default/torn", long, "default/large", strings.Repeat("x", maxRecord))); !errors.Is(err, ErrFull) {
+	if err := f.Append(objects("default/torn", long, "default/large", strings.Repeat("x", maxRecord))); !errors.Is(err, errTooLarge) {
 		t.Fatalf("a large object: %v", err)
 	}
 	disk := f.file
