@@ -71,7 +71,7 @@ func TestRepair(t *testing.T) {
 				t.Errorf("%s: by %s, want %q", damage, by, want)
 			}
 			got, err := p.Repair(t.Context())
-			if err != nil || !got.NeedsFullWrite || !slices.Contains(got.Objects, found) {
+			if err != nil || got.NeedsFullWrite == strings.Contains(damage, "FIREWALL") || !slices.Contains(got.Objects, found) {
 				t.Errorf("%s: found %+v, %v, want %q", damage, got, err, found)
 			}
 			mustSync(t, p, desired, plan.Change{All: true})
@@ -143,6 +143,52 @@ func TestReplacedDuringListing(t *testing.T) {
 			mustSync(t, p, desired, plan.Change{All: true})
 		}
 	})
+}
+
+// TestFirewallDuringPause: after a comparison that took long, other changes wait. What no longer
+// keeps other hosts from 127.0.0.1 does not, and Repair adds it again.
+func TestFirewallDuringPause(t *testing.T) {
+	for _, b := range []Backend{Legacy, NFT} {
+		for damage, exposes := range map[string]bool{
+			"-N OTHER": false, "-F KUBE-FIREWALL": true, "-D INPUT -j KUBE-FIREWALL": true, "-D OUTPUT -j KUBE-FIREWALL": true,
+		} {
+			t.Run(string(b)+" "+damage, func(t *testing.T) {
+				nstest.Enter(t)
+				p := newProxier(t, plan.IPv4, b)
+				desired := newWorld(plan.IPv4, 3).plan(3)
+				desired.Node.LocalhostNodePorts = true
+				mustSync(t, p, desired, plan.Change{All: true})
+				run(t, "", p.tools.Command, "-N", "FIRST")
+				noticedFirst := false
+				p.compareTook = time.Hour
+				ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+				defer cancel()
+				p.Watch(ctx, func(proxier.Writer) {
+					if noticedFirst {
+						cancel()
+						return
+					}
+					noticedFirst = true
+					run(t, "", p.tools.Command, strings.Fields(damage)...)
+				})
+				if noticedAgain := errors.Is(ctx.Err(), context.Canceled); !noticedFirst || noticedAgain != exposes {
+					t.Errorf("noticed: the first change %v, %s %v, want %v", noticedFirst, damage, noticedAgain, exposes)
+				}
+				found, err := p.Repair(t.Context())
+				if err != nil || found.NeedsFullWrite || len(found.Objects) > 0 != exposes {
+					t.Errorf("found %+v, %v", found, err)
+				}
+				if client, err := p.tools.Client(); err != nil {
+					t.Error(err)
+				} else if complete, err := hasLocalnetFirewall(client); err != nil || !complete {
+					t.Errorf("after the repair, all rules of %s are there: %v, %v", firewallChain, complete, err)
+				}
+				if by, changed, _ := p.observe(); changed && exposes {
+					t.Errorf("after the repair, a change by %s is noticed", by)
+				}
+			})
+		}
+	}
 }
 
 // noticed waits until a change by other software is noticed.

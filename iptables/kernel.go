@@ -228,7 +228,11 @@ const routeLocalnet = "net/ipv4/conf/all/route_localnet"
 // and Pods, if these are wanted. It is never undone: other software may need
 // it by then. If the setting cannot be made, everything else is served.
 func (p *Proxier) prepareNode(wanted *plan.Node) error {
-	if !p.opensLoopback(wanted) {
+	open := p.opensLoopback(wanted)
+	p.mu.Lock()
+	p.loopbackOpen = open
+	p.mu.Unlock()
+	if !open {
 		p.problems = nil
 		return nil
 	}

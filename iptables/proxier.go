@@ -120,6 +120,8 @@ type Proxier struct {
 	// see checkWords. suspects are differences that its last look found.
 	unreadable bool
 	suspects   []string
+	// firewallSeen are the changes by other software after which Watch found firewallRule.
+	firewallSeen int
 
 	mu sync.Mutex // guards what follows against Watch
 	// observer is nil until the kernel can be asked.
@@ -128,6 +130,8 @@ type Proxier struct {
 	seen int
 	// compareTook is how long the last Repair took.
 	compareTook time.Duration
+	// loopbackOpen is opensLoopback of the last plan that was written.
+	loopbackOpen bool
 	// intact is the answer of the last Intact, after so many changes by other software.
 	intact      bool
 	intactAfter int
@@ -329,16 +333,38 @@ func (p *Proxier) list(ctx context.Context) (client *iptables.IPTables, kernel [
 const observePeriod = time.Second
 
 // Watch implements proxier.Proxier. After a change by other software it leaves them alone
-// for 20 times as long as the comparison took: some software writes all the time.
+// for 20 times as long as the comparison took: some software writes all the time. Only the
+// rules that keep other hosts from 127.0.0.1 do not wait.
 func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) {
-	for pause := observePeriod; wait.For(ctx, pause); {
-		by, changed, took := p.observe()
-		pause = observePeriod
-		if changed {
+	for pauseEnd := time.Now(); wait.For(ctx, observePeriod); {
+		if time.Now().Before(pauseEnd) && !p.losesFirewall() {
+			continue
+		}
+		if by, changed, took := p.observe(); changed {
 			drifted(by)
-			pause = max(pause, 20*took)
+			pauseEnd = time.Now().Add(20 * took)
 		}
 	}
+}
+
+// losesFirewall says whether a change by other software since the last call removed what
+// keeps other hosts from 127.0.0.1. Only Watch calls it.
+func (p *Proxier) losesFirewall() bool {
+	p.mu.Lock()
+	open, changes := p.loopbackOpen, p.changesLocked()
+	p.mu.Unlock()
+	if !open || changes < 0 || changes == p.firewallSeen {
+		return false
+	}
+	client, err := p.tools.Client()
+	if err != nil {
+		return false // the next call tries again
+	}
+	complete, err := hasLocalnetFirewall(client)
+	if err == nil && complete {
+		p.firewallSeen = changes
+	}
+	return err == nil && !complete
 }
 
 // observe says whether other software may have changed the tables since the last call, or
@@ -378,12 +404,16 @@ func (p *Proxier) changesLocked() int {
 	return n
 }
 
-// Repair implements proxier.Proxier. It only compares: a full write is one restore.
+// Repair implements proxier.Proxier. It first writes what keeps other hosts from 127.0.0.1. All
+// else it only compares: a full write is one restore.
 func (p *Proxier) Repair(ctx context.Context) (found proxier.Difference, err error) {
 	if p.state == nil {
 		return found, nil
 	}
 	began := time.Now()
+	if found.Objects, err = p.repairFirewall(); err != nil {
+		return found, err
+	}
 	client, kernel, missing, err := p.list(ctx)
 	if err != nil {
 		return found, err
@@ -394,20 +424,29 @@ func (p *Proxier) Repair(ctx context.Context) (found proxier.Difference, err err
 			return found, nil
 		}
 	}
-	found.Objects = p.differences(&p.state.totals, kernel, func() [tableCount]map[string][]string { return p.state.rules(p.compiler) })
+	differ := p.differences(&p.state.totals, kernel, func() [tableCount]map[string][]string { return p.state.rules(p.compiler) })
 	for _, j := range missing {
-		found.Objects = append(found.Objects, fmt.Sprintf("table %s: the jump from %s to %s is missing", j.table, j.from, j.target))
+		differ = append(differ, fmt.Sprintf("table %s: the jump from %s to %s is missing", j.table, j.from, j.target))
 	}
-	exposed, err := p.exposesLoopback(client)
-	if err != nil {
-		return found, err
-	}
-	found.Objects = append(found.Objects, exposed...)
-	found.NeedsFullWrite = len(found.Objects) > 0
+	found.Objects = append(found.Objects, differ...)
+	found.NeedsFullWrite = len(differ) > 0
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.compareTook = time.Since(began)
 	return found, nil
+}
+
+// repairFirewall writes what keeps other hosts from 127.0.0.1, and says so if it was missing.
+func (p *Proxier) repairFirewall() ([]string, error) {
+	client, err := p.tools.Client()
+	if err != nil {
+		return nil, err
+	}
+	exposed, err := p.exposesLoopback(client)
+	if err != nil || len(exposed) == 0 {
+		return nil, err
+	}
+	return exposed, p.tools.Unobserved(func() error { return p.prepareNode(&p.state.node) })
 }
 
 // exposesLoopback says so if the rules are missing that keep other hosts from 127.0.0.1.
