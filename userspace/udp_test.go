@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -253,7 +254,7 @@ func TestFlowIsUsedOrExpires(t *testing.T) {
 	if f.expire(idleTimes{answerIdle, flowIdle}) {
 		t.Error("a flow expired just after a datagram")
 	}
-	if end := f.ends(idleTimes{answerIdle, flowIdle}); end == end.Round(0) { // Round removes the monotonic reading
+	if end := f.ends(idleTimes{answerIdle, flowIdle}); !strings.Contains(end.String(), " m=") { // the monotonic reading
 		t.Error("a clock that is set changes when a flow ends")
 	}
 }

@@ -175,7 +175,8 @@ func TestConnectionLimit(t *testing.T) {
 		b.put(named("web", plan.TCP), 30080)
 		b.sync(plan.Change{All: true})
 		limit, open := &b.relay.Limits.Connections, atomic.Int64{}
-		for open.Load() <= mostConnections && limit.Acquire(&open) {
+		for admitted := true; admitted && open.Load() <= mostConnections; {
+			admitted = limit.Acquire(&open)
 		}
 		defer func() {
 			for open.Load() > 0 {
