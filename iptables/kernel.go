@@ -229,9 +229,7 @@ const routeLocalnet = "net/ipv4/conf/all/route_localnet"
 // it by then. If the setting cannot be made, everything else is served.
 func (p *Proxier) prepareNode(wanted *plan.Node) error {
 	open := p.opensLoopback(wanted)
-	p.mu.Lock()
-	p.loopbackOpen = open
-	p.mu.Unlock()
+	p.loopbackOpen.Store(open)
 	if !open {
 		p.problems = nil
 		return nil

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-iptables/iptables"
@@ -122,6 +123,9 @@ type Proxier struct {
 	suspects   []string
 	// firewallSeen are the changes by other software after which Watch found firewallRule.
 	firewallSeen int
+	// loopbackOpen is opensLoopback of the last plan that was written. mu cannot guard it: Watch
+	// may hold mu while it waits for a write.
+	loopbackOpen atomic.Bool
 
 	mu sync.Mutex // guards what follows against Watch
 	// observer is nil until the kernel can be asked.
@@ -130,8 +134,6 @@ type Proxier struct {
 	seen int
 	// compareTook is how long the last Repair took.
 	compareTook time.Duration
-	// loopbackOpen is opensLoopback of the last plan that was written.
-	loopbackOpen bool
 	// intact is the answer of the last Intact, after so many changes by other software.
 	intact      bool
 	intactAfter int
@@ -350,10 +352,11 @@ func (p *Proxier) Watch(ctx context.Context, drifted func(proxier.Writer)) {
 // losesFirewall says whether a change by other software since the last call removed what
 // keeps other hosts from 127.0.0.1. Only Watch calls it.
 func (p *Proxier) losesFirewall() bool {
-	p.mu.Lock()
-	open, changes := p.loopbackOpen, p.changesLocked()
-	p.mu.Unlock()
-	if !open || changes < 0 || changes == p.firewallSeen {
+	if !p.loopbackOpen.Load() {
+		return false
+	}
+	changes := p.changes()
+	if changes < 0 || changes == p.firewallSeen {
 		return false
 	}
 	client, err := p.tools.Client()
