@@ -217,7 +217,15 @@ func (p *Proxier) full(ctx context.Context, plan *plan.Plan) error {
 	if !p.started {
 		p.observe() // the listing has the changes so far, so Watch need not report them
 	}
-	_, kernel, missing, err := p.list(ctx)
+	client, err := p.tools.Client()
+	if err != nil {
+		return err
+	}
+	kernel, err := p.list(ctx)
+	if err != nil {
+		return err
+	}
+	missing, err := missingJumps(client, kernel)
 	if err != nil {
 		return err
 	}
@@ -289,7 +297,7 @@ const maxSuspects = 100
 // Then rules are no longer compared: each comparison would lead to a full write. The first
 // full write without a difference ends that.
 func (p *Proxier) checkWords(ctx context.Context, changes int) {
-	_, kernel, _, err := p.list(ctx)
+	kernel, err := p.list(ctx)
 	if err != nil {
 		return // the next comparison leads here again
 	}
@@ -317,18 +325,14 @@ func (p *Proxier) writeMarker(ctx context.Context) error {
 	return p.write(ctx, nil, &s)
 }
 
-// list reads the tables, and finds the jumps that they lack.
-func (p *Proxier) list(ctx context.Context) (client *iptables.IPTables, kernel [tableCount]*xtables.Listing, missing []jump, err error) {
-	if client, err = p.tools.Client(); err != nil {
-		return nil, kernel, nil, err
-	}
+// list reads the tables.
+func (p *Proxier) list(ctx context.Context) (kernel [tableCount]*xtables.Listing, err error) {
 	for t := range tableCount {
 		if kernel[t], err = p.tools.List(ctx, t.String(), isOurs, markerRules...); err != nil {
-			return nil, kernel, nil, err
+			return kernel, err
 		}
 	}
-	missing, err = missingJumps(client, kernel)
-	return client, kernel, missing, err
+	return kernel, nil
 }
 
 // observePeriod is the time between two looks at whether the tables may have changed.
@@ -414,10 +418,18 @@ func (p *Proxier) Repair(ctx context.Context) (found proxier.Difference, err err
 		return found, nil
 	}
 	began := time.Now()
-	if found.Objects, err = p.repairFirewall(); err != nil {
+	client, err := p.tools.Client()
+	if err != nil {
 		return found, err
 	}
-	client, kernel, missing, err := p.list(ctx)
+	if found.Objects, err = p.repairFirewall(client); err != nil {
+		return found, err
+	}
+	kernel, err := p.list(ctx)
+	if err != nil {
+		return found, err
+	}
+	missing, err := missingJumps(client, kernel)
 	if err != nil {
 		return found, err
 	}
@@ -440,11 +452,7 @@ func (p *Proxier) Repair(ctx context.Context) (found proxier.Difference, err err
 }
 
 // repairFirewall writes what keeps other hosts from 127.0.0.1, and says so if it was missing.
-func (p *Proxier) repairFirewall() ([]string, error) {
-	client, err := p.tools.Client()
-	if err != nil {
-		return nil, err
-	}
+func (p *Proxier) repairFirewall(client *iptables.IPTables) ([]string, error) {
 	exposed, err := p.exposesLoopback(client)
 	if err != nil || len(exposed) == 0 {
 		return nil, err
