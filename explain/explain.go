@@ -122,7 +122,7 @@ func (x *explainer) address() {
 		owner, found = x.loop.Owner(family, key)
 	}
 	if !found {
-		x.nobody(family, at)
+		x.answer.Sentence, x.answer.unserved = x.nobody(family, at)
 		return
 	}
 	x.service(owner.ServiceName, key, []plan.Family{family})
@@ -144,8 +144,9 @@ func (x *explainer) servesNodePorts(family plan.Family, a netip.Addr) bool {
 	return slices.Contains(n.NodePortAddrs.Addrs, a)
 }
 
-// nobody answers for an address and port that no Service has.
-func (x *explainer) nobody(family plan.Family, at netip.AddrPort) {
+// nobody answers for an address and port that no Service has. The verdict is empty if it is
+// not known.
+func (x *explainer) nobody(family plan.Family, at netip.AddrPort) (sentence string, verdict Verdict) {
 	a := at.Addr()
 	var others []string
 	var kinds []plan.FrontendKind
@@ -175,22 +176,23 @@ func (x *explainer) nobody(family plan.Family, at netip.AddrPort) {
 	case x.isNode(a) && !x.servesNodePorts(family, a):
 		text += "; it is an address of this node at which NodePorts are not served (--nodeport-addresses)"
 	}
-	x.answer.Sentence = strings.Join(append([]string{text}, unserved[:min(len(unserved), maxListed)]...), "; ") + "."
+	sentence = strings.Join(append([]string{text}, unserved[:min(len(unserved), maxListed)]...), "; ") + "."
 	switch {
 	case !inRange && !clusterIP || otherProxy || x.isNode(a):
 	case !x.env.Traits.GuardsClusterIPs:
-		x.answer.Sentence += " This mode has no rule for it: the node's routes decide."
+		sentence += " This mode has no rule for it: the node's routes decide."
 	case !x.loop.Follows(family, a):
-		x.answer.Sentence += " A sync is due, so it is not known what the kernel does."
+		sentence += " A sync is due, so it is not known what the kernel does."
 	case x.question.Protocol == plan.TCP && x.sources(family)&plan.FromNode != 0 && slices.Contains(p.Node.Bypass, at):
-		x.answer.Sentence += " An API server is there, and this node connects to it directly. Connections of Pods and other hosts are not let through."
+		sentence += " An API server is there, and this node connects to it directly. Connections of Pods and other hosts are not let through."
 	case clusterIP:
-		x.answer.unserved = Refused
-		x.answer.Sentence += " A new connection is refused, because the Service does not have this port."
+		verdict = Refused
+		sentence += " A new connection is refused, because the Service does not have this port."
 	case len(others) == 0:
-		x.answer.unserved = Dropped
-		x.answer.Sentence += " A new connection is dropped: the client waits until its own timeout."
+		verdict = Dropped
+		sentence += " A new connection is dropped: the client waits until its own timeout."
 	}
+	return sentence, verdict
 }
 
 // service answers for the ports of a Service that are asked for.
@@ -230,14 +232,12 @@ func (x *explainer) lacksPort(families []plan.Family, reasons []service.Explanat
 		}
 		at := netip.AddrPortFrom(ports[0].Frontends[0].Addr, uint16(number)) // the cluster IP is the first
 		if _, found := x.loop.Owner(family, plan.FrontendKey{Addr: at.Addr(), Port: at.Port(), Protocol: x.question.Protocol}); found {
-			x.answer.unserved = ""
 			return false // another Service has it, as an external IP
 		}
-		x.answer.unserved = ""
-		x.nobody(family, at)
-		x.lacking, sentences = append(x.lacking, family), append(sentences, x.answer.Sentence)
-		if v := cmp.Or(x.answer.unserved, Unknown); badness[v] > badness[worst] {
-			worst = v
+		sentence, verdict := x.nobody(family, at)
+		x.lacking, sentences = append(x.lacking, family), append(sentences, sentence)
+		if verdict = cmp.Or(verdict, Unknown); badness[verdict] > badness[worst] {
+			worst = verdict
 		}
 	}
 	if len(sentences) == 0 {
