@@ -177,7 +177,7 @@ func (s *saver) store(batch map[cache.ObjectName]change, objects int) error {
 			return nil
 		}
 	}
-	s.putBack(batch)
+	s.requeue(batch)
 	return err
 }
 
@@ -201,8 +201,8 @@ func (s *saver) take() (batch map[cache.ObjectName]change, objects int, complete
 	return batch, s.objects, s.complete
 }
 
-// putBack makes changes pending again that were not written.
-func (s *saver) putBack(batch map[cache.ObjectName]change) {
+// requeue makes changes pending again. Changes that came later win.
+func (s *saver) requeue(batch map[cache.ObjectName]change) {
 	if len(batch) == 0 {
 		return
 	}
