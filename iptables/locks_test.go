@@ -3,6 +3,7 @@
 package iptables
 
 import (
+	"runtime"
 	"testing"
 	"time"
 
@@ -18,8 +19,22 @@ func TestLookDuringWrite(t *testing.T) {
 		stuck := time.AfterFunc(20*time.Second, func() { panic("the write does not end") })
 		defer stuck.Stop()
 		if err := p.tools.Unobserved(func() error {
-			go p.observe()
-			time.Sleep(100 * time.Millisecond) // it waits by now, or has ended
+			ended := make(chan struct{})
+			go func() {
+				p.observe()
+				close(ended)
+			}()
+			for waits := false; !waits; { // until the look waits with mu, or has ended
+				select {
+				case <-ended:
+					waits = true
+				default:
+					if waits = !p.mu.TryLock(); !waits {
+						p.mu.Unlock()
+						runtime.Gosched()
+					}
+				}
+			}
 			return p.prepareNode(&desired.Node)
 		}); err != nil {
 			t.Error(err)
