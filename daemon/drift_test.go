@@ -49,7 +49,8 @@ func heals(t *testing.T, variant string, damages []string) {
 	const metrics = "http://127.0.0.1:10249/metrics"
 	lab := newLab(t)
 	node, client, pod := lab.Host("node1"), lab.Host("pod-x"), lab.Host("pod-a")
-	log := start(t, node, build(t), "run", "--source", serviceTo(t, pod), "--mode", modeOf(t, node, variant), "--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16",
+	chooseVariant(t, node, variant)
+	log := start(t, node, build(t), "run", "--source", serviceTo(t, pod), "--mode", modeOf(variant), "--hostname-override", "node1", "--cluster-cidr", "10.244.0.0/16",
 		"--conntrack-max-per-core=0", "--conntrack-min=0", "--oom-score-adj=0")
 	web := netip.MustParseAddrPort("10.96.0.10:80")
 	eventually(t, "the rules are there", func() bool {
@@ -101,17 +102,17 @@ func writerOf(damage string) string {
 	return fmt.Sprintf("\"%s (", program)
 }
 
-// modeOf is the mode of a variant. For the legacy variant of iptables, it marks a node as the
-// kubelet does.
-func modeOf(t *testing.T, on *netlab.Host, variant string) string {
+// modeOf is the mode of a variant.
+func modeOf(variant string) string { return strings.TrimSuffix(variant, "-legacy") }
+
+// chooseVariant marks a node as the kubelet does, for the legacy variant of iptables.
+func chooseVariant(t *testing.T, on *netlab.Host, variant string) {
 	t.Helper()
-	mode, legacy := strings.CutSuffix(variant, "-legacy")
-	if legacy {
+	if variant == "iptables-legacy" {
 		for _, restore := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore"} {
 			node{t, on}.must("*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n", restore)
 		}
 	}
-	return mode
 }
 
 // TestRepairAfterTakeover: what an earlier signalbox has changed is repaired as soon as it has

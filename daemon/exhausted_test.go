@@ -45,7 +45,8 @@ func TestDescriptorsRunOut(t *testing.T) {
 			lab := newLab(t)
 			client, before, after := lab.Host("pod-x"), lab.Host("pod-a"), lab.Host("pod-b")
 			source := serviceTo(t, before)
-			mode := modeOf(t, lab.Host("node1"), variant)
+			mode := modeOf(variant)
+			chooseVariant(t, lab.Host("node1"), variant)
 			process, log := startProcess(t, lab.Host("node1"), build(t), "run", "--source", source, "--mode", mode,
 				"--hostname-override=node1", "--cluster-cidr=10.244.0.0/16", "--conntrack-max-per-core=0", "--oom-score-adj=0")
 			web := netip.MustParseAddrPort("10.96.0.10:80")
@@ -86,7 +87,8 @@ func TestReadOnlyRun(t *testing.T) {
 			t.Parallel()
 			lab := newLab(t)
 			host, client, pod := lab.Host("node1"), lab.Host("pod-x"), lab.Host("pod-a")
-			mode := modeOf(t, host, variant)
+			mode := modeOf(variant)
+			chooseVariant(t, host, variant)
 			args := []string{"-m", "sh", "-ec", `mount -t tmpfs -o ro none /run; exec "$@"`, "sh", build(t),
 				"run", "--source", serviceTo(t, pod), "--mode", mode, "--hostname-override=node1", "--cluster-cidr=10.244.0.0/16",
 				"--conntrack-max-per-core=0", "--oom-score-adj=0", "--run-dir=/run/signalbox-of-a-test"}

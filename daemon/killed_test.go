@@ -43,7 +43,7 @@ func TestKilled(t *testing.T) {
 	for _, variant := range []string{"nftables", "iptables", "iptables-legacy", "ipvs", "userspace"} {
 		t.Run(variant, func(t *testing.T) {
 			k := newKilledNode(t, variant)
-			k.prepare(k.lab.Host("node1"))
+			chooseVariant(t, k.lab.Host("node1"), variant)
 			k.publish("steady", 0, "pod-a", "pod-c")
 			// nftables mode keeps some chains for numbers of endpoints that no Service has any more.
 			k.publish("steady-one", killedServices+1, "pod-a")
@@ -89,7 +89,7 @@ func newKilledNode(t *testing.T, variant string) *killedNode {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	k := &killedNode{T: t, lab: newLab(t), dir: dir, binary: build(t), variant: variant, random: rand.New(rand.NewPCG(seed, 1))}
-	mode, err := modes.Named(k.mode())
+	mode, err := modes.Named(modeOf(k.variant))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,18 +107,11 @@ func newKilledNode(t *testing.T, variant string) *killedNode {
 	return k
 }
 
-func (k *killedNode) mode() string { return strings.TrimSuffix(k.variant, "-legacy") }
-
-// prepare is modeOf for a host of the lab.
-func (k *killedNode) prepare(host *netlab.Host) {
-	modeOf(k.T, host, k.variant)
-}
-
 // launch starts signalbox on a host.
 func (k *killedNode) launch(on *netlab.Host, flags ...string) (*exec.Cmd, *heard) {
 	k.Helper()
 	log := &heard{}
-	cmd := exec.Command(k.binary, append(flags, "run", "--source", k.dir.Path, "--mode", k.mode(), "--hostname-override", "node1",
+	cmd := exec.Command(k.binary, append(flags, "run", "--source", k.dir.Path, "--mode", modeOf(k.variant), "--hostname-override", "node1",
 		"--cluster-cidr", netlab.PodNetwork.V4.String()+","+netlab.PodNetwork.V6.String(), "--conntrack-max-per-core=0", "--oom-score-adj=0")...)
 	cmd.Stderr = log
 	if err := on.Start(cmd); err != nil {
@@ -238,7 +231,7 @@ func (k *killedNode) load() (end func()) {
 func (k *killedNode) compareWithFreshNode() {
 	k.Helper()
 	fresh := k.lab.Host("node2")
-	k.prepare(fresh)
+	chooseVariant(k.T, fresh, k.variant)
 	process, log := k.launch(fresh)
 	k.awaitSynced(log)
 	_ = process.Process.Kill()

@@ -29,7 +29,7 @@ func TestResetRemovedEndpoints(t *testing.T) {
 	for _, variant := range []string{"nftables", "iptables", "iptables-legacy", "ipvs", "userspace"} {
 		t.Run(variant, func(t *testing.T) {
 			k := newKilledNode(t, variant)
-			k.prepare(k.lab.Host("node1"))
+			chooseVariant(t, k.lab.Host("node1"), variant)
 			k.publish("web", 0, "pod-a", "pod-c")
 			k.cmd, k.log = k.launch(k.lab.Host("node1"), "--reset-removed-endpoints")
 			k.awaitSynced(k.log)

@@ -107,19 +107,11 @@ func TestProver(t *testing.T) {
 // The answer to an earlier request of the other process is not taken for the kernel's.
 func TestProofWithOldAnswer(t *testing.T) {
 	nstest.Enter(t)
-	proof, err := newProof()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer proof.Close()
+	proof := proofOf(t)
 	if err := errors.Join(checkProof(proof), checkProof(proof)); err != nil {
 		t.Fatal(err)
 	}
-	request := make([]byte, unix.SizeofNlMsghdr)
-	request[0], request[4], request[6] = byte(len(request)), unix.NLMSG_NOOP, unix.NLM_F_REQUEST|unix.NLM_F_ACK
-	if err := unix.Sendto(int(proof.Fd()), request, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		t.Fatal(err)
-	}
+	fillProof(t, proof, 1)
 	if err := checkProof(proof); err != nil {
 		t.Error(err)
 	}
@@ -128,23 +120,34 @@ func TestProofWithOldAnswer(t *testing.T) {
 // The check ends also if the client's socket always has another message.
 func TestProofWithFullSocket(t *testing.T) {
 	nstest.Enter(t)
+	proof := proofOf(t)
+	if err := unix.SetsockoptInt(int(proof.Fd()), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
+		t.Fatal(err)
+	}
+	fillProof(t, proof, 4*maxMessages)
+	if err := checkProof(proof); err == nil || !strings.Contains(err.Error(), "other messages") {
+		t.Errorf("the check: %v", err)
+	}
+}
+
+func proofOf(t *testing.T) *os.File {
+	t.Helper()
 	proof, err := newProof()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer proof.Close()
-	fd := int(proof.Fd())
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20); err != nil {
-		t.Fatal(err)
-	}
-	requests := make([]byte, 4*maxMessages*unix.SizeofNlMsghdr)
+	t.Cleanup(func() { proof.Close() })
+	return proof
+}
+
+// fillProof has the kernel answer n requests of the process that made the proof.
+func fillProof(t *testing.T, proof *os.File, n int) {
+	t.Helper()
+	requests := make([]byte, n*unix.SizeofNlMsghdr)
 	for r := requests; len(r) > 0; r = r[unix.SizeofNlMsghdr:] {
 		r[0], r[4], r[6] = unix.SizeofNlMsghdr, unix.NLMSG_NOOP, unix.NLM_F_REQUEST|unix.NLM_F_ACK
 	}
-	if err := unix.Sendto(fd, requests, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	if err := unix.Sendto(int(proof.Fd()), requests, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		t.Fatal(err)
-	}
-	if err := checkProof(proof); err == nil || !strings.Contains(err.Error(), "other messages") {
-		t.Errorf("the check: %v", err)
 	}
 }
