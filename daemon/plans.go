@@ -39,7 +39,8 @@ func Plans(ctx context.Context, cfg *config.Config, mode proxier.Mode, local []n
 // Explain reads the objects once and answers a question without a daemon. noDaemon says why
 // none answered; nil if none was asked. If this machine is the node, the answer also has what
 // the kernel tells without a plan: which mode has rules, rules of kube-proxy, tracked
-// connections, and the interfaces. The mode auto stands for the one that has rules, or the preferred one.
+// connections, and the interfaces. The mode auto stands for the one that has rules, or the
+// preferred one.
 func Explain(ctx context.Context, cfg *config.Config, local []netip.Addr, q explain.Question, noDaemon error) (*explain.Answer, error) {
 	mode := modes.All[0]
 	if cfg.Mode != modes.Auto {
